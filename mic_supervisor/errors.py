@@ -1,0 +1,60 @@
+"""Errors a caller can tell apart. Each message reads "cannot X: cause"; a hint names the way out."""
+
+from __future__ import annotations
+
+
+class MicError(Exception):
+    """Base of every error that is shown to a person without a traceback.
+
+    `hint` is one imperative sentence ("start it with: systemctl start docker"), or None.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ConfigError(MicError):
+    """gpus.yaml, a drop-in or a setting is missing or invalid.
+
+    `rendered` holds the whole report, one diagnostic after the other, sorted by place.
+    """
+
+    def __init__(self, message: str, *, rendered: str = "", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.rendered = rendered
+
+
+class CompileError(MicError):
+    """One model cannot be turned into a workload (template missing, env file unreadable).
+
+    Blocks the instances of that model and nothing else.
+    """
+
+
+class RuntimeUnavailable(MicError):
+    """A runtime cannot be reached: what it runs is unknown, which is never the same as absent."""
+
+
+class RuntimeRefused(MicError):
+    """A runtime answered, and refused the call (image missing, port taken, name in use)."""
+
+
+class PreflightFailed(MicError):
+    """Something that a start needs is not there; found before anything was stopped."""
+
+
+class StopFailed(MicError):
+    """A workload is still there after TERM, grace and KILL."""
+
+
+class LoadFailed(MicError):
+    """A server is up but refused to load or unload a model."""
+
+
+class LockHeld(MicError):
+    """Another writer converges this scope. The message says who, since when, and which command."""

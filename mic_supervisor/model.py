@@ -1,0 +1,466 @@
+"""The nouns of the program: frozen data that every layer shares, and no behaviour.
+
+Units are in the names or the comments: bytes, seconds, watts, degrees Celsius, ratios from 0 to 1.
+Times are seconds since the epoch. An unknown number is None, never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+# --- GPUs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """Bytes. `used` excludes what the driver reserves wherever the driver can tell them apart."""
+
+    total: int
+    used: int | None
+    free: int | None
+    reserved: int | None = None
+
+
+class OwnerKind(StrEnum):
+    """Whose a process on a GPU is."""
+
+    MANAGED = "managed"  # ours: `instance` says which
+    CONTAINER = "container"  # a stranger's container
+    UNIT = "unit"  # a stranger's systemd unit
+    ORPHAN = "orphan"  # nobody's
+    UNKNOWN = "unknown"  # could not be read
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    kind: OwnerKind
+    ref: str | None = None  # container id, unit name
+    instance: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """One process that NVML lists on a GPU.
+
+    `start_time` is field 22 of /proc/PID/stat, clock ticks since boot; PID and start time together
+    identify a process. None: the process could not be read or no longer exists.
+    """
+
+    pid: int
+    name: str | None
+    used_memory: int | None  # bytes
+    start_time: int | None = None
+    kinds: tuple[str, ...] = ()  # of "compute", "graphics", "mps"
+    owner: Owner | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU, keyed by `uuid`. `index` is NVML's today and may be another one tomorrow."""
+
+    uuid: str
+    index: int
+    name: str
+    pci_bus_id: str | None = None  # "00000000:3B:00.0", lower or upper case as the driver gives it
+    memory: GpuMemory | None = None
+    processes: tuple[GpuProcess, ...] | None = None  # None: could not be read
+    power_draw: float | None = None  # watts
+    power_limit: float | None = None  # watts
+    utilization: float | None = None  # ratio
+    temperature: float | None = None  # degrees Celsius
+    simulated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnopenedGpu:
+    """A GPU that the driver counts but does not open. It is reported, and is never fatal."""
+
+    index: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class GpuInventory:
+    """What one look at the GPUs gave. `error` set: nothing is known, and nothing may be concluded."""
+
+    source: Literal["nvml", "simulated", "none"]
+    gpus: tuple[Gpu, ...] = ()
+    unopened: tuple[UnopenedGpu, ...] = ()
+    error: str | None = None
+    driver: str | None = None
+
+
+# --- Workloads: what an instance runs ---------------------------------------------------------
+#
+# Command and environment texts may hold `${port}`, `${port:NAME}`, `${gpu_indices}` and
+# `${env:NAME}`. They are filled in at launch and are not part of a workload's identity.
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    source: str
+    target: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A port that a workload serves on.
+
+    `host` None: chosen from the range. `container` None: the same number as the host's.
+    """
+
+    name: str  # "http", "grpc", "metrics"
+    host: int | None = None
+    container: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    memory: int | None = None  # bytes
+    cpus: float | None = None
+    nofile: int | None = None
+    memlock: int | None = None  # bytes, -1 is unlimited
+
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSpec:
+    """A container. `devices` are the GPU UUIDs to ask the engine for; empty for simulated GPUs.
+
+    `file_env` is what `env_file` holds; `variables` are the values of the `${env:NAME}` that the
+    texts refer to. Both, and `env`, are secrets: they have no repr and enter labels as keyed
+    digests only.
+    """
+
+    image: str
+    command: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] | None = None
+    env: Pairs = field(default=(), repr=False)
+    env_file: str | None = None
+    file_env: Pairs = field(default=(), repr=False)
+    variables: Pairs = field(default=(), repr=False)
+    devices: tuple[str, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+    ports: tuple[Port, ...] = ()
+    listen: str = "127.0.0.1"
+    network: Literal["bridge", "host"] = "bridge"
+    shm_size: int | None = None  # bytes
+    user: str | None = None
+    working_dir: str | None = None
+    limits: Limits = Limits()
+    stop_signal: str = "SIGTERM"
+    stop_timeout: float = 30.0  # seconds between the stop signal and KILL
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """A host process and its tree. Secrets as in ContainerSpec."""
+
+    command: tuple[str, ...]
+    env: Pairs = field(default=(), repr=False)
+    env_file: str | None = None
+    file_env: Pairs = field(default=(), repr=False)
+    variables: Pairs = field(default=(), repr=False)
+    ports: tuple[Port, ...] = ()
+    listen: str = "127.0.0.1"
+    user: str | None = None
+    working_dir: str | None = None
+    limits: Limits = Limits()
+    stop_signal: str = "SIGTERM"
+    stop_timeout: float = 30.0
+
+
+Workload = ContainerSpec | ProcessSpec
+
+
+# --- Probes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HttpCheck:
+    """GET `path` on the port called `port`; 2xx or 3xx passes.
+
+    `expect` names top-level members of the JSON answer and the values they must have: a port may be
+    answered by a stranger.
+    """
+
+    path: str
+    port: str = "http"
+    expect: Pairs = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TcpCheck:
+    port: str = "http"
+
+
+@dataclass(frozen=True, slots=True)
+class ExecCheck:
+    """A command, run on the host for a process and inside the container for a container."""
+
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCheck:
+    """The health check that the image itself declares, as the engine reports it."""
+
+
+Check = HttpCheck | TcpCheck | ExecCheck | EngineCheck
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    check: Check
+    period: float = 5.0  # seconds from the end of one try to the next
+    timeout: float = 3.0  # seconds
+    failures: int = 3  # in a row, until it counts
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Startup gates the other two; liveness restarts; readiness only reports."""
+
+    startup: Probe | None = None
+    liveness: Probe | None = None
+    readiness: Probe | None = None
+
+
+# --- Placements: models inside a server -------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HttpCall:
+    """One call to a running server's port "http". A 2xx answer is success."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    body: str | None = None
+    timeout: float = 10.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One model on one GPU inside a server. `digest` identifies the configuration to be loaded."""
+
+    model: str
+    gpu: str
+    digest: str
+    load: HttpCall = field(repr=False)
+    unload: HttpCall = field(repr=False)
+    verify: HttpCall = field(repr=False)  # its answer goes to the backend's `placement_state`
+    summary: Pairs = ()  # what a person would call it: (("instances_per_gpu", "8"),)
+
+
+class LoadState(StrEnum):
+    LOADED = "loaded"
+    LOADING = "loading"
+    ABSENT = "absent"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementState:
+    """What the server says of one model. `digest` is comparable with Placement's, None unknown."""
+
+    model: str
+    state: LoadState
+    digest: str | None = None
+    reason: str | None = None
+    summary: Pairs = ()
+
+
+# --- Desired state ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One workload that owns a set of GPUs, usually one."""
+
+    id: str
+    model: str
+    backend: str
+    gpus: tuple[str, ...]  # UUIDs, in the file's order
+    workload: Workload
+    probes: Probes = Probes()
+    placements: tuple[Placement, ...] = ()
+    start_timeout: float = 300.0  # seconds; the startup probe's budget
+    drain_timeout: float = 0.0  # seconds
+    drain: HttpCall | None = None  # asked for until the backend's `is_drained` says so
+    rollback: bool = True
+    max_unavailable: int = 1
+    vram: int | None = None  # bytes
+    on_foreign: Literal["block", "wait", "ignore"] = "block"
+    origin: str = "file"
+    place: str = ""  # "gpus.yaml:41:3"
+
+
+@dataclass(frozen=True, slots=True)
+class Unsatisfiable:
+    """An entry of the file that cannot be turned into an instance now.
+
+    `gpus` are the UUIDs that are known to be concerned: whatever of ours runs there is left alone.
+    `instances` are the ids that the entry would have had, as far as they are known.
+    """
+
+    subject: str  # how the file calls it: "GPU 5", "MAM on GPU 0"
+    reason: str
+    gpus: tuple[str, ...] = ()
+    instances: tuple[str, ...] = ()
+    model: str | None = None
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredState:
+    """What should run. Instances are sorted by id and own disjoint sets of GPUs."""
+
+    instances: tuple[Instance, ...] = ()
+    kept_empty: tuple[str, ...] = ()  # UUIDs
+    unsatisfiable: tuple[Unsatisfiable, ...] = ()
+    bindings: tuple[tuple[str, str], ...] = ()  # index key of the file -> UUID
+    warnings: tuple[str, ...] = ()
+    config_hash: str = ""
+
+
+# --- Observed state ---------------------------------------------------------------------------
+
+
+class RunState(StrEnum):
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    EXITED = "exited"
+    REMOVING = "removing"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a workload of ours carries, as labels or as a record.
+
+    `spec` is the normalised specification (see plan/spec.py); None: it could not be read.
+    """
+
+    scope: str
+    host: str  # a digest of the machine id
+    instance: str
+    model: str
+    backend: str
+    gpus: tuple[str, ...]
+    ports: Mapping[str, int]  # on the host
+    spec: Mapping[str, Any] | None
+    spec_hash: str
+    schema: int = 1
+    origin: str = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedWorkload:
+    """One container, unit or process tree that is ours."""
+
+    runtime: str  # "docker", "systemd", "subprocess"
+    name: str  # unique in its runtime
+    ref: str  # container id, unit name, record name
+    identity: Identity
+    state: RunState
+    pid: int | None = None
+    exit_code: int | None = None
+    created_at: float | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    address: str | None = None  # the container's own, on its bridge
+    engine_health: Literal["starting", "healthy", "unhealthy"] | None = None
+    error: str | None = None  # what the runtime says went wrong
+    image_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A workload that is not ours and stands in the way, or might. Never touched."""
+
+    runtime: str
+    name: str
+    ref: str
+    ports: tuple[int, ...] = ()  # on the host
+    running: bool = True
+    reason: str = ""  # "it has no labels of ours", "it belongs to scope demo"
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeView:
+    """What one runtime runs. `error` set: unknown, and the GPUs concerned are frozen."""
+
+    runtime: str
+    workloads: tuple[ObservedWorkload, ...] = ()
+    strangers: tuple[Stranger, ...] = ()
+    error: str | None = None
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """`ok` None: the prober itself could not tell."""
+
+    ok: bool | None
+    reason: str
+    at: float
+    failures: int = 0  # in a row, this one included
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What the probes of one running workload last said. None: not probed (yet)."""
+
+    startup: ProbeResult | None = None
+    liveness: ProbeResult | None = None
+    readiness: ProbeResult | None = None
+    placements: tuple[PlacementState, ...] = ()
+    drained: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening TCP socket of this machine."""
+
+    port: int
+    pid: int | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedState:
+    """Everything one observation gave, immutable.
+
+    `health` is keyed by the workload's `ref`. `listeners` None: unknown.
+    """
+
+    inventory: GpuInventory
+    runtimes: tuple[RuntimeView, ...]
+    health: Mapping[str, Health] = field(default_factory=dict)
+    listeners: tuple[Listener, ...] | None = None
+    at: float = 0.0
+
+
+# --- Launches: a workload with everything filled in -------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a runtime is asked to create: every `${…}` replaced, every port chosen.
+
+    In `spec`, `env` holds the whole environment (env_file and variables merged in), every Port
+    has its `host` and `container` numbers, and `file_env` and `variables` are empty.
+    """
+
+    name: str
+    runtime: str
+    identity: Identity
+    spec: Workload

@@ -1,0 +1,78 @@
+"""Runtimes start and stop workloads. They carry no decisions.
+
+A runtime is blocking and thread-safe: the converger calls it from one thread per lane. Every call
+is bounded in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from mic_supervisor.model import Launch, ObservedWorkload, RuntimeView
+
+Progress = Callable[[str], None]
+"""Takes one short line for a person: "pulling 41 %"."""
+
+
+class Runtime(Protocol):
+    """One way to run workloads.
+
+    Errors: RuntimeUnavailable when it cannot be reached, RuntimeRefused when it answered no,
+    PreflightFailed and StopFailed as their names say. Nothing else leaves a runtime.
+    """
+
+    name: str
+    """ "docker", "systemd" or "subprocess"; stands in every ObservedWorkload."""
+
+    creates_ahead: bool
+    """Whether `create` works while the predecessor still runs (a container: yes, a unit: no).
+
+    Where it does not, `create` is never called and `start` does both.
+    """
+
+    def observe(self) -> RuntimeView:
+        """Everything of ours, running or not, and the strangers in our way.
+
+        Never raises for an unreachable runtime: the view's `error` says so. One cheap call.
+        """
+        ...
+
+    def prepare(self, launch: Launch, progress: Progress) -> None:
+        """Make sure that all a start needs is there: pull the image, look for paths and programs.
+
+        Changes nothing that runs. Idempotent; many lanes that want one image share one pull.
+        """
+        ...
+
+    def create(self, launch: Launch) -> None:
+        """Create without starting. A failure leaves nothing behind."""
+        ...
+
+    def start(self, launch: Launch) -> None:
+        """Start what `create` made (or create and start, see `creates_ahead`).
+
+        Starting what already runs is success. A failed first start leaves nothing behind.
+        """
+        ...
+
+    def restart(self, workload: ObservedWorkload) -> None:
+        """Start an ended workload again, as it is: same container, same specification."""
+        ...
+
+    def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
+        """`signal`, at most `grace` seconds, then KILL for the whole tree; returns when it is gone.
+
+        Stopping what does not run is success. Raises StopFailed if it is still there.
+        """
+        ...
+
+    def remove(self, workload: ObservedWorkload) -> None:
+        """Delete an ended workload and its logs. Removing what is not there is success."""
+        ...
+
+    def logs(
+        self, workload: ObservedWorkload, *, tail: int | None = None, follow: bool = False
+    ) -> Iterator[str]:
+        """Lines, oldest first, without line ends; `tail` None is all of them."""
+        ...
