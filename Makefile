@@ -1,0 +1,43 @@
+# make test   everything: sets this machine up (root, Debian 12), then lint, types, unit, integration
+# make check  lint, types and unit tests: under a minute, no root, no Docker
+# make demo   the supervisor on simulated GPUs; options in DEMO_ARGS
+# make clean  what was made in this checkout; what is slow to make stays in the cache
+# make engine-stop  ends the Docker Engine that make test started, if it did
+#
+# PYTHON          the interpreter .venv is made with, 3.11 or newer
+# PYTEST_ARGS     more arguments for pytest
+# MIC_TEST_CACHE  where packages, images and the engine's data are kept,
+#                 else $XDG_CACHE_HOME/mic-supervisor-tests or ~/.cache/mic-supervisor-tests
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv/bin
+PYTEST := $(VENV)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test check demo clean engine-stop venv-test venv
+
+test: venv-test
+	$(VENV)/python tests/setup/machine.py
+	$(PYTEST) -n 2 tests/unit
+	$(PYTEST) -n 2 --dist loadscope tests/integration
+
+check: venv-test
+	$(PYTEST) -n 2 tests/unit
+
+demo: venv
+	$(VENV)/mic-supervisor demo $(DEMO_ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+engine-stop: venv-test
+	$(VENV)/python tests/setup/machine.py stop
+
+venv-test:
+	@$(PYTHON) tests/setup/venv.py test
+
+venv:
+	@$(PYTHON) tests/setup/venv.py

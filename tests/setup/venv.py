@@ -1,0 +1,102 @@
+"""Makes .venv with the project in it, editable: `venv.py` for running it, `venv.py test` for tests.
+
+A stamp keyed by pyproject.toml, the interpreter and the checkout's path makes a second call free.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import packages
+from steps import CHECKOUT, Missing, cache_dir, die, fingerprint, run, say
+
+VENV = CHECKOUT / ".venv"
+PYTHON = VENV / "bin" / "python"
+
+
+def _stamp(extra: str) -> Path:
+    return VENV / f".installed-{extra or 'base'}"
+
+
+def _usable() -> bool:
+    """Whether .venv holds a working Python with pip, made for this path."""
+    try:
+        asked = subprocess.run(
+            [PYTHON, "-c", "import sys, pip; print(sys.prefix)"], capture_output=True, text=True
+        )
+    except OSError:
+        return False
+    return asked.returncode == 0 and Path(asked.stdout.strip()) == VENV
+
+
+def _create() -> None:
+    """venv, else Debian's python3-venv and venv, else virtualenv from the package index."""
+    shutil.rmtree(VENV, ignore_errors=True)
+    say(f".venv: creating it with Python {sys.version.split()[0]}")
+    make = [sys.executable, "-m", "venv", str(VENV)]
+    try:
+        run(make, "create .venv")
+        return
+    except Missing as error:
+        say(f".venv: {str(error).splitlines()[0]}; trying other ways")
+    shutil.rmtree(VENV, ignore_errors=True)
+    if shutil.which("apt-get") and os.geteuid() == 0 and sys.base_prefix == "/usr":
+        say(".venv: installing Debian's python3-venv")
+        try:
+            packages.install(["python3-venv"])
+            run(make, "create .venv")
+            return
+        except Missing as error:
+            say(f".venv: {str(error).splitlines()[0]}; trying virtualenv")
+            shutil.rmtree(VENV, ignore_errors=True)
+    target = cache_dir() / "virtualenv"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--target", str(target), "virtualenv"]
+    if not (target / "virtualenv").is_dir():
+        run(pip, "install virtualenv")
+    run(
+        [sys.executable, "-m", "virtualenv", "-q", str(VENV)],
+        "create .venv",
+        env={"PYTHONPATH": str(target)},
+    )
+
+
+def main(extra: str) -> None:
+    if sys.version_info < (3, 11):
+        die(
+            f"cannot create .venv: this is Python {sys.version.split()[0]}; 3.11 or newer is needed",
+            hint="name a newer one: make PYTHON=/path/to/python3.11 test",
+        )
+    key = fingerprint(CHECKOUT / "pyproject.toml", sys.version, str(CHECKOUT))
+    stamps = [_stamp(extra), _stamp("test")]  # the test set-up holds all that the plain one does
+    if _usable() and any(s.is_file() and s.read_text() == key for s in stamps):
+        say(".venv: up to date")
+        return
+    try:
+        if not _usable():
+            _create()
+        what = f".[{extra}]" if extra else "."
+        say(f".venv: installing {what}, editable")
+        run(
+            [
+                str(PYTHON),
+                "-m",
+                "pip",
+                "install",
+                "--no-input",
+                "-q",
+                "-e",
+                f"{CHECKOUT}{what[1:]}",
+            ],
+            f"install {what}",
+        )
+    except Missing as error:
+        die(str(error), hint=error.hint)
+    _stamp(extra).write_text(key)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "")
