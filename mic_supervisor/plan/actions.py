@@ -1,0 +1,155 @@
+"""What a plan is made of.
+
+A `Change` is what an operator reads: "replace MAM-f15ae561". Its `steps` are what the executor
+does: one runtime call each, in the order that `depends_on` gives. Steps of different changes may
+depend on each other within a lane: the old model is stopped only after the new one was prepared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mic_supervisor.model import HttpCall, Launch, ObservedWorkload, Placement
+
+ChangeKind = Literal[
+    "create", "start", "restart", "stop", "remove", "replace", "load", "unload", "adopt"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldDiff:
+    """One field of a specification that differs. Secrets stand as "(hidden)"."""
+
+    path: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Base of all steps. `id` is unique in its plan."""
+
+    id: str
+    instance: str
+    depends_on: tuple[str, ...] = field(default=(), kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare(Step):
+    """Everything that can fail early: image, paths, programs. Stops nothing."""
+
+    launch: Launch
+
+
+@dataclass(frozen=True, slots=True)
+class Create(Step):
+    launch: Launch
+
+
+@dataclass(frozen=True, slots=True)
+class Start(Step):
+    launch: Launch
+
+
+@dataclass(frozen=True, slots=True)
+class Restart(Step):
+    """Start an ended workload again as it is."""
+
+    workload: ObservedWorkload
+
+
+@dataclass(frozen=True, slots=True)
+class Drain(Step):
+    """Ask `call` until the backend says that nothing is in flight, at most `timeout` seconds."""
+
+    workload: ObservedWorkload
+    call: HttpCall
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(Step):
+    workload: ObservedWorkload
+    signal: str
+    grace: float  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Release(Step):
+    """Wait until the GPUs list no process of the workloads `refs` any more."""
+
+    gpus: tuple[str, ...]
+    refs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Remove(Step):
+    workload: ObservedWorkload
+
+
+@dataclass(frozen=True, slots=True)
+class Load(Step):
+    workload: ObservedWorkload
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Unload(Step):
+    workload: ObservedWorkload
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Everything that happens to one instance in one plan.
+
+    `lane` groups changes that must see each other; lanes run in parallel. `waits` set: it is this
+    change's turn later, and that is why.
+    """
+
+    kind: ChangeKind
+    instance: str
+    model: str
+    backend: str
+    gpus: tuple[str, ...]
+    lane: str
+    cause: str
+    diff: tuple[FieldDiff, ...] = ()
+    steps: tuple[Step, ...] = ()
+    waits: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Why nothing happens although something should."""
+
+    instance: str  # an instance id, or how the file calls the entry
+    reason: str
+    gpus: tuple[str, ...] = ()
+    model: str | None = None
+    hint: str | None = None
+    until: float | None = None  # when the passing of time alone may end it
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The difference between desired and observed state, and how it goes away.
+
+    Sorted by lane and instance, so that equal inputs give equal texts. `next_wake` is when a
+    blocked instance may go on by the passing of time alone.
+    """
+
+    changes: tuple[Change, ...] = ()
+    blocked: tuple[Blocked, ...] = ()
+    warnings: tuple[str, ...] = ()
+    next_wake: float | None = None
+
+    @property
+    def count(self) -> int:
+        """Changes that act. An adoption is a report."""
+        return sum(change.kind != "adopt" for change in self.changes)
+
+    @property
+    def empty(self) -> bool:
+        return self.count == 0 and not self.blocked

@@ -1,0 +1,203 @@
+"""Holds desired against observed state, one instance at a time, without deciding anything yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mic_supervisor.model import (
+    ContainerSpec,
+    DesiredState,
+    Health,
+    Instance,
+    LoadState,
+    ObservedState,
+    ObservedWorkload,
+    Placement,
+    PlacementState,
+    ProbeResult,
+    RunState,
+)
+from mic_supervisor.plan import spec as specs
+from mic_supervisor.plan.actions import FieldDiff
+
+_ALIVE = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.REMOVING, RunState.UNKNOWN})
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What decisions depend on besides the two states. Constant while the program runs, but for
+    `busy`, `forced` and `confirmed`.
+    """
+
+    scope: str
+    host: str
+    key: specs.SpecKey
+    port_range: tuple[int, int]
+    process_runtime: str  # "systemd" or "subprocess"
+    creates_ahead: frozenset[str] = frozenset({"docker"})
+    busy: frozenset[str] = frozenset()  # instances that steps are being executed for
+    forced: frozenset[str] = frozenset()  # instances to restart although nothing is wrong
+    confirmed: bool = True  # whether what the file no longer names may be removed
+
+    def runtime_of(self, instance: Instance) -> str:
+        return "docker" if isinstance(instance.workload, ContainerSpec) else self.process_runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """One desired instance and every workload that carries its id.
+
+    `match` has the desired specification, running or not; `alive` and `ended` are the others.
+    `diff` tells `match`-less instances what they differ in from the newest of the others.
+    """
+
+    instance: Instance
+    runtime: str
+    spec: Mapping[str, Any]
+    hash: str
+    match: ObservedWorkload | None
+    alive: tuple[ObservedWorkload, ...]
+    ended: tuple[ObservedWorkload, ...]
+    diff: tuple[FieldDiff, ...]
+    health: Health
+
+    @property
+    def runs(self) -> bool:
+        return self.match is not None and is_alive(self.match)
+
+    @property
+    def started_up(self) -> bool:
+        """Whether the startup probe has passed; without one, running is all there is to know."""
+        startup = self.health.startup
+        return self.runs and (
+            self.instance.probes.startup is None or (startup is not None and startup.ok is True)
+        )
+
+    def loaded(self, placement: Placement) -> bool:
+        state = self.placement(placement)
+        return state.state is LoadState.LOADED and state.digest == placement.digest
+
+    def placement(self, placement: Placement) -> PlacementState:
+        for state in self.health.placements:
+            if state.model == placement.model:
+                return state
+        return PlacementState(placement.model, LoadState.UNKNOWN)
+
+    @property
+    def ready(self) -> bool:
+        """Everything that can be checked was checked and is as it should be."""
+        probes = self.instance.probes
+        return (
+            self.started_up
+            and all(self.loaded(placement) for placement in self.instance.placements)
+            and (probes.liveness is None or _passes(self.health.liveness))
+            and (probes.readiness is None or _passes(self.health.readiness))
+        )
+
+    @property
+    def unprobed(self) -> bool:
+        probes = self.instance.probes
+        return not (probes.startup or probes.liveness or probes.readiness)
+
+    @property
+    def live_failure(self) -> str | None:
+        """Why the liveness probe says that it must be restarted."""
+        probe, result = self.instance.probes.liveness, self.health.liveness
+        if not self.started_up or probe is None or result is None or result.ok is not False:
+            return None
+        if result.failures < probe.failures:
+            return None
+        return f"not alive: {result.reason}"
+
+    def overdue(self, started_at: float | None, now: float) -> str | None:
+        """Why its start counts as failed: the startup probe's budget is spent."""
+        started = (self.match.started_at if self.match else None) or started_at
+        if not self.runs or self.started_up or started is None:
+            return None
+        if now - started < self.instance.start_timeout:
+            return None
+        result = self.health.startup
+        last = f": {result.reason}" if result is not None else ""
+        return f"not up within {self.instance.start_timeout:g} s{last}"
+
+
+def is_alive(workload: ObservedWorkload) -> bool:
+    """Whether it may hold a GPU. An unreadable state counts as holding it."""
+    return workload.state in _ALIVE
+
+
+def assess(desired: DesiredState, observed: ObservedState, context: Context) -> list[Assessment]:
+    """One assessment per desired instance, in the order of their ids."""
+    by_instance: dict[str, list[ObservedWorkload]] = {}
+    for workload in workloads(observed):
+        by_instance.setdefault(workload.identity.instance, []).append(workload)
+    return [
+        _assess(instance, by_instance.get(instance.id, ()), observed, context)
+        for instance in sorted(desired.instances, key=lambda item: item.id)
+    ]
+
+
+def workloads(observed: ObservedState) -> Iterable[ObservedWorkload]:
+    """Everything of ours, in every runtime, in a stable order."""
+    found = [workload for view in observed.runtimes for workload in view.workloads]
+    return sorted(found, key=lambda item: (item.identity.instance, item.name, item.ref))
+
+
+def _assess(
+    instance: Instance,
+    found: Iterable[ObservedWorkload],
+    observed: ObservedState,
+    context: Context,
+) -> Assessment:
+    spec = specs.normalise(instance.workload, context.key)
+    runtime = context.runtime_of(instance)
+    # Alive first, then the newest: of two workloads with the same specification the one that
+    # serves is the instance, and the other is left over.
+    ordered = sorted(found, key=lambda item: (not is_alive(item), -(item.created_at or 0.0)))
+    match: ObservedWorkload | None = None
+    others: list[ObservedWorkload] = []
+    diff: tuple[FieldDiff, ...] = ()
+    for workload in ordered:
+        found_diff = _diff(workload, instance, spec, runtime)
+        if match is None and not found_diff:
+            match = workload
+        else:
+            others.append(workload)
+            diff = diff or found_diff
+    return Assessment(
+        instance=instance,
+        runtime=runtime,
+        spec=spec,
+        hash=_hash(spec, instance),
+        match=match,
+        alive=tuple(item for item in others if is_alive(item)),
+        ended=tuple(item for item in others if not is_alive(item)),
+        diff=() if match is not None else diff,
+        health=observed.health.get(match.ref, Health()) if match is not None else Health(),
+    )
+
+
+def _diff(
+    workload: ObservedWorkload, instance: Instance, spec: Mapping[str, Any], runtime: str
+) -> tuple[FieldDiff, ...]:
+    identity = workload.identity
+    if workload.runtime != runtime:
+        return (FieldDiff("runtime", workload.runtime, runtime),)
+    if identity.gpus != instance.gpus:
+        return (FieldDiff("gpus", list(identity.gpus), list(instance.gpus)),)
+    if identity.spec is None:
+        return ()  # unknown is not different: nothing is restarted over an unreadable label
+    return specs.differences(identity.spec, spec)
+
+
+def _hash(spec: Mapping[str, Any], instance: Instance) -> str:
+    parts = [specs.spec_hash(spec), *instance.gpus]
+    parts += [f"{item.model}={item.digest}" for item in instance.placements]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _passes(result: ProbeResult | None) -> bool:
+    return result is not None and result.ok is True

@@ -1,0 +1,188 @@
+"""From the keys of the file to GPUs, and from models and GPUs to instance ids."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mic_supervisor.model import Gpu, GpuInventory, Unsatisfiable
+
+if TYPE_CHECKING:
+    from mic_supervisor.config.document import GpuEntry, GpuKey
+
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+_UUID = re.compile(r"gpu-([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundEntry:
+    """An entry whose GPUs are all there."""
+
+    entry: GpuEntry
+    gpus: tuple[Gpu, ...]
+    instance: str | None  # None for `none`
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """`bindings` maps the index keys of the file to UUIDs, to be kept when the file is accepted."""
+
+    entries: tuple[BoundEntry, ...]
+    unsatisfiable: tuple[Unsatisfiable, ...]
+    bindings: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+
+
+def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str, str]) -> Binding:
+    """Find the GPU of every key.
+
+    1. An index that was bound before stays with its UUID, whatever the driver calls it today: a GPU
+       that drops off the bus renumbers the others, and must move no model.
+    2. A new index is bound to the GPU that has it now, unless another index of the file holds that
+       GPU already.
+    3. A key without a GPU blocks its own entry only. So does a GPU that two entries claim: the
+       first in the file keeps it.
+    """
+    entries = tuple(entries)
+    by_index = {gpu.index: gpu for gpu in inventory.gpus}
+    by_uuid = {gpu.uuid.lower(): gpu for gpu in inventory.gpus}
+    by_pci = {_pci(gpu.pci_bus_id): gpu for gpu in inventory.gpus if gpu.pci_bus_id}
+    indices = [key.value for entry in entries for key in entry.keys if key.kind == "index"]
+    bindings = {value: kept[value] for value in indices if value in kept}
+    held = {uuid: index for index, uuid in bindings.items()}
+    warnings: list[str] = []
+
+    def find(key: GpuKey) -> Gpu | str:
+        if key.kind == "uuid":
+            return by_uuid.get(key.value.lower()) or f"{key.value} is not in this machine"
+        if key.kind == "pci":
+            return by_pci.get(_pci(key.value)) or f"no GPU has the PCI bus id {key.value}"
+        if key.value in bindings:
+            uuid = bindings[key.value]
+            found = by_uuid.get(uuid.lower())
+            if found is None:
+                return f"GPU {key.value} is bound to {uuid}, which is not there"
+            if found.index != int(key.value):
+                warnings.append(
+                    f"GPU {key.value} of the file stays with {uuid}, which the driver now calls "
+                    f"{found.index}; `apply --rebind` binds the file's numbers anew"
+                )
+            return found
+        found = by_index.get(int(key.value))
+        if found is None:
+            return _no_such_index(key.value, inventory)
+        if found.uuid in held:
+            return (
+                f"the GPU that the driver now calls {key.value} is {found.uuid}, "
+                f"which GPU {held[found.uuid]} of the file is bound to"
+            )
+        bindings[key.value] = found.uuid
+        held[found.uuid] = key.value
+        return found
+
+    ids = _short_ids(inventory)
+    bound: list[BoundEntry] = []
+    lost: list[Unsatisfiable] = []
+    claimed: dict[str, str] = {}
+    for entry in entries:
+        found = [find(key) for key in entry.keys]
+        gpus = tuple(item for item in found if isinstance(item, Gpu))
+        reasons = [item for item in found if isinstance(item, str)]
+        subject = ", ".join(str(key) for key in entry.keys)
+        expected = [
+            item.uuid if isinstance(item, Gpu) else _expected(key, bindings)
+            for key, item in zip(entry.keys, found, strict=True)
+        ]
+        known = tuple(uuid for uuid in expected if uuid is not None)
+        for uuid in known:
+            if uuid in claimed:
+                reasons.append(f"{uuid} is already named by {claimed[uuid]}")
+        if reasons:
+            lost.append(
+                Unsatisfiable(
+                    subject=f"{entry.model or 'none'} on {subject}",
+                    reason="; ".join(reasons),
+                    # What another entry claims is that entry's: freezing it would punish the
+                    # entry that is in order.
+                    gpus=tuple(uuid for uuid in known if uuid not in claimed),
+                    model=entry.model,
+                    hint=_hint(reasons),
+                )
+            )
+            continue
+        claimed.update(dict.fromkeys(known, f"{subject} ({entry.place})"))
+        instance = (
+            instance_id(entry.model, [ids[gpu.uuid] for gpu in gpus]) if entry.model else None
+        )
+        bound.append(BoundEntry(entry, gpus, instance))
+    return Binding(
+        tuple(bound),
+        tuple(lost),
+        tuple(sorted(bindings.items(), key=lambda item: int(item[0]))),
+        tuple(warnings),
+    )
+
+
+def instance_id(model: str, gpus: list[str]) -> str:
+    """`<model>-<first 8 digits of the GPU's UUID>`, safe in container and unit names.
+
+    The id does not depend on how the file spells the GPU, nor on its index.
+    """
+    suffix = gpus[0] if len(gpus) == 1 else f"{gpus[0]}x{len(gpus)}"
+    return f"{safe_name(model)}-{suffix}"
+
+
+def safe_name(model: str) -> str:
+    """A model's name where it is plain, short ASCII; else what is left of it, and a digest."""
+    if _SAFE.fullmatch(model):
+        return model
+    digest = hashlib.sha256(model.encode()).hexdigest()[:8]
+    kept = re.sub(r"[^A-Za-z0-9_.-]+", "-", model).strip("-_.")[:30]
+    return f"{kept}-{digest}" if kept else f"m{digest}"
+
+
+def _short_ids(inventory: GpuInventory) -> dict[str, str]:
+    """The first block of each UUID; a digest of the whole where that is not enough."""
+    firsts = {}
+    for gpu in inventory.gpus:
+        match = _UUID.fullmatch(gpu.uuid.lower())
+        firsts[gpu.uuid] = match[1] if match else ""
+    counts = list(firsts.values())
+    return {
+        uuid: first
+        if first and counts.count(first) == 1
+        else hashlib.sha256(uuid.encode()).hexdigest()[:8]
+        for uuid, first in firsts.items()
+    }
+
+
+def _expected(key: GpuKey, bindings: Mapping[str, str]) -> str | None:
+    """The UUID of a GPU that is not there, as far as the key tells it."""
+    return key.value if key.kind == "uuid" else bindings.get(key.value)
+
+
+def _pci(bus_id: str) -> str:
+    """The driver pads the domain to 4 or 8 digits, and lspci leaves it out."""
+    parts = bus_id.lower().split(":")
+    if len(parts) == 2:
+        parts = ["0", *parts]
+    return ":".join([parts[0].lstrip("0").rjust(1, "0"), *parts[1:]])
+
+
+def _no_such_index(value: str, inventory: GpuInventory) -> str:
+    unopened = {gpu.index: gpu.error for gpu in inventory.unopened}
+    if int(value) in unopened:
+        return f"GPU {value} cannot be opened: {unopened[int(value)]}"
+    if inventory.source == "none":
+        return "this machine is told not to look for GPUs (MIC_GPU_SOURCE=none)"
+    count = len(inventory.gpus) + len(unopened)
+    return f"there is no GPU {value}; this machine has {count}"
+
+
+def _hint(reasons: list[str]) -> str | None:
+    if any("bound to" in reason for reason in reasons):
+        return "if the hardware was changed on purpose: mic-supervisor apply --rebind"
+    return None

@@ -1,0 +1,179 @@
+"""Phases, and what is remembered of successes and failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from enum import StrEnum
+
+from mic_supervisor.model import LoadState, RunState
+from mic_supervisor.plan import backoff
+from mic_supervisor.plan.assess import Assessment
+from mic_supervisor.plan.memory import InstanceMemory, Memory
+
+
+class Phase(StrEnum):
+    """Where an instance is on its way."""
+
+    PENDING = "pending"
+    STOPPING = "stopping"
+    WAITING_VRAM = "waiting_vram"
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    UNPROBED = "unprobed"
+    DEGRADED = "degraded"
+    BACKOFF = "backoff"
+    BLOCKED = "blocked"
+    PAUSED = "paused"
+    STUCK_STOPPING = "stuck_stopping"
+
+
+def phase_of(
+    assessment: Assessment,
+    *,
+    activity: Phase | None = None,
+    blocked: bool = False,
+    retry_at: float | None = None,
+) -> tuple[Phase, str | None]:
+    """The phase, and why it is not simply ready.
+
+    `activity` is what is being executed for the instance right now.
+    """
+    if activity is not None:
+        return activity, None
+    if not assessment.runs:
+        if assessment.alive and not blocked:
+            return Phase.PENDING, "another specification runs"
+        if retry_at is not None:
+            return Phase.BACKOFF, None
+        return (Phase.BLOCKED if blocked else Phase.PENDING), None
+    match = assessment.match
+    assert match is not None  # implied by `runs`
+    if match.state is RunState.PAUSED:
+        return Phase.DEGRADED, "it was paused by hand"
+    if not assessment.started_up:
+        result = assessment.health.startup
+        return Phase.STARTING, result.reason if result is not None else None
+    for placement in assessment.instance.placements:
+        if not assessment.loaded(placement):
+            state = assessment.placement(placement)
+            if state.state is LoadState.LOADED:
+                return Phase.LOADING, f"{placement.model} runs with another configuration"
+            return Phase.LOADING, state.reason or f"{placement.model} is {state.state.value}"
+    if assessment.unprobed:
+        return Phase.UNPROBED, "it has no probe: nothing can say whether it is healthy"
+    if assessment.ready:
+        return Phase.READY, None
+    for result in (assessment.health.liveness, assessment.health.readiness):
+        if result is not None and result.ok is not True:
+            unknown = "health unknown: " if result.ok is None else ""
+            return Phase.DEGRADED, f"{unknown}{result.reason}"
+    return Phase.STARTING, "not probed yet"
+
+
+def remember(
+    memory: Memory, assessments: Iterable[Assessment], now: float, *, jitter: float
+) -> Memory:
+    """Fold what was just observed into the memory. Instances that are gone are forgotten."""
+    instances: dict[str, InstanceMemory] = {}
+    for assessment in assessments:
+        instance = assessment.instance.id
+        instances[instance] = _remember(memory.of(instance), assessment, now, jitter)
+    return replace(memory, instances=instances)
+
+
+def _remember(
+    entry: InstanceMemory, assessment: Assessment, now: float, jitter: float
+) -> InstanceMemory:
+    match = assessment.match
+    if entry.attempt not in (None, assessment.hash) or entry.failed not in (None, assessment.hash):
+        # The file asks for something else now: what failed before says nothing about it.
+        entry = replace(entry, failures=0, reason=None, retry_at=None, attempt=None, failed=None)
+    if assessment.runs:
+        assert match is not None
+        if entry.started != match.name:
+            entry = replace(entry, started=match.name, started_at=None, ready_since=None)
+    elif match is not None and entry.started == match.name:
+        entry = note_failure(
+            replace(entry, started=None), assessment, ended(assessment), now, jitter=jitter
+        )
+    elif match is None and entry.started is not None and not assessment.alive:
+        entry = replace(entry, started=None, ready_since=None)  # removed by hand
+    if assessment.ready or (assessment.started_up and assessment.unprobed):
+        assert match is not None
+        entry = replace(
+            entry,
+            ready=assessment.hash,
+            ready_workload=match.name,
+            ready_since=entry.ready_since if entry.ready_since is not None else now,
+        )
+        if backoff.is_stable(entry.ready_since, now, assessment.instance.start_timeout):
+            entry = replace(entry, failures=0, reason=None, retry_at=None, attempt=None)
+    elif entry.ready_since is not None:
+        entry = replace(entry, ready_since=None)
+    return entry
+
+
+def note_failure(
+    entry: InstanceMemory, assessment: Assessment, reason: str, now: float, *, jitter: float
+) -> InstanceMemory:
+    """Count one failure of the desired specification.
+
+    A specification that was never ready, while an earlier one was and is still there, is not tried
+    again: the earlier one takes over.
+    """
+    failures = entry.failures + 1
+    failed = entry.failed
+    if entry.ready != assessment.hash and rollback_target(entry, assessment) is not None:
+        failed = assessment.hash
+    return replace(
+        entry,
+        failures=failures,
+        reason=reason,
+        attempt=assessment.hash,
+        retry_at=now + backoff.delay(failures, jitter),
+        failed=failed,
+        ready_since=None,
+    )
+
+
+def rollback_target(entry: InstanceMemory, assessment: Assessment) -> str | None:
+    """The name of the workload to go back to, if there is one."""
+    if not assessment.instance.rollback or entry.ready_workload is None:
+        return None
+    if assessment.match is not None and assessment.match.name == entry.ready_workload:
+        return None
+    for workload in (*assessment.alive, *assessment.ended):
+        if (
+            workload.name == entry.ready_workload
+            and workload.runtime == "docker"  # a process's secrets are not kept to start it again
+            and workload.identity.gpus == assessment.instance.gpus
+            and workload.identity.model == assessment.instance.model
+        ):
+            return workload.name
+    return None
+
+
+def ended(assessment: Assessment) -> str:
+    """How the instance's workload ended, in words."""
+    match = assessment.match
+    if match is None:
+        return "it is gone"
+    if match.error:
+        return match.error
+    if match.exit_code is None:
+        return "it ended"
+    return f"it exited with {describe_exit(match.exit_code)}"
+
+
+_SIGNALS: Mapping[int, str] = {
+    1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE",
+    9: "SIGKILL", 11: "SIGSEGV", 13: "SIGPIPE", 15: "SIGTERM",
+}  # fmt: skip
+
+
+def describe_exit(code: int) -> str:
+    """128 + N is how a shell, and Docker, report signal N."""
+    name = _SIGNALS.get(code - 128 if code > 128 else -code if code < 0 else 0)
+    return f"{code} ({name})" if name else str(code)

@@ -1,0 +1,68 @@
+"""What the supervisor remembers between two looks at the machine. Plain data, kept as JSON.
+
+Nothing here is needed to be right about what runs, only to be patient about what failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceMemory:
+    """Of one instance. A specification is named by Assessment.hash."""
+
+    failures: int = 0  # since the last reset
+    reason: str | None = None  # of the last failure
+    attempt: str | None = None  # the specification that failed last
+    retry_at: float | None = None
+    failed: str | None = None  # a specification that is not retried: we rolled back from it
+    ready: str | None = None  # the last specification that was ready
+    ready_workload: str | None = None  # name of the workload that was
+    ready_since: float | None = None
+    started: str | None = None  # name of the workload that we started, or saw running, last
+    started_at: float | None = None  # None: it was adopted
+    restarts: int = 0
+    phase: str | None = None
+    since: float | None = None  # of the phase
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """`bindings` maps index keys of the file to UUIDs."""
+
+    instances: Mapping[str, InstanceMemory] = field(default_factory=dict)
+    bindings: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, instance: str) -> InstanceMemory:
+        return self.instances.get(instance, InstanceMemory())
+
+    def with_instance(self, instance: str, entry: InstanceMemory) -> Memory:
+        return replace(self, instances={**self.instances, instance: entry})
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "bindings": dict(self.bindings),
+            "instances": {name: asdict(entry) for name, entry in sorted(self.instances.items())},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Memory:
+        """Unknown members are dropped: an older version may read what a newer one wrote.
+
+        Raises ValueError where the shape is not ours.
+        """
+        instances, bindings = data.get("instances", {}), data.get("bindings", {})
+        if not isinstance(instances, Mapping) or not isinstance(bindings, Mapping):
+            raise ValueError("instances and bindings must be maps")
+        known = {f.name for f in fields(InstanceMemory)}
+        return cls(
+            instances={
+                str(name): InstanceMemory(**{k: v for k, v in entry.items() if k in known})
+                for name, entry in instances.items()
+            },
+            bindings={str(key): str(uuid) for key, uuid in bindings.items()},
+        )

@@ -1,0 +1,135 @@
+"""Plans as people and programs read them. Equal plans give equal texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from mic_supervisor.plan.actions import Blocked, Change, FieldDiff, Plan
+
+_MARKS = {
+    "create": "+",
+    "start": "+",
+    "restart": "~",
+    "replace": "~",
+    "load": "~",
+    "stop": "-",
+    "remove": "-",
+    "unload": "-",
+    "adopt": "=",
+}
+
+
+def to_json(plan: Plan, *, host: str, config_hash: str) -> dict[str, Any]:
+    """The document of `plan --json`."""
+    return {
+        "version": 1,
+        "host": host,
+        "config_hash": config_hash,
+        "changes": plan.count,
+        "actions": [
+            {
+                "action": change.kind,
+                "instance": change.instance,
+                "model": change.model,
+                "backend": change.backend,
+                "gpus": list(change.gpus),
+                "cause": change.cause,
+                "waits": change.waits,
+                "diff": [
+                    {"path": diff.path, "before": diff.before, "after": diff.after}
+                    for diff in change.diff
+                ],
+                "steps": [step.id for step in change.steps],
+            }
+            for change in plan.changes
+        ],
+        "blocked": [
+            {
+                "instance": item.instance,
+                "model": item.model,
+                "gpus": list(item.gpus),
+                "reason": reason(item),
+                "hint": item.hint,
+                "until": item.until,
+            }
+            for item in plan.blocked
+        ],
+        "warnings": list(plan.warnings),
+    }
+
+
+def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
+    """What `plan` prints: a line per change with its cause, then its field diffs.
+
+    `indices` maps UUIDs to the numbers that the driver gives them today.
+    """
+    lines: list[str] = []
+    width = max((len(change.instance) for change in plan.changes), default=0)
+    places = {change.gpus: gpu_names(change.gpus, indices) for change in plan.changes}
+    place_width = max((len(place) for place in places.values()), default=0)
+    for change in plan.changes:
+        lines.append(
+            f"{_MARKS[change.kind]} {change.kind:<7}  {change.instance:<{width}}  "
+            f"{places[change.gpus]:<{place_width}}  {change.cause}"
+        )
+        lines += [f"    {diff_line(diff)}" for diff in change.diff]
+        if change.waits is not None:
+            lines.append(f"    waits for {change.waits}")
+    if plan.blocked:
+        lines += [""] if lines else []
+        for item in plan.blocked:
+            place = f" on {gpu_names(item.gpus, indices)}" if item.gpus else ""
+            lines.append(f"! blocked  {item.instance}{place}: {reason(item)}")
+            if item.hint:
+                lines.append(f"    hint: {item.hint}")
+    if plan.warnings:
+        lines += [""] if lines else []
+        lines += [f"warning: {text}" for text in plan.warnings]
+    lines += [""] if lines else []
+    lines.append(summary(plan))
+    return "\n".join(lines) + "\n"
+
+
+def summary(plan: Plan) -> str:
+    """ "Plan: 2 to create, 1 to replace; 1 blocked." or "No changes." """
+    counts: dict[str, int] = {}
+    for change in plan.changes:
+        counts[change.kind] = counts.get(change.kind, 0) + 1
+    parts = [f"{counts[kind]} to {kind}" for kind in _MARKS if kind in counts]
+    blocked = f"{len(plan.blocked)} blocked" if plan.blocked else ""
+    if not parts:
+        return f"No changes; {blocked}." if blocked else "No changes."
+    return f"Plan: {', '.join(parts)}{'; ' if blocked else ''}{blocked}."
+
+
+def reason(item: Blocked) -> str:
+    if item.until is None:
+        return item.reason
+    return f"{item.reason}; next try at {clock(item.until)}"
+
+
+def clock(at: float) -> str:
+    """Local time of day."""
+    return datetime.fromtimestamp(at).astimezone().strftime("%H:%M:%S")
+
+
+def gpu_names(gpus: Iterable[str], indices: Mapping[str, int]) -> str:
+    """ "GPU 3,4"; a GPU that is not there is named by its UUID."""
+    names = [str(indices[uuid]) if uuid in indices else uuid for uuid in gpus]
+    return f"GPU {','.join(names)}" if names else "no GPU"
+
+
+def diff_line(diff: FieldDiff) -> str:
+    return f"{diff.path}: {_value(diff.before)} -> {_value(diff.after)}"
+
+
+def change_line(change: Change, indices: Mapping[str, int]) -> str:
+    """One line about a change, for logs and progress."""
+    return f"{change.kind} {change.instance} ({gpu_names(change.gpus, indices)}): {change.cause}"
+
+
+def _value(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -1,0 +1,150 @@
+"""Spec identity: whether what runs is what the file asks for.
+
+A workload is written down *sparsely*: fields at their default are left out. So an upgrade that adds
+a field with a default changes nothing, and a field that this version does not know is not compared.
+Secrets stand as keyed digests. Digests made with another key are unknown, never different.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from mic_supervisor.model import ContainerSpec, Limits, Mount, Port, ProcessSpec, Workload
+from mic_supervisor.plan.actions import FieldDiff
+
+SCHEMA = 1
+HIDDEN = "(hidden)"
+
+_KINDS: dict[str, type[ContainerSpec] | type[ProcessSpec]] = {
+    "container": ContainerSpec,
+    "process": ProcessSpec,
+}
+_SECRET = frozenset({"env", "file_env", "variables"})
+# How a workload is stopped is read at the time of the stop: changing it must restart nothing.
+_NOT_COMPARED = frozenset({"stop_signal", "stop_timeout"})
+_DIGEST = "hmac-sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class SpecKey:
+    """The secret of this machine that digests in labels are keyed with."""
+
+    value: bytes = field(repr=False)
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(b"mic key id\0" + self.value).hexdigest()[:8]
+
+    def digest(self, text: str) -> str:
+        mac = hmac.new(self.value, text.encode(), hashlib.sha256).hexdigest()
+        return f"{_DIGEST}:{self.id}:{mac[:32]}"
+
+
+def normalise(workload: Workload, key: SpecKey) -> dict[str, Any]:
+    """The sparse, JSON-able form of a workload, as it goes into labels."""
+    kind = "container" if isinstance(workload, ContainerSpec) else "process"
+    out: dict[str, Any] = {"kind": kind}
+    for spec_field in fields(workload):
+        value = getattr(workload, spec_field.name)
+        if value == _default(spec_field):
+            continue
+        if spec_field.name in _SECRET:
+            out[spec_field.name] = {name: key.digest(text) for name, text in value}
+        else:
+            out[spec_field.name] = _plain(value)
+    return out
+
+
+def spec_hash(spec: Mapping[str, Any]) -> str:
+    """16 hex digits over what is compared."""
+    compared = {name: value for name, value in spec.items() if name not in _NOT_COMPARED}
+    return hashlib.sha256(canonical(compared).encode()).hexdigest()[:16]
+
+
+def canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def differences(recorded: Mapping[str, Any], desired: Mapping[str, Any]) -> tuple[FieldDiff, ...]:
+    """The fields that differ, by path. Empty: what was recorded is what is desired."""
+    if recorded.get("kind") != desired.get("kind"):
+        return (FieldDiff("kind", recorded.get("kind"), desired.get("kind")),)
+    known = _KINDS[desired["kind"]]
+    defaults = {f.name: _plain(_default(f)) for f in fields(known)}
+    out: list[FieldDiff] = []
+    for name in sorted(defaults):
+        if name in _NOT_COMPARED:
+            continue
+        before = recorded.get(name, defaults[name])
+        after = desired.get(name, defaults[name])
+        if name in _SECRET:
+            out.extend(_secret_differences(name, before or {}, after or {}))
+        else:
+            out.extend(_walk(name, before, after))
+    return tuple(out)
+
+
+def stop_parameters(spec: Mapping[str, Any] | None) -> tuple[str, float]:
+    """(signal, grace seconds) that a recorded specification asks for."""
+    spec = spec or {}
+    grace = spec.get("stop_timeout")
+    signal = spec.get("stop_signal")
+    return (
+        signal if isinstance(signal, str) else "SIGTERM",
+        float(grace) if isinstance(grace, int | float) else 30.0,
+    )
+
+
+def _default(spec_field: Any) -> Any:
+    return None if spec_field.default is MISSING else spec_field.default
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, nested records sparse maps; ports and mounts are keyed by name."""
+    if isinstance(value, Limits | Mount | Port):
+        pairs = ((f.name, getattr(value, f.name), _default(f)) for f in fields(value))
+        return {name: item for name, item, default in pairs if item != default}
+    if isinstance(value, tuple):
+        if value and all(isinstance(item, Port) for item in value):
+            return {item.name: _without(_plain(item), "name") for item in value}
+        if value and all(isinstance(item, Mount) for item in value):
+            return {item.target: _without(_plain(item), "target") for item in value}
+        return [_plain(item) for item in value]
+    return value
+
+
+def _without(mapping: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in mapping.items() if name != key}
+
+
+def _walk(path: str, before: Any, after: Any) -> Iterator[FieldDiff]:
+    if before == after or (not before and not after and before != 0 and after != 0):
+        return
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in sorted({*before, *after}):
+            yield from _walk(f"{path}.{name}", before.get(name), after.get(name))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from _walk(f"{path}[{index}]", old, new)
+    else:
+        yield FieldDiff(path, before, after)
+
+
+def _secret_differences(
+    path: str, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterator[FieldDiff]:
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if old == new or (old and new and _key_of(old) != _key_of(new)):
+            continue
+        yield FieldDiff(f"{path}.{name}", HIDDEN if old else None, HIDDEN if new else None)
+
+
+def _key_of(digest: Any) -> str:
+    parts = str(digest).split(":")
+    return parts[1] if len(parts) == 3 and parts[0] == _DIGEST else ""
