@@ -190,7 +190,7 @@ def _send(engine: docker.APIClient, tag: str, key: str, context: IO[bytes]) -> N
     labels = {KEY_LABEL: key}
     _check(
         engine.build(
-            fileobj=context, custom_context=True, tag=tag, labels=labels, rm=True, decode=True
+            fileobj=context, custom_context=True, tag=tag, labels=labels, forcerm=True, decode=True
         ),
         tag,
     )

@@ -38,7 +38,8 @@ def missing(names: Sequence[str]) -> list[str]:
 def _services_stay_down() -> Iterator[None]:
     """Packages start their services when installed, unless policy-rc.d says no.
 
-    That is invoke-rc.d's rule, see its manual page. The tests start their own engine, with the PATH that it needs.
+    That is invoke-rc.d's rule, see its manual page. The tests start their own engine, with the
+    PATH that it needs.
     """
     if POLICY.exists():
         yield

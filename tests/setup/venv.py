@@ -65,9 +65,10 @@ def _create() -> None:
 
 
 def main(extra: str) -> None:
-    if sys.version_info < (3, 11):
+    version = sys.version.split()[0]
+    if sys.version_info < (3, 11):  # noqa: UP036  `python3` may be anything on a new machine
         die(
-            f"cannot create .venv: this is Python {sys.version.split()[0]}; 3.11 or newer is needed",
+            f"cannot create .venv: this is Python {version}; 3.11 or newer is needed",
             hint="name a newer one: make PYTHON=/path/to/python3.11 test",
         )
     key = fingerprint(CHECKOUT / "pyproject.toml", sys.version, str(CHECKOUT))
@@ -78,21 +79,10 @@ def main(extra: str) -> None:
     try:
         if not _usable():
             _create()
-        what = f".[{extra}]" if extra else "."
+        what = f"{CHECKOUT}[{extra}]" if extra else str(CHECKOUT)
         say(f".venv: installing {what}, editable")
-        run(
-            [
-                str(PYTHON),
-                "-m",
-                "pip",
-                "install",
-                "--no-input",
-                "-q",
-                "-e",
-                f"{CHECKOUT}{what[1:]}",
-            ],
-            f"install {what}",
-        )
+        pip = [str(PYTHON), "-m", "pip", "install", "--no-input", "-q"]
+        run([*pip, "-e", what], f"install {what}")
     except Missing as error:
         die(str(error), hint=error.hint)
     _stamp(extra).write_text(key)

@@ -32,7 +32,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 BORN = time.monotonic()
@@ -53,9 +53,9 @@ def seconds(name: str) -> float:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    told: dict[str, tuple[int, float, bytes]] = {}
-    ready_at = 0.0
-    children: list[int] = []
+    told: ClassVar[dict[str, tuple[int, float, bytes]]] = {}
+    ready_at: ClassVar[float] = 0.0
+    children: ClassVar[list[int]] = []
 
     def _answer(self, status: int, body: bytes | Any) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -86,9 +86,8 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/pid":
             self._answer(200, {"pid": os.getpid(), "children": self.children})
         elif path == "/v1/models":
-            self._answer(
-                200, {"object": "list", "data": [{"id": os.environ.get("MODEL", "model")}]}
-            )
+            model = {"id": os.environ.get("MODEL", "model"), "object": "model"}
+            self._answer(200, {"object": "list", "data": [model]})
         else:
             self._answer(404, {"error": f"no {path} here"})
 

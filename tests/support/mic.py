@@ -1,0 +1,185 @@
+"""Runs the installed command as a person would, each test in a world of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support import waiting
+from tests.support.ports import PortBlock
+
+PROGRAM = Path(sys.executable).with_name("mic-supervisor")
+
+
+@dataclass(frozen=True)
+class Result:
+    """`rc` as the shell shows it; the streams as text."""
+
+    rc: int
+    stdout: str
+    stderr: str
+
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+    def __str__(self) -> str:
+        return f"exit {self.rc}\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
+
+
+@dataclass
+class Daemon:
+    """A command that stays: `mic("run")` and its like. Both streams go to `log`."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self, sig: signal.Signals = signal.SIGTERM, timeout: float = 30.0) -> int:
+        """Sends `sig` and returns the exit code; one that stays is killed, and fails the test."""
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(
+                f"still there {timeout:g} s after {sig.name}:\n{self.text()}"
+            ) from None
+
+
+@dataclass
+class Mic:
+    """The command with its settings in `env`, which a test may change before a call.
+
+    Calling it runs `mic-supervisor ARGS`. Nothing of the caller's MIC_* settings shines through.
+    """
+
+    home: Path
+    scope: str
+    ports: PortBlock
+    gpus: int = 4
+    env: dict[str, str] = field(default_factory=dict)
+    daemons: list[Daemon] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for directory in (self.state_dir, self.run_dir):
+            directory.mkdir(parents=True)
+        self.listen = f"127.0.0.1:{self.ports.take()}"
+        settings = {
+            "CONFIG": self.config,
+            "LISTEN": self.listen,
+            "SOCKET": self.socket,
+            "STATE_DIR": self.state_dir,
+            "RUN_DIR": self.run_dir,
+            "GPU_SOURCE": f"simulated:{self.gpus}",
+            "PROCESS_RUNTIME": "subprocess",
+            "PORT_RANGE": self.ports.range,
+            "SCOPE": self.scope,
+        }
+        self.env = {f"MIC_{name}": str(value) for name, value in settings.items()} | self.env
+        if "DOCKER_HOST" in os.environ:
+            self.env.setdefault("MIC_DOCKER_HOST", os.environ["DOCKER_HOST"])
+
+    @property
+    def config(self) -> Path:
+        return self.home / "gpus.yaml"
+
+    @property
+    def state_dir(self) -> Path:
+        return self.home / "state"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.home / "run"
+
+    @property
+    def socket(self) -> Path:
+        return self.run_dir / "mic.sock"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.listen}"
+
+    def write(self, text: str) -> Path:
+        """Replaces gpus.yaml, indentation removed, the way an editor does: by a rename."""
+        fresh = self.config.with_suffix(".new")
+        fresh.write_text(textwrap.dedent(text))
+        return fresh.replace(self.config)
+
+    def environment(self) -> dict[str, str]:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MIC_")}
+        return {**inherited, "NO_COLOR": "1", "COLUMNS": "200", **self.env}
+
+    def __call__(
+        self, *args: str | Path, timeout: float = 60.0, rc: int | None = None, stdin: str = ""
+    ) -> Result:
+        """Runs to the end. With `rc`, another exit code fails the test and shows both streams."""
+        try:
+            done = subprocess.run(
+                [PROGRAM, *args],
+                env=self.environment(),
+                cwd=self.home,
+                input=stdin,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            seen = b"".join(s for s in (error.stdout, error.stderr) if s).decode(errors="replace")
+            raise AssertionError(f"{_line(args)}: no end in {timeout:g} s:\n{seen}") from None
+        result = Result(done.returncode, done.stdout, done.stderr)
+        if rc is not None and result.rc != rc:
+            raise AssertionError(f"{_line(args)}: wanted exit {rc}, got {result}")
+        return result
+
+    def start(self, *args: str | Path) -> Daemon:
+        """Starts a command that stays; it is ended with the test."""
+        log = self.home / f"daemon-{len(self.daemons)}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [PROGRAM, *args],
+                env=self.environment(),
+                cwd=self.home,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        daemon = Daemon(process, log)
+        self.daemons.append(daemon)
+        return daemon
+
+    def run(self, timeout: float = 20.0) -> Daemon:
+        """Starts the daemon and waits until its loop says that it is alive."""
+        daemon = self.start("run")
+
+        def alive() -> bool:
+            if daemon.process.poll() is not None:
+                raise AssertionError(f"exit {daemon.process.returncode}:\n{daemon.text()}")
+            return waiting.http(f"{self.url}/healthz", timeout=2).status == 200
+
+        waiting.until(alive, f"{self.url}/healthz", timeout=timeout)
+        return daemon
+
+    def close(self) -> None:
+        for daemon in self.daemons:
+            if daemon.process.poll() is None:
+                daemon.process.kill()
+                daemon.process.wait()
+
+
+def _line(args: tuple[str | Path, ...]) -> str:
+    return " ".join(["mic-supervisor", *map(str, args)])

@@ -1,0 +1,72 @@
+"""Lint, formatting and types as tests; what CI calls; how light the command starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("docker", "fastapi", "pynvml", "requests", "tritonclient", "google.protobuf")
+
+
+def _cache(name: str) -> str:
+    """A linter's cache outside the checkout: a fresh clone does not start from nothing."""
+    given = os.environ.get("MIC_TEST_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str((Path(given) if given else Path(base) / "mic-supervisor-tests") / name)
+
+
+def _clean(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.fail(f"{' '.join(command)}:\n{done.stdout}{done.stderr}", pytrace=False)
+
+
+def test_ruff_finds_nothing() -> None:
+    _clean("ruff", "check", ".")
+
+
+def test_ruff_would_format_nothing() -> None:
+    _clean("ruff", "format", "--check", ".")
+
+
+def test_types_hold() -> None:
+    _clean("mypy", "--cache-dir", _cache("mypy"))
+
+
+def test_ci_calls_make_test_and_nothing_cleverer() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.read_text() == (
+        "#!/usr/bin/env bash\n"
+        "set -euo pipefail\n"
+        'cd "$(dirname "${BASH_SOURCE[0]}")/.."\n'
+        "exec make test\n"
+    )
+    assert os.access(script, os.X_OK)
+
+
+def imported_modules(importtime: str) -> set[str]:
+    """The module names in what `python -X importtime` prints on stderr."""
+    lines = (line for line in importtime.splitlines() if line.startswith("import time:"))
+    return {line.rpartition("|")[2].strip() for line in lines}
+
+
+@pytest.mark.parametrize("arguments", ["--help", "check --help", "check examples/gpus.yaml"])
+def test_the_command_starts_light(arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mic_supervisor.cli", *arguments.split()],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("MIC_")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    loaded = imported_modules(done.stderr)
+    assert "click" in loaded
+    assert loaded.isdisjoint(HEAVY)
