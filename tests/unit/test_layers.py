@@ -30,7 +30,7 @@ IMPURE_MODULES = frozenset((
     "subprocess", "tempfile", "threading", "time", "urllib",
 ))
 # fmt: on
-PURE_PARTS = frozenset({"urllib.parse", "http"})  # text only; `http` has the status codes
+PURE_PARTS = ("urllib.parse", "http.HTTPStatus")
 
 BACKEND_NAMES = re.compile(r"\b(triton|comfyui|vllm)\b", re.IGNORECASE)
 
@@ -99,8 +99,7 @@ def impure(source: str, module: str, is_package: bool = False) -> list[str]:
         f"{module}:{line} imports {target}: {layer_of(module)} is pure"
         for line, target in imports(source, module, is_package)
         if target.split(".")[0] in IMPURE_MODULES
-        and target not in PURE_PARTS
-        and not any(target.startswith(f"{part}.") for part in PURE_PARTS)
+        and not f"{target}.".startswith(tuple(f"{part}." for part in PURE_PARTS))
     ]
 
 
@@ -132,6 +131,7 @@ def backends_named(source: str, module: str, is_package: bool = False) -> list[s
             texts = [node.name]
         elif isinstance(node, ast.ImportFrom):
             texts = [node.module or ""]
+        line = getattr(node, "lineno", 0)
         for text in texts:
             # In a name, `_` parts words; \b would take tritonclient's neighbours for one word.
             if found := BACKEND_NAMES.search(text.replace("_", " ")):
@@ -237,6 +237,7 @@ def test_relative_imports_of_a_package_start_at_itself() -> None:
         ("from urllib.request import urlopen", True),
         ("from urllib.parse import quote", False),
         ("from http import HTTPStatus", False),
+        ("import http.client", True),
         ("from datetime import datetime", False),
     ],
 )
