@@ -135,7 +135,7 @@ def backends_named(source: str, module: str, is_package: bool = False) -> list[s
         for text in texts:
             # In a name, `_` parts words; \b would take tritonclient's neighbours for one word.
             if found := BACKEND_NAMES.search(text.replace("_", " ")):
-                wrong.append(f"{module}:{getattr(node, 'lineno', 0)} names the backend {found[0]}")
+                wrong.append(f"{module}:{line} names the backend {found[0]}")
     return wrong
 
 
