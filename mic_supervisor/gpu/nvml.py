@@ -1,0 +1,368 @@
+"""GPU facts from the NVIDIA driver, through nvidia-ml-py (`pynvml`).
+
+Codes and their meaning: nvml.h of the driver. A driver is a neighbour one must not trust: GPUs
+fall off the bus, functions are missing, calls hang, the library is replaced under a running
+program. Each of these ends in a value that is None, in `unopened`, or in `error`; never in an
+exception, and never in a number that was made up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mic_supervisor.gpu.contained import Contained, DidNotReturn
+from mic_supervisor.gpu.nvml_errors import (
+    ARGUMENT_VERSION_MISMATCH,
+    FUNCTION_NOT_FOUND,
+    GONE,
+    INSUFFICIENT_SIZE,
+    LIB_RM_VERSION_MISMATCH,
+    MISSING,
+    REINITIALISE,
+    gpu_error,
+    library_error,
+)
+from mic_supervisor.gpu.proc import PROC, ProcessStat, read_stat
+from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
+
+FIRST_RETRY = 10.0  # seconds
+LAST_RETRY = 300.0
+
+_LISTS = (
+    ("compute", "nvmlDeviceGetComputeRunningProcesses"),
+    ("graphics", "nvmlDeviceGetGraphicsRunningProcesses"),
+    ("mps", "nvmlDeviceGetMPSComputeRunningProcesses"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """A GPU that could be opened, and what never changes about it while NVML stays initialised."""
+
+    index: int
+    handle: Any
+    uuid: str
+    name: str
+    pci_bus_id: str | None
+
+
+@dataclass(slots=True)
+class _Session:
+    """NVML between init and shutdown: it enumerates GPUs at init and keeps to that."""
+
+    driver: str | None
+    devices: list[_Device] = field(default_factory=list)
+    unopened: dict[int, tuple[int, str]] = field(default_factory=dict)  # index: code, error
+
+
+class _Unreadable(Exception):
+    """A GPU whose handle does not answer any more."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class NvmlSource:
+    """Every GPU that the driver of this machine knows. Thread-safe.
+
+    NVML is initialised with the first look and once more, at most every 10 s (later 300 s), after
+    a look that found GPUs lost or missing: only a new initialisation enumerates anew. Nobody else
+    in the process may be inside NVML without a reference of their own (nvmlInit) when that happens.
+
+    A look takes at most `timeout` seconds, or `init_timeout` when it has to initialise the driver,
+    which wakes sleeping GPUs one by one. A call that hangs is left behind: the look, and every
+    later one until that call returns, gives an inventory whose `error` says so.
+
+    `outdated` turns true when the driver was replaced under this program: a process cannot load
+    the new library beside the old one, so only its successor will see GPUs again.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: float = 5.0,
+        init_timeout: float = 30.0,
+        proc: Path = PROC,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._timeout = timeout
+        self._init_timeout = init_timeout
+        self._proc = proc
+        self._clock = clock
+        self._calls = Contained("nvml")
+        self.outdated = False
+        # From here on: touched by one contained call at a time.
+        self._session: _Session | None = None
+        self._was_open = False
+        self._asked = "the driver"
+        self._closed = False
+        self._known: set[str] = set()
+        self._codes: set[int] = set()
+        self._retry_at = 0.0
+        self._retry_delay = FIRST_RETRY
+
+    def observe(self) -> GpuInventory:
+        timeout = self._timeout if self._session else self._init_timeout
+        try:
+            return self._calls.call(self._look, timeout)
+        except DidNotReturn as error:
+            return _failed(
+                f"NVML did not answer within {error.timeout:g} s, asked about {self._asked}",
+                "find the cause with: dmesg | grep -i -e xid -e nvrm",
+            )
+        # The binding raises its own types, ctypes' and whatever a broken library leads to; a look
+        # that went wrong is an unknown inventory, not the end of the program.
+        except Exception as error:  # noqa: BLE001
+            return _failed(f"{type(error).__name__}: {error}", "check the driver with: nvidia-smi")
+
+    def close(self) -> None:
+        def end() -> None:
+            self._closed = True
+            self._shut_down()
+
+        try:
+            self._calls.call(end, self._timeout)
+        except (DidNotReturn, RuntimeError):
+            # Shutting NVML down while a call is inside it crashes the process.
+            self._closed = True
+
+    # --- one look -----------------------------------------------------------------------------
+
+    def _look(self) -> GpuInventory:
+        if self._closed:
+            return _failed("its source was closed", "restart this program")
+        try:
+            return self._look_once()
+        finally:
+            if self._closed:  # by a close() that did not wait for this look
+                self._shut_down()
+
+    def _look_once(self) -> GpuInventory:
+        try:
+            import pynvml
+        except ImportError as error:
+            return _failed(str(error), "install it with: pip install nvidia-ml-py")
+        try:
+            try:
+                return self._read_or_start_over(pynvml)
+            except pynvml.NVMLError as error:
+                if self._session is None or error.value not in REINITIALISE:
+                    raise
+                self._shut_down()
+                return self._read_or_start_over(pynvml)
+        except pynvml.NVMLError as error:
+            self._shut_down()
+            self.outdated = self._was_open and error.value == LIB_RM_VERSION_MISMATCH
+            return _failed(*library_error(error.value, str(error), was_open=self._was_open))
+        except pynvml.NVMLLibraryMismatchError:
+            return _failed("the driver is older than nvidia-ml-py supports", "upgrade the driver")
+
+    def _read_or_start_over(self, nvml: Any) -> GpuInventory:
+        session = self._open(nvml)
+        inventory = self._read(nvml, session)
+        if not self._troubled(inventory):
+            self._retry_at, self._retry_delay = 0.0, FIRST_RETRY
+        elif self._clock() >= self._retry_at:
+            self._retry_at = self._clock() + self._retry_delay
+            self._retry_delay = min(LAST_RETRY, self._retry_delay * 2)
+            if self._codes & REINITIALISE or self._missing(inventory):
+                self._shut_down()
+                session = self._open(nvml)
+            else:
+                for index in list(session.unopened):
+                    self._open_device(nvml, session, index)
+            inventory = self._read(nvml, session)
+        self._known.update(gpu.uuid for gpu in inventory.gpus)
+        return inventory
+
+    def _missing(self, inventory: GpuInventory) -> bool:
+        return not self._known.issubset(gpu.uuid for gpu in inventory.gpus)
+
+    def _troubled(self, inventory: GpuInventory) -> bool:
+        return bool(inventory.unopened or self._codes & REINITIALISE or self._missing(inventory))
+
+    def _open(self, nvml: Any) -> _Session:
+        if self._session is not None:
+            return self._session
+        self._asked = "the driver"
+        nvml.nvmlInit()
+        self._was_open = True
+        session = self._session = _Session(driver=None)
+        with suppress(nvml.NVMLError):
+            session.driver = nvml.nvmlSystemGetDriverVersion()
+        for index in range(nvml.nvmlDeviceGetCount()):
+            self._open_device(nvml, session, index)
+        return session
+
+    def _open_device(self, nvml: Any, session: _Session, index: int) -> None:
+        """Open one GPU, or note why it cannot be: that concerns this GPU only."""
+        self._asked = f"GPU {index}"
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            uuid = nvml.nvmlDeviceGetUUID(handle)
+        except nvml.NVMLError as error:
+            session.unopened[index] = error.value, gpu_error("open it", error.value, str(error))
+            return
+        try:
+            name = self._get(nvml.nvmlDeviceGetName, handle)
+            pci = self._get(nvml.nvmlDeviceGetPciInfo, handle)
+        except _Unreadable as error:
+            session.unopened[index] = error.code, gpu_error(f"read {uuid}", error.code)
+            return
+        session.unopened.pop(index, None)
+        session.devices.append(
+            _Device(index, handle, uuid, name or "NVIDIA GPU", pci.busId if pci else None)
+        )
+
+    def _shut_down(self) -> None:
+        if self._session is None:
+            return
+        import pynvml
+
+        self._session = None
+        with suppress(pynvml.NVMLError):  # it may be uninitialised already
+            pynvml.nvmlShutdown()
+
+    def _read(self, nvml: Any, session: _Session) -> GpuInventory:
+        self._asked = "the driver"
+        nvml.nvmlDeviceGetCount()  # fails where the library as a whole does
+        self._codes = {code for code, _ in session.unopened.values()}
+        unopened = {index: error for index, (_, error) in session.unopened.items()}
+        gpus = []
+        names: dict[int, ProcessStat | None] = {}
+        for device in session.devices:
+            self._asked = f"GPU {device.index} ({device.uuid})"
+            try:
+                gpus.append(self._read_gpu(nvml, device, names))
+            except _Unreadable as error:
+                unopened[device.index] = gpu_error(
+                    f"read {device.uuid} at {device.pci_bus_id or 'an unknown bus id'}", error.code
+                )
+        return GpuInventory(
+            source="nvml",
+            gpus=tuple(sorted(gpus, key=lambda gpu: gpu.index)),
+            unopened=tuple(UnopenedGpu(index, unopened[index]) for index in sorted(unopened)),
+            driver=session.driver,
+        )
+
+    # --- one GPU ------------------------------------------------------------------------------
+
+    def _read_gpu(self, nvml: Any, device: _Device, names: dict[int, ProcessStat | None]) -> Gpu:
+        handle = device.handle
+        draw = self._get(nvml.nvmlDeviceGetPowerUsage, handle)
+        limit = self._get(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+        rates = self._get(nvml.nvmlDeviceGetUtilizationRates, handle)
+        return Gpu(
+            uuid=device.uuid,
+            index=device.index,
+            name=device.name,
+            pci_bus_id=device.pci_bus_id,
+            memory=self._memory(nvml, handle),
+            processes=self._processes(nvml, handle, names),
+            power_draw=None if draw is None else draw / 1000,
+            power_limit=None if limit is None else limit / 1000,
+            utilization=None if rates is None else rates.gpu / 100,
+            temperature=self._temperature(nvml, handle),
+        )
+
+    def _get(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What the function answers; None if this GPU or this driver does not know.
+
+        Raises _Unreadable where the GPU itself is gone.
+        """
+        import pynvml
+
+        try:
+            return function(*args)
+        except pynvml.NVMLError as error:
+            self._codes.add(error.value)
+            if error.value in GONE:
+                raise _Unreadable(error.value) from error
+        except (pynvml.NVMLLibraryMismatchError, UnicodeDecodeError):
+            pass
+        return None
+
+    def _memory(self, nvml: Any, handle: Any) -> GpuMemory | None:
+        try:
+            info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+        except nvml.NVMLError as error:
+            if error.value not in {*MISSING, ARGUMENT_VERSION_MISMATCH}:
+                self._note(error.value)
+                return None
+            # The first version counts what the driver reserves, some 300 MB, as used.
+            old = self._get(nvml.nvmlDeviceGetMemoryInfo, handle)
+            return GpuMemory(int(old.total), int(old.used), int(old.free)) if old else None
+        return GpuMemory(int(info.total), int(info.used), int(info.free), int(info.reserved))
+
+    def _temperature(self, nvml: Any, handle: Any) -> float | None:
+        value = None
+        if hasattr(nvml, "nvmlDeviceGetTemperatureV"):  # nvidia-ml-py 12.570 brought it
+            value = self._get(nvml.nvmlDeviceGetTemperatureV, handle, nvml.NVML_TEMPERATURE_GPU)
+        if value is None:
+            value = self._get(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
+        return None if value is None else float(value)
+
+    def _processes(
+        self, nvml: Any, handle: Any, names: dict[int, ProcessStat | None]
+    ) -> tuple[GpuProcess, ...] | None:
+        """Everyone on the GPU, by PID; None unless every list that the driver has could be read."""
+        kinds: dict[int, list[str]] = {}
+        used: dict[int, int | None] = {}
+        for kind, function in _LISTS:
+            try:
+                rows = self._list(nvml, function, handle)
+            except nvml.NVMLError as error:
+                if error.value in MISSING and kind != "compute":
+                    continue  # this driver knows no such processes
+                self._note(error.value)
+                return None
+            for row in rows:
+                kinds.setdefault(row.pid, []).append(kind)
+                amounts = [n for n in (used.get(row.pid), row.usedGpuMemory) if n is not None]
+                used[row.pid] = max(amounts, default=None)
+        for pid in kinds:
+            if pid not in names:
+                names[pid] = read_stat(pid, self._proc)
+        return tuple(
+            GpuProcess(
+                pid=pid,
+                name=stat.name if (stat := names[pid]) else None,
+                used_memory=used[pid],
+                start_time=stat.start_time if stat else None,
+                kinds=tuple(kinds[pid]),
+            )
+            for pid in sorted(kinds)
+        )
+
+    def _list(self, nvml: Any, function: str, handle: Any) -> list[Any]:
+        """One list of processes, from the newest version of the function that the driver has.
+
+        Raises NVMLError.
+        """
+        version = "_v3"
+        for _ in range(4):
+            try:
+                rows: list[Any] = getattr(nvml, function + version)(handle)
+                return rows
+            except nvml.NVMLError as error:
+                if error.value == FUNCTION_NOT_FOUND and version == "_v3":
+                    version = "_v2"
+                # More processes came between the question for the size and that for the list.
+                elif error.value != INSUFFICIENT_SIZE:
+                    raise
+        raise nvml.NVMLError(INSUFFICIENT_SIZE)
+
+    def _note(self, code: int) -> None:
+        self._codes.add(code)
+        if code in GONE:
+            raise _Unreadable(code)
+
+
+def _failed(cause: str, hint: str) -> GpuInventory:
+    return GpuInventory(source="nvml", error=f"cannot read GPUs: {cause}; {hint}")
