@@ -7,14 +7,15 @@ names the backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from mic_supervisor.model import Gpu, Instance, Placement, PlacementState
+from mic_supervisor.model import Gpu, Instance, LoadState, Placement, PlacementState
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +59,49 @@ class Backend(Protocol):
     ) -> PlacementState:
         """What the answer to `placement.verify` means; `status` None: there was no answer."""
         ...
+
+    def load_failure(self, answer: str, log: Sequence[str], model: str) -> str:
+        """Why a load or unload failed, in one sentence without a full stop.
+
+        `answer` is the body that the server gave, empty when it gave none; `log` holds the last
+        lines of its log, oldest first; `model` is the placement's.
+        """
+        ...
+
+    def is_drained(self, status: int, body: str) -> bool:
+        """Whether the answer to the instance's `drain` call says that nothing is in flight."""
+        ...
+
+
+class BackendBase:
+    """What most backends have in common: no model inside their server is loaded over HTTP."""
+
+    def placement_state(
+        self,
+        placement: Placement,
+        status: int | None,  # noqa: ARG002
+        body: str,  # noqa: ARG002
+    ) -> PlacementState:
+        """Unknown: a backend that makes placements says itself how to read the answer."""
+        return PlacementState(placement.model, LoadState.UNKNOWN, reason="its server loads none")
+
+    def load_failure(self, answer: str, log: Sequence[str], model: str) -> str:  # noqa: ARG002
+        """The server's own words; the last line of its log when it gave none."""
+        last = next((line.strip() for line in reversed(log) if line.strip()), "")
+        if words := error_text(answer):
+            return words
+        return f"no answer; the last line of its log is: {last}" if last else "no answer"
+
+    def is_drained(self, status: int, body: str) -> bool:  # noqa: ARG002
+        """Always: an instance without a `drain` call is never asked."""
+        return True
+
+
+def error_text(body: str) -> str:
+    """What an answer says went wrong: its JSON member "error", or its text; one line, or empty."""
+    try:
+        document = json.loads(body)
+    except ValueError:
+        return " ".join(body.split())
+    error = document.get("error") if isinstance(document, dict) else None
+    return error.strip() if isinstance(error, str) else " ".join(body.split())

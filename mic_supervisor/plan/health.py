@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from enum import StrEnum
 
@@ -73,13 +73,24 @@ def phase_of(
 
 
 def remember(
-    memory: Memory, assessments: Iterable[Assessment], now: float, *, jitter: float
+    memory: Memory,
+    assessments: Iterable[Assessment],
+    now: float,
+    *,
+    jitter: float,
+    busy: Collection[str] = (),
 ) -> Memory:
-    """Fold what was just observed into the memory. Instances that are gone are forgotten."""
-    instances: dict[str, InstanceMemory] = {}
+    """Fold what was just observed into the memory. Instances that are gone are forgotten.
+
+    Of a `busy` instance nothing is concluded: that it does not run may be our own doing.
+    """
+    instances: dict[str, InstanceMemory] = {
+        name: entry for name, entry in memory.instances.items() if name in busy
+    }
     for assessment in assessments:
         instance = assessment.instance.id
-        instances[instance] = _remember(memory.of(instance), assessment, now, jitter)
+        if instance not in busy:
+            instances[instance] = _remember(memory.of(instance), assessment, now, jitter)
     return replace(memory, instances=instances)
 
 
@@ -116,9 +127,17 @@ def _remember(
 
 
 def note_failure(
-    entry: InstanceMemory, assessment: Assessment, reason: str, now: float, *, jitter: float
+    entry: InstanceMemory,
+    assessment: Assessment,
+    reason: str,
+    now: float,
+    *,
+    jitter: float,
+    refused: bool = False,
 ) -> InstanceMemory:
     """Count one failure of the desired specification.
+
+    `refused`: somebody said no, and would say it again at once; so even the first retry waits.
 
     A specification that was never ready, while an earlier one was and is still there, is not tried
     again: the earlier one takes over.
@@ -132,7 +151,7 @@ def note_failure(
         failures=failures,
         reason=reason,
         attempt=assessment.hash,
-        retry_at=now + backoff.delay(failures, jitter),
+        retry_at=now + backoff.delay(max(failures, 2) if refused else failures, jitter),
         failed=failed,
         ready_since=None,
     )

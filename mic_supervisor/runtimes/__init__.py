@@ -76,3 +76,12 @@ class Runtime(Protocol):
     ) -> Iterator[str]:
         """Lines, oldest first, without line ends; `tail` None is all of them."""
         ...
+
+    def run_check(
+        self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
+    ) -> tuple[int, str]:
+        """Run a command where the workload runs, for at most `timeout` seconds.
+
+        (exit status, output). Raises RuntimeRefused when the command cannot be run or takes longer.
+        """
+        ...

@@ -1,0 +1,176 @@
+"""Executes the steps of a plan: one call each, no decisions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from mic_supervisor.converge import probes
+from mic_supervisor.converge.http_client import NoAnswer
+from mic_supervisor.converge.observe import Sources
+from mic_supervisor.converge.probes import Target
+from mic_supervisor.errors import LoadFailed, MicError, StopFailed
+from mic_supervisor.model import GpuProcess, LoadState, OwnerKind
+from mic_supervisor.plan.actions import (
+    Create,
+    Drain,
+    Load,
+    Prepare,
+    Release,
+    Remove,
+    Restart,
+    Start,
+    Step,
+    Stop,
+    Unload,
+)
+from mic_supervisor.runtimes import Progress, Runtime
+
+RELEASE_TIMEOUT = 30.0  # seconds
+_VERIFY_TIMEOUT = 10.0  # seconds, from the answer to a load until the server says it runs it
+_LOG_LINES = 400
+
+
+class Steps:
+    """Runs steps, blocking, from one thread per lane.
+
+    `target_of` finds the instance and the backend for a workload that is to be talked to.
+    """
+
+    def __init__(self, sources: Sources, target_of: Callable[[Load | Unload | Drain], Target]):
+        self._sources = sources
+        self._target_of = target_of
+
+    def run(self, step: Step, progress: Progress) -> None:
+        """Do it. Raises MicError in words for the operator."""
+        if isinstance(step, Prepare):
+            self._runtime(step.launch.runtime).prepare(step.launch, progress)
+        elif isinstance(step, Create):
+            self._runtime(step.launch.runtime).create(step.launch)
+        elif isinstance(step, Start):
+            self._runtime(step.launch.runtime).start(step.launch)
+        elif isinstance(step, Restart):
+            self._runtime(step.workload.runtime).restart(step.workload)
+        elif isinstance(step, Stop):
+            runtime = self._runtime(step.workload.runtime)
+            runtime.stop(step.workload, signal=step.signal, grace=step.grace)
+        elif isinstance(step, Remove):
+            self._runtime(step.workload.runtime).remove(step.workload)
+        elif isinstance(step, Release):
+            self._release(step, progress)
+        elif isinstance(step, Drain):
+            self._drain(step, progress)
+        elif isinstance(step, Load):
+            self._load(step, progress)
+        elif isinstance(step, Unload):
+            self._unload(step)
+        else:
+            raise AssertionError(f"unknown step {step!r}")
+
+    def _runtime(self, name: str) -> Runtime:
+        return self._sources.runtimes[name]
+
+    def _release(self, step: Release, progress: Progress) -> None:
+        """Until the driver lists none of the old processes, which it may do after their end."""
+        deadline = time.monotonic() + RELEASE_TIMEOUT
+        told = ""
+        while True:
+            holders = self._holders(step)
+            if holders is not None and not holders:
+                return
+            if holders is None:
+                text = "waiting for the GPU's processes to be readable"
+            else:
+                listed = ", ".join(str(process.pid) for process in holders)
+                text = f"waiting for the GPU to be released by PID {listed}"
+            if time.monotonic() >= deadline:
+                raise StopFailed(
+                    f"cannot start {step.instance}: after {RELEASE_TIMEOUT:g} s still {text}",
+                    hint="see `mic-supervisor gpus`",
+                )
+            if text != told:
+                progress(text)
+                told = text
+            time.sleep(0.05)
+
+    def _holders(self, step: Release) -> list[GpuProcess] | None:
+        from mic_supervisor.gpu.owners import annotate
+
+        managed: Mapping[str, str] = dict.fromkeys(step.refs, step.instance)
+        inventory = annotate(self._sources.gpus.observe(), managed)
+        if inventory.error is not None:
+            return None
+        found: list[GpuProcess] = []
+        for gpu in inventory.gpus:
+            if gpu.uuid not in step.gpus:
+                continue
+            if gpu.processes is None:
+                return None
+            found += [
+                process
+                for process in gpu.processes
+                # A PID that is gone from /proc and still listed is the driver, letting go.
+                if process.start_time is None
+                or (process.owner is not None and process.owner.kind is OwnerKind.MANAGED)
+            ]
+        return found
+
+    def _drain(self, step: Drain, progress: Progress) -> None:
+        """A drain that runs out of time ends; the stop that follows is then a hard one."""
+        target = self._target_of(step)
+        deadline = time.monotonic() + step.timeout
+        progress("draining")
+        while time.monotonic() < deadline:
+            try:
+                answer = probes.call(target, step.call)
+            except NoAnswer:
+                return  # who does not answer has nothing to finish for anyone
+            if target.backend.is_drained(answer.status, answer.body):
+                return
+            time.sleep(0.25)
+        progress(f"still busy after {step.timeout:g} s; stopping it all the same")
+
+    def _load(self, step: Load, progress: Progress) -> None:
+        target, placement = self._target_of(step), step.placement
+        progress(f"loading {placement.model}")
+        try:
+            answer = probes.call(target, placement.load)
+        except NoAnswer as error:
+            raise LoadFailed(
+                f"cannot load {placement.model}: {error}",
+                hint=f"see `mic-supervisor logs {step.instance}`",
+            ) from error
+        if not answer.ok:
+            raise LoadFailed(
+                f"cannot load {placement.model}: "
+                + target.backend.load_failure(answer.body, self._log(step), placement.model),
+                hint=f"see `mic-supervisor logs {step.instance}`",
+            )
+        deadline = time.monotonic() + _VERIFY_TIMEOUT
+        while True:
+            state = probes.placement_state(target, placement)
+            if state.state is LoadState.LOADED and state.digest == placement.digest:
+                return
+            if time.monotonic() >= deadline:
+                runs = ", ".join(f"{key}={value}" for key, value in state.summary)
+                raise LoadFailed(
+                    f"cannot load {placement.model}: the server took the configuration and runs "
+                    f"another one ({runs or state.reason or state.state.value})",
+                    hint=f"see `mic-supervisor logs {step.instance}`",
+                )
+            time.sleep(0.1)
+
+    def _unload(self, step: Unload) -> None:
+        try:
+            answer = probes.call(self._target_of(step), step.placement.unload)
+        except NoAnswer as error:
+            raise LoadFailed(f"cannot unload {step.placement.model}: {error}") from error
+        if not answer.ok:
+            raise LoadFailed(f"cannot unload {step.placement.model}: {answer.body[:300]}")
+
+    def _log(self, step: Load) -> list[str]:
+        runtime = self._runtime(step.workload.runtime)
+        try:
+            return list(runtime.logs(step.workload, tail=_LOG_LINES))
+        except MicError:
+            return []  # the server's own words still tell something; the log only adds to them

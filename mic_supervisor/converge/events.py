@@ -1,0 +1,40 @@
+"""What the converger tells whoever listens: the terminal, the log, the history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+EventKind = Literal["begin", "progress", "done", "failed", "phase", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened to one instance. `seconds` is how long it took, where it took any."""
+
+    kind: EventKind
+    at: float
+    instance: str
+    text: str
+    model: str = ""
+    gpus: tuple[str, ...] = ()
+    cause: str = ""
+    seconds: float | None = None
+    hint: str | None = None
+    phase: str | None = None
+    was: str | None = None
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(slots=True)
+class Events:
+    """Passes every event on to every listener, in order."""
+
+    listeners: list[Listener] = field(default_factory=list)
+
+    def tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)

@@ -1,0 +1,80 @@
+"""One writer per scope."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from mic_supervisor.errors import LockHeld, MicError
+
+
+@contextmanager
+def writer(path: Path, command: str, timeout: float) -> Iterator[None]:
+    """Hold the lock of a scope while something is changed.
+
+    The kernel drops it with the process, however that ends. `timeout` is in seconds; LockHeld says
+    who holds it, with which command and since when.
+    """
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise MicError(
+            f"cannot open the lock {path}: {error.strerror}",
+            hint="run as root, or point MIC_RUN_DIR to a directory you may write to",
+        ) from error
+    try:
+        _acquire(descriptor, path, timeout)
+        holder = {
+            "pid": os.getpid(),
+            "command": command,
+            "user": _user(),
+            "since": time.time(),
+        }
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        try:
+            yield
+        finally:
+            os.truncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, path: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise LockHeld(
+                    f"cannot converge: {_holder(descriptor, path)}",
+                    hint="wait for it, or give more patience with --lock-timeout",
+                ) from None
+            time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
+        else:
+            return
+
+
+def _holder(descriptor: int, path: Path) -> str:
+    """Who holds the lock. What it wrote may be half there: then the PID is all that is lost."""
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        since = datetime.fromtimestamp(holder["since"]).astimezone().strftime("%H:%M:%S")
+        return (
+            f"PID {holder['pid']} ({holder['command']}, started by {holder['user']}) "
+            f"is converging since {since}"
+        )
+    except (ValueError, KeyError, TypeError):
+        return f"another process holds {path}"
+
+
+def _user() -> str:
+    return os.environ.get("SUDO_USER") or os.environ.get("USER") or f"uid {os.getuid()}"

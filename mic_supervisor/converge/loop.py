@@ -1,0 +1,428 @@
+"""Converges: observe, reconcile, apply, until there is nothing left to do, and then again.
+
+Level-triggered. Whatever wakes the loop, a round looks at everything anew. Rounds are short; what
+takes time runs in lanes, and a lane that is busy is left out of the rounds meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from mic_supervisor.backends import Backend
+from mic_supervisor.converge.apply import Steps
+from mic_supervisor.converge.events import Event, EventKind, Events
+from mic_supervisor.converge.observe import Sources, combine
+from mic_supervisor.converge.prober import Prober
+from mic_supervisor.converge.probes import Target
+from mic_supervisor.converge.sources import Source
+from mic_supervisor.errors import MicError, RuntimeUnavailable, StopFailed
+from mic_supervisor.model import (
+    DesiredState,
+    GpuInventory,
+    ObservedState,
+    ObservedWorkload,
+    RuntimeView,
+)
+from mic_supervisor.plan.actions import (
+    Change,
+    Create,
+    Drain,
+    Load,
+    Plan,
+    Prepare,
+    Release,
+    Restart,
+    Start,
+    Step,
+    Stop,
+    Unload,
+)
+from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
+from mic_supervisor.plan.health import Phase, note_failure, remember
+from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.reconcile import reconcile
+from mic_supervisor.plan.status import InstanceStatus, instance_statuses
+
+RESYNC = 10.0  # seconds between two rounds that nothing woke
+CRASH_WATCH = 0.5  # seconds between two rounds while something starts
+_LANE_REST = 1.0  # seconds before a lane in which something failed is tried again
+
+_PHASE_OF_STEP: Mapping[type[Step], Phase] = {
+    Prepare: Phase.PENDING,
+    Create: Phase.PENDING,
+    Drain: Phase.STOPPING,
+    Stop: Phase.STOPPING,
+    Release: Phase.WAITING_VRAM,
+    Start: Phase.STARTING,
+    Restart: Phase.STARTING,
+    Load: Phase.LOADING,
+    Unload: Phase.LOADING,
+}
+
+
+_ON_ITS_WAY = (Phase.PENDING, Phase.STARTING, Phase.LOADING)
+
+
+class Desired(Protocol):
+    """Where the desired state comes from; it may depend on what GPUs there are."""
+
+    def state(self, inventory: GpuInventory, bindings: Mapping[str, str]) -> DesiredState:
+        """The desired state for this inventory. Blocking; may read files."""
+        ...
+
+    def backend(self, name: str) -> Backend:
+        """The backend of an instance that `state` gave."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One round's view of everything, immutable: what status, HTTP and metrics show."""
+
+    at: float
+    desired: DesiredState
+    observed: ObservedState
+    memory: Memory
+    plan: Plan
+    statuses: tuple[InstanceStatus, ...]
+    busy: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """What is being executed: changes of these instances, on these GPUs."""
+
+    instances: frozenset[str]
+    gpus: frozenset[str]
+
+    def overlaps(self, other: _Lane) -> bool:
+        return bool(self.instances & other.instances or self.gpus & other.gpus)
+
+
+class Converger:
+    """Keeps one scope of one machine in its desired state.
+
+    `context` holds what decisions depend on; `save` is called with the memory whenever it changed,
+    from a thread. All methods belong to the thread of the event loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Sources,
+        desired: Desired,
+        context: Context,
+        memory: Memory,
+        save: Callable[[Memory], None],
+        events: Events,
+        clock: Callable[[], float],
+    ) -> None:
+        self.context = context
+        self.memory = memory
+        self.snapshot: Snapshot | None = None
+        self.activities: dict[str, Phase] = {}
+        self._runtimes = sources.runtimes
+        self._desired = desired
+        self._save = save
+        self._saved = memory
+        self._events = events
+        self._clock = clock
+        self._wakes = asyncio.Event()
+        self._pool = ThreadPoolExecutor(64, thread_name_prefix="mic-work")
+        self._probe_pool = ThreadPoolExecutor(64, thread_name_prefix="mic-probe")
+        self._prober = Prober(self._probe_pool, self.wake, clock)
+        self._steps = Steps(sources, self._target_of)
+        self._lanes: dict[asyncio.Task[None], _Lane] = {}
+        self._rest: dict[str, tuple[int, float]] = {}  # instance -> failures in a row, until
+        self._assessments: dict[str, Assessment] = {}
+        self._gpus = Source(
+            "NVML",
+            sources.gpus.observe,
+            lambda error: GpuInventory("nvml", error=error),
+            self._pool,
+        )
+        self._views = [
+            Source(name, runtime.observe, _late_view(name), self._pool)
+            for name, runtime in sources.runtimes.items()
+        ]
+        self._listeners = Source("/proc/net", sources.listeners, lambda _error: None, self._pool)
+
+    def wake(self) -> None:
+        """Have a round soon: something may have changed."""
+        self._wakes.set()
+
+    async def run(self, until: Callable[[Snapshot], bool] | None = None) -> Snapshot:
+        """Converge until `until` says that it is enough; without it, until cancelled."""
+        while True:
+            self._wakes.clear()
+            snapshot = await self._round()
+            if until is not None and not snapshot.busy and until(snapshot):
+                return snapshot
+            try:
+                await asyncio.wait_for(self._wakes.wait(), self._pause(snapshot))
+            except TimeoutError:
+                continue
+
+    async def close(self) -> None:
+        """Stop looking. Steps under way are waited for: half of one helps nobody."""
+        await self._prober.close()
+        if self._lanes:
+            await asyncio.wait(self._lanes)
+        # A probe or a call that hangs must not keep the program from ending.
+        self._probe_pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # --- one round ----------------------------------------------------------------------------
+
+    async def _round(self) -> Snapshot:
+        # What is busy now may end while the machine is being read, and what was read of it would
+        # then be old: it stays out of this round.
+        lanes = [*self._lanes.values()]
+        busy = frozenset(name for lane in lanes for name in lane.instances)
+        inventory, listeners, views = await asyncio.gather(
+            self._gpus.get(),
+            self._listeners.get(),
+            asyncio.gather(*(view.get() for view in self._views)),
+        )
+        loop = asyncio.get_running_loop()
+        desired = await loop.run_in_executor(
+            self._pool, self._desired.state, inventory, self.memory.bindings
+        )
+        now = self._clock()
+        context = replace(self.context, busy=busy)
+        observed = combine(inventory, views, listeners, dict(self._prober.health), now)
+        assessments = assess(desired, observed, context)
+        self._assessments = {item.instance.id: item for item in assessments}
+        self._prober.watch(self._targets(assessments, busy))
+        memory = remember(self.memory, assessments, now, jitter=random.random(), busy=busy)
+        memory = replace(memory, bindings=dict(desired.bindings))
+        plan = reconcile(desired, observed, memory, now, context, assessments)
+        self._dispatch(plan, lanes, now)
+        statuses = instance_statuses(desired, observed, assessments, plan, memory, self.activities)
+        self.memory = self._note_phases(memory, statuses, now)
+        await self._save_memory()
+        self.snapshot = Snapshot(
+            at=now,
+            desired=desired,
+            observed=observed,
+            memory=self.memory,
+            plan=plan,
+            statuses=statuses,
+            busy=frozenset(name for lane in self._lanes.values() for name in lane.instances),
+        )
+        return self.snapshot
+
+    def _targets(self, assessments: list[Assessment], busy: frozenset[str]) -> dict[str, Target]:
+        return {
+            item.match.ref: self._target(item.match, item)
+            for item in assessments
+            if item.match is not None
+            and is_alive(item.match)
+            and (item.instance.id not in busy or item.match.ref in self._prober.health)
+        }
+
+    def _target(self, workload: ObservedWorkload, item: Assessment) -> Target:
+        return Target(
+            instance=item.instance,
+            workload=workload,
+            backend=self._desired.backend(item.instance.backend),
+            execute=self._runtimes[workload.runtime].run_check,
+        )
+
+    def _target_of(self, step: Load | Unload | Drain) -> Target:
+        return self._target(step.workload, self._assessments[step.instance])
+
+    def _note_phases(
+        self, memory: Memory, statuses: tuple[InstanceStatus, ...], now: float
+    ) -> Memory:
+        for row in statuses:
+            entry = memory.instances.get(row.id)
+            if entry is None or entry.phase == row.phase.value:
+                continue
+            self._events.tell(
+                Event(
+                    "phase",
+                    now,
+                    row.id,
+                    row.reason or "",
+                    row.model,
+                    row.gpus,
+                    seconds=None if entry.since is None else now - entry.since,
+                    phase=row.phase.value,
+                    was=entry.phase,
+                )
+            )
+            entry = replace(entry, phase=row.phase.value, since=now)
+            memory = memory.with_instance(row.id, entry)
+        return memory
+
+    async def _save_memory(self) -> None:
+        if self.memory == self._saved:
+            return
+        self._saved = self.memory
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._save, self.memory)
+
+    def _pause(self, snapshot: Snapshot) -> float:
+        """Seconds until the next round, unless something wakes the loop before."""
+        pause = RESYNC
+        if any(row.phase in _ON_ITS_WAY for row in snapshot.statuses):
+            pause = CRASH_WATCH
+        times = [until for _, until in self._rest.values()]
+        if snapshot.plan.next_wake is not None:
+            times.append(snapshot.plan.next_wake)
+        now = self._clock()
+        return max(0.01, min([pause, *(at - now for at in times if at > now)]))
+
+    # --- lanes --------------------------------------------------------------------------------
+
+    def _dispatch(self, plan: Plan, busy: list[_Lane], now: float) -> None:
+        by_lane: dict[str, list[Change]] = {}
+        for change in plan.changes:
+            if change.steps and change.waits is None:
+                by_lane.setdefault(change.lane, []).append(change)
+        for changes in by_lane.values():
+            lane = _Lane(
+                frozenset(change.instance for change in changes),
+                frozenset(uuid for change in changes for uuid in change.gpus),
+            )
+            if any(lane.overlaps(other) for other in [*busy, *self._lanes.values()]):
+                continue
+            if any(self._rest.get(name, (0, 0.0))[1] > now for name in lane.instances):
+                continue
+            for name in lane.instances:
+                self.activities[name] = Phase.PENDING
+            task = asyncio.create_task(self._execute(changes))
+            self._lanes[task] = lane
+            task.add_done_callback(self._lane_done)
+
+    def _lane_done(self, task: asyncio.Task[None]) -> None:
+        lane = self._lanes.pop(task)
+        for name in lane.instances:
+            self.activities.pop(name, None)
+        self.wake()
+        if not task.cancelled():
+            task.result()  # a defect is not to be lost: it ends the loop's exception handler
+
+    async def _execute(self, changes: list[Change]) -> None:
+        began = self._clock()
+        owner = {step.id: change for change in changes for step in change.steps}
+        failed: set[str] = set()
+        broken: set[str] = set()
+        for change in changes:
+            self._tell("begin", change, change.cause)
+        for step in in_order([step for change in changes for step in change.steps]):
+            change = owner[step.id]
+            if failed & set(step.depends_on):
+                failed.add(step.id)
+                broken.add(change.instance)
+                continue
+            try:
+                await self._step(step, change)
+            except MicError as error:
+                failed.add(step.id)
+                broken.add(change.instance)
+                self._failed(change, error, began)
+        for change in changes:
+            if change.instance not in broken:
+                self._rest.pop(change.instance, None)
+                self._tell("done", change, change.cause, seconds=self._clock() - began)
+
+    async def _step(self, step: Step, change: Change) -> None:
+        loop = asyncio.get_running_loop()
+        self.activities[change.instance] = _PHASE_OF_STEP.get(type(step), Phase.PENDING)
+        if isinstance(step, Stop | Restart):
+            # Whatever ends now was asked for, and is no crash.
+            self._prober.forget(step.workload.ref)
+            self._set(step.workload.identity.instance, started=None)
+        progress = _from_thread(loop, lambda text: self._tell("progress", change, text))
+        await loop.run_in_executor(self._pool, self._steps.run, step, progress)
+        if isinstance(step, Start | Restart):
+            name = step.launch.name if isinstance(step, Start) else step.workload.name
+            again = change.kind in ("start", "restart")
+            entry = self.memory.of(change.instance)
+            self._set(
+                change.instance,
+                started=name,
+                started_at=self._clock(),
+                restarts=entry.restarts + again,
+            )
+        elif isinstance(step, Load | Unload):
+            self._prober.kick(step.workload.ref)
+
+    def _failed(self, change: Change, error: MicError, began: float) -> None:
+        now = self._clock()
+        count = self._rest.get(change.instance, (0, 0.0))[0] + 1
+        self._rest[change.instance] = (
+            count,
+            now + min(_LANE_REST * 2.0 ** min(count - 1, 6), 60.0),
+        )
+        item = self._assessments.get(change.instance)
+        # An engine that is gone says nothing about the instance, nor does an old one that stays.
+        if item is not None and not isinstance(error, RuntimeUnavailable | StopFailed):
+            entry = self.memory.of(change.instance)
+            entry = note_failure(
+                entry, item, error.message, now, jitter=random.random(), refused=True
+            )
+            self.memory = self.memory.with_instance(change.instance, entry)
+        self._tell("failed", change, error.message, seconds=now - began, hint=error.hint)
+
+    def _set(self, instance: str, **values: object) -> None:
+        entry = self.memory.instances.get(instance)
+        if entry is not None:
+            entry = replace(entry, **values)  # type: ignore[arg-type]
+            self.memory = self.memory.with_instance(instance, entry)
+
+    def _tell(
+        self,
+        kind: EventKind,
+        change: Change,
+        text: str,
+        *,
+        seconds: float | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self._events.tell(
+            Event(
+                kind,
+                self._clock(),
+                change.instance,
+                text,
+                change.model,
+                change.gpus,
+                change.cause,
+                seconds,
+                hint,
+                phase=change.kind,
+            )
+        )
+
+
+def in_order(steps: list[Step]) -> list[Step]:
+    """Each step after those that it depends on, otherwise as given.
+
+    A dependency on a step that is not among them is met.
+    """
+    waiting = {step.id: step for step in steps}
+    out: list[Step] = []
+    while waiting:
+        ready = [step for step in waiting.values() if not waiting.keys() & set(step.depends_on)]
+        if not ready:
+            raise AssertionError(f"steps depend on each other in a circle: {sorted(waiting)}")
+        out.append(ready[0])
+        del waiting[ready[0].id]
+    return out
+
+
+def _late_view(name: str) -> Callable[[str], RuntimeView]:
+    return lambda error: RuntimeView(name, error=error)
+
+
+def _from_thread(
+    loop: asyncio.AbstractEventLoop, tell: Callable[[str], None]
+) -> Callable[[str], None]:
+    return lambda text: (loop.call_soon_threadsafe(tell, text), None)[1]

@@ -1,0 +1,137 @@
+"""Keeps the health of everything that runs up to date, each instance on its own clock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
+
+from mic_supervisor.converge.probes import Target, look
+from mic_supervisor.model import Health, LoadState, ProbeResult
+
+FIRST_LOOK = 0.05  # seconds after a start
+_SLOWER = 1.3  # each look at a starting instance comes that much later than the one before
+
+
+class Prober:
+    """Probes run in `pool`, so that one that hangs holds a thread and nothing else.
+
+    `wake` is called when an answer changed. While an instance starts it is asked in quick
+    succession, slowing down to its own period: a start that takes 3 s should not be seen after 5.
+    """
+
+    def __init__(
+        self, pool: Executor, wake: Callable[[], None], clock: Callable[[], float]
+    ) -> None:
+        self.health: dict[str, Health] = {}
+        self._pool = pool
+        self._wake = wake
+        self._clock = clock
+        self._targets: dict[str, Target] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._kicks: dict[str, asyncio.Event] = {}
+
+    def watch(self, targets: Mapping[str, Target]) -> None:
+        """Probe exactly these from now on, keyed by the workload's ref."""
+        for ref in [*self._tasks]:
+            if ref not in targets:
+                self.forget(ref)
+        for ref, target in targets.items():
+            known = self._targets.get(ref)
+            self._targets[ref] = target
+            if ref not in self._tasks:
+                self._kicks[ref] = asyncio.Event()
+                self._tasks[ref] = asyncio.create_task(self._keep_looking(ref))
+            elif known is not None and known.instance != target.instance:
+                self.kick(ref)
+
+    def kick(self, ref: str) -> None:
+        """Look again now."""
+        if ref in self._kicks:
+            self._kicks[ref].set()
+
+    def forget(self, ref: str) -> None:
+        """Drop what is known of a workload: it is about to be stopped or started."""
+        task = self._tasks.pop(ref, None)
+        if task is not None:
+            task.cancel()
+        self._targets.pop(ref, None)
+        self._kicks.pop(ref, None)
+        self.health.pop(ref, None)
+
+    async def close(self) -> None:
+        tasks = [*self._tasks.values()]
+        for ref in [*self._tasks]:
+            self.forget(ref)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep_looking(self, ref: str) -> None:
+        loop = asyncio.get_running_loop()
+        pause = FIRST_LOOK
+        due = dict.fromkeys(("liveness", "readiness", "placements"), 0.0)
+        kick = self._kicks[ref]
+        while True:
+            target, before = self._targets[ref], self.health.get(ref)
+            now = self._clock()
+            kinds = tuple(kind for kind, at in due.items() if at <= now)
+            health = await loop.run_in_executor(self._pool, look, target, now, before, kinds)
+            self.health[ref] = health
+            if before is None or _gist(before) != _gist(health):
+                self._wake()
+            settled = _settled(target, health)
+            periods = _periods(target)
+            pause = FIRST_LOOK if settled else min(pause * _SLOWER, min(periods.values()))
+            now = self._clock()
+            for kind in kinds:
+                due[kind] = now + (periods[kind] if settled else pause)
+            wait = max(min(due.values()) - now, 0.0) if settled else pause
+            try:
+                await asyncio.wait_for(kick.wait(), wait)
+                kick.clear()
+                due = dict.fromkeys(due, 0.0)
+            except TimeoutError:
+                if not settled:
+                    due = dict.fromkeys(due, 0.0)
+
+
+def _periods(target: Target) -> dict[str, float]:
+    probes = target.instance.probes
+    default = probes.startup.period if probes.startup else 5.0
+    liveness = probes.liveness.period if probes.liveness else default
+    readiness = probes.readiness.period if probes.readiness else default
+    return {"liveness": liveness, "readiness": readiness, "placements": liveness}
+
+
+def _settled(target: Target, health: Health) -> bool:
+    """Whether nothing is on its way any more, so that the instance's own periods do."""
+    probes = target.instance.probes
+    wanted = {item.model: item.digest for item in target.instance.placements}
+    loaded = {
+        item.model: item.digest for item in health.placements if item.state is LoadState.LOADED
+    }
+    return (
+        (probes.startup is None or _ok(health.startup))
+        and (probes.readiness is None or _ok(health.readiness))
+        and all(loaded.get(model) == digest for model, digest in wanted.items())
+    )
+
+
+def _ok(result: ProbeResult | None) -> bool:
+    return result is not None and result.ok is True
+
+
+def _gist(health: Health) -> Health:
+    """What a decision may depend on: not when it was, nor how the hundredth failure reads."""
+
+    def trim(result: ProbeResult | None) -> ProbeResult | None:
+        if result is None:
+            return None
+        return replace(result, at=0.0, failures=0 if result.ok else min(result.failures, 100))
+
+    return replace(
+        health,
+        startup=trim(health.startup),
+        liveness=trim(health.liveness),
+        readiness=trim(health.readiness),
+    )

@@ -1,0 +1,169 @@
+"""Asks a running instance how it is: one try each, no memory, no verdict."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from mic_supervisor.backends import Backend
+from mic_supervisor.converge.http_client import Answer, NoAnswer, request
+from mic_supervisor.errors import MicError
+from mic_supervisor.model import (
+    Check,
+    ContainerSpec,
+    EngineCheck,
+    ExecCheck,
+    Health,
+    HttpCall,
+    HttpCheck,
+    Instance,
+    ObservedWorkload,
+    Placement,
+    PlacementState,
+    Probe,
+    ProbeResult,
+    TcpCheck,
+)
+
+Exec = Callable[[ObservedWorkload, tuple[str, ...], float], tuple[int, str]]
+"""Runs a command where the workload runs, within so many seconds: (exit status, output)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A workload that is alive, and the instance whose probes are asked of it."""
+
+    instance: Instance
+    workload: ObservedWorkload
+    backend: Backend
+    execute: Exec
+
+
+def probe(target: Target, check: Check, timeout: float) -> tuple[bool | None, str]:
+    """(passed, in a few words why not). None: the prober itself could not tell."""
+    try:
+        if isinstance(check, HttpCheck):
+            return _http(target, check, timeout)
+        if isinstance(check, TcpCheck):
+            return _tcp(target, check, timeout)
+        if isinstance(check, EngineCheck):
+            return _engine(target.workload)
+        return _exec(target, check, timeout)
+    except KeyError as error:
+        return None, f"its port {error} is not recorded"
+
+
+def call(target: Target, what: HttpCall) -> Answer:
+    """Send one call to the instance's port "http". Raises NoAnswer."""
+    host, port = _published(target, "http")
+    return request(host, port, what.method, what.path, body=what.body, timeout=what.timeout)
+
+
+def placement_state(target: Target, placement: Placement) -> PlacementState:
+    """What the server says of one model now."""
+    try:
+        answer = call(target, placement.verify)
+    except NoAnswer:
+        return target.backend.placement_state(placement, None, "")
+    return target.backend.placement_state(placement, answer.status, answer.body)
+
+
+def look(
+    target: Target,
+    now: float,
+    before: Health | None = None,
+    due: Collection[str] = ("liveness", "readiness", "placements"),
+) -> Health:
+    """What the probes say, in the order in which they gate each other.
+
+    `before` is the previous health: a startup probe that passed is not asked again, failures in a
+    row are counted on, and what is not `due` is carried over.
+    """
+    before = before or Health()
+    probes = target.instance.probes
+    startup = before.startup
+    if startup is None or startup.ok is not True:
+        startup = _result(target, probes.startup, before.startup, now)
+    if startup is not None and startup.ok is not True:
+        return Health(startup=startup)
+    liveness, readiness, placements = before.liveness, before.readiness, before.placements
+    if "liveness" in due:
+        liveness = _result(target, probes.liveness, before.liveness, now)
+    if "placements" in due:
+        placements = tuple(placement_state(target, item) for item in target.instance.placements)
+    if "readiness" in due:
+        readiness = _result(target, probes.readiness, before.readiness, now)
+    return Health(startup, liveness, readiness, placements)
+
+
+def _result(
+    target: Target, probe_: Probe | None, before: ProbeResult | None, now: float
+) -> ProbeResult | None:
+    if probe_ is None:
+        return None
+    ok, reason = probe(target, probe_.check, probe_.timeout)
+    failures = before.failures if before is not None else 0
+    if ok is not None:
+        failures = 0 if ok else failures + 1
+    return ProbeResult(ok, reason, now, failures)
+
+
+def _http(target: Target, check: HttpCheck, timeout: float) -> tuple[bool | None, str]:
+    host, port = _published(target, check.port)
+    try:
+        answer = request(host, port, "GET", check.path, timeout=timeout)
+    except NoAnswer as error:
+        return False, f"GET {check.path}: {error}"
+    if not answer.ok:
+        return False, f"GET {check.path} answers {answer.status}"
+    if check.expect:
+        try:
+            document = answer.json()
+        except ValueError:
+            return False, f"GET {check.path} answers no JSON: another program has port {port}"
+        for key, value in check.expect:
+            found = document.get(key) if isinstance(document, dict) else None
+            if found != value:
+                return False, f"port {port} is answered by {found!r}, not by {value!r}"
+    return True, f"GET {check.path} answers {answer.status}"
+
+
+def _tcp(target: Target, check: TcpCheck, timeout: float) -> tuple[bool | None, str]:
+    host, port = _published(target, check.port)
+    workload = target.instance.workload
+    if isinstance(workload, ContainerSpec) and workload.network == "bridge":
+        # The engine's own proxy accepts on the published port for a dead listener, too.
+        if target.workload.address is None:
+            return None, "the container has no address on its bridge"
+        inside = {item.name: item.container or port for item in workload.ports}
+        host, port = target.workload.address, inside[check.port]
+    try:
+        socket.create_connection((host, port), timeout=timeout).close()
+    except TimeoutError:
+        return False, f"port {port} does not answer within {timeout:g} s"
+    except OSError as error:
+        return False, f"port {port}: {error.strerror or error}"
+    return True, f"port {port} accepts connections"
+
+
+def _engine(workload: ObservedWorkload) -> tuple[bool | None, str]:
+    if workload.engine_health is None:
+        return None, "the image declares no health check"
+    return workload.engine_health == "healthy", f"Docker says {workload.engine_health}"
+
+
+def _exec(target: Target, check: ExecCheck, timeout: float) -> tuple[bool | None, str]:
+    try:
+        status, output = target.execute(target.workload, check.command, timeout)
+    except MicError as error:
+        return None, error.message
+    last = output.strip().splitlines()[-1:]
+    shown = f": {last[0][:200]}" if last else ""
+    return status == 0, f"{check.command[0]} exits with {status}{shown}"
+
+
+def _published(target: Target, name: str) -> tuple[str, int]:
+    listen = target.instance.workload.listen
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
+    return host, target.workload.identity.ports[name]

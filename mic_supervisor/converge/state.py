@@ -1,0 +1,115 @@
+"""What is kept between runs: the memory, the key for digests, and who this machine is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import socket
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mic_supervisor.errors import MicError
+from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.spec import SpecKey
+
+
+class StateDir:
+    """One scope's directory under MIC_STATE_DIR. Files are 0600, the directory is 0700."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def memory(self) -> Memory:
+        """What was remembered, or nothing yet. Raises MicError when it is there and unreadable."""
+        data = self._read_json("memory.json")
+        if data is None:
+            return Memory()
+        try:
+            return Memory.from_json(data)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise MicError(
+                f"cannot use {self.path / 'memory.json'}: {error}",
+                hint="move it away: only backoff counters and GPU bindings are lost",
+            ) from error
+
+    def save_memory(self, memory: Memory) -> None:
+        self.write("memory.json", json.dumps(memory.to_json(), indent=1))
+
+    def key(self, *, create: bool) -> SpecKey:
+        """The key that secrets in labels are digested with.
+
+        `create` False, and there is none yet: one that is not kept. Then no label was written
+        either, and nothing can be compared with it.
+        """
+        path = self.path / "spec.key"
+        try:
+            value = path.read_bytes()
+        except FileNotFoundError:
+            value = secrets.token_bytes(32)
+            if create:
+                self.write("spec.key", value)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        return SpecKey(value)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Replace a file at once: a reader sees the old content or the new one, never a part."""
+        data = content.encode() if isinstance(content, str) else content
+        target = self.path / name
+        scratch = self.path / f".{name}.{os.getpid()}"
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(target)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise MicError(
+                f"cannot write {target}: {error.strerror}",
+                hint="run as root, or point MIC_STATE_DIR to a directory you may write to",
+            ) from error
+
+    def _read_json(self, name: str) -> Any:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except ValueError as error:
+            raise MicError(
+                f"cannot read {path}: {error}",
+                hint="move it away: only backoff counters and GPU bindings are lost",
+            ) from error
+
+
+def host_id() -> str:
+    """A digest of the machine id: stable over reboots, and it does not give the id away.
+
+    A machine without /etc/machine-id is known by its first network card. machine-id(5) asks not to
+    expose the id itself.
+    """
+    try:
+        machine = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        machine = ""
+    machine = machine or f"node {uuid.getnode():x}"
+    return hashlib.sha256(f"mic-supervisor {machine}".encode()).hexdigest()[:12]
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+def _unreadable(path: Path, error: OSError) -> MicError:
+    return MicError(
+        f"cannot read {path}: {error.strerror}",
+        hint="run as root: the state belongs to the user that converges",
+    )

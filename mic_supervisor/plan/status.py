@@ -1,0 +1,281 @@
+"""Desired against actual, one row per instance and one per GPU: what `status` and HTTP show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mic_supervisor.model import DesiredState, Gpu, ObservedState, ObservedWorkload, OwnerKind
+from mic_supervisor.plan.actions import Blocked, Plan
+from mic_supervisor.plan.assess import Assessment, is_alive, workloads
+from mic_supervisor.plan.health import Phase, phase_of
+from mic_supervisor.plan.memory import Memory
+
+_HEALTH = {
+    Phase.READY: "healthy",
+    Phase.UNPROBED: "unknown",
+    Phase.DEGRADED: "degraded",
+    Phase.PAUSED: "suspended",
+    Phase.BACKOFF: "unhealthy",
+    Phase.STUCK_STOPPING: "unhealthy",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """One instance. Times are seconds since the epoch; endpoints are URLs by port name."""
+
+    id: str
+    origin: str
+    model: str
+    backend: str
+    gpus: tuple[str, ...]
+    phase: Phase
+    sync: str  # in_sync, out_of_sync, unknown
+    health: str  # healthy, progressing, degraded, unhealthy, suspended, missing, unknown
+    reason: str | None
+    since: float | None
+    restarts: int
+    next_retry: float | None
+    endpoints: Mapping[str, str]
+    runtime: str | None
+    ref: str | None
+    pid: int | None
+    spec_hash: str | None
+
+    @property
+    def settled_well(self) -> bool:
+        """As far as can be known, it does what the file says."""
+        return self.phase in (Phase.READY, Phase.UNPROBED) and self.sync == "in_sync"
+
+
+def instance_statuses(
+    desired: DesiredState,
+    observed: ObservedState,
+    assessments: list[Assessment],
+    plan: Plan,
+    memory: Memory,
+    activities: Mapping[str, Phase],
+) -> tuple[InstanceStatus, ...]:
+    """Sorted by id: every desired instance, every entry in trouble, everything that has to go."""
+    blocked = {item.instance: item for item in plan.blocked}
+    waits = {change.instance: change.waits for change in plan.changes if change.waits}
+    due = {change.instance for change in plan.changes if change.kind != "adopt"}
+    rows = [
+        _desired(item, blocked.get(item.instance.id), waits, due, memory, activities)
+        for item in assessments
+    ]
+    known = {row.id for row in rows}
+    rows += [
+        _leaving(workload, activities.get(workload.identity.instance), blocked)
+        for workload in {
+            item.identity.instance: item for item in workloads(observed) if is_alive(item)
+        }.values()
+        if workload.identity.instance not in known
+    ]
+    known = {row.id for row in rows}
+    rows += [
+        _absent(
+            entry.instances[0] if entry.instances else entry.subject,
+            entry.model,
+            entry.gpus,
+            entry.reason,
+        )
+        for entry in desired.unsatisfiable
+        if not known & set(entry.instances)
+    ]
+    return tuple(sorted(rows, key=lambda row: row.id))
+
+
+def status_json(row: InstanceStatus, indices: Mapping[str, int]) -> dict[str, Any]:
+    """One entry of `instances` in `status --json`."""
+    return {
+        "id": row.id,
+        "origin": row.origin,
+        "model": row.model,
+        "backend": row.backend,
+        "gpus": [{"uuid": uuid, "index": indices.get(uuid)} for uuid in row.gpus],
+        "phase": row.phase.value,
+        "sync": row.sync,
+        "health": row.health,
+        "reason": row.reason,
+        "since": row.since,
+        "restarts": row.restarts,
+        "next_retry": row.next_retry,
+        "endpoints": dict(row.endpoints),
+        "container_id": row.ref if row.runtime == "docker" else None,
+        "unit": row.ref if row.runtime == "systemd" else None,
+        "pid": row.pid,
+        "spec_hash": row.spec_hash,
+    }
+
+
+def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[dict[str, Any]]:
+    """`gpus` in `status --json`, in the driver's order; bound GPUs that are not there come last."""
+    wanted = {uuid: item.id for item in desired.instances for uuid in item.gpus}
+    running = {
+        uuid: workload.identity.instance
+        for workload in workloads(observed)
+        if is_alive(workload)
+        for uuid in workload.identity.gpus
+    }
+    rows = [
+        {
+            "uuid": gpu.uuid,
+            "index": gpu.index,
+            "name": gpu.name,
+            "instance": running.get(gpu.uuid) or wanted.get(gpu.uuid),
+            "state": _gpu_state(gpu, desired, wanted, running),
+        }
+        for gpu in observed.inventory.gpus
+    ]
+    present = {gpu.uuid for gpu in observed.inventory.gpus}
+    state = "unknown" if observed.inventory.error is not None else "lost"
+    for uuid in sorted({u for item in desired.unsatisfiable for u in item.gpus} - present):
+        rows.append(
+            {
+                "uuid": uuid,
+                "index": None,
+                "name": None,
+                "instance": running.get(uuid),
+                "state": state,
+            }
+        )
+    return rows
+
+
+def _gpu_state(
+    gpu: Gpu, desired: DesiredState, wanted: Mapping[str, str], running: Mapping[str, str]
+) -> str:
+    if gpu.uuid in wanted or gpu.uuid in running:
+        return "managed"
+    if gpu.processes is None:
+        return "unknown"
+    foreign = any(
+        process.owner is None or process.owner.kind is not OwnerKind.MANAGED
+        for process in gpu.processes
+    )
+    if gpu.uuid in desired.kept_empty:
+        return "foreign" if foreign else "kept_empty"
+    if any(gpu.uuid in item.gpus for item in desired.unsatisfiable):
+        return "managed"
+    return "unmanaged" if foreign else "idle"
+
+
+def _desired(
+    item: Assessment,
+    blocked: Blocked | None,
+    waits: Mapping[str, str | None],
+    due: set[str],
+    memory: Memory,
+    activities: Mapping[str, Phase],
+) -> InstanceStatus:
+    instance, entry = item.instance, memory.of(item.instance.id)
+    retry_at = blocked.until if blocked is not None else None
+    phase, reason = phase_of(
+        item,
+        activity=activities.get(instance.id),
+        blocked=blocked is not None,
+        retry_at=retry_at,
+    )
+    if blocked is not None and activities.get(instance.id) is None and phase is not Phase.READY:
+        reason = blocked.reason
+        if item.alive and entry.failed == item.hash:
+            phase = Phase.DEGRADED  # rolled back: the last good specification serves
+        elif retry_at is not None:
+            phase = Phase.BACKOFF
+    reason = f"waits for {waits[instance.id]}" if instance.id in waits else reason
+    serving = item.match if item.runs else next(iter(item.alive), item.match)
+    in_sync = item.runs and not item.alive and instance.id not in due
+    if in_sync and instance.placements and item.started_up:
+        in_sync = all(item.loaded(placement) for placement in instance.placements)
+    return InstanceStatus(
+        id=instance.id,
+        origin=instance.origin,
+        model=instance.model,
+        backend=instance.backend,
+        gpus=instance.gpus,
+        phase=phase,
+        sync="in_sync" if in_sync else "out_of_sync",
+        health=_health(phase, item),
+        reason=reason,
+        since=entry.since,
+        restarts=entry.restarts,
+        next_retry=retry_at,
+        endpoints=_endpoints(instance.workload.listen, serving),
+        runtime=serving.runtime if serving else None,
+        ref=serving.ref if serving else None,
+        pid=serving.pid if serving and is_alive(serving) else None,
+        spec_hash=item.hash,
+    )
+
+
+def _health(phase: Phase, item: Assessment) -> str:
+    if phase in _HEALTH:
+        return _HEALTH[phase]
+    if phase is Phase.BLOCKED and not item.runs and not item.alive:
+        return "missing"
+    if phase is Phase.PENDING and not item.alive:
+        return "missing"
+    return "progressing"
+
+
+def _leaving(
+    workload: ObservedWorkload, activity: Phase | None, blocked: Mapping[str, Blocked]
+) -> InstanceStatus:
+    identity = workload.identity
+    held = blocked.get(identity.instance)
+    return InstanceStatus(
+        id=identity.instance,
+        origin=identity.origin,
+        model=identity.model,
+        backend=identity.backend,
+        gpus=identity.gpus,
+        phase=activity or (Phase.BLOCKED if held else Phase.PENDING),
+        sync="out_of_sync",
+        health="unknown",
+        reason=held.reason if held else "the file does not ask for it; it is to be removed",
+        since=None,
+        restarts=0,
+        next_retry=None,
+        endpoints=_endpoints("127.0.0.1", workload),
+        runtime=workload.runtime,
+        ref=workload.ref,
+        pid=workload.pid,
+        spec_hash=identity.spec_hash,
+    )
+
+
+def _absent(name: str, model: str | None, gpus: tuple[str, ...], reason: str) -> InstanceStatus:
+    return InstanceStatus(
+        id=name,
+        origin="file",
+        model=model or "none",
+        backend="",
+        gpus=gpus,
+        phase=Phase.BLOCKED,
+        sync="unknown",
+        health="missing",
+        reason=reason,
+        since=None,
+        restarts=0,
+        next_retry=None,
+        endpoints={},
+        runtime=None,
+        ref=None,
+        pid=None,
+        spec_hash=None,
+    )
+
+
+def _endpoints(listen: str, workload: ObservedWorkload | None) -> dict[str, str]:
+    if workload is None or not is_alive(workload):
+        return {}
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(listen, listen)
+    schemes = {"grpc": "grpc"}
+    paths = {"metrics": "/metrics"}
+    return {
+        name: f"{schemes.get(name, 'http')}://{host}:{number}{paths.get(name, '')}"
+        for name, number in sorted(workload.identity.ports.items())
+    }
