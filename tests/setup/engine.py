@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import docker
@@ -35,10 +36,16 @@ def connect(timeout: float = 10.0) -> docker.APIClient | None:
 
 
 def _program(pid: int) -> str | None:
+    """What runs as `pid`; None: nothing. A zombie, which some PID 1s leave for minutes, is nothing.
+
+    /proc/PID/stat reads "PID (NAME) STATE …".
+    """
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
+    name, _, rest = stat.partition("(")[2].rpartition(")")
+    return None if rest.split()[0] in "ZX" else name
 
 
 def _ours(pid: int) -> bool:
@@ -92,13 +99,14 @@ def _tail(path: Path) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
-def _await(process: subprocess.Popen[bytes] | None, seconds: float) -> docker.APIClient | None:
+def _await(alive: Callable[[], bool], seconds: float) -> docker.APIClient | None:
+    """A client as soon as the engine answers; None once it is not alive or the time is up."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         client = connect(5)
         if client is not None:
             return client
-        if process is not None and process.poll() is not None:
+        if not alive():
             return None
         time.sleep(0.2)
     return None
@@ -131,7 +139,7 @@ def _start() -> docker.APIClient:
             stderr=output,
             start_new_session=True,  # it outlives make, and no Ctrl-C reaches it
         )
-    client = _await(process, START_TIMEOUT)
+    client = _await(lambda: process.poll() is None, START_TIMEOUT)
     if client is not None:
         return client
     state = process.poll()
@@ -145,6 +153,23 @@ def _start() -> docker.APIClient:
     )
 
 
+def _await_running() -> docker.APIClient | None:
+    """The answer of a dockerd that runs here already; None: there is none, or it has ended."""
+    running = _engines_here()
+    if not running:
+        return None
+    pid = running[0]
+    say(f"Docker Engine: dockerd (PID {pid}) runs; waiting for it to answer")
+    client = _await(lambda: bool(_engines_here()), START_TIMEOUT)
+    if client is None and _engines_here():
+        raise Missing(
+            f"cannot reach a Docker Engine: dockerd (PID {pid}) does not answer on {SOCKET}, "
+            "and a second one must not share its network",
+            hint="set DOCKER_HOST to its socket, or stop it",
+        )
+    return client
+
+
 def ensure() -> docker.APIClient:
     """An engine that answers. Raises Missing. Nobody else's processes are touched."""
     client = connect()
@@ -156,20 +181,11 @@ def ensure() -> docker.APIClient:
                 f"cannot reach a Docker Engine: DOCKER_HOST is {host}, and nothing answers there",
                 hint="start that engine, or unset DOCKER_HOST",
             )
-        running = _engines_here()
-        if running:
-            say(f"Docker Engine: dockerd (PID {running[0]}) runs; waiting for it to answer")
-            client = _await(None, START_TIMEOUT)
-            if client is None:
-                raise Missing(
-                    f"cannot reach a Docker Engine: dockerd (PID {running[0]}) does not answer on "
-                    f"{SOCKET}, and a second one must not share its network",
-                    hint="set DOCKER_HOST to its socket, or stop it",
-                )
-        else:
-            say("Docker Engine: starting one")
-            client = _start()
-            started = True
+        client = _await_running()
+    if client is None:
+        say("Docker Engine: starting one")
+        client = _start()
+        started = True
     version = client.version()["Version"]
     whose = "started" if started else "answers already"
     say(f"Docker Engine: {version}, {whose}")
