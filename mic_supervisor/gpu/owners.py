@@ -1,0 +1,201 @@
+"""Whose a process on a GPU is: one of our instances, a stranger's container or unit, or nobody's.
+
+A process tells by its control group (cgroups(7)). Docker, Podman and the Kubernetes runtimes put
+a container's id, 64 hex digits, into the name of its group; systemd puts the unit's name there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mic_supervisor.gpu.proc import PROC, ProcessStat, exists, read_stat
+from mic_supervisor.model import (
+    GpuInventory,
+    GpuProcess,
+    Owner,
+    OwnerKind,
+    RunState,
+    RuntimeView,
+)
+
+INSTANCE_VARIABLE = "MIC_INSTANCE"
+SCOPE_VARIABLE = "MIC_SCOPE"
+
+# "3f…e9", "docker-3f…e9.scope", "cri-containerd-3f…e9.scope", "kubepods-…:cri-containerd:3f…e9"
+_CONTAINER = re.compile(r"(?:^|[-:])([0-9a-f]{64})(?:\.scope)?$")
+_LXC = re.compile(r"^lxc\.payload\.(.+)$")
+_UNIT = re.compile(r"\.(?:service|scope)$")
+_ENDED = (RunState.CREATED, RunState.EXITED)
+_ESCAPES = re.compile(r"(?:\\x[0-9a-fA-F]{2})+")
+
+
+def owner_ref(cgroup_text: str) -> tuple[OwnerKind, str | None]:
+    """What the text of /proc/PID/cgroup says, version 1 and 2.
+
+    (CONTAINER, id), (UNIT, name without systemd's \\xNN escapes) or (ORPHAN, None). Of containers
+    in containers it is the outermost, the one that this machine's engine knows.
+    """
+    containers, units = _refs(cgroup_text)
+    if containers:
+        return OwnerKind.CONTAINER, containers[0]
+    if units:
+        return OwnerKind.UNIT, units[-1]
+    return OwnerKind.ORPHAN, None
+
+
+def annotate(
+    inventory: GpuInventory,
+    managed: Mapping[str, str],
+    *,
+    proc: Path = PROC,
+) -> GpuInventory:
+    """The inventory with `owner` filled in for every process on every GPU.
+
+    `managed` maps to instance ids; `managed_refs` makes it. Its keys are container ids, unit names,
+    "pid:<pid>:<start_time>", the root of a process tree, and "env:<scope>:<instance>". A process
+    is in a tree if the root is one of its ancestors, or, its ancestors being gone, if MIC_SCOPE and
+    MIC_INSTANCE in its environment say so. What cannot be read is UNKNOWN; a process that no
+    longer exists is ORPHAN without a start time.
+    """
+    known: dict[tuple[int, int | None], Owner] = {}
+    book = _Book(managed, proc)
+
+    def owned(process: GpuProcess) -> GpuProcess:
+        key = process.pid, process.start_time
+        if key not in known:
+            known[key] = book.owner(process)
+        return replace(process, owner=known[key])
+
+    return replace(
+        inventory,
+        gpus=tuple(
+            gpu
+            if gpu.processes is None
+            else replace(gpu, processes=tuple(owned(process) for process in gpu.processes))
+            for gpu in inventory.gpus
+        ),
+    )
+
+
+def managed_refs(views: Iterable[RuntimeView], proc: Path = PROC) -> dict[str, str]:
+    """What `annotate` wants to know of our workloads.
+
+    Containers and units go by their `ref` in whatever state they are: what still runs in the group
+    of an ended unit is ours too. A process tree goes by its root while that runs, and by what its
+    runtime puts into the environment of the whole tree.
+    """
+    refs = {}
+    for view in views:
+        for workload in view.workloads:
+            instance = workload.identity.instance
+            refs[workload.ref] = instance
+            if view.runtime != "subprocess" or workload.state in _ENDED:
+                continue
+            refs[_environment_ref(workload.identity.scope, instance)] = instance
+            if workload.pid is not None and (stat := read_stat(workload.pid, proc)):
+                refs[_process_ref(stat)] = instance
+    return refs
+
+
+def _process_ref(stat: ProcessStat) -> str:
+    return f"pid:{stat.pid}:{stat.start_time}"
+
+
+def _environment_ref(scope: str, instance: str) -> str:
+    return f"env:{scope}:{instance}"
+
+
+class _Book:
+    """What is ours, in a form that can be looked up."""
+
+    def __init__(self, managed: Mapping[str, str], proc: Path) -> None:
+        self._managed = managed
+        self._groups = {_unescape(ref): ref for ref in managed}
+        self._has_trees = any(ref.startswith(("pid:", "env:")) for ref in managed)
+        self._proc = proc
+
+    def owner(self, process: GpuProcess) -> Owner:
+        try:
+            text = (self._proc / str(process.pid) / "cgroup").read_bytes().decode(errors="replace")
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError | ProcessLookupError)
+            return self._unreadable(process.pid) if gone else Owner(OwnerKind.UNKNOWN)
+        now = read_stat(process.pid, self._proc)
+        if now is None:
+            return self._unreadable(process.pid)
+        if now.start_time != process.start_time:
+            return Owner(OwnerKind.UNKNOWN)  # the PID went to somebody else since the look
+        containers, units = _refs(text)
+        # A unit inside a container is not the unit of that name out here.
+        for ref in containers or reversed(units):
+            if ours := self._groups.get(ref):
+                return self._owned_by(ours)
+        tree = self._tree(process.pid) if self._has_trees else None
+        return tree or Owner(*owner_ref(text))
+
+    def _unreadable(self, pid: int) -> Owner:
+        # Where /proc is mounted with hidepid, other users' processes look as if they were gone.
+        return Owner(OwnerKind.UNKNOWN if exists(pid) else OwnerKind.ORPHAN)
+
+    def _tree(self, process: int) -> Owner | None:
+        """The instance whose process tree it belongs to."""
+        seen = set()
+        pid = process
+        while pid > 0 and pid not in seen and (stat := read_stat(pid, self._proc)):
+            if (ref := _process_ref(stat)) in self._managed:
+                return self._owned_by(ref)
+            seen.add(pid)
+            pid = stat.parent
+        environment = _environment(process, self._proc)
+        ref = _environment_ref(
+            environment.get(SCOPE_VARIABLE, ""), environment.get(INSTANCE_VARIABLE, "")
+        )
+        return self._owned_by(ref) if ref in self._managed else None
+
+    def _owned_by(self, ref: str) -> Owner:
+        return Owner(OwnerKind.MANAGED, ref, self._managed[ref])
+
+
+def _refs(cgroup_text: str) -> tuple[list[str], list[str]]:
+    """Container ids, outermost first, and the units outside of them, innermost last."""
+    lines = [line.split(":", 2) for line in cgroup_text.split("\n")]
+    fields = [(line[0], line[1], line[2]) for line in lines if len(line) == 3]
+    # With version 1 each controller has a tree of its own, and only systemd's is sure to hold
+    # every process; version 2 has one tree and is line 0.
+    fields.sort(key=lambda line: (line[1] != "name=systemd", line[0] != "0"))
+    containers: list[str] = []
+    units: list[str] = []
+    for _, _, path in fields:
+        inside: list[str] = []
+        around: list[str] = []
+        for component in path.removesuffix(" (deleted)").split("/"):
+            if found := _CONTAINER.search(component) or _LXC.match(component):
+                inside.append(found[1])
+            elif not inside and _UNIT.search(component):
+                # systemd puts "_" before a name that the kernel could take for a file of its own.
+                around.append(_unescape(component.removeprefix("_")))
+        if not containers:
+            containers = inside
+        if not units:
+            units = around
+    return containers, units
+
+
+def _unescape(name: str) -> str:
+    """`\\xNN` is how systemd writes bytes that a unit's name cannot hold, see systemd.unit(5)."""
+    return _ESCAPES.sub(
+        lambda m: bytes.fromhex(m[0].replace("\\x", "")).decode(errors="replace"), name
+    )
+
+
+def _environment(pid: int, proc: Path) -> dict[str, str]:
+    """The environment that the process was started with; empty where it may not be read."""
+    try:
+        text = (proc / str(pid) / "environ").read_bytes()
+    except OSError:
+        return {}
+    return dict(os.fsdecode(item).split("=", 1) for item in text.split(b"\0") if b"=" in item)

@@ -1,0 +1,123 @@
+"""The sources that need no driver, the choice between them, and the readers below."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mic_supervisor.gpu.contained import Contained, DidNotReturn
+from mic_supervisor.gpu.nvml import NvmlSource
+from mic_supervisor.gpu.proc import ProcessStat, exists, read_stat
+from mic_supervisor.gpu.simulated import SimulatedSource
+from mic_supervisor.gpu.source import open_source
+from mic_supervisor.model import Gpu, GpuInventory, GpuMemory
+
+
+def test_simulated_gpus_are_the_same_every_time() -> None:
+    source = open_source("simulated", 2)
+
+    assert source.observe() == open_source("simulated", 2).observe()
+    assert source.observe().gpus[1] == Gpu(
+        uuid="GPU-51000001-0000-4000-8000-000000000001",
+        index=1,
+        name="Simulated GPU",
+        pci_bus_id="00005100:01:00.0",
+        memory=GpuMemory(total=24 * 1024**3, used=None, free=None),
+        processes=(),
+        simulated=True,
+    )
+    source.close()
+    assert len(source.observe().gpus) == 2
+
+
+def test_many_simulated_gpus_differ_in_every_name() -> None:
+    gpus = open_source("simulated", 600).observe().gpus
+
+    assert [gpu.index for gpu in gpus] == list(range(600))
+    assert len({gpu.uuid[4:12] for gpu in gpus}) == 600
+    assert len({gpu.pci_bus_id for gpu in gpus}) == 600
+
+
+def test_a_negative_number_cannot_be_simulated() -> None:
+    with pytest.raises(ValueError, match="cannot simulate -1 GPUs"):
+        SimulatedSource(-1)
+
+
+def test_no_gpus_by_choice_is_no_error() -> None:
+    source = open_source("none")
+
+    assert source.observe() == GpuInventory("none", error=None)
+    source.close()
+
+
+def test_nvml_is_opened_without_touching_the_driver() -> None:
+    source = open_source("nvml")
+
+    assert isinstance(source, NvmlSource)
+    source.close()
+
+
+# --- contained calls --------------------------------------------------------------------------
+
+
+def test_a_contained_call_returns_and_raises_as_it_would_alone() -> None:
+    calls = Contained("test")
+
+    assert calls.call(lambda: 7, 5.0) == 7
+    with pytest.raises(ZeroDivisionError):
+        calls.call(lambda: 1 // 0, 5.0)
+    assert calls.call(lambda: 8, 5.0) == 8
+
+
+def test_a_late_result_is_dropped() -> None:
+    import threading
+
+    calls, go = Contained("test"), threading.Event()
+
+    with pytest.raises(DidNotReturn):
+        calls.call(lambda: go.wait(10) and "old", 0.05)
+    with pytest.raises(DidNotReturn) as refused:
+        calls.call(lambda: "new", 5.0)
+    assert refused.value.timeout == 0.05
+    go.set()
+    while True:
+        try:
+            assert calls.call(lambda: "new", 5.0) == "new"
+            break
+        except DidNotReturn:
+            continue
+
+
+# --- /proc ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["python", "a b", "x) R 1 (y", "", "Web\tContent"])
+def test_whatever_a_process_calls_itself(tmp_path: Path, name: str) -> None:
+    (tmp_path / "42").mkdir()
+    rest = " ".join(["S", "7", *["0"] * 17, "123456", *["0"] * 30])
+    (tmp_path / "42" / "stat").write_text(f"42 ({name}) {rest}\n")
+
+    assert read_stat(42, tmp_path) == ProcessStat(42, name, 7, 123456)
+
+
+@pytest.mark.parametrize("text", ["", "42", "42 (python) S 7", "no brackets " * 20])
+def test_a_stat_that_is_cut_short_is_unknown(tmp_path: Path, text: str) -> None:
+    (tmp_path / "42").mkdir()
+    (tmp_path / "42" / "stat").write_text(text)
+
+    assert read_stat(42, tmp_path) is None
+
+
+def test_a_child_of_this_process() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        stat = read_stat(child.pid)
+        assert stat and (stat.name, stat.parent) == ("sleep", os.getpid())
+        assert stat.start_time > 0
+        assert exists(child.pid)
+        child.kill()
+
+    assert not exists(child.pid)
+    assert read_stat(child.pid) is None
