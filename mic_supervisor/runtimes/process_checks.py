@@ -1,0 +1,293 @@
+"""What a host process needs before it can start, and the commands that probe one."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import pwd
+import resource
+import selectors
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mic_supervisor.errors import PreflightFailed
+from mic_supervisor.model import ProcessSpec
+from mic_supervisor.runtimes import procfs
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+TIMED_OUT = 124
+"""What `run_check` gives for a command that was ended at its deadline, as timeout(1) does."""
+
+_CHECK_ID = "MIC_CHECK_ID"
+_MOST_OUTPUT = 4096  # bytes of a check's output that are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Whom a process runs as. `switch` False: it is who we are already."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+    switch: bool
+
+
+def account(user: str | None) -> Account:
+    """The account that `user` ("name", "1000", "name:group", "1000:1000") stands for.
+
+    None is who we are. Raises PreflightFailed for names that do not exist, and for another user
+    than our own where we are not root.
+    """
+    me = os.geteuid()
+    if user is None:
+        try:
+            home = pwd.getpwuid(me).pw_dir
+        except KeyError:
+            home = "/"
+        return Account(me, os.getegid(), (), home, False)
+    name, _, group = user.partition(":")
+    entry = _user(name)
+    if entry is None and not (name.isdigit() and group):
+        raise PreflightFailed(
+            f"cannot run as {user}: there is no user {name}",
+            hint="create it, or write two numbers, UID:GID",
+        )
+    uid = entry.pw_uid if entry else int(name)
+    gid = _group(group) if group else (entry.pw_gid if entry else None)
+    if gid is None:
+        raise PreflightFailed(f"cannot run as {user}: there is no group {group}")
+    home = (entry.pw_dir if entry else "") or "/"
+    if me == 0:
+        groups = tuple(os.getgrouplist(entry.pw_name, gid)) if entry else (gid,)
+        return Account(uid, gid, groups, home, True)
+    if uid != me or (group and gid != os.getegid()):
+        raise PreflightFailed(
+            f"cannot run as {user}: only root may run a process as somebody else",
+            hint="run the supervisor as root, or leave `user` out",
+        )
+    return Account(me, os.getegid(), (), home, False)
+
+
+def _user(name: str) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+    except KeyError:
+        return None
+
+
+def _group(name: str) -> int | None:
+    try:
+        return int(name) if name.isdigit() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
+
+
+def environment(spec: ProcessSpec, who: Account) -> dict[str, str]:
+    """PATH, HOME and LANG, unless the specification sets them, and what it sets."""
+    return {"PATH": DEFAULT_PATH, "HOME": who.home, "LANG": "C.UTF-8", **dict(spec.env)}
+
+
+def limits(spec: ProcessSpec) -> dict[str, int]:
+    """Names of `resource` -> both bounds; -1 is unlimited."""
+    named = {"RLIMIT_NOFILE": spec.limits.nofile, "RLIMIT_MEMLOCK": spec.limits.memlock}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def signal_number(name: str) -> int | None:
+    """The number of "SIGTERM", "TERM" or "15"; None for what is no signal."""
+    text = name.upper()
+    if text.isdigit():
+        return int(text) if int(text) in signal.valid_signals() else None
+    full = text if text.startswith("SIG") else f"SIG{text}"
+    # SIGRTMIN+1 and so on are not in the enumeration, and nobody stops a server with them.
+    return signal.Signals[full].value if full in signal.Signals.__members__ else None
+
+
+def preflight(spec: ProcessSpec) -> None:
+    """Raises PreflightFailed for the first thing that would make a start fail."""
+    who = account(spec.user)
+    _check_texts(spec)
+    _check_limits(spec)
+    if signal_number(spec.stop_signal) is None:
+        raise PreflightFailed(f"cannot stop it with {spec.stop_signal}: there is no such signal")
+    directory = Path(spec.working_dir or "/")
+    if not directory.is_absolute():
+        raise PreflightFailed(f"cannot run in {directory}: working_dir is not an absolute path")
+    try:
+        if not directory.is_dir():
+            reason = "it is not a directory" if directory.exists() else "it does not exist"
+            raise PreflightFailed(f"cannot run in {directory}: {reason}")
+    except PermissionError as error:
+        raise PreflightFailed(f"cannot run in {directory}: {error.strerror}") from error
+    _check_program(spec, directory, environment(spec, who)["PATH"])
+
+
+def _check_texts(spec: ProcessSpec) -> None:
+    if not spec.command or not spec.command[0]:
+        raise PreflightFailed("cannot run an empty command")
+    for argument in spec.command:
+        if "\0" in argument:
+            raise PreflightFailed(f"cannot run {spec.command[0]}: an argument holds a NUL")
+    for name, value in spec.env:
+        if not name or "=" in name or "\0" in name:
+            raise PreflightFailed(f"cannot set the variable {name!r}: that is not a name")
+        if "\0" in value:
+            raise PreflightFailed(f"cannot set the variable {name}: its value holds a NUL")
+
+
+def _check_limits(spec: ProcessSpec) -> None:
+    for name, value in (("memory", spec.limits.memory), ("cpus", spec.limits.cpus)):
+        if value is not None:
+            raise PreflightFailed(
+                f"cannot keep limits.{name}: a process without systemd has no control group",
+                hint=f"leave limits.{name} out, or run where systemd is PID 1",
+            )
+    for text, value in limits(spec).items():
+        _, hard = resource.getrlimit(getattr(resource, text))
+        beyond = hard != resource.RLIM_INFINITY and (value == -1 or value > hard)
+        if beyond and os.geteuid() != 0:
+            raise PreflightFailed(
+                f"cannot set {text} to {'unlimited' if value == -1 else value}: "
+                f"the hard limit is {hard}, and only root may raise it"
+            )
+
+
+def _check_program(spec: ProcessSpec, directory: Path, search: str) -> None:
+    program = spec.command[0]
+    if "/" not in program:
+        found = shutil.which(program, path=search)
+        if found is None:
+            raise PreflightFailed(
+                f"cannot run {program}: it is not on the PATH {search}",
+                hint="write its absolute path, or set PATH in `env`",
+            )
+        path = Path(found)
+    else:
+        path = directory / program
+    try:
+        if not path.exists():
+            raise PreflightFailed(f"cannot run {path}: it does not exist")
+        if not path.is_file():
+            raise PreflightFailed(f"cannot run {path}: it is not a file")
+    except PermissionError as error:
+        raise PreflightFailed(f"cannot run {path}: {error.strerror}") from error
+    if not os.access(path, os.X_OK):
+        raise PreflightFailed(f"cannot run {path}: it is not executable", hint=f"chmod +x {path}")
+    interpreter = _interpreter(path)
+    if interpreter is not None and not (directory / interpreter).exists():
+        raise PreflightFailed(
+            f"cannot run {path}: its interpreter {interpreter} does not exist",
+            hint="a virtual environment that was moved has to be made again",
+        )
+
+
+def _interpreter(path: Path) -> Path | None:
+    """What the `#!` line of a script names; None for anything else."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline(512)
+    except OSError:
+        return None  # a program may be executable without being readable
+    words = first[2:].split() if first.startswith(b"#!") else []
+    return Path(os.fsdecode(words[0])) if words else None
+
+
+# --- probing ----------------------------------------------------------------------------------
+
+
+def run_check(
+    command: tuple[str, ...], timeout: float, who: Account, directory: str
+) -> tuple[int, str]:
+    """(exit code, output) of a command with a minimal environment, stdout and stderr together.
+
+    128 and the signal's number for a death by signal, TIMED_OUT at the deadline. Whatever the
+    command started is gone when this returns. Raises OSError when it cannot be started.
+    """
+    identity: dict[str, Any] = {}
+    if who.switch:
+        identity = {"user": who.uid, "group": who.gid, "extra_groups": who.groups}
+    nonce = str(uuid.uuid4())
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=directory,
+        env={"PATH": DEFAULT_PATH, "HOME": who.home, "LANG": "C.UTF-8", _CHECK_ID: nonce},
+        start_new_session=True,
+        **identity,
+    )
+    try:
+        output, ended = _collect(process, time.monotonic() + timeout)
+    finally:
+        _end_check(process, nonce)
+    text = output.decode(errors="replace").strip()
+    if not ended:
+        said = f": {text}" if text else ""
+        return TIMED_OUT, f"it did not end within {timeout:g} s{said}"
+    code = process.returncode
+    return (128 - code if code < 0 else code), text
+
+
+def _collect(process: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bool]:
+    """Its output, and whether it ended in time. Not until the pipe's end: a child may hold it."""
+    assert process.stdout is not None
+    output = bytearray()
+    pipe = process.stdout.fileno()
+    os.set_blocking(pipe, False)
+    handle = os.pidfd_open(process.pid)
+    try:
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(pipe, selectors.EVENT_READ)
+            waiting.register(handle, selectors.EVENT_READ)
+            while (left := deadline - time.monotonic()) > 0:
+                ready = {key.fd for key, _ in waiting.select(left)}
+                if pipe in ready and not _drain(pipe, output):
+                    waiting.unregister(pipe)
+                if handle in ready:
+                    _drain(pipe, output)
+                    return bytes(output), True
+    finally:
+        os.close(handle)
+    return bytes(output), False
+
+
+def _drain(pipe: int, output: bytearray) -> bool:
+    """Read what is there; False at the end of the pipe. Beyond the bound it is thrown away."""
+    for _ in range(64):  # a command that never stops writing must not keep us here
+        try:
+            part = os.read(pipe, 1 << 16)
+        except BlockingIOError:
+            return True
+        if not part:
+            return False
+        output += part[: max(0, _MOST_OUTPUT - len(output))]
+    return True
+
+
+def _end_check(process: subprocess.Popen[bytes], nonce: str) -> None:
+    # It is not waited for before this: its PID is its own until then.
+    for _ in range(50):
+        found = {*procfs.descendants([process.pid]), *procfs.with_environ(_CHECK_ID, [nonce])}
+        running = [one for pid in found if (one := procfs.stat(pid)) is not None and one.running]
+        own = procfs.stat(process.pid)
+        if own is not None and own.running and own not in running:
+            running.append(own)
+        if not running:
+            break
+        for one in running:
+            with contextlib.suppress(PermissionError):
+                procfs.send_signal(one.pid, one.start_time, signal.SIGKILL)
+        time.sleep(0.01)
+    if process.stdout is not None:
+        process.stdout.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(1.0)

@@ -1,0 +1,375 @@
+"""The records of host processes: what is on disk, and whether it can be believed.
+
+One directory per workload, 0700: `record.json` (identity, keeper and child by PID and start time),
+`exit.json` (written when nothing of the tree is left), `log`, `log.1` …, and `previous/` with the
+same of the run before. A keeper holds a flock(2) on the directory for as long as it lives. No file
+holds a secret.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mic_supervisor.model import Identity, ObservedWorkload, RunState
+from mic_supervisor.runtimes import procfs
+from mic_supervisor.runtimes.keeper import EXIT, RECORD, write_json
+
+VERSION = 1
+PREVIOUS = "previous"
+RUN_ID = "MIC_RUN_ID"
+LOST = "its keeper was killed; exit status lost"
+
+
+class BadRecord(Exception):
+    """A record that cannot be believed: whatever it names is not touched. The text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """One process for certain: a PID and its start time in clock ticks since boot."""
+
+    pid: int
+    start_time: int
+
+    def runs(self) -> bool:
+        return procfs.is_running(self.pid, self.start_time)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """`keeper` and `child` None: the start has not come that far. `run_id` is another each run."""
+
+    name: str
+    identity: Identity
+    run_id: str
+    boot_id: str
+    pid_namespace: str
+    created_at: float
+    keeper: Anchor | None = None
+    child: Anchor | None = None
+    started_at: float | None = None
+    user: str | None = None
+    working_dir: str = "/"
+
+    def document(self) -> dict[str, Any]:
+        """As record.json holds it, without keeper and child, which the keeper puts in."""
+        identity = self.identity
+        return {
+            "version": VERSION,
+            "identity": {
+                "scope": identity.scope,
+                "host": identity.host,
+                "instance": identity.instance,
+                "model": identity.model,
+                "backend": identity.backend,
+                "gpus": list(identity.gpus),
+                "ports": dict(identity.ports),
+                "spec": _plain(identity.spec),
+                "spec_hash": identity.spec_hash,
+                "schema": identity.schema,
+                "origin": identity.origin,
+            },
+            "run_id": self.run_id,
+            "boot_id": self.boot_id,
+            "pid_namespace": self.pid_namespace,
+            "created_at": self.created_at,
+            "user": self.user,
+            "working_dir": self.working_dir,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a run ended. Both numbers None: nobody was there to see it."""
+
+    exit_code: int | None
+    signal: int | None
+    finished_at: float | None
+    error: str | None
+
+    @property
+    def code(self) -> int | None:
+        """As a shell gives it: 128 and the signal's number for a death by signal."""
+        return self.exit_code if self.signal is None else 128 + self.signal
+
+    @property
+    def reason(self) -> str | None:
+        if self.error or self.signal is None:
+            return self.error
+        try:
+            return f"ended by {signal.Signals(self.signal).name}"
+        except ValueError:
+            return f"ended by signal {self.signal}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def _document(path: Path) -> dict[str, Any] | None:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BadRecord(f"{path.name} cannot be read: {error.strerror}") from error
+    with os.fdopen(handle, "rb") as file:
+        # What anybody else could have written names whatever they like.
+        if os.fstat(handle).st_uid not in (0, os.geteuid()):
+            raise BadRecord(f"{path.name} belongs to another user")
+        try:
+            document = json.loads(file.read())
+        except ValueError as error:
+            raise BadRecord(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise BadRecord(f"{path.name} is not a JSON object")
+    return document
+
+
+def load(path: Path) -> Record | None:
+    """The record in the directory `path`; None when it holds none. Raises BadRecord."""
+    document = _document(path / RECORD)
+    if document is None:
+        return None
+    if document.get("version") != VERSION:
+        raise BadRecord(f"{RECORD} has version {document.get('version')!r}, not {VERSION}")
+    try:
+        identity = document["identity"]
+        return Record(
+            name=path.name,
+            identity=Identity(
+                **{**identity, "gpus": tuple(identity["gpus"]), "ports": dict(identity["ports"])}
+            ),
+            run_id=str(document["run_id"]),
+            boot_id=document["boot_id"],
+            pid_namespace=document["pid_namespace"],
+            created_at=float(document["created_at"]),
+            keeper=_anchor(document.get("keeper")),
+            child=_anchor(document.get("child")),
+            started_at=document.get("started_at"),
+            user=document.get("user"),
+            working_dir=document["working_dir"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadRecord(f"{RECORD} is incomplete: {error!r}") from error
+
+
+def _anchor(document: Any) -> Anchor | None:
+    if document is None:
+        return None
+    pid, start_time = int(document["pid"]), int(document["start_time"])
+    if pid <= 1:
+        raise ValueError(f"PID {pid}")
+    return Anchor(pid, start_time)
+
+
+def load_exit(path: Path, run_id: str) -> Exit | None:
+    """How the run `run_id` ended; None when it has not, or was not seen to. Raises BadRecord."""
+    document = _document(path / EXIT)
+    if document is None or document.get("run_id") != run_id:
+        return None
+    return Exit(
+        document.get("exit_code"),
+        document.get("signal"),
+        document.get("finished_at"),
+        document.get("error"),
+    )
+
+
+def write_exit(path: Path, record: Record, error: str, at: float) -> None:
+    """For a run whose keeper could not do it. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        write_json(
+            handle,
+            EXIT,
+            {
+                "run_id": record.run_id,
+                "exit_code": None,
+                "signal": None,
+                "finished_at": at,
+                "error": error,
+            },
+        )
+    finally:
+        os.close(handle)
+
+
+# --- judging ----------------------------------------------------------------------------------
+
+
+def members(record: Record, known: Mapping[int, procfs.Stat] | None = None) -> dict[int, int]:
+    """PID -> start time of everything that runs of this record's tree, but for the keeper.
+
+    Found by descent from keeper and child, by the child's session, and by MIC_RUN_ID in the
+    environment, which also finds what has left the tree. Only what is certain is in it.
+    """
+    known = procfs.processes() if known is None else known
+    roots = []
+    for anchor in (record.keeper, record.child):
+        one = known.get(anchor.pid) if anchor else None
+        if anchor and one and one.start_time == anchor.start_time:
+            roots.append(anchor.pid)
+    found = set(procfs.descendants(roots, known))
+    child = record.child.pid if record.child else None
+    if child in roots:
+        found |= {one.pid for one in known.values() if one.session == child}
+    found |= set(procfs.with_environ(RUN_ID, [record.run_id]))
+    found -= {os.getpid(), record.keeper.pid if record.keeper else 0}
+    running = {}
+    for pid in found:
+        # Read again where the first look is older than the environment that named it.
+        one = known.get(pid) or procfs.stat(pid)
+        if one is not None and one.running:
+            running[pid] = one.start_time
+    return running
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What PIDs are relative to."""
+
+    boot: str
+    namespace: str
+
+
+def machine() -> Machine:
+    """This boot and this PID namespace. Raises OSError."""
+    return Machine(procfs.boot_id(), procfs.pid_namespace())
+
+
+def judge(path: Path, record: Record, here: Machine, *, held: bool = False) -> ObservedWorkload:
+    """What runs of a record; `held`: the caller holds its lock, so that no keeper does.
+
+    Raises BadRecord, and OSError when /proc cannot be read.
+    """
+    ended = load_exit(path, record.run_id)
+    if ended is not None:
+        return _observed(record, RunState.EXITED, ended)
+    if record.boot_id != here.boot:
+        return _observed(record, RunState.EXITED, error="the machine was restarted")
+    if record.pid_namespace != here.namespace:
+        if not held and is_locked(path):
+            reason = "it runs in another PID namespace and cannot be seen from here"
+            return _observed(record, RunState.UNKNOWN, error=reason)
+        return _observed(record, RunState.EXITED, error="it ended with its PID namespace")
+    if record.keeper is None or record.child is None:
+        if not held and is_locked(path):
+            return _observed(record, RunState.RUNNING)
+        return _settled(path, record, "its start was cut short")
+    if record.keeper.runs():
+        if record.child.runs():
+            return _observed(record, RunState.RUNNING, pid=record.child.pid)
+        reason = "its main process has ended, and what it left is being ended"
+        return _settled(path, record, reason, RunState.RUNNING)
+    if record.child.runs():
+        reason = "its keeper was killed: its exit status will be lost"
+        return _observed(record, RunState.RUNNING, pid=record.child.pid, error=reason)
+    ended = load_exit(path, record.run_id)
+    remains = members(record) if ended is None else {}
+    if remains:
+        pids = ", ".join(str(pid) for pid in sorted(remains))
+        return _observed(record, RunState.EXITED, error=f"{LOST}; PID {pids} of it still run")
+    return _settled(path, record, LOST)
+
+
+def _settled(
+    path: Path, record: Record, error: str, state: RunState = RunState.EXITED
+) -> ObservedWorkload:
+    """Look for the exit status once more: it may have been written between two looks."""
+    ended = load_exit(path, record.run_id)
+    if ended is not None:
+        return _observed(record, RunState.EXITED, ended)
+    return _observed(record, state, error=error)
+
+
+def _observed(
+    record: Record,
+    state: RunState,
+    ended: Exit | None = None,
+    *,
+    pid: int | None = None,
+    error: str | None = None,
+) -> ObservedWorkload:
+    return ObservedWorkload(
+        runtime="subprocess",
+        name=record.name,
+        ref=record.name,
+        identity=record.identity,
+        state=state,
+        pid=pid,
+        exit_code=ended.code if ended else None,
+        created_at=record.created_at,
+        started_at=record.started_at,
+        finished_at=ended.finished_at if ended else None,
+        error=ended.reason if ended else error,
+    )
+
+
+# --- the lock ---------------------------------------------------------------------------------
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a keeper, or a start, holds the record. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def try_lock(path: Path) -> int | None:
+    """Lock the directory `path`; its descriptor, or None when another holds it. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        there, mine = path.stat(), os.fstat(handle)
+        if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass  # held, or removed between the two calls
+    except OSError:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
+
+
+def lock(path: Path, patience: float) -> int | None:
+    """As `try_lock`, trying again for `patience` seconds."""
+    give_up = time.monotonic() + patience
+    while (handle := try_lock(path)) is None and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return handle
+
+
+def discard(path: Path) -> None:
+    """Delete a record and all that belongs to it; the caller holds the lock. Raises OSError."""
+    bin_ = path.with_name(f".removed-{path.name}-{os.getpid()}-{time.monotonic_ns()}")
+    try:
+        path.rename(bin_)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return
+        raise
+    shutil.rmtree(bin_)

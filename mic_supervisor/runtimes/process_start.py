@@ -1,0 +1,157 @@
+"""Starts one host process through a keeper, in the place of its previous run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mic_supervisor.errors import RuntimeRefused
+from mic_supervisor.model import ProcessSpec
+from mic_supervisor.runtimes import keeper, process_stop, procfs
+from mic_supervisor.runtimes import process_checks as checks
+from mic_supervisor.runtimes import process_records as records
+from mic_supervisor.runtimes.process_records import BadRecord, Record
+
+START_TIMEOUT = 30.0
+"""Seconds after which a start that gives no answer has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a runtime keeps its processes. See SubprocessRuntime."""
+
+    log_max_size: int  # bytes
+    log_files: int
+    kill_timeout: float  # seconds
+
+
+def start(path: Path, record: Record, spec: ProcessSpec, handle: int, options: Options) -> None:
+    """Returns once the program was executed; `handle` is the lock on `path`.
+
+    A failure leaves what was there before. Raises RuntimeRefused, PreflightFailed and OSError.
+    """
+    aside = _put_aside(path)
+    try:
+        # Before the keeper exists: whoever observes now sees that this is about to run.
+        keeper.write_json(handle, keeper.RECORD, record.document())
+        _spawn(path, record, spec, handle, options)
+    except BaseException:  # an interrupt too must leave nothing half-started behind
+        _undo(path, record, aside, options)
+        raise
+    if aside is not None:
+        _keep(aside)
+
+
+def _keep(aside: Path) -> None:
+    """What was put aside is the previous run from now on, if it came as far as having a log."""
+    if not (aside / keeper.LOG).exists():
+        shutil.rmtree(aside)
+        return
+    target = aside.with_name(records.PREVIOUS)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+
+
+def _put_aside(path: Path) -> Path | None:
+    """Move an ended run's files out of the way of the next; where they are, None if none were.
+
+    Record and exit status stay in place as well, so that whoever is killed here leaves a record
+    of a run that has ended.
+    """
+    aside = path / f"{records.PREVIOUS}.new"
+    if aside.exists():  # a start was cut short before it could do this
+        _keep(aside)
+    if not (path / keeper.RECORD).exists():
+        return None
+    aside.mkdir(mode=0o700)
+    for entry in sorted(path.iterdir()):
+        if entry.name in (keeper.RECORD, keeper.EXIT):
+            os.link(entry, aside / entry.name)
+        elif entry.name == keeper.LOG or entry.name.startswith(f"{keeper.LOG}."):
+            entry.rename(aside / entry.name)
+    return aside
+
+
+def _undo(path: Path, record: Record, aside: Path | None, options: Options) -> None:
+    try:
+        made = records.load(path)
+    except BadRecord:
+        made = None
+    if made is not None and made.run_id == record.run_id:
+        process_stop.kill_now(made, options.kill_timeout)
+    if aside is None:
+        records.discard(path)
+        return
+    for entry in sorted(path.iterdir()):
+        if entry.is_file():
+            entry.unlink()
+    for entry in sorted(aside.iterdir()):
+        entry.rename(path / entry.name)
+    aside.rmdir()
+
+
+def _payload(record: Record, spec: ProcessSpec, options: Options) -> dict[str, Any]:
+    who = checks.account(spec.user)
+    return {
+        "record": record.document(),
+        "command": list(spec.command),
+        "env": {
+            **checks.environment(spec, who),
+            "MIC_SCOPE": record.identity.scope,
+            "MIC_INSTANCE": record.identity.instance,
+            "MIC_SPEC_HASH": record.identity.spec_hash,
+            records.RUN_ID: record.run_id,
+        },
+        "working_dir": record.working_dir,
+        "limits": checks.limits(spec),
+        "user": {"uid": who.uid, "gid": who.gid, "groups": who.groups} if who.switch else None,
+        "stop_signal": checks.signal_number(spec.stop_signal) or signal.SIGTERM.value,
+        "stop_timeout": spec.stop_timeout,
+        "log_max_size": options.log_max_size,
+        "log_files": options.log_files,
+    }
+
+
+def _spawn(path: Path, record: Record, spec: ProcessSpec, handle: int, options: Options) -> None:
+    payload = json.dumps(_payload(record, spec, options)).encode()
+    process = subprocess.Popen(
+        # -I: next to keeper.py lies a subprocess.py that is not the library's.
+        [sys.executable, "-I", "-S", "-E", keeper.__file__, str(path), str(handle)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=(handle,),
+        env={"PATH": checks.DEFAULT_PATH, "LANG": "C.UTF-8"},
+        cwd="/",
+        start_new_session=True,
+    )
+    try:
+        answer, _ = process.communicate(payload, START_TIMEOUT)
+    except BaseException as error:
+        # The keeper is in the session of the process that it forked from, and may not have come
+        # as far as the record; without it, a child that waits at the barrier goes.
+        for one in procfs.processes().values():
+            if one.session == process.pid:
+                procfs.send_signal(one.pid, one.start_time, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            reason = f"its keeper gave no answer within {START_TIMEOUT:g} s"
+            raise RuntimeRefused(f"cannot start {record.name}: {reason}") from error
+        raise
+    said = answer.decode(errors="replace").strip().rpartition("\n")[2]
+    try:
+        result = json.loads(said)
+    except ValueError:
+        reason = f"its keeper failed: {said or 'it was killed'}"
+    else:
+        if "error" not in result:
+            return
+        reason = result["error"]
+    raise RuntimeRefused(f"cannot start {record.name}: {reason}")

@@ -1,0 +1,131 @@
+"""Ends the tree of one recorded process, and says so on disk."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from pathlib import Path
+
+from mic_supervisor.errors import StopFailed
+from mic_supervisor.model import ObservedWorkload
+from mic_supervisor.runtimes import keeper, procfs
+from mic_supervisor.runtimes import process_records as records
+from mic_supervisor.runtimes.process_records import Record
+
+_KEEPER_GRACE = 3.0  # seconds that a keeper has to write the exit status once all is gone
+_LONGEST_PAUSE = 0.05  # seconds between two looks at a tree that is dying
+
+
+def end_tree(record: Record, number: int, *, grace: float, patience: float) -> None:
+    """Signal the main process, wait `grace` seconds at most, then kill until nothing is left.
+
+    What the main process leaves behind when it ends in time is asked too, and killed after
+    REMAINS_GRACE. Raises StopFailed `patience` seconds after the first KILL.
+    """
+    deadline = time.monotonic() + grace
+    if _ask(record, number, deadline):
+        deadline = min(deadline, time.monotonic() + keeper.REMAINS_GRACE)
+    _kill(record, deadline, patience)
+
+
+def end_remains(
+    path: Path, record: Record, seen: ObservedWorkload, *, patience: float, at: float
+) -> None:
+    """Make sure that nothing is left of a run that has ended, where its keeper could not.
+
+    Raises StopFailed, OSError and BadRecord.
+    """
+    if records.load_exit(path, record.run_id) is not None:
+        return
+    here = records.machine()
+    if (record.boot_id, record.pid_namespace) == (here.boot, here.namespace):
+        _kill(record, time.monotonic(), patience)
+    records.write_exit(path, record, seen.error or records.LOST, at)
+
+
+def await_exit_status(path: Path, record: Record, *, at: float) -> None:
+    """Wait until the keeper has written it and is gone; do its work where it does not."""
+    give_up = time.monotonic() + _KEEPER_GRACE
+    while record.keeper is not None and record.keeper.runs():
+        if time.monotonic() >= give_up:  # it was stopped, or is stuck in writing
+            procfs.send_signal(record.keeper.pid, record.keeper.start_time, signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    if path.exists() and records.load_exit(path, record.run_id) is None:
+        records.write_exit(path, record, records.LOST, at)
+
+
+def kill_now(record: Record, patience: float) -> None:
+    """KILL for keeper, child and everything below. Raises StopFailed and OSError."""
+    for anchor in (record.child, record.keeper):
+        if anchor is not None:
+            procfs.send_signal(anchor.pid, anchor.start_time, signal.SIGKILL)
+    _kill(record, time.monotonic(), patience)
+
+
+def _ask(record: Record, number: int, deadline: float) -> bool:
+    """Whether the main process has ended by the deadline."""
+    child = record.child
+    if child is None or not procfs.send_signal(child.pid, child.start_time, number):
+        return True
+    procfs.send_signal(child.pid, child.start_time, signal.SIGCONT)  # or it never hears of it
+    try:
+        handle = os.pidfd_open(child.pid)
+    except OSError:
+        return True  # reaped already
+    try:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        # The descriptor may be a later process's, but then the child does not run.
+        while child.runs():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            poll.poll(left * 1000)
+    finally:
+        os.close(handle)
+    return True
+
+
+def _kill(record: Record, deadline: float, patience: float) -> None:
+    """TERM once for everything that is left, where no keeper does it, and KILL from `deadline`."""
+    give_up = max(deadline, time.monotonic()) + patience
+    asked: set[tuple[int, int]] = set()
+    empty = 0
+    pause = 0.002
+    # Twice: a process that forks and ends while the table is read may be missed once.
+    while empty < 2:
+        left = records.members(record)
+        if not left:
+            empty += 1
+            continue
+        empty = 0
+        now = time.monotonic()
+        if now >= give_up:
+            raise StopFailed(
+                f"cannot stop {record.name}: {_named(left)} survived KILL",
+                hint="where the kernel does not let go of it, only a restart of the machine helps",
+            )
+        if now >= deadline:
+            _signal(left, signal.SIGKILL)
+        elif record.keeper is None or not record.keeper.runs():
+            _signal({p: s for p, s in left.items() if (p, s) not in asked}, signal.SIGTERM)
+            asked.update(left.items())
+        time.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+def _signal(processes: dict[int, int], number: int) -> None:
+    for pid, start_time in processes.items():
+        try:
+            procfs.send_signal(pid, start_time, number)
+            procfs.send_signal(pid, start_time, signal.SIGCONT)
+        except PermissionError:
+            continue  # it will count as a survivor
+
+
+def _named(pids: dict[int, int]) -> str:
+    known = [(pid, procfs.stat(pid)) for pid in sorted(pids)]
+    return "PID " + ", ".join(f"{pid} ({one.name if one else '?'})" for pid, one in known)

@@ -1,0 +1,414 @@
+"""Host processes where systemd is not PID 1: one keeper per process, and records on disk.
+
+What runs is what the records in a directory say, each checked against the kernel: PID and start
+time of keeper and child, boot, PID namespace. This module keeps nothing that a restart would lose,
+but for the launches that `restart` needs, which hold secrets. See keeper.py for the order in which
+a process comes to be.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, StopFailed
+from mic_supervisor.model import (
+    Launch,
+    ObservedWorkload,
+    ProcessSpec,
+    RunState,
+    RuntimeView,
+    Stranger,
+)
+from mic_supervisor.runtimes import (
+    Progress,
+    process_events,
+    process_logs,
+    process_start,
+    process_stop,
+    procfs,
+)
+from mic_supervisor.runtimes import process_checks as checks
+from mic_supervisor.runtimes import process_records as records
+from mic_supervisor.runtimes.process_records import BadRecord, Record
+from mic_supervisor.runtimes.process_start import START_TIMEOUT, Options
+
+_REMOVE_PATIENCE = 3.0  # seconds for a keeper that has written the exit status to be gone
+_STRAY_PAUSE = 10.0  # seconds between two walks through every environment
+
+
+class SubprocessRuntime:
+    """Runs host processes of one scope. See `Runtime` for the contract.
+
+    `directory` holds a directory per workload and is made when it is first needed. A log is rotated
+    at `log_max_size` bytes, `log_files` are kept. `kill_timeout` is how many seconds a tree may
+    take to die of KILL: a driver may need long to take a GPU's memory back.
+    """
+
+    name = "subprocess"
+    creates_ahead = False
+
+    def __init__(
+        self,
+        scope: str,
+        host: str,
+        *,
+        directory: Path,
+        clock: Callable[[], float] = time.time,
+        log_max_size: int = 50 << 20,
+        log_files: int = 3,
+        kill_timeout: float = 30.0,
+        enclosing_service: Callable[[], str | None] = procfs.enclosing_service,
+    ) -> None:
+        self._scope = scope
+        self._host = host
+        self._directory = directory
+        self._clock = clock
+        self._options = Options(log_max_size, log_files, kill_timeout)
+        self._enclosing_service = enclosing_service
+        self._guard = threading.Lock()
+        self._turns: dict[str, threading.Lock] = {}
+        self._launches: dict[str, Launch] = {}
+        self._strays: tuple[float, tuple[Stranger, ...]] | None = None
+
+    # --- what runs ------------------------------------------------------------------------
+
+    def observe(self) -> RuntimeView:
+        """Everything that the records name, and processes of this scope that no record names."""
+        found: list[ObservedWorkload] = []
+        strangers: list[Stranger] = []
+        try:
+            here = records.machine()
+            for path in self._paths():
+                try:
+                    record = self._load_ours(path)
+                    if record is not None:  # else: cut short before it could write anything
+                        found.append(records.judge(path, record, here))
+                except FileNotFoundError:
+                    continue  # removed since it was listed
+                except BadRecord as error:
+                    strangers.append(self._stranger(path, str(error)))
+            strangers += self._find_strays()
+        except OSError as error:
+            return RuntimeView(self.name, error=f"cannot read the process records: {error}")
+        return RuntimeView(self.name, tuple(found), tuple(strangers))
+
+    def _stranger(self, path: Path, reason: str) -> Stranger:
+        try:
+            running = records.is_locked(path)
+        except OSError:
+            running = True  # unknown is never absent
+        return Stranger(self.name, path.name, path.name, (), running, reason)
+
+    def _paths(self) -> list[Path]:
+        try:
+            paths = sorted(self._directory.iterdir())
+        except FileNotFoundError:
+            return []
+        return [path for path in paths if not path.name.startswith(".") and path.is_dir()]
+
+    def _load_ours(self, path: Path) -> Record | None:
+        """The record in `path`; None when there is none. Raises BadRecord for another's, too."""
+        record = records.load(path)
+        if record is not None and record.identity.scope != self._scope:
+            raise BadRecord(f"it belongs to scope {record.identity.scope}")
+        if record is not None and record.identity.host != self._host:
+            raise BadRecord("it was started on another machine")
+        return record
+
+    def _find_strays(self) -> tuple[Stranger, ...]:
+        """Processes that carry our scope, and a run that no record names any more."""
+        now = self._clock()
+        if self._strays is not None and 0 <= now - self._strays[0] < _STRAY_PAUSE:
+            return self._strays[1]
+        found: dict[str, tuple[int, str]] = {}
+        for pid in sorted(procfs.with_environ("MIC_SCOPE", [self._scope])):
+            variables = procfs.environ(pid) or {}
+            run = variables.get(records.RUN_ID)
+            if run is not None and run not in found:
+                found[run] = (pid, variables.get("MIC_INSTANCE", "?"))
+        # After the processes: a record is older than all that carries its run.
+        runs = self._runs() if found else set()
+        strays = tuple(
+            Stranger(
+                self.name,
+                instance,
+                f"PID {pid}",
+                reason=f"it was started for {instance}, and its record is gone",
+            )
+            for run, (pid, instance) in found.items()
+            if run not in runs and procfs.stat(pid) is not None
+        )
+        self._strays = (now, strays)
+        return strays
+
+    def _runs(self) -> set[str]:
+        found = set()
+        for path in self._paths():
+            try:
+                record = records.load(path)
+            except BadRecord:
+                continue
+            if record is not None:
+                found.add(record.run_id)
+        return found
+
+    # --- starting -------------------------------------------------------------------------
+
+    def prepare(self, launch: Launch, progress: Progress) -> None:  # noqa: ARG002
+        """Look for all that a start needs. Raises PreflightFailed."""
+        spec = _spec(launch)
+        self._refuse_inside_service()
+        checks.preflight(spec)
+        if launch.name.startswith(".") or "/" in launch.name or len(launch.name.encode()) > 200:
+            raise PreflightFailed(f"cannot keep a record called {launch.name!r}")
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise PreflightFailed(
+                f"cannot keep process records in {self._directory}: {error.strerror}",
+                hint="set MIC_RUN_DIR to a directory that can be written",
+            ) from error
+        if not os.access(self._directory, os.W_OK | os.X_OK):
+            raise PreflightFailed(
+                f"cannot keep process records in {self._directory}: it cannot be written",
+                hint="set MIC_RUN_DIR to a directory that can be written",
+            )
+
+    def create(self, launch: Launch) -> None:
+        """Never: see `creates_ahead`."""
+        raise RuntimeRefused(f"cannot create {launch.name} without starting it: it is a process")
+
+    def start(self, launch: Launch) -> None:
+        """Returns once the program was executed. Replaces an ended record of the same name."""
+        spec = _spec(launch)
+        self._refuse_inside_service()
+        path = self._directory / launch.name
+        try:
+            with self._turn(launch.name):
+                handle = self._lock_for_start(path, launch)
+                if handle is None:
+                    return
+                try:
+                    if not self._runs_already(path, launch, held=True):
+                        record = self._new_record(launch, spec)
+                        process_start.start(path, record, spec, handle, self._options)
+                finally:
+                    os.close(handle)
+        except OSError as error:
+            raise RuntimeRefused(f"cannot start {launch.name}: {error}") from error
+        with self._guard:
+            self._launches[launch.name] = launch
+
+    def _refuse_inside_service(self) -> None:
+        unit = self._enclosing_service()
+        if unit is not None:
+            raise PreflightFailed(
+                f"cannot start a process from within {unit}: "
+                "systemd would end it whenever that unit is restarted",
+                hint="set MIC_PROCESS_RUNTIME=systemd",
+            )
+
+    def _lock_for_start(self, path: Path, launch: Launch) -> int | None:
+        """The lock on the record; None when the process runs, or another start has just made it."""
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        give_up = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < give_up:
+            handle = records.lock(path, 0.05)
+            if handle is not None:
+                return handle
+            path.mkdir(mode=0o700, exist_ok=True)  # it may have been removed meanwhile
+            if self._runs_already(path, launch, held=False):
+                return None
+        raise RuntimeRefused(
+            f"cannot start {launch.name}: its record is held by an earlier run that does not end"
+        )
+
+    def _runs_already(self, path: Path, launch: Launch, *, held: bool) -> bool:
+        """Whether its main process runs. Ends what a run that has ended left behind.
+
+        `held`: the lock on the record is ours.
+        """
+        try:
+            record = self._load_ours(path)
+            if record is None:
+                return False
+            seen = records.judge(path, record, records.machine(), held=held)
+        except BadRecord as error:
+            raise RuntimeRefused(
+                f"cannot start {launch.name}: there is a record of that name: {error}",
+                hint=f"look at it and move it away: {path}",
+            ) from error
+        if seen.state is RunState.UNKNOWN:
+            raise RuntimeRefused(f"cannot start {launch.name}: {seen.error}")
+        if seen.state is RunState.RUNNING:
+            return seen.pid is not None
+        self._clear(path, record, seen)
+        return False
+
+    def _new_record(self, launch: Launch, spec: ProcessSpec) -> Record:
+        here = records.machine()
+        return Record(
+            name=launch.name,
+            identity=launch.identity,
+            run_id=str(uuid.uuid4()),
+            boot_id=here.boot,
+            pid_namespace=here.namespace,
+            created_at=self._clock(),
+            user=spec.user,
+            working_dir=spec.working_dir or "/",
+        )
+
+    def restart(self, workload: ObservedWorkload) -> None:
+        """Start it again, if this very program started it: a record holds no environment.
+
+        Raises RuntimeRefused otherwise; `start` with a launch of the same specification does it.
+        """
+        with self._guard:
+            launch = self._launches.get(workload.name)
+        if launch is None:
+            raise RuntimeRefused(
+                f"cannot start {workload.name} again: its environment may hold secrets, is "
+                "therefore not kept on disk, and was lost when the supervisor was restarted",
+                hint="it can be started from its specification only",
+            )
+        self.start(launch)
+
+    # --- stopping -------------------------------------------------------------------------
+
+    def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
+        """Returns when no process of the tree is left and the exit status is on disk."""
+        number = checks.signal_number(signal)
+        if number is None:
+            raise RuntimeRefused(f"cannot stop {workload.name}: there is no signal {signal}")
+        path = self._directory / workload.name
+        with self._turn(workload.name), self._explained(f"stop {workload.name}", StopFailed):
+            record = self._settle(path)
+            if record is None:
+                return
+            seen = records.judge(path, record, records.machine())
+            if seen.state is RunState.UNKNOWN:
+                raise StopFailed(f"cannot stop {workload.name}: {seen.error}")
+            if seen.state is RunState.EXITED:
+                self._clear(path, record, seen)
+                return
+            patience = self._options.kill_timeout
+            process_stop.end_tree(record, number, grace=grace, patience=patience)
+            process_stop.await_exit_status(path, record, at=self._clock())
+
+    def _settle(self, path: Path) -> Record | None:
+        """The record, once a start that is under way has come to its end; None when it is gone."""
+        give_up = time.monotonic() + START_TIMEOUT
+        while True:
+            record = self._load_ours(path)
+            if record is None or record.child is not None or not records.is_locked(path):
+                return record
+            if time.monotonic() >= give_up:
+                raise StopFailed(f"cannot stop {path.name}: its start does not come to an end")
+            time.sleep(0.02)
+
+    def _clear(self, path: Path, record: Record, seen: ObservedWorkload) -> None:
+        patience = self._options.kill_timeout
+        process_stop.end_remains(path, record, seen, patience=patience, at=self._clock())
+
+    def remove(self, workload: ObservedWorkload) -> None:
+        """Delete the record and the logs of a process that has ended."""
+        path = self._directory / workload.name
+        action = f"remove {workload.name}"
+        with self._turn(workload.name), self._explained(action, RuntimeRefused):
+            if not path.exists():
+                return
+            record = self._load_ours(path)
+            if record is not None:
+                seen = records.judge(path, record, records.machine())
+                if seen.state is not RunState.EXITED:
+                    raise RuntimeRefused(f"cannot {action}: it still runs", hint="stop it first")
+                self._clear(path, record, seen)
+            handle = records.lock(path, _REMOVE_PATIENCE)
+            if handle is None:
+                if path.exists():
+                    raise RuntimeRefused(f"cannot {action}: its record is held by a start")
+                return
+            try:
+                records.discard(path)
+            finally:
+                os.close(handle)
+        with self._guard:
+            self._launches.pop(workload.name, None)
+
+    # --- looking at one -------------------------------------------------------------------
+
+    def logs(
+        self, workload: ObservedWorkload, *, tail: int | None = None, follow: bool = False
+    ) -> Iterator[str]:
+        """Following ends when the process has ended and all of its log was read."""
+        path = self._directory / workload.name
+        with self._explained(f"read the log of {workload.name}", RuntimeRefused):
+            record = records.load(path)
+
+            def ended() -> bool:
+                now = records.load(path)
+                if now is None or record is None or now.run_id != record.run_id:
+                    return True
+                return records.judge(path, now, records.machine()).state is RunState.EXITED
+
+            yield from process_logs.read(path, tail=tail, follow=follow, ended=ended)
+
+    def previous_logs(
+        self, workload: ObservedWorkload, *, tail: int | None = None
+    ) -> Iterator[str]:
+        """As `logs`, of the run before this one; nothing where there was none."""
+        path = self._directory / workload.name
+        with self._explained(f"read the log of {workload.name}", RuntimeRefused):
+            yield from process_logs.read(path / records.PREVIOUS, tail=tail)
+
+    def run_check(
+        self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
+    ) -> tuple[int, str]:
+        """(exit code, output) of `command`, run as the workload's user in its directory.
+
+        124 when it was ended after `timeout` seconds. Raises RuntimeRefused when it cannot be run,
+        which says nothing about the workload.
+        """
+        path = self._directory / workload.name
+        action = f"run {command[0] if command else 'an empty check'}"
+        with self._explained(action, RuntimeRefused):
+            record = records.load(path)
+            if record is None or not command:
+                raise RuntimeRefused(f"cannot {action}: there is no record of {workload.name}")
+            who = checks.account(record.user)
+            return checks.run_check(command, timeout, who, record.working_dir)
+
+    def events(self, stop: threading.Event) -> Iterator[str]:
+        """Names of workloads whose process has ended, as it happens, until `stop` is set."""
+        return process_events.watch(self._paths, stop)
+
+    # --- helpers --------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self, name: str) -> Iterator[None]:
+        """One thread at a time changes a record."""
+        with self._guard:
+            turn = self._turns.setdefault(name, threading.Lock())
+        with turn:
+            yield
+
+    @contextmanager
+    def _explained(self, action: str, kind: type[MicError]) -> Iterator[None]:
+        try:
+            yield
+        except BadRecord as error:
+            raise kind(f"cannot {action}: its record is not to be trusted: {error}") from error
+        except OSError as error:
+            raise kind(f"cannot {action}: {error}") from error
+
+
+def _spec(launch: Launch) -> ProcessSpec:
+    if not isinstance(launch.spec, ProcessSpec):
+        raise PreflightFailed(f"cannot start {launch.name}: a container is no host process")
+    return launch.spec
