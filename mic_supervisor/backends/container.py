@@ -1,0 +1,59 @@
+"""Any image: one container per instance."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from mic_supervisor.backends import BackendBase, CompileRequest, common
+from mic_supervisor.config.options import ModelOptions, Strict, Text
+from mic_supervisor.model import Instance
+
+
+class Settings(Strict):
+    """This backend has no settings of its own."""
+
+
+class Options(ModelOptions):
+    """`args` are appended to `command`; without both, the image's own command runs."""
+
+    unavailable: ClassVar[dict[str, str]] = common.NOT_YET
+
+    image: Text = Field(description="The image's name, with a tag or a digest.")
+    command: list[str] = Field(
+        default=[], description="The command; without it and args, the image's own."
+    )
+    entrypoint: list[Text] | None = Field(
+        default=None, description="Instead of the image's own; [] is none."
+    )
+
+    @model_validator(mode="after")
+    def _container_port_needs_a_bridge(self) -> Self:
+        if self.network == "host" and self.container_port is not None:
+            raise ValueError(
+                "container_port: with network: host there is nothing to publish; "
+                "remove the key and let the command listen on ${port}"
+            )
+        return self
+
+
+class ContainerBackend(BackendBase):
+    name = "container"
+    Settings = Settings
+    Options = Options
+
+    def compile(self, request: CompileRequest) -> Instance:
+        """One container with all the GPUs of the instance. Raises CompileError."""
+        options: Options = request.options
+        ports = common.ports(options)
+        filled = common.texts(
+            request,
+            ports,
+            command=[*options.command, *options.args],
+            entrypoint=options.entrypoint,
+            env=options.env,
+            probes=common.probes(options),
+        )
+        workload = common.container(request, filled, ports, image=options.image)
+        return common.instance(request, workload, filled.probes)

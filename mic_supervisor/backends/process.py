@@ -1,0 +1,76 @@
+"""Any command: one tree of host processes per instance."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from mic_supervisor.backends import BackendBase, CompileRequest, common
+from mic_supervisor.config.options import ModelOptions, Strict, Text
+from mic_supervisor.model import Instance, ProcessSpec
+
+_CONTAINERS_ONLY = "a host process has no container; remove the key"
+
+
+class Settings(Strict):
+    """This backend has no settings of its own."""
+
+
+class Options(ModelOptions):
+    """`args` are appended to `command`, whose first item is the program's absolute path."""
+
+    unavailable: ClassVar[dict[str, str]] = {
+        **common.NOT_YET,
+        **dict.fromkeys(("network", "container_port", "shm_size", "mounts"), _CONTAINERS_ONLY),
+    }
+
+    command: Annotated[list[Text], Field(min_length=1)] = Field(
+        description="The program's absolute path and its arguments."
+    )
+
+    @model_validator(mode="after")
+    def _runs_on_the_host(self) -> Self:
+        program = self.command[0]
+        if not program.startswith("/"):
+            raise ValueError(
+                f"command: the program {program!r} is not an absolute path; "
+                "write where it is, as in /usr/bin/python3"
+            )
+        if any(check.docker for check in common.checks(self)):
+            raise ValueError("probe: docker: a host process has no image; use http, tcp or exec")
+        return self
+
+
+class ProcessBackend(BackendBase):
+    name = "process"
+    Settings = Settings
+    Options = Options
+
+    def compile(self, request: CompileRequest) -> Instance:
+        """One process tree that sees the GPUs of the instance and no other. Raises CompileError.
+
+        CUDA_VISIBLE_DEVICES holds UUIDs, which mean the same GPU whatever the driver's order is
+        today; `env` and `env_file` may set it otherwise.
+        """
+        options: Options = request.options
+        ports = common.ports(options)
+        filled = common.texts(
+            request,
+            ports,
+            command=[*options.command, *options.args],
+            env={**_cuda(request), **options.env},
+            probes=common.probes(options),
+        )
+        workload: ProcessSpec = common.process(request, filled, ports)
+        return common.instance(request, workload, filled.probes)
+
+
+def _cuda(request: CompileRequest) -> dict[str, str]:
+    uuids = common.devices(request)
+    if not uuids:
+        return {}
+    env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
+    # `env` wins over the file at launch: what the file sets must not stand in `env`.
+    in_file = dict(common.file_env(request))
+    return {name: value for name, value in env.items() if name not in in_file}
