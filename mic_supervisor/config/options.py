@@ -4,16 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from mic_supervisor.config.types import Duration, Memlock, SignalName, Size
+from mic_supervisor.config.types import (
+    Duration,
+    ListenAddress,
+    Memlock,
+    PositiveDuration,
+    SignalName,
+    Size,
+)
 
 PortNumber = Annotated[int, Field(ge=1, le=65535, strict=True)]
 Text = Annotated[str, Field(min_length=1)]
+AbsolutePath = Annotated[str, Field(pattern=r"^/")]
+
+
+def _env_name(name: str) -> str:
+    if not name or any(char in "=$" or char.isspace() or not char.isprintable() for char in name):
+        raise ValueError(f"{name!r} cannot be the name of a variable")
+    return name
+
+
+EnvName = Annotated[str, AfterValidator(_env_name)]
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors; nothing is coerced between strings, numbers and booleans."""
+    """Unknown keys are errors; nothing is coerced between strings, numbers and booleans.
+
+    A validator of several keys raises ValueError("KEY: why"): the error is shown at KEY's place.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
@@ -21,34 +41,63 @@ class Strict(BaseModel):
 class CheckOptions(Strict):
     """One probe: exactly one of http, tcp, exec, docker."""
 
-    http: Annotated[str, Field(pattern=r"^/")] | None = None
-    tcp: Literal[True] | None = None
-    exec: Annotated[list[Text], Field(min_length=1)] | None = None
-    docker: Literal[True] | None = None
-    period: Duration = 5.0
-    timeout: Duration = 3.0
-    failures: Annotated[int, Field(ge=1)] = 3
+    http: AbsolutePath | None = Field(default=None, description="GET this path; 2xx and 3xx pass.")
+    tcp: Literal[True] | None = Field(default=None, description="Connect to the port.")
+    exec: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None, description="Run this command, on the host or inside the container; 0 passes."
+    )
+    docker: Literal[True] | None = Field(
+        default=None, description="The health check that the image itself declares."
+    )
+    period: PositiveDuration = Field(
+        default=5.0, description="From the end of one try to the next."
+    )
+    timeout: PositiveDuration = Field(default=3.0, description="For one try.")
+    failures: Annotated[int, Field(ge=1)] = Field(
+        default=3, description="Failed tries in a row until it counts."
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         kinds = [k for k in ("http", "tcp", "exec", "docker") if getattr(self, k) is not None]
         if len(kinds) != 1:
             given = " and ".join(kinds) or "none"
-            raise ValueError(f"a probe has exactly one of http, tcp, exec and docker; here: {given}")
+            raise ValueError(
+                f"a probe has exactly one of http, tcp, exec and docker; here: {given}"
+            )
         return self
 
 
 class SplitProbe(Strict):
-    startup: CheckOptions | None = None
-    liveness: CheckOptions | None = None
-    readiness: CheckOptions | None = None
+    """A check for each purpose: startup gates the others, liveness restarts, readiness reports."""
+
+    startup: CheckOptions | None = Field(
+        default=None,
+        description="Passes once before the others begin; start_timeout is its budget.",
+    )
+    liveness: CheckOptions | None = Field(
+        default=None, description="Failing restarts the instance."
+    )
+    readiness: CheckOptions | None = Field(
+        default=None, description="Failing is reported, nothing more."
+    )
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Self:
+        if self.startup is None and self.liveness is None and self.readiness is None:
+            raise ValueError("a probe has exactly one of http, tcp, exec and docker; here: none")
+        return self
 
 
 class LimitOptions(Strict):
-    memory: Size | None = None
-    cpus: Annotated[float, Field(gt=0, strict=False)] | None = None
-    nofile: Annotated[int, Field(ge=1)] | None = None
-    memlock: Memlock | None = None
+    memory: Size | None = Field(default=None, description="Main memory, not the GPU's.")
+    cpus: Annotated[float, Field(gt=0, strict=False)] | None = Field(
+        default=None, description="CPUs, 1.5 is one and a half."
+    )
+    nofile: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Open files.")
+    memlock: Memlock | None = Field(
+        default=None, description='Locked memory: a size, or "unlimited".'
+    )
 
 
 class PortOptions(Strict):
@@ -56,15 +105,28 @@ class PortOptions(Strict):
     grpc: PortNumber | None = None
     metrics: PortNumber | None = None
 
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        taken: dict[int, str] = {}
+        for name in ("http", "grpc", "metrics"):
+            port = getattr(self, name)
+            if port is not None and taken.setdefault(port, name) != name:
+                raise ValueError(f"{name}: the port {port} is taken by {taken[port]}")
+        return self
+
 
 class RolloutOptions(Strict):
-    max_unavailable: Annotated[int, Field(ge=1)] = 1
-    rollback: bool = True
+    max_unavailable: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="GPUs of one model that may be replaced at the same time."
+    )
+    rollback: bool = Field(
+        default=True, description="Return to the last ready specification on failure."
+    )
 
 
 class MountOptions(Strict):
-    source: Annotated[str, Field(pattern=r"^/")]
-    target: Annotated[str, Field(pattern=r"^/")]
+    source: AbsolutePath = Field(description="A path of the host.")
+    target: AbsolutePath = Field(description="A path in the container.")
     read_only: bool = False
 
 
@@ -76,29 +138,53 @@ class ModelOptions(Strict):
 
     unavailable: ClassVar[dict[str, str]] = {}
 
-    backend: Text
-    env: dict[str, str] = {}
-    env_file: Annotated[str, Field(pattern=r"^/")] | None = None
-    args: list[str] = []
-    port: PortNumber | None = None
-    ports: PortOptions | None = None
-    listen: Text = "127.0.0.1"
-    probe: CheckOptions | SplitProbe | None = None
-    start_timeout: Duration = 300.0
-    stop_timeout: Duration = 30.0
+    backend: Text = Field(description="What serves the model.")
+    env: dict[EnvName, str] = Field(
+        default={}, description="Environment; ${port}, ${env:NAME} and their like are replaced."
+    )
+    env_file: AbsolutePath | None = Field(
+        default=None, description="A file of KEY=VALUE lines; secrets belong there."
+    )
+    args: list[str] = Field(default=[], description="Appended to the command; ${…} is replaced.")
+    port: PortNumber | None = Field(
+        default=None, description="A fixed port, for a model that has one instance."
+    )
+    ports: PortOptions | None = Field(default=None, description="Fixed ports by name.")
+    listen: ListenAddress = Field(default="127.0.0.1", description="The address to serve on.")
+    probe: CheckOptions | SplitProbe | None = Field(
+        default=None, description="How to tell whether it works; without one it is unprobed."
+    )
+    start_timeout: PositiveDuration = Field(
+        default=300.0, description="From the start until ready, loading included."
+    )
+    stop_timeout: Duration = Field(default=30.0, description="From the stop signal until KILL.")
     stop_signal: SignalName = "SIGTERM"
-    drain_timeout: Duration = 0.0
-    vram: Size | None = None
-    on_foreign: Literal["block", "wait", "ignore"] = "block"
-    user: Text | None = None
-    working_dir: Annotated[str, Field(pattern=r"^/")] | None = None
+    drain_timeout: Duration = Field(
+        default=0.0, description="For requests to end before the stop signal."
+    )
+    vram: Size | None = Field(
+        default=None, description="GPU memory that has to be free for a start."
+    )
+    on_foreign: Literal["block", "wait", "ignore"] = Field(
+        default="block", description="What to do when a stranger holds the GPU."
+    )
+    user: Text | None = Field(default=None, description="A user's name or number, or USER:GROUP.")
+    working_dir: AbsolutePath | None = None
     limits: LimitOptions = LimitOptions()
-    mounts: list[MountOptions] = []
-    shm_size: Size | None = None
+    mounts: list[MountOptions] = Field(
+        default=[], description="Paths of the host in the container."
+    )
+    shm_size: Size | None = Field(
+        default=None, description="The size of /dev/shm in the container."
+    )
     network: Literal["bridge", "host"] = "bridge"
-    container_port: PortNumber | None = None
+    container_port: PortNumber | None = Field(
+        default=None, description="The port inside the container; the same number by default."
+    )
     rollout: RolloutOptions = RolloutOptions()
-    runtime: Literal["docker", "process"] | None = None
+    runtime: Literal["docker", "process"] | None = Field(
+        default=None, description="What runs the model, where its backend leaves the choice."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -113,5 +199,5 @@ class ModelOptions(Strict):
     @model_validator(mode="after")
     def _one_way_to_name_ports(self) -> Self:
         if self.port is not None and self.ports is not None:
-            raise ValueError("give either port or ports, not both")
+            raise ValueError("ports: give either port or ports, not both")
         return self

@@ -1,0 +1,189 @@
+"""What is wrong with a configuration, all of it in one pass, in words and with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from mic_supervisor.config.document import Place
+from mic_supervisor.errors import ConfigError
+
+MAX_SHOWN = 100
+"""Diagnostics that are rendered; the rest is counted. A broken file may hold thousands."""
+
+_MAX_SUGGESTIONS = 20  # difflib is slow, and a file with more misspellings than this is no file
+_MAX_CANDIDATES = 200
+_MAX_WORD = 64
+_MAX_MESSAGE = 400
+_WINDOW = 100  # columns of a source line that are shown
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One error. `place.line` 0: it concerns the file as a whole.
+
+    `path` names the value inside the document, "models.MAM.port"; empty for the document itself.
+    `source` is the whole line that `place` points into, None where there is none to show.
+    """
+
+    place: Place
+    path: str
+    message: str
+    source: str | None = None
+    hint: str | None = None
+
+    @property
+    def headline(self) -> str:
+        """One line: "gpus.yaml:7:3: error: models.MAM: unknown backend 'tritn'"."""
+        where = str(self.place) if self.place.line else self.place.file
+        path = f"{self.path}: " if self.path else ""
+        return f"{where}: error: {path}{self.message}"
+
+    def render(self) -> str:
+        lines = [self.headline]
+        if self.source is not None and self.source.strip():
+            lines += _excerpt(self.source, self.place.column)
+        if self.hint is not None:
+            lines.append(f"    {self.hint}")
+        return "\n".join(lines)
+
+
+class InvalidConfig(ConfigError):
+    """A ConfigError that keeps its diagnostics, sorted by file, line and column."""
+
+    def __init__(
+        self, message: str, *, rendered: str, diagnostics: tuple[Diagnostic, ...] = ()
+    ) -> None:
+        super().__init__(message, rendered=rendered)
+        self.diagnostics = diagnostics
+
+
+@dataclass(slots=True)
+class Report:
+    """Collects diagnostics. `lines` holds the source of every file read, in the order of reading,
+    which is also the order in which files are reported."""
+
+    subject: str
+    lines: dict[str, list[str]] = field(default_factory=dict)
+    _found: dict[tuple[Place, str, str], Diagnostic] = field(default_factory=dict)
+    _suggestions: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(
+        self,
+        place: Place,
+        path: str,
+        message: str,
+        *,
+        hint: str | None = None,
+        like: tuple[str, Iterable[str]] | None = None,
+    ) -> None:
+        """Record an error. `like` is a word and the names it might have meant; `hint` stands in
+        where it resembles none of them."""
+        if like is not None and self._suggestions < _MAX_SUGGESTIONS:
+            self._suggestions += 1
+            meant = closest(*like)
+            hint = f"did you mean {meant}?" if meant is not None else hint
+        lines = self.lines.get(place.file, [])
+        source = lines[place.line - 1] if 0 < place.line <= len(lines) else None
+        message = _clip(printable(message), _MAX_MESSAGE)
+        hint = _clip(printable(hint), _MAX_MESSAGE) if hint is not None else None
+        self._found.setdefault(
+            (place, path, message), Diagnostic(place, path, message, source, hint)
+        )
+
+    def sorted(self) -> tuple[Diagnostic, ...]:
+        order = {file: number for number, file in enumerate(self.lines)}
+        return tuple(
+            sorted(
+                self._found.values(),
+                key=lambda d: (order.get(d.place.file, -1), d.place, d.path, d.message),
+            )
+        )
+
+    def fail(self) -> NoReturn:
+        found = self.sorted()
+        blocks = [diagnostic.render() for diagnostic in found[:MAX_SHOWN]]
+        if len(found) > MAX_SHOWN:
+            blocks.append(f"… and {len(found) - MAX_SHOWN} more errors")
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        first = found[0].headline.replace(": error: ", ": ", 1)
+        raise InvalidConfig(
+            f"cannot load {self.subject}: {first}{more}",
+            rendered="\n".join(blocks) + "\n",
+            diagnostics=found,
+        )
+
+
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that was probably meant, or None."""
+    import difflib
+
+    word = word[:_MAX_WORD]
+    near = [name for name in candidates if abs(len(name) - len(word)) <= 5][:_MAX_CANDIDATES]
+    for name in near:
+        if name.casefold() == word.casefold() and name != word:
+            return name
+    matches = difflib.get_close_matches(word, near, n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def dotted(path: str, key: str | int) -> str:
+    """`path` extended by a key (text) or a list's index (int): models."a.b".command[2]."""
+    if isinstance(key, int):
+        return f"{path}[{key}]"
+    text = _clip(printable(key), _MAX_WORD)
+    if not text or any(char in text for char in " .,:[]\"'"):
+        text = f'"{text}"'
+    return f"{path}.{text}" if path else text
+
+
+def show(value: object) -> str:
+    """A value inside a message: quoted if it is text, short, and harmless to a terminal."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "nothing"
+    text = repr(value) if isinstance(value, str) else str(value)
+    return _clip(printable(text), _MAX_WORD)
+
+
+def printable(text: str) -> str:
+    """`text` without anything that a terminal would obey."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def _clip(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
+def _excerpt(source: str, column: int) -> list[str]:
+    """The line, or the part of a long one around `column`, and a caret below it."""
+    start = max(0, column - 1 - _WINDOW * 2 // 3) if len(source) > _WINDOW else 0
+    shown = source[start : start + _WINDOW].rstrip().replace("\t", " ")
+    before = printable(source[start : column - 1].replace("\t", " "))
+    lead, tail = "…" if start else "", "…" if start + _WINDOW < len(source) else ""
+    pad = " " * (len(lead) + _width(before))
+    return [f"    {lead}{printable(shown)}{tail}", f"    {pad}^"]
+
+
+def _width(text: str) -> int:
+    """Columns that `text` takes in a terminal: names may be in any script."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+
+    return sum(
+        0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text
+    )

@@ -1,0 +1,45 @@
+"""From gpus.yaml to a Config, or to every error in it at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from mic_supervisor.config.diagnostics import Report
+from mic_supervisor.config.document import Config
+from mic_supervisor.config.gpu_checks import check_ports, read_entries
+from mic_supervisor.config.merge import read_merged
+from mic_supervisor.config.model_checks import BackendSource, ModelChecker
+
+
+def load(path: Path, registry: BackendSource, *, environ: Mapping[str, str]) -> Config:
+    """The configuration in `path` and its drop-ins, `path`.d/*.yaml.
+
+    `environ` is where `${env:NAME}` is looked up. Raises InvalidConfig, a ConfigError, with every
+    error of all files. Reads files and nothing else.
+    """
+    report = Report(str(path))
+    merged = read_merged(path, report)
+    if merged is None:
+        report.fail()
+    checker = ModelChecker(merged, registry, environ, report)
+    models = checker.models()
+    backends = checker.backends(models)
+    entries = read_entries(merged, models, report)
+    check_ports(merged, models, entries, report)
+    if report:
+        report.fail()
+    document = merged.plain()
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return Config(
+        path=path,
+        files=tuple(merged.files),
+        hash=hashlib.sha256(canonical.encode()).hexdigest(),
+        entries=entries,
+        models=models,
+        backends=backends,
+        variables=dict(sorted(checker.variables.items())),
+        document=document,
+    )

@@ -1,0 +1,226 @@
+"""`defaults:`, `backends:` and `models:`, checked by what each backend lets a file say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from mic_supervisor.config.diagnostics import Report, dotted, show
+from mic_supervisor.config.document import ModelDefinition, Place
+from mic_supervisor.config.merge import NONE, RESERVED, Merged
+from mic_supervisor.config.names import MAX_NAME, is_model_name
+from mic_supervisor.config.placeholders import check_placeholders
+from mic_supervisor.config.tree import Entry, Node
+from mic_supervisor.errors import MicError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+class BackendTypes(Protocol):
+    """The part of a backend that the configuration needs: what it lets a file say."""
+
+    Settings: type[BaseModel]
+    Options: type[BaseModel]
+
+
+class BackendSource(Protocol):
+    """Where backends are found; `backends.registry` fits it.
+
+    `get` returns None for an unknown name and raises MicError for a backend that cannot be loaded.
+    """
+
+    def names(self) -> Sequence[str]: ...
+
+    def get(self, name: str) -> BackendTypes | None: ...
+
+
+class ModelChecker:
+    """Reports what is wrong; `variables` collects what `${env:NAME}` refers to."""
+
+    def __init__(
+        self, merged: Merged, registry: BackendSource, environ: Mapping[str, str], report: Report
+    ) -> None:
+        self.variables: dict[str, str] = {}
+        self._merged = merged
+        self._registry = registry
+        self._environ = environ
+        self._report = report
+        self._used: list[BackendTypes] = []
+
+    def models(self) -> dict[str, ModelDefinition]:
+        defaults = self._defaults()
+        models: dict[str, ModelDefinition] = {}
+        section = self._merged.sections.get("models")
+        for key, entry in (section.entries if section is not None else {}).items():
+            path = dotted("models", str(key))
+            name = self._name(key, entry.place, path)
+            if not entry.node.sound:
+                continue
+            if not isinstance(entry.node.value, dict):
+                text = "has no value" if entry.node.value is None else "must be a map"
+                self._report.add(
+                    entry.place, path, text, hint="write at least the backend: {backend: NAME}"
+                )
+                continue
+            check_placeholders(entry.node, path, self._environ, self._report, self.variables)
+            backend = self._backend_of(entry, path)
+            if backend is None:
+                continue
+            types = self._get(backend, entry.node.entries["backend"].node.place, path)
+            if types is None:
+                continue
+            self._used.append(types)
+            if name is not None:
+                options = self._options(types, entry, path, defaults)
+                if options is not None:
+                    models[name] = ModelDefinition(name, backend, options, entry.place)
+        self._check_defaults_act(defaults)
+        return models
+
+    def _check_defaults_act(self, defaults: Node | None) -> None:
+        """A default is passed over for a backend that refuses it, but some model must take it."""
+        for key, entry in (defaults.entries if defaults is not None else {}).items():
+            reasons = [_refused(types).get(str(key)) for types in self._used]
+            if reasons and reasons[0] is not None and None not in reasons:
+                self._report.add(entry.place, dotted("defaults", str(key)), reasons[0])
+
+    def _name(self, key: str | int, place: Place, path: str) -> str | None:
+        problem = hint = None
+        if isinstance(key, int):
+            problem, hint = "a model's name must be a text", f'quote it: "{key}"'
+        elif key == NONE or key in RESERVED:
+            problem = f"{key} cannot be a model's name: under gpus: it has a meaning of its own"
+        elif len(key) > MAX_NAME:
+            problem = f"a model's name has at most {MAX_NAME} characters"
+        elif not is_model_name(key):
+            problem = "a model's name has letters and digits of any script, and - _ . between them"
+        if problem is not None:
+            self._report.add(place, path, problem, hint=hint)
+            return None
+        return str(key)
+
+    def _backend_of(self, entry: Entry, path: str) -> str | None:
+        given = entry.node.entries.get("backend")
+        if given is None:
+            known = ", ".join(self._registry.names())
+            self._report.add(
+                entry.place, path, "the key backend is missing", hint=f"known are {known}"
+            )
+            return None
+        if not isinstance(given.node.value, str):
+            if given.node.sound:
+                self._report.add(
+                    given.node.place, f"{path}.backend", "must be the name of a backend"
+                )
+            return None
+        return given.node.value
+
+    def _get(self, name: str, place: Place, path: str) -> BackendTypes | None:
+        """The backend, or None after reporting, at each place that names it, why there is none."""
+        try:
+            types = self._registry.get(name)
+        except MicError as error:
+            self._report.add(
+                place, path, f"cannot use the backend {name}: {error}", hint=error.hint
+            )
+            return None
+        if types is None:
+            known = list(self._registry.names())
+            hint = f"known are {', '.join(known)}"
+            self._report.add(
+                place, path, f"unknown backend {show(name)}", like=(name, known), hint=hint
+            )
+        return types
+
+    def _options(
+        self,
+        types: BackendTypes,
+        entry: Entry,
+        path: str,
+        defaults: Node | None,
+    ) -> BaseModel | None:
+        before = len(self._report)
+        given = dict(entry.node.entries)
+        refused = _refused(types)
+        for key, reason in refused.items():
+            if key in given:
+                self._report.add(given.pop(key).place, dotted(path, key), reason)
+        node = Node(entry.node.place, given)
+        if defaults is not None:
+            usable: dict[str | int, Entry] = {
+                key: one
+                for key, one in defaults.entries.items()
+                if key in types.Options.model_fields and key not in refused
+            }
+            node = _with_defaults(node, usable)
+        options = self._validate(types.Options, node, entry.place, path)
+        return options if len(self._report) == before else None
+
+    def _validate(
+        self, model: type[BaseModel], node: Node, place: Place, path: str
+    ) -> BaseModel | None:
+        from mic_supervisor.config.validate import validate
+
+        try:
+            return validate(model, node, place, path, self._report)
+        except MicError as error:
+            self._report.add(place, path, str(error), hint=error.hint)
+        except Exception as error:  # noqa: BLE001 - a plug-in's own validators run in here
+            self._report.add(place, path, f"cannot be checked: {type(error).__name__}: {error}")
+        return None
+
+    def _defaults(self) -> Node | None:
+        from mic_supervisor.config.defaults import Defaults
+
+        node = self._merged.sections.get("defaults")
+        if node is None:
+            return None
+        place = self._merged.section_places["defaults"]
+        return node if self._validate(Defaults, node, place, "defaults") is not None else None
+
+    def backends(self, models: Mapping[str, ModelDefinition]) -> dict[str, BaseModel]:
+        """The settings of every backend that the file lists or a model uses."""
+        settings: dict[str, BaseModel] = {}
+        section = self._merged.sections.get("backends")
+        listed = section.entries if section is not None else {}
+        for key, entry in listed.items():
+            path = dotted("backends", str(key))
+            if not entry.node.sound:
+                continue
+            if entry.node.value is None:
+                entry.node.value = {}  # everything under it is commented out
+            check_placeholders(entry.node, path, self._environ, self._report, self.variables)
+            types = self._get(str(key), entry.place, path)
+            if types is not None:
+                one = self._validate(types.Settings, entry.node, entry.place, path)
+                if one is not None:
+                    settings[str(key)] = one
+        for model in models.values():
+            if model.backend not in listed and model.backend not in settings:
+                types = self._registry.get(model.backend)
+                if types is None:
+                    continue  # reported where the model names it
+                # The place of a setting that is missing is the model that needs it.
+                path = dotted("backends", model.backend)
+                one = self._validate(types.Settings, Node(model.place, {}), model.place, path)
+                if one is not None:
+                    settings[model.backend] = one
+        return dict(sorted(settings.items()))
+
+
+def _refused(types: BackendTypes) -> Mapping[str, str]:
+    refused: Mapping[str, str] = getattr(types.Options, "unavailable", {})
+    return refused
+
+
+def _with_defaults(node: Node, defaults: Mapping[str | int, Entry]) -> Node:
+    """`node` with what `defaults` has and it lacks; maps are completed key by key."""
+    entries = dict(node.entries)
+    for key, default in defaults.items():
+        own = entries.get(key)
+        if own is None:
+            entries[key] = default
+        elif isinstance(own.node.value, dict) and isinstance(default.node.value, dict):
+            entries[key] = Entry(own.place, _with_defaults(own.node, default.node.entries))
+    return Node(node.place, entries, node.sound)

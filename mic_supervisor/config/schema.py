@@ -1,0 +1,196 @@
+"""The JSON Schema of gpus.yaml, for editors: what a value may be, where the reader knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from mic_supervisor.config.defaults import Defaults
+from mic_supervisor.config.merge import NONE, RESERVED, VERSION
+from mic_supervisor.config.names import MAX_NAME
+from mic_supervisor.config.options import ModelOptions
+from mic_supervisor.config.types import format_duration
+from mic_supervisor.errors import MicError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from mic_supervisor.config.model_checks import BackendSource, BackendTypes
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+# Letters and digits of any script, as far as every dialect of regular expressions can say it.
+_NAME = "^[^\\u0000-,/:-@\\[-\\^`{-\\u00a0]+$"
+_INDEX = r"(0|[1-9][0-9]{0,2})"
+_UUID = "[Gg][Pp][Uu]-[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
+_PCI = "(([0-9A-Fa-f]{4}|[0-9A-Fa-f]{8}):)?[0-9A-Fa-f]{2}:[01][0-9A-Fa-f]\\.[0-7]"
+_ONE = f"({_INDEX}|{_UUID}|{_PCI})"
+_GPUS = f"^({_INDEX}\\s*-\\s*{_INDEX}|{_ONE}(\\s*,\\s*{_ONE})*)$"
+
+
+def json_schema(registry: BackendSource) -> dict[str, Any]:
+    """The schema (draft 2020-12) for every backend that can be loaded.
+
+    It is a help while writing; `check` is the judge. A key that cannot be used with a backend has
+    the reason as its description, and matches nothing.
+    """
+    from pydantic.json_schema import models_json_schema
+
+    backends = dict(_loadable(registry))
+    classes: dict[tuple[str, str], type[BaseModel]] = {("", "defaults"): Defaults}
+    for name, types in backends.items():
+        classes[name, "settings"] = types.Settings
+        classes[name, "options"] = types.Options
+    references, definitions = models_json_schema(
+        [(model, "validation") for model in dict.fromkeys(classes.values())],
+        ref_template="#/$defs/{model}",
+    )
+    defs: dict[str, Any] = definitions.get("$defs", {})
+    names = {
+        references[model, "validation"]["$ref"].rpartition("/")[2]: "_".join(filter(None, key))
+        for key, model in classes.items()
+    }
+    defs = {names.get(old, old): definition for old, definition in defs.items()}
+    for definition in defs.values():
+        _polish(definition, names)
+    refs = {key: {"$ref": "#/$defs/" + "_".join(filter(None, key))} for key in classes}
+    for (name, kind), model in classes.items():
+        target = defs["_".join(filter(None, (name, kind)))]
+        if kind != "settings":
+            _describe(target)
+        if kind == "options":
+            _restrict(target, name, getattr(model, "unavailable", {}))
+    return {
+        "$schema": DIALECT,
+        "title": "gpus.yaml",
+        "description": "Which model runs on which GPU of this machine.",
+        "type": "object",
+        "required": ["version", "gpus"],
+        "additionalProperties": False,
+        "properties": {
+            "version": {"const": VERSION, "description": "The version of this format."},
+            "defaults": {
+                "anyOf": [refs["", "defaults"], {"type": "null"}],
+                "description": "What holds for every model that does not say otherwise.",
+            },
+            "backends": {
+                "type": ["object", "null"],
+                "description": "Settings of a backend on this host.",
+                "additionalProperties": False,
+                "properties": {
+                    name: {"anyOf": [refs[name, "settings"], {"type": "null"}]} for name in backends
+                },
+            },
+            "models": _models(backends, refs),
+            "gpus": _gpus(),
+        },
+        "$defs": defs,
+    }
+
+
+def _loadable(registry: BackendSource) -> Iterator[tuple[str, BackendTypes]]:
+    for name in registry.names():
+        try:
+            types = registry.get(name)
+        except MicError:
+            continue  # `check` says why wherever a file names it
+        if types is not None:
+            yield name, types
+
+
+def _models(backends: dict[str, BackendTypes], refs: dict[tuple[str, str], Any]) -> dict[str, Any]:
+    return {
+        "type": ["object", "null"],
+        "description": "What may run: a name, its backend and the backend's options.",
+        "propertyNames": {
+            "pattern": _NAME,
+            "maxLength": MAX_NAME,
+            "not": {"enum": [NONE, *RESERVED]},
+        },
+        "additionalProperties": {
+            "type": "object",
+            "required": ["backend"],
+            "properties": {"backend": {"enum": list(backends)}},
+            "allOf": [
+                {
+                    "if": {"properties": {"backend": {"const": name}}, "required": ["backend"]},
+                    "then": refs[name, "options"],
+                }
+                for name in backends
+            ],
+        },
+    }
+
+
+def _gpus() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": "The desired state. A GPU that is not listed is left alone.",
+        "minProperties": 1,
+        "propertyNames": {
+            "pattern": _GPUS,
+            "description": 'An index (0), a UUID, a PCI bus id; "0-3" is an instance for each of '
+            'four GPUs, "3,4" one instance over two.',
+        },
+        "additionalProperties": {
+            "type": "string",
+            "minLength": 1,
+            "not": {"enum": list(RESERVED)},
+            "description": f"A model's name, or {NONE} to keep the GPU empty.",
+        },
+    }
+
+
+def _polish(definition: dict[str, Any], names: dict[str, str]) -> None:
+    """Without pydantic's titles, with defaults as a file would spell them, and without null, which
+    stands for "not given" and which no file may say."""
+    for schema in _walk(definition):
+        schema.pop("title", None)
+        if "$ref" in schema:
+            old = schema["$ref"].rpartition("/")[2]
+            schema["$ref"] = f"#/$defs/{names.get(old, old)}"
+        if "description" in schema:
+            schema["description"] = " ".join(schema["description"].split())
+        members = [one for one in schema.get("anyOf", ()) if one != {"type": "null"}]
+        if members and len(members) < len(schema["anyOf"]):
+            del schema["anyOf"]
+            if len(members) == 1:
+                schema.update({**members[0], **schema})
+            else:
+                schema["anyOf"] = members
+        default = schema.get("default")
+        if isinstance(default, float) and schema.get("type") == "string":
+            schema["default"] = format_duration(default)
+        elif not isinstance(default, (str, int, float)):
+            schema.pop("default", None)
+
+
+def _describe(definition: dict[str, Any]) -> None:
+    """A key that every backend has means the same where a backend or `defaults:` repeats it."""
+    for key, schema in definition["properties"].items():
+        common = ModelOptions.model_fields.get(key)
+        if "description" not in schema and common is not None and common.description:
+            schema["description"] = common.description
+
+
+def _restrict(definition: dict[str, Any], backend: str, refused: dict[str, str]) -> None:
+    for key, schema in definition["properties"].items():
+        if key in refused:
+            schema.clear()
+            schema.update({"description": f"Not available: {refused[key]}.", "not": {}})
+    definition["properties"]["backend"] = {"const": backend}
+
+
+def _walk(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every schema in a definition, and never a map of names to schemas."""
+    if isinstance(schema, list):
+        for one in schema:
+            yield from _walk(one)
+    elif isinstance(schema, dict):
+        for key, value in list(schema.items()):
+            if key in ("properties", "$defs", "patternProperties"):
+                for one in value.values():
+                    yield from _walk(one)
+            elif isinstance(value, (dict, list)) and key not in ("default", "enum", "examples"):
+                yield from _walk(value)
+        yield schema

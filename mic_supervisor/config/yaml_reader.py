@@ -1,0 +1,204 @@
+"""Strict YAML: what could be read in two ways is an error, and every value keeps its place.
+
+PyYAML's scanner and parser deliver events; the tree is built here, so that a repeated key, an alias
+or a bare `on` is reported instead of resolved, all of them in one pass, and so that depth and size
+have bounds. The scalar rules take YAML 1.1 and 1.2 together: a text that either of them reads as
+something else than text or a plain decimal number has to be quoted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from yaml.events import (
+    AliasEvent,
+    CollectionStartEvent,
+    DocumentStartEvent,
+    MappingEndEvent,
+    MappingStartEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+)
+
+from mic_supervisor.config.diagnostics import Report, dotted, show
+from mic_supervisor.config.document import Place
+from mic_supervisor.config.scalars import resolve
+from mic_supervisor.config.tree import Entry, Node, Scalar
+from mic_supervisor.config.yaml_words import report_syntax_error
+
+MAX_NODES = 20_000
+MAX_DEPTH = 32
+MAX_SCALAR = 64 * 1024
+"""Characters of one text; Linux takes no argument or variable above 128 KiB (MAX_ARG_STRLEN)."""
+
+
+class _Stop(Exception):
+    """The file cannot be read any further; why has been reported."""
+
+
+def parse(text: str, file: str, report: Report) -> Node | None:
+    """The document as a tree; None for an empty document, or after reporting what broke it.
+
+    `report.lines` must hold the file's lines. Takes well under a second for any text that
+    `read_text` lets through.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        return _Builder(text, file, report, loader).document()
+    except _Stop:
+        return None
+    except yaml.MarkedYAMLError as error:
+        report_syntax_error(error, file, report)
+        return None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        # PyYAML lets chr() and int() fail on escapes and directives out of their range.
+        place = Place(file, loader.line + 1, loader.column + 1)
+        report.add(place, "", f"cannot parse YAML: {error}")
+        return None
+    finally:
+        loader.dispose()
+
+
+class _Builder:
+    """Builds the tree of one document. `_path` holds the keys on the way to the current value."""
+
+    def __init__(self, text: str, file: str, report: Report, loader: yaml.SafeLoader) -> None:
+        self._text = text
+        self._file = file
+        self._report = report
+        self._loader: Any = loader  # its methods have no types
+        self._nodes = 0
+        self._path: list[str | int] = []
+
+    def document(self) -> Node | None:
+        root = None
+        documents = 0
+        while self._loader.check_event():
+            event = self._loader.get_event()
+            if isinstance(event, DocumentStartEvent):
+                documents += 1
+                if documents > 1:
+                    self._add(event, "a second document begins here: one file holds one document")
+                    raise _Stop
+            elif isinstance(event, (AliasEvent, ScalarEvent, CollectionStartEvent)):
+                root = self._node(event, 1)
+        if root is not None and root.value is None and root.span[0] == root.span[1]:
+            return None  # "---" and nothing else
+        return root
+
+    def _place(self, event: Any) -> Place:
+        mark = event.start_mark
+        return Place(self._file, mark.line + 1, mark.column + 1)
+
+    def _add(self, event: Any, message: str, *, hint: str | None = None) -> None:
+        path = ""
+        for key in self._path:
+            path = dotted(path, key)
+        self._report.add(self._place(event), path, message, hint=hint)
+
+    def _node(self, event: Any, depth: int) -> Node:
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            self._path.clear()
+            self._add(event, f"cannot read on: the file holds more than {MAX_NODES} values")
+            raise _Stop
+        if depth > MAX_DEPTH:
+            self._path.clear()
+            self._add(event, f"cannot read on: nested more than {MAX_DEPTH} deep")
+            raise _Stop
+        sound = self._check_properties(event)
+        if isinstance(event, ScalarEvent):
+            return self._scalar(event, sound)
+        node = Node(self._place(event), None, sound)
+        if isinstance(event, MappingStartEvent):
+            node.value = self._mapping(depth)
+        elif isinstance(event, SequenceStartEvent):
+            node.value = self._sequence(depth)
+        return node
+
+    def _check_properties(self, event: Any) -> bool:
+        if isinstance(event, AliasEvent):
+            self._add(event, f"*{event.anchor}: aliases are not used here", hint="write it out")
+            return False
+        if event.anchor is not None:
+            self._add(event, f"&{event.anchor}: anchors are not used here", hint="remove it")
+        if event.tag is not None:
+            short = event.tag.replace("tag:yaml.org,2002:", "!!")
+            self._add(event, f"{short}: tags are not used here", hint="remove it")
+            return False
+        return True
+
+    def _scalar(self, event: Any, sound: bool) -> Node:
+        value: Scalar = event.value
+        if len(event.value) > MAX_SCALAR:
+            self._add(event, f"the text is longer than {MAX_SCALAR} characters")
+            value, sound = "", False
+        elif event.style is None:
+            value, problem = resolve(event.value)
+            if problem is not None and sound:
+                self._add(event, problem, hint="quote it if a text is meant")
+                sound = False
+        elif "\0" in event.value or not _encodable(event.value):
+            self._add(event, "the text holds a character that no program takes")
+            value, sound = "", False
+        span = (event.start_mark.index, event.end_mark.index)
+        return Node(self._place(event), value, sound, self._text, span)
+
+    def _sequence(self, depth: int) -> list[Node]:
+        items: list[Node] = []
+        while not isinstance(event := self._loader.get_event(), SequenceEndEvent):
+            self._path.append(len(items))
+            items.append(self._node(event, depth + 1))
+            self._path.pop()
+        return items
+
+    def _mapping(self, depth: int) -> dict[str | int, Entry]:
+        entries: dict[str | int, Entry] = {}
+        while not isinstance(event := self._loader.get_event(), MappingEndEvent):
+            key = self._key(event, depth)
+            self._path.append("?" if key is None else str(key))
+            node = self._node(self._loader.get_event(), depth + 1)
+            if key in entries:
+                first = entries[key].place.line
+                self._add(event, f"stands here twice, first in line {first}")
+            elif key is not None:
+                entries[key] = Entry(self._place(event), node)
+            self._path.pop()
+        return entries
+
+    def _key(self, event: Any, depth: int) -> str | int | None:
+        """The key, or None after reporting that it is none."""
+        if isinstance(event, ScalarEvent) and event.style is None and event.value == "<<":
+            self._add(event, "<<: merge keys are not used here", hint="write the keys out")
+            return None
+        node = self._node(event, depth + 1)
+        value = node.value
+        if isinstance(value, (dict, list)):
+            hint = None
+            if self._text.startswith("{{", max(0, event.start_mark.index - 1)):
+                hint = "quote a text that begins with a brace; there are no templates here"
+            self._add(event, "a key must be a text, not a map or a list", hint=hint)
+            return None
+        if not node.sound:
+            return None
+        if value is None:
+            self._add(event, "a key is missing before the ':'")
+            return None
+        if isinstance(value, (bool, float)):
+            self._add(event, f"the key {show(value)} must be a text", hint="quote it")
+            return None
+        if isinstance(value, str) and not value.isascii():
+            from unicodedata import normalize
+
+            return normalize("NFC", value)
+        return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, from an escape
+        return False
+    return True

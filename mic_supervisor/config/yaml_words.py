@@ -1,0 +1,69 @@
+"""A parser's complaints in words for people."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from mic_supervisor.config.diagnostics import Report
+from mic_supervisor.config.document import Place
+
+if TYPE_CHECKING:
+    from yaml import MarkedYAMLError
+
+_WORDS = {
+    "mapping values are not allowed here": (
+        "a ':' that ends a key cannot stand here",
+        "quote the text that holds it, or check the indentation",
+    ),
+    "could not find expected ':'": ("a ':' is missing after this key", None),
+    "found character '\\t' that cannot start any token": (
+        "a tab cannot stand here",
+        "indent with spaces",
+    ),
+    "found unexpected end of stream": ("the quote that opens here is not closed", None),
+    "found unexpected document separator": ("the quote that opens here is not closed", None),
+    "expected <block end>, but found '<block mapping start>'": (
+        "this line is indented more than the one that it belongs to",
+        "give the keys of one map the same indentation",
+    ),
+    "expected <block end>, but found '<block sequence start>'": (
+        "this item is indented more than the one that it belongs to",
+        "give the items of one list the same indentation",
+    ),
+    "expected <block end>, but found '<scalar>'": (
+        "a text follows where the value had ended",
+        "quote the whole value",
+    ),
+    "expected <block end>, but found '-'": ("a list's item cannot stand here", None),
+}
+_FROM_START = {
+    "could not find expected ':'",
+    "found unexpected end of stream",
+    "found unexpected document separator",
+}
+_SPECIAL = re.compile(r"found character '(.)' that cannot start any token")
+
+
+def report_syntax_error(error: MarkedYAMLError, file: str, report: Report) -> None:
+    problem = error.problem or "the text is not YAML"
+    mark = error.problem_mark or error.context_mark
+    unclosed = problem.startswith(("expected ',' or ']'", "expected ',' or '}'"))
+    if unclosed and problem.endswith("'<stream end>'"):
+        message, hint = "the bracket that opens here is not closed", None
+        mark = error.context_mark or mark
+    elif problem in _WORDS:
+        message, hint = _WORDS[problem]
+        if problem in _FROM_START:
+            mark = error.context_mark or mark
+    elif special := _SPECIAL.fullmatch(problem):
+        message, hint = f"a text cannot begin with {special[1]} unless it is quoted", "quote it"
+    else:
+        message, hint = problem.replace("'<stream end>'", "the end of the file"), None
+    line = mark.line + 1 if mark is not None else 1
+    lines = report.lines.get(file, [])
+    if unclosed and 0 < line <= len(lines) and re.search(r"[\[{,]\s*[^'\"]*\$\{", lines[line - 1]):
+        hint = hint or 'inside brackets, quote a text that holds ${…}: "${port}"'
+    report.add(
+        Place(file, line, mark.column + 1 if mark is not None else 1), "", message, hint=hint
+    )
