@@ -1,0 +1,326 @@
+"""Containers of a Docker Engine, by its API."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
+from mic_supervisor.model import ContainerSpec, Launch, ObservedWorkload, RuntimeView
+from mic_supervisor.runtimes import Progress, docker_end, docker_exec, docker_follow
+from mic_supervisor.runtimes.docker_create import CDI_KIND, INSTANCE, container_config, ownership
+from mic_supervisor.runtimes.docker_engine import Engine
+from mic_supervisor.runtimes.docker_program import check_program
+from mic_supervisor.runtimes.docker_pull import Puller
+from mic_supervisor.runtimes.docker_view import detailed, labels_in, split, stranger_reason
+
+if TYPE_CHECKING:
+    from docker import APIClient
+
+T = TypeVar("T")
+
+_DEVICES_FOR = 60.0  # seconds for which the engine's list of CDI devices is believed
+_NEVER = "0001-01-01T00:00:00Z"  # the engine's StartedAt of a container that never ran
+
+
+class DockerRuntime:
+    """Containers of one scope and host. Fits the protocol `Runtime`; thread-safe.
+
+    `base_url` None is unix:///var/run/docker.sock. `docker_config` is the file or directory with
+    registry credentials, None the client's own ($DOCKER_CONFIG, ~/.docker). `timeout` bounds a
+    plain question, in seconds. Nothing is opened before the first call.
+    """
+
+    name = "docker"
+    creates_ahead = True
+
+    def __init__(
+        self,
+        scope: str,
+        host: str,
+        *,
+        base_url: str | None,
+        docker_config: Path | None,
+        timeout: float = 10.0,
+    ) -> None:
+        self._scope = scope
+        self._host = host
+        self._engine = Engine(base_url, timeout=timeout)
+        self._puller = Puller(self._engine, docker_config)
+        self._devices: tuple[float, frozenset[str]] | None = None
+
+    def close(self) -> None:
+        """Drop pooled connections. Idempotent; a later call opens new ones."""
+        self._engine.close()
+
+    # --- Looking ------------------------------------------------------------------------------
+
+    def observe(self) -> RuntimeView:
+        """One list call, no inspection: pid, started_at and finished_at stay None."""
+        try:
+            listed = self._call("cannot list containers", lambda api: api.containers(all=True))
+        except MicError as error:
+            return RuntimeView(self.name, error=error.message, hint=error.hint)
+        if not isinstance(listed, list):
+            return RuntimeView(
+                self.name,
+                error=f"cannot list containers: what answers at {self._engine.address} "
+                "is not a Docker Engine",
+                hint="check MIC_DOCKER_HOST",
+            )
+        workloads, strangers = split(listed, self._scope, self._host)
+        return RuntimeView(self.name, workloads, strangers)
+
+    def inspect(self, workload: ObservedWorkload) -> ObservedWorkload:
+        """The workload with all that one inspection tells: pid, times, error of the engine.
+
+        RuntimeRefused when it is gone.
+        """
+        what = f"cannot inspect container {workload.name}"
+        found = self._inspect(what, workload.ref)
+        if found is None:
+            raise RuntimeRefused(f"{what}: it no longer exists")
+        return detailed(workload, found)
+
+    def version(self) -> dict[str, Any]:
+        """What doctor shows of the engine. Keys: version, api, root, driver, cgroup_driver,
+        cgroup_version, runtimes, default_runtime, cdi_devices, live_restore, address; a value that
+        the engine does not tell is None.
+        """
+        what = "cannot ask for the engine's version"
+        info = self._engine.newest(what, "/info")
+        version = self._engine.newest(what, "/version")
+        runtimes = info.get("Runtimes")
+        return {
+            "address": self._engine.address,
+            "version": version.get("Version"),
+            "api": version.get("ApiVersion"),
+            "root": info.get("DockerRootDir"),
+            "driver": info.get("Driver"),
+            "cgroup_driver": info.get("CgroupDriver"),
+            "cgroup_version": info.get("CgroupVersion"),
+            "runtimes": sorted(runtimes) if isinstance(runtimes, Mapping) else None,
+            "default_runtime": info.get("DefaultRuntime"),
+            "cdi_devices": sorted(_cdi_devices(info)),
+            "live_restore": info.get("LiveRestoreEnabled"),
+        }
+
+    # --- Starting -----------------------------------------------------------------------------
+
+    def prepare(self, launch: Launch, progress: Progress) -> None:
+        spec = _container(launch, "prepare")
+        # The engine's file system can be looked at only where it is also ours.
+        missing = [m.source for m in spec.mounts if self._engine.local and _absent(m.source)]
+        if missing:
+            raise PreflightFailed(
+                f"cannot prepare {launch.name}: the mount source {', '.join(missing)} "
+                f"{'does' if len(missing) == 1 else 'do'} not exist",
+                hint=f"create it with: mkdir -p {' '.join(missing)}",
+            )
+        self._puller.ensure(spec.image, progress)
+
+    def create(self, launch: Launch) -> None:
+        spec = _container(launch, "create")
+        what = f"cannot create container {launch.name}"
+        discovered = self._discovered(what) if spec.devices else frozenset()
+        config = container_config(launch, spec, discovered)
+        try:
+            made = self._call(
+                what,
+                lambda api: api.create_container_from_config(  # type: ignore[no-untyped-call]
+                    config, launch.name
+                ),
+                patient=True,
+            )
+        except RuntimeRefused as error:
+            raise self._name_taken(what, launch, error) from error
+        except RuntimeUnavailable:
+            # It may have been created all the same.
+            self._discard(launch)
+            raise
+        try:
+            check_program(self._engine, what, self._inspect(what, str(made["Id"])) or {})
+        except MicError as error:
+            raise self._discarded(launch, error) from error
+
+    def start(self, launch: Launch) -> None:
+        what = f"cannot start container {launch.name}"
+        found = self._inspect(what, launch.name)
+        if found is None:
+            raise RuntimeRefused(f"{what}: it does not exist", hint="apply again")
+        if not self._is(found, launch):
+            raise RuntimeRefused(
+                f"{what}: the container of that name is not ours ({self._whose(found)})",
+                hint=f"rename it: docker rename {launch.name} OTHER",
+            )
+        first = _state(found).get("StartedAt", _NEVER) == _NEVER
+        try:
+            self._start(what, str(found["Id"]))
+        except RuntimeRefused as error:
+            self._devices = None
+            if not first:
+                raise
+            raise self._discarded(launch, error) from error
+
+    def restart(self, workload: ObservedWorkload) -> None:
+        self._start(f"cannot start container {workload.name}", workload.ref)
+
+    def _start(self, what: str, ref: str) -> None:
+        def ask(api: APIClient) -> bool:
+            from docker.errors import APIError, NotFound
+
+            try:
+                api.start(ref)
+            except NotFound as error:
+                if "no such container" not in str(error.explanation).lower():
+                    raise
+                return False
+            except APIError as error:
+                # "cannot start a paused container, try unpause instead"
+                if error.status_code != 409 or "paused" not in str(error.explanation):
+                    raise
+                api.unpause(ref)
+            return True
+
+        if not self._call(what, ask, patient=True):
+            raise RuntimeRefused(f"{what}: it no longer exists", hint="apply again")
+
+    # --- Ending -------------------------------------------------------------------------------
+
+    def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
+        docker_end.stop(self._engine, workload, signal, grace)
+
+    def remove(self, workload: ObservedWorkload) -> None:
+        what = f"cannot remove container {workload.name}"
+        docker_end.remove(self._engine, what, workload.ref)
+
+    # --- Following ----------------------------------------------------------------------------
+
+    def logs(
+        self, workload: ObservedWorkload, *, tail: int | None = None, follow: bool = False
+    ) -> Iterator[str]:
+        """Opened by the first `next`; a followed log ends with the container."""
+        return docker_follow.log_lines(self._engine, workload, tail, follow)
+
+    def events(self, stop: threading.Event) -> Iterator[str]:
+        """A line per event of a container of ours, until `stop` is set.
+
+        The first line says that events are being listened for: whoever wants to miss nothing looks
+        at everything once then. RuntimeUnavailable when the stream breaks.
+        """
+        return docker_follow.event_lines(self._engine, ownership(self._scope, self._host), stop)
+
+    def run_check(
+        self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
+    ) -> tuple[int, str]:
+        """Run a command inside the container: (exit code, output), 124 when it takes too long.
+
+        RuntimeRefused when the container does not run. See docker_exec.run_check.
+        """
+        return docker_exec.run_check(self._engine, workload, command, timeout)
+
+    # --- Below --------------------------------------------------------------------------------
+
+    def _call(self, what: str, ask: Callable[[APIClient], T], *, patient: bool = False) -> T:
+        return self._engine.call(what, ask, patient=patient)
+
+    def _inspect(self, what: str, ref: str) -> dict[str, Any] | None:
+        """The engine's description of a container; None: there is none."""
+
+        def ask(api: APIClient) -> dict[str, Any] | None:
+            from docker.errors import NotFound
+
+            try:
+                return dict(api.inspect_container(ref))
+            except NotFound:
+                return None
+
+        return self._call(what, ask)
+
+    def _discovered(self, what: str) -> frozenset[str]:
+        """The CDI devices that the engine knows; engines before 28.2 do not tell."""
+        now = time.monotonic()
+        known = self._devices
+        if known is None or now - known[0] > _DEVICES_FOR:
+            known = (now, _cdi_devices(self._engine.newest(what, "/info")))
+            self._devices = known
+        return known[1]
+
+    def _is(self, found: Mapping[str, Any], launch: Launch) -> bool:
+        """Whether a container is ours and of the launch's instance."""
+        labels = labels_in(found.get("Config") or {})
+        ours = stranger_reason(labels, self._scope, self._host) is None
+        return ours and labels.get(INSTANCE) == launch.identity.instance
+
+    def _whose(self, found: Mapping[str, Any]) -> str:
+        config = found.get("Config") or {}
+        labels = labels_in(config)
+        about = f"{str(found.get('Id', ''))[:12]}, image {config.get('Image', 'unknown')}"
+        reason = stranger_reason(labels, self._scope, self._host)
+        return f"{about}: {reason or 'it runs instance ' + labels.get(INSTANCE, 'unknown')}"
+
+    def _name_taken(self, what: str, launch: Launch, error: RuntimeRefused) -> MicError:
+        """A better word for a refusal that is about the name; else the refusal itself."""
+        if "is already in use by container" not in error.message:
+            return error
+        try:
+            found = self._inspect(what, launch.name)
+        except MicError:
+            return error
+        if found is None:
+            return RuntimeRefused(
+                f"{what}: another container had its name until just now", hint="apply again"
+            )
+        return RuntimeRefused(
+            f"{what}: its name is taken by container {self._whose(found)}",
+            hint=f"see it with: docker inspect {launch.name}; then rename or remove it",
+        )
+
+    def _discard(self, launch: Launch) -> str | None:
+        """Remove what a failed create or first start left; the reason when that fails too."""
+        what = f"cannot remove container {launch.name}"
+        try:
+            found = self._inspect(what, launch.name)
+            if found is not None and self._is(found, launch):
+                docker_end.remove(self._engine, what, str(found["Id"]), force=True)
+        except MicError as error:
+            return error.message
+        return None
+
+    def _discarded(self, launch: Launch, error: MicError) -> MicError:
+        left = self._discard(launch)
+        if left is None:
+            return error
+        return type(error)(f"{error.message}; and {left}", hint=error.hint)
+
+
+def _container(launch: Launch, verb: str) -> ContainerSpec:
+    if isinstance(launch.spec, ContainerSpec):
+        return launch.spec
+    raise RuntimeRefused(f"cannot {verb} {launch.name}: Docker runs containers, not processes")
+
+
+def _absent(path: str) -> bool:
+    try:
+        return not Path(path).exists()
+    except OSError:
+        return False  # it cannot be seen from here: the engine will tell
+
+
+def _state(inspected: Mapping[str, Any]) -> Mapping[str, Any]:
+    state = inspected.get("State")
+    return state if isinstance(state, Mapping) else {}
+
+
+def _cdi_devices(info: Mapping[str, Any]) -> frozenset[str]:
+    """Names of NVIDIA devices in `DiscoveredDevices` (Engine 28.2, API 1.50)."""
+    found = info.get("DiscoveredDevices")
+    names = {
+        str(device.get("ID") or device.get("Name") or "")
+        for device in (found if isinstance(found, list) else ())
+        if isinstance(device, Mapping) and device.get("Source") == "cdi"
+    }
+    return frozenset(name for name in names if name.startswith(CDI_KIND))

@@ -1,0 +1,176 @@
+"""A launch as the engine's own JSON, and an identity as labels and back. Pure.
+
+The document is written out rather than made with the SDK's helpers: it is what the API's reference
+shows (https://docs.docker.com/reference/api/engine/, ContainerCreate), and tests compare it whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mic_supervisor.model import ContainerSpec, Identity, Launch
+
+PREFIX = "io.mic."
+MANAGED_BY = PREFIX + "managed-by"
+SCOPE = PREFIX + "scope"
+HOST = PREFIX + "host"
+INSTANCE = PREFIX + "instance"
+MANAGER = "mic-supervisor"
+
+CDI_KIND = "nvidia.com/gpu="
+LOGS = {"Type": "json-file", "Config": {"max-size": "50m", "max-file": "3"}}
+
+
+def ownership(scope: str, host: str) -> dict[str, str]:
+    """The labels that make a container ours; all of them must match."""
+    return {MANAGED_BY: MANAGER, SCOPE: scope, HOST: host}
+
+
+def labels(identity: Identity) -> dict[str, str]:
+    """The labels of a container; `identity_of` reads them back."""
+    values = {
+        **ownership(identity.scope, identity.host),
+        PREFIX + "schema": str(identity.schema),
+        INSTANCE: identity.instance,
+        PREFIX + "model": identity.model,
+        PREFIX + "backend": identity.backend,
+        PREFIX + "gpus": ",".join(identity.gpus),
+        PREFIX + "ports": _json(dict(identity.ports)),
+        PREFIX + "spec-hash": identity.spec_hash,
+        PREFIX + "origin": identity.origin,
+    }
+    if identity.spec is not None:
+        values[PREFIX + "spec"] = _json(dict(identity.spec))
+    return values
+
+
+def identity_of(found: Mapping[str, str], name: str) -> Identity:
+    """What a container of ours carries. What cannot be read is empty, an unread `spec` None.
+
+    `name` stands in for a missing instance id, so that the container still shows up as an orphan.
+    """
+    ports = _document(found.get(PREFIX + "ports"))
+    schema = found.get(PREFIX + "schema", "")
+    return Identity(
+        scope=found.get(SCOPE, ""),
+        host=found.get(HOST, ""),
+        instance=found.get(INSTANCE) or name,
+        model=found.get(PREFIX + "model", ""),
+        backend=found.get(PREFIX + "backend", ""),
+        gpus=tuple(gpu for gpu in found.get(PREFIX + "gpus", "").split(",") if gpu),
+        ports={key: port for key, port in (ports or {}).items() if type(port) is int},
+        spec=_document(found.get(PREFIX + "spec")),
+        spec_hash=found.get(PREFIX + "spec-hash", ""),
+        schema=int(schema) if schema.isascii() and schema.isdigit() else 0,
+        origin=found.get(PREFIX + "origin", "file"),
+    )
+
+
+def container_config(
+    launch: Launch, spec: ContainerSpec, discovered: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """The body of POST /containers/create.
+
+    `discovered` are the device names that the engine found in its CDI specifications. If every GPU
+    is among them, they are asked for by CDI, which `systemctl daemon-reload` does not take away
+    from a running container; else by the older way through the NVIDIA hook.
+    """
+    cdi = bool(spec.devices) and all(CDI_KIND + uuid in discovered for uuid in spec.devices)
+    config: dict[str, Any] = {
+        "Image": spec.image,
+        "Labels": labels(launch.identity),
+        "Env": _environment(spec, hide_gpus=cdi or not spec.devices),
+        "StopSignal": spec.stop_signal,
+        "StopTimeout": math.ceil(spec.stop_timeout),
+        "HostConfig": _host_config(spec, cdi),
+    }
+    if spec.command:
+        config["Cmd"] = list(spec.command)
+    if spec.entrypoint is not None:
+        # The engine reads [] as "the image's own" and [""] as "none".
+        config["Entrypoint"] = list(spec.entrypoint) or [""]
+    if spec.user is not None:
+        config["User"] = spec.user
+    if spec.working_dir is not None:
+        config["WorkingDir"] = spec.working_dir
+    if bindings := _bindings(spec):
+        config["ExposedPorts"] = {port: {} for port in bindings}
+    return config
+
+
+def _host_config(spec: ContainerSpec, cdi: bool) -> dict[str, Any]:
+    host: dict[str, Any] = {
+        "Init": True,
+        "LogConfig": LOGS,
+        "NetworkMode": spec.network,
+        "RestartPolicy": {"Name": "no"},
+    }
+    if bindings := _bindings(spec):
+        host["PortBindings"] = bindings
+    if spec.devices:
+        host["DeviceRequests"] = [_device_request(spec.devices, cdi)]
+    if spec.mounts:
+        # Unlike "Binds", "Mounts" never makes the engine create a missing directory.
+        host["Mounts"] = [
+            {"Type": "bind", "Source": m.source, "Target": m.target, "ReadOnly": m.read_only}
+            for m in spec.mounts
+        ]
+    if spec.shm_size is not None:
+        host["ShmSize"] = spec.shm_size
+    limits = spec.limits
+    if limits.memory is not None:
+        host["Memory"] = limits.memory
+    if limits.cpus is not None:
+        host["NanoCpus"] = round(limits.cpus * 1e9)
+    ulimits = [("nofile", limits.nofile), ("memlock", limits.memlock)]
+    if given := [{"Name": n, "Soft": v, "Hard": v} for n, v in ulimits if v is not None]:
+        host["Ulimits"] = given
+    return host
+
+
+def _device_request(devices: tuple[str, ...], cdi: bool) -> dict[str, Any]:
+    if cdi:
+        return {"Driver": "cdi", "DeviceIDs": [CDI_KIND + uuid for uuid in devices]}
+    return {
+        "Driver": "",
+        "DeviceIDs": list(devices),
+        "Capabilities": [["gpu", "compute", "utility"]],
+    }
+
+
+def _environment(spec: ContainerSpec, *, hide_gpus: bool) -> list[str]:
+    env = [f"{key}={value}" for key, value in spec.env]
+    if hide_gpus and not any(key == "NVIDIA_VISIBLE_DEVICES" for key, _ in spec.env):
+        # CUDA images say NVIDIA_VISIBLE_DEVICES=all, and where the NVIDIA runtime is the engine's
+        # default that alone hands out every GPU. "void" is what the toolkit's own CDI
+        # specifications set.
+        env.append("NVIDIA_VISIBLE_DEVICES=void")
+    return env
+
+
+def _bindings(spec: ContainerSpec) -> dict[str, list[dict[str, str]]]:
+    bindings: dict[str, list[dict[str, str]]] = {}
+    if spec.network == "host":
+        return bindings
+    for port in spec.ports:
+        if port.host is not None:
+            inside = f"{port.container if port.container is not None else port.host}/tcp"
+            bindings.setdefault(inside, []).append(
+                {"HostIp": spec.listen, "HostPort": str(port.host)}
+            )
+    return bindings
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _document(text: str | None) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text or "")
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

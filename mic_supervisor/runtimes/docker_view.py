@@ -1,0 +1,197 @@
+"""What the engine lists, as workloads of ours and strangers. Pure, and never surprised.
+
+The list (GET /containers/json) is enough for the plan. Exit code and health stand in its `Status`
+text only ("Exited (137) 3 seconds ago", "Up 2 minutes (healthy)"), which saves an inspection per
+container.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+from mic_supervisor.model import ObservedWorkload, RunState, Stranger
+from mic_supervisor.runtimes.docker_create import (
+    HOST,
+    MANAGED_BY,
+    MANAGER,
+    SCOPE,
+    identity_of,
+)
+
+_STATES = {
+    "created": RunState.CREATED,
+    "running": RunState.RUNNING,
+    # A restart policy is at work: there is a process, or there soon is one.
+    "restarting": RunState.RUNNING,
+    "paused": RunState.PAUSED,
+    "exited": RunState.EXITED,
+    "dead": RunState.EXITED,
+    "removing": RunState.REMOVING,
+}
+_EXIT = re.compile(r"^Exited \((-?\d+)\)")
+_HEALTH = re.compile(r"\((healthy|unhealthy|health: starting)\)")
+_DEAD = "the engine could not remove it completely"
+_FRACTION = re.compile(r"\.(\d{1,6})\d*")
+
+
+def split(
+    listed: Sequence[Any], scope: str, host: str
+) -> tuple[tuple[ObservedWorkload, ...], tuple[Stranger, ...]]:
+    """The engine's list as ours and strangers, each sorted by name."""
+    ours: list[ObservedWorkload] = []
+    strangers: list[Stranger] = []
+    for item in listed:
+        if not isinstance(item, Mapping):
+            continue
+        reason = stranger_reason(labels_in(item), scope, host)
+        if reason is None:
+            ours.append(_workload(item))
+        else:
+            strangers.append(_stranger(item, reason))
+    ours.sort(key=lambda w: w.name)
+    strangers.sort(key=lambda s: s.name)
+    return tuple(ours), tuple(strangers)
+
+
+def stranger_reason(labels: Mapping[str, str], scope: str, host: str) -> str | None:
+    """Why a container is not ours; None: it is."""
+    if any(key.startswith("com.docker.swarm.") for key in labels):
+        return "it belongs to a Docker Swarm service"
+    if labels.get(MANAGED_BY) != MANAGER:
+        return "it has no labels of ours"
+    if labels.get(SCOPE) != scope:
+        return f"it belongs to scope {labels.get(SCOPE) or '(none)'}"
+    if labels.get(HOST) != host:
+        return "it was made by the supervisor of another machine"
+    return None
+
+
+def labels_in(item: Mapping[str, Any]) -> dict[str, str]:
+    """The labels of a listed container, or of the `Config` of an inspected one."""
+    found = item.get("Labels")
+    if not isinstance(found, Mapping):
+        return {}
+    return {str(key): str(value) for key, value in found.items()}
+
+
+def detailed(workload: ObservedWorkload, inspected: Mapping[str, Any]) -> ObservedWorkload:
+    """The workload with what only an inspection (GET /containers/ID/json) tells."""
+    state = _mapping(inspected.get("State"))
+    status = str(state.get("Status", ""))
+    run_state = _STATES.get(status, RunState.UNKNOWN)
+    started = _seconds(state.get("StartedAt"))
+    pid = state.get("Pid")
+    ended = run_state is RunState.EXITED and started is not None
+    health = str(_mapping(state.get("Health")).get("Status", ""))
+    return dataclasses.replace(
+        workload,
+        state=run_state,
+        pid=pid if isinstance(pid, int) and pid > 0 else None,
+        exit_code=_integer(state.get("ExitCode")) if ended else None,
+        created_at=_seconds(inspected.get("Created")) or workload.created_at,
+        started_at=started,
+        finished_at=_seconds(state.get("FinishedAt")) if ended else None,
+        address=_address(inspected) if run_state is RunState.RUNNING else None,
+        engine_health=_engine_health(health),
+        error=_error(status, state),
+        image_id=_text(inspected.get("Image")) or workload.image_id,
+    )
+
+
+def _workload(item: Mapping[str, Any]) -> ObservedWorkload:
+    name = _name(item)
+    status = str(item.get("Status", ""))
+    state = str(item.get("State", ""))
+    run_state = _STATES.get(state, RunState.UNKNOWN)
+    exited = _EXIT.match(status)
+    health = _HEALTH.search(status)
+    created = item.get("Created")
+    return ObservedWorkload(
+        runtime="docker",
+        name=name,
+        ref=str(item.get("Id", "")),
+        identity=identity_of(labels_in(item), name),
+        state=run_state,
+        exit_code=int(exited[1]) if exited else None,
+        created_at=float(created) if isinstance(created, int | float) else None,
+        address=_address(item) if run_state is RunState.RUNNING else None,
+        engine_health=_engine_health(health[1].removeprefix("health: ")) if health else None,
+        error=_DEAD if state == "dead" else None,
+        image_id=_text(item.get("ImageID")),
+    )
+
+
+def _stranger(item: Mapping[str, Any], reason: str) -> Stranger:
+    ports = item.get("Ports")
+    published = {
+        port.get("PublicPort")
+        for port in (ports if isinstance(ports, Sequence) else ())
+        if isinstance(port, Mapping) and port.get("Type", "tcp") == "tcp"
+    }
+    return Stranger(
+        runtime="docker",
+        name=_name(item),
+        ref=str(item.get("Id", "")),
+        ports=tuple(sorted(port for port in published if isinstance(port, int))),
+        running=item.get("State") in ("running", "paused", "restarting"),
+        reason=reason,
+    )
+
+
+def _name(item: Mapping[str, Any]) -> str:
+    # A linked container has further names below that of the other one ("/other/alias").
+    names = [str(name).removeprefix("/") for name in item.get("Names") or ()]
+    own = [name for name in names if "/" not in name]
+    return (own or names or [str(item.get("Id", ""))[:12]])[0]
+
+
+def _address(item: Mapping[str, Any]) -> str | None:
+    networks = _mapping(_mapping(item.get("NetworkSettings")).get("Networks"))
+    for name in sorted(networks, key=lambda name: (name != "bridge", name)):
+        network = _mapping(networks[name])
+        if address := network.get("IPAddress") or network.get("GlobalIPv6Address"):
+            return str(address)
+    return None
+
+
+def _error(status: str, state: Mapping[str, Any]) -> str | None:
+    if state.get("OOMKilled") is True:
+        return "it used more memory than its limit and was killed"
+    if status == "dead":
+        return _DEAD
+    return _text(state.get("Error"))
+
+
+def _engine_health(text: str) -> Literal["starting", "healthy", "unhealthy"] | None:
+    match text:
+        case "starting" | "healthy" | "unhealthy":
+            return text
+        case _:
+            return None
+
+
+def _seconds(stamp: Any) -> float | None:
+    """Seconds since the epoch; the engine's "0001-01-01T00:00:00Z" is its way to say never."""
+    if not isinstance(stamp, str) or stamp.startswith("0001-"):
+        return None
+    try:
+        # Nanoseconds are more than datetime takes.
+        return datetime.fromisoformat(_FRACTION.sub(r".\1", stamp)).timestamp()
+    except ValueError:
+        return None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
