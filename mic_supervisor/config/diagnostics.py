@@ -174,11 +174,11 @@ def _excerpt(source: str, column: int) -> list[str]:
     shown = source[start : start + _WINDOW].rstrip().replace("\t", " ")
     before = printable(source[start : column - 1].replace("\t", " "))
     lead, tail = "…" if start else "", "…" if start + _WINDOW < len(source) else ""
-    pad = " " * (len(lead) + _width(before))
+    pad = " " * (len(lead) + width(before))
     return [f"    {lead}{printable(shown)}{tail}", f"    {pad}^"]
 
 
-def _width(text: str) -> int:
+def width(text: str) -> int:
     """Columns that `text` takes in a terminal: names may be in any script."""
     if text.isascii():
         return len(text)

@@ -1,0 +1,19 @@
+"""mic-supervisor schema"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command(name="schema")
+def command() -> None:
+    """Print the JSON Schema of gpus.yaml.
+
+    Editors that know YAML use it for completion. Plug-ins that are installed are part of it.
+    """
+    from mic_supervisor.backends.registry import Registry
+    from mic_supervisor.config.schema import json_schema
+
+    click.echo(json.dumps(json_schema(Registry()), indent=2, ensure_ascii=False))
