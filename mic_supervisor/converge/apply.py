@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from mic_supervisor.converge import probes
 from mic_supervisor.converge.http_client import NoAnswer
 from mic_supervisor.converge.observe import Sources
 from mic_supervisor.converge.probes import Target
 from mic_supervisor.errors import LoadFailed, MicError, StopFailed
-from mic_supervisor.model import GpuProcess, LoadState, OwnerKind
+from mic_supervisor.model import GpuProcess, LoadState, OwnerKind, RuntimeView
 from mic_supervisor.plan.actions import (
     Create,
     Drain,
@@ -94,10 +94,10 @@ class Steps:
             time.sleep(0.05)
 
     def _holders(self, step: Release) -> list[GpuProcess] | None:
-        from mic_supervisor.gpu.owners import annotate
+        from mic_supervisor.gpu.owners import annotate, managed_refs
 
-        managed: Mapping[str, str] = dict.fromkeys(step.refs, step.instance)
-        inventory = annotate(self._sources.gpus.observe(), managed)
+        views = [RuntimeView(item.runtime, (item,)) for item in step.former]
+        inventory = annotate(self._sources.gpus.observe(), managed_refs(views))
         if inventory.error is not None:
             return None
         found: list[GpuProcess] = []

@@ -90,7 +90,8 @@ class Snapshot:
     memory: Memory
     plan: Plan
     statuses: tuple[InstanceStatus, ...]
-    busy: frozenset[str]
+    busy: frozenset[str]  # instances that steps are being executed for
+    failing: frozenset[str]  # instances whose last change failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,7 @@ class Converger:
             plan=plan,
             statuses=statuses,
             busy=frozenset(name for lane in self._lanes.values() for name in lane.instances),
+            failing=frozenset(self._rest),
         )
         return self.snapshot
 

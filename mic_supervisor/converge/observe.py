@@ -14,7 +14,6 @@ from mic_supervisor.model import (
     ObservedState,
     RuntimeView,
 )
-from mic_supervisor.plan.assess import is_alive
 
 if TYPE_CHECKING:
     from mic_supervisor.runtimes import Runtime
@@ -61,15 +60,9 @@ def combine(
 def _with_owners(inventory: GpuInventory, views: tuple[RuntimeView, ...]) -> GpuInventory:
     if not any(gpu.processes for gpu in inventory.gpus):
         return inventory
-    from mic_supervisor.gpu.owners import annotate
+    from mic_supervisor.gpu.owners import annotate, managed_refs
 
-    managed = {
-        workload.ref: workload.identity.instance
-        for view in views
-        for workload in view.workloads
-        if is_alive(workload)
-    }
-    return annotate(inventory, managed)
+    return annotate(inventory, managed_refs(views))
 
 
 def with_health(observed: ObservedState, health: Mapping[str, Health]) -> ObservedState:

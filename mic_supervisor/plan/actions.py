@@ -77,10 +77,10 @@ class Stop(Step):
 
 @dataclass(frozen=True, slots=True)
 class Release(Step):
-    """Wait until the GPUs list no process of the workloads `refs` any more."""
+    """Wait until the GPUs list no process of the former workloads any more."""
 
     gpus: tuple[str, ...]
-    refs: tuple[str, ...]
+    former: tuple[ObservedWorkload, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,8 @@ class Assessment:
     """One desired instance and every workload that carries its id.
 
     `match` has the desired specification, running or not; `alive` and `ended` are the others.
-    `diff` tells `match`-less instances what they differ in from the newest of the others.
+    `diff` tells in what the newest of the others differs, where nothing alive is as desired.
+    `readable` False: what its runtime runs is unknown, and an absent `match` says nothing.
     """
 
     instance: Instance
@@ -63,6 +64,7 @@ class Assessment:
     ended: tuple[ObservedWorkload, ...]
     diff: tuple[FieldDiff, ...]
     health: Health
+    readable: bool = True
 
     @property
     def runs(self) -> bool:
@@ -87,8 +89,8 @@ class Assessment:
         return PlacementState(placement.model, LoadState.UNKNOWN)
 
     @property
-    def ready(self) -> bool:
-        """Everything that can be checked was checked and is as it should be."""
+    def serves(self) -> bool:
+        """Everything that can be checked is as it should be; of an unprobed one that is little."""
         probes = self.instance.probes
         return (
             self.started_up
@@ -96,6 +98,11 @@ class Assessment:
             and (probes.liveness is None or _passes(self.health.liveness))
             and (probes.readiness is None or _passes(self.health.readiness))
         )
+
+    @property
+    def ready(self) -> bool:
+        """It serves, and a probe says so: nothing is ready by assumption."""
+        return self.serves and not self.unprobed
 
     @property
     def unprobed(self) -> bool:
@@ -113,15 +120,20 @@ class Assessment:
         return f"not alive: {result.reason}"
 
     def overdue(self, started_at: float | None, now: float) -> str | None:
-        """Why its start counts as failed: the startup probe's budget is spent."""
+        """Why its start counts as failed: the budget is spent, and the startup probe says no.
+
+        An adopted instance spent its budget long ago. So what was not asked yet, or could not
+        tell, says nothing, nor does the first failure of a probe that is allowed several.
+        """
+        probe, result = self.instance.probes.startup, self.health.startup
         started = (self.match.started_at if self.match else None) or started_at
-        if not self.runs or self.started_up or started is None:
+        if not self.runs or probe is None or result is None or result.ok is not False:
             return None
-        if now - started < self.instance.start_timeout:
+        if started is None or now - started < self.instance.start_timeout:
             return None
-        result = self.health.startup
-        last = f": {result.reason}" if result is not None else ""
-        return f"not up within {self.instance.start_timeout:g} s{last}"
+        if result.failures < probe.failures:
+            return None
+        return f"not up within {self.instance.start_timeout:g} s: {result.reason}"
 
 
 def is_alive(workload: ObservedWorkload) -> bool:
@@ -134,8 +146,9 @@ def assess(desired: DesiredState, observed: ObservedState, context: Context) -> 
     by_instance: dict[str, list[ObservedWorkload]] = {}
     for workload in workloads(observed):
         by_instance.setdefault(workload.identity.instance, []).append(workload)
+    readable = {view.runtime for view in observed.runtimes if view.error is None}
     return [
-        _assess(instance, by_instance.get(instance.id, ()), observed, context)
+        _assess(instance, by_instance.get(instance.id, ()), observed, context, readable)
         for instance in sorted(desired.instances, key=lambda item: item.id)
     ]
 
@@ -151,6 +164,7 @@ def _assess(
     found: Iterable[ObservedWorkload],
     observed: ObservedState,
     context: Context,
+    readable: Collection[str],
 ) -> Assessment:
     spec = specs.normalise(instance.workload, context.key)
     runtime = context.runtime_of(instance)
@@ -167,6 +181,8 @@ def _assess(
         else:
             others.append(workload)
             diff = diff or found_diff
+    if match is not None and (is_alive(match) or not is_alive(ordered[0])):
+        diff = ()  # an ended one that has the desired specification only has to be started
     return Assessment(
         instance=instance,
         runtime=runtime,
@@ -175,8 +191,9 @@ def _assess(
         match=match,
         alive=tuple(item for item in others if is_alive(item)),
         ended=tuple(item for item in others if not is_alive(item)),
-        diff=() if match is not None else diff,
+        diff=diff,
         health=observed.health.get(match.ref, Health()) if match is not None else Health(),
+        readable=runtime in readable,
     )
 
 

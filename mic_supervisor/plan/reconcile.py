@@ -291,14 +291,14 @@ class _Round:
             if self._overlaps(name, instance.gpus)
         ]
         before += [step.id for step in up.early[-1:]]
-        refs = tuple(sorted(self._old_refs(item, stops)))
+        former = self._former(item, stops)
         late: list[Step] = []
-        if refs and not all(self.gpus[uuid].simulated for uuid in instance.gpus):
+        if former and not all(self.gpus[uuid].simulated for uuid in instance.gpus):
             release = Release(
                 f"release {instance.id}",
                 instance.id,
                 instance.gpus,
-                refs,
+                former,
                 depends_on=tuple(before),
             )
             late.append(release)
@@ -421,13 +421,16 @@ class _Round:
         found = next(w for w in workloads(self.observed) if w.name == name)
         return bool(set(found.identity.gpus) & set(gpus)) or not found.identity.gpus
 
-    def _old_refs(self, item: Assessment, stops: dict[str, list[Step]]) -> set[str]:
-        return {
-            workload.ref
+    def _former(
+        self, item: Assessment, stops: dict[str, list[Step]]
+    ) -> tuple[ObservedWorkload, ...]:
+        """The workloads that had these GPUs last."""
+        return tuple(
+            workload
             for workload in workloads(self.observed)
             if set(workload.identity.gpus) & set(item.instance.gpus)
             and (workload.name in stops or workload == item.match)
-        }
+        )
 
     def _change(
         self,

@@ -83,10 +83,17 @@ def differences(recorded: Mapping[str, Any], desired: Mapping[str, Any]) -> tupl
         before = recorded.get(name, defaults[name])
         after = desired.get(name, defaults[name])
         if name in _SECRET:
-            out.extend(_secret_differences(name, before or {}, after or {}))
+            out.extend(_secret_differences(name, _mapping(before), _mapping(after)))
         else:
             out.extend(_walk(name, before, after))
     return tuple(out)
+
+
+def keys_of(recorded: Mapping[str, Any]) -> set[str]:
+    """The ids of the keys that its secrets were digested with."""
+    return {
+        _key_of(digest) for name in _SECRET for digest in _mapping(recorded.get(name)).values()
+    }
 
 
 def stop_parameters(spec: Mapping[str, Any] | None) -> tuple[str, float]:
@@ -143,6 +150,11 @@ def _secret_differences(
         if old == new or (old and new and _key_of(old) != _key_of(new)):
             continue
         yield FieldDiff(f"{path}.{name}", HIDDEN if old else None, HIDDEN if new else None)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A label can be edited by hand, and what it then holds must not stop the planner."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _key_of(digest: Any) -> str:

@@ -61,7 +61,7 @@ def instance_statuses(
     """Sorted by id: every desired instance, every entry in trouble, everything that has to go."""
     blocked = {item.instance: item for item in plan.blocked}
     waits = {change.instance: change.waits for change in plan.changes if change.waits}
-    due = {change.instance for change in plan.changes if change.kind != "adopt"}
+    due = {change.instance: change.cause for change in plan.changes if change.kind != "adopt"}
     rows = [
         _desired(item, blocked.get(item.instance.id), waits, due, memory, activities)
         for item in assessments
@@ -167,7 +167,7 @@ def _desired(
     item: Assessment,
     blocked: Blocked | None,
     waits: Mapping[str, str | None],
-    due: set[str],
+    due: Mapping[str, str],
     memory: Memory,
     activities: Mapping[str, Phase],
 ) -> InstanceStatus:
@@ -185,7 +185,10 @@ def _desired(
             phase = Phase.DEGRADED  # rolled back: the last good specification serves
         elif retry_at is not None:
             phase = Phase.BACKOFF
-    reason = f"waits for {waits[instance.id]}" if instance.id in waits else reason
+    if instance.id in waits:
+        reason = f"waits for {waits[instance.id]}"
+    elif phase is Phase.PENDING and instance.id in due:
+        reason = due[instance.id]
     serving = item.match if item.runs else next(iter(item.alive), item.match)
     in_sync = item.runs and not item.alive and instance.id not in due
     if in_sync and instance.placements and item.started_up:
@@ -200,7 +203,7 @@ def _desired(
         sync="in_sync" if in_sync else "out_of_sync",
         health=_health(phase, item),
         reason=reason,
-        since=entry.since,
+        since=entry.since if entry.phase == phase.value else None,
         restarts=entry.restarts,
         next_retry=retry_at,
         endpoints=_endpoints(instance.workload.listen, serving),

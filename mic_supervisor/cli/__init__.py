@@ -1,0 +1,114 @@
+"""The command line: one file per command, and the only place that wires the parts together.
+
+Nothing heavy is imported here: a command's module is loaded when the command is called.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from mic_supervisor import __version__
+from mic_supervisor.errors import ConfigError, MicError
+
+# name -> (module, the line that --help shows). The line stands here so that --help loads nothing.
+COMMANDS = {
+    "check": ("check", "Validate gpus.yaml."),
+    "plan": ("plan", "Show what apply would do, and why."),
+    "apply": ("apply", "Converge once, and wait until everything is ready."),
+    "status": ("status", "Desired against actual, one row per instance."),
+    "gpus": ("gpus", "Memory, power, temperature and holders of each GPU."),
+    "models": ("models", "The models that may run, and their backends."),
+    "logs": ("logs", "Show the log of an instance."),
+    "down": ("down", "Remove every managed instance."),
+    "schema": ("schema", "Print the JSON Schema of gpus.yaml."),
+    "demo": ("demo", "A guided tour on simulated GPUs."),
+}
+
+EXIT_FAILED = 1
+EXIT_USAGE = 64  # sysexits.h, so that 2 can mean "there are changes"
+EXIT_INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """Loads a command's module when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"mic_supervisor.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in COMMANDS:
+            from difflib import get_close_matches
+
+            close = get_close_matches(name, COMMANDS, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            ctx.fail(f"there is no command {name!r}{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="mic-supervisor")
+def group() -> None:
+    """Keep one model per GPU running, as one YAML file says.
+
+    The file is /etc/mic/gpus.yaml unless MIC_CONFIG names another.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: 0, or as the command says; 1 failed, 64 wrong usage."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; the exit status."""
+    try:
+        result = group.main(arguments, prog_name="mic-supervisor", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.UsageError as error:
+        error.show()
+        return EXIT_USAGE
+    except click.ClickException as error:
+        error.show()
+        return EXIT_FAILED
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except ConfigError as error:
+        click.echo(error.rendered.rstrip("\n") or f"error: {error.message}", err=True)
+        _hint(error)
+        return EXIT_FAILED
+    except MicError as error:
+        click.echo(f"error: {error.message}", err=True)
+        _hint(error)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # The reader (head, less) has what it wanted; Python would complain at exit.
+        sys.stdout = None
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def _hint(error: MicError) -> None:
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)

@@ -1,0 +1,3 @@
+from mic_supervisor.cli import main
+
+main()

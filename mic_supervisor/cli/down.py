@@ -1,0 +1,65 @@
+"""mic-supervisor down"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mic_supervisor.cli import wiring
+from mic_supervisor.cli.apply import converge_once
+from mic_supervisor.errors import MicError
+
+if TYPE_CHECKING:
+    from mic_supervisor.config.document import Config
+
+
+@click.command(name="down")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def command(yes: bool) -> int:
+    """Remove every managed instance of this scope. The file stays as it is.
+
+    Exits with 0 when nothing of ours is left, 1 otherwise.
+    """
+    from mic_supervisor.converge.lock import writer
+    from mic_supervisor.converge.observe import observe
+    from mic_supervisor.plan.assess import workloads
+
+    found = wiring.settings()
+    machine = wiring.machine(found, create_key=False)
+    observed = observe(machine.sources, time.time())
+    for view in observed.runtimes:
+        if view.error is not None:
+            raise MicError(f"cannot tell what runs: {view.error}", hint=view.hint)
+    ours = list(workloads(observed))
+    if not ours:
+        click.echo("Nothing of ours runs here.")
+        return 0
+    names = sorted({workload.identity.instance for workload in ours})
+    click.echo(f"To be removed: {', '.join(names)}")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise MicError("cannot ask whether to go on: this is no terminal", hint="say --yes")
+        click.confirm("Remove them?", abort=True)
+    with writer(found.lock_path, "mic-supervisor down", 30.0):
+        machine = wiring.machine(found, create_key=True)
+        snapshot, errors = converge_once(machine, _nothing(found.config))
+        machine.state.save_memory(replace(snapshot.memory, instances={}))
+    left = sorted({item.identity.instance for item in workloads(snapshot.observed)})
+    for name in left:
+        event = errors.get(name)
+        click.echo(f"error: {event.text if event else f'{name} is still there'}", err=True)
+    if not left:
+        click.echo(f"Removed {len(names)}.")
+    return 1 if left else 0
+
+
+def _nothing(path: Path) -> Config:
+    """A configuration that asks for nothing: what a file must never say, and a person may."""
+    from mic_supervisor.config.document import Config
+
+    return Config(path=path, files=(), hash="", entries=(), models={}, backends={})

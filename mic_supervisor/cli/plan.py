@@ -1,0 +1,74 @@
+"""mic-supervisor plan"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mic_supervisor.cli import wiring
+
+if TYPE_CHECKING:
+    from mic_supervisor.config.document import Config
+    from mic_supervisor.model import DesiredState, ObservedState
+    from mic_supervisor.plan.actions import Plan
+
+EXIT_CHANGES = 2
+
+
+@click.command(name="plan")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option(
+    "--detailed-exitcode",
+    is_flag=True,
+    help="Exit with 0 when there is nothing to do, 2 when there is, 1 on an error.",
+)
+def command(file: Path | None, as_json: bool, detailed_exitcode: bool) -> int:
+    """Show what apply would do, and why.
+
+    FILE is compared instead of the configured file, and nothing else changes by that.
+    """
+    from mic_supervisor.converge.state import host_name
+    from mic_supervisor.plan import render
+
+    _, desired, observed, plan = make_plan(file)
+    if as_json:
+        document = render.to_json(plan, host=host_name(), config_hash=desired.config_hash)
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
+        click.echo(render.to_text(plan, indices), nl=False)
+    return EXIT_CHANGES if detailed_exitcode and not plan.empty else 0
+
+
+def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, Plan]:
+    """Load, observe, ask the servers what they have loaded, and reconcile. Changes nothing."""
+    from mic_supervisor.converge.desired import FileDesired
+    from mic_supervisor.converge.observe import observe, with_health
+    from mic_supervisor.converge.once import health_of_all
+    from mic_supervisor.plan.assess import assess
+    from mic_supervisor.plan.reconcile import reconcile
+
+    found = wiring.settings()
+    machine = wiring.machine(found, create_key=False)
+    config = wiring.load_config(found, file, machine.registry)
+    memory = machine.state.memory()
+    observed = observe(machine.sources, time.time())
+    provider = FileDesired(config, machine.registry)
+    desired = provider.state(observed.inventory, memory.bindings)
+    assessments = assess(desired, observed, machine.context)
+    asked = [item for item in assessments if item.instance.placements]
+    health = health_of_all(asked, provider, machine.sources, observed.at)
+    if health:
+        observed = with_health(observed, health)
+        assessments = assess(desired, observed, machine.context)
+    return (
+        config,
+        desired,
+        observed,
+        reconcile(desired, observed, memory, observed.at, machine.context, assessments),
+    )

@@ -1,0 +1,91 @@
+"""Puts the parts together for a command."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mic_supervisor.backends.registry import Registry
+from mic_supervisor.config.settings import Settings, load_settings
+from mic_supervisor.converge.state import StateDir, host_id
+
+if TYPE_CHECKING:
+    from mic_supervisor.config.document import Config
+    from mic_supervisor.converge.observe import Sources
+    from mic_supervisor.plan.assess import Context
+    from mic_supervisor.runtimes import Runtime
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This machine, as one command sees it. Nothing is opened before it is asked."""
+
+    settings: Settings
+    registry: Registry
+    sources: Sources
+    state: StateDir
+    context: Context
+
+
+def settings() -> Settings:
+    """From the environment and /etc/mic/mic.env."""
+    return load_settings(os.environ)
+
+
+def load_config(found: Settings, path: Path | None, registry: Registry) -> Config:
+    """The file named on the command line, or MIC_CONFIG."""
+    from mic_supervisor.config.load import load
+
+    return load(path or found.config, registry, environ=found.environ)
+
+
+def machine(found: Settings, *, create_key: bool) -> Machine:
+    """`create_key`: whether this command writes labels, and so needs a key that is kept."""
+    from mic_supervisor.converge.observe import Sources
+    from mic_supervisor.gpu.source import open_source
+    from mic_supervisor.plan.assess import Context
+    from mic_supervisor.runtimes.procfs import listeners
+
+    state = StateDir(found.scope_state_dir)
+    host = host_id()
+    docker = _docker(found, host)
+    process = _process(found, host)
+    return Machine(
+        settings=found,
+        registry=Registry(),
+        sources=Sources(
+            gpus=open_source(found.gpu_source.kind, found.gpu_source.count),
+            runtimes={docker.name: docker, process.name: process},
+            listeners=listeners,
+        ),
+        state=state,
+        context=Context(
+            scope=found.scope,
+            host=host,
+            key=state.key(create=create_key),
+            port_range=found.port_range,
+            process_runtime=process.name,
+            creates_ahead=frozenset(
+                runtime.name for runtime in (docker, process) if runtime.creates_ahead
+            ),
+        ),
+    )
+
+
+def _docker(found: Settings, host: str) -> Runtime:
+    from mic_supervisor.runtimes.docker import DockerRuntime
+
+    return DockerRuntime(
+        found.scope, host, base_url=found.docker_host, docker_config=found.docker_config
+    )
+
+
+def _process(found: Settings, host: str) -> Runtime:
+    from mic_supervisor.runtimes.subprocess import SubprocessRuntime
+
+    return SubprocessRuntime(
+        found.scope, host, directory=found.run_dir / "processes" / found.scope, clock=time.time
+    )

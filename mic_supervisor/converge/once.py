@@ -1,0 +1,37 @@
+"""Health for commands that run once: every probe one time, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from mic_supervisor.converge.probes import Target, look
+from mic_supervisor.model import Health
+from mic_supervisor.plan.assess import Assessment, is_alive
+
+if TYPE_CHECKING:
+    from mic_supervisor.converge.desired import FileDesired
+    from mic_supervisor.converge.observe import Sources
+
+
+def health_of_all(
+    assessments: Iterable[Assessment], provider: FileDesired, sources: Sources, now: float
+) -> dict[str, Health]:
+    """By the workload's ref, of everything that is alive and as desired."""
+    targets = {
+        item.match.ref: Target(
+            instance=item.instance,
+            workload=item.match,
+            backend=provider.backend(item.instance.backend),
+            execute=sources.runtimes[item.match.runtime].run_check,
+        )
+        for item in assessments
+        if item.match is not None and is_alive(item.match)
+    }
+    if not targets:
+        return {}
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(len(targets)) as pool:
+        looks = pool.map(lambda target: look(target, now), targets.values())
+        return dict(zip(targets, looks, strict=True))

@@ -1,0 +1,57 @@
+"""Whether an apply has nothing left to wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from mic_supervisor.model import DesiredState
+from mic_supervisor.plan.actions import Plan
+from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.status import InstanceStatus
+
+_SLACK = 5.0  # seconds beyond a start's budget, in which the planner says that it is spent
+_FINAL = frozenset(
+    {
+        Phase.READY,
+        Phase.UNPROBED,
+        Phase.BACKOFF,
+        Phase.BLOCKED,
+        Phase.PAUSED,
+        Phase.STUCK_STOPPING,
+    }
+)
+
+
+def settled(
+    desired: DesiredState,
+    plan: Plan,
+    statuses: Iterable[InstanceStatus],
+    memory: Memory,
+    *,
+    failing: Collection[str],
+    began: float,
+    now: float,
+) -> bool:
+    """Every instance is ready, or has failed in a way that patience alone does not mend.
+
+    1. A change that can be executed is work left, unless its last try failed.
+    2. An instance on its way is waited for, within the budget that its start has.
+    3. A change whose turn has not come is waited for through those it waits for.
+    """
+    if any(
+        change.steps and change.waits is None and change.instance not in failing
+        for change in plan.changes
+    ):
+        return False
+    final = {item.instance for item in plan.blocked}
+    final |= {change.instance for change in plan.changes if change.waits is not None}
+    final |= set(failing)
+    budgets = {item.id: item.start_timeout for item in desired.instances}
+    for row in statuses:
+        if row.phase in _FINAL or row.id in final:
+            continue
+        started = memory.of(row.id).started_at or began
+        if now - max(started, began) < budgets.get(row.id, 0.0) + _SLACK:
+            return False
+    return True
