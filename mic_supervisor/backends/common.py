@@ -41,6 +41,15 @@ _KNOWN = "${port}, ${port:NAME}, ${gpu_uuids}, ${gpu_indices}, ${model}, ${insta
 _ENV_LINE = re.compile(r"([^\s=]+)=(.*)")
 
 
+def refuse_container_port_on_host(options: ModelOptions) -> None:
+    """For the validators of Options: raises ValueError."""
+    if options.network == "host" and options.container_port is not None:
+        raise ValueError(
+            "container_port: with network: host there is nothing to publish; "
+            "remove the key and let the command listen on ${port}"
+        )
+
+
 def cannot(request: CompileRequest, cause: str, hint: str | None = None) -> CompileError:
     return CompileError(f"cannot configure {request.model}: {cause}", hint=hint)
 

@@ -30,11 +30,7 @@ class Options(ModelOptions):
 
     @model_validator(mode="after")
     def _container_port_needs_a_bridge(self) -> Self:
-        if self.network == "host" and self.container_port is not None:
-            raise ValueError(
-                "container_port: with network: host there is nothing to publish; "
-                "remove the key and let the command listen on ${port}"
-            )
+        common.refuse_container_port_on_host(self)
         return self
 
 

@@ -20,6 +20,7 @@ _BUILT_IN = {
     "container": "mic_supervisor.backends.container:ContainerBackend",
     "process": "mic_supervisor.backends.process:ProcessBackend",
     "triton": "mic_supervisor.backends.triton:TritonBackend",
+    "vllm": "mic_supervisor.backends.vllm:VllmBackend",
 }
 
 

@@ -15,7 +15,7 @@ from mic_supervisor.config.options import ModelOptions, Strict
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import Instance
 
-BUILT_IN = ("container", "process", "triton")
+BUILT_IN = ("container", "process", "triton", "vllm")
 
 
 class Fitting(BackendBase):
