@@ -345,6 +345,7 @@ def unmarked(text: str) -> str:
     return re.sub(r"-[0-9a-f]{12}\b", "", text)
 
 
+@pytest.mark.slow
 def test_a_load_that_hangs_says_why_and_never_ends_by_itself(
     engine: docker.APIClient,
     triton_image: str,
@@ -362,7 +363,7 @@ def test_a_load_that_hangs_says_why_and_never_ends_by_itself(
     assert answer.status == 0
     assert BACKEND.load_failure("", server.log(), "Hangs") == ANSWERS["hangs"]["says"]
     # Triton's own exit_timeout is over long before that, and yet the kill is needed.
-    engine.stop(server.container, timeout=8)
+    engine.stop(server.container, timeout=7)
     assert engine.inspect_container(server.container)["State"]["ExitCode"] == 137
 
 
