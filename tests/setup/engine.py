@@ -181,6 +181,11 @@ def ensure() -> docker.APIClient:
                 f"cannot reach a Docker Engine: DOCKER_HOST is {host}, and nothing answers there",
                 hint="start that engine, or unset DOCKER_HOST",
             )
+        if SOCKET.exists() and not os.access(SOCKET, os.W_OK):
+            raise Missing(
+                f"cannot reach a Docker Engine: {SOCKET} may not be written by this user",
+                hint="join the group of that socket: usermod -aG docker USER, then log in again",
+            )
         client = _await_running()
     if client is None:
         say("Docker Engine: starting one")
