@@ -336,13 +336,10 @@ class MockNvml:
 def build() -> Path:
     """The path of the mock library, compiled on first use and kept outside the checkout."""
     source = b"".join((_HERE / name).read_bytes() for name in _SOURCES)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = (
-        cache
-        / "mic-supervisor-tests"
-        / f"mock-nvml-{hashlib.sha256(source).hexdigest()[:16]}"
-        / _SONAME
-    )
+    given = os.environ.get("MIC_TEST_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(given) if given else base / "mic-supervisor-tests"
+    target = cache / f"mock-nvml-{hashlib.sha256(source).hexdigest()[:16]}" / _SONAME
     if target.exists():
         return target
     gcc = shutil.which("gcc")

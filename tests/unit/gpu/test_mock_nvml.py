@@ -336,7 +336,7 @@ def test_events_that_a_gpu_does_not_know_cannot_be_registered(nvml: MockNvml, ev
 def test_without_gcc_the_build_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MIC_TEST_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
 
     with pytest.raises(RuntimeError, match="install it with: apt-get install gcc"):
@@ -344,7 +344,7 @@ def test_without_gcc_the_build_says_what_to_install(
 
 
 def test_the_build_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MIC_TEST_CACHE", str(tmp_path))
 
     first = mock_nvml.build()
     made = first.stat().st_mtime_ns
