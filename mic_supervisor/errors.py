@@ -1,4 +1,7 @@
-"""Errors a caller can tell apart. Each message reads "cannot X: cause"; a hint names the way out."""
+"""Errors that a caller can tell apart.
+
+Each message reads "cannot X: cause"; a hint names the way out.
+"""
 
 from __future__ import annotations
 

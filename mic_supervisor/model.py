@@ -84,7 +84,7 @@ class UnopenedGpu:
 
 @dataclass(frozen=True, slots=True)
 class GpuInventory:
-    """What one look at the GPUs gave. `error` set: nothing is known, and nothing may be concluded."""
+    """What one look at the GPUs gave. `error` set: nothing is known, nothing may be concluded."""
 
     source: Literal["nvml", "simulated", "none"]
     gpus: tuple[Gpu, ...] = ()

@@ -61,8 +61,9 @@ def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, P
     provider = FileDesired(config, machine.registry)
     desired = provider.state(observed.inventory, memory.bindings)
     assessments = assess(desired, observed, machine.context)
+    indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
     asked = [item for item in assessments if item.instance.placements]
-    health = health_of_all(asked, provider, machine.sources, observed.at)
+    health = health_of_all(asked, provider, machine.sources, indices, observed.at)
     if health:
         observed = with_health(observed, health)
         assessments = assess(desired, observed, machine.context)

@@ -96,6 +96,8 @@ def line_of(event: Event, changed: set[str]) -> str | None:
     if event.kind == "begin":
         changed.add(event.instance)
     if event.kind == "phase":
+        if event.phase == Phase.LOADING and not event.text:
+            return None
         if event.phase in _QUIET or (event.phase in _GOOD and event.instance not in changed):
             return None
         return f"{event.phase}" + (f": {event.text}" if event.text else "")

@@ -53,7 +53,8 @@ def look(model: str | None) -> tuple[dict[str, Any], list[InstanceStatus], Obser
     provider = FileDesired(config, machine.registry)
     desired = provider.state(observed.inventory, memory.bindings)
     before = assess(desired, observed, machine.context)
-    health = health_of_all(before, provider, machine.sources, observed.at)
+    indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
+    health = health_of_all(before, provider, machine.sources, indices, observed.at)
     observed = with_health(observed, health)
     assessments = assess(desired, observed, machine.context)
     plan = reconcile(desired, observed, memory, observed.at, machine.context, assessments)

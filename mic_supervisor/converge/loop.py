@@ -141,6 +141,7 @@ class Converger:
         self._lanes: dict[asyncio.Task[None], _Lane] = {}
         self._rest: dict[str, tuple[int, float]] = {}  # instance -> failures in a row, until
         self._assessments: dict[str, Assessment] = {}
+        self._indices: dict[str, int] = {}
         self._gpus = Source(
             "NVML",
             sources.gpus.observe,
@@ -195,6 +196,7 @@ class Converger:
             self._pool, self._desired.state, inventory, self.memory.bindings
         )
         now = self._clock()
+        self._indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
         context = replace(self.context, busy=busy)
         observed = combine(inventory, views, listeners, dict(self._prober.health), now)
         assessments = assess(desired, observed, context)
@@ -234,6 +236,9 @@ class Converger:
             workload=workload,
             backend=self._desired.backend(item.instance.backend),
             execute=self._runtimes[workload.runtime].run_check,
+            indices=",".join(
+                str(self._indices[uuid]) for uuid in item.instance.gpus if uuid in self._indices
+            ),
         )
 
     def _target_of(self, step: Load | Unload | Drain) -> Target:
@@ -354,7 +359,8 @@ class Converger:
                 restarts=entry.restarts + again,
             )
         elif isinstance(step, Load | Unload):
-            self._prober.kick(step.workload.ref)
+            # The next round must see what is loaded now, or it would ask for it again.
+            await self._prober.look_now(step.workload.ref)
 
     def _failed(self, change: Change, error: MicError, began: float) -> None:
         now = self._clock()

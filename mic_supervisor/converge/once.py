@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from mic_supervisor.converge.probes import Target, look
@@ -15,15 +15,23 @@ if TYPE_CHECKING:
 
 
 def health_of_all(
-    assessments: Iterable[Assessment], provider: FileDesired, sources: Sources, now: float
+    assessments: Iterable[Assessment],
+    provider: FileDesired,
+    sources: Sources,
+    indices: Mapping[str, int],
+    now: float,
 ) -> dict[str, Health]:
-    """By the workload's ref, of everything that is alive and as desired."""
+    """By the workload's ref, of everything that is alive and as desired.
+
+    `indices` maps UUIDs to the numbers that the driver gives them today.
+    """
     targets = {
         item.match.ref: Target(
             instance=item.instance,
             workload=item.match,
             backend=provider.backend(item.instance.backend),
             execute=sources.runtimes[item.match.runtime].run_check,
+            indices=",".join(str(indices[u]) for u in item.instance.gpus if u in indices),
         )
         for item in assessments
         if item.match is not None and is_alive(item.match)

@@ -31,6 +31,7 @@ class Prober:
         self._targets: dict[str, Target] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._kicks: dict[str, asyncio.Event] = {}
+        self._epochs: dict[str, int] = {}
 
     def watch(self, targets: Mapping[str, Target]) -> None:
         """Probe exactly these from now on, keyed by the workload's ref."""
@@ -51,6 +52,18 @@ class Prober:
         if ref in self._kicks:
             self._kicks[ref].set()
 
+    async def look_now(self, ref: str) -> None:
+        """Look, and return when it is known. A look that began earlier does not count any more."""
+        target = self._targets.get(ref)
+        if target is None:
+            return
+        self._epochs[ref] = self._epochs.get(ref, 0) + 1
+        loop = asyncio.get_running_loop()
+        before = self.health.get(ref)
+        self.health[ref] = await loop.run_in_executor(
+            self._pool, look, target, self._clock(), before
+        )
+
     def forget(self, ref: str) -> None:
         """Drop what is known of a workload: it is about to be stopped or started."""
         task = self._tasks.pop(ref, None)
@@ -58,6 +71,7 @@ class Prober:
             task.cancel()
         self._targets.pop(ref, None)
         self._kicks.pop(ref, None)
+        self._epochs.pop(ref, None)
         self.health.pop(ref, None)
 
     async def close(self) -> None:
@@ -74,8 +88,11 @@ class Prober:
         while True:
             target, before = self._targets[ref], self.health.get(ref)
             now = self._clock()
+            epoch = self._epochs.get(ref)
             kinds = tuple(kind for kind, at in due.items() if at <= now)
             health = await loop.run_in_executor(self._pool, look, target, now, before, kinds)
+            if epoch != self._epochs.get(ref):
+                continue
             self.health[ref] = health
             if before is None or _gist(before) != _gist(health):
                 self._wake()

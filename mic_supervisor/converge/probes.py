@@ -25,6 +25,7 @@ from mic_supervisor.model import (
     ProbeResult,
     TcpCheck,
 )
+from mic_supervisor.plan.launch import text_of
 
 Exec = Callable[[ObservedWorkload, tuple[str, ...], float], tuple[int, str]]
 """Runs a command where the workload runs, within so many seconds: (exit status, output)."""
@@ -32,12 +33,16 @@ Exec = Callable[[ObservedWorkload, tuple[str, ...], float], tuple[int, str]]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A workload that is alive, and the instance whose probes are asked of it."""
+    """A workload that is alive, and the instance whose probes are asked of it.
+
+    `indices` is what `${gpu_indices}` stands for in an exec probe.
+    """
 
     instance: Instance
     workload: ObservedWorkload
     backend: Backend
     execute: Exec
+    indices: str = ""
 
 
 def probe(target: Target, check: Check, timeout: float) -> tuple[bool | None, str]:
@@ -154,13 +159,15 @@ def _engine(workload: ObservedWorkload) -> tuple[bool | None, str]:
 
 
 def _exec(target: Target, check: ExecCheck, timeout: float) -> tuple[bool | None, str]:
+    ports, workload = target.workload.identity.ports, target.instance.workload
+    command = tuple(text_of(workload, item, ports, target.indices) for item in check.command)
     try:
-        status, output = target.execute(target.workload, check.command, timeout)
+        status, output = target.execute(target.workload, command, timeout)
     except MicError as error:
         return None, error.message
     last = output.strip().splitlines()[-1:]
     shown = f": {last[0][:200]}" if last else ""
-    return status == 0, f"{check.command[0]} exits with {status}{shown}"
+    return status == 0, f"{command[0]} exits with {status}{shown}"
 
 
 def _published(target: Target, name: str) -> tuple[str, int]:

@@ -51,22 +51,28 @@ def launch(
     )
 
 
+def text_of(workload: Workload, value: str, ports: Mapping[str, int], indices: str) -> str:
+    """`value` with every `${…}` that belongs to the workload replaced."""
+    variables = dict(workload.variables)
+
+    def one(match: re.Match[str]) -> str:
+        if match[3]:
+            return variables[match[3]]
+        if match[1] == "gpu_indices":
+            return indices
+        return str(ports[match[2] or "http"])
+
+    return _PLACEHOLDER.sub(one, value)
+
+
 def fill(workload: Workload, ports: Mapping[str, int], indices: str) -> Workload:
     """The workload with every `${…}` replaced and its environment merged.
 
     A key of `env` wins over the same key in `env_file`.
     """
-    variables = dict(workload.variables)
 
     def text(value: str) -> str:
-        def one(match: re.Match[str]) -> str:
-            if match[3]:
-                return variables[match[3]]
-            if match[1] == "gpu_indices":
-                return indices
-            return str(ports[match[2] or "http"])
-
-        return _PLACEHOLDER.sub(one, value)
+        return text_of(workload, value, ports, indices)
 
     env: Pairs = tuple(
         sorted({**dict(workload.file_env), **{k: text(v) for k, v in workload.env}}.items())
