@@ -352,7 +352,7 @@ def test_a_call_that_hangs_costs_one_time_out_and_nothing_after(
 
     start = time.monotonic()
     assert [source.observe() for _ in range(20)] == [expected] * 20
-    assert time.monotonic() - start < 0.2
+    assert time.monotonic() - start < 2  # 6 s, were each to wait in vain
     assert [t.name for t in threading.enumerate()].count("nvml") == 1
 
     mock.change(1, rules=Rules(), temperature=50)
@@ -367,7 +367,7 @@ def test_callers_that_wait_behind_a_hanging_call_are_let_go_too(
     mock: MockNvml, open_nvml: Callable[..., NvmlSource]
 ) -> None:
     mock.set([MockGpu()])
-    source = open_nvml(timeout=0.3)
+    source = open_nvml(timeout=0.5)
     source.observe()
     hang(mock, 0)
     took: list[float] = []
@@ -384,7 +384,7 @@ def test_callers_that_wait_behind_a_hanging_call_are_let_go_too(
         thread.join()
 
     assert len(took) == 6
-    assert max(took) < 1
+    assert max(took) < 2  # 3 s, were one to wait after the other
 
 
 def test_the_first_look_may_take_longer_since_it_wakes_the_gpus(
