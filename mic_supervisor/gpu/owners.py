@@ -130,8 +130,7 @@ class _Book:
         if now.start_time != process.start_time:
             return Owner(OwnerKind.UNKNOWN)  # the PID went to somebody else since the look
         containers, units = _refs(text)
-        # A unit inside a container is not the unit of that name out here.
-        for ref in containers or reversed(units):
+        for ref in (*containers, *reversed(units)):
             if ours := self._groups.get(ref):
                 return self._owned_by(ours)
         tree = self._tree(process.pid) if self._has_trees else None
@@ -175,6 +174,7 @@ def _refs(cgroup_text: str) -> tuple[list[str], list[str]]:
         for component in path.removesuffix(" (deleted)").split("/"):
             if found := _CONTAINER.search(component) or _LXC.match(component):
                 inside.append(found[1])
+            # A unit inside a container is not the unit of that name out here.
             elif not inside and _UNIT.search(component):
                 # systemd puts "_" before a name that the kernel could take for a file of its own.
                 around.append(_unescape(component.removeprefix("_")))

@@ -198,6 +198,13 @@ def test_our_container_inside_of_another(proc: FakeProc) -> None:
     assert proc.owner(process, {B: "mam-0"}) == Owner(MANAGED, B, "mam-0")
 
 
+def test_a_container_that_our_unit_runs_is_ours(proc: FakeProc) -> None:
+    process = proc.add(10, f"0::/mic.slice/mic-x.service/libpod-payload-{A}\n")
+
+    assert proc.owner(process, {"mic-x.service": "x"}) == Owner(MANAGED, "mic-x.service", "x")
+    assert proc.owner(process) == Owner(CONTAINER, A)
+
+
 def test_a_unit_of_our_name_inside_a_strangers_container_is_not_ours(proc: FakeProc) -> None:
     process = proc.add(10, f"0::/docker/{A}/system.slice/mic-x.service\n")
 
