@@ -19,7 +19,7 @@ PYTEST := $(VENV)/python -m pytest $(PYTEST_ARGS)
 .PHONY: test check demo clean engine-stop venv-test venv
 
 test: venv-test
-	$(VENV)/python tests/setup/machine.py
+	$(VENV)/python -m tests.setup.machine
 	$(PYTEST) -n 2 tests/unit
 	$(PYTEST) -n 2 --dist loadscope tests/integration
 
@@ -34,10 +34,10 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 engine-stop: venv-test
-	$(VENV)/python tests/setup/machine.py stop
+	$(VENV)/python -m tests.setup.machine stop
 
 venv-test:
-	@$(PYTHON) tests/setup/venv.py test
+	@$(PYTHON) -m tests.setup.venv test
 
 venv:
-	@$(PYTHON) tests/setup/venv.py
+	@$(PYTHON) -m tests.setup.venv

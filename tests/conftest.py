@@ -33,7 +33,7 @@ def engine() -> Iterator[docker.APIClient]:
 
 def _image(engine: docker.APIClient, tag: str) -> str:
     try:
-        engine.inspect_image(tag)
+        engine.inspect_image(tag)  # type: ignore[no-untyped-call]
     except ImageNotFound:
         missing(f"the engine has no image {tag}")
     return tag

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import docker
 from docker.errors import DockerException
-from steps import Missing, cache_dir, say
+
+from tests.setup.steps import Missing, cache_dir, say
 
 SOCKET = Path("/var/run/docker.sock")
 

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import IO
 
 import docker
-import tree
 from docker.errors import APIError, ImageNotFound
-from engine import connect
-from steps import CHECKOUT, Missing, cache_dir, fingerprint, run, say
+
+from tests.setup import tree
+from tests.setup.engine import connect
+from tests.setup.steps import CHECKOUT, Missing, cache_dir, fingerprint, run, say
 
 KEY_LABEL = "io.mic.test.key"
 BUSYBOX = Path("/bin/busybox")
@@ -123,7 +124,7 @@ def _wheel(requirement: str) -> Path:
 
 def _id_if_current(engine: docker.APIClient, tag: str, key: str) -> tuple[bool, str | None]:
     try:
-        found = engine.inspect_image(tag)
+        found = engine.inspect_image(tag)  # type: ignore[no-untyped-call]
     except ImageNotFound:
         return False, None
     labels = found["Config"].get("Labels") or {}

@@ -1,8 +1,8 @@
 """Sets this machine up for the integration tests: packages, engine, images.
 
-`machine.py` does it all and may be called at any time; `machine.py stop` ends the engine that it
-started. In CI the first component that cannot be had ends it. Elsewhere the rest goes on, and the
-tests that need the component are skipped with the reason.
+`python -m tests.setup.machine` does it all and may be called at any time; with `stop` it ends the
+engine that it started. In CI the first component that cannot be had ends it. Elsewhere the rest
+goes on, and the tests that need the component are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import sys
 import time
 
-import engine
-import images
-import packages
-from steps import IN_CI, Missing, cache_dir, die, locked, say
+from tests.setup import engine, images, packages
+from tests.setup.steps import IN_CI, Missing, cache_dir, die, locked, say
 
 
 def main() -> None:

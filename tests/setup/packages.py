@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from steps import Missing, run, say
+from tests.setup.steps import Missing, run, say
 
 LIST = Path(__file__).with_name("packages.txt")
 POLICY = Path("/usr/sbin/policy-rc.d")

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from steps import Missing, cache_dir, fingerprint, run, say
+from tests.setup.steps import Missing, cache_dir, fingerprint, run, say
 
 SUITE = "bookworm"
 PACKAGES = ("python3-minimal", "libpython3.11")

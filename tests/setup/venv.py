@@ -1,4 +1,4 @@
-"""Makes .venv with the project in it, editable: `venv.py` for running it, `venv.py test` for tests.
+"""Makes .venv with the project in it, editable; `python -m tests.setup.venv test` for the tests.
 
 A stamp keyed by pyproject.toml, the interpreter and the checkout's path makes a second call free.
 """
@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import packages
-from steps import CHECKOUT, Missing, cache_dir, die, fingerprint, run, say
+from tests.setup import packages
+from tests.setup.steps import CHECKOUT, Missing, cache_dir, die, fingerprint, run, say
 
 VENV = CHECKOUT / ".venv"
 PYTHON = VENV / "bin" / "python"
