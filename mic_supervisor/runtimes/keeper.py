@@ -32,9 +32,6 @@ RECORD = "record.json"
 EXIT = "exit.json"
 LOG = "log"
 
-REMAINS_GRACE = 2.0
-"""Seconds that what a main process left behind has between TERM and KILL."""
-
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _WAITED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
@@ -139,7 +136,8 @@ class Keeper:
             os.close(release)  # the child reads the end of the file, and goes
             os.waitpid(self.child, 0)
             return f"its record cannot be written: {error}"
-        os.write(release, b"!")
+        with contextlib.suppress(BrokenPipeError):  # it has failed before the barrier
+            os.write(release, b"!")
         os.close(release)
         parts = []
         while part := os.read(failure, 4096):
@@ -192,7 +190,8 @@ class Keeper:
         """Until the main process has ended."""
         kill_at: float | None = None
         while self.status is None:
-            got = signal.sigtimedwait(_WAITED, _PAUSE)
+            left = _PAUSE if kill_at is None else kill_at - time.monotonic()
+            got = signal.sigtimedwait(_WAITED, min(max(left, 0.01), _PAUSE))
             if got and got.si_signo != signal.SIGCHLD and kill_at is None:
                 os.kill(self.child, self.payload["stop_signal"])
                 kill_at = time.monotonic() + self.payload["stop_timeout"]
@@ -231,7 +230,7 @@ class Keeper:
         Only direct children are signalled: their PIDs cannot be used again before they are reaped
         here, and their own children become direct ones when they end.
         """
-        kill_at = time.monotonic() + REMAINS_GRACE
+        kill_at = time.monotonic() + self.payload["remains_grace"]
         asked: set[int] = set()
         while not self._reap():
             force = time.monotonic() >= kill_at

@@ -127,7 +127,31 @@ def preflight(spec: ProcessSpec) -> None:
             raise PreflightFailed(f"cannot run in {directory}: {reason}")
     except PermissionError as error:
         raise PreflightFailed(f"cannot run in {directory}: {error.strerror}") from error
-    _check_program(spec, directory, environment(spec, who)["PATH"])
+    program = _check_program(spec, directory, environment(spec, who)["PATH"])
+    if who.switch:
+        for path in (directory, program):
+            if not _may_use(path, who):
+                raise PreflightFailed(
+                    f"cannot run as {spec.user}: that user has no access to {path}",
+                    hint=f"see which part keeps it out: namei -l {path}",
+                )
+
+
+def _may_use(path: Path, who: Account) -> bool:
+    """Whether the account may enter a directory or execute a file, as the kernel sees it."""
+    try:
+        done = subprocess.run(
+            ["test", "-x", str(path)],
+            user=who.uid,
+            group=who.gid,
+            extra_groups=who.groups,
+            cwd="/",
+            env={"PATH": DEFAULT_PATH},
+            timeout=10.0,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return True  # it could not be asked: the start will tell
+    return done.returncode == 0
 
 
 def _check_texts(spec: ProcessSpec) -> None:
@@ -160,7 +184,8 @@ def _check_limits(spec: ProcessSpec) -> None:
             )
 
 
-def _check_program(spec: ProcessSpec, directory: Path, search: str) -> None:
+def _check_program(spec: ProcessSpec, directory: Path, search: str) -> Path:
+    """Where the program is. A script needs its interpreter, too."""
     program = spec.command[0]
     if "/" not in program:
         found = shutil.which(program, path=search)
@@ -187,6 +212,7 @@ def _check_program(spec: ProcessSpec, directory: Path, search: str) -> None:
             f"cannot run {path}: its interpreter {interpreter} does not exist",
             hint="a virtual environment that was moved has to be made again",
         )
+    return path
 
 
 def _interpreter(path: Path) -> Path | None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,10 @@ from mic_supervisor.runtimes import keeper, process_stop, procfs
 from mic_supervisor.runtimes import process_checks as checks
 from mic_supervisor.runtimes import process_records as records
 from mic_supervisor.runtimes.process_records import BadRecord, Record
+from mic_supervisor.runtimes.process_stop import Options
 
 START_TIMEOUT = 30.0
 """Seconds after which a start that gives no answer has failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a runtime keeps its processes. See SubprocessRuntime."""
-
-    log_max_size: int  # bytes
-    log_files: int
-    kill_timeout: float  # seconds
 
 
 def start(path: Path, record: Record, spec: ProcessSpec, handle: int, options: Options) -> None:
@@ -85,7 +76,7 @@ def _undo(path: Path, record: Record, aside: Path | None, options: Options) -> N
     except BadRecord:
         made = None
     if made is not None and made.run_id == record.run_id:
-        process_stop.kill_now(made, options.kill_timeout)
+        process_stop.kill_now(made, options)
     if aside is None:
         records.discard(path)
         return
@@ -114,6 +105,7 @@ def _payload(record: Record, spec: ProcessSpec, options: Options) -> dict[str, A
         "user": {"uid": who.uid, "gid": who.gid, "groups": who.groups} if who.switch else None,
         "stop_signal": checks.signal_number(spec.stop_signal) or signal.SIGTERM.value,
         "stop_timeout": spec.stop_timeout,
+        "remains_grace": options.remains_grace,
         "log_max_size": options.log_max_size,
         "log_files": options.log_files,
     }

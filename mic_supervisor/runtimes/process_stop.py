@@ -6,42 +6,53 @@ import os
 import select
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from mic_supervisor.errors import StopFailed
 from mic_supervisor.model import ObservedWorkload
-from mic_supervisor.runtimes import keeper, procfs
 from mic_supervisor.runtimes import process_records as records
+from mic_supervisor.runtimes import procfs
 from mic_supervisor.runtimes.process_records import Record
 
-_KEEPER_GRACE = 3.0  # seconds that a keeper has to write the exit status once all is gone
+_KEEPER_GRACE = 2.0  # seconds that a keeper has to write the exit status once all is gone
 _LONGEST_PAUSE = 0.05  # seconds between two looks at a tree that is dying
 
 
-def end_tree(record: Record, number: int, *, grace: float, patience: float) -> None:
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a runtime keeps its processes. See SubprocessRuntime; times are in seconds."""
+
+    log_max_size: int  # bytes
+    log_files: int
+    kill_timeout: float
+    remains_grace: float
+
+
+def end_tree(record: Record, number: int, grace: float, options: Options) -> None:
     """Signal the main process, wait `grace` seconds at most, then kill until nothing is left.
 
     What the main process leaves behind when it ends in time is asked too, and killed after
-    REMAINS_GRACE. Raises StopFailed `patience` seconds after the first KILL.
+    `remains_grace`. Raises StopFailed `kill_timeout` after the first KILL.
     """
     deadline = time.monotonic() + grace
     if _ask(record, number, deadline):
-        deadline = min(deadline, time.monotonic() + keeper.REMAINS_GRACE)
-    _kill(record, deadline, patience)
+        deadline = min(deadline, time.monotonic() + options.remains_grace)
+    _kill(record, deadline, options.kill_timeout)
 
 
 def end_remains(
-    path: Path, record: Record, seen: ObservedWorkload, *, patience: float, at: float
+    path: Path, record: Record, seen: ObservedWorkload, options: Options, *, at: float
 ) -> None:
     """Make sure that nothing is left of a run that has ended, where its keeper could not.
 
-    Raises StopFailed, OSError and BadRecord.
+    TERM, then KILL after `remains_grace`, as a keeper does. Raises StopFailed, OSError, BadRecord.
     """
     if records.load_exit(path, record.run_id) is not None:
         return
     here = records.machine()
     if (record.boot_id, record.pid_namespace) == (here.boot, here.namespace):
-        _kill(record, time.monotonic(), patience)
+        _kill(record, time.monotonic() + options.remains_grace, options.kill_timeout)
     records.write_exit(path, record, seen.error or records.LOST, at)
 
 
@@ -57,12 +68,12 @@ def await_exit_status(path: Path, record: Record, *, at: float) -> None:
         records.write_exit(path, record, records.LOST, at)
 
 
-def kill_now(record: Record, patience: float) -> None:
+def kill_now(record: Record, options: Options) -> None:
     """KILL for keeper, child and everything below. Raises StopFailed and OSError."""
     for anchor in (record.child, record.keeper):
         if anchor is not None:
             procfs.send_signal(anchor.pid, anchor.start_time, signal.SIGKILL)
-    _kill(record, time.monotonic(), patience)
+    _kill(record, time.monotonic(), options.kill_timeout)
 
 
 def _ask(record: Record, number: int, deadline: float) -> bool:

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, StopFailed
@@ -36,7 +36,8 @@ from mic_supervisor.runtimes import (
 from mic_supervisor.runtimes import process_checks as checks
 from mic_supervisor.runtimes import process_records as records
 from mic_supervisor.runtimes.process_records import BadRecord, Record
-from mic_supervisor.runtimes.process_start import START_TIMEOUT, Options
+from mic_supervisor.runtimes.process_start import START_TIMEOUT
+from mic_supervisor.runtimes.process_stop import Options
 
 _REMOVE_PATIENCE = 3.0  # seconds for a keeper that has written the exit status to be gone
 _STRAY_PAUSE = 10.0  # seconds between two walks through every environment
@@ -47,7 +48,8 @@ class SubprocessRuntime:
 
     `directory` holds a directory per workload and is made when it is first needed. A log is rotated
     at `log_max_size` bytes, `log_files` are kept. `kill_timeout` is how many seconds a tree may
-    take to die of KILL: a driver may need long to take a GPU's memory back.
+    take to die of KILL: a driver may need long to take a GPU's memory back. What a main process
+    leaves behind when it ends has `remains_grace` seconds between TERM and KILL.
     """
 
     name = "subprocess"
@@ -63,13 +65,14 @@ class SubprocessRuntime:
         log_max_size: int = 50 << 20,
         log_files: int = 3,
         kill_timeout: float = 30.0,
+        remains_grace: float = 2.0,
         enclosing_service: Callable[[], str | None] = procfs.enclosing_service,
     ) -> None:
         self._scope = scope
         self._host = host
         self._directory = directory
         self._clock = clock
-        self._options = Options(log_max_size, log_files, kill_timeout)
+        self._options = Options(log_max_size, log_files, kill_timeout, remains_grace)
         self._enclosing_service = enclosing_service
         self._guard = threading.Lock()
         self._turns: dict[str, threading.Lock] = {}
@@ -297,8 +300,7 @@ class SubprocessRuntime:
             if seen.state is RunState.EXITED:
                 self._clear(path, record, seen)
                 return
-            patience = self._options.kill_timeout
-            process_stop.end_tree(record, number, grace=grace, patience=patience)
+            process_stop.end_tree(record, number, grace, self._options)
             process_stop.await_exit_status(path, record, at=self._clock())
 
     def _settle(self, path: Path) -> Record | None:
@@ -313,8 +315,7 @@ class SubprocessRuntime:
             time.sleep(0.02)
 
     def _clear(self, path: Path, record: Record, seen: ObservedWorkload) -> None:
-        patience = self._options.kill_timeout
-        process_stop.end_remains(path, record, seen, patience=patience, at=self._clock())
+        process_stop.end_remains(path, record, seen, self._options, at=self._clock())
 
     def remove(self, workload: ObservedWorkload) -> None:
         """Delete the record and the logs of a process that has ended."""
@@ -385,8 +386,24 @@ class SubprocessRuntime:
             return checks.run_check(command, timeout, who, record.working_dir)
 
     def events(self, stop: threading.Event) -> Iterator[str]:
-        """Names of workloads whose process has ended, as it happens, until `stop` is set."""
-        return process_events.watch(self._paths, stop)
+        """Names of workloads whose process has ended, as it happens, until `stop` is set.
+
+        Does the work of keepers that were killed: what a main process left behind is ended.
+        """
+        for path in self._paths():
+            self._finish(path)
+        for name in process_events.watch(self._paths, stop):
+            self._finish(self._directory / name)
+            yield name
+
+    def _finish(self, path: Path) -> None:
+        # A failure is told of by `observe`, and by `start` and `stop`, which try again.
+        with self._turn(path.name), suppress(MicError, BadRecord, OSError):
+            record = self._load_ours(path)
+            if record is not None and record.child is not None:
+                seen = records.judge(path, record, records.machine())
+                if seen.state is RunState.EXITED:
+                    self._clear(path, record, seen)
 
     # --- helpers --------------------------------------------------------------------------
 

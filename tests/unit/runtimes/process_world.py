@@ -1,0 +1,125 @@
+"""Real host processes for the tests of the subprocess runtime: short to write, safe to end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from mic_supervisor.model import Identity, Launch, Limits, ObservedWorkload, Pairs, ProcessSpec
+from mic_supervisor.runtimes import procfs
+from mic_supervisor.runtimes.subprocess import SubprocessRuntime
+from tests.support import scopes
+from tests.support.waiting import until
+
+HOST = "0123456789abcdef"
+
+# Ignores SIGTERM, in a session of its own, orphaned, with nothing of ours in its environment but
+# what it was started with.
+STUBBORN = """
+import os, signal, time
+def escape(depth):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            if depth:
+                escape(depth - 1)
+            while True:
+                time.sleep(1)
+        os._exit(0)
+"""
+
+
+def python(text: str) -> tuple[str, ...]:
+    return (sys.executable, "-I", "-S", "-c", text)
+
+
+def sh(text: str) -> tuple[str, ...]:
+    return ("/bin/sh", "-c", text)
+
+
+class World:
+    """A runtime in a directory of its own, with a scope of its own."""
+
+    def __init__(self, tmp_path: Path, scope: str) -> None:
+        self.scope = scope
+        self.directory = tmp_path / "processes"
+        self.runtime = self.make()
+
+    def make(self, **options: Any) -> SubprocessRuntime:
+        """Another one on the same directory, as after a restart of the supervisor."""
+        options.setdefault("enclosing_service", lambda: None)
+        options.setdefault("kill_timeout", 5.0)
+        options.setdefault("remains_grace", 0.3)
+        return SubprocessRuntime(self.scope, HOST, directory=self.directory, **options)
+
+    def launch(
+        self,
+        name: str,
+        command: tuple[str, ...],
+        *,
+        env: Pairs = (),
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        **spec: Any,
+    ) -> Launch:
+        identity = Identity(
+            scope=self.scope,
+            host=HOST,
+            instance=name,
+            model="MAM",
+            backend="process",
+            gpus=("GPU-1", "GPU-2"),
+            ports={"http": 20000},
+            spec={"command": list(command), "nested": {"a": [1, None]}},
+            spec_hash="0badcafe",
+        )
+        process = ProcessSpec(command, env=env, limits=limits, **spec)
+        return Launch(name, "subprocess", identity, process)
+
+    def start(self, name: str, command: tuple[str, ...], **spec: Any) -> ObservedWorkload:
+        self.runtime.start(self.launch(name, command, **spec))
+        return self.look(name)
+
+    def look(self, name: str) -> ObservedWorkload:
+        found = {one.name: one for one in self.runtime.observe().workloads}
+        assert name in found, f"{name} is not among {sorted(found)}"
+        return found[name]
+
+    def names(self) -> list[str]:
+        return [one.name for one in self.runtime.observe().workloads]
+
+    def record(self, name: str) -> dict[str, Any]:
+        import json
+
+        document: dict[str, Any] = json.loads((self.directory / name / "record.json").read_text())
+        return document
+
+    def await_state(self, name: str, state: str, timeout: float = 10.0) -> ObservedWorkload:
+        until(lambda: self.look(name).state == state, f"{name} to be {state}", timeout=timeout)
+        return self.look(name)
+
+    def alive(self) -> list[int]:
+        """Everything of this scope that runs, keepers not included."""
+        return [
+            pid
+            for pid in scopes.processes(self.scope)
+            if (one := procfs.stat(pid)) is not None and one.running
+        ]
+
+    def await_lines(self, name: str, count: int) -> list[str]:
+        log = self.directory / name / "log"
+        until(lambda: log.read_text().count("\n") >= count, f"{count} lines of {name}")
+        return log.read_text().splitlines()
+
+    def kill_keeper(self, name: str) -> int:
+        pid = int(self.record(name)["keeper"]["pid"])
+        os.kill(pid, 9)
+        until(lambda: not runs(pid), "the keeper to be gone")
+        return pid
+
+
+def runs(pid: int) -> bool:
+    found = procfs.stat(pid)
+    return found is not None and found.running
