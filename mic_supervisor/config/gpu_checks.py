@@ -16,7 +16,7 @@ def read_entries(
 ) -> tuple[GpuEntry, ...]:
     """What `gpus:` says, by kind of key and number."""
     section = merged.sections.get("models")
-    listed = [str(key) for key in section.entries] if section is not None else []
+    listed = dict.fromkeys(map(str, section.entries) if section is not None else ())
     if not merged.names_gpus:
         report.add(
             merged.anchor,
@@ -25,16 +25,16 @@ def read_entries(
             hint=f"give each GPU a model, or {NONE} to keep it empty",
         )
     entries: list[GpuEntry] = []
-    for item in merged.gpus.values():
+    for item in (*merged.gpus.values(), *merged.refused):
         model = _target(item, listed, report)
         if model == NONE:
             entries += [GpuEntry((gpu,), None, item.place) for gpu in item.keys]
-        elif model in models:
+        elif model in models and item.keys:
             entries.append(GpuEntry(item.keys, model, item.place))
     return tuple(sorted(entries, key=_by_key))
 
 
-def _target(item: GpuItem, listed: Sequence[str], report: Report) -> str | None:
+def _target(item: GpuItem, listed: Mapping[str, None], report: Report) -> str | None:
     value = item.node.value
     if not item.node.sound:
         return None

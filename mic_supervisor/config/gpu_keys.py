@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mic_supervisor.config.document import GpuKey
 
-MAX_INDEX = 255
+MAX_INDEX = 127
 """No machine has more GPUs than this; a larger number is a slip of the hand."""
 
 _INDEX = re.compile(r"[0-9]+")

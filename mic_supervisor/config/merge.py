@@ -11,7 +11,7 @@ from mic_supervisor.config.document import GpuKey, Place
 from mic_supervisor.config.gpu_keys import BadKey, parse_gpu_key
 from mic_supervisor.config.source import cause_of, read_text
 from mic_supervisor.config.tree import Node
-from mic_supervisor.config.yaml_reader import parse
+from mic_supervisor.config.yaml_reader import Budget, parse
 
 VERSION = 1
 SECTIONS = ("defaults", "backends", "models", "gpus")
@@ -22,7 +22,7 @@ RESERVED = {"fleet": "reserved for a later version, where a scheduler decides wh
 """Values under `gpus:`, and names, that mean nothing yet."""
 
 MAX_FILES = 64
-MAX_TOTAL = 512 * 1024
+MAX_TOTAL = 384 * 1024
 """Bytes of all files together."""
 
 
@@ -42,13 +42,15 @@ class GpuItem:
 @dataclass(slots=True)
 class Merged:
     """The document. `sections` holds defaults, backends and models as maps, where they are given;
-    `gpus` is keyed by the set of GPUs, whatever their order; `names_gpus` is set if any file has
+    `gpus` is keyed by the set of GPUs, whatever their order; `refused` are entries whose key was
+    reported; `names_gpus` is set if any file has
     something under `gpus:`, be it wrong; `anchor` is where `gpus:` stands, or should."""
 
     files: list[Path]
     sections: dict[str, Node] = field(default_factory=dict)
     section_places: dict[str, Place] = field(default_factory=dict)
     gpus: dict[frozenset[GpuKey], GpuItem] = field(default_factory=dict)
+    refused: list[GpuItem] = field(default_factory=list)
     names_gpus: bool = False
     anchor: Place = field(default_factory=lambda: Place("", 1, 1))
 
@@ -65,7 +67,8 @@ def read_merged(path: Path, report: Report) -> Merged | None:
     """The file and its drop-ins; None if one of them could not be read or parsed to its end."""
     drop_ins = _drop_ins(path, report)
     merged = Merged([path, *drop_ins])
-    roots = [_read(file, report) for file in merged.files]
+    budget = Budget()
+    roots = [_read(file, report, budget) for file in merged.files]
     if any(root is None for root in roots):
         return None
     for number, root in enumerate(roots):
@@ -97,7 +100,7 @@ def _drop_ins(path: Path, report: Report) -> list[Path]:
     return found
 
 
-def _read(file: Path, report: Report) -> Node | None:
+def _read(file: Path, report: Report, budget: Budget) -> Node | None:
     text = read_text(file, report)
     if text is None:
         return None
@@ -106,7 +109,7 @@ def _read(file: Path, report: Report) -> Node | None:
         report.add(Place(str(file), 0, 0), "", message)
         return None
     before = len(report)
-    root = parse(text, str(file), report)
+    root = parse(text, str(file), report, budget)
     if root is None:
         return None if len(report) > before else Node(Place(str(file), 1, 1), {})
     if not isinstance(root.value, dict):
@@ -124,6 +127,7 @@ def _add_file(merged: Merged, root: Node, report: Report, *, is_drop_in: bool) -
     for key, entry in root.entries.items():
         if key == "gpus":
             merged.names_gpus |= entry.node.value not in (None, {})
+            merged.anchor = merged.anchor if is_drop_in else entry.place
         if key == "version":
             continue
         if key in RESERVED:
@@ -143,9 +147,7 @@ def _add_file(merged: Merged, root: Node, report: Report, *, is_drop_in: bool) -
         elif not isinstance(entry.node.value, dict):
             report.add(entry.node.place, key, "must be a map")
         elif key == "gpus":
-            if not is_drop_in:
-                merged.anchor = entry.place
-            merged.gpus.update(_gpus(entry.node, report))
+            merged.gpus.update(_gpus(entry.node, merged.refused, report))
         else:
             merged.section_places.setdefault(key, entry.place)
             if key in merged.sections:
@@ -184,27 +186,27 @@ def overlay(base: Node, over: Node) -> None:
             base.entries[key] = entry
 
 
-def _gpus(node: Node, report: Report) -> dict[frozenset[GpuKey], GpuItem]:
+def _gpus(node: Node, refused: list[GpuItem], report: Report) -> dict[frozenset[GpuKey], GpuItem]:
     """The entries of one file; within it, a GPU is named once in each spelling."""
     items: dict[frozenset[GpuKey], GpuItem] = {}
-    named: dict[GpuKey, GpuItem] = {}
+    named: dict[GpuKey, Place] = {}
     for key, entry in node.entries.items():
         path = dotted("gpus", str(key))
         try:
             selection = parse_gpu_key(key)
         except BadKey as error:
             report.add(entry.place, path, str(error), hint=error.hint)
+            refused.append(GpuItem((), entry.place, path, entry.node))
             continue
         twice = next((gpu for gpu in selection.keys if gpu in named), None)
         if twice is not None:
-            first = named[twice].place.line
+            first = named[twice].line
             report.add(entry.place, path, f"{twice} is named twice, first in line {first}")
+            refused.append(GpuItem((), entry.place, path, entry.node))
+            continue
+        named.update(dict.fromkeys(selection.keys, entry.place))
         for keys in selection.expand():
-            item = GpuItem(keys, entry.place, path, entry.node)
-            if not any(gpu in named for gpu in keys):
-                items[frozenset(keys)] = item
-            for gpu in keys:
-                named.setdefault(gpu, item)
+            items[frozenset(keys)] = GpuItem(keys, entry.place, path, entry.node)
     return items
 
 

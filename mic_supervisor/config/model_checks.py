@@ -67,7 +67,7 @@ class ModelChecker:
             backend = self._backend_of(entry, path)
             if backend is None:
                 continue
-            types = self._get(backend, entry.node.entries["backend"].node.place, path)
+            types = self._get(backend, entry.node.entries["backend"].node.place, f"{path}.backend")
             if types is None:
                 continue
             self._used.append(types)

@@ -43,8 +43,8 @@ def _walk(
         for number, item in enumerate(node.value):
             _walk(item, dotted(path, number), templated, environ, report, variables)
     elif isinstance(node.value, str) and node.sound and "${" in node.value:
-        for number, match in enumerate(_OPEN.finditer(node.value)):
-            place = node.column_of(number)
+        # Each match holds one "${", so that matches and places pair off.
+        for match, place in zip(_OPEN.finditer(node.value), node.places_of("${"), strict=True):
             if not templated:
                 report.add(
                     place,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,19 +45,22 @@ class Node:
             return [item.plain() for item in self.value]
         return self.value
 
-    def column_of(self, number: int) -> Place:
-        """The place of the `number`-th "${" (from 0) in a scalar.
+    def places_of(self, mark: str) -> list[Place]:
+        """The place of each `mark` in a scalar's value, in order.
 
-        Falls back to the scalar's own place where escapes hide the text's own form.
+        All are the scalar's own place where escapes hide the text's own form.
         """
+        count = self.value.count(mark) if isinstance(self.value, str) else 0
         start, end = self.span
-        raw = self.text[start:end]
-        found = [match.start() for match in re.finditer(r"\$\{", raw)]
-        if not isinstance(self.value, str) or len(found) != self.value.count("${"):
-            return self.place
-        before = raw[: found[number]]
-        lines = before.count("\n")
-        if lines == 0:
-            return Place(self.place.file, self.place.line, self.place.column + len(before))
-        column = len(before) - before.rindex("\n")
-        return Place(self.place.file, self.place.line + lines, column)
+        parts = self.text[start:end].split(mark)
+        if len(parts) != count + 1:
+            return [self.place] * count
+        places = []
+        line, column = self.place.line, self.place.column
+        for part in parts[:-1]:
+            lines = part.count("\n")
+            column = len(part) - part.rindex("\n") if lines else column + len(part)
+            line += lines
+            places.append(Place(self.place.file, line, column))
+            column += len(mark)
+        return places

@@ -72,7 +72,7 @@ def _check_shape(node: Node, place: Place, path: str, report: Report) -> None:
 @dataclass(frozen=True, slots=True)
 class _Fault:
     """One pydantic error, placed. `branch` is the member of a union it belongs to, and `fork` the
-    path at which that union stands; `key` is the offending key itself."""
+    path at which that union stands; `about_key`: the key itself is at fault, not its value."""
 
     kind: str
     context: dict[str, Any]
@@ -97,17 +97,19 @@ def _locate(root: Node, place: Place, path: str, error: Any) -> _Fault:
         if entry is None and isinstance(node.value, dict) and str(element).isdecimal():
             entry = node.entries.get(int(element))
         if entry is not None:
+            # An unknown key is unknown whatever its value.
+            sound = sound and node.sound
             node, key_place, path = entry.node, entry.place, dotted(path, str(element))
         elif (
             isinstance(node.value, list) and isinstance(element, int) and element < len(node.value)
         ):
+            sound = sound and node.sound
             node, path = node.value[element], dotted(path, element)
             key_place = node.place
         elif element == "[key]":
             about_key = True
         elif fork is None:
             fork, branch = path, str(element)
-        sound = sound and node.sound
     return _Fault(
         kind=kind,
         context=error.get("ctx", {}),
@@ -116,7 +118,7 @@ def _locate(root: Node, place: Place, path: str, error: Any) -> _Fault:
         node=node,
         key_place=key_place,
         path=path,
-        sound=sound,
+        sound=sound and (node.sound or kind == "extra_forbidden"),
         about_key=about_key or kind == "extra_forbidden",
         fork=fork,
         branch=branch,

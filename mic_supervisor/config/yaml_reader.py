@@ -8,6 +8,7 @@ something else than text or a plain decimal number has to be quoted.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -28,29 +29,37 @@ from mic_supervisor.config.scalars import resolve
 from mic_supervisor.config.tree import Entry, Node, Scalar
 from mic_supervisor.config.yaml_words import report_syntax_error
 
-MAX_NODES = 20_000
+MAX_NODES = 10_000
 MAX_DEPTH = 32
 MAX_SCALAR = 64 * 1024
 """Characters of one text; Linux takes no argument or variable above 128 KiB (MAX_ARG_STRLEN)."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """What is left to be read, over all files of a configuration."""
+
+    nodes: int = MAX_NODES
 
 
 class _Stop(Exception):
     """The file cannot be read any further; why has been reported."""
 
 
-def parse(text: str, file: str, report: Report) -> Node | None:
+def parse(text: str, file: str, report: Report, budget: Budget) -> Node | None:
     """The document as a tree; None for an empty document, or after reporting what broke it.
 
-    `report.lines` must hold the file's lines. Takes well under a second for any text that
-    `read_text` lets through.
+    `report.lines` must hold the file's lines, and `budget` is used up. Takes well under a second
+    for any text that `read_text` lets through.
     """
-    loader = yaml.SafeLoader(text)
+    loader: Any = yaml.SafeLoader(text)
     try:
-        return _Builder(text, file, report, loader).document()
+        return _Builder(text, file, report, loader, budget).document()
     except _Stop:
         return None
     except yaml.MarkedYAMLError as error:
-        report_syntax_error(error, file, report)
+        opened = loader.marks[-1] if loader.flow_level and loader.marks else None
+        report_syntax_error(error, opened, file, report)
         return None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         # PyYAML lets chr() and int() fail on escapes and directives out of their range.
@@ -64,12 +73,12 @@ def parse(text: str, file: str, report: Report) -> Node | None:
 class _Builder:
     """Builds the tree of one document. `_path` holds the keys on the way to the current value."""
 
-    def __init__(self, text: str, file: str, report: Report, loader: yaml.SafeLoader) -> None:
+    def __init__(self, text: str, file: str, report: Report, loader: Any, budget: Budget) -> None:
         self._text = text
         self._file = file
         self._report = report
-        self._loader: Any = loader  # its methods have no types
-        self._nodes = 0
+        self._loader = loader
+        self._budget = budget
         self._path: list[str | int] = []
 
     def document(self) -> Node | None:
@@ -99,10 +108,10 @@ class _Builder:
         self._report.add(self._place(event), path, message, hint=hint)
 
     def _node(self, event: Any, depth: int) -> Node:
-        self._nodes += 1
-        if self._nodes > MAX_NODES:
+        self._budget.nodes -= 1
+        if self._budget.nodes < 0:
             self._path.clear()
-            self._add(event, f"cannot read on: the file holds more than {MAX_NODES} values")
+            self._add(event, f"cannot read on: more than {MAX_NODES} keys and values")
             raise _Stop
         if depth > MAX_DEPTH:
             self._path.clear()
@@ -113,7 +122,8 @@ class _Builder:
             return self._scalar(event, sound)
         node = Node(self._place(event), None, sound)
         if isinstance(event, MappingStartEvent):
-            node.value = self._mapping(depth)
+            node.value, fit = self._mapping(depth)
+            node.sound = sound and fit
         elif isinstance(event, SequenceStartEvent):
             node.value = self._sequence(depth)
         return node
@@ -154,10 +164,13 @@ class _Builder:
             self._path.pop()
         return items
 
-    def _mapping(self, depth: int) -> dict[str | int, Entry]:
+    def _mapping(self, depth: int) -> tuple[dict[str | int, Entry], bool]:
+        """The entries, and False where a key is so wrong that no map was meant."""
         entries: dict[str | int, Entry] = {}
+        fit = True
         while not isinstance(event := self._loader.get_event(), MappingEndEvent):
             key = self._key(event, depth)
+            fit = fit and isinstance(event, ScalarEvent)
             self._path.append("?" if key is None else str(key))
             node = self._node(self._loader.get_event(), depth + 1)
             if key in entries:
@@ -166,7 +179,7 @@ class _Builder:
             elif key is not None:
                 entries[key] = Entry(self._place(event), node)
             self._path.pop()
-        return entries
+        return entries, fit
 
     def _key(self, event: Any, depth: int) -> str | int | None:
         """The key, or None after reporting that it is none."""

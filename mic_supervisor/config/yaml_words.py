@@ -9,7 +9,7 @@ from mic_supervisor.config.diagnostics import Report
 from mic_supervisor.config.document import Place
 
 if TYPE_CHECKING:
-    from yaml import MarkedYAMLError
+    from yaml import Mark, MarkedYAMLError
 
 _WORDS = {
     "mapping values are not allowed here": (
@@ -35,6 +35,7 @@ _WORDS = {
         "a text follows where the value had ended",
         "quote the whole value",
     ),
+    "expected <block end>, but found ':'": ("a key is missing before the ':'", None),
     "expected <block end>, but found '-'": ("a list's item cannot stand here", None),
 }
 _FROM_START = {
@@ -45,13 +46,15 @@ _FROM_START = {
 _SPECIAL = re.compile(r"found character '(.)' that cannot start any token")
 
 
-def report_syntax_error(error: MarkedYAMLError, file: str, report: Report) -> None:
+def report_syntax_error(
+    error: MarkedYAMLError, opened: Mark | None, file: str, report: Report
+) -> None:
+    """`opened` is where the innermost bracket stands that was open when the parser gave up."""
     problem = error.problem or "the text is not YAML"
     mark = error.problem_mark or error.context_mark
-    unclosed = problem.startswith(("expected ',' or ']'", "expected ',' or '}'"))
-    if unclosed and problem.endswith("'<stream end>'"):
+    if opened is not None and problem.endswith("'<stream end>'"):
         message, hint = "the bracket that opens here is not closed", None
-        mark = error.context_mark or mark
+        mark = opened
     elif problem in _WORDS:
         message, hint = _WORDS[problem]
         if problem in _FROM_START:
@@ -60,10 +63,9 @@ def report_syntax_error(error: MarkedYAMLError, file: str, report: Report) -> No
         message, hint = f"a text cannot begin with {special[1]} unless it is quoted", "quote it"
     else:
         message, hint = problem.replace("'<stream end>'", "the end of the file"), None
-    line = mark.line + 1 if mark is not None else 1
+    line, column = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
     lines = report.lines.get(file, [])
-    if unclosed and 0 < line <= len(lines) and re.search(r"[\[{,]\s*[^'\"]*\$\{", lines[line - 1]):
-        hint = hint or 'inside brackets, quote a text that holds ${…}: "${port}"'
-    report.add(
-        Place(file, line, mark.column + 1 if mark is not None else 1), "", message, hint=hint
-    )
+    # Inside brackets a brace ends an unquoted text: "$" is one, and "{port}" no part of it.
+    if opened is not None and line <= len(lines) and lines[line - 1][column - 2 : column] == "${":
+        hint = 'inside brackets, quote a text that holds ${…}: "${port}"'
+    report.add(Place(file, line, column), "", message, hint=hint)
