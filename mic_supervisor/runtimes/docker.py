@@ -1,4 +1,7 @@
-"""Containers of a Docker Engine, by its API."""
+"""Containers of a Docker Engine, by its API.
+
+What only acts is imported where it acts: `plan` and `status` look, and pay for every import.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.model import ContainerSpec, Launch, ObservedWorkload, RuntimeView
-from mic_supervisor.runtimes import Progress, docker_end, docker_exec, docker_follow
+from mic_supervisor.runtimes import Progress
 from mic_supervisor.runtimes.docker_create import CDI_KIND, INSTANCE, container_config, ownership
 from mic_supervisor.runtimes.docker_engine import Engine
-from mic_supervisor.runtimes.docker_program import check_program
 from mic_supervisor.runtimes.docker_pull import Puller
 from mic_supervisor.runtimes.docker_view import detailed, labels_in, split, stranger_reason
 
@@ -30,8 +32,10 @@ class DockerRuntime:
     """Containers of one scope and host. Fits the protocol `Runtime`; thread-safe.
 
     `base_url` None is unix:///var/run/docker.sock. `docker_config` is the file or directory with
-    registry credentials, None the client's own ($DOCKER_CONFIG, ~/.docker). `timeout` bounds a
-    plain question, in seconds. Nothing is opened before the first call.
+    registry credentials, None the client's own ($DOCKER_CONFIG, ~/.docker). In seconds,
+    `timeout` bounds a plain question, `patience` a call that makes the engine work, and `kill_wait`
+    the end of a killed container (freeing GPU memory takes a while). Nothing is opened before the
+    first call.
     """
 
     name = "docker"
@@ -45,10 +49,13 @@ class DockerRuntime:
         base_url: str | None,
         docker_config: Path | None,
         timeout: float = 10.0,
+        patience: float = 120.0,
+        kill_wait: float = 30.0,
     ) -> None:
         self._scope = scope
         self._host = host
-        self._engine = Engine(base_url, timeout=timeout)
+        self._engine = Engine(base_url, timeout=timeout, patience=patience)
+        self._kill_wait = kill_wait
         self._puller = Puller(self._engine, docker_config)
         self._devices: tuple[float, frozenset[str]] | None = None
 
@@ -123,6 +130,8 @@ class DockerRuntime:
         self._puller.ensure(spec.image, progress)
 
     def create(self, launch: Launch) -> None:
+        from mic_supervisor.runtimes.docker_program import check_program
+
         spec = _container(launch, "create")
         what = f"cannot create container {launch.name}"
         discovered = self._discovered(what) if spec.devices else frozenset()
@@ -191,11 +200,14 @@ class DockerRuntime:
     # --- Ending -------------------------------------------------------------------------------
 
     def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
-        docker_end.stop(self._engine, workload, signal, grace)
+        from mic_supervisor.runtimes.docker_end import stop
+
+        stop(self._engine, workload, signal, grace, self._kill_wait)
 
     def remove(self, workload: ObservedWorkload) -> None:
-        what = f"cannot remove container {workload.name}"
-        docker_end.remove(self._engine, what, workload.ref)
+        from mic_supervisor.runtimes.docker_end import remove
+
+        remove(self._engine, f"cannot remove container {workload.name}", workload.ref)
 
     # --- Following ----------------------------------------------------------------------------
 
@@ -203,7 +215,9 @@ class DockerRuntime:
         self, workload: ObservedWorkload, *, tail: int | None = None, follow: bool = False
     ) -> Iterator[str]:
         """Opened by the first `next`; a followed log ends with the container."""
-        return docker_follow.log_lines(self._engine, workload, tail, follow)
+        from mic_supervisor.runtimes.docker_follow import log_lines
+
+        return log_lines(self._engine, workload, tail, follow)
 
     def events(self, stop: threading.Event) -> Iterator[str]:
         """A line per event of a container of ours, until `stop` is set.
@@ -211,7 +225,9 @@ class DockerRuntime:
         The first line says that events are being listened for: whoever wants to miss nothing looks
         at everything once then. RuntimeUnavailable when the stream breaks.
         """
-        return docker_follow.event_lines(self._engine, ownership(self._scope, self._host), stop)
+        from mic_supervisor.runtimes.docker_follow import event_lines
+
+        return event_lines(self._engine, ownership(self._scope, self._host), stop)
 
     def run_check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
@@ -220,7 +236,9 @@ class DockerRuntime:
 
         RuntimeRefused when the container does not run. See docker_exec.run_check.
         """
-        return docker_exec.run_check(self._engine, workload, command, timeout)
+        from mic_supervisor.runtimes.docker_exec import run_check
+
+        return run_check(self._engine, workload, command, timeout)
 
     # --- Below --------------------------------------------------------------------------------
 
@@ -281,11 +299,13 @@ class DockerRuntime:
 
     def _discard(self, launch: Launch) -> str | None:
         """Remove what a failed create or first start left; the reason when that fails too."""
+        from mic_supervisor.runtimes.docker_end import remove
+
         what = f"cannot remove container {launch.name}"
         try:
             found = self._inspect(what, launch.name)
             if found is not None and self._is(found, launch):
-                docker_end.remove(self._engine, what, str(found["Id"]), force=True)
+                remove(self._engine, what, str(found["Id"]), force=True)
         except MicError as error:
             return error.message
         return None

@@ -21,14 +21,6 @@ _TOKEN_USER = "<token>"  # a helper's way to say that the secret is an identity 
 _HELPER_TIMEOUT = 30.0  # seconds
 
 
-def registry_of(image: str) -> str:
-    """The host (and port) that serves an image: "docker.io" for a bare name."""
-    first, slash, _ = image.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost"):
-        return first
-    return _HUB
-
-
 def registry_header(config: Path | None, registry: str) -> bytes | None:
     """X-Registry-Auth for a registry; None when there are no credentials for it.
 

@@ -13,11 +13,11 @@ from mic_supervisor.runtimes.docker_errors import engine_errors, is_read_timeout
 if TYPE_CHECKING:
     from docker import APIClient
 
-KILL_WAIT = 30.0  # seconds for a killed container to be gone; freeing GPU memory takes a while
 
-
-def stop(engine: Engine, workload: ObservedWorkload, signal: str, grace: float) -> None:
-    """`signal`, at most `grace` seconds, then KILL.
+def stop(
+    engine: Engine, workload: ObservedWorkload, signal: str, grace: float, kill_wait: float
+) -> None:
+    """`signal`, at most `grace` seconds, then KILL, and at most `kill_wait` seconds for that.
 
     The signal is sent by name rather than with the engine's own stop call, which sends the one that
     the container was created with. KILL of a container's first process ends all of them: they live
@@ -32,9 +32,9 @@ def stop(engine: Engine, workload: ObservedWorkload, signal: str, grace: float) 
         return
     if not _signal(engine, what, workload.ref, "SIGKILL"):
         return
-    if not _ends_within(engine, what, workload.ref, KILL_WAIT):
+    if not _ends_within(engine, what, workload.ref, kill_wait):
         raise StopFailed(
-            f"{what}: it is still there {KILL_WAIT:.0f} s after SIGKILL",
+            f"{what}: it is still there {kill_wait:g} s after SIGKILL",
             hint="a process in it hangs in the kernel, often in the GPU driver; see: "
             f"docker top {workload.name} -o pid,stat,wchan,args; dmesg",
         )

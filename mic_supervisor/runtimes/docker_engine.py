@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mic_supervisor.errors import RuntimeUnavailable
@@ -37,9 +37,7 @@ class Engine:
     connection pool below it is locked.
     """
 
-    def __init__(
-        self, base_url: str | None, *, timeout: float = 10.0, patience: float = 120.0
-    ) -> None:
+    def __init__(self, base_url: str | None, *, timeout: float, patience: float) -> None:
         self.base_url = base_url
         self.timeout = timeout
         self.patience = patience
@@ -55,11 +53,10 @@ class Engine:
     @property
     def address(self) -> str:
         """The engine as a person knows it: the socket's path, or the URL."""
-        if self.base_url is None:
-            return "/var/run/docker.sock"
         if not self.local:
-            return self.base_url
-        return "/" + self.base_url.split("://", 1)[-1].lstrip("/")
+            return str(self.base_url)
+        path = (self.base_url or "").split("://", 1)[-1].lstrip("/")
+        return f"/{path}" if path else "/var/run/docker.sock"
 
     def call(self, what: str, ask: Callable[[APIClient], T], *, patient: bool = False) -> T:
         """The result of `ask(client)`.
@@ -108,6 +105,13 @@ class Engine:
 
         return self.call(what, ask)
 
+    def reading(self, what: str, items: Iterator[T]) -> Iterator[T]:
+        """The items of an answer that is read as it comes, with the errors of `call`."""
+        try:
+            yield from items
+        except engine_errors() as error:
+            raise explain(what, error, self.address) from error
+
     def newest(self, what: str, path: str) -> Any:
         """The JSON of a GET in the engine's newest API version, with fields that ours lacks."""
 
@@ -153,9 +157,9 @@ class Engine:
                         timeout=self.patience if patient else self.timeout,  # type: ignore[arg-type]
                         max_pool_size=_CONNECTIONS,
                     )
-                except ValueError as error:
-                    # A port that is no number, or credentials that are not base64: the SDK reads
-                    # the client configuration here.
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    # A port that is no number, or a client configuration of another shape, which
+                    # the SDK reads here without looking.
                     raise RuntimeUnavailable(
                         f"cannot set up a Docker client for {self.address}: {error}",
                         hint="check MIC_DOCKER_HOST, and config.json in $DOCKER_CONFIG or "

@@ -116,18 +116,19 @@ _REFUSALS: tuple[tuple[str, str, str | None], ...] = (
     ),
 )
 
-_CONTAINERD = re.compile(r"containerd\.sock.*(?:connection refused|no such file)|unavailable: conn")
+# Texts, not compiled: a command that goes well needs none of them.
+_CONTAINERD = r"containerd\.sock.*(?:connection refused|no such file)"
 _WRAPPINGS = (
-    re.compile(r"^driver failed programming external connectivity on endpoint \S+ \(\w+\): "),
-    re.compile(r"^failed to set up container networking: "),
-    re.compile(r"^failed to create (?:shim )?task(?: for container)?: "),
-    re.compile(r"^OCI runtime \w+ failed: "),
-    re.compile(r"^runc \w+ failed: "),
-    re.compile(r"^exec failed: "),
-    re.compile(r"^unable to start container process: "),
-    re.compile(r"^error during container init: "),
+    r"^driver failed programming external connectivity on endpoint \S+ \(\w+\): ",
+    r"^failed to set up container networking: ",
+    r"^failed to create (?:shim )?task(?: for container)?: ",
+    r"^OCI runtime \w+ failed: ",
+    r"^runc \w+ failed: ",
+    r"^exec failed: ",
+    r"^unable to start container process: ",
+    r"^error during container init: ",
 )
-_VERSION = re.compile(
+_VERSION = (
     r"client version \S+ is too (?:new\. Maximum|old\. Minimum) supported API version is "
     r"(?P<version>\d+\.\d+)"
 )
@@ -137,8 +138,8 @@ _VERSION = re.compile(
 def engine_errors() -> tuple[type[Exception], ...]:
     """Everything that a call through the SDK raises when the other side fails.
 
-    KeyError, TypeError and ValueError are among them because the SDK takes the shape of an answer
-    for granted, so that a stranger behind the address breaks it in those ways.
+    KeyError, TypeError and the like are among them because the SDK takes the shape of an answer for
+    granted, so that a stranger behind the address breaks it in those ways.
     """
     import http.client
     import struct
@@ -158,6 +159,7 @@ def engine_errors() -> tuple[type[Exception], ...]:
         ValueError,
         LookupError,
         TypeError,
+        AttributeError,
         struct.error,
     )
 
@@ -198,7 +200,7 @@ def said(error: BaseException | None) -> str:
 
 def other_version(error: BaseException) -> str | None:
     """The API version that the engine would rather speak, from its refusal of ours."""
-    match = _VERSION.search(said(error)) if status_of(error) == 400 else None
+    match = re.search(_VERSION, said(error)) if status_of(error) == 400 else None
     return match["version"] if match else None
 
 
@@ -210,7 +212,7 @@ def tidy(message: str) -> str:
     while before != text:
         before = text
         for wrapping in _WRAPPINGS:
-            text = wrapping.sub("", text)
+            text = re.sub(wrapping, "", text)
     return text.removesuffix(": unknown").rstrip(".") or "the engine gives no reason"
 
 
@@ -239,7 +241,7 @@ def explain(what: str, error: Exception, address: str) -> MicError:
         return RuntimeUnavailable(
             f"{what}: {tidy(message)}", hint="use a Docker Engine of 20.10 or later"
         )
-    if _CONTAINERD.search(message):
+    if re.search(_CONTAINERD, message):
         return RuntimeUnavailable(
             f"{what}: the engine cannot reach containerd",
             hint="see what it says: systemctl status containerd; journalctl -u containerd",
@@ -298,7 +300,7 @@ def _unreachable(error: Exception, address: str) -> tuple[str, str | None]:
             "mend or remove config.json in $DOCKER_CONFIG or ~/.docker",
         )
     if has(requests.exceptions.JSONDecodeError, http.client.BadStatusLine) or (
-        isinstance(error, (ValueError, LookupError, TypeError))
+        isinstance(error, (ValueError, LookupError, TypeError, AttributeError))
         and not isinstance(error, (DockerException, requests.RequestException))
     ):
         return f"what answers at {address} is not a Docker Engine", "check MIC_DOCKER_HOST"

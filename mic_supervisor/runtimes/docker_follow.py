@@ -6,18 +6,16 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.errors import RuntimeUnavailable
 from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.runtimes.docker_engine import Engine
-from mic_supervisor.runtimes.docker_errors import engine_errors, explain
+from mic_supervisor.runtimes.docker_errors import engine_errors
 from mic_supervisor.runtimes.docker_streams import documents, frames, lines
 
 if TYPE_CHECKING:
     from requests import Response
-
-T = TypeVar("T")
 
 EVENTS = ("start", "die", "oom", "destroy", "health_status")
 
@@ -40,7 +38,7 @@ def log_lines(
         silence=None if follow else engine.timeout,
     )
     with response:
-        yield from _guarded(engine, what, lines(frames(response.raw.read)))
+        yield from engine.reading(what, lines(frames(response.raw.read)))
 
 
 def event_lines(engine: Engine, labels: Mapping[str, str], stop: threading.Event) -> Iterator[str]:
@@ -61,7 +59,7 @@ def event_lines(engine: Engine, labels: Mapping[str, str], stop: threading.Event
     watcher.start()
     try:
         yield f"listening to the engine at {engine.address}"
-        for event in _guarded(engine, what, documents(response.iter_lines())):
+        for event in engine.reading(what, documents(response.iter_lines())):
             if stop.is_set():
                 return
             yield _event_line(event)
@@ -84,15 +82,8 @@ def _hang_up(response: Response, stop: threading.Event, over: threading.Event) -
         if over.is_set():
             return
     # Closed already: that was the aim.
-    with contextlib.suppress(*engine_errors(), AttributeError):
+    with contextlib.suppress(*engine_errors()):
         CancellableStream(iter(()), response).close()
-
-
-def _guarded(engine: Engine, what: str, items: Iterator[T]) -> Iterator[T]:
-    try:
-        yield from items
-    except engine_errors() as error:
-        raise explain(what, error, engine.address) from error
 
 
 def _event_line(event: Mapping[str, Any]) -> str:

@@ -8,18 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused
+from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.runtimes import Progress
-from mic_supervisor.runtimes.docker_auth import registry_header, registry_of
 from mic_supervisor.runtimes.docker_engine import Engine
-from mic_supervisor.runtimes.docker_errors import engine_errors, explain, other_version, said, tidy
+from mic_supervisor.runtimes.docker_errors import (
+    is_read_timeout,
+    other_version,
+    said,
+    tidy,
+)
 from mic_supervisor.runtimes.docker_streams import documents
 
 if TYPE_CHECKING:
     from docker import APIClient
-
-# The engine reports each layer several times a second, while it unpacks as well.
-SILENCE = 600.0  # seconds without a word, until a pull counts as stuck
 
 _LOGIN = "log in with: docker login {registry} (MIC_DOCKER_CONFIG names the configuration to use)"
 
@@ -94,10 +95,13 @@ class _Pull:
 class Puller:
     """Pulls images through one engine.
 
-    `config` is where registry credentials are, see docker_auth.registry_header.
+    `config` is where registry credentials are, see docker_auth.registry_header. A pull fails after
+    `silence` seconds without a word: the engine reports each layer several times a second, while it
+    unpacks as well.
     """
 
-    def __init__(self, engine: Engine, config: Path | None) -> None:
+    def __init__(self, engine: Engine, config: Path | None, *, silence: float = 600.0) -> None:
+        self._silence = silence
         self._engine = engine
         self._config = config
         self._lock = threading.Lock()
@@ -177,10 +181,16 @@ class Puller:
             self._stream(what, image, show)
         except RuntimeRefused as error:
             raise failure(image, said(error.__cause__) or error.message) from error
+        except RuntimeUnavailable as error:
+            if error.__cause__ is not None and is_read_timeout(error.__cause__):
+                raise self._stuck(what) from error
+            raise
         show(f"pulled {image}")
 
     def _stream(self, what: str, image: str, show: Progress) -> None:
         from docker.utils import parse_repository_tag
+
+        from mic_supervisor.runtimes.docker_auth import registry_header
 
         repository, tag = parse_repository_tag(image)
         registry = registry_of(image)
@@ -191,18 +201,21 @@ class Puller:
             "/images/create",
             params={"fromImage": repository, "tag": tag or "latest"},
             headers={"X-Registry-Auth": auth} if auth else {},
-            silence=SILENCE,
+            silence=self._silence,
         )
         layers = _Layers(image)
-        try:
-            with response:
-                for item in documents(response.iter_lines()):
-                    if "error" in item:
-                        raise failure(image, str(item["error"]))
-                    if line := layers.line(item):
-                        show(line)
-        except engine_errors() as error:
-            raise explain(what, error, self._engine.address) from error
+        with response:
+            for item in self._engine.reading(what, documents(response.iter_lines())):
+                if "error" in item:
+                    raise failure(image, str(item["error"]))
+                if line := layers.line(item):
+                    show(line)
+
+    def _stuck(self, what: str) -> PreflightFailed:
+        return PreflightFailed(
+            f"{what}: nothing came for {self._silence:g} s",
+            hint="check the network and the engine's proxy, and see: journalctl -u docker",
+        )
 
 
 class _Layers:
@@ -238,6 +251,14 @@ class _Layers:
         done = sum(current for current, _ in self._sizes.values())
         whole = sum(total for _, total in self._sizes.values())
         return int(100 * done / whole) if whole else 100
+
+
+def registry_of(image: str) -> str:
+    """The host (and port) that serves an image: "docker.io" for a bare name."""
+    first, slash, _ = image.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost"):
+        return first
+    return "docker.io"
 
 
 def failure(image: str, message: str) -> PreflightFailed:

@@ -144,7 +144,8 @@ def _stranger(item: Mapping[str, Any], reason: str) -> Stranger:
 
 def _name(item: Mapping[str, Any]) -> str:
     # A linked container has further names below that of the other one ("/other/alias").
-    names = [str(name).removeprefix("/") for name in item.get("Names") or ()]
+    listed = item.get("Names")
+    names = [str(name).removeprefix("/") for name in (listed if isinstance(listed, list) else ())]
     own = [name for name in names if "/" not in name]
     return (own or names or [str(item.get("Id", ""))[:12]])[0]
 

@@ -1,0 +1,474 @@
+"""The Docker runtime through the real SDK against an engine that misbehaves."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mic_supervisor.errors import (
+    MicError,
+    RuntimeRefused,
+    RuntimeUnavailable,
+    StopFailed,
+)
+from mic_supervisor.model import (
+    ContainerSpec,
+    Identity,
+    Launch,
+    ObservedWorkload,
+    RunState,
+)
+from mic_supervisor.runtimes.docker import DockerRuntime
+from mic_supervisor.runtimes.docker_create import labels
+from tests.support.waiting import until
+from tests.unit.runtimes.engine_fake import (
+    Answer,
+    FakeEngine,
+    Handler,
+    half,
+    hang,
+    hang_up,
+    refuse,
+    reply,
+)
+
+IDENTITY = Identity("default", "h", "mam", "MAM", "container", ("GPU-1",), {}, {}, "abc")
+LAUNCH = Launch("mic-mam", "docker", IDENTITY, ContainerSpec("x:1", command=("/serve",)))
+WORKLOAD = ObservedWorkload("docker", "mic-mam", "c1", IDENTITY, RunState.RUNNING)
+OURS = {
+    "Id": "c1",
+    "Path": "/serve",
+    "Config": {"Labels": labels(IDENTITY), "Image": "x:1"},
+    "State": {"Status": "created", "StartedAt": "0001-01-01T00:00:00Z"},
+}
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeEngine]:
+    fake = FakeEngine(tmp_path / "d.sock")
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def runtime(fake: FakeEngine) -> Iterator[DockerRuntime]:
+    runtime = DockerRuntime(
+        "default",
+        "h",
+        base_url=fake.url,
+        docker_config=None,
+        timeout=0.4,
+        patience=0.5,
+        kill_wait=0.3,
+    )
+    yield runtime
+    runtime.close()
+
+
+def fails(call: Callable[[], object]) -> MicError:
+    with pytest.raises(MicError) as caught:
+        call()
+    return caught.value
+
+
+# --- The API version --------------------------------------------------------------------------
+
+
+def test_a_current_engine_is_asked_once(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    assert runtime.observe().error is None
+    assert fake.requests == [("1.44", "GET /containers/json")]
+
+
+def test_an_older_engine_names_its_version_once(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    fake.speaks = "1.41"
+    assert runtime.observe().error is None
+    assert runtime.observe().error is None
+    assert [version for version, _ in fake.requests] == ["1.44", "1.41", "1.41"]
+
+
+def test_a_coming_engine_that_has_dropped_ours(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    fake.speaks = "1.60"
+    fake.refusal = (
+        "client version {version} is too old. Minimum supported API version is {speaks}, "
+        "please upgrade your client to a newer version"
+    )
+    assert runtime.observe().error is None
+    assert [version for version, _ in fake.requests] == ["1.44", "1.60"]
+
+
+def test_an_engine_replaced_by_another_version(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    fake.speaks = "1.41"
+    assert runtime.observe().error is None
+    fake.speaks = "1.43"
+    fake.refusal = "client version {version} is too old. Minimum supported API version is {speaks}"
+    assert runtime.observe().error is None
+
+
+def test_an_engine_without_device_requests(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    fake.speaks = "1.38"
+    view = runtime.observe()
+    assert view.error == (
+        f"cannot use the Docker Engine at {fake.path}: it speaks API 1.38, and GPUs can be asked "
+        "for from 1.40 on"
+    )
+    assert view.hint == "upgrade it to Docker Engine 20.10 or later"
+
+
+# --- No engine, or none that answers as one ---------------------------------------------------
+
+
+def test_a_socket_that_nobody_serves(tmp_path: Path) -> None:
+    path = tmp_path / "d.sock"
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+    view = DockerRuntime("s", "h", base_url=f"unix://{path}", docker_config=None).observe()
+    assert view.error == f"cannot list containers: no Docker Engine listens at {path}"
+    assert (view.hint or "").startswith("start it with: systemctl start docker")
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause", "hint"),
+    [
+        (hang(), "the engine at {path} does not answer in time", "journalctl -u docker"),
+        (hang_up, "the engine at {path} hung up in the middle of the call", "journalctl -u docker"),
+        (half, "the engine at {path} hung up in the middle of the call", "journalctl -u docker"),
+        (
+            lambda h: h.send(200, b"<html>"),
+            "what answers at {path} is not a Docker Engine",
+            "check MIC_DOCKER_HOST",
+        ),
+        (
+            reply({"hello": "world"}),
+            "what answers at {path} is not a Docker Engine",
+            "check MIC_DOCKER_HOST",
+        ),
+        (
+            reply({"error": "no message"}, 400),
+            "what answers at {path} is not a Docker Engine",
+            "check MIC_DOCKER_HOST",
+        ),
+        (
+            lambda h: h.wfile.write(b"SSH-2.0-OpenSSH\r\n\r\n"),
+            "",  # whatever it is, it is said
+            "",
+        ),
+        (lambda h: h.send(500, b"panic: oh no\ngoroutine 1"), "panic: oh no", ""),
+        (
+            refuse(503, "starting"),
+            "the engine at {path} is not ready (starting)",
+            "journalctl -u docker",
+        ),
+        (
+            refuse(403, "Forbidden"),
+            "{path} does not allow the call (Forbidden)",
+            "socket proxy",
+        ),
+        (
+            refuse(
+                500,
+                'connection error: desc = "transport: dial unix '
+                '/run/containerd/containerd.sock: connect: connection refused": unavailable',
+            ),
+            "the engine cannot reach containerd",
+            "systemctl status containerd",
+        ),
+    ],
+)
+def test_an_engine_that_cannot_be_listed_is_unknown(
+    runtime: DockerRuntime, fake: FakeEngine, answer: Answer, cause: str, hint: str
+) -> None:
+    fake.answers["GET /containers/json"] = answer
+    began = time.monotonic()
+    view = runtime.observe()
+    assert time.monotonic() - began < 2
+    assert (view.workloads, view.strangers) == ((), ())
+    assert (view.error or "").startswith(f"cannot list containers: {cause.format(path=fake.path)}")
+    assert hint in (view.hint or "")
+    # And it comes back by itself.
+    fake.answers["GET /containers/json"] = reply([])
+    assert runtime.observe().error is None
+
+
+def test_an_engine_that_restarts_between_two_calls(tmp_path: Path) -> None:
+    path = tmp_path / "d.sock"
+    fake = FakeEngine(path)
+    runtime = DockerRuntime("s", "h", base_url=fake.url, docker_config=None, timeout=1)
+    assert runtime.observe().error is None
+    fake.close()
+    path.unlink()
+    assert "there is no Docker socket" in (runtime.observe().error or "")
+    again = FakeEngine(path)
+    assert runtime.observe().error is None
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "url", ["tcp://127.0.0.1:1", "tcp://host:port", "ftp://x", "http://[", "nonsense"]
+)
+def test_addresses_of_no_engine(url: str) -> None:
+    view = DockerRuntime("s", "h", base_url=url, docker_config=None, timeout=0.5).observe()
+    assert view.error is not None
+    assert view.hint is not None
+
+
+def test_a_broken_client_configuration_is_named(
+    fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    for text in (
+        '{"auths": {"r": {"auth": "%%%"}}}',
+        '{"auths": {"r": 1}}',
+        '{"auths": [1]}',
+        "[1]",
+    ):
+        (tmp_path / "config.json").write_text(text)
+        view = DockerRuntime("s", "h", base_url=fake.url, docker_config=None).observe()
+        assert view.error is not None
+        assert "config.json" in (view.hint or "")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda r: r.prepare(LAUNCH, lambda line: None),
+        lambda r: r.create(LAUNCH),
+        lambda r: r.start(LAUNCH),
+        lambda r: r.restart(WORKLOAD),
+        lambda r: r.stop(WORKLOAD, signal="SIGTERM", grace=1),
+        lambda r: r.remove(WORKLOAD),
+        lambda r: r.inspect(WORKLOAD),
+        lambda r: list(r.logs(WORKLOAD)),
+        lambda r: list(r.events(threading.Event())),
+        lambda r: r.run_check(WORKLOAD, ("true",), 1),
+        lambda r: r.version(),
+    ],
+)
+def test_every_call_says_unavailable_when_there_is_no_engine(
+    tmp_path: Path, call: Callable[[DockerRuntime], object]
+) -> None:
+    path = tmp_path / "none.sock"
+    runtime = DockerRuntime("s", "h", base_url=f"unix://{path}", docker_config=None)
+    error = fails(lambda: call(runtime))
+    assert isinstance(error, RuntimeUnavailable)
+    assert str(error).endswith(f": there is no Docker socket at {path}")
+    assert str(error).startswith("cannot ")
+    assert error.hint
+
+
+# --- Creating and starting --------------------------------------------------------------------
+
+
+def test_a_create_that_is_not_answered_leaves_nothing(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    fake.answers |= {
+        "POST /containers/create": hang(1.5),
+        "GET /containers/mic-mam/json": reply(OURS),
+        "DELETE /containers/c1": lambda h: h.send(204, b""),
+    }
+    error = fails(lambda: runtime.create(LAUNCH))
+    assert isinstance(error, RuntimeUnavailable)
+    assert str(error).endswith("does not answer in time")
+    assert fake.asked("DELETE /containers/c1") == 1
+
+
+def test_a_stranger_of_the_same_name_is_never_removed(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    fake.answers |= {
+        "POST /containers/create": hang(1.5),
+        "GET /containers/mic-mam/json": reply({**OURS, "Config": {"Labels": {}}}),
+        "DELETE /containers/c1": lambda h: h.send(204, b""),
+    }
+    fails(lambda: runtime.create(LAUNCH))
+    assert fake.asked("DELETE /containers/c1") == 0
+
+
+def starts(fake: FakeEngine, start: Answer) -> None:
+    fake.answers |= {
+        "GET /containers/mic-mam/json": reply(OURS),
+        "POST /containers/c1/start": start,
+        "DELETE /containers/c1": lambda h: h.send(204, b""),
+    }
+
+
+def test_no_nvidia_toolkit(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    starts(fake, refuse(500, 'could not select device driver "" with capabilities: [[gpu]]'))
+    error = fails(lambda: runtime.start(LAUNCH))
+    assert isinstance(error, RuntimeRefused)
+    assert str(error) == (
+        "cannot start container mic-mam: the engine cannot hand out GPUs, it has no NVIDIA "
+        "Container Toolkit"
+    )
+    assert "nvidia-ctk runtime configure" in (error.hint or "")
+    assert fake.asked("DELETE /containers/c1") == 1
+
+
+def test_a_failed_start_whose_remains_stay(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    starts(fake, refuse(500, "no such thing"))
+    fake.answers["DELETE /containers/c1"] = refuse(500, "device or resource busy")
+    assert str(fails(lambda: runtime.start(LAUNCH))) == (
+        "cannot start container mic-mam: no such thing; and cannot remove container mic-mam: "
+        "device or resource busy"
+    )
+
+
+def test_a_start_that_is_not_answered_is_unknown_and_removes_nothing(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    starts(fake, hang(1.5))
+    assert isinstance(fails(lambda: runtime.start(LAUNCH)), RuntimeUnavailable)
+    assert fake.asked("DELETE /containers/c1") == 0
+
+
+def test_gpus_by_cdi_where_the_engine_lists_them(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    bodies: list[dict[str, object]] = []
+
+    def create(handler: Handler) -> None:
+        bodies.append(json.loads(handler.body))
+        handler.send(201, b'{"Id": "c1"}')
+
+    fake.answers |= {
+        "GET /info": reply(
+            {
+                "DiscoveredDevices": [
+                    {"Source": "cdi", "ID": "nvidia.com/gpu=GPU-1"},
+                    {"Source": "cdi", "ID": "vendor.com/nic=0"},
+                ]
+            }
+        ),
+        "POST /containers/create": create,
+    }
+    spec = ContainerSpec("x:1", devices=("GPU-1",))
+    for _ in range(2):
+        runtime.create(Launch("mic-mam", "docker", IDENTITY, spec))
+    for body in bodies:
+        host = body["HostConfig"]
+        assert isinstance(host, dict)
+        assert host["DeviceRequests"] == [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=GPU-1"]}]
+    # Unversioned, since the field is newer than the version that is spoken; and once a minute.
+    assert [asked for asked in fake.requests if "info" in asked[1]] == [("", "GET /info")]
+
+
+# --- Stopping ---------------------------------------------------------------------------------
+
+
+def test_what_survives_kill(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    fake.answers |= {
+        "POST /containers/c1/kill": lambda h: h.send(204, b""),
+        "POST /containers/c1/wait": hang(2),
+    }
+    began = time.monotonic()
+    error = fails(lambda: runtime.stop(WORKLOAD, signal="SIGTERM", grace=0.2))
+    assert time.monotonic() - began < 1.5
+    assert isinstance(error, StopFailed)
+    assert str(error) == ("cannot stop container mic-mam: it is still there 0.3 s after SIGKILL")
+    assert "GPU driver" in (error.hint or "")
+    assert fake.asked("POST /containers/c1/kill") == 2
+
+
+def test_an_engine_that_dies_while_we_wait_says_nothing_of_the_container(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    fake.answers |= {
+        "POST /containers/c1/kill": lambda h: h.send(204, b""),
+        "POST /containers/c1/wait": half,
+    }
+    error = fails(lambda: runtime.stop(WORKLOAD, signal="SIGTERM", grace=1))
+    assert isinstance(error, RuntimeUnavailable)
+    assert fake.asked("POST /containers/c1/kill") == 1
+
+
+def test_a_removal_under_way_is_waited_for(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    def delete(handler: Handler) -> None:
+        if fake.asked("DELETE /containers/c1") < 3:
+            handler.refuse(409, "removal of container c1 is already in progress")
+        else:
+            handler.refuse(404, "No such container: c1")
+
+    fake.answers["DELETE /containers/c1"] = delete
+    runtime.remove(WORKLOAD)
+    assert fake.asked("DELETE /containers/c1") == 3
+
+
+def test_a_removal_that_does_not_end(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    fake.answers["DELETE /containers/c1"] = refuse(409, "removal is already in progress")
+    assert str(fails(lambda: runtime.remove(WORKLOAD))) == (
+        "cannot remove container mic-mam: removal is already in progress"
+    )
+
+
+# --- Streams that break -----------------------------------------------------------------------
+
+
+def frame(data: bytes) -> bytes:
+    return struct.pack(">BxxxL", 1, len(data)) + data
+
+
+def test_a_log_that_breaks_off_is_an_error_after_what_came(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    def log(handler: Handler) -> None:
+        handler.begin()
+        handler.chunk(frame(b"one\n"))
+        handler.close_connection = True
+
+    fake.answers["GET /containers/c1/logs"] = log
+    lines = runtime.logs(WORKLOAD, follow=True)
+    assert next(lines) == "one"
+    error = fails(lambda: next(lines))
+    assert isinstance(error, RuntimeUnavailable)
+    assert str(error) == (
+        f"cannot read the log of container mic-mam: the engine at {fake.path} hung up in the "
+        "middle of the call"
+    )
+
+
+@pytest.mark.parametrize("broken", ["hang up", "end", "no JSON"])
+def test_events_that_break_off_are_an_error(
+    runtime: DockerRuntime, fake: FakeEngine, broken: str
+) -> None:
+    event = {"Action": "die", "Actor": {"ID": "c1", "Attributes": {"name": "m", "exitCode": "1"}}}
+
+    def events(handler: Handler) -> None:
+        handler.begin()
+        handler.chunk(json.dumps(event).encode() + b"\n")
+        if broken == "end":
+            handler.chunk(b"")
+        elif broken == "no JSON":
+            handler.chunk(b"Bad Gateway\n")
+        handler.close_connection = True
+
+    fake.answers["GET /events"] = events
+    heard = runtime.events(threading.Event())
+    assert next(heard) == f"listening to the engine at {fake.path}"
+    assert next(heard) == "die m (exit code 1)"
+    error = fails(lambda: next(heard))
+    assert isinstance(error, RuntimeUnavailable)
+    assert str(error).startswith("cannot follow the engine's events: ")
+
+
+def test_events_end_soon_when_told_to(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    def events(handler: Handler) -> None:
+        handler.begin()
+        time.sleep(5)
+
+    fake.answers["GET /events"] = events
+    stop = threading.Event()
+    heard = runtime.events(stop)
+    next(heard)
+    threading.Timer(0.1, stop.set).start()
+    began = time.monotonic()
+    assert list(heard) == []
+    assert time.monotonic() - began < 2
+    until(
+        lambda: all(thread.name != "docker-events-stop" for thread in threading.enumerate()),
+        "the end of the thread that waits for the word",
+    )
