@@ -46,11 +46,11 @@ def start_time(pid: int) -> int:
 
 def write_json(directory: int, name: str, document: dict[str, Any]) -> None:
     """Write a file of the directory that `directory` is open on, whole or not at all."""
+    rest = json.dumps(document).encode()
     draft = f".{name}.{os.getpid()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     handle = os.open(draft, flags, 0o600, dir_fd=directory)
     try:
-        rest = json.dumps(document).encode()
         while rest:
             rest = rest[os.write(handle, rest) :]
         os.fsync(handle)

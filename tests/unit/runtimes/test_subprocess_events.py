@@ -1,0 +1,101 @@
+"""Ends are told of as they happen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from mic_supervisor.model import RunState
+from tests.support.waiting import until
+from tests.unit.runtimes.process_world import World, runs, sh
+from tests.unit.runtimes.test_subprocess_stop import leave_remains
+
+
+class Listening:
+    def __init__(self, world: World) -> None:
+        self.told: list[tuple[str, float]] = []
+        self._stop = threading.Event()
+        self._events = world.make().events(self._stop)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.told.extend((name, time.monotonic()) for name in self._events)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.told]
+
+    def end(self) -> None:
+        before = time.monotonic()
+        self._stop.set()
+        self._thread.join(5)
+        assert not self._thread.is_alive()
+        assert time.monotonic() - before < 1.0
+
+
+@pytest.fixture
+def ended(world: World) -> World:
+    world.start("old", ("true",))
+    world.await_state("old", "exited")
+    return world
+
+
+def test_an_end_is_told_of_at_once(ended: World) -> None:
+    seen = ended.start("one", ("sleep", "60"))
+    listening = Listening(ended)
+    time.sleep(0.3)
+    assert seen.pid is not None
+    before = time.monotonic()
+    os.kill(seen.pid, signal.SIGKILL)
+    until(lambda: listening.told, "the end", period=0.005)
+    assert listening.names == ["one"]
+    assert listening.told[0][1] - before < 0.3
+    assert ended.look("one").state is RunState.EXITED
+    time.sleep(1.1)
+    assert listening.names == ["one"]  # once
+    listening.end()
+
+
+def test_what_starts_later_is_watched_too(ended: World) -> None:
+    listening = Listening(ended)
+    time.sleep(0.2)
+    ended.start("quick", ("true",))
+    until(lambda: listening.names == ["quick"], "the end of what was never seen to run")
+    seen = ended.start("slow", sh("sleep 1.5"))
+    until(lambda: listening.names == ["quick", "slow"], "the end of what was")
+    ended.runtime.start(ended.launch("slow", ("true",)))
+    until(lambda: listening.names == ["quick", "slow", "slow"], "the end of its second run")
+    assert seen.identity.instance == "slow"
+    listening.end()
+
+
+def test_the_end_of_a_keeper_is_told_of_and_so_is_that_of_its_child(world: World) -> None:
+    seen = world.start("one", ("sleep", "60"))
+    listening = Listening(world)
+    time.sleep(0.3)
+    world.kill_keeper("one")
+    until(lambda: listening.names == ["one"], "the keeper's end")
+    time.sleep(1.3)
+    assert seen.pid is not None and runs(seen.pid)
+    os.kill(seen.pid, signal.SIGKILL)
+    until(lambda: listening.names == ["one", "one"], "the child's end")
+    listening.end()
+
+
+def test_what_a_run_without_keeper_left_is_ended(world: World) -> None:
+    pid = leave_remains(world)
+    listening = Listening(world)
+    until(lambda: not runs(pid), "the end of what was left")
+    until(
+        lambda: (
+            world.look("one").error == f"its keeper was killed; exit status lost; "
+            f"PID {pid} of it still run"
+        ),
+        "its record",
+    )
+    listening.end()

@@ -1,0 +1,216 @@
+"""Logs: whole, from the end, as they grow, and through a rotation."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mic_supervisor.errors import RuntimeRefused
+from mic_supervisor.runtimes import keeper, process_logs
+from tests.support.waiting import until
+from tests.unit.runtimes.process_world import World, python, sh
+
+
+def write(directory: Path, *files: bytes) -> Path:
+    """The newest first: log, log.1, log.2."""
+    for number, text in enumerate(files):
+        (directory / (f"log.{number}" if number else "log")).write_bytes(text)
+    return directory
+
+
+def tail(directory: Path, count: int | None) -> list[str]:
+    return list(process_logs.read(directory, tail=count))
+
+
+def test_lines_come_oldest_first(tmp_path: Path) -> None:
+    write(tmp_path, b"e\nf", b"c\r\nd\n", b"a\nb\n")
+    assert tail(tmp_path, None) == ["a", "b", "c", "d", "e", "f"]
+    assert tail(tmp_path, 3) == ["d", "e", "f"]
+    assert tail(tmp_path, 100) == ["a", "b", "c", "d", "e", "f"]
+    assert tail(tmp_path, 0) == []
+
+
+def test_the_tenth_log_is_older_than_the_second(tmp_path: Path) -> None:
+    write(tmp_path, *(f"{number}\n".encode() for number in range(12)))
+    assert tail(tmp_path, None) == [str(number) for number in reversed(range(12))]
+
+
+def test_no_log_has_no_lines(tmp_path: Path) -> None:
+    assert tail(tmp_path, None) == []
+    write(tmp_path, b"")
+    assert tail(tmp_path, 5) == []
+
+
+def test_what_is_no_text_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path, b"a\xffb\n\xe6\x8d\xa2\n")
+    assert tail(tmp_path, None) == ["a\ufffdb", "换"]
+
+
+def test_a_line_without_an_end_is_given_in_pieces(tmp_path: Path) -> None:
+    write(tmp_path, b"x" * (3 << 20))
+    lines = tail(tmp_path, None)
+    assert len(lines) > 1 and sum(map(len, lines)) == 3 << 20
+
+
+LINES = st.lists(st.text("ab ü", max_size=5), max_size=30)
+
+
+@given(st.lists(LINES, min_size=1, max_size=3), st.integers(0, 40), st.booleans())
+def test_the_end_is_the_end_of_the_whole(
+    files: list[list[str]], count: int, complete: bool
+) -> None:
+    import tempfile
+    from unittest.mock import patch
+
+    texts = ["".join(f"{line}\n" for line in lines) for lines in files]
+    if not complete:
+        texts[0] += "partial"
+    whole = [line for text in reversed(texts) for line in text.split("\n")[:-1]]
+    whole += [] if complete else ["partial"]
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        patch.object(process_logs, "_BLOCK", 7),  # so that lines span blocks
+    ):
+        path = write(Path(directory), *(text.encode() for text in texts))
+        assert tail(path, None) == whole
+        assert tail(path, count) == (whole[-count:] if count else [])
+
+
+class Follower:
+    """Reads a log in a thread, as it grows."""
+
+    def __init__(self, directory: Path, count: int | None = None) -> None:
+        self.lines: list[str] = []
+        self.over = threading.Event()
+        self._source = process_logs.read(
+            directory, tail=count, follow=True, ended=self.over.is_set, pause=0.01
+        )
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.lines.extend(self._source)
+
+    def end(self) -> list[str]:
+        self.over.set()
+        self._thread.join(5)
+        assert not self._thread.is_alive()
+        return self.lines
+
+
+def test_following_gives_what_is_added(tmp_path: Path) -> None:
+    write(tmp_path, b"a\nb\nc\npar")
+    follower = Follower(tmp_path, 2)
+    until(lambda: follower.lines == ["c"], "the first look")
+    with (tmp_path / "log").open("ab") as file:
+        for text in (b"tial\n", b"d\n", b"e"):
+            file.write(text)
+            file.flush()
+    assert follower.end() == ["c", "partial", "d", "e"]
+
+
+def rotate(directory: Path, files: int = 3) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    log = os.open(directory / "log", os.O_WRONLY | os.O_APPEND)
+    try:
+        keeper.rotate(handle, log, files)
+    finally:
+        os.close(log)
+        os.close(handle)
+
+
+@pytest.mark.parametrize("files", [1, 2, 3])
+def test_rotating_keeps_as_many_as_it_should(tmp_path: Path, files: int) -> None:
+    write(tmp_path, b"")
+    for number in range(5):
+        with (tmp_path / "log").open("ab") as file:
+            file.write(b"%d\n" % number)
+        rotate(tmp_path, files)
+    assert tail(tmp_path, None) == [str(number) for number in range(6 - files, 5)]
+    assert len(list(tmp_path.iterdir())) == files
+
+
+def test_rotating_on_a_full_disk_keeps_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    write(tmp_path, b"new\n", b"old\n")
+    monkeypatch.setattr(os, "sendfile", full)
+    rotate(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1"]
+    assert tail(tmp_path, None) == ["old"]
+
+
+def test_following_goes_through_rotations(tmp_path: Path) -> None:
+    write(tmp_path, b"")
+    follower = Follower(tmp_path)
+    expected = []
+    with (tmp_path / "log").open("ab", buffering=0) as file:
+        for number in range(60):
+            file.write(b"line %d\n" % number)
+            expected.append(f"line {number}")
+            if number % 20 == 19:
+                rotate(tmp_path)
+                until(lambda: len(follower.lines) == len(expected), "it to catch up")
+    assert follower.end() == expected
+
+
+def test_a_log_of_which_nothing_is_kept_is_followed_too(tmp_path: Path) -> None:
+    write(tmp_path, b"a\nb\n")
+    follower = Follower(tmp_path)
+    until(lambda: follower.lines == ["a", "b"], "the first look")
+    rotate(tmp_path, 1)
+    with (tmp_path / "log").open("ab") as file:
+        file.write(b"c\n")
+    until(lambda: follower.lines == ["a", "b", "c"], "what came after")
+    assert follower.end() == ["a", "b", "c"]
+
+
+def test_a_log_is_capped_while_its_process_runs(world: World) -> None:
+    world.runtime = world.make(log_max_size=20_000, log_files=3)
+    text = (
+        "import time\n"
+        "for n in range(400):\n"
+        "    print(f'{n:099}', flush=True)\n"
+        "    time.sleep(0.01)\n"
+        "time.sleep(60)"
+    )
+    seen = world.start("one", python(text))
+    directory = world.directory / "one"
+    until(lambda: (directory / "log.1").exists(), "a rotation")
+    world.runtime.stop(seen, signal="SIGTERM", grace=5)
+    # One second's worth may come on top: that is how often the keeper looks.
+    assert all(path.stat().st_size < 40_000 for path in directory.glob("log*"))
+    numbers = [int(line) for line in world.runtime.logs(seen)]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1))
+    assert len(numbers) > 200
+
+
+def test_following_ends_with_the_process(world: World) -> None:
+    seen = world.start("one", sh("echo a; sleep 0.4; echo b; printf c"))
+    assert list(world.runtime.logs(seen, follow=True)) == ["a", "b", "c"]
+    assert world.look("one").exit_code == 0
+    assert list(world.runtime.logs(seen, follow=True, tail=1)) == ["c"]
+
+
+def test_following_ends_when_the_record_is_removed(world: World) -> None:
+    seen = world.start("one", sh("echo a; sleep 60"))
+    lines = world.runtime.logs(seen, follow=True)
+    assert next(lines) == "a"
+    world.runtime.stop(seen, signal="SIGTERM", grace=5)
+    world.runtime.remove(seen)
+    assert list(lines) == []
+
+
+def test_a_log_that_cannot_be_read_is_said(world: World) -> None:
+    seen = world.start("one", ("sleep", "60"))
+    (world.directory / "one" / "record.json").write_text("{")
+    with pytest.raises(RuntimeRefused, match="cannot read the log of one: its record"):
+        list(world.runtime.logs(seen))
