@@ -5,25 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
 from mic_supervisor.config.types import parse_duration
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
+    from mic_supervisor.config.settings import Settings
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.events import Event, Events
     from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.daemon.client import Client
     from mic_supervisor.plan.memory import Memory
-
-EXIT_ALL_FAILED = 1
-EXIT_SOME_FAILED = 3
 
 
 class _Seconds(click.ParamType[float]):
@@ -54,23 +53,49 @@ class _Seconds(click.ParamType[float]):
 def command(file: Path | None, as_json: bool, rebind: bool, lock_timeout: float) -> int:
     """Converge once, with progress, and wait until everything is ready.
 
-    Exits with 0 when all is ready, 3 when some instance failed and others did not, 1 when all
-    failed or nothing could be done.
+    Where the daemon runs it does the work, and this command follows; FILE must then be the
+    daemon's own. Exits with 0 when all is ready, 3 when some instance failed and others did not,
+    1 when all failed or nothing could be done.
     """
-    from mic_supervisor.converge.lock import writer
+    from mic_supervisor.daemon.client import Client
 
     found = wiring.settings()
-    machine = wiring.machine(found, create_key=False)
-    # Before the lock: a file with errors should be told at once, whoever converges.
-    config = wiring.load_config(found, file, machine.registry)
-    with writer(found.lock_path, "mic-supervisor apply", lock_timeout):
-        machine = wiring.machine(found, create_key=True)
-        snapshot, errors = converge_once(machine, config, rebind=rebind, quiet=as_json)
-    if as_json:
-        click.echo(json.dumps(_document(snapshot, errors), indent=2, ensure_ascii=False))
+    registry = Registry()
+    # First of all: a file with errors should be told at once, whoever converges.
+    config = wiring.load_config(found, file, registry)
+    client = Client.connect(found.socket)
+    if client is not None:
+        document = _through_daemon(client, config, rebind=rebind, quiet=as_json)
     else:
-        _report(snapshot, errors)
-    return exit_code(snapshot)
+        document = _alone(found, config, rebind=rebind, quiet=as_json, patience=lock_timeout)
+    if as_json:
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        _report(document)
+    return int(document["exit_code"])
+
+
+def _through_daemon(client: Client, config: Config, *, rebind: bool, quiet: bool) -> dict[str, Any]:
+    from mic_supervisor.cli.progress import follow
+
+    began = time.time()
+    params = {"path": str(config.path), "hash": config.hash, "rebind": rebind}
+    with follow({}, began, quiet=quiet) as shown:
+        document: dict[str, Any] = client.call("apply", params, tell=shown)
+    return document
+
+
+def _alone(
+    found: Settings, config: Config, *, rebind: bool, quiet: bool, patience: float
+) -> dict[str, Any]:
+    from mic_supervisor.converge.documents import apply_document
+    from mic_supervisor.converge.lock import writer
+    from mic_supervisor.converge.state import host_name
+
+    with writer(found.lock_path, "mic-supervisor apply", patience):
+        machine = wiring.machine(found, create_key=True)
+        snapshot, errors = converge_once(machine, config, rebind=rebind, quiet=quiet)
+    return apply_document(snapshot, errors, host_name())
 
 
 def converge_once(
@@ -79,7 +104,6 @@ def converge_once(
     *,
     rebind: bool = False,
     quiet: bool = False,
-    tell: Callable[[Event], None] | None = None,
 ) -> tuple[Snapshot, dict[str, Event]]:
     """Converge until there is nothing left to wait for; the last failure of each instance."""
     from mic_supervisor.cli.progress import follow
@@ -94,21 +118,16 @@ def converge_once(
         for name, entry in memory.instances.items()
     }
     memory = replace(memory, instances=fresh, bindings={} if rebind else memory.bindings)
-    inventory = machine.sources.gpus.observe()
-    indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
+    indices = {gpu.uuid: gpu.index for gpu in machine.sources.gpus.observe().gpus}
     errors: dict[str, Event] = {}
 
     def note(event: Event) -> None:
         if event.kind == "failed":
             errors[event.instance] = event
 
-    events = Events([note])
-    if tell is not None:
-        events.listeners.append(tell)
-    with follow(indices, began) if not quiet and tell is None else _Silence() as shown:
-        if not isinstance(shown, _Silence):
-            events.listeners.append(shown)
+    with follow(indices, began, quiet=quiet) as shown:
         provider = FileDesired(config, machine.registry)
+        events = Events([note, shown])
         snapshot = asyncio.run(_converge(machine, provider, memory, events, began))
     return snapshot, errors
 
@@ -150,61 +169,25 @@ async def _converge(
         await converger.close()
 
 
-def exit_code(snapshot: Snapshot) -> int:
-    good = [row for row in snapshot.statuses if row.settled_well]
-    bad = [row for row in snapshot.statuses if not row.settled_well]
-    if not bad:
-        return 0
-    return EXIT_SOME_FAILED if good else EXIT_ALL_FAILED
-
-
-def _report(snapshot: Snapshot, errors: dict[str, Event]) -> None:
+def _report(document: dict[str, Any]) -> None:
+    """How it ended: a line per instance, and under it what went wrong and the way out."""
     from mic_supervisor.cli.progress import outcome
 
-    indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
-    for row in snapshot.statuses:
-        click.echo(outcome(row, indices))
-        event = errors.get(row.id)
-        if event is not None and not row.settled_well:
-            if event.text not in (row.reason or ""):
-                click.echo(f"    {event.text}")
-            if event.hint:
-                click.echo(f"    hint: {event.hint}")
-    for item in snapshot.plan.blocked:
-        if item.hint and item.instance not in errors:
-            click.echo(f"    hint ({item.instance}): {item.hint}")
-    for text in snapshot.plan.warnings:
+    failures = {item["instance"]: item for item in document["failures"]}
+    hints = {item["instance"]: item["hint"] for item in document["remaining"]["blocked"]}
+    rows = document["instances"]
+    for row in rows:
+        click.echo(outcome(row))
+        failure = failures.get(row["id"], {"reason": "", "hint": None})
+        if row["as_desired"]:
+            continue
+        if failure["reason"] and failure["reason"] not in (row["reason"] or ""):
+            click.echo(f"    {failure['reason']}")
+        hint = failure["hint"] or hints.get(row["id"])
+        if hint:
+            click.echo(f"    hint: {hint}")
+    for text in document["remaining"]["warnings"]:
         click.echo(f"warning: {text}")
-    bad = sum(not row.settled_well for row in snapshot.statuses)
-    good = len(snapshot.statuses) - bad
+    bad = sum(not row["as_desired"] for row in rows)
+    good = len(rows) - bad
     click.echo(f"Apply: {good} as desired, {bad} not." if bad else f"Apply: {good} as desired.")
-
-
-def _document(snapshot: Snapshot, errors: dict[str, Event]) -> dict[str, object]:
-    from mic_supervisor.converge.state import host_name
-    from mic_supervisor.plan import render
-    from mic_supervisor.plan.status import status_json
-
-    indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
-    return {
-        "version": 1,
-        "host": host_name(),
-        "config_hash": snapshot.desired.config_hash,
-        "exit_code": exit_code(snapshot),
-        "instances": [status_json(row, indices) for row in snapshot.statuses],
-        "failures": [
-            {"instance": name, "reason": event.text, "hint": event.hint}
-            for name, event in sorted(errors.items())
-        ],
-        "remaining": render.to_json(
-            snapshot.plan, host=host_name(), config_hash=snapshot.desired.config_hash
-        ),
-    }
-
-
-class _Silence:
-    def __enter__(self) -> _Silence:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None

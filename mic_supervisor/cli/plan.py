@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
 
 if TYPE_CHECKING:
@@ -30,11 +31,20 @@ EXIT_CHANGES = 2
 def command(file: Path | None, as_json: bool, detailed_exitcode: bool) -> int:
     """Show what apply would do, and why.
 
-    FILE is compared instead of the configured file, and nothing else changes by that.
+    Where the daemon runs it is asked, so that backoff and work in flight count. FILE is compared instead of the configured file, and nothing else changes by that.
     """
     from mic_supervisor.converge.state import host_name
     from mic_supervisor.plan import render
 
+    answer = _ask_daemon(file)
+    if answer is not None:
+        if as_json:
+            click.echo(json.dumps(answer["document"], indent=2, ensure_ascii=False))
+        else:
+            click.echo(answer["text"], nl=False)
+            if answer["busy"]:
+                click.echo(f"In progress: {', '.join(answer['busy'])}.")
+        return EXIT_CHANGES if detailed_exitcode and not answer["empty"] else 0
     _, desired, observed, plan = make_plan(file)
     if as_json:
         document = render.to_json(plan, host=host_name(), config_hash=desired.config_hash)
@@ -43,6 +53,25 @@ def command(file: Path | None, as_json: bool, detailed_exitcode: bool) -> int:
         indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
         click.echo(render.to_text(plan, indices), nl=False)
     return EXIT_CHANGES if detailed_exitcode and not plan.empty else 0
+
+
+def _ask_daemon(file: Path | None) -> dict[str, Any] | None:
+    """The daemon's plan for its own file as it is now; None: look without it.
+
+    A file that the daemon has rejected, or has not read yet, is compared here: the errors, or the
+    changes, are what was asked for.
+    """
+    from mic_supervisor.daemon.client import Client
+
+    found = wiring.settings()
+    if file is not None and file.resolve() != found.config.resolve():
+        return None
+    client = Client.connect(found.socket)
+    if client is None:
+        return None
+    config = wiring.load_config(found, file, Registry())
+    answer: dict[str, Any] = client.call("plan", timeout=10.0)
+    return answer if answer["document"]["config_hash"] == config.hash else None
 
 
 def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, Plan]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from mic_supervisor.converge.events import Event
-    from mic_supervisor.plan.status import InstanceStatus
 
 _QUIET = frozenset({Phase.PENDING, Phase.STOPPING})  # the change itself says it better
 _GOOD = frozenset({Phase.STARTING, Phase.LOADING, Phase.READY, Phase.UNPROBED})
@@ -82,8 +81,23 @@ class Table:
         return table
 
 
-def follow(indices: dict[str, int], began: float) -> Lines | Table:
+class Silence:
+    """Nothing, for who wants a document only."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __call__(self, _event: Event) -> None:
+        return None
+
+
+def follow(indices: dict[str, int], began: float, *, quiet: bool) -> Lines | Table | Silence:
     """The right one for where the output goes."""
+    if quiet:
+        return Silence()
     return Table(indices, began) if sys.stdout.isatty() else Lines(indices, began)
 
 
@@ -118,9 +132,10 @@ def place_of(gpus: Iterable[str], indices: dict[str, int]) -> str:
     return f"GPU {','.join(names)}" if names else "-"
 
 
-def outcome(row: InstanceStatus, indices: dict[str, int]) -> str:
-    """The last line about an instance."""
-    address = row.endpoints.get("http", "")
-    why = row.reason if row.reason and row.phase is not Phase.READY else ""
-    tail = "  ".join(part for part in (address, why) if part)
-    return f"{row.phase.value:<9}  {row.id}  {place_of(row.gpus, indices)}  {tail}".rstrip()
+def outcome(row: Mapping[str, Any]) -> str:
+    """The last line about an instance of an apply's document."""
+    names = [str(gpu["uuid"] if gpu["index"] is None else gpu["index"]) for gpu in row["gpus"]]
+    place = f"GPU {','.join(names)}" if names else "-"
+    why = row["reason"] if row["reason"] and row["phase"] != Phase.READY else ""
+    tail = "  ".join(part for part in (row["endpoints"].get("http", ""), why) if part)
+    return f"{row['phase']:<9}  {row['id']}  {place}  {tail}".rstrip()

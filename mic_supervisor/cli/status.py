@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mic_supervisor.cli import wiring
+from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
-    from mic_supervisor.model import ObservedState
-    from mic_supervisor.plan.status import InstanceStatus
+    from mic_supervisor.config.settings import Settings
 
 EXIT_NOT_READY = 3
+
+_STYLES = {"ready": "green", "unprobed": "default", "starting": "yellow", "loading": "yellow"}
 
 
 @click.command(name="status")
@@ -27,25 +29,50 @@ def command(model: str | None, as_json: bool) -> int:
     MODEL shows one model only. Exits with 0 when all shown are ready, 3 otherwise, and 1 when the
     machine cannot be read.
     """
-    document, rows, observed = look(model)
+    document = read()
+    if model is not None:
+        document["instances"] = _only(model, document["instances"])
     if as_json:
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     else:
-        show(rows, observed, document)
-    return 0 if all(row.settled_well for row in rows) else EXIT_NOT_READY
+        show(document)
+    return 0 if all(row["as_desired"] for row in document["instances"]) else EXIT_NOT_READY
 
 
-def look(model: str | None) -> tuple[dict[str, Any], list[InstanceStatus], ObservedState]:
+def read() -> dict[str, Any]:
+    """The daemon's document where one runs, else one made by looking now."""
+    from mic_supervisor.daemon.client import Client
+
+    found = wiring.settings()
+    client = Client.connect(found.socket)
+    if client is not None:
+        document: dict[str, Any] = client.call("status", timeout=10.0)
+        return document
+    return look(found)
+
+
+def _only(model: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    chosen = [row for row in rows if model in (row["model"], row["id"])]
+    if not chosen:
+        known = ", ".join(sorted({row["model"] for row in rows}))
+        raise MicError(
+            f"cannot show {model}: neither the file nor this machine has an instance of it",
+            hint=f"there is {known}" if known else None,
+        )
+    return chosen
+
+
+def look(found: Settings) -> dict[str, Any]:
     """Observe and probe everything once, and hold it against the file."""
     from mic_supervisor.converge.desired import FileDesired
+    from mic_supervisor.converge.documents import status_document
     from mic_supervisor.converge.observe import observe, with_health
     from mic_supervisor.converge.once import health_of_all
-    from mic_supervisor.errors import MicError
+    from mic_supervisor.converge.state import host_name
     from mic_supervisor.plan.assess import assess
     from mic_supervisor.plan.reconcile import reconcile
     from mic_supervisor.plan.status import instance_statuses
 
-    found = wiring.settings()
     machine = wiring.machine(found, create_key=False)
     config = wiring.load_config(found, None, machine.registry)
     memory = machine.state.memory()
@@ -58,65 +85,34 @@ def look(model: str | None) -> tuple[dict[str, Any], list[InstanceStatus], Obser
     observed = with_health(observed, health)
     assessments = assess(desired, observed, machine.context)
     plan = reconcile(desired, observed, memory, observed.at, machine.context, assessments)
-    statuses = instance_statuses(desired, observed, assessments, plan, memory, {})
-    rows = [row for row in statuses if model in (None, row.model, row.id)]
-    if model is not None and not rows:
-        known = sorted({*config.models})
-        raise MicError(
-            f"cannot show {model}: neither the file nor this machine has it",
-            hint=f"the file knows {', '.join(known)}" if known else None,
-        )
-    return _document(config, desired, observed, rows), rows, observed
-
-
-def _document(
-    config: Any, desired: Any, observed: ObservedState, rows: list[InstanceStatus]
-) -> dict[str, Any]:
-    from mic_supervisor.converge.state import host_name
-    from mic_supervisor.plan.status import gpu_rows, status_json
-
-    indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
-    return {
-        "version": 1,
-        "host": host_name(),
-        "config": {
+    return status_document(
+        host=host_name(),
+        config={
             "path": str(config.path),
             "hash": config.hash,
             "loaded_at": observed.at,
             "last_reload_ok": True,
             "error": None,
         },
-        "instances": [status_json(row, indices) for row in rows],
-        "gpus": gpu_rows(desired, observed),
-    }
+        desired=desired,
+        observed=observed,
+        statuses=instance_statuses(desired, observed, assessments, plan, memory, {}),
+        warnings=plan.warnings,
+    )
 
 
-def show(rows: list[InstanceStatus], observed: ObservedState, document: dict[str, Any]) -> None:
+def show(document: dict[str, Any]) -> None:
     """A table on a terminal, lines of tab-separated fields in a pipe."""
-    from mic_supervisor.cli.progress import place_of
-
-    indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
-    cells = [
-        (
-            place_of(row.gpus, indices).removeprefix("GPU "),
-            row.model,
-            row.phase.value,
-            "yes" if row.sync == "in_sync" else "no" if row.sync == "out_of_sync" else "?",
-            _ago(row.since, observed.at),
-            str(row.restarts),
-            row.endpoints.get("http", "-"),
-            row.reason or "",
-        )
-        for row in rows
-    ]
-    for view in observed.runtimes:
-        if view.error is not None:
-            click.echo(f"warning: {view.runtime} cannot be read: {view.error}", err=True)
-    if observed.inventory.error is not None:
-        click.echo(f"warning: the GPUs cannot be read: {observed.inventory.error}", err=True)
+    rows = document["instances"]
+    for text in document["warnings"]:
+        click.echo(f"warning: {text}", err=True)
+    if document["config"]["error"]:
+        click.echo(f"{document['config']['error']}".rstrip(), err=True)
+        click.echo("warning: the file has errors; what it said before runs", err=True)
+    cells = [_cells(row, document["at"]) for row in rows]
     if not sys.stdout.isatty():
-        for cell in cells:
-            click.echo("\t".join(cell))
+        for cell, row in zip(cells, rows, strict=True):
+            click.echo("\t".join((*cell, row["reason"] or "")))
         return
     from rich.console import Console
     from rich.table import Table
@@ -124,19 +120,30 @@ def show(rows: list[InstanceStatus], observed: ObservedState, document: dict[str
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("GPU", "MODEL", "PHASE", "SYNC", "SINCE", "RST", "ENDPOINT"):
         table.add_column(name, overflow="fold", no_wrap=name in ("PHASE", "ENDPOINT"))
-    console = Console(highlight=False)
     for cell in cells:
-        style = {"ready": "green", "unprobed": "", "starting": "yellow", "loading": "yellow"}
-        phase = f"[{style.get(cell[2], 'red')}]{cell[2]}" if style.get(cell[2], "red") else cell[2]
-        table.add_row(cell[0], cell[1], phase, *cell[3:7])
+        table.add_row(*cell[:2], f"[{_STYLES.get(cell[2], 'red')}]{cell[2]}", *cell[3:])
+    console = Console(highlight=False)
     console.print(table)
     for row in rows:
-        if row.reason and not row.settled_well:
-            console.print(f"{row.id}: {row.reason}", soft_wrap=True, markup=False)
+        if row["reason"] and not row["as_desired"]:
+            console.print(f"{row['id']}: {row['reason']}", soft_wrap=True, markup=False)
     for gpu in document["gpus"]:
         if gpu["state"] in ("foreign", "unmanaged", "lost", "unknown"):
             name = gpu["uuid"] if gpu["index"] is None else f"GPU {gpu['index']}"
             console.print(f"{name} is {gpu['state']}", markup=False)
+
+
+def _cells(row: dict[str, Any], now: float) -> tuple[str, ...]:
+    gpus = [str(gpu["uuid"] if gpu["index"] is None else gpu["index"]) for gpu in row["gpus"]]
+    return (
+        ",".join(gpus) or "-",
+        row["model"],
+        row["phase"],
+        {"in_sync": "yes", "out_of_sync": "no"}.get(row["sync"], "?"),
+        _ago(row["since"], now),
+        str(row["restarts"]),
+        row["endpoints"].get("http", "-"),
+    )
 
 
 def _ago(since: float | None, now: float) -> str:

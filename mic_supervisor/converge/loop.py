@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -92,6 +92,8 @@ class Snapshot:
     statuses: tuple[InstanceStatus, ...]
     busy: frozenset[str]  # instances that steps are being executed for
     failing: frozenset[str]  # instances whose last change failed
+    round: int = 0
+    seconds: float = 0.0  # that the round took
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,9 @@ class Converger:
         self.memory = memory
         self.snapshot: Snapshot | None = None
         self.activities: dict[str, Phase] = {}
+        self.rounds_begun = 0
+        self.resync = RESYNC
+        self.observers: list[Callable[[Snapshot], None]] = []
         self._runtimes = sources.runtimes
         self._desired = desired
         self._save = save
@@ -163,12 +168,27 @@ class Converger:
         while True:
             self._wakes.clear()
             snapshot = await self._round()
+            for observer in self.observers:
+                observer(snapshot)
             if until is not None and not snapshot.busy and until(snapshot):
                 return snapshot
             try:
                 await asyncio.wait_for(self._wakes.wait(), self._pause(snapshot))
             except TimeoutError:
                 continue
+
+    def forgive(self, instances: Collection[str] | None = None) -> None:
+        """Try again now what failed before; None is everything. Somebody asked for it."""
+        chosen = self.memory.instances if instances is None else instances
+        for name in [*chosen]:
+            self._rest.pop(name, None)
+            self._set(name, failures=0, retry_at=None, attempt=None, failed=None, reason=None)
+        self.wake()
+
+    def force(self, instances: Collection[str]) -> None:
+        """Restart these although nothing is wrong with them."""
+        self.context = replace(self.context, forced=self.context.forced | set(instances))
+        self.wake()
 
     async def close(self) -> None:
         """Stop looking. Steps under way are waited for: half of one helps nobody."""
@@ -184,8 +204,11 @@ class Converger:
     async def _round(self) -> Snapshot:
         # What is busy now may end while the machine is being read, and what was read of it would
         # then be old: it stays out of this round.
+        self.rounds_begun += 1
+        began = self._clock()
         lanes = [*self._lanes.values()]
         busy = frozenset(name for lane in lanes for name in lane.instances)
+        activities = dict(self.activities)
         inventory, listeners, views = await asyncio.gather(
             self._gpus.get(),
             self._listeners.get(),
@@ -206,8 +229,9 @@ class Converger:
         memory = replace(memory, bindings=dict(desired.bindings))
         plan = reconcile(desired, observed, memory, now, context, assessments)
         self._dispatch(plan, lanes, now)
-        statuses = instance_statuses(desired, observed, assessments, plan, memory, self.activities)
-        self.memory = self._note_phases(memory, statuses, now)
+        activities |= self.activities
+        statuses = instance_statuses(desired, observed, assessments, plan, memory, activities)
+        self.memory, statuses = self._note_phases(memory, statuses, now)
         await self._save_memory()
         self.snapshot = Snapshot(
             at=now,
@@ -216,8 +240,10 @@ class Converger:
             memory=self.memory,
             plan=plan,
             statuses=statuses,
-            busy=frozenset(name for lane in self._lanes.values() for name in lane.instances),
+            busy=busy | {name for lane in self._lanes.values() for name in lane.instances},
             failing=frozenset(self._rest),
+            round=self.rounds_begun,
+            seconds=self._clock() - began,
         )
         return self.snapshot
 
@@ -246,27 +272,30 @@ class Converger:
 
     def _note_phases(
         self, memory: Memory, statuses: tuple[InstanceStatus, ...], now: float
-    ) -> Memory:
+    ) -> tuple[Memory, tuple[InstanceStatus, ...]]:
+        """Tell of every phase that an instance entered, and remember since when it is in it."""
+        rows: list[InstanceStatus] = []
         for row in statuses:
             entry = memory.instances.get(row.id)
             if entry is None or entry.phase == row.phase.value:
+                rows.append(row)
                 continue
-            self._events.tell(
-                Event(
-                    "phase",
-                    now,
-                    row.id,
-                    row.reason or "",
-                    row.model,
-                    row.gpus,
-                    seconds=None if entry.since is None else now - entry.since,
-                    phase=row.phase.value,
-                    was=entry.phase,
-                )
+            event = Event(
+                "phase",
+                now,
+                row.id,
+                row.reason or "",
+                row.model,
+                row.gpus,
+                seconds=None if entry.since is None else now - entry.since,
+                phase=row.phase.value,
+                was=entry.phase,
             )
+            self._events.tell(event)
             entry = replace(entry, phase=row.phase.value, since=now)
             memory = memory.with_instance(row.id, entry)
-        return memory
+            rows.append(replace(row, since=now))
+        return memory, tuple(rows)
 
     async def _save_memory(self) -> None:
         if self.memory == self._saved:
@@ -276,7 +305,7 @@ class Converger:
 
     def _pause(self, snapshot: Snapshot) -> float:
         """Seconds until the next round, unless something wakes the loop before."""
-        pause = RESYNC
+        pause = self.resync
         if any(row.phase in _ON_ITS_WAY for row in snapshot.statuses):
             pause = CRASH_WATCH
         times = [until for _, until in self._rest.values()]
@@ -303,6 +332,7 @@ class Converger:
                 continue
             for name in lane.instances:
                 self.activities[name] = Phase.PENDING
+            self.context = replace(self.context, forced=self.context.forced - lane.instances)
             task = asyncio.create_task(self._execute(changes))
             self._lanes[task] = lane
             task.add_done_callback(self._lane_done)

@@ -24,7 +24,7 @@ class StateDir:
 
     def memory(self) -> Memory:
         """What was remembered, or nothing yet. Raises MicError when it is there and unreadable."""
-        data = self._read_json("memory.json")
+        data = self.read_json("memory.json")
         if data is None:
             return Memory()
         try:
@@ -75,7 +75,7 @@ class StateDir:
                 hint="run as root, or point MIC_STATE_DIR to a directory you may write to",
             ) from error
 
-    def _read_json(self, name: str) -> Any:
+    def read_json(self, name: str) -> Any:
         path = self.path / name
         try:
             return json.loads(path.read_text())

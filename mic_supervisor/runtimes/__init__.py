@@ -6,6 +6,7 @@ is bounded in time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -83,5 +84,13 @@ class Runtime(Protocol):
         """Run a command where the workload runs, for at most `timeout` seconds.
 
         (exit status, output). Raises RuntimeRefused when the command cannot be run or takes longer.
+        """
+        ...
+
+    def events(self, stop: threading.Event) -> Iterator[str]:
+        """A line for each thing that happens to a workload of ours, until `stop` is set.
+
+        A hint to look, not a record: what happens while nobody listens is lost. Raises
+        RuntimeUnavailable when the stream breaks.
         """
         ...

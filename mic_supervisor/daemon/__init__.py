@@ -1,0 +1,1 @@
+"""The supervisor: the loop, and everything that wakes, asks or watches it."""

@@ -1,0 +1,97 @@
+"""Talks to the daemon of a scope, if there is one."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mic_supervisor.converge.events import Event
+from mic_supervisor.errors import ConfigError, MicError
+
+VERSION = 1
+_CONNECT_TIMEOUT = 5.0  # seconds
+
+
+class Client:
+    """One request to a running daemon."""
+
+    def __init__(self, connection: socket.socket, path: Path) -> None:
+        self._connection = connection
+        self._path = path
+
+    @classmethod
+    def connect(cls, path: Path) -> Client | None:
+        """None: no daemon runs. Raises MicError when one may run and cannot be talked to."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(_CONNECT_TIMEOUT)
+        try:
+            connection.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+            connection.close()
+            return None
+        except PermissionError as error:
+            connection.close()
+            raise MicError(
+                f"cannot talk to the daemon at {path}: permission denied",
+                hint="run as root, or add yourself to the group mic",
+            ) from error
+        except OSError as error:
+            connection.close()
+            raise MicError(
+                f"cannot talk to the daemon at {path}: {error.strerror or 'it does not answer'}",
+                hint="see `systemctl status mic`",
+            ) from error
+        return cls(connection, path)
+
+    def send(self, method: str) -> None:
+        """Ask, and do not wait for the answer."""
+        request = {"version": VERSION, "method": method, "params": {}}
+        with self._connection:
+            self._connection.sendall(json.dumps(request).encode() + b"\n")
+
+    def call(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        tell: Callable[[Event], None] = lambda _event: None,
+        timeout: float | None = None,
+    ) -> Any:
+        """The method's result. Events on the way go to `tell`.
+
+        `timeout` bounds the wait for each line, in seconds; None waits as long as the daemon lives.
+        Raises ConfigError or MicError as the daemon says, MicError when it goes away.
+        """
+        request = {"version": VERSION, "method": method, "params": dict(params or {})}
+        self._connection.settimeout(timeout)
+        try:
+            with self._connection, self._connection.makefile("rw", encoding="utf-8") as stream:
+                stream.write(json.dumps(request) + "\n")
+                stream.flush()
+                for line in stream:
+                    answer = json.loads(line)
+                    if "event" in answer:
+                        event = answer["event"]
+                        tell(Event(**{**event, "gpus": tuple(event["gpus"])}))
+                    elif "error" in answer:
+                        raise _error(answer["error"])
+                    else:
+                        return answer["result"]
+        except (OSError, ValueError) as error:
+            raise MicError(
+                f"cannot follow the daemon at {self._path}: {error}",
+                hint="see `systemctl status mic`",
+            ) from error
+        raise MicError(
+            "the daemon went away before it had finished",
+            hint="it goes on where it was when it is back; see `systemctl status mic`",
+        )
+
+
+def _error(answer: Mapping[str, Any]) -> MicError:
+    if "rendered" in answer:
+        return ConfigError(answer["message"], rendered=answer["rendered"], hint=answer["hint"])
+    return MicError(answer["message"], hint=answer["hint"])

@@ -1,0 +1,78 @@
+"""The last transitions, kept over restarts."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from mic_supervisor.converge.events import Event
+from mic_supervisor.errors import MicError
+
+KEPT = 1000
+
+_KNOWN = {field.name for field in fields(Event)}
+
+
+class History:
+    """Appends to a file of one JSON document a line, and rewrites it when it has grown to double.
+
+    A line that a crash cut short is left out when the file is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._events: deque[Event] = deque(maxlen=KEPT)
+        self._lines = 0
+        for event in read(path):
+            self._events.append(event)
+            self._lines += 1
+
+    def add(self, event: Event) -> None:
+        """Keep what changed something; progress is gone with the moment."""
+        if event.kind == "progress":
+            return
+        self._events.append(event)
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self._lines >= 2 * KEPT:
+                self._rewrite()
+            else:
+                with self._path.open("a") as file:
+                    file.write(_line(event))
+                self._lines += 1
+        except OSError as error:
+            raise MicError(f"cannot write {self._path}: {error.strerror}") from error
+
+    def newest(self) -> tuple[Event, ...]:
+        return tuple(reversed(self._events))
+
+    def _rewrite(self) -> None:
+        scratch = self._path.with_suffix(".new")
+        scratch.write_text("".join(_line(event) for event in self._events))
+        scratch.replace(self._path)
+        self._lines = len(self._events)
+
+
+def read(path: Path) -> Iterable[Event]:
+    """The kept events, oldest first. Raises MicError when the file is there and unreadable."""
+    try:
+        text = path.read_text(errors="replace")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise MicError(f"cannot read {path}: {error.strerror}", hint="run as root") from error
+    for line in text.splitlines()[-KEPT:]:
+        try:
+            data: dict[str, Any] = json.loads(line)
+            known = {name: value for name, value in data.items() if name in _KNOWN}
+            yield Event(**{**known, "gpus": tuple(known.get("gpus", ()))})
+        except (ValueError, TypeError, AttributeError):
+            continue  # cut short by a crash, or written by a newer version
+
+
+def _line(event: Event) -> str:
+    return json.dumps(asdict(event), ensure_ascii=False) + "\n"
