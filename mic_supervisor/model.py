@@ -396,13 +396,17 @@ class Stranger:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeView:
-    """What one runtime runs. `error` set: unknown, and the GPUs concerned are frozen."""
+    """What one runtime runs. `error` set: unknown, and the GPUs concerned are frozen.
+
+    `off` set: it is switched off, and that is why; it runs nothing and can start nothing.
+    """
 
     runtime: str
     workloads: tuple[ObservedWorkload, ...] = ()
     strangers: tuple[Stranger, ...] = ()
     error: str | None = None
     hint: str | None = None
+    off: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mic_supervisor.backends.registry import Registry
-from mic_supervisor.config.settings import Settings, load_settings
+from mic_supervisor.config.settings import NO_DOCKER, Settings, load_settings
 from mic_supervisor.converge.state import StateDir, host_id
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
 
 
 def _docker(found: Settings, host: str) -> Runtime:
+    if found.docker_host == NO_DOCKER:
+        from mic_supervisor.runtimes.docker_off import DockerOff
+
+        return DockerOff()
     from mic_supervisor.runtimes.docker import DockerRuntime
 
     return DockerRuntime(

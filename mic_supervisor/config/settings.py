@@ -26,6 +26,7 @@ _SCOPE = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 _SIMULATED = re.compile(r"simulated:([0-9]{1,3})")
 _PORTS = re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
 MAX_SIMULATED = 64
+NO_DOCKER = "none"
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -132,9 +133,10 @@ def _boolean(text: Any) -> bool:
 
 
 def _docker_host(text: Any) -> str:
-    if not re.fullmatch(r"(unix:///|tcp://|ssh://|https?://).+", text):
+    if not re.fullmatch(rf"{NO_DOCKER}|(unix:///|tcp://|ssh://|https?://).+", text):
         raise ValueError(
-            f"{show(text)} is no address of an engine: write it as in unix:///run/docker.sock"
+            f"{show(text)} is no address of an engine: write it as in unix:///run/docker.sock, "
+            f"or {NO_DOCKER} for a machine that is to be used without Docker"
         )
     return str(text)
 
