@@ -28,7 +28,10 @@ class BoundEntry:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """`bindings` maps the index keys of the file to UUIDs, to be kept when the file is accepted."""
+    """`bindings` maps keys of the file to UUIDs, to be kept when the file is accepted.
+
+    Index keys are looked up in it, see `bind`; of PCI keys it tells which GPU is gone.
+    """
 
     entries: tuple[BoundEntry, ...]
     unsatisfiable: tuple[Unsatisfiable, ...]
@@ -43,23 +46,31 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
        that drops off the bus renumbers the others, and must move no model.
     2. A new index is bound to the GPU that has it now, unless another index of the file holds that
        GPU already.
-    3. A key without a GPU blocks its own entry only. So does a GPU that two entries claim: the
-       first in the file keeps it.
+    3. A key without a GPU blocks its own entry only. So does a GPU that two keys claim: the first
+       in the file keeps it, even where something else is wrong with its entry.
     """
     entries = tuple(entries)
     by_index = {gpu.index: gpu for gpu in inventory.gpus}
     by_uuid = {gpu.uuid.lower(): gpu for gpu in inventory.gpus}
     by_pci = {_pci(gpu.pci_bus_id): gpu for gpu in inventory.gpus if gpu.pci_bus_id}
-    indices = [key.value for entry in entries for key in entry.keys if key.kind == "index"]
-    bindings = {value: kept[value] for value in indices if value in kept}
-    held = {uuid: index for index, uuid in bindings.items()}
+    keys = [key for entry in entries for key in entry.keys if key.kind != "uuid"]
+    bindings = {key.value: kept[key.value] for key in keys if key.value in kept}
+    held = {
+        bindings[key.value]: key.value
+        for key in keys
+        if key.kind == "index" and key.value in bindings
+    }
     warnings: list[str] = []
 
     def find(key: GpuKey) -> Gpu | str:
         if key.kind == "uuid":
             return by_uuid.get(key.value.lower()) or f"{key.value} is not in this machine"
         if key.kind == "pci":
-            return by_pci.get(_pci(key.value)) or f"no GPU has the PCI bus id {key.value}"
+            there = by_pci.get(_pci(key.value))
+            if there is None:
+                return f"no GPU has the PCI bus id {key.value}"
+            bindings[key.value] = there.uuid
+            return there
         if key.value in bindings:
             uuid = bindings[key.value]
             found = by_uuid.get(uuid.lower())
@@ -83,7 +94,7 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
         held[found.uuid] = key.value
         return found
 
-    ids = _short_ids(inventory)
+    ids = _short_ids({*(gpu.uuid for gpu in inventory.gpus), *kept.values()})
     bound: list[BoundEntry] = []
     lost: list[Unsatisfiable] = []
     claimed: dict[str, str] = {}
@@ -96,10 +107,23 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
             item.uuid if isinstance(item, Gpu) else _expected(key, bindings)
             for key, item in zip(entry.keys, found, strict=True)
         ]
-        known = tuple(uuid for uuid in expected if uuid is not None)
-        for uuid in known:
-            if uuid in claimed:
-                reasons.append(f"{uuid} is already named by {claimed[uuid]}")
+        own: list[str] = []
+        for uuid in expected:
+            if uuid is None:
+                continue
+            if uuid in own:
+                reasons.append(f"{uuid} is named twice")
+            elif uuid.lower() in claimed:
+                reasons.append(f"{uuid} is already named by {claimed[uuid.lower()]}")
+            else:
+                claimed[uuid.lower()] = f"{subject} ({entry.place})"
+                own.append(uuid)
+        known = [uuid for uuid in expected if uuid is not None]
+        instance = (
+            instance_id(entry.model, [ids.get(uuid) or _short(uuid) for uuid in known])
+            if entry.model and len(known) == len(entry.keys)
+            else None
+        )
         if reasons:
             lost.append(
                 Unsatisfiable(
@@ -107,21 +131,18 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
                     reason="; ".join(reasons),
                     # What another entry claims is that entry's: freezing it would punish the
                     # entry that is in order.
-                    gpus=tuple(uuid for uuid in known if uuid not in claimed),
+                    gpus=tuple(own),
+                    instances=(instance,) if instance and own == known else (),
                     model=entry.model,
                     hint=_hint(reasons),
                 )
             )
-            continue
-        claimed.update(dict.fromkeys(known, f"{subject} ({entry.place})"))
-        instance = (
-            instance_id(entry.model, [ids[gpu.uuid] for gpu in gpus]) if entry.model else None
-        )
-        bound.append(BoundEntry(entry, gpus, instance))
+        else:
+            bound.append(BoundEntry(entry, gpus, instance))
     return Binding(
         tuple(bound),
         tuple(lost),
-        tuple(sorted(bindings.items(), key=lambda item: int(item[0]))),
+        tuple(sorted(bindings.items(), key=lambda item: (len(item[0]), item[0]))),
         tuple(warnings),
     )
 
@@ -144,19 +165,22 @@ def safe_name(model: str) -> str:
     return f"{kept}-{digest}" if kept else f"m{digest}"
 
 
-def _short_ids(inventory: GpuInventory) -> dict[str, str]:
+def _short_ids(uuids: Iterable[str]) -> dict[str, str]:
     """The first block of each UUID; a digest of the whole where that is not enough."""
-    firsts = {}
-    for gpu in inventory.gpus:
-        match = _UUID.fullmatch(gpu.uuid.lower())
-        firsts[gpu.uuid] = match[1] if match else ""
+    firsts = {uuid: _short(uuid) for uuid in uuids}
     counts = list(firsts.values())
     return {
-        uuid: first
-        if first and counts.count(first) == 1
-        else hashlib.sha256(uuid.encode()).hexdigest()[:8]
-        for uuid, first in firsts.items()
+        uuid: first if counts.count(first) == 1 else _digest(uuid) for uuid, first in firsts.items()
     }
+
+
+def _short(uuid: str) -> str:
+    match = _UUID.fullmatch(uuid.lower())
+    return match[1] if match else _digest(uuid)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _expected(key: GpuKey, bindings: Mapping[str, str]) -> str | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mic_supervisor.model import Gpu, Launch, ObservedState, ObservedWorkload, RunState
-from mic_supervisor.plan import ports as port_choice
+from mic_supervisor.model import Launch, ObservedWorkload, RunState
 from mic_supervisor.plan.actions import Blocked, ChangeKind, Create, Prepare, Restart, Start, Step
 from mic_supervisor.plan.assess import Assessment, Context, is_alive
 from mic_supervisor.plan.health import ended
 from mic_supervisor.plan.launch import launch
 from mic_supervisor.plan.memory import InstanceMemory
-from mic_supervisor.plan.obstacles import Ports, in_the_way
+from mic_supervisor.plan.obstacles import Surroundings, in_the_way
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +23,13 @@ class BringUp:
     kind: ChangeKind
     cause: str
     early: tuple[Step, ...]
-    late: Step
+    late: Start | Restart
     stops: ObservedWorkload | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a start has to fit into. `reserved` are ports that this plan gave away already."""
-
-    observed: ObservedState
-    gpus: Mapping[str, Gpu]
-    ports: Ports
-    reserved: Collection[int]
-    leaving: Collection[str]  # instances that are on their way out
+    @property
+    def target(self) -> str:
+        """The name of the workload that will run."""
+        return self.late.launch.name if isinstance(self.late, Start) else self.late.workload.name
 
 
 def bring_up(
@@ -49,29 +41,47 @@ def bring_up(
 ) -> BringUp | Blocked:
     """The way up, or what stands in it."""
     instance, match = assessment.instance, assessment.match
-    numbers = _numbers(assessment, around, context)
+    numbers = around.numbers[instance.id]
     if numbers is None:
         first, last = context.port_range
         return blocked(
             assessment, f"no port is free from {first} to {last}", hint="widen MIC_PORT_RANGE"
         )
     indices = {uuid: gpu.index for uuid, gpu in around.gpus.items()}
-    target = launch(assessment, numbers, indices, context)
-    obstacle = in_the_way(
-        instance, target, around.gpus, around.observed, around.ports, around.leaving
-    )
+    try:
+        target = launch(assessment, numbers, indices, context)
+    except KeyError as error:
+        return blocked(assessment, f"its texts refer to {error}, which it does not have")
+    obstacle = in_the_way(instance, target.runtime, target.name, numbers.values(), around)
     if obstacle is not None:
         return blocked(assessment, obstacle.reason, hint=obstacle.hint)
     kind, cause = _why(assessment, entry, unhealthy, context)
     stops = match if match is not None and is_alive(match) else None
     if assessment.runtime not in context.creates_ahead:
-        prepare = Prepare(f"prepare {target.name}", instance.id, target)
-        return BringUp(
-            kind, cause, (prepare,), Start(f"start {target.name}", instance.id, target), stops
-        )
+        start = Start(f"start {target.name}", instance.id, target)
+        return BringUp(kind, cause, (_prepare(target, instance.id),), start, stops)
     if match is not None and dict(match.identity.ports) == numbers:
-        return BringUp(kind, cause, (), Restart(f"restart {match.name}", instance.id, match), stops)
+        restart = Restart(f"restart {match.name}", instance.id, match)
+        # Only where something serves meanwhile: what is down loses nothing by a failing start.
+        early = (_prepare(target, instance.id),) if assessment.alive else ()
+        return BringUp(kind, cause, early, restart, stops)
     return _create(kind, cause, target, instance.id)
+
+
+def take_over(
+    assessment: Assessment, back: ObservedWorkload, entry: InstanceMemory, around: Surroundings
+) -> BringUp | Blocked:
+    """The way back to the last good specification, or what stands in it."""
+    instance, numbers = assessment.instance, back.identity.ports.values()
+    obstacle = in_the_way(instance, back.runtime, back.name, numbers, around)
+    if obstacle is not None:
+        return blocked(assessment, f"{rolled_back(entry)}; {obstacle.reason}", hint=obstacle.hint)
+    restart = Restart(f"restart {back.name}", instance.id, back)
+    return BringUp("start", f"rollback: {entry.failed_reason}", (), restart)
+
+
+def rolled_back(entry: InstanceMemory) -> str:
+    return f"the new specification failed ({entry.failed_reason}); the last good one runs"
 
 
 def blocked(
@@ -90,46 +100,32 @@ def host_ports(step: Step) -> set[int]:
     return set()
 
 
+def _prepare(target: Launch, instance: str) -> Prepare:
+    return Prepare(f"prepare {target.name}", instance, target)
+
+
 def _create(kind: ChangeKind, cause: str, target: Launch, instance: str) -> BringUp:
-    prepare = Prepare(f"prepare {target.name}", instance, target)
+    prepare = _prepare(target, instance)
     create = Create(f"create {target.name}", instance, target, depends_on=(prepare.id,))
     return BringUp(kind, cause, (prepare, create), Start(f"start {target.name}", instance, target))
-
-
-def _numbers(
-    assessment: Assessment, around: Surroundings, context: Context
-) -> dict[str, int] | None:
-    instance, match = assessment.instance, assessment.match
-    if match is not None and is_alive(match):
-        return dict(match.identity.ports)  # it holds them
-    known = [match] if match is not None else []
-    known += [*assessment.alive, *assessment.ended]
-    recorded: Mapping[str, int] = known[0].identity.ports if known else {}
-    return port_choice.choose(
-        instance.id,
-        instance.workload.ports,
-        recorded=recorded,
-        taken={*around.ports.taken(instance.id), *around.reserved},
-        port_range=context.port_range,
-    )
 
 
 def _why(
     assessment: Assessment, entry: InstanceMemory, unhealthy: str | None, context: Context
 ) -> tuple[ChangeKind, str]:
     match = assessment.match
-    if assessment.instance.id in context.forced:
-        return "restart", "asked for"
     if unhealthy is not None:
         return "restart", unhealthy
-    if match is not None and match.state is RunState.CREATED:
-        if assessment.alive:
+    if assessment.runs and assessment.instance.id in context.forced:
+        return "restart", "asked for"
+    if assessment.alive:
+        if match is not None and match.state is RunState.CREATED:
             return "replace", "its replacement was interrupted"
+        return "replace", _drift(assessment)
+    if match is not None and match.state is RunState.CREATED:
         return "start", "it was created and never started"
     if match is not None:
-        return "start", ended(assessment)
-    if assessment.alive:
-        return "replace", _drift(assessment)
+        return "start", ended(match)
     if assessment.diff:
         return "create", f"{_drift(assessment)}, and the earlier one does not run"
     if entry.ready is not None:

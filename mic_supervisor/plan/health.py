@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from enum import StrEnum
 
-from mic_supervisor.model import LoadState, RunState
+from mic_supervisor.model import LoadState, ObservedWorkload, RunState
 from mic_supervisor.plan import backoff
-from mic_supervisor.plan.assess import Assessment
+from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 
 
@@ -58,7 +58,7 @@ def phase_of(
     for placement in assessment.instance.placements:
         if not assessment.loaded(placement):
             state = assessment.placement(placement)
-            if state.state is LoadState.LOADED:
+            if state.state is LoadState.LOADED and state.digest is not None:
                 return Phase.LOADING, f"{placement.model} runs with another configuration"
             return Phase.LOADING, state.reason or f"{placement.model} is {state.state.value}"
     if assessment.unprobed:
@@ -79,13 +79,15 @@ def remember(
     *,
     jitter: float,
     busy: Collection[str] = (),
+    keep: Collection[str] = (),
 ) -> Memory:
     """Fold what was just observed into the memory. Instances that are gone are forgotten.
 
-    Of a `busy` instance nothing is concluded: that it does not run may be our own doing.
+    Of a `busy` instance nothing is concluded: that it does not run may be our own doing. Nor of one
+    to `keep`: the file names it, and for now cannot be followed.
     """
     instances: dict[str, InstanceMemory] = {
-        name: entry for name, entry in memory.instances.items() if name in busy
+        name: entry for name, entry in memory.instances.items() if name in busy or name in keep
     }
     for assessment in assessments:
         instance = assessment.instance.id
@@ -97,33 +99,69 @@ def remember(
 def _remember(
     entry: InstanceMemory, assessment: Assessment, now: float, jitter: float
 ) -> InstanceMemory:
-    match = assessment.match
     if entry.attempt not in (None, assessment.hash) or entry.failed not in (None, assessment.hash):
         # The file asks for something else now: what failed before says nothing about it.
-        entry = replace(entry, failures=0, reason=None, retry_at=None, attempt=None, failed=None)
-    if assessment.runs:
-        assert match is not None
-        if entry.started != match.name:
-            entry = replace(entry, started=match.name, started_at=None, ready_since=None)
-    elif match is not None and entry.started == match.name:
-        entry = note_failure(
-            replace(entry, started=None), assessment, ended(assessment), now, jitter=jitter
+        entry = replace(
+            entry,
+            failures=0,
+            reason=None,
+            retry_at=None,
+            attempt=None,
+            failed=None,
+            failed_reason=None,
         )
-    elif match is None and entry.started is not None and not assessment.alive:
-        entry = replace(entry, started=None, ready_since=None)  # removed by hand
-    if assessment.ready or (assessment.started_up and assessment.unprobed):
-        assert match is not None
+    if not assessment.readable:
+        return entry
+    back = predecessor(entry, assessment) if entry.failed == assessment.hash else None
+    entry = _note_end(entry, assessment, back or assessment.match, now, jitter)
+    if assessment.serves:
+        assert assessment.match is not None  # implied by `serves`
         entry = replace(
             entry,
             ready=assessment.hash,
-            ready_workload=match.name,
+            ready_workload=assessment.match.name,
             ready_since=entry.ready_since if entry.ready_since is not None else now,
+            failed=None,
+            failed_reason=None,
         )
-        if backoff.is_stable(entry.ready_since, now, assessment.instance.start_timeout):
-            entry = replace(entry, failures=0, reason=None, retry_at=None, attempt=None)
+    elif back is not None and is_alive(back):
+        # Nobody probes it: that it stays up is all that is known of it.
+        since = entry.ready_since if entry.ready_since is not None else now
+        entry = replace(entry, ready_since=since)
     elif entry.ready_since is not None:
         entry = replace(entry, ready_since=None)
+    if backoff.is_stable(entry.ready_since, now, assessment.instance.start_timeout):
+        entry = replace(entry, failures=0, reason=None, retry_at=None, attempt=None)
     return entry
+
+
+def _note_end(
+    entry: InstanceMemory,
+    assessment: Assessment,
+    workload: ObservedWorkload | None,
+    now: float,
+    jitter: float,
+) -> InstanceMemory:
+    """What became of the workload that runs, or ran last, for the instance.
+
+    `started` names it until its failure was counted, so that each is counted once.
+    """
+    if workload is None:
+        if entry.started is not None and not assessment.alive:
+            return replace(entry, started=None, ready_since=None)  # removed by hand
+        return entry
+    failure: str | None = None
+    if not is_alive(workload):
+        failure = ended(workload)
+    elif assessment.match is not None and workload.name == assessment.match.name:
+        failure = assessment.live_failure or assessment.overdue(entry.started_at, now)
+    if failure is None:
+        if entry.started != workload.name:
+            entry = replace(entry, started=workload.name, started_at=None, ready_since=None)
+        return entry
+    if entry.started != workload.name:
+        return entry
+    return note_failure(replace(entry, started=None), assessment, failure, now, jitter=jitter)
 
 
 def note_failure(
@@ -134,31 +172,40 @@ def note_failure(
     *,
     jitter: float,
     refused: bool = False,
+    early: bool = False,
 ) -> InstanceMemory:
     """Count one failure of the desired specification.
 
     `refused`: somebody said no, and would say it again at once; so even the first retry waits.
+    `early`: it failed before anything was stopped for it. That is tried again, with patience.
 
     A specification that was never ready, while an earlier one was and is still there, is not tried
-    again: the earlier one takes over.
+    again: the earlier one takes over, at once.
     """
     failures = entry.failures + 1
-    failed = entry.failed
-    if entry.ready != assessment.hash and rollback_target(entry, assessment) is not None:
-        failed = assessment.hash
+    retry_at = now + backoff.delay(max(failures, 2) if refused else failures, jitter)
+    failed, failed_reason = entry.failed, entry.failed_reason
+    if (
+        not early
+        and failed != assessment.hash
+        and entry.ready != assessment.hash
+        and predecessor(entry, assessment) is not None
+    ):
+        failed, failed_reason, retry_at = assessment.hash, reason, now
     return replace(
         entry,
         failures=failures,
         reason=reason,
         attempt=assessment.hash,
-        retry_at=now + backoff.delay(max(failures, 2) if refused else failures, jitter),
+        retry_at=retry_at,
         failed=failed,
+        failed_reason=failed_reason,
         ready_since=None,
     )
 
 
-def rollback_target(entry: InstanceMemory, assessment: Assessment) -> str | None:
-    """The name of the workload to go back to, if there is one."""
+def predecessor(entry: InstanceMemory, assessment: Assessment) -> ObservedWorkload | None:
+    """The workload to go back to, if there is one."""
     if not assessment.instance.rollback or entry.ready_workload is None:
         return None
     if assessment.match is not None and assessment.match.name == entry.ready_workload:
@@ -170,20 +217,17 @@ def rollback_target(entry: InstanceMemory, assessment: Assessment) -> str | None
             and workload.identity.gpus == assessment.instance.gpus
             and workload.identity.model == assessment.instance.model
         ):
-            return workload.name
+            return workload
     return None
 
 
-def ended(assessment: Assessment) -> str:
-    """How the instance's workload ended, in words."""
-    match = assessment.match
-    if match is None:
-        return "it is gone"
-    if match.error:
-        return match.error
-    if match.exit_code is None:
+def ended(workload: ObservedWorkload) -> str:
+    """How a workload ended, in words."""
+    if workload.error:
+        return workload.error
+    if workload.exit_code is None:
         return "it ended"
-    return f"it exited with {describe_exit(match.exit_code)}"
+    return f"it exited with {describe_exit(workload.exit_code)}"
 
 
 _SIGNALS: Mapping[int, str] = {

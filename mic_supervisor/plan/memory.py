@@ -19,6 +19,7 @@ class InstanceMemory:
     attempt: str | None = None  # the specification that failed last
     retry_at: float | None = None
     failed: str | None = None  # a specification that is not retried: we rolled back from it
+    failed_reason: str | None = None  # why; `reason` may be of the one that took over
     ready: str | None = None  # the last specification that was ready
     ready_workload: str | None = None  # name of the workload that was
     ready_since: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from mic_supervisor.model import (
@@ -10,11 +10,11 @@ from mic_supervisor.model import (
     Gpu,
     GpuProcess,
     Instance,
-    Launch,
     ObservedState,
     OwnerKind,
 )
-from mic_supervisor.plan.assess import is_alive, workloads
+from mic_supervisor.plan.assess import Assessment, is_alive, workloads
+from mic_supervisor.plan.spec import SpecKey, keys_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,41 +54,52 @@ class Ports:
         return self._strangers.get(number)
 
 
-def in_the_way(
-    instance: Instance,
-    launch: Launch,
-    gpus: Mapping[str, Gpu],
-    observed: ObservedState,
-    ports: Ports,
-    leaving: Collection[str],
-) -> Obstacle | None:
-    """The first thing that keeps a launch from starting, or None.
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a start has to fit into.
 
-    `leaving` are the instances that this plan stops: what they hold will be free in time.
+    `numbers` are the host ports of every desired instance, by its id. `leaving` are the instances
+    that are on their way out: what they hold will be free in time.
     """
-    for port in instance.workload.ports:
-        who = ports.stranger(port.host) if port.host is not None else None
+
+    observed: ObservedState
+    gpus: Mapping[str, Gpu]
+    ports: Ports
+    numbers: Mapping[str, Mapping[str, int] | None]
+    leaving: Collection[str] = ()
+
+
+def in_the_way(
+    instance: Instance, runtime: str, name: str, numbers: Collection[int], around: Surroundings
+) -> Obstacle | None:
+    """The first thing that keeps a workload called `name` from starting, or None."""
+    for view in around.observed.runtimes:
+        if view.runtime == runtime and view.off is not None:
+            return Obstacle(view.off, view.hint)
+    for number in sorted(numbers):
+        who = around.ports.stranger(number)
         if who is not None:
-            return Obstacle(
-                f"port {port.host} is taken by {who}, not ours",
-                f"free the port, or give {instance.model} another one",
-            )
-    for view in observed.runtimes:
+            return _port_taken(instance, number, f"{who}, not ours")
+        holders = [id_ for id_, held in around.numbers.items() if number in (held or {}).values()]
+        if min(holders, default=instance.id) < instance.id:
+            return _port_taken(instance, number, min(holders))
+    for view in around.observed.runtimes:
         for stranger in view.strangers:
-            if view.runtime == launch.runtime and stranger.name == launch.name:
+            if view.runtime == runtime and stranger.name == name:
                 return Obstacle(
-                    f"the name {launch.name} is taken by a workload that is not ours: "
-                    f"{stranger.reason}",
-                    f"rename or remove it: docker rm {launch.name}",
+                    f"the name {name} is taken by a workload that is not ours: {stranger.reason}",
+                    f"rename or remove it: docker rm {name}" if runtime == "docker" else None,
                 )
     if instance.on_foreign == "ignore":
         return None
     for uuid in instance.gpus:
-        gpu = gpus[uuid]
+        gpu = around.gpus[uuid]
+        if gpu.simulated:
+            continue
         if gpu.processes is None:
             return Obstacle(f"the processes on GPU {gpu.index} cannot be read")
-        for process in gpu.processes:
-            if _is_foreign(process, {instance.id, *leaving}):
+        for process in sorted(gpu.processes, key=lambda item: item.pid):
+            if _is_foreign(process, {instance.id, *around.leaving}):
                 return Obstacle(
                     f"GPU {gpu.index} is held by {describe(process)}, not ours",
                     "end that process, or move the model to another GPU",
@@ -96,8 +107,8 @@ def in_the_way(
     return None
 
 
-def warnings(desired: DesiredState, observed: ObservedState) -> list[str]:
-    """What an operator should know and no plan changes."""
+def warnings(desired: DesiredState, observed: ObservedState, scope: str) -> list[str]:
+    """What an operator should know and no plan changes. Another scope's workloads are no news."""
     out = [*desired.warnings]
     out += [f"GPU {gpu.index} cannot be opened: {gpu.error}" for gpu in observed.inventory.unopened]
     for gpu in observed.inventory.gpus:
@@ -110,15 +121,47 @@ def warnings(desired: DesiredState, observed: ObservedState) -> list[str]:
         out += [
             f"{view.runtime} {stranger.name} looks like ours and is not: {stranger.reason}"
             for stranger in view.strangers
-            if stranger.name.startswith("mic-") and stranger.reason
+            if stranger.name.startswith(f"mic-{scope}-") and "scope" not in stranger.reason
         ]
+    return sorted(out)
+
+
+def adoption_warnings(assessments: Iterable[Assessment], key: SpecKey) -> list[str]:
+    """Where a workload runs on trust: what it was started with cannot be compared in full."""
+    out = []
+    for item in assessments:
+        if item.match is None or not item.runs:
+            continue
+        spec = item.match.identity.spec
+        if spec is None:
+            out.append(
+                f"{item.match.name}: the record of its specification cannot be read, so whether it "
+                "is what the file asks for is unknown"
+            )
+        elif keys_of(spec) - {key.id}:
+            out.append(
+                f"{item.match.name}: its secrets were recorded with another key, so whether they "
+                "changed is unknown"
+            )
     return out
+
+
+def lets_go(process: GpuProcess) -> bool:
+    """Whether it has ended, and the driver still has to notice."""
+    owner = process.owner
+    return process.start_time is None and owner is not None and owner.kind is OwnerKind.ORPHAN
 
 
 def describe(process: GpuProcess) -> str:
     """ "PID 4121 (python, 18.2 GiB)" """
     used = "memory unknown" if process.used_memory is None else _gib(process.used_memory)
     return f"PID {process.pid} ({process.name or 'gone'}, {used})"
+
+
+def _port_taken(instance: Instance, number: int, who: str) -> Obstacle:
+    return Obstacle(
+        f"port {number} is taken by {who}", f"free the port, or give {instance.model} another one"
+    )
 
 
 def _gib(count: int) -> str:
@@ -128,6 +171,8 @@ def _gib(count: int) -> str:
 def _is_foreign(process: GpuProcess, expected: Collection[str]) -> bool:
     """Desktop programs draw on a GPU without owning it; only who computes there is in the way."""
     if process.kinds and not {"compute", "mps"} & set(process.kinds):
+        return False
+    if lets_go(process):
         return False
     owner = process.owner
     if owner is not None and owner.kind is OwnerKind.MANAGED:

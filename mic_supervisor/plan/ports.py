@@ -3,9 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from mic_supervisor.model import Port
+from mic_supervisor.plan.assess import Assessment
+
+
+def assign(
+    assessments: Sequence[Assessment],
+    taken: Callable[[str], Collection[int]],
+    port_range: tuple[int, int],
+) -> dict[str, dict[str, int] | None]:
+    """The numbers of every instance, by its id; None where the range has none left for it.
+
+    `taken` says which numbers an instance cannot have. Nothing else that happens in a plan enters:
+    an obstacle on one GPU must not move a port on another.
+    """
+    reserved = {
+        port.host
+        for item in assessments
+        for port in item.instance.workload.ports
+        if port.host is not None
+    }
+    out: dict[str, dict[str, int] | None] = {}
+    for item in assessments:
+        if item.match is not None and item.runs:
+            out[item.instance.id] = dict(item.match.identity.ports)  # it holds them
+            reserved |= set(item.match.identity.ports.values())
+    for item in sorted(assessments, key=lambda item: item.instance.id):
+        instance = item.instance
+        if instance.id in out:
+            continue
+        known = [w for w in (item.match, *item.alive, *item.ended) if w is not None]
+        numbers = choose(
+            instance.id,
+            instance.workload.ports,
+            recorded=known[0].identity.ports if known else {},
+            taken={*taken(instance.id), *reserved},
+            port_range=port_range,
+        )
+        out[instance.id] = numbers
+        reserved |= set((numbers or {}).values())
+    return out
 
 
 def choose(

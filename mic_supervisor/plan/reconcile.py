@@ -7,7 +7,7 @@ How a lane is decided, in this order; the numbers stand again in the code:
 2. Every workload that is alive in a lane and is not the match of a desired instance must go. It is
    stopped only when each instance that follows on its GPUs is prepared, and created if its runtime
    can create ahead. If a follower is blocked, it stays: a model that runs is worth more than an
-   empty GPU. A GPU that is to be kept empty has no follower.
+   empty GPU. A GPU that is to be kept empty has no follower. And nothing starts beside what stays.
 3. An instance without a running match is started, unless it waits for its backoff, a stranger is in
    the way, or its specification failed and an earlier one takes over (rollback).
 4. An instance that runs and is unhealthy is restarted in place, with the same patience.
@@ -22,33 +22,36 @@ from dataclasses import replace
 
 from mic_supervisor.model import (
     DesiredState,
-    LoadState,
     ObservedState,
     ObservedWorkload,
     RunState,
 )
-from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import (
     Blocked,
     Change,
     ChangeKind,
-    Drain,
     FieldDiff,
-    Load,
     Plan,
     Release,
     Remove,
-    Restart,
-    Start,
     Step,
-    Stop,
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive, workloads
-from mic_supervisor.plan.bring_up import BringUp, Surroundings, blocked, bring_up, host_ports
-from mic_supervisor.plan.health import rollback_target
+from mic_supervisor.plan.bring_up import BringUp, blocked, bring_up, rolled_back, take_over
+from mic_supervisor.plan.departures import Departures, departures, needs
+from mic_supervisor.plan.health import predecessor
 from mic_supervisor.plan.lanes import Lanes
+from mic_supervisor.plan.leftovers import left_over, superseded
+from mic_supervisor.plan.loads import loads
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.plan.obstacles import Ports, warnings
+from mic_supervisor.plan.obstacles import (
+    Ports,
+    Surroundings,
+    adoption_warnings,
+    lets_go,
+    warnings,
+)
+from mic_supervisor.plan.ports import assign
 from mic_supervisor.plan.rollout import roll
 
 
@@ -89,8 +92,9 @@ class _Round:
         self.assessments = assessments
         self.gpus = {gpu.uuid: gpu for gpu in observed.inventory.gpus}
         self.ports = Ports(observed)
-        self.reserved: set[int] = set()
+        self.numbers = assign(assessments, self.ports.taken, context.port_range)
         self.lanes = self._join_lanes()
+        self.unconfirmed: set[str] = set()
         self.changes: list[Change] = []
         self.blocked: list[Blocked] = []
 
@@ -98,17 +102,22 @@ class _Round:
         for entry in self.desired.unsatisfiable:
             name = entry.instances[0] if entry.instances else entry.subject
             self.blocked.append(Blocked(name, entry.reason, entry.gpus, entry.model, entry.hint))
+        notes = warnings(self.desired, self.observed, self.context.scope)
         if self.observed.inventory.error is not None:  # 1
             reason = f"the GPUs cannot be read: {self.observed.inventory.error}"
-            self.blocked += [blocked(item, reason) for item in self.assessments]
+            self._freeze(self.assessments, self._orphans(), reason)
+            notes.append(f"{reason}; nothing is started or stopped meanwhile")
         else:
             for lane, (wanted, orphans) in sorted(self._by_lane().items()):
                 self._lane(lane, wanted, orphans)
-        changes = sorted(self.changes, key=lambda item: (item.lane, item.instance, item.kind))
+        changes = sorted(
+            self.changes, key=lambda item: (item.lane, item.instance, item.kind, item.cause)
+        )
+        obstructed = {item.instance for item in self.blocked if item.until is None}
         return Plan(
-            changes=roll(changes, self.assessments, self.context),  # 6
+            changes=roll(changes, self.assessments, self.context, obstructed),  # 6
             blocked=tuple(sorted(self.blocked, key=lambda item: (item.instance, item.reason))),
-            warnings=tuple(warnings(self.desired, self.observed)),
+            warnings=(*notes, *adoption_warnings(self.assessments, self.context.key)),
             next_wake=min((b.until for b in self.blocked if b.until is not None), default=None),
         )
 
@@ -138,20 +147,31 @@ class _Round:
     def _orphans(self) -> list[ObservedWorkload]:
         """What no desired instance has the id of, and no entry in trouble might mean."""
         wanted = {item.instance.id for item in self.assessments}
-        ids = {name for entry in self.desired.unsatisfiable for name in entry.instances}
-        gpus = {uuid for entry in self.desired.unsatisfiable for uuid in entry.gpus}
         return [
             workload
             for workload in workloads(self.observed)
-            if workload.identity.instance not in wanted | ids
-            and not gpus & set(workload.identity.gpus)
+            if workload.identity.instance not in wanted and not self._protected(workload)
         ]
 
+    def _protected(self, workload: ObservedWorkload) -> bool:
+        """Whether an entry in trouble might mean it. Where it is not even known which GPU the
+        entry means, that is everything of the same model on a GPU that is not there.
+        """
+        identity = workload.identity
+        lost = not set(identity.gpus) <= self.gpus.keys()
+        return any(
+            identity.instance in entry.instances
+            or set(entry.gpus) & set(identity.gpus)
+            or (lost and not entry.gpus and entry.model == identity.model)
+            for entry in self.desired.unsatisfiable
+        )
+
     def _lane(self, lane: str, wanted: list[Assessment], orphans: list[ObservedWorkload]) -> None:
-        frozen = self._frozen(wanted, orphans)
-        if frozen is not None:  # 1
-            self.blocked += [blocked(item, frozen) for item in wanted if not item.ready]
-            return
+        for view in self.observed.runtimes:  # 1
+            if view.error is not None and self._concerned(view.runtime, wanted, orphans):
+                reason = f"what {view.runtime} runs is unknown: {view.error}"
+                self._freeze(wanted, orphans, reason, view.hint)
+                return
         orphans = self._confirmed(orphans)
         leaving = {orphan.identity.instance for orphan in orphans}
         ups: dict[str, BringUp] = {}
@@ -162,19 +182,74 @@ class _Round:
                 self.blocked.append(up)
             elif up is not None:
                 ups[item.instance.id] = up
-                self.reserved |= host_ports(up.late)
-        stops = self._stops(wanted, orphans, ups, serving)  # 2
+        stops = self._settle(wanted, orphans, ups, serving)  # 2
         for item in wanted:
             self._instance(lane, item, ups.get(item.instance.id), stops)
         self._leavers(lane, wanted, orphans, stops)
 
-    def _frozen(self, wanted: list[Assessment], orphans: list[ObservedWorkload]) -> str | None:
-        concerned = {item.runtime for item in wanted} | {item.runtime for item in orphans}
-        settled = all(item.runs and not item.alive for item in wanted) and not orphans
-        for view in self.observed.runtimes:
-            if view.error is not None and (view.runtime in concerned or not settled):
-                return f"what {view.runtime} runs is unknown: {view.error}"
-        return None
+    @staticmethod
+    def _concerned(runtime: str, wanted: list[Assessment], orphans: list[ObservedWorkload]) -> bool:
+        """Whether a lane depends on what an unreadable runtime runs."""
+        if runtime in {item.runtime for item in wanted} | {item.runtime for item in orphans}:
+            return True
+        return bool(orphans) or not all(item.runs and not item.alive for item in wanted)
+
+    def _freeze(
+        self,
+        wanted: list[Assessment],
+        orphans: list[ObservedWorkload],
+        reason: str,
+        hint: str | None = None,
+    ) -> None:
+        """Say so of everything that may have to change. What is known to run is not troubled."""
+        self.blocked += [
+            blocked(item, reason, hint=hint) for item in wanted if item.alive or not item.runs
+        ]
+        for identity in {item.identity.instance: item.identity for item in orphans}.values():
+            self.blocked.append(
+                Blocked(identity.instance, reason, identity.gpus, identity.model, hint)
+            )
+
+    def _settle(
+        self,
+        wanted: list[Assessment],
+        orphans: list[ObservedWorkload],
+        ups: dict[str, BringUp],
+        serving: dict[str, ObservedWorkload | None],
+    ) -> Departures:
+        """What goes. A start that needs what something that stays has is taken out of `ups`.
+
+        That may make something else stay, and so on, until nothing is taken out any more.
+        """
+        alive = [workload for workload in workloads(self.observed) if is_alive(workload)]
+        while True:
+            stops = departures(wanted, orphans, ups, serving)
+            stays = [workload for workload in alive if workload not in stops]
+            obstructed = {}
+            for item in wanted:
+                up = ups.get(item.instance.id)
+                for workload in stays if up is not None else ():
+                    if up is not None and (what := needs(item, up, workload)) is not None:
+                        obstructed[item.instance.id] = self._obstructed(item, what, workload)
+                        break
+            if not obstructed:
+                return stops
+            for instance, reason in obstructed.items():
+                del ups[instance]
+                self.blocked.append(reason)
+
+    def _obstructed(self, item: Assessment, what: str, workload: ObservedWorkload) -> Blocked:
+        name = f"GPU {self.gpus[what].index}" if what in self.gpus else what
+        instance = workload.identity.instance
+        if any(workload is other.match for other in self.assessments):
+            why = "which is to keep it"
+        elif instance in self.unconfirmed:
+            why = "whose removal waits to be confirmed"
+        elif self._protected(workload):
+            why = "which an entry that cannot be followed now may mean"
+        else:
+            why = "which stays because not all that follows it can start"
+        return blocked(item, f"{name} is still held by {instance}, {why}")
 
     def _confirmed(self, orphans: list[ObservedWorkload]) -> list[ObservedWorkload]:
         """The orphans that may go. A file cut short names fewer GPUs, and only a person can tell
@@ -185,6 +260,7 @@ class _Round:
         named = {uuid for item in self.assessments for uuid in item.instance.gpus}
         named |= set(self.desired.kept_empty)
         held = [item for item in orphans if not set(item.identity.gpus) <= named]
+        self.unconfirmed |= {item.identity.instance for item in held}
         for workload in {item.identity.instance: item for item in held}.values():
             self.blocked.append(
                 Blocked(
@@ -204,96 +280,69 @@ class _Round:
     ) -> tuple[ObservedWorkload | None, BringUp | Blocked | None]:
         """(the workload that may stay alive, how to bring the instance up if that is due)."""
         entry = self.memory.of(item.instance.id)
-        if entry.failed == item.hash and (back := self._predecessor(item, entry)) is not None:
-            why = f"the new specification failed ({entry.reason}); the last good one runs"
-            self.blocked.append(
-                blocked(item, why, hint="change the file, or: mic-supervisor retry")
-            )
-            if is_alive(back):
-                return back, None
-            restart = Restart(f"restart {back.name}", item.instance.id, back)
-            return back, BringUp("start", f"rollback: {entry.reason}", (), restart)
+        around = Surroundings(self.observed, self.gpus, self.ports, self.numbers, leaving)
+        lost = [uuid for uuid in item.instance.gpus if uuid not in self.gpus]
+        patient = entry.retry_at is not None and entry.retry_at > self.now
+        if entry.failed == item.hash and (back := predecessor(entry, item)) is not None:
+            hint = "change the file, or: mic-supervisor retry"
+            if not is_alive(back) and patient:
+                reason = f"{rolled_back(entry)}; backoff: {entry.reason}"
+                return back, blocked(item, reason, hint=hint, until=entry.retry_at)
+            if not is_alive(back) and not lost:
+                up = take_over(item, back, entry, around)
+                if isinstance(up, Blocked):
+                    return back, up
+                self.blocked.append(blocked(item, rolled_back(entry), hint=hint))
+                return back, up
+            return back, blocked(item, rolled_back(entry), hint=hint)
         unhealthy = item.live_failure or item.overdue(entry.started_at, self.now)
         forced = item.instance.id in self.context.forced
         if item.runs and unhealthy is None and not forced:
             return item.match, None
-        if entry.retry_at is not None and entry.retry_at > self.now and not forced:
+        if lost:
+            return item.match, blocked(item, f"{', '.join(lost)} is not there")
+        if patient and not forced:
             reason = f"backoff: {entry.reason}"
             return item.match, blocked(item, reason, until=entry.retry_at)
-        around = Surroundings(self.observed, self.gpus, self.ports, self.reserved, leaving)
         return item.match, bring_up(item, entry, unhealthy, around, self.context)
-
-    def _predecessor(self, item: Assessment, entry: InstanceMemory) -> ObservedWorkload | None:
-        name = rollback_target(entry, item)
-        return next((w for w in (*item.alive, *item.ended) if w.name == name), None)
-
-    def _stops(
-        self,
-        wanted: list[Assessment],
-        orphans: list[ObservedWorkload],
-        ups: dict[str, BringUp],
-        serving: dict[str, ObservedWorkload | None],
-    ) -> dict[str, list[Step]]:
-        """The steps that stop what must go, by the name of the workload."""
-        stops: dict[str, list[Step]] = {}
-        owners = {item.instance.id: item for item in wanted}
-        going = [w for item in wanted for w in (item.match, *item.alive) if w is not None]
-        for workload in [w for w in (*going, *orphans) if is_alive(w)]:
-            instance = workload.identity.instance
-            up = ups.get(instance)
-            kept = serving.get(instance)
-            if kept is not None and kept.name == workload.name and (up is None or up.stops is None):
-                continue
-            followers = [
-                item
-                for item in wanted
-                if item.instance.id == instance
-                or set(item.instance.gpus) & set(workload.identity.gpus)
-            ]
-            waiting = [
-                item
-                for item in followers
-                if item.instance.id not in ups and not _alive(serving[item.instance.id])
-            ]
-            if waiting:
-                continue
-            early = [
-                ups[i.instance.id].early[-1].id
-                for i in followers
-                if i.instance.id in ups and ups[i.instance.id].early
-            ]
-            stops[workload.name] = _stop(workload, owners.get(instance), tuple(early))
-        return stops
 
     def _instance(
         self,
         lane: str,
         item: Assessment,
         up: BringUp | None,
-        stops: dict[str, list[Step]],
+        stops: Departures,
     ) -> None:
-        instance = item.instance
-        mine = [w for w in (item.match, *item.alive) if w is not None and w.name in stops]
-        steps: list[Step] = [step for workload in mine for step in stops[workload.name]]
+        instance, entry = item.instance, self.memory.of(item.instance.id)
+        mine = [w for w in (item.match, *item.alive) if w is not None and w in stops]
+        steps: list[Step] = [step for workload in mine for step in stops.of(workload)]
         if up is None:
+            count = len(self.changes) + len(self.blocked)
             if steps:  # two of one instance: the second serves nobody and holds the GPU
-                failed = self.memory.of(instance.id).failed == item.hash
+                failed = entry.failed == item.hash
                 cause = "it failed, and the last good one runs" if failed else "it runs twice"
                 self._change("stop", lane, item, cause, steps)
-            self._loads(lane, item)
-            self._leftovers(lane, item, steps)
+            self._loads(lane, item, entry)
+            self._leftovers(lane, item, entry, steps)
+            unchanged = count == len(self.changes) + len(self.blocked)
+            if unchanged and item.runs and entry.started is None:
+                self._change("adopt", lane, item, "it runs already, as the file asks", [])
             return
-        # The start waits for everything that leaves these GPUs, whoever stops it.
-        before = [
-            step.id
-            for name, sequence in stops.items()
-            for step in sequence[-1:]
-            if self._overlaps(name, instance.gpus)
-        ]
-        before += [step.id for step in up.early[-1:]]
+        # The start waits for everything that leaves its GPUs and ports, whoever stops it.
+        before = [*stops.before(item, up), *(step.id for step in up.early[-1:])]
+        ended = superseded(item, up, entry)
+        if item.runtime not in self.context.creates_ahead:
+            # Their name may be the new one's, too: what is removed after the start would be that.
+            for workload in ended:
+                remove = Remove(
+                    f"remove {workload.name}", instance.id, workload, depends_on=tuple(before)
+                )
+                steps.append(remove)
+            before += [f"remove {workload.name}" for workload in ended]
+            ended = []
         former = self._former(item, stops)
         late: list[Step] = []
-        if former and not all(self.gpus[uuid].simulated for uuid in instance.gpus):
+        if former or self._is_released(item):
             release = Release(
                 f"release {instance.id}",
                 instance.id,
@@ -305,77 +354,35 @@ class _Round:
             before = [release.id]
         start = replace(up.late, depends_on=tuple(before))
         late.append(start)
-        for workload in self._superseded(item, up, keep_newest=not item.alive):
+        for workload in ended:
             late.append(
                 Remove(f"remove {workload.name}", instance.id, workload, depends_on=(start.id,))
             )
         self._change(up.kind, lane, item, up.cause, [*up.early, *steps, *late])
 
-    def _loads(self, lane: str, item: Assessment) -> None:
+    def _loads(self, lane: str, item: Assessment, entry: InstanceMemory) -> None:
         """5. Only a server that answers can say what it has loaded."""
-        entry = self.memory.of(item.instance.id)
-        if not item.started_up or item.match is None:
-            return
-        due = [
-            placement
-            for placement in item.instance.placements
-            if not item.loaded(placement)
-            and item.placement(placement).state not in (LoadState.LOADING, LoadState.UNKNOWN)
-        ]
-        if not due:
-            return
-        if entry.retry_at is not None and entry.retry_at > self.now:
+        due = loads(item)
+        if due and entry.retry_at is not None and entry.retry_at > self.now:
             self.blocked.append(blocked(item, f"backoff: {entry.reason}", until=entry.retry_at))
             return
-        for placement in due:
-            state = item.placement(placement)
-            before, after = dict(state.summary), dict(placement.summary)
-            diff = tuple(
-                FieldDiff(key, before.get(key), after.get(key))
-                for key in sorted({*before, *after})
-                if before.get(key) != after.get(key)
-            )
-            if state.state is LoadState.LOADED:
-                changed = ", ".join(entry.path for entry in diff) or "its configuration"
-                cause = f"{changed} changed"
-            else:
-                cause = f"the server does not have {placement.model} loaded"
-            step = Load(
-                f"load {placement.model} into {item.match.name}",
-                item.instance.id,
-                item.match,
-                placement,
-            )
-            self._change("load", lane, item, cause, [step], diff)
+        for load in due:
+            self._change("load", lane, item, load.cause, [load.step], load.diff)
 
-    def _leftovers(self, lane: str, item: Assessment, stops: list[Step]) -> None:
-        """7. The newest ended one is kept: it is what a rollback starts, and has the last log."""
-        extra = [w for w in item.ended if w.state is RunState.CREATED]
-        extra += [w for w in item.ended if w.state is not RunState.CREATED][1:]
+    def _leftovers(
+        self, lane: str, item: Assessment, entry: InstanceMemory, stops: list[Step]
+    ) -> None:
+        extra = left_over(item, entry)  # 7
         if extra and item.runs and not stops:
             steps: list[Step] = [Remove(f"remove {w.name}", item.instance.id, w) for w in extra]
             self._change("remove", lane, item, "left over from an earlier specification", steps)
-
-    def _superseded(
-        self, item: Assessment, up: BringUp, *, keep_newest: bool
-    ) -> list[ObservedWorkload]:
-        started = up.late.workload.name if isinstance(up.late, Restart) else None
-        ended_ones = [w for w in item.ended if w.name != started]
-        never = [w for w in ended_ones if w.state is RunState.CREATED]
-        ran = [w for w in ended_ones if w.state is not RunState.CREATED]
-        if item.match is not None and not is_alive(item.match) and started is None:
-            # The start replaces the record of the same name; another name is left behind.
-            name = up.late.launch.name if isinstance(up.late, Start) else None
-            if item.match.name != name:
-                never.append(item.match)
-        return [*never, *ran[1 if keep_newest else 0 :]]
 
     def _leavers(
         self,
         lane: str,
         wanted: list[Assessment],
         orphans: list[ObservedWorkload],
-        stops: dict[str, list[Step]],
+        stops: Departures,
     ) -> None:
         by_instance: dict[str, list[ObservedWorkload]] = {}
         for orphan in orphans:
@@ -383,7 +390,7 @@ class _Round:
         for instance, found in by_instance.items():
             steps: list[Step] = []
             for workload in found:
-                stop = stops.get(workload.name, [])
+                stop = stops.of(workload)
                 if is_alive(workload) and not stop:
                     continue  # what follows it is blocked, so it stays
                 after = (stop[-1].id,) if stop else ()
@@ -417,20 +424,22 @@ class _Round:
             return "its GPU is to be kept empty"
         return "the file no longer names it"
 
-    def _overlaps(self, name: str, gpus: tuple[str, ...]) -> bool:
-        found = next(w for w in workloads(self.observed) if w.name == name)
-        return bool(set(found.identity.gpus) & set(gpus)) or not found.identity.gpus
-
-    def _former(
-        self, item: Assessment, stops: dict[str, list[Step]]
-    ) -> tuple[ObservedWorkload, ...]:
+    def _former(self, item: Assessment, stops: Departures) -> tuple[ObservedWorkload, ...]:
         """The workloads that had these GPUs last."""
+        if all(self.gpus[uuid].simulated for uuid in item.instance.gpus):
+            return ()
         return tuple(
             workload
             for workload in workloads(self.observed)
             if set(workload.identity.gpus) & set(item.instance.gpus)
-            and (workload.name in stops or workload == item.match)
+            and (workload in stops or workload == item.match)
+            and workload.state is not RunState.CREATED
         )
+
+    def _is_released(self, item: Assessment) -> bool:
+        """Whether the driver still lists on these GPUs what has ended."""
+        gpus = [self.gpus[uuid] for uuid in item.instance.gpus]
+        return any(lets_go(process) for gpu in gpus for process in gpu.processes or ())
 
     def _change(
         self,
@@ -455,32 +464,3 @@ class _Round:
                 tuple(steps),
             )
         )
-
-
-def _alive(workload: ObservedWorkload | None) -> bool:
-    return workload is not None and is_alive(workload)
-
-
-def _stop(
-    workload: ObservedWorkload, owner: Assessment | None, after: tuple[str, ...]
-) -> list[Step]:
-    """Drain where the backend knows how, then stop."""
-    instance = workload.identity.instance
-    signal, grace = specs.stop_parameters(workload.identity.spec)
-    steps: list[Step] = []
-    if owner is not None:
-        desired = owner.instance
-        signal, grace = desired.workload.stop_signal, desired.workload.stop_timeout
-        if desired.drain is not None and desired.drain_timeout > 0:
-            drain = Drain(
-                f"drain {workload.name}",
-                instance,
-                workload,
-                desired.drain,
-                desired.drain_timeout,
-                depends_on=after,
-            )
-            steps.append(drain)
-            after = (drain.id,)
-    stop = Stop(f"stop {workload.name}", instance, workload, signal, grace, depends_on=after)
-    return [*steps, stop]

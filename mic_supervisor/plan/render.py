@@ -98,11 +98,10 @@ def summary(plan: Plan) -> str:
     counts: dict[str, int] = {}
     for change in plan.changes:
         counts[change.kind] = counts.get(change.kind, 0) + 1
-    parts = [f"{counts[kind]} to {kind}" for kind in _MARKS if kind in counts]
-    blocked = f"{len(plan.blocked)} blocked" if plan.blocked else ""
-    if not parts:
-        return f"No changes; {blocked}." if blocked else "No changes."
-    return f"Plan: {', '.join(parts)}{'; ' if blocked else ''}{blocked}."
+    parts = [f"{counts[kind]} to {kind}" for kind in _MARKS if kind in counts and kind != "adopt"]
+    rest = [f"{counts['adopt']} to adopt"] if "adopt" in counts else []
+    rest += [f"{len(plan.blocked)} blocked"] if plan.blocked else []
+    return "; ".join([f"Plan: {', '.join(parts)}" if parts else "No changes", *rest]) + "."
 
 
 def reason(item: Blocked) -> str:

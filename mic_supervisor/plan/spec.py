@@ -91,9 +91,7 @@ def differences(recorded: Mapping[str, Any], desired: Mapping[str, Any]) -> tupl
 
 def keys_of(recorded: Mapping[str, Any]) -> set[str]:
     """The ids of the keys that its secrets were digested with."""
-    return {
-        _key_of(digest) for name in _SECRET for digest in _mapping(recorded.get(name)).values()
-    }
+    return {_key_of(digest) for name in _SECRET for digest in _mapping(recorded.get(name)).values()}
 
 
 def stop_parameters(spec: Mapping[str, Any] | None) -> tuple[str, float]:

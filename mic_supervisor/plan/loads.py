@@ -1,0 +1,49 @@
+"""What a server that runs should have loaded, and has not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mic_supervisor.model import LoadState, PlacementState
+from mic_supervisor.plan.actions import FieldDiff, Load
+from mic_supervisor.plan.assess import Assessment
+
+
+@dataclass(frozen=True, slots=True)
+class DueLoad:
+    step: Load
+    cause: str
+    diff: tuple[FieldDiff, ...]
+
+
+def loads(item: Assessment) -> list[DueLoad]:
+    """Only of a server that has started up, and only where it is known what it has loaded."""
+    match = item.match
+    if match is None or not item.started_up:
+        return []
+    out = []
+    for placement in item.instance.placements:
+        state = item.placement(placement)
+        if item.loaded(placement) or not _is_known(state):
+            continue
+        before, after = dict(state.summary), dict(placement.summary)
+        diff = tuple(
+            FieldDiff(key, before.get(key), after.get(key))
+            for key in sorted({*before, *after})
+            if before.get(key) != after.get(key)
+        )
+        if state.state is LoadState.LOADED:
+            changed = ", ".join(entry.path for entry in diff) or "its configuration"
+            cause = f"{changed} changed"
+        else:
+            cause = f"the server does not have {placement.model} loaded"
+        name = f"load {placement.model} into {match.name}"
+        out.append(DueLoad(Load(name, item.instance.id, match, placement), cause, diff))
+    return out
+
+
+def _is_known(state: PlacementState) -> bool:
+    """Whether a server's word on a model is enough to send it anew."""
+    if state.state is LoadState.LOADED:
+        return state.digest is not None
+    return state.state in (LoadState.ABSENT, LoadState.FAILED)
