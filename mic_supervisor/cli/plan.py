@@ -31,7 +31,8 @@ EXIT_CHANGES = 2
 def command(file: Path | None, as_json: bool, detailed_exitcode: bool) -> int:
     """Show what apply would do, and why.
 
-    Where the daemon runs it is asked, so that backoff and work in flight count. FILE is compared instead of the configured file, and nothing else changes by that.
+    Where the daemon runs it is asked, so that backoff and work in flight count. FILE is compared
+    instead of the configured file, and nothing else changes by that.
     """
     from mic_supervisor.converge.state import host_name
     from mic_supervisor.plan import render

@@ -145,6 +145,7 @@ class Converger:
         self._steps = Steps(sources, self._target_of)
         self._lanes: dict[asyncio.Task[None], _Lane] = {}
         self._rest: dict[str, tuple[int, float]] = {}  # instance -> failures in a row, until
+        self._stuck: dict[str, str] = {}  # instance -> ref of the workload that does not end
         self._assessments: dict[str, Assessment] = {}
         self._indices: dict[str, int] = {}
         self._gpus = Source(
@@ -363,6 +364,8 @@ class Converger:
             except MicError as error:
                 failed.add(step.id)
                 broken.add(change.instance)
+                if isinstance(step, Stop) and isinstance(error, StopFailed):
+                    self._stuck[step.instance] = step.workload.ref
                 self._failed(change, error, began)
         for change in changes:
             if change.instance not in broken:
