@@ -15,7 +15,7 @@ from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, Run
 from mic_supervisor.model import ContainerSpec, Launch, ObservedWorkload, RuntimeView
 from mic_supervisor.runtimes import Progress
 from mic_supervisor.runtimes.docker_create import CDI_KIND, INSTANCE, container_config, ownership
-from mic_supervisor.runtimes.docker_engine import Engine
+from mic_supervisor.runtimes.docker_engine import Engine, an_object
 from mic_supervisor.runtimes.docker_pull import Puller
 from mic_supervisor.runtimes.docker_view import detailed, labels_in, split, stranger_reason
 
@@ -137,13 +137,7 @@ class DockerRuntime:
         discovered = self._discovered(what) if spec.devices else frozenset()
         config = container_config(launch, spec, discovered)
         try:
-            made = self._call(
-                what,
-                lambda api: api.create_container_from_config(  # type: ignore[no-untyped-call]
-                    config, launch.name
-                ),
-                patient=True,
-            )
+            ref = self._call(what, lambda api: _create(api, launch.name, config), patient=True)
         except RuntimeRefused as error:
             raise self._name_taken(what, launch, error) from error
         except RuntimeUnavailable:
@@ -151,7 +145,7 @@ class DockerRuntime:
             self._discard(launch)
             raise
         try:
-            check_program(self._engine, what, self._inspect(what, str(made["Id"])) or {})
+            check_program(self._engine, what, self._inspect(what, ref) or {})
         except MicError as error:
             raise self._discarded(launch, error) from error
 
@@ -252,7 +246,7 @@ class DockerRuntime:
             from docker.errors import NotFound
 
             try:
-                return dict(api.inspect_container(ref))
+                return an_object(api.inspect_container(ref))
             except NotFound:
                 return None
 
@@ -263,7 +257,11 @@ class DockerRuntime:
         now = time.monotonic()
         known = self._devices
         if known is None or now - known[0] > _DEVICES_FOR:
-            known = (now, _cdi_devices(self._engine.newest(what, "/info")))
+            try:
+                known = (now, _cdi_devices(self._engine.newest(what, "/info")))
+            except RuntimeRefused:
+                # A socket proxy that does not let /info through: the older way is left.
+                known = (now, frozenset())
             self._devices = known
         return known[1]
 
@@ -315,6 +313,11 @@ class DockerRuntime:
         if left is None:
             return error
         return type(error)(f"{error.message}; and {left}", hint=error.hint)
+
+
+def _create(api: APIClient, name: str, config: dict[str, Any]) -> str:
+    made = api.create_container_from_config(config, name)  # type: ignore[no-untyped-call]
+    return str(made["Id"])
 
 
 def _container(launch: Launch, verb: str) -> ContainerSpec:

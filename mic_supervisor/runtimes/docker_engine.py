@@ -28,6 +28,13 @@ OLDEST_VERSION = (1, 40)  # Engine 19.03, the first with device requests
 _CONNECTIONS = 64
 
 
+def an_object(value: Any) -> dict[str, Any]:
+    """A JSON object as it is; ValueError for anything else, which no engine answers."""
+    if not isinstance(value, dict):
+        raise ValueError("the answer is not a JSON object")
+    return value
+
+
 class Engine:
     """Calls one engine; what fails leaves as RuntimeUnavailable or RuntimeRefused.
 
@@ -112,13 +119,12 @@ class Engine:
         except engine_errors() as error:
             raise explain(what, error, self.address) from error
 
-    def newest(self, what: str, path: str) -> Any:
-        """The JSON of a GET in the engine's newest API version, with fields that ours lacks."""
+    def newest(self, what: str, path: str) -> dict[str, Any]:
+        """The JSON object of a GET in the engine's newest API version, with fields ours lacks."""
 
-        def ask(client: APIClient) -> Any:
-            return self._checked(
-                client.get(f"{client.base_url}{path}", timeout=self.timeout)
-            ).json()
+        def ask(client: APIClient) -> dict[str, Any]:
+            answer = self._checked(client.get(f"{client.base_url}{path}", timeout=self.timeout))
+            return an_object(answer.json())
 
         return self.call(what, ask)
 

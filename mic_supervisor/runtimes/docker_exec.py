@@ -29,22 +29,21 @@ def run_check(
     """
     what = f"cannot run {command[0] if command else 'a check'} in container {workload.name}"
     deadline = time.monotonic() + timeout
-    exec_id = str(engine.call(what, lambda api: api.exec_create(workload.ref, list(command)))["Id"])
+    exec_id = engine.call(what, lambda api: str(api.exec_create(workload.ref, list(command))["Id"]))
     try:
         output = _output(engine, what, exec_id, deadline)
     except _Late as late:
         _kill(engine, what, exec_id, workload.ref)
         said = f": {late.output}" if late.output else ""
         return TIMED_OUT, f"no end within {timeout:g} s{said}"
-    answer = engine.call(what, lambda api: api.exec_inspect(exec_id))
-    code = answer.get("ExitCode")
+    code = engine.call(what, lambda api: api.exec_inspect(exec_id).get("ExitCode"))
     # None: the command closed its output and runs on.
     while code is None:
         if time.monotonic() > deadline:
             _kill(engine, what, exec_id, workload.ref)
             return TIMED_OUT, f"no end within {timeout:g} s: {output}"
         time.sleep(0.02)
-        code = engine.call(what, lambda api: api.exec_inspect(exec_id)).get("ExitCode")
+        code = engine.call(what, lambda api: api.exec_inspect(exec_id).get("ExitCode"))
     return int(code), output
 
 

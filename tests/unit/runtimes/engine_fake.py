@@ -18,6 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mic_supervisor.errors import MicError
+from mic_supervisor.model import ContainerSpec, Identity, Launch, ObservedWorkload, RunState
+
+IDENTITY = Identity("default", "h", "mam", "MAM", "container", ("GPU-1",), {}, {}, "abc")
+LAUNCH = Launch("mic-mam", "docker", IDENTITY, ContainerSpec("x:1", command=("/serve",)))
+WORKLOAD = ObservedWorkload("docker", "mic-mam", "c1", IDENTITY, RunState.RUNNING)
+
 Answer = Callable[["Handler"], None]
 
 
@@ -134,3 +143,9 @@ def half(handler: Handler) -> None:
     handler.begin()
     handler.chunk(b'[{"Id":')
     handler.close_connection = True
+
+
+def fails(call: Callable[[], object]) -> MicError:
+    with pytest.raises(MicError) as caught:
+        call()
+    return caught.value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,25 +12,24 @@ from pathlib import Path
 import pytest
 
 from mic_supervisor.errors import (
-    MicError,
     RuntimeRefused,
     RuntimeUnavailable,
     StopFailed,
 )
 from mic_supervisor.model import (
     ContainerSpec,
-    Identity,
     Launch,
-    ObservedWorkload,
-    RunState,
 )
 from mic_supervisor.runtimes.docker import DockerRuntime
 from mic_supervisor.runtimes.docker_create import labels
-from tests.support.waiting import until
 from tests.unit.runtimes.engine_fake import (
+    IDENTITY,
+    LAUNCH,
+    WORKLOAD,
     Answer,
     FakeEngine,
     Handler,
+    fails,
     half,
     hang,
     hang_up,
@@ -39,9 +37,6 @@ from tests.unit.runtimes.engine_fake import (
     reply,
 )
 
-IDENTITY = Identity("default", "h", "mam", "MAM", "container", ("GPU-1",), {}, {}, "abc")
-LAUNCH = Launch("mic-mam", "docker", IDENTITY, ContainerSpec("x:1", command=("/serve",)))
-WORKLOAD = ObservedWorkload("docker", "mic-mam", "c1", IDENTITY, RunState.RUNNING)
 OURS = {
     "Id": "c1",
     "Path": "/serve",
@@ -70,12 +65,6 @@ def runtime(fake: FakeEngine) -> Iterator[DockerRuntime]:
     )
     yield runtime
     runtime.close()
-
-
-def fails(call: Callable[[], object]) -> MicError:
-    with pytest.raises(MicError) as caught:
-        call()
-    return caught.value
 
 
 # --- The API version --------------------------------------------------------------------------
@@ -357,6 +346,51 @@ def test_gpus_by_cdi_where_the_engine_lists_them(runtime: DockerRuntime, fake: F
     assert [asked for asked in fake.requests if "info" in asked[1]] == [("", "GET /info")]
 
 
+def test_an_info_that_is_kept_from_us_leaves_the_older_way(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    bodies: list[bytes] = []
+
+    def create(handler: Handler) -> None:
+        bodies.append(handler.body)
+        handler.send(201, b'{"Id": "c1"}')
+
+    fake.answers |= {"GET /info": refuse(403, "Forbidden"), "POST /containers/create": create}
+    spec = ContainerSpec("x:1", devices=("GPU-1",))
+    runtime.create(Launch("mic-mam", "docker", IDENTITY, spec))
+    (body,) = bodies
+    (request,) = json.loads(body)["HostConfig"]["DeviceRequests"]
+    assert (request["Driver"], request["DeviceIDs"]) == ("", ["GPU-1"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "call"),
+    [
+        ("POST /containers/create", lambda r: r.create(LAUNCH)),
+        ("GET /containers/mic-mam/json", lambda r: r.start(LAUNCH)),
+        ("GET /containers/c1/json", lambda r: r.inspect(WORKLOAD)),
+        ("POST /containers/c1/exec", lambda r: r.run_check(WORKLOAD, ("true",), 1)),
+        ("POST /containers/c1/wait", lambda r: r.stop(WORKLOAD, signal="SIGTERM", grace=1)),
+        ("GET /info", lambda r: r.version()),
+    ],
+)
+@pytest.mark.parametrize("body", [[], [1], "x", None, 5])
+def test_answers_of_another_shape_are_not_an_engines(
+    runtime: DockerRuntime,
+    fake: FakeEngine,
+    asked: str,
+    call: Callable[[DockerRuntime], object],
+    body: object,
+) -> None:
+    fake.answers |= {
+        "GET /version": reply({}),
+        "POST /containers/c1/kill": lambda h: h.send(204, b""),
+        asked: reply(body),
+    }
+    error = fails(lambda: call(runtime))
+    assert isinstance(error, RuntimeUnavailable | RuntimeRefused)
+
+
 # --- Stopping ---------------------------------------------------------------------------------
 
 
@@ -402,73 +436,4 @@ def test_a_removal_that_does_not_end(runtime: DockerRuntime, fake: FakeEngine) -
     fake.answers["DELETE /containers/c1"] = refuse(409, "removal is already in progress")
     assert str(fails(lambda: runtime.remove(WORKLOAD))) == (
         "cannot remove container mic-mam: removal is already in progress"
-    )
-
-
-# --- Streams that break -----------------------------------------------------------------------
-
-
-def frame(data: bytes) -> bytes:
-    return struct.pack(">BxxxL", 1, len(data)) + data
-
-
-def test_a_log_that_breaks_off_is_an_error_after_what_came(
-    runtime: DockerRuntime, fake: FakeEngine
-) -> None:
-    def log(handler: Handler) -> None:
-        handler.begin()
-        handler.chunk(frame(b"one\n"))
-        handler.close_connection = True
-
-    fake.answers["GET /containers/c1/logs"] = log
-    lines = runtime.logs(WORKLOAD, follow=True)
-    assert next(lines) == "one"
-    error = fails(lambda: next(lines))
-    assert isinstance(error, RuntimeUnavailable)
-    assert str(error) == (
-        f"cannot read the log of container mic-mam: the engine at {fake.path} hung up in the "
-        "middle of the call"
-    )
-
-
-@pytest.mark.parametrize("broken", ["hang up", "end", "no JSON"])
-def test_events_that_break_off_are_an_error(
-    runtime: DockerRuntime, fake: FakeEngine, broken: str
-) -> None:
-    event = {"Action": "die", "Actor": {"ID": "c1", "Attributes": {"name": "m", "exitCode": "1"}}}
-
-    def events(handler: Handler) -> None:
-        handler.begin()
-        handler.chunk(json.dumps(event).encode() + b"\n")
-        if broken == "end":
-            handler.chunk(b"")
-        elif broken == "no JSON":
-            handler.chunk(b"Bad Gateway\n")
-        handler.close_connection = True
-
-    fake.answers["GET /events"] = events
-    heard = runtime.events(threading.Event())
-    assert next(heard) == f"listening to the engine at {fake.path}"
-    assert next(heard) == "die m (exit code 1)"
-    error = fails(lambda: next(heard))
-    assert isinstance(error, RuntimeUnavailable)
-    assert str(error).startswith("cannot follow the engine's events: ")
-
-
-def test_events_end_soon_when_told_to(runtime: DockerRuntime, fake: FakeEngine) -> None:
-    def events(handler: Handler) -> None:
-        handler.begin()
-        time.sleep(5)
-
-    fake.answers["GET /events"] = events
-    stop = threading.Event()
-    heard = runtime.events(stop)
-    next(heard)
-    threading.Timer(0.1, stop.set).start()
-    began = time.monotonic()
-    assert list(heard) == []
-    assert time.monotonic() - began < 2
-    until(
-        lambda: all(thread.name != "docker-events-stop" for thread in threading.enumerate()),
-        "the end of the thread that waits for the word",
     )

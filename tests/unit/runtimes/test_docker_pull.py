@@ -6,13 +6,12 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mic_supervisor.errors import (
-    MicError,
     PreflightFailed,
     RuntimeUnavailable,
 )
@@ -22,6 +21,7 @@ from tests.unit.runtimes.engine_fake import (
     Answer,
     FakeEngine,
     Handler,
+    fails,
     half,
     hang,
     refuse,
@@ -33,12 +33,6 @@ def fake(tmp_path: Path) -> Iterator[FakeEngine]:
     fake = FakeEngine(tmp_path / "d.sock")
     yield fake
     fake.close()
-
-
-def fails(call: Callable[[], object]) -> MicError:
-    with pytest.raises(MicError) as caught:
-        call()
-    return caught.value
 
 
 # --- Pulling ----------------------------------------------------------------------------------
