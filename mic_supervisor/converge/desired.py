@@ -29,7 +29,7 @@ def desired_state(
     unsatisfiable = list(binding.unsatisfiable)
     if inventory.error is not None:
         unsatisfiable = [
-            replace(item, reason=f"the GPUs cannot be read: {inventory.error}", hint=None)
+            replace(item, reason=inventory.error, hint=None)
             for item in unsatisfiable
         ]
     kept_empty: list[str] = []

@@ -63,7 +63,7 @@ def status_document(
         if view.error is not None
     ]
     if observed.inventory.error is not None:
-        unreadable.append(f"the GPUs cannot be read: {observed.inventory.error}")
+        unreadable.append(observed.inventory.error)
     return {
         "version": 1,
         "host": host,

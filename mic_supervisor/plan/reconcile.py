@@ -104,7 +104,7 @@ class _Round:
             self.blocked.append(Blocked(name, entry.reason, entry.gpus, entry.model, entry.hint))
         notes = warnings(self.desired, self.observed, self.context.scope)
         if self.observed.inventory.error is not None:  # 1
-            reason = f"the GPUs cannot be read: {self.observed.inventory.error}"
+            reason = self.observed.inventory.error
             self._freeze(self.assessments, self._orphans(), reason)
             notes.append(f"{reason}; nothing is started or stopped meanwhile")
         else:

@@ -116,9 +116,11 @@ def clock(at: float) -> str:
 
 
 def gpu_names(gpus: Iterable[str], indices: Mapping[str, int]) -> str:
-    """ "GPU 3,4"; a GPU that is not there is named by its UUID."""
-    names = [str(indices[uuid]) if uuid in indices else uuid for uuid in gpus]
-    return f"GPU {','.join(names)}" if names else "no GPU"
+    """ "GPU 3,4"; a GPU that is not there is named by its UUID, which begins with "GPU-"."""
+    gpus = tuple(gpus)
+    if not any(uuid in indices for uuid in gpus):
+        return ",".join(gpus) or "no GPU"
+    return "GPU " + ",".join(str(indices.get(uuid, uuid)) for uuid in gpus)
 
 
 def diff_line(diff: FieldDiff) -> str:
