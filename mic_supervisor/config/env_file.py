@@ -116,9 +116,9 @@ def _value(rest: str) -> str:
         fresh = False
         if char == "\\":
             following = rest[position + 1 : position + 2]
-            if following not in ("", "\n"):
+            if following not in _LINE_ENDS:
                 out.append(following)
-                kept = len(out)
+            kept = len(out)
             position += 2
             continue
         out.append(char)

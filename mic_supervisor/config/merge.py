@@ -126,7 +126,7 @@ def _add_file(merged: Merged, root: Node, report: Report, *, is_drop_in: bool) -
         merged.anchor = first
     for key, entry in root.entries.items():
         if key == "gpus":
-            merged.names_gpus |= entry.node.value not in (None, {})
+            merged.names_gpus |= entry.node.value not in (None, {}) or not entry.node.whole
             merged.anchor = merged.anchor if is_drop_in else entry.place
         if key == "version":
             continue

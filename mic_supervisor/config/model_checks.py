@@ -102,6 +102,8 @@ class ModelChecker:
 
     def _backend_of(self, entry: Entry, path: str) -> str | None:
         given = entry.node.entries.get("backend")
+        if given is None and not entry.node.whole:
+            return None
         if given is None:
             known = ", ".join(self._registry.names())
             self._report.add(
@@ -146,7 +148,7 @@ class ModelChecker:
         for key, reason in refused.items():
             if key in given:
                 self._report.add(given.pop(key).place, dotted(path, key), reason)
-        node = Node(entry.node.place, given)
+        node = Node(entry.node.place, given, whole=entry.node.whole)
         if defaults is not None:
             usable: dict[str | int, Entry] = {
                 key: one
@@ -223,4 +225,4 @@ def _with_defaults(node: Node, defaults: Mapping[str | int, Entry]) -> Node:
             entries[key] = default
         elif isinstance(own.node.value, dict) and isinstance(default.node.value, dict):
             entries[key] = Entry(own.place, _with_defaults(own.node, default.node.entries))
-    return Node(node.place, entries, node.sound)
+    return Node(node.place, entries, node.sound, node.whole)

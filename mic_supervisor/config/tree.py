@@ -23,12 +23,14 @@ class Node:
     """A value and where it stands.
 
     `sound` False: an error was already reported for it, and what is wrong with its value is a
-    consequence. `span` is where a scalar stands in `text`, quotes included.
+    consequence. `whole` False: an entry was left out of a map, since its key is none. `span` is
+    where a scalar stands in `text`, quotes included.
     """
 
     place: Place
     value: Scalar | list[Node] | dict[str | int, Entry]
     sound: bool = True
+    whole: bool = True
     text: str = field(default="", repr=False)
     span: tuple[int, int] = (0, 0)
 

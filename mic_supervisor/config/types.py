@@ -52,7 +52,8 @@ def format_duration(seconds: float) -> str:
     for unit in ("h", "m", "s"):
         if seconds and seconds % _SECONDS[unit] == 0:
             return f"{int(seconds / _SECONDS[unit])}{unit}"
-    return "0s" if not seconds else f"{seconds * 1000:.9g}ms"
+    number, unit = (seconds, "s") if seconds >= 1 or not seconds else (seconds * 1000, "ms")
+    return f"{number:.6f}".rstrip("0").rstrip(".") + unit
 
 
 def parse_size(value: Any) -> int:

@@ -43,7 +43,7 @@ def validate(model: type[M], node: Node, place: Place, path: str, report: Report
 
 
 def _has_unsound(node: Node) -> bool:
-    return not node.sound or any(_has_unsound(child) for child in _children(node))
+    return not (node.sound and node.whole) or any(_has_unsound(child) for child in _children(node))
 
 
 def _children(node: Node) -> Iterator[Node]:
@@ -118,7 +118,9 @@ def _locate(root: Node, place: Place, path: str, error: Any) -> _Fault:
         node=node,
         key_place=key_place,
         path=path,
-        sound=sound and (node.sound or kind == "extra_forbidden"),
+        sound=sound
+        and (node.sound or kind == "extra_forbidden")
+        and (node.whole or kind != "missing"),
         about_key=about_key or kind == "extra_forbidden",
         fork=fork,
         branch=branch,

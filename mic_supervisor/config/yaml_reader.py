@@ -61,10 +61,10 @@ def parse(text: str, file: str, report: Report, budget: Budget) -> Node | None:
         opened = loader.marks[-1] if loader.flow_level and loader.marks else None
         report_syntax_error(error, opened, file, report)
         return None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
+    except (ValueError, OverflowError):
         # PyYAML lets chr() and int() fail on escapes and directives out of their range.
         place = Place(file, loader.line + 1, loader.column + 1)
-        report.add(place, "", f"cannot parse YAML: {error}")
+        report.add(place, "", "an escape or a directive holds a number that is out of range")
         return None
     finally:
         loader.dispose()
@@ -122,8 +122,7 @@ class _Builder:
             return self._scalar(event, sound)
         node = Node(self._place(event), None, sound)
         if isinstance(event, MappingStartEvent):
-            node.value, fit = self._mapping(depth)
-            node.sound = sound and fit
+            node.value = self._mapping(node, depth)
         elif isinstance(event, SequenceStartEvent):
             node.value = self._sequence(depth)
         return node
@@ -154,7 +153,7 @@ class _Builder:
             self._add(event, "the text holds a character that no program takes")
             value, sound = "", False
         span = (event.start_mark.index, event.end_mark.index)
-        return Node(self._place(event), value, sound, self._text, span)
+        return Node(self._place(event), value, sound, text=self._text, span=span)
 
     def _sequence(self, depth: int) -> list[Node]:
         items: list[Node] = []
@@ -164,13 +163,13 @@ class _Builder:
             self._path.pop()
         return items
 
-    def _mapping(self, depth: int) -> tuple[dict[str | int, Entry], bool]:
-        """The entries, and False where a key is so wrong that no map was meant."""
+    def _mapping(self, mapping: Node, depth: int) -> dict[str | int, Entry]:
         entries: dict[str | int, Entry] = {}
-        fit = True
         while not isinstance(event := self._loader.get_event(), MappingEndEvent):
             key = self._key(event, depth)
-            fit = fit and isinstance(event, ScalarEvent)
+            mapping.whole = mapping.whole and key is not None
+            # Where a key is a map or a list, no map was meant: "{{ template }}".
+            mapping.sound = mapping.sound and isinstance(event, ScalarEvent)
             self._path.append("?" if key is None else str(key))
             node = self._node(self._loader.get_event(), depth + 1)
             if key in entries:
@@ -179,7 +178,7 @@ class _Builder:
             elif key is not None:
                 entries[key] = Entry(self._place(event), node)
             self._path.pop()
-        return entries, fit
+        return entries
 
     def _key(self, event: Any, depth: int) -> str | int | None:
         """The key, or None after reporting that it is none."""

@@ -192,7 +192,9 @@ NASTY = {
     "blank lines": "a: 1\n" + "\n" * 250 * K,
     "comments": "#\n" * 120 * K,
     "a long key": HEAD + "gpus: {" + "x" * 1000 + ": a}",
-    "unknown models": HEAD + "gpus:\n" + "".join(f"  0{n}: b{n % 9}{n}\n" for n in range(4 * K)),
+    "unknown models": HEAD
+    + "gpus:\n"
+    + "".join(f"  GPU-{n:08x}-0000-0000-0000-000000000000: b{n}\n" for n in range(3 * K)),
     "similar models": "version: 1\nmodels:\n"
     + "".join(f"  model-{n}: {{backend: command, command: [/a]}}\n" for n in range(1200))
     + "gpus:\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -347,11 +348,20 @@ def test_a_path_with_a_nul(tmp_path: Path) -> None:
     assert "cannot read the file: embedded null byte" in message(tmp_path / "a\0b")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file(tmp_path: Path) -> None:
-    (tmp_path / "f").write_text("")
-    (tmp_path / "f").chmod(0)
-    assert message(tmp_path / "f") == "FILE: error: cannot read the file: permission denied\n"
+def test_an_unreadable_file() -> None:
+    with tempfile.TemporaryDirectory() as directory:  # tmp_path is closed to other users
+        Path(directory).chmod(0o755)
+        file = Path(directory) / "gpus.yaml"
+        file.write_text("")
+        file.chmod(0)
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            found = message(file)
+        finally:
+            os.seteuid(user)
+    assert found == "FILE: error: cannot read the file: permission denied\n"
 
 
 def test_a_dangling_drop_in(tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""check, models and schema, as a person calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mic_supervisor.cli.models import lines
+from mic_supervisor.config.document import Config
+from tests.unit.config.fakes import load_text
+
+ROOT = Path(__file__).parents[3]
+VALID = """\
+version: 1
+models:
+  换脸: {backend: process, command: [/bin/a]}
+  whisper: {backend: container, image: img, env: {T: "${env:TOKEN}"}}
+  spare: {backend: container, image: img}
+gpus: {"0-1": 换脸, "3,4": whisper, 5: none}
+"""
+
+
+def mic(
+    *arguments: str | Path, python: Sequence[str] = (), **environ: str
+) -> subprocess.CompletedProcess[str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("MIC_")}
+    return subprocess.run(
+        [sys.executable, *python, "-m", "mic_supervisor.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**inherited, **environ},
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "gpus.yaml"
+    path.write_text(VALID)
+    return path
+
+
+def test_check_says_what_it_read(config: Path) -> None:
+    done = mic("check", config, TOKEN="x")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{config}: valid: 5 GPUs, 1 of them kept empty; 3 models\n"
+    (config.parent / "gpus.yaml.d").mkdir()
+    (config.parent / "gpus.yaml.d" / "x.yaml").write_text("gpus: {5: spare}\n")
+    done = mic("check", MIC_CONFIG=str(config), TOKEN="x")
+    assert done.stdout == f"{config}: valid: 5 GPUs; 3 models; 1 drop-in\n"
+
+
+def test_check_reports_on_stderr_and_fails(config: Path) -> None:
+    done = mic("check", config)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"{config}:4:55: error: models.whisper.env.T: ${{env:TOKEN}} is not set\n"
+        '      whisper: {backend: container, image: img, env: {T: "${env:TOKEN}"}}\n'
+        "                                                          ^\n"
+        "    set it in the environment of mic-supervisor, or in /etc/mic/mic.env\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({}, "/etc/mic/gpus.yaml: error: cannot read the file: no such file or directory\n"),
+        (
+            {"MIC_CONFIGS": "x"},
+            "environment: error: MIC_CONFIGS: there is no such setting; did you mean MIC_CONFIG?\n",
+        ),
+    ],
+)
+def test_what_is_missing_is_said(environ: dict[str, str], message: str) -> None:
+    if Path("/etc/mic").exists():
+        pytest.skip("this machine has a configuration of its own")
+    done = mic("check", **environ)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+
+
+def test_wrong_usage_is_64(config: Path) -> None:
+    assert mic("check", config, config).returncode == 64
+    assert mic("models", "--jsn").returncode == 64
+    assert mic("schema", "x").returncode == 64
+
+
+def test_models(config: Path) -> None:
+    environ = {"MIC_CONFIG": str(config), "TOKEN": "x"}
+    done = mic("models", **environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "换脸\tprocess\t0 1\nwhisper\tcontainer\t3,4\nspare\tcontainer\t\n"
+    document = json.loads(mic("models", "--json", **environ).stdout)
+    assert (document["version"], document["host"]) == (1, os.uname().nodename)
+    assert document["models"] == [
+        {"name": "换脸", "backend": "process", "gpus": ["0", "1"]},
+        {"name": "whisper", "backend": "container", "gpus": ["3,4"]},
+        {"name": "spare", "backend": "container", "gpus": []},
+    ]
+
+
+def test_models_fails_as_check_does(config: Path) -> None:
+    done = mic("models", "--json", MIC_CONFIG=str(config))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == mic("check", config).stderr
+
+
+def test_the_table_lines_up_in_every_script(tmp_path: Path) -> None:
+    config: Config = load_text(
+        tmp_path,
+        """\
+version: 1
+models:
+  换脸: {backend: command, command: [/a]}
+  whisper: {backend: command, command: [/a]}
+gpus: {0: 换脸}
+""",
+    )
+    assert lines(config, table=True) == [
+        "MODEL    BACKEND  GPUS",
+        "换脸     command  0",
+        "whisper  command  -",
+    ]
+
+
+def test_schema_is_one_json_document() -> None:
+    done = mic("schema")
+    assert (done.returncode, done.stderr) == (0, "")
+    schema = json.loads(done.stdout)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert set(schema["properties"]["backends"]["properties"]) >= {"container", "process", "triton"}
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["models"], ["schema"]])
+def test_nothing_heavy_is_imported(config: Path, arguments: list[str]) -> None:
+    done = mic(*arguments, python=("-X", "importtime"), MIC_CONFIG=str(config), TOKEN="x")
+    assert done.returncode == 0
+    found = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "pydantic" in found
+    heavy = {"docker", "fastapi", "pynvml", "asyncio", "rich", "pydantic_settings", "httpx"}
+    assert found.isdisjoint({*heavy, "requests", "tritonclient", "google.protobuf"})
