@@ -26,7 +26,7 @@ def load(path: Path, registry: BackendSource, *, environ: Mapping[str, str]) -> 
         report.fail()
     checker = ModelChecker(merged, registry, environ, report)
     models = checker.models()
-    backends = checker.backends(models)
+    backends = checker.backends()
     entries = read_entries(merged, models, report)
     check_ports(merged, models, entries, report)
     if report:

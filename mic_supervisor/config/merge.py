@@ -150,6 +150,10 @@ def _add_file(merged: Merged, root: Node, report: Report, *, is_drop_in: bool) -
             merged.gpus.update(_gpus(entry.node, merged.refused, report))
         else:
             merged.section_places.setdefault(key, entry.place)
+            if key == "backends":
+                for settings in entry.node.entries.values():
+                    if settings.node.sound and settings.node.value is None:
+                        settings.node.value = {}  # everything under it is commented out
             if key in merged.sections:
                 overlay(merged.sections[key], entry.node)
             else:

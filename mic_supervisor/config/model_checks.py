@@ -46,7 +46,7 @@ class ModelChecker:
         self._registry = registry
         self._environ = environ
         self._report = report
-        self._used: list[BackendTypes] = []
+        self._used: dict[str, tuple[BackendTypes, Place]] = {}  # and the first model that does
 
     def models(self) -> dict[str, ModelDefinition]:
         defaults = self._defaults()
@@ -70,7 +70,7 @@ class ModelChecker:
             types = self._get(backend, entry.node.entries["backend"].node.place, f"{path}.backend")
             if types is None:
                 continue
-            self._used.append(types)
+            self._used.setdefault(backend, (types, entry.place))
             if name is not None:
                 options = self._options(types, entry, path, defaults)
                 if options is not None:
@@ -81,7 +81,7 @@ class ModelChecker:
     def _check_defaults_act(self, defaults: Node | None) -> None:
         """A default is passed over for a backend that refuses it, but some model must take it."""
         for key, entry in (defaults.entries if defaults is not None else {}).items():
-            reasons = [_refused(types).get(str(key)) for types in self._used]
+            reasons = [_refused(types).get(str(key)) for types, _ in self._used.values()]
             if reasons and reasons[0] is not None and None not in reasons:
                 self._report.add(entry.place, dotted("defaults", str(key)), reasons[0])
 
@@ -110,11 +110,10 @@ class ModelChecker:
                 entry.place, path, "the key backend is missing", hint=f"known are {known}"
             )
             return None
+        if not given.node.sound:
+            return None
         if not isinstance(given.node.value, str):
-            if given.node.sound:
-                self._report.add(
-                    given.node.place, f"{path}.backend", "must be the name of a backend"
-                )
+            self._report.add(given.node.place, f"{path}.backend", "must be the name of a backend")
             return None
         return given.node.value
 
@@ -123,9 +122,7 @@ class ModelChecker:
         try:
             types = self._registry.get(name)
         except MicError as error:
-            self._report.add(
-                place, path, f"cannot use the backend {name}: {error}", hint=error.hint
-            )
+            self._report.add(place, path, str(error), hint=error.hint)
             return None
         if types is None:
             known = list(self._registry.names())
@@ -181,34 +178,25 @@ class ModelChecker:
         place = self._merged.section_places["defaults"]
         return node if self._validate(Defaults, node, place, "defaults") is not None else None
 
-    def backends(self, models: Mapping[str, ModelDefinition]) -> dict[str, BaseModel]:
-        """The settings of every backend that the file lists or a model uses."""
-        settings: dict[str, BaseModel] = {}
+    def backends(self) -> dict[str, BaseModel]:
+        """The settings of every backend that the file lists or a model uses; after `models`."""
+        settings: dict[str, BaseModel | None] = {}
         section = self._merged.sections.get("backends")
-        listed = section.entries if section is not None else {}
-        for key, entry in listed.items():
-            path = dotted("backends", str(key))
+        for key, entry in (section.entries if section is not None else {}).items():
+            name, path = str(key), dotted("backends", str(key))
+            settings[name] = None
             if not entry.node.sound:
                 continue
-            if entry.node.value is None:
-                entry.node.value = {}  # everything under it is commented out
             check_placeholders(entry.node, path, self._environ, self._report, self.variables)
-            types = self._get(str(key), entry.place, path)
+            types = self._get(name, entry.place, path)
             if types is not None:
-                one = self._validate(types.Settings, entry.node, entry.place, path)
-                if one is not None:
-                    settings[str(key)] = one
-        for model in models.values():
-            if model.backend not in listed and model.backend not in settings:
-                types = self._registry.get(model.backend)
-                if types is None:
-                    continue  # reported where the model names it
-                # The place of a setting that is missing is the model that needs it.
-                path = dotted("backends", model.backend)
-                one = self._validate(types.Settings, Node(model.place, {}), model.place, path)
-                if one is not None:
-                    settings[model.backend] = one
-        return dict(sorted(settings.items()))
+                settings[name] = self._validate(types.Settings, entry.node, entry.place, path)
+        for name, (types, place) in self._used.items():
+            if name not in settings:
+                # A setting that is missing is reported at the model that needs it.
+                path = dotted("backends", name)
+                settings[name] = self._validate(types.Settings, Node(place, {}), place, path)
+        return {name: one for name, one in sorted(settings.items()) if one is not None}
 
 
 def _refused(types: BackendTypes) -> Mapping[str, str]:

@@ -87,7 +87,7 @@ class FakeRegistry:
 
     def get(self, name: str) -> BackendTypes | None:
         if name == "broken":
-            raise MicError("it does not load", hint="uninstall it")
+            raise MicError("cannot use backend broken: it does not load", hint="uninstall it")
         return self._backends.get(name)
 
 

@@ -224,6 +224,17 @@ def test_drop_ins_merge_maps_and_replace_the_rest(tmp_path: Path) -> None:
     assert config.models["b"].options.command == ["/bin/other"]  # type: ignore[attr-defined]
 
 
+def test_a_drop_in_whose_settings_are_commented_out_changes_nothing(tmp_path: Path) -> None:
+    config = load_text(
+        tmp_path,
+        f"{MODELS}gpus:\n  0: a\n",
+        drop_ins={"x.yaml": "backends:\n  server:\n    # image: other\nmodels:\ngpus:\n"},
+    )
+    assert config.backends["server"].image == "img"  # type: ignore[attr-defined]
+    assert len(config.models) == 2
+    assert len(config.entries) == 1
+
+
 def test_a_drop_in_replaces_one_gpu_of_a_range(tmp_path: Path) -> None:
     gpus = '  "0-2": a\n  "3,4": b\n'
     assert entries(tmp_path, gpus, x='gpus: {1: none, "4,3": a, 9: b}\n') == [
