@@ -215,22 +215,24 @@ def write_exit(path: Path, record: Record, error: str, at: float) -> None:
 # --- judging ----------------------------------------------------------------------------------
 
 
-def members(record: Record, known: Mapping[int, procfs.Stat] | None = None) -> dict[int, int]:
+def members(record: Record, also: Mapping[int, int] | None = None) -> dict[int, int]:
     """PID -> start time of everything that runs of this record's tree, but for the keeper.
 
     Found by descent from keeper and child, by the child's session, and by MIC_RUN_ID in the
-    environment, which also finds what has left the tree. Only what is certain is in it.
+    environment, which also finds what has left the tree. `also` is what an earlier look found: it
+    counts although its parents may be gone. Only what is certain is in it.
     """
-    known = procfs.processes() if known is None else known
-    roots = []
+    known = procfs.processes()
+    anchors = dict(also or {})
     for anchor in (record.keeper, record.child):
-        one = known.get(anchor.pid) if anchor else None
-        if anchor and one and one.start_time == anchor.start_time:
-            roots.append(anchor.pid)
-    found = set(procfs.descendants(roots, known))
-    child = record.child.pid if record.child else None
-    if child in roots:
-        found |= {one.pid for one in known.values() if one.session == child}
+        if anchor is not None:
+            anchors[anchor.pid] = anchor.start_time
+    roots = {
+        pid for pid, start in anchors.items() if pid in known and known[pid].start_time == start
+    }
+    found = roots | set(procfs.descendants(roots, known))
+    if record.child is not None and record.child.pid in roots:
+        found |= {one.pid for one in known.values() if one.session == record.child.pid}
     found |= set(procfs.with_environ(RUN_ID, [record.run_id]))
     found -= {os.getpid(), record.keeper.pid if record.keeper else 0}
     running = {}

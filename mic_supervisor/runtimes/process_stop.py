@@ -36,9 +36,11 @@ def end_tree(record: Record, number: int, grace: float, options: Options) -> Non
     `remains_grace`. Raises StopFailed `kill_timeout` after the first KILL.
     """
     deadline = time.monotonic() + grace
+    # Before its parent ends: without a keeper, who its parent was is all that may tell.
+    known = records.members(record)
     if _ask(record, number, deadline):
         deadline = min(deadline, time.monotonic() + options.remains_grace)
-    _kill(record, deadline, options.kill_timeout)
+    _kill(record, deadline, options.kill_timeout, known)
 
 
 def end_remains(
@@ -100,15 +102,21 @@ def _ask(record: Record, number: int, deadline: float) -> bool:
     return True
 
 
-def _kill(record: Record, deadline: float, patience: float) -> None:
-    """TERM once for everything that is left, where no keeper does it, and KILL from `deadline`."""
+def _kill(
+    record: Record, deadline: float, patience: float, known: dict[int, int] | None = None
+) -> None:
+    """TERM once for everything that is left, where no keeper does it, and KILL from `deadline`.
+
+    `known` is what an earlier look found.
+    """
     give_up = max(deadline, time.monotonic()) + patience
     asked: set[tuple[int, int]] = set()
+    known = known or {}
     empty = 0
     pause = 0.002
     # Twice: a process that forks and ends while the table is read may be missed once.
     while empty < 2:
-        left = records.members(record)
+        left = known = records.members(record, known)
         if not left:
             empty += 1
             continue

@@ -20,7 +20,7 @@ class Listening:
         self.told: list[tuple[str, float]] = []
         self._stop = threading.Event()
         self._events = world.make().events(self._stop)
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

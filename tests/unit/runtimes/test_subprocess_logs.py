@@ -90,7 +90,7 @@ class Follower:
         self._source = process_logs.read(
             directory, tail=count, follow=True, ended=self.over.is_set, pause=0.01
         )
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

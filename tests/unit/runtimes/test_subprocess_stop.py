@@ -180,6 +180,30 @@ def test_without_its_keeper_a_process_is_found_and_stopped(world: World) -> None
     )
 
 
+def test_without_its_keeper_the_tree_is_known_by_descent(world: World) -> None:
+    """What forgot who it is, and is orphaned as soon as the main process ends."""
+    forgetful = "env -i setsid sh -c 'trap \"\" TERM; echo; sleep 61 & sleep 62' &"
+    seen = world.start("one", sh(f"{forgetful} exec sleep 63"))
+    world.await_lines("one", 1)
+    assert seen.pid is not None
+    until(lambda: len(procfs.tree(seen.pid or 0)) == 4, "all of them")
+    tree = procfs.tree(seen.pid)
+    world.kill_keeper("one")
+    stop(world, seen, grace=1.0)
+    assert [pid for pid in tree if runs(pid)] == []
+
+
+def test_without_its_keeper_the_tree_is_known_by_its_session(world: World) -> None:
+    """What forgot who it is, and was an orphan before."""
+    forgetful = "(env -i sh -c 'trap \"\" TERM; echo $$; sleep 61' &)"
+    seen = world.start("one", sh(f"{forgetful}; exec sleep 63"))
+    (pid,) = map(int, world.await_lines("one", 1))
+    world.kill_keeper("one")
+    assert pid not in procfs.tree(seen.pid or 0) and runs(pid)
+    stop(world, seen, grace=1.0)
+    assert not runs(pid)
+
+
 def leave_remains(world: World) -> int:
     """A run that has ended, without a keeper, and one process that it left behind."""
     text = STUBBORN + "escape(0)\nprint(flush=True)" + SLEEP
