@@ -196,7 +196,8 @@ class Supervisor:
         broken = False
 
         def listen() -> None:
-            for _ in runtime.events(over):
+            for line in runtime.events(over):
+                LOGGER.debug("%s: %s", runtime.name, line)
                 loop.call_soon_threadsafe(self._converger.wake)
 
         while not over.is_set():

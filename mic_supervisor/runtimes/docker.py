@@ -221,7 +221,7 @@ class DockerRuntime:
         """
         from mic_supervisor.runtimes.docker_follow import event_lines
 
-        return event_lines(self._engine, ownership(self._scope, self._host), stop)
+        return event_lines(self._engine, ownership(self._scope, self._host), stop, self._settle)
 
     def run_check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
@@ -238,6 +238,15 @@ class DockerRuntime:
 
     def _call(self, what: str, ask: Callable[[APIClient], T], *, patient: bool = False) -> T:
         return self._engine.call(what, ask, patient=patient)
+
+    def _settle(self, ref: str) -> None:
+        """Wait until the engine has written down that a container ended.
+
+        It tells of a death before it cleans up, and lists the container as running until it is
+        done with that, about 0.1 s later, of which it tells nobody (seen on Engine 20.10). An
+        inspection waits for the container's lock, and so for the end of it.
+        """
+        self._inspect("cannot inspect a container that ended", ref)
 
     def _inspect(self, what: str, ref: str) -> dict[str, Any] | None:
         """The engine's description of a container; None: there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.errors import RuntimeUnavailable
@@ -41,8 +41,16 @@ def log_lines(
         yield from engine.reading(what, lines(frames(response.raw.read)))
 
 
-def event_lines(engine: Engine, labels: Mapping[str, str], stop: threading.Event) -> Iterator[str]:
-    """A line per event of a container with these labels, see DockerRuntime.events."""
+def event_lines(
+    engine: Engine,
+    labels: Mapping[str, str],
+    stop: threading.Event,
+    settle: Callable[[str], None],
+) -> Iterator[str]:
+    """A line per event of a container with these labels, see DockerRuntime.events.
+
+    `settle` is called with the id of a container that ended, before its line is given out.
+    """
     what = "cannot follow the engine's events"
     filters = {
         "type": ["container"],
@@ -62,6 +70,8 @@ def event_lines(engine: Engine, labels: Mapping[str, str], stop: threading.Event
         for event in engine.reading(what, documents(response.iter_lines())):
             if stop.is_set():
                 return
+            if event.get("Action") == "die" and isinstance(event.get("id"), str):
+                settle(event["id"])
             yield _event_line(event)
     except RuntimeUnavailable:
         if stop.is_set():
