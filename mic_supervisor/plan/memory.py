@@ -59,6 +59,8 @@ class Memory:
         instances, bindings = data.get("instances", {}), data.get("bindings", {})
         if not isinstance(instances, Mapping) or not isinstance(bindings, Mapping):
             raise ValueError("instances and bindings must be maps")
+        if not all(isinstance(entry, Mapping) for entry in instances.values()):
+            raise ValueError("every instance must be a map")
         known = {f.name for f in fields(InstanceMemory)}
         return cls(
             instances={

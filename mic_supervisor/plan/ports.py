@@ -62,14 +62,13 @@ def choose(
     """
     first, last = port_range
     size = last - first + 1
-    busy = set(taken)
-    chosen: dict[str, int] = {}
+    chosen = {port.name: port.host for port in ports if port.host is not None}
+    busy = {*taken, *chosen.values()}
     for port in ports:
-        if port.host is not None:
-            chosen[port.name] = port.host
-        elif (kept := recorded.get(port.name)) is not None and kept not in busy:
+        kept = recorded.get(port.name)
+        if port.host is None and kept is not None and kept not in busy:
             chosen[port.name] = kept
-    busy |= set(chosen.values())
+            busy.add(kept)
     start = int.from_bytes(hashlib.sha256(instance.encode()).digest()[:4], "big") % size
     candidates = (first + (start + step) % size for step in range(size))
     free = (number for number in candidates if number not in busy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def instance_statuses(
     ]
     known = {row.id for row in rows}
     rows += [
-        _leaving(workload, activities.get(workload.identity.instance), blocked)
+        _leaving(workload, activities.get(workload.identity.instance), plan.blocked)
         for workload in {
             item.identity.instance: item for item in workloads(observed) if is_alive(item)
         }.values()
@@ -225,10 +225,17 @@ def _health(phase: Phase, item: Assessment) -> str:
 
 
 def _leaving(
-    workload: ObservedWorkload, activity: Phase | None, blocked: Mapping[str, Blocked]
+    workload: ObservedWorkload, activity: Phase | None, blocked: Iterable[Blocked]
 ) -> InstanceStatus:
+    """A row for what runs and is not desired. What follows it may be blocked: then it stays."""
     identity = workload.identity
-    held = blocked.get(identity.instance)
+    held, reason = False, "the file does not ask for it; it is to be removed"
+    for item in blocked:
+        if item.instance == identity.instance:
+            held, reason = True, item.reason
+            break
+        if set(item.gpus) & set(identity.gpus):
+            held, reason = True, f"it stays while {item.instance} is blocked"
     return InstanceStatus(
         id=identity.instance,
         origin=identity.origin,
@@ -238,7 +245,7 @@ def _leaving(
         phase=activity or (Phase.BLOCKED if held else Phase.PENDING),
         sync="out_of_sync",
         health="unknown",
-        reason=held.reason if held else "the file does not ask for it; it is to be removed",
+        reason=reason,
         since=None,
         restarts=0,
         next_retry=None,

@@ -111,7 +111,7 @@ def test_an_instance_kept_down_by_nothing_but_its_state_is_one_json_document() -
     }
 
 
-# --- down ---------------------------------------------------------------------------------------
+# --- down -------------------------------------------------------------------------------------
 
 
 def test_a_container_that_exited_is_started_again_as_it_is() -> None:
@@ -177,7 +177,7 @@ def test_a_simulated_gpu_has_nothing_to_release() -> None:
     assert shortly(plan, it=was) == ["restart it"]
 
 
-# --- replacing ------------------------------------------------------------------------------------
+# --- replacing --------------------------------------------------------------------------------
 
 
 def test_a_changed_container_is_prepared_and_created_before_the_old_one_stops() -> None:
@@ -339,7 +339,7 @@ def test_the_record_of_an_earlier_process_goes_before_the_name_is_used_again() -
     ]
 
 
-# --- moving, and other models ---------------------------------------------------------------------
+# --- moving, and other models -----------------------------------------------------------------
 
 
 def test_a_model_that_moves_is_removed_here_and_created_there() -> None:
@@ -458,7 +458,7 @@ def test_a_gpu_that_is_not_listed_and_has_nothing_of_ours_is_left_alone() -> Non
     assert text(plan_for([], observed(gpus=held, strangers=[stranger]))) == "No changes.\n"
 
 
-# --- groups ---------------------------------------------------------------------------------------
+# --- groups -----------------------------------------------------------------------------------
 
 
 def test_changing_one_gpu_of_a_group_replaces_it() -> None:
@@ -531,7 +531,7 @@ def test_nothing_starts_beside_a_group_that_an_entry_in_trouble_may_mean() -> No
     )
 
 
-# --- two of one ---------------------------------------------------------------------------------
+# --- two of one -------------------------------------------------------------------------------
 
 
 def test_the_second_of_one_instance_is_stopped() -> None:
@@ -555,7 +555,7 @@ def test_nothing_is_created_while_two_earlier_ones_run_until_both_are_stopped() 
     assert "release MAM-aaaaaaaa <- stop b, stop a, create MAM-aaaaaaaa" in shortly(plan, a=a, b=b)
 
 
-# --- what is left over ----------------------------------------------------------------------------
+# --- what is left over ------------------------------------------------------------------------
 
 
 def test_of_what_ended_the_last_good_one_is_kept() -> None:

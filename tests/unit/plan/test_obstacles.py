@@ -367,7 +367,7 @@ def test_texts_that_refer_to_a_port_that_is_not_there_block_one_instance() -> No
     assert plan.blocked[0].reason == "its texts refer to 'grpc', which it does not have"
 
 
-# --- entries in trouble -------------------------------------------------------------------------
+# --- entries in trouble -----------------------------------------------------------------------
 
 
 def test_an_entry_in_trouble_protects_what_runs_for_it() -> None:
@@ -397,7 +397,7 @@ def test_an_entry_of_which_no_gpu_is_known_protects_its_model_on_gpus_that_are_g
     assert [change.instance for change in plan.changes] == ["MAM-bbbbbbbb", "face-eeeeeeee"]
 
 
-# --- failures, and patience ---------------------------------------------------------------------
+# --- failures, and patience -------------------------------------------------------------------
 
 
 def failed_once(**values: object) -> InstanceMemory:
@@ -616,7 +616,7 @@ def test_a_restart_that_is_asked_for() -> None:
     assert text(plan) == ("~ restart  MAM-aaaaaaaa  GPU 0  asked for\n\nPlan: 1 to restart.\n")
 
 
-# --- models inside a server ---------------------------------------------------------------------
+# --- models inside a server -------------------------------------------------------------------
 
 SERVER = on("MAM", 0, backend="server", placements=(placement("MAM", 0, 8),))
 
@@ -685,7 +685,7 @@ def test_nothing_is_loaded_into_a_server_that_is_not_up() -> None:
     assert plan_for([SERVER], observed(runs, health=health)).empty
 
 
-# --- rollouts -----------------------------------------------------------------------------------
+# --- rollouts ---------------------------------------------------------------------------------
 
 TRIO = [on("MAM", index) for index in range(3)]
 NEXT = [changed(item, image="mam:2") for item in TRIO]
