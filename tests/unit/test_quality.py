@@ -40,6 +40,11 @@ def test_types_hold() -> None:
     _clean("mypy", "--cache-dir", _cache("mypy"))
 
 
+def test_types_of_the_set_up_hold() -> None:
+    paths = ("tests/setup", "tests/support", "tests/conftest.py")
+    _clean("mypy", "--cache-dir", _cache("mypy-tests"), *paths)
+
+
 def test_ci_calls_make_test_and_nothing_cleverer() -> None:
     script = ROOT / ".ci" / "run"
     assert script.read_text() == (
