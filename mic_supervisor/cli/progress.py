@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.render import gpu_names
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -127,15 +128,15 @@ def line_of(event: Event, changed: set[str]) -> str | None:
 
 
 def place_of(gpus: Iterable[str], indices: dict[str, int]) -> str:
-    """ "GPU 3,4" """
-    names = [str(indices.get(uuid, uuid[:12])) for uuid in gpus]
-    return f"GPU {','.join(names)}" if names else "-"
+    """ "GPU 3,4"; a GPU that is not there is named by its UUID."""
+    gpus = tuple(gpus)
+    return gpu_names(gpus, indices) if gpus else "-"
 
 
 def outcome(row: Mapping[str, Any]) -> str:
     """The last line about an instance of an apply's document."""
-    names = [str(gpu["uuid"] if gpu["index"] is None else gpu["index"]) for gpu in row["gpus"]]
-    place = f"GPU {','.join(names)}" if names else "-"
+    indices = {gpu["uuid"]: gpu["index"] for gpu in row["gpus"] if gpu["index"] is not None}
+    place = place_of([gpu["uuid"] for gpu in row["gpus"]], indices)
     why = row["reason"] if row["reason"] and row["phase"] != Phase.READY else ""
     tail = "  ".join(part for part in (row["endpoints"].get("http", ""), why) if part)
     return f"{row['phase']:<9}  {row['id']}  {place}  {tail}".rstrip()

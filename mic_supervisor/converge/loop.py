@@ -226,7 +226,14 @@ class Converger:
         assessments = assess(desired, observed, context)
         self._assessments = {item.instance.id: item for item in assessments}
         self._prober.watch(self._targets(assessments, busy))
-        memory = remember(self.memory, assessments, now, jitter=random.random(), busy=busy)
+        memory = remember(
+            self.memory,
+            assessments,
+            now,
+            jitter=random.random(),
+            busy=busy,
+            keep={name for entry in desired.unsatisfiable for name in entry.instances},
+        )
         memory = replace(memory, bindings=dict(desired.bindings))
         plan = reconcile(desired, observed, memory, now, context, assessments)
         self._dispatch(plan, lanes, now)
