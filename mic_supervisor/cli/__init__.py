@@ -5,7 +5,10 @@ Nothing heavy is imported here: a command's module is loaded when the command is
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import threading
 from importlib import import_module
 
 import click
@@ -79,7 +82,16 @@ def group() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0, or as the command says; 1 failed, 64 wrong usage."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    if threading.active_count() == 1:
+        sys.exit(code)
+    # A call that hangs sits in a thread, and the interpreter would wait for it to return. What it
+    # was about is found by the next look at the machine.
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:

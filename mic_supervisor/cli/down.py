@@ -27,9 +27,15 @@ def command(yes: bool) -> int:
     """
     from mic_supervisor.converge.lock import writer
     from mic_supervisor.converge.observe import observe
+    from mic_supervisor.daemon.client import Client
     from mic_supervisor.plan.assess import workloads
 
     found = wiring.settings()
+    if Client.connect(found.socket) is not None:
+        raise MicError(
+            "cannot remove what the daemon keeps running: it would start it again",
+            hint="stop the daemon first: systemctl stop mic",
+        )
     machine = wiring.machine(found, create_key=False)
     observed = observe(machine.sources, time.time())
     for view in observed.runtimes:

@@ -78,7 +78,7 @@ def _ask_daemon(file: Path | None) -> dict[str, Any] | None:
 def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, Plan]:
     """Load, observe, ask the servers what they have loaded, and reconcile. Changes nothing."""
     from mic_supervisor.converge.desired import FileDesired
-    from mic_supervisor.converge.observe import observe, with_health
+    from mic_supervisor.converge.observe import observe, with_health, with_holders
     from mic_supervisor.converge.once import health_of_all
     from mic_supervisor.plan.assess import assess
     from mic_supervisor.plan.reconcile import reconcile
@@ -90,6 +90,7 @@ def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, P
     observed = observe(machine.sources, time.time())
     provider = FileDesired(config, machine.registry)
     desired = provider.state(observed.inventory, memory.bindings)
+    observed = with_holders(observed, desired, machine.sources)
     assessments = assess(desired, observed, machine.context)
     indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
     asked = [item for item in assessments if item.instance.placements]

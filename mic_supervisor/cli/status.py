@@ -66,7 +66,7 @@ def look(found: Settings) -> dict[str, Any]:
     """Observe and probe everything once, and hold it against the file."""
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.documents import status_document
-    from mic_supervisor.converge.observe import observe, with_health
+    from mic_supervisor.converge.observe import observe, with_health, with_holders
     from mic_supervisor.converge.once import health_of_all
     from mic_supervisor.converge.state import host_name
     from mic_supervisor.plan.assess import assess
@@ -79,6 +79,7 @@ def look(found: Settings) -> dict[str, Any]:
     observed = observe(machine.sources, time.time())
     provider = FileDesired(config, machine.registry)
     desired = provider.state(observed.inventory, memory.bindings)
+    observed = with_holders(observed, desired, machine.sources)
     before = assess(desired, observed, machine.context)
     indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
     health = health_of_all(before, provider, machine.sources, indices, observed.at)

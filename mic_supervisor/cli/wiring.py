@@ -47,7 +47,7 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
     from mic_supervisor.converge.observe import Sources
     from mic_supervisor.gpu.source import open_source
     from mic_supervisor.plan.assess import Context
-    from mic_supervisor.runtimes.procfs import listeners
+    from mic_supervisor.runtimes.procfs import listener_owner, listeners
 
     state = StateDir(found.scope_state_dir)
     host = host_id()
@@ -60,6 +60,7 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
             gpus=open_source(found.gpu_source.kind, found.gpu_source.count),
             runtimes={docker.name: docker, process.name: process},
             listeners=listeners,
+            listener_owner=listener_owner,
         ),
         state=state,
         context=Context(

@@ -28,10 +28,7 @@ def desired_state(
     instances: list[Instance] = []
     unsatisfiable = list(binding.unsatisfiable)
     if inventory.error is not None:
-        unsatisfiable = [
-            replace(item, reason=inventory.error, hint=None)
-            for item in unsatisfiable
-        ]
+        unsatisfiable = [replace(item, reason=inventory.error, hint=None) for item in unsatisfiable]
     kept_empty: list[str] = []
     for bound in binding.entries:
         if bound.instance is None:
@@ -110,17 +107,26 @@ def _compile(config: Config, bound: BoundEntry, instance: str, registry: Registr
     backend = registry.get(definition.backend)
     if backend is None:
         raise CompileError(f"backend {definition.backend} is not installed any more")
-    compiled = backend.compile(
-        CompileRequest(
-            model=definition.name,
-            instance=instance,
-            options=definition.options,
-            settings=config.backends[definition.backend],
-            gpus=bound.gpus,
-            read_text=_read_text,
-            variables=config.variables,
-        )
+    request = CompileRequest(
+        model=definition.name,
+        instance=instance,
+        options=definition.options,
+        settings=config.backends[definition.backend],
+        gpus=bound.gpus,
+        read_text=_read_text,
+        variables=config.variables,
     )
+    try:
+        compiled = backend.compile(request)
+    except CompileError:
+        raise
+    # A backend may be a stranger's plug-in: whatever it raises concerns its own models alone.
+    except Exception as error:
+        raise CompileError(
+            f"backend {definition.backend} cannot compile {definition.name}: "
+            f"{type(error).__name__}: {error}",
+            hint="this is a defect of the backend; report it there",
+        ) from error
     return replace(compiled, place=str(bound.entry.place))
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
-from mic_supervisor.converge.observe import Sources, combine
+from mic_supervisor.converge.observe import Sources, combine, with_holders
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Target
 from mic_supervisor.converge.sources import Source
@@ -132,6 +132,7 @@ class Converger:
         self.rounds_begun = 0
         self.resync = RESYNC
         self.observers: list[Callable[[Snapshot], None]] = []
+        self._sources = sources
         self._runtimes = sources.runtimes
         self._desired = desired
         self._save = save
@@ -191,11 +192,14 @@ class Converger:
         self.context = replace(self.context, forced=self.context.forced | set(instances))
         self.wake()
 
-    async def close(self) -> None:
-        """Stop looking. Steps under way are waited for: half of one helps nobody."""
+    async def close(self, patience: float = 5.0) -> None:
+        """Stop looking. Steps under way may end within `patience` seconds.
+
+        What does not is left behind: the next look at the machine finds it where it is.
+        """
         await self._prober.close()
         if self._lanes:
-            await asyncio.wait(self._lanes)
+            await asyncio.wait(self._lanes, timeout=patience)
         # A probe or a call that hangs must not keep the program from ending.
         self._probe_pool.shutdown(wait=False, cancel_futures=True)
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -223,6 +227,9 @@ class Converger:
         self._indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
         context = replace(self.context, busy=busy)
         observed = combine(inventory, views, listeners, dict(self._prober.health), now)
+        observed = await loop.run_in_executor(
+            self._pool, with_holders, observed, desired, self._sources
+        )
         assessments = assess(desired, observed, context)
         self._assessments = {item.instance.id: item for item in assessments}
         self._prober.watch(self._targets(assessments, busy))
@@ -350,8 +357,10 @@ class Converger:
         for name in lane.instances:
             self.activities.pop(name, None)
         self.wake()
-        if not task.cancelled():
-            task.result()  # a defect is not to be lost: it ends the loop's exception handler
+        if not task.cancelled() and task.exception() is not None:
+            for name in lane.instances:
+                self._let_rest(name)
+            task.result()  # a defect: the event loop's exception handler writes it down
 
     async def _execute(self, changes: list[Change]) -> None:
         began = self._clock()
@@ -418,6 +427,12 @@ class Converger:
             )
             self.memory = self.memory.with_instance(change.instance, entry)
         self._tell("failed", change, error.message, seconds=now - began, hint=error.hint)
+
+    def _let_rest(self, instance: str) -> None:
+        """Try nothing for the instance for a while: 1 s, doubling with each failure to 60 s."""
+        count = self._rest.get(instance, (0, 0.0))[0] + 1
+        pause = min(_LANE_REST * 2.0 ** min(count - 1, 6), 60.0)
+        self._rest[instance] = (count, self._clock() + pause)
 
     def _set(self, instance: str, **values: object) -> None:
         entry = self.memory.instances.get(instance)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from mic_supervisor.gpu import GpuSource
 from mic_supervisor.model import (
+    DesiredState,
     GpuInventory,
     Health,
     Listener,
     ObservedState,
+    RunState,
     RuntimeView,
 )
 
@@ -21,11 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where facts come from. Each may be slow or gone without the others' being so."""
+    """Where facts come from. Each may be slow or gone without the others' being so.
+
+    `listener_owner` says who listens on a port, as far as that can be known.
+    """
 
     gpus: GpuSource
     runtimes: Mapping[str, Runtime]  # by name
     listeners: Callable[[], tuple[Listener, ...] | None]
+    listener_owner: Callable[[int], Listener | None] = lambda _port: None
 
 
 def observe(sources: Sources, now: float) -> ObservedState:
@@ -63,6 +69,35 @@ def _with_owners(inventory: GpuInventory, views: tuple[RuntimeView, ...]) -> Gpu
     from mic_supervisor.gpu.owners import annotate, managed_refs
 
     return annotate(inventory, managed_refs(views))
+
+
+def with_holders(observed: ObservedState, desired: DesiredState, sources: Sources) -> ObservedState:
+    """Who listens on the ports that the file fixes, where that is not the instance itself.
+
+    It takes a walk through every open file of the machine, so it is done for those ports alone.
+    """
+    ours = {
+        (workload.identity.instance, number)
+        for view in observed.runtimes
+        for workload in view.workloads
+        if workload.state is RunState.RUNNING
+        for number in workload.identity.ports.values()
+    }
+    asked = {
+        port.host
+        for instance in desired.instances
+        for port in instance.workload.ports
+        if port.host is not None and (instance.id, port.host) not in ours
+    }
+    if observed.listeners is None or not any(item.port in asked for item in observed.listeners):
+        return observed
+    named = tuple(
+        (sources.listener_owner(item.port) or item)
+        if item.port in asked and item.pid is None
+        else item
+        for item in observed.listeners
+    )
+    return replace(observed, listeners=named)
 
 
 def with_health(observed: ObservedState, health: Mapping[str, Health]) -> ObservedState:

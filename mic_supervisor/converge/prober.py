@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 
-from mic_supervisor.converge.probes import Target, look
+from mic_supervisor.converge.probes import ALL_DUE, Target, look
 from mic_supervisor.model import Health, LoadState, ProbeResult
 
 FIRST_LOOK = 0.05  # seconds after a start
@@ -61,7 +61,7 @@ class Prober:
         loop = asyncio.get_running_loop()
         before = self.health.get(ref)
         self.health[ref] = await loop.run_in_executor(
-            self._pool, look, target, self._clock(), before
+            self._pool, _look, target, self._clock(), before
         )
 
     def forget(self, ref: str) -> None:
@@ -90,7 +90,7 @@ class Prober:
             now = self._clock()
             epoch = self._epochs.get(ref)
             kinds = tuple(kind for kind, at in due.items() if at <= now)
-            health = await loop.run_in_executor(self._pool, look, target, now, before, kinds)
+            health = await loop.run_in_executor(self._pool, _look, target, now, before, kinds)
             if epoch != self._epochs.get(ref):
                 continue
             self.health[ref] = health
@@ -110,6 +110,19 @@ class Prober:
             except TimeoutError:
                 if not settled:
                     due = dict.fromkeys(due, 0.0)
+
+
+def _look(
+    target: Target, now: float, before: Health | None, due: Collection[str] = ALL_DUE
+) -> Health:
+    """`look`, whatever the backend does: a prober that fails knows nothing, and goes on."""
+    try:
+        return look(target, now, before, due)
+    # Answers are read by the backend, which may be a stranger's plug-in. A defect there must
+    # neither count as a failure of the model nor end the probing.
+    except Exception as error:  # noqa: BLE001 - see above
+        unknown = ProbeResult(None, f"the probe failed: {type(error).__name__}: {error}", now)
+        return Health(startup=unknown, liveness=unknown, readiness=unknown)
 
 
 def _periods(target: Target) -> dict[str, float]:

@@ -27,6 +27,8 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan.launch import text_of
 
+ALL_DUE = ("liveness", "readiness", "placements")
+
 Exec = Callable[[ObservedWorkload, tuple[str, ...], float], tuple[int, str]]
 """Runs a command where the workload runs, within so many seconds: (exit status, output)."""
 
@@ -78,7 +80,7 @@ def look(
     target: Target,
     now: float,
     before: Health | None = None,
-    due: Collection[str] = ("liveness", "readiness", "placements"),
+    due: Collection[str] = ALL_DUE,
 ) -> Health:
     """What the probes say, in the order in which they gate each other.
 

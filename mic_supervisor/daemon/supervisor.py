@@ -6,28 +6,26 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor import __version__
 from mic_supervisor.converge.desired import FileDesired
-from mic_supervisor.converge.documents import apply_document, status_document
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger, Snapshot
 from mic_supervisor.converge.state import StateDir, host_name
-from mic_supervisor.daemon.control import ControlServer, Tell
+from mic_supervisor.daemon.control import ControlServer
 from mic_supervisor.daemon.generations import Generations, Reloaded
 from mic_supervisor.daemon.history import History
 from mic_supervisor.daemon.log import LOGGER, log_event
 from mic_supervisor.daemon.notify import Notifier
+from mic_supervisor.daemon.requests import Requests
+from mic_supervisor.daemon.settle import Settling, all_settled
 from mic_supervisor.daemon.summary import sentence
 from mic_supervisor.daemon.watch import watch
-from mic_supervisor.errors import ConfigError, MicError, RuntimeUnavailable
+from mic_supervisor.errors import MicError, RuntimeUnavailable
 from mic_supervisor.http.published import ConfigState, LoopState, Published
-from mic_supervisor.plan import render
-from mic_supervisor.plan.settled import settled
 
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.converge.observe import Sources
     from mic_supervisor.plan.assess import Context
+    from mic_supervisor.plan.memory import Memory
     from mic_supervisor.runtimes import Runtime
 
 _STREAM_REST = 1.0  # seconds between two tries to follow a runtime's events
@@ -78,7 +77,9 @@ class Supervisor:
         )
         self._notifier = Notifier(settings.environ)
         self._history = History(state.path / "history.jsonl")
-        self._events = Events([log_event, self._history.add])
+        self._events = Events([log_event, self._record])
+        self._state = state
+        self._complaints: set[str] = set()
         self._loop_state = LoopState(started_at=self._clock())
         self._generations.start(self._clock())
         self._desired = FileDesired(self._config(), registry)
@@ -87,13 +88,14 @@ class Supervisor:
             desired=self._desired,
             context=replace(context, confirmed=self._generations.confirmed),
             memory=state.memory(),
-            save=state.save_memory,
+            save=self._save,
             events=self._events,
             clock=self._clock,
         )
         self._converger.resync = min(settings.resync, (self._notifier.watchdog or 1e9) / 3)
         self._converger.observers.append(self._publish)
-        self._waiters: list[_Waiter] = []
+        self._settling = Settling(self._converger, self._clock)
+        self._converger.observers.append(self._settling.look)
         self._stopping = asyncio.Event()
         self._first = asyncio.Event()
         self._reloads = asyncio.Lock()
@@ -110,7 +112,15 @@ class Supervisor:
             signal.SIGHUP, lambda: loop.create_task(self._reload(confirm=True, why="SIGHUP"))
         )
         self._announce_start()
-        control = ControlServer(self._settings.socket, self._methods())
+        requests = Requests(
+            settings=self._settings,
+            converger=self._converger,
+            events=self._events,
+            settling=self._settling,
+            published=lambda: self.published,
+            reload=lambda: self._reload(confirm=True, why="reload"),
+        )
+        control = ControlServer(self._settings.socket, requests.methods())
         await control.start()
         stop_serving = serve(self) if serve is not None else None
         streams_over = threading.Event()
@@ -178,7 +188,7 @@ class Supervisor:
         notice = asyncio.create_task(self._ask_for_time())
         began = self._clock()
         try:
-            await self._converger.run(until=lambda snapshot: _all_settled(snapshot, began))
+            await self._converger.run(until=lambda snapshot: all_settled(snapshot, began))
         finally:
             notice.cancel()
 
@@ -272,8 +282,23 @@ class Supervisor:
         self._notifier.status(sentence(self.published))
         self._notifier.alive()
         self._first.set()
-        for waiter in [*self._waiters]:
-            waiter.look(snapshot)
+
+    def _record(self, event: Event) -> None:
+        self._unless_full(lambda: self._history.add(event))
+
+    def _save(self, memory: Memory) -> None:
+        self._unless_full(lambda: self._state.save_memory(memory))
+
+    def _unless_full(self, write: Callable[[], None]) -> None:
+        """A disk that is full must not end the supervision; it is told of once."""
+        try:
+            write()
+        except MicError as error:
+            if error.message not in self._complaints:
+                LOGGER.error("%s", error.message)
+                self._complaints.add(error.message)
+        else:
+            self._complaints.clear()
 
     def _view(self, snapshot: Snapshot | None) -> Published:
         found = self._generations
@@ -295,171 +320,6 @@ class Supervisor:
             snapshot=snapshot,
             history=self._history.newest(),
         )
-
-    # --- what may be asked over the socket ------------------------------------------------------
-
-    def _methods(self) -> dict[str, Callable[[Mapping[str, Any], Tell], Any]]:
-        return {
-            "ping": self._ping,
-            "status": self._status,
-            "plan": self._plan,
-            "reload": self._asked_to_reload,
-            "apply": self._apply,
-            "restart": self._restart,
-            "retry": self._retry,
-            "history": self._asked_for_history,
-        }
-
-    async def _ping(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        return {"version": __version__, "scope": self._settings.scope}
-
-    async def _status(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        snapshot = await self._snapshot()
-        config = self.published.config
-        return status_document(
-            host=host_name(),
-            config={
-                "path": config.path,
-                "hash": config.hash,
-                "generation": config.generation,
-                "loaded_at": config.loaded_at,
-                "last_reload_ok": config.last_reload_ok,
-                "error": config.error,
-            },
-            desired=snapshot.desired,
-            observed=replace(snapshot.observed, at=self._clock()),
-            statuses=snapshot.statuses,
-            warnings=snapshot.plan.warnings,
-        )
-
-    async def _plan(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        """What is still out of sync; nothing is read again for it."""
-        snapshot = await self._snapshot()
-        indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
-        return {
-            "document": render.to_json(
-                snapshot.plan, host=host_name(), config_hash=snapshot.desired.config_hash
-            ),
-            "text": render.to_text(snapshot.plan, indices),
-            "empty": snapshot.plan.empty and not snapshot.busy,
-            "busy": sorted(snapshot.busy),
-        }
-
-    async def _asked_to_reload(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        # Whoever asked may be gone already; what was begun is finished.
-        outcome = await asyncio.shield(self._reload(confirm=True, why="reload"))
-        if outcome.error is not None:
-            raise ConfigError(
-                "the configuration has errors",
-                rendered=outcome.error,
-                hint=f"generation {outcome.generation} keeps running",
-            )
-        return {"changed": outcome.changed, "generation": outcome.generation}
-
-    async def _apply(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        """Reload, try everything again, and wait until there is nothing left to wait for."""
-        path = Path(str(params.get("path", self._settings.config)))
-        if path.resolve() != self._settings.config.resolve():
-            raise MicError(
-                f"cannot apply {path}: the daemon runs {self._settings.config}",
-                hint="edit that file; `mic-supervisor plan FILE` compares another one",
-            )
-        errors: dict[str, Event] = {}
-
-        def listen(event: Event) -> None:
-            if event.kind == "failed":
-                errors[event.instance] = event
-            tell(event)
-
-        self._events.listeners.append(listen)
-        try:
-            await self._asked_to_reload(params, tell)
-            if params.get("rebind"):
-                self._converger.memory = replace(self._converger.memory, bindings={})
-            self._converger.forgive()
-            snapshot = await self._settle()
-        finally:
-            self._events.listeners.remove(listen)
-        return apply_document(snapshot, errors, host_name())
-
-    async def _restart(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        names = await self._named(str(params.get("name", "")))
-        self._events.listeners.append(tell)
-        try:
-            self._converger.forgive(names)
-            self._converger.force(names)
-            snapshot = await self._settle()
-        finally:
-            self._events.listeners.remove(tell)
-        return apply_document(snapshot, {}, host_name())
-
-    async def _retry(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        names = await self._named(str(params.get("name", "")))
-        self._events.listeners.append(tell)
-        try:
-            self._converger.forgive(names)
-            snapshot = await self._settle()
-        finally:
-            self._events.listeners.remove(tell)
-        return apply_document(snapshot, {}, host_name())
-
-    async def _asked_for_history(self, params: Mapping[str, Any], _tell: Tell) -> Any:
-        from dataclasses import asdict
-
-        name = params.get("name")
-        return [
-            asdict(event)
-            for event in reversed(self._history.newest())
-            if name in (None, event.instance, event.model)
-        ]
-
-    async def _named(self, name: str) -> list[str]:
-        snapshot = await self._snapshot()
-        found = [row.id for row in snapshot.statuses if name in (row.id, row.model)]
-        if not found:
-            known = ", ".join(row.id for row in snapshot.statuses)
-            raise MicError(f"there is no instance {name!r}", hint=f"there is {known}")
-        return found
-
-    async def _snapshot(self) -> Snapshot:
-        await self._first.wait()
-        assert self.published.snapshot is not None  # the first round sets it
-        return self.published.snapshot
-
-    async def _settle(self) -> Snapshot:
-        """The first snapshot of a round that begins from now on and leaves nothing to wait for."""
-        waiter = _Waiter(self._converger.rounds_begun, self._clock())
-        self._waiters.append(waiter)
-        self._converger.wake()
-        try:
-            return await waiter.future
-        finally:
-            self._waiters.remove(waiter)
-
-
-class _Waiter:
-    def __init__(self, after: int, began: float) -> None:
-        self.future: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
-        self._after = after
-        self._began = began
-
-    def look(self, snapshot: Snapshot) -> None:
-        if self.future.done() or snapshot.round <= self._after or snapshot.busy:
-            return
-        if _all_settled(snapshot, self._began):
-            self.future.set_result(snapshot)
-
-
-def _all_settled(snapshot: Snapshot, began: float) -> bool:
-    return settled(
-        snapshot.desired,
-        snapshot.plan,
-        snapshot.statuses,
-        snapshot.memory,
-        failing=snapshot.failing,
-        began=began,
-        now=snapshot.at,
-    )
 
 
 def _report_end(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from mic_supervisor.converge.documents import status_document
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.loop import Snapshot
 
@@ -50,3 +52,25 @@ class Published:
     loop: LoopState
     snapshot: Snapshot | None = None
     history: tuple[Event, ...] = ()
+
+
+def status_of(published: Published) -> dict[str, Any] | None:
+    """The document of `status --json`; None until the first round is done."""
+    config, snapshot = published.config, published.snapshot
+    if snapshot is None:
+        return None
+    return status_document(
+        host=published.host,
+        config={
+            "path": config.path,
+            "hash": config.hash,
+            "generation": config.generation,
+            "loaded_at": config.loaded_at,
+            "last_reload_ok": config.last_reload_ok,
+            "error": config.error,
+        },
+        desired=snapshot.desired,
+        observed=snapshot.observed,
+        statuses=snapshot.statuses,
+        warnings=snapshot.plan.warnings,
+    )

@@ -1,0 +1,72 @@
+"""Waiting for the loop to have nothing left to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mic_supervisor.plan.settled import settled
+
+if TYPE_CHECKING:
+    from mic_supervisor.converge.loop import Converger, Snapshot
+
+
+class Settling:
+    """Lets many wait, each for a round that began after it had asked."""
+
+    def __init__(self, converger: Converger, clock: Callable[[], float]) -> None:
+        self._converger = converger
+        self._clock = clock
+        self._waiters: list[_Waiter] = []
+        self._seen = asyncio.Event()
+        self._last: Snapshot | None = None
+
+    def look(self, snapshot: Snapshot) -> None:
+        """To be called with every snapshot."""
+        self._last = snapshot
+        self._seen.set()
+        for waiter in [*self._waiters]:
+            waiter.look(snapshot)
+
+    async def first(self) -> Snapshot:
+        """The last snapshot, once there is one."""
+        await self._seen.wait()
+        assert self._last is not None  # set before the event
+        return self._last
+
+    async def settled(self) -> Snapshot:
+        """The first snapshot of a round from now on that leaves nothing to wait for."""
+        waiter = _Waiter(self._converger.rounds_begun, self._clock())
+        self._waiters.append(waiter)
+        self._converger.wake()
+        try:
+            return await waiter.future
+        finally:
+            self._waiters.remove(waiter)
+
+
+class _Waiter:
+    def __init__(self, after: int, began: float) -> None:
+        self.future: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
+        self._after = after
+        self._began = began
+
+    def look(self, snapshot: Snapshot) -> None:
+        if self.future.done() or snapshot.round <= self._after or snapshot.busy:
+            return
+        if all_settled(snapshot, self._began):
+            self.future.set_result(snapshot)
+
+
+def all_settled(snapshot: Snapshot, began: float) -> bool:
+    """Whether an apply that began then has nothing left to wait for."""
+    return settled(
+        snapshot.desired,
+        snapshot.plan,
+        snapshot.statuses,
+        snapshot.memory,
+        failing=snapshot.failing,
+        began=began,
+        now=snapshot.at,
+    )
