@@ -1,0 +1,264 @@
+"""The tour: what a first hour with the program would be, in seconds, each step checked.
+
+Steps 1 to 6 use the file and single commands; from step 7 on the daemon runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import signal
+import time
+import urllib.request
+from typing import Any, NamedTuple
+
+from mic_supervisor.cli.demo_tour.screen import Screen
+from mic_supervisor.cli.demo_tour.world import DemoFailed, World
+
+_PATIENCE = 15.0  # seconds for what takes one
+
+_FILE = """\
+version: 1
+
+models:
+  MAM:
+    backend: process
+    command: [/bin/sh, {path}/serve, "${{model}}", "${{port}}"]
+    args: [--start-delay, "0.3"]
+    probe: {{http: /health, period: 300ms}}
+  change_face:
+    backend: process
+    command: [/bin/sh, {path}/serve, "${{model}}", "${{port}}"]
+    probe: {{http: /health, period: 300ms}}
+
+gpus:
+  0: MAM
+  1: MAM
+  2: change_face
+  3: none
+"""
+
+
+class Model(NamedTuple):
+    """One running instance, as status and the model itself tell."""
+
+    gpu: int
+    model: str
+    url: str
+    pid: int
+
+
+class Tour:
+    """Plays the steps in `world`. A step that does not do what it says raises DemoFailed."""
+
+    def __init__(self, world: World, screen: Screen) -> None:
+        self._world = world
+        self._screen = screen
+        self._models: dict[str, Model] = {}  # as of the last `_check`
+
+    def play(self) -> None:
+        self._screen.say(
+            "A supervisor on four simulated GPUs. The models are real processes; there is no\n"
+            "root, no Docker and no GPU in it. All of it lives in\n"
+            f"{self._world.path}, and goes away at the end."
+        )
+        self._write_the_file()
+        self._first_apply()
+        self._use_it()
+        self._change_it()
+        self._break_it()
+        self._crash()
+        self._daemon()
+        self._daemon_dies()
+
+    # --- single commands ------------------------------------------------------------------------
+
+    def _write_the_file(self) -> None:
+        self._screen.heading("One file says which model runs on which GPU")
+        self._world.write(_FILE.format(path=self._world.path))
+        self._screen.command(f"cat {self._world.config}")
+        self._screen.output(self._world.config.read_text())
+        self._mic("check", rc=0, expect=["valid: 4 GPUs, 1 of them kept empty; 2 models"])
+
+    def _first_apply(self) -> None:
+        self._screen.heading("See what would happen, then have it happen")
+        self._mic("plan", rc=0, expect=["Plan: 3 to create."])
+        self._mic("apply", rc=0)
+        self._mic("status", rc=0)
+        self._check(["0 MAM", "1 MAM", "2 change_face"])
+
+    def _use_it(self) -> None:
+        self._screen.heading("The models answer, and there is nothing left to do")
+        model = self._models["2 change_face"]
+        self._screen.command(f"curl -d '{{\"image\": 7}}' {model.url}/infer")
+        self._screen.output(_post(model.url, {"image": 7}))
+        self._mic("plan", rc=0, expect=["No changes."])
+
+    def _change_it(self) -> None:
+        self._screen.heading("Edit the file: a setting, a move, a GPU to keep empty")
+        text = self._world.config.read_text()
+        self._edit(
+            text.replace('"0.3"', '"0.6"').replace(
+                "2: change_face\n  3: none", "2: none\n  3: change_face"
+            )
+        )
+        self._mic(
+            "plan",
+            rc=0,
+            expect=[
+                'command[5]: "0.3" -> "0.6"',
+                "its GPU is to be kept empty",
+                "Plan: 1 to create, 2 to replace, 1 to remove.",
+            ],
+        )
+        self._screen.say("MAM is replaced on one GPU at a time, so that the other one serves.")
+        self._mic("apply", rc=0)
+        self._mic("status", rc=0)
+        self._check(["0 MAM", "1 MAM", "3 change_face"])
+
+    def _break_it(self) -> None:
+        self._screen.heading("Save a file with mistakes: it is refused, and nothing stops")
+        good = self._edit(
+            self._world.config.read_text()
+            .replace("1: MAM", "1: MAN")
+            .replace("period: 300ms", "period: 300", 1)
+        )
+        place = f"{self._world.config}:"
+        self._mic("apply", rc=1, expect=[place, "unknown model 'MAN'", "did you mean MAM?"])
+        self._expect(self._pids_answer(), "a model stopped because of a broken file")
+        self._screen.note("all three processes still answer, with the PIDs they had")
+        self._world.write(good)
+
+    def _crash(self) -> None:
+        self._screen.heading("A model crashes")
+        victim = self._models["0 MAM"]
+        self._kill(victim)
+        self._mic("plan", rc=0, expect=["SIGKILL", "Plan: 1 to start."])
+        self._mic("apply", rc=0)
+        fresh = _pid(victim.url)
+        self._expect(fresh not in (None, victim.pid), "the model does not answer again")
+        self._models["0 MAM"] = victim._replace(pid=fresh or 0)
+        self._screen.note(f"it runs again, as PID {fresh}")
+
+    # --- with the daemon ------------------------------------------------------------------------
+
+    def _daemon(self) -> None:
+        self._screen.heading("Leave it to the daemon, as systemd would start it")
+        self._screen.command("mic-supervisor run &")
+        self._world.start_daemon()
+        self._ready(3)
+        self._expect(self._pids_answer(), "the daemon restarted what it should adopt")
+        self._screen.note("it found what runs and took it over: the PIDs are the same")
+        victim = self._models["3 change_face"]
+        began = self._kill(victim)
+        self._until(lambda: self._replaced(victim), "the daemon does not bring the model back")
+        self._screen.note(
+            f"the daemon brought it back; it was away for {time.monotonic() - began:.1f} s"
+        )
+        self._mic("history", "change_face", rc=0, expect=["SIGKILL"], last=5)
+        self._edit(self._world.config.read_text().replace("2: none", "2: MAM"))
+        self._screen.say("The daemon watches the file, so saving it is enough:")
+        self._until(lambda: "2 MAM" in self._ready_now(), "the daemon does not follow the file")
+        self._mic("status", rc=0)
+        self._check(["0 MAM", "1 MAM", "2 MAM", "3 change_face"])
+
+    def _daemon_dies(self) -> None:
+        self._screen.heading("The supervisor itself crashes: the models do not notice")
+        self._screen.command(f"kill -9 {self._world.daemon_pid}    # the daemon")
+        self._world.kill_daemon()
+        self._screen.command("mic-supervisor run &")
+        self._world.start_daemon()
+        self._ready(4)
+        self._expect(self._pids_answer(), "a model stopped with the daemon")
+        self._screen.note("the daemon is back, and every model has the PID that it had")
+
+    # --- what steps are made of -----------------------------------------------------------------
+
+    def _mic(
+        self, *arguments: str, rc: int, expect: list[str] | None = None, last: int = 0
+    ) -> None:
+        """Show a command and its output. `expect`: what the output has to contain.
+
+        Without `expect` the command writes to our terminal itself, and may draw on it. `last` shows
+        only so many lines.
+        """
+        tail = f" | tail -n {last}" if last else ""
+        line = " ".join(("mic-supervisor", *arguments))
+        self._screen.command(f"{line}{tail}")
+        if expect is None:
+            found, text = self._world.mic(*arguments), ""
+        else:
+            found, text = self._world.read(*arguments)
+            self._screen.output("\n".join(text.splitlines()[-last:]))
+        self._expect(found == rc, f"`{line}` exits with {found} instead of {rc}")
+        for part in expect or ():
+            self._expect(part in text, f"`{line}` does not say {part!r}")
+
+    def _edit(self, text: str) -> str:
+        """Save another file and show the difference; what it said before."""
+        before = self._world.write(text)
+        lines = difflib.unified_diff(before.splitlines(), text.splitlines(), "", "", "", "", 0, "")
+        changed = [line for line in lines if line[:2] not in ("--", "++", "@@")]
+        self._expect(bool(changed), "the edit changed nothing")
+        self._screen.command(f"$EDITOR {self._world.config}")
+        self._screen.output("\n".join(changed))
+        return before
+
+    def _kill(self, victim: Model) -> float:
+        """Kill a model's process, and wait until it is gone; when that was (monotonic)."""
+        self._screen.command(f"kill -9 {victim.pid}    # {victim.model} on GPU {victim.gpu}")
+        os.kill(victim.pid, signal.SIGKILL)
+        began = time.monotonic()
+        self._until(lambda: _pid(victim.url) != victim.pid, f"PID {victim.pid} does not end")
+        return began
+
+    def _check(self, wanted: list[str]) -> None:
+        """Exactly these are ready and answer, named by GPU and model: "0 MAM"."""
+        found = {}
+        for row in self._world.status()["instances"]:
+            gpu, model, url = row["gpus"][0]["index"], row["model"], row["endpoints"]["http"]
+            pid = _pid(url) if row["phase"] == "ready" else None
+            if pid is not None:
+                found[f"{gpu} {model}"] = Model(gpu, model, url, pid)
+        self._expect(sorted(found) == wanted, f"{sorted(found)} answers instead of {wanted}")
+        self._models = found
+
+    def _ready_now(self) -> list[str]:
+        rows = self._world.status()["instances"]
+        return [f"{r['gpus'][0]['index']} {r['model']}" for r in rows if r["phase"] == "ready"]
+
+    def _ready(self, count: int) -> None:
+        self._until(lambda: len(self._ready_now()) == count, f"{count} models do not get ready")
+
+    def _replaced(self, victim: Model) -> bool:
+        return _pid(victim.url) not in (None, victim.pid) and len(self._ready_now()) == 3
+
+    def _pids_answer(self) -> bool:
+        return all(_pid(model.url) == model.pid for model in self._models.values())
+
+    def _until(self, condition: Any, otherwise: str) -> None:
+        self._expect(self._world.wait_for(condition, _PATIENCE), otherwise)
+
+    def _expect(self, good: bool, otherwise: str) -> None:
+        if not good:
+            raise DemoFailed(f"the tour went wrong: {otherwise}")
+
+
+def _pid(url: str) -> int | None:
+    """The PID of the model server that answers at `url`; None when nobody does."""
+    try:
+        answer = json.loads(_post(url, None))
+    except (OSError, ValueError):
+        return None
+    return int(answer["pid"])
+
+
+def _post(url: str, document: Any) -> str:
+    """The answer of POST /infer. Raises OSError."""
+    request = urllib.request.Request(f"{url}/infer", json.dumps(document).encode(), method="POST")
+    # Not through a proxy that the environment may name: this is our own machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=5.0) as answer:
+        text: str = answer.read().decode()
+    return text
