@@ -20,6 +20,7 @@ file.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -63,44 +64,50 @@ def _rename(directory: int, old: str, new: str) -> None:
     os.rename(old, new, src_dir_fd=directory, dst_dir_fd=directory)
 
 
-def rotate(directory: int, log: int, files: int) -> None:
+def rotate(directory: int, log: int, files: int, *, force: bool = True) -> bool:
     """Move what the log holds to `log.1`, `log.1` to `log.2` and so on, `files` in all.
 
     The child writes to the very file, so that it depends on nobody; hence copy and truncate. What
     arrives between the last read and the truncation, microseconds, is lost. A copy that fails (a
-    full disk) gives way to the bound.
+    full disk) gives way to the bound. Without `force` nothing is done, and False returned, while
+    somebody reads the log: a reader that was stopped must not keep a keeper waiting.
     """
-    copied = False
-    if files > 1:
-        try:
-            _copy(directory, log)
-            copied = True
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(f".{LOG}.copy", dir_fd=directory)
-    os.ftruncate(log, 0)
-    if copied:
-        for number in range(files - 1, 1, -1):
-            with contextlib.suppress(FileNotFoundError):
-                _rename(directory, f"{LOG}.{number - 1}", f"{LOG}.{number}")
-        _rename(directory, f".{LOG}.copy", f"{LOG}.1")
-
-
-def _copy(directory: int, log: int) -> None:
     source = os.open(LOG, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        try:
+            fcntl.flock(source, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not force:
+                return False
+        copied = files > 1 and _copy(directory, source)
+        os.ftruncate(log, 0)
+        if copied:
+            for number in range(files - 1, 1, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    _rename(directory, f"{LOG}.{number - 1}", f"{LOG}.{number}")
+            _rename(directory, f".{LOG}.copy", f"{LOG}.1")
+    finally:
+        os.close(source)
+    return True
+
+
+def _copy(directory: int, source: int) -> bool:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     try:
         target = os.open(f".{LOG}.copy", flags, 0o600, dir_fd=directory)
         try:
             offset = 0
             # A writer that is faster than the copy must not keep this going for ever.
-            limit = 2 * os.fstat(log).st_size
+            limit = 2 * os.fstat(source).st_size
             while offset < limit and (sent := os.sendfile(target, source, offset, 1 << 20)):
                 offset += sent
         finally:
             os.close(target)
-    finally:
-        os.close(source)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(f".{LOG}.copy", dir_fd=directory)
+        return False
+    return True
 
 
 class Keeper:
@@ -202,8 +209,9 @@ class Keeper:
 
     def _bound_log(self) -> None:
         try:
-            if os.fstat(self.log).st_size >= self.payload["log_max_size"]:
-                rotate(self.directory, self.log, self.payload["log_files"])
+            size, bound = os.fstat(self.log).st_size, self.payload["log_max_size"]
+            if size >= bound:
+                rotate(self.directory, self.log, self.payload["log_files"], force=size >= 2 * bound)
         except OSError as error:
             # A log out of bounds is no reason to lose the process.
             sys.stderr.write(f"mic keeper: cannot rotate the log: {error}\n")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mic_supervisor.runtimes.keeper import LOG
 
 _BLOCK = 1 << 16
 _LONGEST = 1 << 20  # bytes; a longer line is given in pieces
-_PATIENCE = 10  # looks at a log that has shrunk until it counts as started anew
 
 
 def read(
@@ -27,29 +28,15 @@ def read(
     `tail` None is all of them. With `follow` it goes on until `ended` says so and everything was
     read, looking every `pause` seconds. Raises OSError.
     """
-    try:
-        handle = os.open(directory / LOG, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        while True:  # until no rotation came between the two
-            rotated = _mark(directory)
-            size = os.fstat(handle).st_size
-            if rotated == _mark(directory):
-                break
-        if tail is None:
-            parts = _forwards(directory, handle, size)
-        else:
-            parts = iter([_backwards(directory, handle, size, tail)])
-        lines = _Lines()
+    lines = _Lines()
+    with ExitStack() as files:
+        log = _Log(directory, files)
+        parts = log.older() if tail is None else log.end(tail)
         for part in parts:
             yield from lines.feed(part)
-        if follow:
-            for part in _follow(directory, handle, size, rotated, ended, pause):
-                yield from lines.feed(part)
+        for part in log.growth(ended if follow else lambda: True, pause):
+            yield from lines.feed(part)
         yield from lines.rest()
-    finally:
-        os.close(handle)
 
 
 class _Lines:
@@ -72,99 +59,116 @@ class _Lines:
             self._partial = b""
 
 
-def _mark(directory: Path) -> tuple[int, int] | None:
-    """Tells one `log.1` from the next."""
+class _Log:
+    """The files of one log, opened at one moment between two rotations.
+
+    A keeper rotates only while nobody holds a shared flock(2) on the log, which is held for moments
+    here. `_position` is how far the newest file was read; one rotation at a time can be kept up
+    with.
+    """
+
+    def __init__(self, directory: Path, files: ExitStack) -> None:
+        self._directory = directory
+        self._position = 0
+        newest = _open(directory / LOG, files)
+        self._newest = newest if newest is not None else -1
+        with self._still():
+            self._mark = self._look_for_mark()
+            opened = [_open(path, files) for path in _rotated(directory)]
+        self._older = [handle for handle in opened if handle is not None]
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """No rotation meanwhile. Never held while a reader is waited for."""
+        if self._newest >= 0:
+            fcntl.flock(self._newest, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            if self._newest >= 0:
+                fcntl.flock(self._newest, fcntl.LOCK_UN)
+
+    def _look_for_mark(self) -> tuple[int, int] | None:
+        """Tells one `log.1` from the next; None: there is none that belongs to our newest."""
+        try:
+            here, mine = (self._directory / LOG).stat(), os.fstat(self._newest)
+            found = (self._directory / f"{LOG}.1").stat()
+        except OSError:
+            return None
+        if here.st_ino != mine.st_ino:
+            return None  # a later run has begun: ours was put aside
+        return found.st_ino, found.st_mtime_ns
+
+    def older(self) -> Iterator[bytes]:
+        """What was rotated away before; `growth` gives the rest."""
+        for handle in reversed(self._older):
+            yield from _blocks(handle, 0)
+
+    def end(self, count: int) -> Iterator[bytes]:
+        """The last `count` lines; a line that is not complete yet counts as one."""
+        with self._still():
+            text = self._last(count)
+        kept = count + 1 if text.endswith(b"\n") else count
+        yield b"\n".join(text.split(b"\n")[-kept:]) if count > 0 else b""
+
+    def _last(self, count: int) -> bytes:
+        """At least the last `count` lines."""
+        parts: list[bytes] = []
+        ends = 0
+        self._position = os.fstat(self._newest).st_size if self._newest >= 0 else 0
+        sizes = [(self._newest, self._position)]
+        sizes += [(handle, os.fstat(handle).st_size) for handle in self._older]
+        for handle, end in sizes:
+            while end > 0 and ends <= count:
+                start = max(0, end - _BLOCK)
+                part = os.pread(handle, end - start, start)
+                parts.append(part)
+                ends += part.count(b"\n")
+                end = start
+        return b"".join(reversed(parts))
+
+    def growth(self, ended: Callable[[], bool], pause: float) -> Iterator[bytes]:
+        """What was added since, until `ended`."""
+        while self._newest >= 0:
+            over = ended()  # before the last look, so that nothing is left unread
+            while part := self._further():
+                yield part
+            if over:
+                return
+            time.sleep(pause)
+
+    def _further(self) -> bytes:
+        """The next piece; empty: there is no more now."""
+        with self._still(), ExitStack() as files:
+            rest = b""
+            mark = self._look_for_mark()
+            if mark is not None and mark != self._mark:
+                self._mark = mark
+                last = _open(self._directory / f"{LOG}.1", files)
+                if last is not None:
+                    rest = b"".join(_blocks(last, self._position))
+                self._position = 0
+            if os.fstat(self._newest).st_size < self._position:
+                self._position = 0  # it was truncated, and nothing is kept
+            part = os.pread(self._newest, _BLOCK, self._position)
+            self._position += len(part)
+            return rest + part
+
+
+def _open(path: Path, files: ExitStack) -> int | None:
     try:
-        found = (directory / f"{LOG}.1").stat()
+        return files.enter_context(path.open("rb", buffering=0)).fileno()
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_mtime_ns
 
 
-def _older(directory: Path) -> list[Path]:
+def _rotated(directory: Path) -> list[Path]:
     """The rotated logs, newest first."""
     found = [path for path in directory.glob(f"{LOG}.*") if path.suffix.removeprefix(".").isdigit()]
     return sorted(found, key=lambda path: int(path.suffix[1:]))
 
 
-def _blocks(handle: int, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    while end is None or start < end:
-        part = os.pread(handle, _BLOCK if end is None else min(_BLOCK, end - start), start)
-        if not part:
-            return
+def _blocks(handle: int, start: int) -> Iterator[bytes]:
+    while part := os.pread(handle, _BLOCK, start):
         start += len(part)
         yield part
-
-
-def _forwards(directory: Path, handle: int, size: int) -> Iterator[bytes]:
-    for path in reversed(_older(directory)):
-        with path.open("rb") as file:
-            yield from _blocks(file.fileno())
-    yield from _blocks(handle, 0, size)
-
-
-def _backwards(directory: Path, handle: int, size: int, count: int) -> bytes:
-    """The last `count` lines; a line that is not complete yet counts as one."""
-    if count <= 0:
-        return b""
-    parts: list[bytes] = []
-    ends = 0
-
-    def enough(number: int, end: int) -> bool:
-        nonlocal ends
-        while end > 0 and ends <= count:
-            start = max(0, end - _BLOCK)
-            part = os.pread(number, end - start, start)
-            parts.append(part)
-            ends += part.count(b"\n")
-            end = start
-        return ends > count
-
-    if not enough(handle, size):
-        for path in _older(directory):
-            with path.open("rb") as file:
-                if enough(file.fileno(), os.fstat(file.fileno()).st_size):
-                    break
-    text = b"".join(reversed(parts))
-    complete = text.endswith(b"\n")
-    lines = text.split(b"\n")
-    return b"\n".join(lines[-count - 1 :] if complete else lines[-count:])
-
-
-def _follow(
-    directory: Path,
-    handle: int,
-    position: int,
-    rotated: tuple[int, int] | None,
-    ended: Callable[[], bool],
-    pause: float,
-) -> Iterator[bytes]:
-    shrunk = 0
-    while True:
-        over = ended()  # before the last look, so that nothing is left unread
-        mark = _mark(directory)
-        if mark != rotated:
-            rotated = mark
-            if mark is not None:
-                yield from _blocks_of(directory / f"{LOG}.1", position)
-            position = 0
-        if os.fstat(handle).st_size < position:
-            # Truncated, and what it held is about to appear as log.1 - unless none is kept.
-            shrunk += 1
-            if shrunk >= _PATIENCE or over:
-                position = shrunk = 0
-        for part in _blocks(handle, position):
-            position += len(part)
-            yield part
-        if over:
-            return
-        time.sleep(pause)
-
-
-def _blocks_of(path: Path, start: int) -> Iterator[bytes]:
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        yield from _blocks(file.fileno(), start)

@@ -145,7 +145,7 @@ def test_a_start_takes_little_time(world: World) -> None:
         before = time.perf_counter()
         world.runtime.start(launch)
         times.append(time.perf_counter() - before)
-    assert min(times) < 0.06
+    assert min(times) < 0.15  # 0.03 on a machine that does nothing else
 
 
 def test_waiting_costs_nearly_nothing(world: World) -> None:

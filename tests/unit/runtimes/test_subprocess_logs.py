@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -114,11 +115,11 @@ def test_following_gives_what_is_added(tmp_path: Path) -> None:
     assert follower.end() == ["c", "partial", "d", "e"]
 
 
-def rotate(directory: Path, files: int = 3) -> None:
+def rotate(directory: Path, files: int = 3, *, force: bool = True) -> bool:
     handle = os.open(directory, os.O_RDONLY)
     log = os.open(directory / "log", os.O_WRONLY | os.O_APPEND)
     try:
-        keeper.rotate(handle, log, files)
+        return keeper.rotate(handle, log, files, force=force)
     finally:
         os.close(log)
         os.close(handle)
@@ -157,9 +158,46 @@ def test_following_goes_through_rotations(tmp_path: Path) -> None:
             file.write(b"line %d\n" % number)
             expected.append(f"line {number}")
             if number % 20 == 19:
-                rotate(tmp_path)
-                until(lambda: len(follower.lines) == len(expected), "it to catch up")
+                until(lambda: rotate(tmp_path, force=False), "a moment without a reader", period=0)
+                until(lambda: len(follower.lines) >= len(expected), "it to catch up")
     assert follower.end() == expected
+
+
+@pytest.mark.parametrize("count", [None, 40])
+def test_a_rotation_while_it_is_read_loses_nothing(tmp_path: Path, count: int | None) -> None:
+    write(tmp_path, b"".join(b"line %d\n" % number for number in range(30)), b"old\n")
+    lines = process_logs.read(tmp_path, tail=count)
+    first = next(lines)
+    rotate(tmp_path)
+    with (tmp_path / "log").open("ab") as file:
+        file.write(b"line 30\n")
+    assert [first, *lines] == ["old", *(f"line {number}" for number in range(31))]
+
+
+def test_who_reads_is_not_rotated_under(tmp_path: Path) -> None:
+    write(tmp_path, b"a\n")
+    reader = os.open(tmp_path / "log", os.O_RDONLY)
+    try:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        assert not rotate(tmp_path, force=False)
+        assert tail(tmp_path, None) == ["a"]
+        assert not (tmp_path / "log.1").exists()
+        assert rotate(tmp_path)  # there is a bound to everything
+        assert (tmp_path / "log.1").read_text() == "a\n"
+    finally:
+        os.close(reader)
+
+
+def test_a_later_run_does_not_disturb_who_follows_the_earlier(tmp_path: Path) -> None:
+    write(tmp_path, b"b\n", b"a\n")
+    follower = Follower(tmp_path)
+    until(lambda: follower.lines == ["a", "b"], "the first look")
+    with (tmp_path / "log").open("ab") as file:
+        for name in ("log", "log.1"):
+            (tmp_path / name).rename(tmp_path / f"previous-{name}")
+        write(tmp_path, b"later\n", b"later\n")
+        file.write(b"c\n")
+    assert follower.end() == ["a", "b", "c"]
 
 
 def test_a_log_of_which_nothing_is_kept_is_followed_too(tmp_path: Path) -> None:
