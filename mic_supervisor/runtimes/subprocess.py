@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, StopFailed
+from mic_supervisor.errors import (
+    MicError,
+    PreflightFailed,
+    RuntimeRefused,
+    RuntimeUnavailable,
+    StopFailed,
+)
 from mic_supervisor.model import (
     Launch,
     ObservedWorkload,
@@ -167,7 +173,8 @@ class SubprocessRuntime:
         """Look for all that a start needs. Raises PreflightFailed."""
         spec = _spec(launch)
         self._refuse_inside_service()
-        checks.preflight(spec)
+        with self._explained(f"start {launch.name}", PreflightFailed):
+            checks.preflight(spec)
         if launch.name.startswith(".") or "/" in launch.name or len(launch.name.encode()) > 200:
             raise PreflightFailed(f"cannot keep a record called {launch.name!r}")
         try:
@@ -388,13 +395,15 @@ class SubprocessRuntime:
     def events(self, stop: threading.Event) -> Iterator[str]:
         """Names of workloads whose process has ended, as it happens, until `stop` is set.
 
-        Does the work of keepers that were killed: what a main process left behind is ended.
+        Does the work of keepers that were killed: what a main process left behind is ended. Raises
+        RuntimeUnavailable when the records cannot be listed.
         """
-        for path in self._paths():
-            self._finish(path)
-        for name in process_events.watch(self._paths, stop):
-            self._finish(self._directory / name)
-            yield name
+        with self._explained("watch the process records", RuntimeUnavailable):
+            for path in self._paths():
+                self._finish(path)
+            for name in process_events.watch(self._paths, stop):
+                self._finish(self._directory / name)
+                yield name
 
     def _finish(self, path: Path) -> None:
         # A failure is told of by `observe`, and by `start` and `stop`, which try again.

@@ -132,6 +132,13 @@ def test_what_cannot_be_had_is_said(spec: dict[str, object], reason: str) -> Non
     assert str(raised.value) == reason
 
 
+def test_a_path_that_the_kernel_refuses_is_a_reason_like_others(world: World) -> None:
+    launch = world.launch("one", ("/" + "x" * 300,))
+    with pytest.raises(PreflightFailed) as raised:
+        world.runtime.prepare(launch, print)
+    assert str(raised.value).startswith("cannot start one: [Errno 36] File name too long")
+
+
 @as_root
 def test_a_program_that_its_user_cannot_reach_is_found(tmp_path: Path) -> None:
     program = tmp_path / "serve"

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from mic_supervisor.errors import RuntimeUnavailable
 from mic_supervisor.model import RunState
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import World, runs, sh
@@ -99,3 +100,9 @@ def test_what_a_run_without_keeper_left_is_ended(world: World) -> None:
         "its record",
     )
     listening.end()
+
+
+def test_records_that_cannot_be_listed_end_it(world: World) -> None:
+    world.directory.write_text("a file is in the way")
+    with pytest.raises(RuntimeUnavailable, match="cannot watch the process records: "):
+        next(world.runtime.events(threading.Event()))
