@@ -15,6 +15,7 @@ from mic_supervisor.errors import MicError
 if TYPE_CHECKING:
     from mic_supervisor.config.settings import Settings
 
+EXIT_UNREADABLE = 1
 EXIT_NOT_READY = 3
 
 _STYLES = {"ready": "green", "unprobed": "default", "starting": "yellow", "loading": "yellow"}
@@ -36,6 +37,8 @@ def command(model: str | None, as_json: bool) -> int:
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         show(document)
+    if document["unreadable"]:
+        return EXIT_UNREADABLE
     return 0 if all(row["as_desired"] for row in document["instances"]) else EXIT_NOT_READY
 
 
@@ -77,7 +80,7 @@ def look(found: Settings) -> dict[str, Any]:
     config = wiring.load_config(found, None, machine.registry)
     memory = machine.state.memory()
     observed = observe(machine.sources, time.time())
-    provider = FileDesired(config, machine.registry)
+    provider = FileDesired(config, machine.registry, machine.settings.instance_data)
     desired = provider.state(observed.inventory, memory.bindings)
     observed = with_holders(observed, desired, machine.sources)
     before = assess(desired, observed, machine.context)
@@ -105,7 +108,11 @@ def look(found: Settings) -> dict[str, Any]:
 def show(document: dict[str, Any]) -> None:
     """A table on a terminal, lines of tab-separated fields in a pipe."""
     rows = document["instances"]
-    for text in document["warnings"]:
+    warnings = document["warnings"]
+    told = [
+        text for text in document["unreadable"] if not any(w.startswith(text) for w in warnings)
+    ]
+    for text in (*told, *warnings):
         click.echo(f"warning: {text}", err=True)
     if document["config"]["error"]:
         click.echo(f"{document['config']['error']}".rstrip(), err=True)

@@ -73,5 +73,6 @@ def status_document(
             status_json(row, indices) | {"as_desired": row.settled_well} for row in statuses
         ],
         "gpus": gpu_rows(desired, observed),
-        "warnings": [*unreadable, *warnings],
+        "unreadable": unreadable,
+        "warnings": list(warnings),
     }

@@ -1,0 +1,188 @@
+"""Containers that do not start, do not stay, do not get ready or do not stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import docker
+import pytest
+
+from tests.integration.job_world import World, lines_of, outcome, progress, server, web, world
+from tests.support.waiting import http, until
+
+pytestmark = pytest.mark.engine
+
+GOOD = "ready      good-51000003  GPU 3  http://127.0.0.1:PORT\n"
+
+
+@pytest.fixture(scope="module")
+def job(
+    tmp_path_factory: pytest.TempPathFactory,
+    engine: docker.APIClient,
+    busybox_image: str,
+    server_image: str,
+) -> Iterator[World]:
+    with world(tmp_path_factory.mktemp("job"), engine) as made:
+        yield made
+
+
+@pytest.fixture
+def good(job: World) -> Iterator[World]:
+    """`good` on GPU 3, ready; it stays untouched through the test."""
+    job.models.clear()
+    job.write({3: "good"}, good=web())
+    job.apply()
+    before = job.runs()
+    assert set(before) == {"good-51000003"}
+    yield job
+    assert job.runs()["good-51000003"] == before["good-51000003"]
+
+
+def test_a_container_that_exits_at_once(good: World) -> None:
+    good.write({0: "a", 3: "good"}, a=server(EXIT_UNLESS="/never", EXIT_CODE=7))
+    begun = time.monotonic()
+    done = good.mic("apply", rc=3)
+    assert time.monotonic() - begun < 15
+    assert outcome(done.stdout) == (
+        "backoff    a-51000000  GPU 0  backoff: it exited with 7\n"
+        f"{GOOD}Apply: 1 as desired, 1 not.\n"
+    )
+    told = progress(done.stdout)
+    # The first failure is answered at once, the second with patience.
+    assert told.count("a-51000000: start: it exited with 7") == 1
+    assert told[-1] == "a-51000000: backoff: backoff: it exited with 7"
+    assert lines_of(good.plan(), "! blocked")[0].startswith(
+        "! blocked  a-51000000 on GPU 0: backoff: it exited with 7; next try at "
+    )
+    row = good.instances()["a-51000000"]
+    assert (row["phase"], row["health"], row["restarts"]) == ("backoff", "unhealthy", 1)
+    assert 0 < row["next_retry"] - time.time() <= 5.5
+    # One container, started twice: a crash starts the same one again.
+    assert len(good.all("a-51000000")) == 1
+    assert good.mic("logs", "a-51000000", rc=0).stdout.count("exiting with 7\n") == 2
+
+
+def test_whoever_calls_apply_asks_for_a_try_now(good: World) -> None:
+    good.write({0: "a", 3: "good"}, a=server(EXIT_UNLESS="/mnt/go", EXIT_CODE=5))
+    good.apply(rc=3)
+    good.write(
+        {0: "a", 3: "good"},
+        a=server(f"mounts: [{{source: {good.mic.home}, target: /mnt}}]", EXIT_UNLESS="/mnt/go"),
+    )
+    good.apply(rc=3)
+    (good.mic.home / "go").touch()
+    assert good.apply() == (
+        "ready      a-51000000  GPU 0  http://127.0.0.1:PORT\n" + GOOD + "Apply: 2 as desired.\n"
+    )
+    (good.mic.home / "go").unlink()
+
+
+def test_a_container_that_never_gets_ready(good: World) -> None:
+    good.write({0: "a", 3: "good"}, a=server("start_timeout: 1s", READY_DELAY=600))
+    done = good.mic("apply", rc=3)
+    assert outcome(done.stdout) == (
+        "backoff    a-51000000  GPU 0  http://127.0.0.1:PORT  "
+        "backoff: not up within 1 s: GET /health answers 503\n"
+        f"{GOOD}Apply: 1 as desired, 1 not.\n"
+    )
+    assert len(good.all("a-51000000")) == 1
+
+
+def test_a_replacement_that_never_gets_ready_is_rolled_back(good: World) -> None:
+    good.write({0: "a", 3: "good"}, a=web())
+    good.apply()
+    before = good.runs()["a-51000000"]
+    good.write({0: "a", 3: "good"}, a=server("start_timeout: 1s", READY_DELAY=600))
+    done = good.mic("apply", rc=3)
+    why = "the new specification failed (not up within 1 s: GET /health answers 503)"
+    assert outcome(done.stdout) == (
+        f"degraded   a-51000000  GPU 0  http://127.0.0.1:PORT  {why}; the last good one runs\n"
+        "    hint: change the file, or: mic-supervisor retry\n"
+        f"{GOOD}Apply: 1 as desired, 1 not.\n"
+    )
+    assert [line for line in progress(done.stdout) if "rollback" in line] == [
+        "a-51000000: start: rollback: not up within 1 s: GET /health answers 503"
+    ]
+    after = good.runs()["a-51000000"]
+    assert after.id == before.id
+    assert after.started_at != before.started_at
+    row = good.instances()["a-51000000"]
+    assert (row["phase"], row["sync"]) == ("degraded", "out_of_sync")
+    assert good.plan() == (
+        f"! blocked  a-51000000 on GPU 0: {why}; the last good one runs\n"
+        "    hint: change the file, or: mic-supervisor retry\n"
+        "\n"
+        "No changes; 1 blocked.\n"
+    )
+    good.write({0: "a", 3: "good"}, a=web())
+    good.unchanged()
+    assert good.runs()["a-51000000"] == after
+
+
+def test_a_replacement_that_crashes_is_rolled_back(good: World) -> None:
+    good.write({0: "a", 3: "good"}, a=web())
+    good.apply()
+    before = good.runs()["a-51000000"]
+    good.write({0: "a", 3: "good"}, a=server(EXIT_UNLESS="/never", EXIT_CODE=3))
+    text = good.apply(rc=3)
+    assert text.splitlines()[0] == (
+        "degraded   a-51000000  GPU 0  http://127.0.0.1:PORT  the new specification failed "
+        "(it exited with 3); the last good one runs"
+    )
+    assert good.runs()["a-51000000"].id == before.id
+    assert "exiting with 3" in good.mic("logs", "--previous", "a-51000000", rc=0).stdout
+
+
+def test_without_rollback_the_new_one_is_kept(good: World) -> None:
+    good.write({0: "a", 3: "good"}, a=web())
+    good.apply()
+    before = good.runs()["a-51000000"]
+    good.write(
+        {0: "a", 3: "good"},
+        a=server("start_timeout: 1s", "rollout: {rollback: false}", READY_DELAY=600),
+    )
+    text = good.apply(rc=3)
+    assert text.splitlines()[0] == (
+        "backoff    a-51000000  GPU 0  http://127.0.0.1:PORT  "
+        "backoff: not up within 1 s: GET /health answers 503"
+    )
+    assert good.runs()["a-51000000"].id != before.id
+
+
+def test_a_replacement_that_cannot_be_made_stops_nothing(good: World) -> None:
+    good.write({0: "a", 3: "good"}, a=web())
+    good.apply()
+    before = good.runs()
+    good.write({0: "a", 3: "good"}, a=web("mounts: [{source: /nonexistent, target: /w}]"))
+    good.apply(rc=3)
+    assert good.runs() == before
+    good.write({0: "b", 3: "good"}, b=web("mounts: [{source: /nonexistent, target: /w}]"))
+    text = good.apply(rc=3)
+    assert "the mount source /nonexistent does not exist" in text
+    assert good.runs() == before  # a model that runs is worth more than an empty GPU
+
+
+def test_a_stop_that_ignores_sigterm_ends_with_kill(good: World) -> None:
+    good.write({0: "a", 3: "good"}, a=server("stop_timeout: 1s", IGNORE_SIGTERM=1))
+    good.apply()
+    ref = good.runs()["a-51000000"].id
+    good.write({0: "a", 3: "good"}, a=web("stop_timeout: 1s"))
+    begun = time.monotonic()
+    good.apply()
+    assert 1 < time.monotonic() - begun < 12
+    state = good.engine.inspect_container(ref)["State"]
+    assert (state["Running"], state["ExitCode"]) == (False, 137)
+    assert "ignoring SIGTERM" in good.mic("logs", "--previous", "a-51000000", rc=0).stdout
+    good.unchanged()
+
+
+def test_a_container_that_sickens_later_is_told_by_status(good: World) -> None:
+    """One look of `status` can tell, and restarts nothing: that is up to who converges."""
+    good.write({0: "a", 3: "good"}, a=server())
+    good.apply()
+    http(f"{good.url('a-51000000')}/health?status=500", "PUT", "sick")
+    until(lambda: good.instances()["a-51000000"]["phase"] != "ready", "the sickness")
+    row = good.instances()["a-51000000"]
+    assert row["reason"] == "GET /health answers 500"
+    good.mic("status", rc=3)
