@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mic_supervisor.model import ObservedState, ObservedWorkload
+    from mic_supervisor.runtimes import Runtime
 
 
 @click.command(name="logs")
@@ -68,14 +69,8 @@ def _named(name: str, observed: ObservedState) -> list[ObservedWorkload]:
     return sorted(found, key=lambda item: (not is_alive(item), -(item.created_at or 0.0)))
 
 
-def _previous(found: list[ObservedWorkload], runtime: object, lines: int | None) -> Iterable[str]:
-    from mic_supervisor.runtimes.subprocess import SubprocessRuntime
-
-    if isinstance(runtime, SubprocessRuntime):
-        return runtime.previous_logs(found[0], tail=lines)
-    if len(found) < 2:
-        raise MicError(
-            f"{found[0].identity.instance} has no earlier workload",
-            hint="a container that is started again goes on in the same log: leave --previous out",
-        )
-    return runtime.logs(found[1], tail=lines)  # type: ignore[attr-defined,no-any-return]
+def _previous(found: list[ObservedWorkload], runtime: Runtime, lines: int | None) -> Iterable[str]:
+    """Of the workload that was replaced, else of the run before in the same workload."""
+    if len(found) > 1:
+        return runtime.logs(found[1], tail=lines)
+    return runtime.previous_logs(found[0], tail=lines)

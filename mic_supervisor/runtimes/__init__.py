@@ -78,12 +78,22 @@ class Runtime(Protocol):
         """Lines, oldest first, without line ends; `tail` None is all of them."""
         ...
 
+    def previous_logs(
+        self, workload: ObservedWorkload, *, tail: int | None = None
+    ) -> Iterator[str]:
+        """The log of the run before, where the runtime keeps it apart from the present one's.
+
+        Raises RuntimeRefused where it does not, or where there was no run before.
+        """
+        ...
+
     def run_check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
     ) -> tuple[int, str]:
         """Run a command where the workload runs, for at most `timeout` seconds.
 
-        (exit status, output). Raises RuntimeRefused when the command cannot be run or takes longer.
+        (exit status, output); 124 when it took longer and was ended. Raises RuntimeRefused when
+        the command cannot be run.
         """
         ...
 

@@ -213,6 +213,18 @@ class DockerRuntime:
 
         return log_lines(self._engine, workload, tail, follow)
 
+    def previous_logs(
+        self,
+        workload: ObservedWorkload,
+        *,
+        tail: int | None = None,  # noqa: ARG002
+    ) -> Iterator[str]:
+        """Always refused: the engine appends every run of a container to one log."""
+        raise RuntimeRefused(
+            f"cannot tell the run before of {workload.name} apart",
+            hint="a container that is started again goes on in the same log: leave --previous out",
+        )
+
     def events(self, stop: threading.Event) -> Iterator[str]:
         """A line per event of a container of ours, until `stop` is set.
 

@@ -55,6 +55,14 @@ class DockerOff:
     ) -> Iterator[str]:
         _refuse(f"cannot read the log of {workload.name}")
 
+    def previous_logs(
+        self,
+        workload: ObservedWorkload,
+        *,
+        tail: int | None = None,  # noqa: ARG002
+    ) -> Iterator[str]:
+        _refuse(f"cannot read the log of {workload.name}")
+
     def run_check(
         self,
         workload: ObservedWorkload,
