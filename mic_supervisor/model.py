@@ -160,7 +160,11 @@ class ContainerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """A host process and its tree. Secrets as in ContainerSpec."""
+    """A host process and its tree. Secrets as in ContainerSpec.
+
+    `directories` are absolute paths that a runtime makes before it executes the command, in this
+    order, where they are not there: 0700 and the user's own; their parents are 0755.
+    """
 
     command: tuple[str, ...]
     env: Pairs = field(default=(), repr=False)
@@ -174,6 +178,7 @@ class ProcessSpec:
     limits: Limits = Limits()
     stop_signal: str = "SIGTERM"
     stop_timeout: float = 30.0
+    directories: tuple[str, ...] = ()
 
 
 Workload = ContainerSpec | ProcessSpec
@@ -186,13 +191,15 @@ Workload = ContainerSpec | ProcessSpec
 class HttpCheck:
     """GET `path` on the port called `port`; 2xx or 3xx passes.
 
-    `expect` names top-level members of the JSON answer and the values they must have: a port may be
-    answered by a stranger.
+    A port may be answered by a stranger. `expect` names top-level members of the JSON answer and
+    the values they must have; `listed` names lists in it by their dotted path ("system.argv"), and
+    an item that each must hold.
     """
 
     path: str
     port: str = "http"
     expect: Pairs = ()
+    listed: Pairs = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ class CompileRequest:
 
     `read_text` is the only way to the file system: it returns the text of an absolute path and
     raises OSError. `options` and `settings` are instances of the backend's Options and Settings.
-    `variables` holds the values for `${env:NAME}`.
+    `variables` holds the values for `${env:NAME}`. `directory` is a path on this host that is the
+    instance's alone, for what its server writes; nobody has made it yet.
     """
 
     model: str
@@ -34,6 +35,7 @@ class CompileRequest:
     gpus: tuple[Gpu, ...]
     read_text: Callable[[Path], str]
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    directory: Path = Path("/var/lib/mic/instance_data/default/instance")
 
 
 class Backend(Protocol):

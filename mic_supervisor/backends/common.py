@@ -263,6 +263,25 @@ def devices(request: CompileRequest) -> tuple[str, ...]:
     return tuple(gpu.uuid for gpu in request.gpus if not gpu.simulated)
 
 
+def visible_gpus(request: CompileRequest) -> dict[str, str]:
+    """The variables that show a host process its own GPUs and no other.
+
+    By UUID, which means the same GPU whatever the driver's order is today. Nothing for simulated
+    GPUs, nor what `env_file` sets: at launch `env` wins over the file.
+    """
+    uuids = devices(request)
+    if not uuids:
+        return {}
+    env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
+    return unless_in_file(request, env)
+
+
+def unless_in_file(request: CompileRequest, env: Mapping[str, str]) -> dict[str, str]:
+    """`env`, a backend's own defaults, without what the model's `env_file` sets."""
+    in_file = dict(file_env(request))
+    return {name: value for name, value in env.items() if name not in in_file}
+
+
 def limits(options: ModelOptions) -> Limits:
     given = options.limits
     return Limits(given.memory, given.cpus, given.nofile, given.memlock)

@@ -59,18 +59,8 @@ class ProcessBackend(BackendBase):
             request,
             ports,
             command=[*options.command, *options.args],
-            env={**_cuda(request), **options.env},
+            env={**common.visible_gpus(request), **options.env},
             probes=common.probes(options),
         )
         workload: ProcessSpec = common.process(request, filled, ports)
         return common.instance(request, workload, filled.probes)
-
-
-def _cuda(request: CompileRequest) -> dict[str, str]:
-    uuids = common.devices(request)
-    if not uuids:
-        return {}
-    env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
-    # `env` wins over the file at launch: what the file sets must not stand in `env`.
-    in_file = dict(common.file_env(request))
-    return {name: value for name, value in env.items() if name not in in_file}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 GROUP = "mic_supervisor.backends"
 
 _BUILT_IN = {
+    "comfyui": "mic_supervisor.backends.comfyui:ComfyUIBackend",
     "container": "mic_supervisor.backends.container:ContainerBackend",
     "process": "mic_supervisor.backends.process:ProcessBackend",
     "triton": "mic_supervisor.backends.triton:TritonBackend",

@@ -126,7 +126,7 @@ def converge_once(
             errors[event.instance] = event
 
     with follow(indices, began, quiet=quiet) as shown:
-        provider = FileDesired(config, machine.registry)
+        provider = FileDesired(config, machine.registry, machine.settings.instance_data)
         events = Events([note, shown])
         snapshot = asyncio.run(_converge(machine, provider, memory, events, began))
     return snapshot, errors

@@ -88,7 +88,7 @@ def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, P
     config = wiring.load_config(found, file, machine.registry)
     memory = machine.state.memory()
     observed = observe(machine.sources, time.time())
-    provider = FileDesired(config, machine.registry)
+    provider = FileDesired(config, machine.registry, machine.settings.instance_data)
     desired = provider.state(observed.inventory, memory.bindings)
     observed = with_holders(observed, desired, machine.sources)
     assessments = assess(desired, observed, machine.context)

@@ -168,6 +168,7 @@ class Settings(BaseModel):
     on_stop: Literal["keep", "stop"] = "keep"
     docker_config: AbsolutePath | None = None
     http_token_file: AbsolutePath | None = None
+    http_open: Annotated[bool, PlainValidator(_boolean)] = False
     prune_on_watch: Annotated[bool, PlainValidator(_boolean)] = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -178,6 +179,14 @@ class Settings(BaseModel):
     @property
     def scope_state_dir(self) -> Path:
         return self.state_dir / self.scope
+
+    @property
+    def instance_data(self) -> Path:
+        """Where instances of the scope keep files of their own, each in a directory of its id.
+
+        Not below `scope_state_dir`, which nobody else may enter; a scope's name has no `_`.
+        """
+        return self.state_dir / "instance_data" / self.scope
 
     @property
     def lock_path(self) -> Path:

@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 
 
 def desired_state(
-    config: Config, inventory: GpuInventory, kept: Mapping[str, str], registry: Registry
+    config: Config,
+    inventory: GpuInventory,
+    kept: Mapping[str, str],
+    registry: Registry,
+    instance_data: Path,
 ) -> DesiredState:
     """Bind the file's keys to GPUs and compile every model for its GPUs.
 
-    `kept` are the bindings of earlier generations. What cannot be compiled blocks its own entry.
+    `kept` are the bindings of earlier generations. `instance_data` is the directory in which each
+    instance may have one of its own. What cannot be compiled blocks its own entry.
     """
     binding = bind(config.entries, inventory, kept)
     instances: list[Instance] = []
@@ -35,7 +40,7 @@ def desired_state(
             kept_empty += [gpu.uuid for gpu in bound.gpus]
             continue
         try:
-            instances.append(_compile(config, bound, bound.instance, registry))
+            instances.append(_compile(config, bound, bound.instance, registry, instance_data))
         except CompileError as error:
             indices = ",".join(str(gpu.index) for gpu in bound.gpus)
             unsatisfiable.append(
@@ -66,9 +71,10 @@ class FileDesired:
     again each time: the missing file may have come.
     """
 
-    def __init__(self, config: Config, registry: Registry) -> None:
+    def __init__(self, config: Config, registry: Registry, instance_data: Path) -> None:
         self._config = config
         self._registry = registry
+        self._instance_data = instance_data
         self._kept: tuple[object, DesiredState] | None = None
 
     @property
@@ -90,7 +96,9 @@ class FileDesired:
         kept = self._kept
         if kept is not None and kept[0] == identity and not kept[1].unsatisfiable:
             return kept[1]
-        state = desired_state(self._config, inventory, bindings, self._registry)
+        state = desired_state(
+            self._config, inventory, bindings, self._registry, self._instance_data
+        )
         self._kept = (identity, state)
         return state
 
@@ -101,7 +109,9 @@ class FileDesired:
         return backend
 
 
-def _compile(config: Config, bound: BoundEntry, instance: str, registry: Registry) -> Instance:
+def _compile(
+    config: Config, bound: BoundEntry, instance: str, registry: Registry, instance_data: Path
+) -> Instance:
     assert bound.entry.model is not None  # `none` has no instance
     definition = config.models[bound.entry.model]
     backend = registry.get(definition.backend)
@@ -115,6 +125,7 @@ def _compile(config: Config, bound: BoundEntry, instance: str, registry: Registr
         gpus=bound.gpus,
         read_text=_read_text,
         variables=config.variables,
+        directory=instance_data / instance,
     )
     try:
         compiled = backend.compile(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.http_client import Answer, NoAnswer, request
@@ -124,7 +125,7 @@ def _http(target: Target, check: HttpCheck, timeout: float) -> tuple[bool | None
         return False, f"GET {check.path}: {error}"
     if not answer.ok:
         return False, f"GET {check.path} answers {answer.status}"
-    if check.expect:
+    if check.expect or check.listed:
         try:
             document = answer.json()
         except ValueError:
@@ -133,7 +134,18 @@ def _http(target: Target, check: HttpCheck, timeout: float) -> tuple[bool | None
             found = document.get(key) if isinstance(document, dict) else None
             if found != value:
                 return False, f"port {port} is answered by {found!r}, not by {value!r}"
+        for place, value in check.listed:
+            found = _member(document, place)
+            if not isinstance(found, list) or value not in found:
+                return False, f"port {port} is answered by another program: {place} lacks {value}"
     return True, f"GET {check.path} answers {answer.status}"
+
+
+def _member(document: Any, place: str) -> Any:
+    """What stands at a dotted path of a JSON document; None where nothing does."""
+    for name in place.split("."):
+        document = document.get(name) if isinstance(document, dict) else None
+    return document
 
 
 def _tcp(target: Target, check: TcpCheck, timeout: float) -> tuple[bool | None, str]:

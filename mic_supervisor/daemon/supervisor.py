@@ -82,7 +82,7 @@ class Supervisor:
         self._complaints: set[str] = set()
         self._loop_state = LoopState(started_at=self._clock())
         self._generations.start(self._clock())
-        self._desired = FileDesired(self._config(), registry)
+        self._desired = FileDesired(self._config(), registry, settings.instance_data)
         self._converger = Converger(
             sources=sources,
             desired=self._desired,

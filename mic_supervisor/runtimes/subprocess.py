@@ -33,6 +33,7 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.runtimes import (
     Progress,
+    process_dirs,
     process_events,
     process_logs,
     process_start,
@@ -175,6 +176,7 @@ class SubprocessRuntime:
         self._refuse_inside_service()
         with self._explained(f"start {launch.name}", PreflightFailed):
             checks.preflight(spec)
+            process_dirs.make(spec)
         if launch.name.startswith(".") or "/" in launch.name or len(launch.name.encode()) > 200:
             raise PreflightFailed(f"cannot keep a record called {launch.name!r}")
         try:
@@ -200,6 +202,7 @@ class SubprocessRuntime:
         self._refuse_inside_service()
         path = self._directory / launch.name
         try:
+            process_dirs.make(spec)
             with self._turn(launch.name):
                 handle = self._lock_for_start(path, launch)
                 if handle is None:

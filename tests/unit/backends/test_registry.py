@@ -15,7 +15,7 @@ from mic_supervisor.config.options import ModelOptions, Strict
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import Instance
 
-BUILT_IN = ("container", "process", "triton", "vllm")
+BUILT_IN = ("comfyui", "container", "process", "triton", "vllm")
 
 
 class Fitting(BackendBase):
@@ -85,11 +85,8 @@ def test_importing_the_registry_imports_no_backend() -> None:
 
 
 def test_names_are_sorted_and_hold_the_plug_ins() -> None:
-    assert registry(("fitting", f"{HERE}:Fitting")).names() == (
-        "container",
-        "fitting",
-        *BUILT_IN[1:],
-    )
+    names = registry(("fitting", f"{HERE}:Fitting")).names()
+    assert names == tuple(sorted((*BUILT_IN, "fitting")))
 
 
 def test_an_unknown_name_is_none() -> None:

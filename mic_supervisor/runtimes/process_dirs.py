@@ -1,0 +1,96 @@
+"""The directories that a host process wants to find when it starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from mic_supervisor.errors import PreflightFailed
+from mic_supervisor.model import ProcessSpec
+from mic_supervisor.runtimes import process_checks as checks
+from mic_supervisor.runtimes.process_checks import Account
+
+_PATIENCE = 10.0  # seconds for a command that makes or tries a directory
+_MODE = 0o700
+_PARENTS = 0o755
+
+# Prints the first of its arguments that is of no use to whoever runs it.
+_TRY = 'for d; do [ -r "$d" ] && [ -w "$d" ] && [ -x "$d" ] || { printf %s "$d"; exit 1; }; done'
+
+
+def make(spec: ProcessSpec) -> None:
+    """Make what is missing of `spec.directories`. What is there stays as it is. Idempotent.
+
+    What belongs to the process's user may become a link to anywhere at any moment: below it, only
+    that user makes anything. Raises PreflightFailed.
+    """
+    if not spec.directories:
+        return
+    who = checks.account(spec.user)
+    for text in spec.directories:
+        path = Path(text)
+        try:
+            if not path.is_dir():
+                _make(path, who)
+        except OSError as error:
+            raise PreflightFailed(
+                f"cannot make the directory {path}: {error.strerror or error}",
+                hint="make room for it, or name another place in the file",
+            ) from error
+    useless = _useless(spec.directories, who)
+    if useless is not None:
+        raise PreflightFailed(
+            f"cannot use the directory {useless}: {spec.user or 'this user'} may not write there",
+            hint=f"give it to that user: chown -R {spec.user or os.geteuid()} {useless}",
+        )
+
+
+def _make(path: Path, who: Account) -> None:
+    missing = [path]
+    while not missing[-1].parent.is_dir():
+        missing.append(missing[-1].parent)
+    there = [*path.parents][len(missing) - 1 :]
+    if who.switch and any(part.lstat().st_uid == who.uid for part in there):
+        _make_as(path, who)
+        return
+    for part in reversed(missing):
+        part.mkdir(exist_ok=True)  # two lanes may have a parent in common
+        # Not by mkdir's mode, which the umask has a say in.
+        part.chmod(_MODE if part == path else _PARENTS, follow_symlinks=True)
+    if who.switch:
+        os.chown(path, who.uid, who.gid, follow_symlinks=False)
+
+
+def _make_as(path: Path, who: Account) -> None:
+    done = _run(["mkdir", "-p", "-m", f"{_MODE:o}", "--", str(path)], who)
+    if done.returncode:
+        raise OSError(0, done.stderr.strip().rpartition(": ")[2] or "mkdir failed")
+
+
+def _useless(paths: tuple[str, ...], who: Account) -> str | None:
+    """The first directory in which the user cannot work; None: there is none."""
+    if not who.switch:
+        return next((p for p in paths if not os.access(p, os.R_OK | os.W_OK | os.X_OK)), None)
+    done = _run(["sh", "-c", _TRY, "sh", *paths], who)
+    return done.stdout if done.returncode == 1 and done.stdout else None
+
+
+def _run(command: list[str], who: Account) -> subprocess.CompletedProcess[str]:
+    """Raises OSError, for a command that does not end, too."""
+    try:
+        return subprocess.run(
+            command,
+            user=who.uid,
+            group=who.gid,
+            extra_groups=who.groups,
+            cwd="/",
+            env={"PATH": checks.DEFAULT_PATH, "LC_ALL": "C"},
+            umask=0o022,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PATIENCE,
+        )
+    except subprocess.SubprocessError as error:
+        raise OSError(0, f"{command[0]} does not end") from error
