@@ -19,14 +19,13 @@ from mic_supervisor.converge.events import Event, EventKind, Events
 from mic_supervisor.converge.observe import Sources, combine, with_holders
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Target
-from mic_supervisor.converge.sources import Source
-from mic_supervisor.errors import MicError, RuntimeUnavailable, StopFailed
+from mic_supervisor.converge.sources import read_in
+from mic_supervisor.errors import LoadFailed, MicError, RuntimeUnavailable, StopFailed
 from mic_supervisor.model import (
     DesiredState,
     GpuInventory,
     ObservedState,
     ObservedWorkload,
-    RuntimeView,
 )
 from mic_supervisor.plan.actions import (
     Change,
@@ -111,7 +110,8 @@ class Converger:
     """Keeps one scope of one machine in its desired state.
 
     `context` holds what decisions depend on; `save` is called with the memory whenever it changed,
-    from a thread. All methods belong to the thread of the event loop.
+    from a thread. `removal_confirmed` says whether what a configuration, by its hash, no longer
+    names may be removed. All methods belong to the thread of the event loop.
     """
 
     def __init__(
@@ -132,6 +132,8 @@ class Converger:
         self.rounds_begun = 0
         self.resync = RESYNC
         self.observers: list[Callable[[Snapshot], None]] = []
+        self.released: list[Callable[[float], None]] = []  # told how long each release took
+        self.removal_confirmed: Callable[[str], bool] = lambda _config_hash: True
         self._sources = sources
         self._runtimes = sources.runtimes
         self._desired = desired
@@ -143,23 +145,13 @@ class Converger:
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="mic-work")
         self._probe_pool = ThreadPoolExecutor(64, thread_name_prefix="mic-probe")
         self._prober = Prober(self._probe_pool, self.wake, clock)
-        self._steps = Steps(sources, self._target_of)
+        self._steps = Steps(sources, self._target_of, desired.backend)
         self._lanes: dict[asyncio.Task[None], _Lane] = {}
         self._rest: dict[str, tuple[int, float]] = {}  # instance -> failures in a row, until
         self._stuck: dict[str, str] = {}  # instance -> ref of the workload that does not end
         self._assessments: dict[str, Assessment] = {}
         self._indices: dict[str, int] = {}
-        self._gpus = Source(
-            "NVML",
-            sources.gpus.observe,
-            lambda error: GpuInventory("nvml", error=error),
-            self._pool,
-        )
-        self._views = [
-            Source(name, runtime.observe, _late_view(name), self._pool)
-            for name, runtime in sources.runtimes.items()
-        ]
-        self._listeners = Source("/proc/net", sources.listeners, lambda _error: None, self._pool)
+        self._gpus, self._views, self._listeners = read_in(sources, self._pool, self.wake)
 
     def wake(self) -> None:
         """Have a round soon: something may have changed."""
@@ -225,7 +217,9 @@ class Converger:
         )
         now = self._clock()
         self._indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
-        context = replace(self.context, busy=busy)
+        # Asked of the configuration at hand: another one may have come since it was taken.
+        confirmed = self.context.confirmed and self.removal_confirmed(desired.config_hash)
+        context = replace(self.context, busy=busy, confirmed=confirmed)
         observed = combine(inventory, views, listeners, dict(self._prober.health), now)
         observed = await loop.run_in_executor(
             self._pool, with_holders, observed, desired, self._sources
@@ -282,8 +276,11 @@ class Converger:
             ),
         )
 
-    def _target_of(self, step: Load | Unload | Drain) -> Target:
-        return self._target(step.workload, self._assessments[step.instance])
+    def _target_of(self, step: Load | Unload) -> Target:
+        item = self._assessments.get(step.instance)
+        if item is None:
+            raise LoadFailed(f"cannot change {step.instance}: the file no longer names it")
+        return self._target(step.workload, item)
 
     def _note_phases(
         self, memory: Memory, statuses: tuple[InstanceStatus, ...], now: float
@@ -396,7 +393,11 @@ class Converger:
             self._prober.forget(step.workload.ref)
             self._set(step.workload.identity.instance, started=None)
         progress = _from_thread(loop, lambda text: self._tell("progress", change, text))
+        began = self._clock()
         await loop.run_in_executor(self._pool, self._steps.run, step, progress)
+        if isinstance(step, Release):
+            for listener in self.released:
+                listener(self._clock() - began)
         if isinstance(step, Start | Restart):
             name = step.launch.name if isinstance(step, Start) else step.workload.name
             again = change.kind in ("start", "restart")
@@ -479,10 +480,6 @@ def in_order(steps: list[Step]) -> list[Step]:
         out.append(ready[0])
         del waiting[ready[0].id]
     return out
-
-
-def _late_view(name: str) -> Callable[[str], RuntimeView]:
-    return lambda error: RuntimeView(name, error=error)
 
 
 def _from_thread(

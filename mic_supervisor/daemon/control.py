@@ -22,6 +22,9 @@ from mic_supervisor.errors import ConfigError, MicError
 VERSION = 1
 _LONGEST_REQUEST = 1 << 16  # bytes
 _REQUEST_TIMEOUT = 10.0  # seconds for a client to say what it wants
+_MOST_UNREAD = 1 << 22  # bytes that are kept for a client that does not read
+
+_SAME_VERSION = "use the command of the version that the daemon is of, or restart the daemon"
 
 Tell = Callable[[Event], None]
 Method = Callable[[Mapping[str, Any], Tell], Awaitable[Any]]
@@ -80,24 +83,29 @@ class ControlServer:
         self._clients.add(task)
         try:
             await self._answer(reader, writer)
-        except (ConnectionError, TimeoutError, asyncio.LimitOverrunError, ValueError):
-            pass  # the client is gone or makes no sense; there is nobody to tell
+        except (ConnectionError, TimeoutError):
+            pass  # the client is gone, or says nothing; there is nobody to tell
         finally:
             self._clients.discard(task)
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line = await asyncio.wait_for(reader.readline(), _REQUEST_TIMEOUT)
-        request = json.loads(line)
-        if not isinstance(request, dict) or request.get("version") != VERSION:
-            _send(writer, error={"message": f"this daemon speaks version {VERSION}", "hint": None})
+        try:
+            line = await asyncio.wait_for(reader.readline(), _REQUEST_TIMEOUT)
+            if not line:
+                return
+            name, params = _request(line)
+            method = self._methods.get(name)
+            if method is None:
+                raise MicError(f"cannot answer: there is no method {name!r}", hint=_SAME_VERSION)
+        except ValueError:  # more than _LONGEST_REQUEST without a line's end
+            _send(writer, error=_document(MicError("cannot answer: the request is too long")))
             return
-        method = self._methods.get(str(request.get("method")))
-        if method is None:
-            _send(writer, error={"message": f"no method {request.get('method')!r}", "hint": None})
+        except MicError as error:
+            _send(writer, error=_document(error))
             return
         work = asyncio.ensure_future(
-            method(request.get("params") or {}, lambda event: _send(writer, event=asdict(event)))
+            method(params, lambda event: _send(writer, event=asdict(event)))
         )
         gone = asyncio.ensure_future(reader.read(1))
         try:
@@ -115,10 +123,33 @@ class ControlServer:
         await writer.drain()
 
 
+def _request(line: bytes) -> tuple[str, Mapping[str, Any]]:
+    """(method, params). Raises MicError where it is none."""
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        raise MicError("cannot answer: the request is no line of JSON") from None
+    if not isinstance(request, dict):
+        raise MicError("cannot answer: the request is no JSON object")
+    version, params = request.get("version"), request.get("params", {})
+    if version != VERSION or isinstance(version, bool):
+        raise MicError(
+            f"cannot answer: this daemon speaks version {VERSION}, the request is of {version!r}",
+            hint=_SAME_VERSION,
+        )
+    if not isinstance(params, dict):
+        raise MicError("cannot answer: params is no JSON object")
+    return str(request.get("method")), params
+
+
 def _document(error: MicError) -> dict[str, Any]:
     return {"message": error.message, "hint": error.hint}
 
 
 def _send(writer: asyncio.StreamWriter, **document: Any) -> None:
-    if not writer.is_closing():
-        writer.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+    if writer.is_closing():
+        return
+    if writer.transport.get_write_buffer_size() > _MOST_UNREAD:
+        writer.transport.abort()
+        return
+    writer.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,19 +25,21 @@ _RECORD = "generation.json"
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """`error` is the whole report; then nothing was swapped. `changed`: another document runs."""
+    """`error` is the whole report; then nothing was swapped. `changed`: another document runs.
+
+    `warning`: it runs, and may not run again after a restart with a broken file.
+    """
 
     changed: bool
     generation: int
     error: str | None = None
+    warning: str | None = None
 
 
 class Generations:
     """The accepted configuration, the one before a restart, and what is wrong with the file now.
 
-    `confirmed` is whether what the running configuration no longer names may be removed: a person
-    asked for exactly this document with `reload` or `apply`. The last good files are kept in the
-    state directory, and run after a start with a broken file.
+    The last good files are kept in the state directory, and run after a start with a broken file.
     """
 
     def __init__(
@@ -60,35 +63,45 @@ class Generations:
         self._state = state
         self._prune_on_watch = prune_on_watch
         self._seen = ""
+        self._kept_hash = ""
 
-    @property
-    def confirmed(self) -> bool:
-        if self.config is None:
+    def confirms(self, config_hash: str) -> bool:
+        """Whether what the document of this hash no longer names may be removed.
+
+        Somebody asked for exactly this document, with `reload` or `apply`. "" is no document.
+        """
+        if not config_hash:
             return False
-        return self._prune_on_watch or self.config.hash == self._confirmed_hash
+        return self._prune_on_watch or config_hash == self._confirmed_hash
 
-    def start(self, now: float) -> None:
+    def start(self, now: float) -> Reloaded:
         """The file, or else what ran before. Never raises for what is in either."""
-        record = self._state.read_json(_RECORD)
-        recorded_hash = ""
-        if isinstance(record, dict):
-            self.number = int(record.get("generation", 0))
-            recorded_hash = str(record.get("hash", ""))
-            self._confirmed_hash = str(record.get("confirmed", ""))
+        self._read_record()
         outcome = self.reload(now, confirm=False)
         if outcome.error is None:
-            return
-        kept = self._state.path / _KEPT / "gpus.yaml"
-        if not kept.exists():
-            return
+            return outcome
+        # A crash between two renames leaves the one before under its other name.
+        places = [self._state.path / name / "gpus.yaml" for name in (_KEPT, f".{_KEPT}.old")]
+        kept = next((path for path in places if path.exists()), None)
+        if kept is None:
+            return outcome
         try:
             self.config = load(kept, self._registry, environ=self._environ)
         except ConfigError as error:
             self.error = f"{self.error}\nand what ran before cannot be used: {error.rendered}"
-            return
+            return outcome
         self.loaded_at = now
-        if self.config.hash != recorded_hash:
-            self._confirmed_hash = ""
+        return outcome
+
+    def _read_record(self) -> None:
+        try:
+            record = self._state.read_json(_RECORD)
+            if isinstance(record, dict):
+                self.number = int(record.get("generation", 0))
+                self._kept_hash = str(record.get("hash", ""))
+                self._confirmed_hash = str(record.get("confirmed", ""))
+        except (MicError, TypeError, ValueError):
+            return  # counting starts anew, and a removal has to be confirmed again
 
     def reload(self, now: float, *, confirm: bool) -> Reloaded:
         """Read the file, and run it if it is valid."""
@@ -101,15 +114,21 @@ class Generations:
             return Reloaded(False, self.number, self.error)
         self.error = self.error_at = None
         changed = self.config is None or config.hash != self.config.hash
-        if changed:
+        if changed and (self.config is not None or config.hash != self._kept_hash):
             self.number += 1
+        if changed:
             self.loaded_at = now
         if confirm:
             self._confirmed_hash = config.hash
         # Even an equal document may stand elsewhere now: diagnostics name its lines.
         self.config = config
-        if changed or confirm:
+        if not (changed or confirm or config.hash != self._kept_hash):
+            return Reloaded(changed, self.number)
+        try:
             self._keep(config)
+        except MicError as error:
+            # A disk that is full must not end the supervision, nor hold up a change.
+            return Reloaded(changed, self.number, warning=error.message)
         return Reloaded(changed, self.number)
 
     def differs(self) -> bool:
@@ -132,7 +151,11 @@ class Generations:
         return digest.hexdigest()
 
     def _keep(self, config: Config) -> None:
-        """Copy the files beside each other, and let the copy take its place at once."""
+        """Copy the files beside each other, and let the copy take its place at once.
+
+        Files that changed since they were read are not the good ones: they are about to be read
+        again.
+        """
         scratch = self._state.path / f".{_KEPT}.new"
         old = self._state.path / f".{_KEPT}.old"
         target = self._state.path / _KEPT
@@ -142,8 +165,10 @@ class Generations:
             (scratch / "gpus.yaml.d").mkdir(mode=0o700, parents=True)
             for index, path in enumerate(config.files):
                 name = "gpus.yaml" if index == 0 else f"gpus.yaml.d/{path.name}"
-                (scratch / name).touch(mode=0o600)
-                (scratch / name).write_bytes(path.read_bytes())
+                _write(scratch / name, path.read_bytes())
+            if self.differs():
+                shutil.rmtree(scratch)
+                return
             shutil.rmtree(old, ignore_errors=True)
             if target.exists():
                 target.rename(old)
@@ -160,3 +185,12 @@ class Generations:
             "confirmed": self._confirmed_hash,
         }
         self._state.write(_RECORD, json.dumps(record))
+        self._kept_hash = config.hash
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Readable by us alone, and on the disk when this returns."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

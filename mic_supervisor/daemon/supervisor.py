@@ -77,28 +77,31 @@ class Supervisor:
         )
         self._notifier = Notifier(settings.environ)
         self._history = History(state.path / "history.jsonl")
-        self._events = Events([log_event, self._record])
+        self._events = Events([log_event, self._record, self._count])
         self._state = state
         self._complaints: set[str] = set()
         self._loop_state = LoopState(started_at=self._clock())
-        self._generations.start(self._clock())
+        self._started_with = self._generations.start(self._clock())
         self._desired = FileDesired(self._config(), registry, settings.instance_data)
         self._converger = Converger(
             sources=sources,
             desired=self._desired,
-            context=replace(context, confirmed=self._generations.confirmed),
+            context=context,
             memory=state.memory(),
             save=self._save,
             events=self._events,
             clock=self._clock,
         )
+        self._converger.removal_confirmed = self._generations.confirms
         self._converger.resync = min(settings.resync, (self._notifier.watchdog or 1e9) / 3)
+        self._converger.released.append(self._count_release)
         self._converger.observers.append(self._publish)
         self._settling = Settling(self._converger, self._clock)
         self._converger.observers.append(self._settling.look)
         self._stopping = asyncio.Event()
         self._first = asyncio.Event()
         self._reloads = asyncio.Lock()
+        self._asked: set[asyncio.Future[Reloaded]] = set()
         self.published = self._view(None)
 
     # --- life -----------------------------------------------------------------------------------
@@ -108,9 +111,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
-        loop.add_signal_handler(
-            signal.SIGHUP, lambda: loop.create_task(self._reload(confirm=True, why="SIGHUP"))
-        )
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up)
         self._announce_start()
         requests = Requests(
             settings=self._settings,
@@ -155,6 +156,11 @@ class Supervisor:
             await self._converger.close()
             LOGGER.info("stopped; instances %s", "stopped" if self._stops else "keep running")
 
+    def _hung_up(self) -> None:
+        task = asyncio.ensure_future(self._reload(confirm=True, why="SIGHUP"))
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
+
     @property
     def _stops(self) -> bool:
         return self._settings.on_stop == "stop"
@@ -173,6 +179,7 @@ class Supervisor:
                 else "nothing is started, and nothing stopped"
             )
             LOGGER.error("%s\nthe configuration has errors: %s", self._generations.error, running)
+        self._warn(self._started_with)
 
     async def _say_ready(self) -> None:
         await self._first.wait()
@@ -184,7 +191,7 @@ class Supervisor:
 
         nothing = Config(self._settings.config, (), "", (), {}, {})
         self._desired.use(nothing)
-        self._converger.context = replace(self._converger.context, confirmed=True)
+        self._converger.removal_confirmed = lambda _hash: True
         notice = asyncio.create_task(self._ask_for_time())
         began = self._clock()
         try:
@@ -252,13 +259,20 @@ class Supervisor:
             text = f"generation {number} accepted ({why})"
         else:
             text = f"generation {number} confirmed ({why})"
+        self._warn(outcome)
         self._events.tell(Event("config", now, "configuration", text, cause=why))
         if outcome.error is None:
             self._desired.use(self._config())
-            self._converger.context = replace(
-                self._converger.context, confirmed=self._generations.confirmed
-            )
+        # A round may take its time: what is wrong with the file is shown now.
+        self._tell(self.published.snapshot)
         self._converger.wake()
+
+    @staticmethod
+    def _warn(outcome: Reloaded) -> None:
+        if outcome.warning is not None:
+            LOGGER.warning(
+                "%s; it runs, and after a restart only if it is still valid then", outcome.warning
+            )
 
     def _config(self) -> Config:
         """What runs; before there ever was a valid file, a configuration that names nothing.
@@ -278,10 +292,21 @@ class Supervisor:
             last_duration=snapshot.seconds,
             last_success_at=snapshot.at,
         )
-        self.published = self._view(snapshot)
-        self._notifier.status(sentence(self.published))
+        self._tell(snapshot)
         self._notifier.alive()
         self._first.set()
+
+    def _tell(self, snapshot: Snapshot | None) -> None:
+        self.published = self._view(snapshot)
+        self._notifier.status(sentence(self.published))
+
+    def _count(self, event: Event) -> None:
+        if event.kind == "failed":
+            self._loop_state = replace(self._loop_state, errors=self._loop_state.errors + 1)
+
+    def _count_release(self, seconds: float) -> None:
+        releases = self._loop_state.releases.with_one(seconds)
+        self._loop_state = replace(self._loop_state, releases=releases)
 
     def _record(self, event: Event) -> None:
         self._unless_full(lambda: self._history.add(event))
