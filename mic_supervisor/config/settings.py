@@ -19,7 +19,9 @@ from mic_supervisor.config.types import PositiveDuration
 PREFIX = "MIC_"
 ENV_FILE = Path("/etc/mic/mic.env")
 
-NOT_SETTINGS = frozenset({"MIC_INSTANCE", "MIC_RUN_ID", "MIC_CHECK_ID", "MIC_SPEC_HASH"})
+NOT_SETTINGS = frozenset(
+    {"MIC_INSTANCE", "MIC_IDENTITY", "MIC_RUN_ID", "MIC_CHECK_ID", "MIC_SPEC_HASH"}
+)
 """What a runtime puts into the environment of an instance; a shell inside one has them."""
 
 _SCOPE = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")

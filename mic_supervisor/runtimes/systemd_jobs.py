@@ -1,0 +1,273 @@
+"""Starts, ends and forgets transient units: the steps, on the bus's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mic_supervisor.errors import RuntimeRefused, RuntimeUnavailable, StopFailed
+from mic_supervisor.runtimes.systemd_bus import Bus, Refused, variants
+from mic_supervisor.runtimes.systemd_errors import job_reason
+from mic_supervisor.runtimes.systemd_unit import START_TIMEOUT, Property
+from mic_supervisor.runtimes.systemd_view import EXITED, Process, Unit, end_reason
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds. `remains`: from TERM to KILL for what a main process leaves behind; `kill`: that a
+    control group may take to die of KILL."""
+
+    remains: float
+    kill: float
+
+
+FORGET_TIMEOUT = 5.0
+"""Seconds that PID 1 may take to forget a unit that has ended."""
+
+_JOB_MARGIN = 5.0  # seconds beyond PID 1's own bound
+_FIRST_PAUSE = 0.005  # seconds between two looks, doubled each time
+_LONGEST_PAUSE = 0.1
+_KILL_PAUSE = 0.2  # seconds between two KILLs: a process may fork in between
+_STALE = 600.0  # seconds; much longer than any start takes
+EXISTS = "org.freedesktop.systemd1.UnitExists"
+
+
+# systemd.exec(5), "Process exit codes": what PID 1's child ends with before the program runs.
+_BEFORE = range(200, 246)
+_STEPS = {
+    200: "its working directory cannot be entered",
+    203: "the program cannot be executed",
+    205: "its limits cannot be set",
+    216: "its group does not exist",
+    217: "its user does not exist",
+}
+
+
+class SpawnFailed(Exception):
+    """A job that did not come to "done": the program was not executed, or not to its end."""
+
+    def __init__(self, unit: Unit | None, result: str) -> None:
+        super().__init__(result)
+        self.unit = unit
+        self.result = result
+
+    @property
+    def step(self) -> str | None:
+        """What PID 1's child failed at before it executed the program."""
+        if self.unit is None or self.unit.number("ExecMainCode") != EXITED:
+            return None
+        status = self.unit.number("ExecMainStatus")
+        unknown = f"systemd could not set it up (status {status})"
+        return _STEPS.get(status, unknown) if status in _BEFORE else None
+
+    @property
+    def ran(self) -> bool:
+        """Whether the program was executed, and had ended before PID 1 took note of that."""
+        return (
+            self.result == "failed"
+            and self.unit is not None
+            and self.unit.number("ExecMainExitTimestamp") > 0
+            and self.step is None
+        )
+
+
+async def start(bus: Bus, name: str, properties: Sequence[Property]) -> None:
+    """Returns once the program was executed. The unit must not be loaded.
+
+    Raises SpawnFailed, RuntimeRefused, Refused and Lost.
+    """
+    values = variants(properties)
+    deadline = _now() + FORGET_TIMEOUT
+    while True:
+        try:
+            result = await bus.job(
+                *("StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", values, []),
+                timeout=START_TIMEOUT + _JOB_MARGIN,
+            )
+            break
+        except Refused as error:
+            # PID 1 forgets a unit a moment after it has ended.
+            unit = await bus.unit(name) if error.name == EXISTS else None
+            running = unit is not None and not unit.is_over
+            if error.name != EXISTS or running or _now() >= deadline:
+                raise
+            await asyncio.sleep(_LONGEST_PAUSE)
+    if result != "done":
+        raise SpawnFailed(await bus.unit(name), result)
+
+
+def spawn_reason(failure: SpawnFailed) -> str:
+    """Why, as far as PID 1 itself tells."""
+    if failure.result != "failed":
+        return job_reason(failure.result)
+    if failure.unit is None:
+        return "systemd does not say why"
+    return failure.step or end_reason(failure.unit) or "systemd does not say why"
+
+
+# --- ending -----------------------------------------------------------------------------------
+
+
+async def end(bus: Bus, unit: Unit, number: int, grace: float, patience: Patience) -> None:
+    """Signal the main process, wait `grace` seconds at most, then kill until nothing is left.
+
+    What the main process leaves behind when it ends in time is asked too. Raises StopFailed.
+    """
+    deadline = _now() + grace
+    if unit.active != "deactivating" and unit.main_pid is not None:
+        await _signal(bus, unit.name, "main", number)
+        await _signal(bus, unit.name, "main", signal.SIGCONT)  # or a stopped one never hears of it
+    if await _await_main(bus, unit.name, deadline):
+        await end_remains(bus, unit.name, patience, by=deadline)
+    else:
+        await _kill(bus, unit.name, patience.kill)
+
+
+async def end_remains(bus: Bus, name: str, patience: Patience, *, by: float | None = None) -> None:
+    """TERM for what is left of a unit whose main process has ended, then KILL.
+
+    `by`: KILL no later than that, in the loop's time. Raises StopFailed.
+    """
+    deadline = _now() + patience.remains
+    deadline = deadline if by is None else min(deadline, by)
+    asked: set[int] = set()
+    pause = _FIRST_PAUSE
+    while True:
+        unit = await bus.unit(name)
+        remains = await bus.processes(name)
+        if not remains and (unit is None or unit.is_over):
+            return
+        if _now() >= deadline:
+            await _kill(bus, name, patience.kill)
+            return
+        # PID 1 asks by itself where it is ending the unit.
+        fresh = {process.pid for process in remains} - asked
+        if unit is not None and unit.is_over and fresh:
+            await _signal(bus, name, "all", signal.SIGTERM)
+            await _signal(bus, name, "all", signal.SIGCONT)
+            asked |= fresh
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+async def _await_main(bus: Bus, name: str, deadline: float) -> bool:
+    """Whether the main process has ended by the deadline."""
+    pause = _FIRST_PAUSE
+    while True:
+        unit = await bus.unit(name)
+        if unit is None or unit.is_over or unit.main_pid is None:
+            return True
+        left = deadline - _now()
+        if left <= 0:
+            return False
+        await asyncio.sleep(min(pause, left))
+        pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+async def _kill(bus: Bus, name: str, patience: float) -> None:
+    give_up = _now() + patience
+    again = 0.0
+    pause = _FIRST_PAUSE
+    while True:
+        unit = await bus.unit(name)
+        remains = await bus.processes(name)
+        if not remains and (unit is None or unit.is_over):
+            return
+        if _now() >= give_up:
+            raise StopFailed(
+                f"cannot stop {name}: {_named(remains)} survived KILL",
+                hint="where the kernel does not let go of it, only a restart of the machine helps",
+            )
+        if _now() >= again:
+            await _signal(bus, name, "all", signal.SIGKILL)
+            again = _now() + _KILL_PAUSE
+            pause = _FIRST_PAUSE
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+async def _signal(bus: Bus, name: str, whom: str, number: int) -> None:
+    try:
+        await bus.call("KillUnit", "ssi", name, whom, int(number))
+    except Refused as error:
+        if error.name not in _NOBODY:
+            raise
+
+
+# Whoever was to get the signal has ended since the look; the next look tells.
+_NOBODY = frozenset(
+    f"org.freedesktop.systemd1.{name}"
+    for name in ("NoSuchUnit", "NoSuchProcess", "UnitNotLoaded", "UnitInactive")
+)
+
+
+def _named(remains: Sequence[Process]) -> str:
+    return "PID " + ", ".join(map(str, remains)) if remains else "systemd says that a part of it"
+
+
+# --- forgetting -------------------------------------------------------------------------------
+
+
+async def forget(bus: Bus, name: str) -> None:
+    """Have PID 1 unload a unit that has ended. Raises RuntimeRefused, Refused and Lost."""
+    deadline = _now() + FORGET_TIMEOUT
+    pause = _FIRST_PAUSE
+    while (unit := await bus.unit(name)) is not None:
+        if _now() >= deadline:
+            raise RuntimeRefused(
+                f"cannot remove {name}: systemd keeps it as {unit.active} ({unit.sub})",
+                hint=f"see systemctl list-jobs and systemctl status {name}",
+            )
+        try:
+            if unit.active == "failed":
+                await bus.call("ResetFailedUnit", "s", name, repeat=True)
+            elif unit.active != "inactive":
+                await bus.job("StopUnit", "ss", name, "replace", timeout=FORGET_TIMEOUT)
+        except Refused as error:
+            if error.name not in _NOBODY:
+                raise
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+async def discard(bus: Bus, name: str) -> None:
+    """After a start that failed: nothing of it stays, whatever state it is in."""
+    if await bus.unit(name) is not None:
+        await _kill(bus, name, FORGET_TIMEOUT)
+        await forget(bus, name)
+
+
+# --- the environment file ---------------------------------------------------------------------
+
+
+def write_secret(path: Path, text: str) -> None:
+    """0600, in a directory that only we may enter. Raises RuntimeUnavailable."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sweep(path.parent)
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise RuntimeUnavailable(
+            f"cannot write {path}: {error.strerror}",
+            hint="run as root, or set MIC_RUN_DIR to a directory that can be written",
+        ) from error
+
+
+def _sweep(directory: Path) -> None:
+    """Delete what starts that were cut short have left."""
+    old = time.time() - _STALE
+    for entry in directory.iterdir():
+        if entry.stat().st_mtime < old:
+            entry.unlink(missing_ok=True)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

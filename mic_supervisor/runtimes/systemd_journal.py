@@ -1,0 +1,192 @@
+"""The journal of a unit as lines, by journalctl(1): its format on disk has no other reader here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import selectors
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from mic_supervisor.errors import RuntimeRefused
+
+_PROGRAM = "journalctl"
+_SHORT = 10.0  # seconds for a question with a short answer
+_SYNC = 3.0  # seconds for journald to write what it was sent
+_QUIET = 0.5  # seconds without a line until the unit is looked at
+_BLOCK = 1 << 16
+_JOURNALS = ("/var/log/journal", "/run/log/journal")
+
+# sd-messages.h, SD_MESSAGE_SPAWN_FAILED
+_SPAWN_FAILED = "641257651c1b4ec9a8624d7a40a9e1e7"
+_STEP = re.compile(r"Failed at step (\S+) spawning (.+?): (.+)$")
+
+
+def read(
+    what: str,
+    invocation: str,
+    *,
+    tail: int | None,
+    follow: bool = False,
+    ended: Callable[[], bool] = lambda: True,
+) -> Iterator[str]:
+    """Lines of one run. With `follow` it goes on until `ended` says so and everything was read.
+
+    Raises RuntimeRefused, "cannot WHAT: …".
+    """
+    sync()
+    arguments = [
+        *("--output=cat", "--all", f"--lines={'all' if tail is None else max(tail, 0)}"),
+        *(["--follow"] if follow else []),
+        f"_SYSTEMD_INVOCATION_ID={invocation}",
+    ]
+    process = _open(what, arguments)
+    seen = False
+    try:
+        for line in _lines(process, ended if follow else None):
+            seen = True
+            yield line
+        failed = not follow and process.wait(_SHORT) != 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+        said = _said(process)
+    if not seen and not _may_read():
+        raise RuntimeRefused(
+            f"cannot {what}: the journal may not be read by this user",
+            hint="run as root, or as a member of the group systemd-journal",
+        )
+    if failed:
+        raise RuntimeRefused(f"cannot {what}: {said or f'{_PROGRAM} failed'}")
+
+
+def previous(what: str, scope: str, instance: str, before: float) -> str | None:
+    """The run, by invocation, of an instance's last line before the time `before`.
+
+    Whatever its unit was called: it is found by the fields that every unit of ours logs.
+    """
+    sync()
+    lines = _ask(
+        what,
+        *("--output=json", "--output-fields=_SYSTEMD_INVOCATION_ID", "--reverse", "--lines=1"),
+        f"--until=@{before:.6f}",
+        *(f"MIC_SCOPE={scope}", f"MIC_INSTANCE={instance}"),
+    )
+    for line in lines.splitlines():
+        found = json.loads(line).get("_SYSTEMD_INVOCATION_ID")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def spawn_failure(unit: str, invocation: str) -> str | None:
+    """What PID 1's child said when it could not execute the program; None: nothing was found."""
+    sync()
+    try:
+        text = _ask(
+            "read the journal",
+            *("--output=cat", "--reverse", "--lines=1", f"MESSAGE_ID={_SPAWN_FAILED}"),
+            *(f"UNIT={unit}", f"INVOCATION_ID={invocation}"),
+        )
+    except RuntimeRefused:
+        return None  # it only adds to what is known
+    match = _STEP.search(text.strip())
+    return f"{match[2]}: {match[3]} (step {match[1]})" if match else None
+
+
+def sync() -> None:
+    """Have journald write what it was sent; what it does not do in time is read a moment later."""
+    try:
+        subprocess.run(
+            [_PROGRAM, "--sync"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_SYNC,
+            check=False,  # only root may ask for it
+        )
+    except (OSError, subprocess.SubprocessError):
+        return
+
+
+def _may_read() -> bool:
+    if os.geteuid() == 0:
+        return True
+    directories = [path for path in map(Path, _JOURNALS) if path.is_dir()]
+    return any(
+        os.access(file, os.R_OK) for path in directories for file in path.glob("*/system.journal")
+    )
+
+
+def _open(what: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            [_PROGRAM, "--quiet", "--no-pager", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+        )
+    except OSError as error:
+        raise RuntimeRefused(f"cannot {what}: {_PROGRAM}: {error.strerror}") from error
+
+
+def _ask(what: str, *arguments: str) -> str:
+    process = _open(what, arguments)
+    try:
+        output, said = process.communicate(timeout=_SHORT)
+    except subprocess.TimeoutExpired:
+        raise RuntimeRefused(f"cannot {what}: the journal gave no answer in {_SHORT:g} s") from None
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if process.returncode:
+        raise RuntimeRefused(f"cannot {what}: {_last(said)}")
+    return output.decode(errors="replace")
+
+
+def _said(process: subprocess.Popen[bytes]) -> str:
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.wait()
+    said = process.stderr.read()
+    process.stdout.close()
+    process.stderr.close()
+    return _last(said)
+
+
+def _last(said: bytes) -> str:
+    return said.decode(errors="replace").strip().rpartition("\n")[2]
+
+
+def _lines(process: subprocess.Popen[bytes], ended: Callable[[], bool] | None) -> Iterator[str]:
+    """Until the end of the output; with `ended`, until that and a while without output."""
+    assert process.stdout is not None
+    pipe = process.stdout.fileno()
+    os.set_blocking(pipe, False)
+    partial = b""
+    over_since: float | None = None
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(pipe, selectors.EVENT_READ)
+        while True:
+            part: bytes | None = None
+            if waiting.select(_QUIET):
+                part = os.read(pipe, _BLOCK)
+            if part == b"":
+                break
+            if part is not None:
+                *lines, partial = (partial + part).split(b"\n")
+                for line in lines:
+                    yield line.decode(errors="replace")
+            elif ended is not None:
+                if over_since is None and ended():
+                    sync()
+                    over_since = time.monotonic()
+                elif over_since is not None and time.monotonic() - over_since >= _QUIET:
+                    break
+    if partial:
+        yield partial.decode(errors="replace")

@@ -1,0 +1,181 @@
+"""What PID 1 says of a unit, as a workload of ours or a stranger. Pure, and never surprised.
+
+The properties are those of org.freedesktop.systemd1(5); times there are microseconds since the
+epoch, and 0 is never.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mic_supervisor.model import ObservedWorkload, RunState, Stranger
+from mic_supervisor.runtimes.systemd_unit import identity_of
+
+RUNTIME = "systemd"
+
+# "refreshing" and whatever later versions add is left UNKNOWN.
+_HELD = frozenset({"active", "reloading", "activating", "deactivating"})
+_ENDED = frozenset({"inactive", "failed"})
+_BEGINNINGS = ("InactiveExitTimestamp", "ExecMainStartTimestamp")
+EXITED = 1  # CLDEXITED, see sigaction(2); the others are deaths by signal
+_NEVER = "it was never started"
+
+# systemd.service(5), under `Restart=`, and org.freedesktop.systemd1(5), `Result`.
+_RESULTS = {
+    "timeout": "it did not end in time and was killed",
+    "oom-kill": "it used more memory than there was, or than its limit, and was killed",
+    "resources": "systemd could not set it up",
+    "protocol": "systemd lost sight of it",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process in a unit's control group."""
+
+    pid: int
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.pid} ({self.command[:60] or '?'})"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One loaded unit. `remains` is what is in its control group; looked up where it matters."""
+
+    name: str
+    path: str
+    properties: Mapping[str, Any]
+    remains: tuple[Process, ...] = ()
+
+    @property
+    def active(self) -> str:
+        return str(self.properties.get("ActiveState", ""))
+
+    @property
+    def sub(self) -> str:
+        return str(self.properties.get("SubState", ""))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its main process has ended and PID 1 has nothing left to do."""
+        return self.active in _ENDED or (self.active, self.sub) == ("active", "exited")
+
+    @property
+    def main_pid(self) -> int | None:
+        return self.number("MainPID") or None
+
+    @property
+    def invocation(self) -> str:
+        """32 hex digits, another one each run; empty when unknown."""
+        found = self.properties.get("InvocationID", b"")
+        return bytes(found).hex() if isinstance(found, bytes | list) else ""
+
+    @property
+    def begun(self) -> float | None:
+        """When its last run began: PID 1 forks before it notes down that the unit is active."""
+        stamps = [stamp for stamp in map(self.seconds, _BEGINNINGS) if stamp]
+        return min(stamps, default=None)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        found = self.properties.get("Environment")
+        items = found if isinstance(found, Sequence) and not isinstance(found, str) else ()
+        pairs = (str(item).partition("=") for item in items)
+        return {name: value for name, _, value in pairs}
+
+    def number(self, name: str) -> int:
+        found = self.properties.get(name)
+        return found if isinstance(found, int) else 0
+
+    def text(self, name: str) -> str:
+        found = self.properties.get(name)
+        return found if isinstance(found, str) else ""
+
+    def seconds(self, name: str) -> float | None:
+        found = self.number(name)
+        return found / 1e6 if found else None
+
+
+def stranger_reason(unit: Unit, scope: str, host: str) -> str | None:
+    """Why a unit is not ours; None: it is."""
+    found = identity_of(unit.variables)
+    if isinstance(found, str):
+        return found
+    _, identity = found
+    if identity.scope != scope:
+        return f"it belongs to scope {identity.scope or '(none)'}"
+    if identity.host != host:
+        return "it was made by the supervisor of another machine"
+    return None
+
+
+def judge(unit: Unit, scope: str, host: str) -> ObservedWorkload | Stranger:
+    """What a unit is to us."""
+    reason = stranger_reason(unit, scope, host)
+    found = identity_of(unit.variables)
+    if reason is not None or isinstance(found, str):
+        running = not unit.is_over
+        return Stranger(RUNTIME, unit.name, unit.name, (), running, reason or "")
+    name, identity = found
+    state, error = _state(unit)
+    over = state is RunState.EXITED
+    return ObservedWorkload(
+        runtime=RUNTIME,
+        name=name,
+        ref=unit.name,
+        identity=identity,
+        state=state,
+        pid=None if over else unit.main_pid,
+        exit_code=exit_code(unit) if over else None,
+        created_at=unit.begun,
+        started_at=unit.seconds("ExecMainStartTimestamp"),
+        finished_at=unit.seconds("ExecMainExitTimestamp") if over else None,
+        error=error,
+    )
+
+
+def _state(unit: Unit) -> tuple[RunState, str | None]:
+    """A GPU is free once the whole control group is gone, not when the main process is."""
+    if unit.is_over:
+        if unit.remains:
+            return RunState.RUNNING, remains_text(unit.remains)
+        return RunState.EXITED, end_reason(unit)
+    if unit.active not in _HELD:
+        return RunState.UNKNOWN, f"systemd says that it is {unit.active or 'in no state'}"
+    if unit.main_pid is None and unit.active == "deactivating":
+        return RunState.RUNNING, "its main process has ended, and what it left is being ended"
+    return RunState.RUNNING, None
+
+
+def remains_text(remains: Sequence[Process]) -> str:
+    pids = ", ".join(str(process.pid) for process in remains)
+    return f"its main process has ended, and PID {pids} of it still run"
+
+
+def exit_code(unit: Unit) -> int | None:
+    """As a shell gives it: 128 and the signal's number for a death by signal."""
+    if not unit.number("ExecMainExitTimestamp"):
+        return None
+    status = unit.number("ExecMainStatus")
+    return status if unit.number("ExecMainCode") == EXITED else 128 + status
+
+
+def end_reason(unit: Unit) -> str | None:
+    """What is more than an exit code can say."""
+    result = unit.text("Result")
+    if result in _RESULTS:
+        return _RESULTS[result]
+    if not unit.number("ExecMainExitTimestamp"):
+        return _NEVER
+    if unit.number("ExecMainCode") == EXITED:
+        return None
+    number = unit.number("ExecMainStatus")
+    try:
+        return f"ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"ended by signal {number}"
