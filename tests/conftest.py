@@ -11,10 +11,11 @@ import pytest
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.types import DeviceRequest
 
-from tests.support import scopes
+from tests.support import scopes, systemd
 from tests.support.mic import Mic
 from tests.support.ports import PortBlock
 from tests.support.require import missing
+from tests.support.systemd import SystemdMachine
 from tests.support.triton import TritonRepository
 
 
@@ -60,6 +61,22 @@ def server_image(engine: docker.APIClient) -> str:
 def triton_image(engine: docker.APIClient) -> str:
     """A real tritonserver 2.51 on PATH, with the python backend; no GPU: KIND_CPU only."""
     return _image(engine, "mic-test/triton:1")
+
+
+@pytest.fixture(scope="session")
+def systemd_image(engine: docker.APIClient) -> str:
+    """systemd as PID 1; `tests.support.systemd.machine` boots it, one at a time."""
+    return _image(engine, systemd.IMAGE)
+
+
+@pytest.fixture(scope="module")
+def systemd_machine(engine: docker.APIClient, systemd_image: str) -> Iterator[SystemdMachine]:
+    """A booted machine with the project installed and mic.service not started."""
+    scope = scopes.new_scope()
+    with systemd.machine(engine, scope) as machine:
+        machine.install()
+        machine.boot()
+        yield machine
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ mic-test/busybox:1  static busybox, 2 MB, starts in a tenth of a second
 mic-test/python:1   Debian with Python 3.11
 mic-test/server:1   the same with tests/support/server as `model-server`
 mic-test/triton:1   the same with a real tritonserver from the wheel nvidia-pytriton
+mic-test/systemd:1  Debian with systemd as PID 1, and what the project needs in /opt/mic
 
 Each carries a label with the fingerprint of what went in; one that has it is not built again.
 """
@@ -16,6 +17,7 @@ import os
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +65,19 @@ def _numpy_path(name: str) -> str | None:
     if ".dist-info/" in name or "/tests/" in name or name.endswith((".pyi", ".a", ".h")):
         return None
     return f"{NUMPY_HOME}/{name}"
+
+
+SYSTEMD_BASE = "mic-test/systemd-base:1"
+SYSTEMD_DOCKERFILE = """\
+FROM mic-test/systemd-base:1
+RUN python3 -m venv --without-pip /opt/mic \\
+    && systemctl mask systemd-firstboot.service console-getty.service getty.target \\
+    && useradd --create-home alice && useradd --create-home bob
+COPY site/ /opt/mic/lib/python3.11/site-packages/
+ENV container=docker
+STOPSIGNAL SIGRTMIN+3
+CMD ["/sbin/init"]
+"""
 
 
 # --- tar streams ------------------------------------------------------------------------------
@@ -262,6 +277,32 @@ COPY tree/ /
     _ensure(engine, tag, key, make)
 
 
+def _build_systemd(engine: docker.APIClient) -> None:
+    """Without the project itself, which every test session puts in afresh."""
+    tag = "mic-test/systemd:1"
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], "pytest>=8.2"]
+
+    def make_base(key: str) -> None:
+        _import(engine, SYSTEMD_BASE, key, tree.packed("systemd", tree.SYSTEMD))
+
+    def make(key: str) -> None:
+        if sys.version_info[:2] != (3, 11):
+            raise Missing(
+                f"cannot build {tag}: what is installed into it is for Python 3.11",
+                hint="make PYTHON=python3.11 test",
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            site = Path(scratch) / "site"
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-input", "--no-compile"]
+            run([*pip, "--target", str(site), *wanted], "install the project's dependencies")
+            _build(engine, tag, key, SYSTEMD_DOCKERFILE, lambda archive: archive.add(site, "site"))
+
+    base_key = tree.key(tree.SYSTEMD)
+    _ensure(engine, SYSTEMD_BASE, base_key, make_base)
+    _ensure(engine, tag, fingerprint(base_key, SYSTEMD_DOCKERFILE, wanted), make)
+
+
 def _below(directory: str, name: str | None) -> str | None:
     return None if name is None else f"{directory}/{name}"
 
@@ -276,5 +317,6 @@ def ensure() -> None:
         _build_python(engine)
         _build_server(engine)
         _build_triton(engine)
+        _build_systemd(engine)
     finally:
         engine.close()

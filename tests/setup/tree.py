@@ -1,4 +1,4 @@
-"""A small Debian tree with Python in it, packed once and kept in the cache."""
+"""Small Debian trees, packed once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from tests.setup.steps import Missing, cache_dir, fingerprint, run, say
 
 SUITE = "bookworm"
-PACKAGES = ("python3-minimal", "libpython3.11")
+PYTHON = ("python3-minimal", "libpython3.11")
+SYSTEMD = ("systemd", "systemd-sysv", "dbus", "python3")
 
 # Nothing that runs reads these; they are more than half of the tree.
 STRIPPED = (
@@ -23,7 +24,12 @@ STRIPPED = (
     "var/lib/apt/lists",
 )
 
-KEY = fingerprint(SUITE, PACKAGES, STRIPPED)
+
+def key(packages: tuple[str, ...]) -> str:
+    return fingerprint(SUITE, packages, STRIPPED)
+
+
+KEY = key(PYTHON)
 
 
 def _mirror() -> str | None:
@@ -51,16 +57,16 @@ def _leave_no_mounts(target: Path) -> None:
         run(["umount", mount], f"unmount {mount}")
 
 
-def packed() -> Path:
+def packed(name: str = "python", packages: tuple[str, ...] = PYTHON) -> Path:
     """The tree as a tar file, made if need be (about half a minute). Raises Missing."""
     kept = cache_dir() / "images"
     kept.mkdir(exist_ok=True)
-    archive = kept / f"python-{KEY}.tar"
+    archive = kept / f"{name}-{key(packages)}.tar"
     if archive.exists():
         return archive
     if os.geteuid() != 0:
         raise Missing("cannot make a Debian tree: not root", hint="run make test as root once")
-    say(f"images: bootstrapping Debian {SUITE} with {', '.join(PACKAGES)}")
+    say(f"images: bootstrapping Debian {SUITE} with {', '.join(packages)}")
     downloads = cache_dir() / "debs"
     downloads.mkdir(exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="tree-", dir=kept))
@@ -68,7 +74,7 @@ def packed() -> Path:
     try:
         run(
             [
-                *["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}"],
+                *["debootstrap", "--variant=minbase", f"--include={','.join(packages)}"],
                 *[f"--cache-dir={downloads}", SUITE, str(target)],
                 *filter(None, [_mirror()]),
             ],
@@ -79,7 +85,7 @@ def packed() -> Path:
             shutil.rmtree(target / path, ignore_errors=True)
             (target / path).mkdir(parents=True)
         run(["tar", "-C", str(target), "-cf", str(work / "tar"), "."], "pack the Debian tree")
-        for old in kept.glob("python-*.tar"):
+        for old in kept.glob(f"{name}-*.tar"):
             old.unlink()
         (work / "tar").rename(archive)
     finally:

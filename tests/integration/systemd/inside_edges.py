@@ -1,0 +1,530 @@
+"""What goes wrong, who must not see what, and who is somebody else, from within the machine."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable, StopFailed
+from mic_supervisor.model import Limits, RunState, Stranger
+from mic_supervisor.runtimes import procfs
+from mic_supervisor.runtimes.systemd import SystemdRuntime, systemd_is_pid1
+from tests.integration.systemd.world import HOST, World, python, run, sh
+from tests.support.waiting import until
+
+# What quoting, splitting and replacing could go wrong about.
+NASTY = (
+    *("$HOME", "${HOME}", "a$HOME", "$$", "$", "x$", "$1", "\\$", "%n", "%%", ";", "\\;", "a b"),
+    *(
+        "",
+        " ",
+        "'",
+        '"',
+        "\\",
+        "\\\\",
+        "\\x41",
+        "\n",
+        "a\n\nb\n",
+        "\t",
+        "#x",
+        "`id`",
+        "é世🙂",
+        "\x01",
+    ),
+    *("\x1b[31m", "\r", "a=b", "!", "-x", "~", "*", "\\\n", 'end\\"'),
+)
+SHOW = "import os, sys\nprint(ascii(sys.argv[1:]))\nprint(ascii(dict(os.environ)))"
+
+
+def test_systemd_is_pid_1() -> None:
+    assert systemd_is_pid1()
+
+
+# --- what arrives -----------------------------------------------------------------------------
+
+
+def test_arguments_and_variables_arrive_unchanged(world: World) -> None:
+    env = tuple((f"V{n}", value) for n, value in enumerate(NASTY))
+    launch = world.launch("a", python(SHOW, *NASTY), env=env)
+    world.runtime.prepare(launch, lambda text: None)
+    world.runtime.start(launch)
+    world.ended("a")
+    arguments, variables = world.lines("a")
+    assert arguments == ascii([*NASTY])
+    found = eval(variables)
+    assert {name: found.get(name) for name, _ in env} == dict(env)
+    assert {name: found[name] for name in ("HOME", "LANG", "MIC_SCOPE", "MIC_INSTANCE")} == {
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "MIC_SCOPE": world.scope,
+        "MIC_INSTANCE": "a",
+    }
+    assert found["PATH"].startswith("/usr/local/sbin:")
+
+
+def test_a_reload_of_systemd_by_somebody_else_changes_nothing(world: World) -> None:
+    env = tuple((f"V{n}", value) for n, value in enumerate(NASTY))
+    before = world.start("a", (*sh("sleep 2; exit 3"), *NASTY), env=env)
+    other = world.start("b", sh("exec sleep 300"), limits=Limits(nofile=300))
+    run("systemctl", "daemon-reload")
+    assert world.look("a") == before
+    assert world.look("b") == other
+    assert run("systemctl", "show", "--value", "-p", "LoadState", before.ref) == "loaded\n"
+    assert world.ended("a").exit_code == 3
+    run("systemctl", "daemon-reload")
+    assert world.ended("a").exit_code == 3
+    world.runtime.stop(other, signal="SIGTERM", grace=5)
+    assert world.look("b").exit_code == 143
+
+
+def test_variables_that_would_be_lost_are_refused_beforehand(world: World) -> None:
+    for env, text in (
+        ((("A-B", "x"),), "cannot set the variable 'A-B': systemd takes letters, digits and _"),
+        ((("A", "\udc80"),), "cannot set the variable A: systemd takes only UTF-8 as its value"),
+    ):
+        with pytest.raises(PreflightFailed) as failed:
+            world.runtime.prepare(world.launch("a", sh("true"), env=env), lambda text: None)
+        assert str(failed.value).startswith(text)
+
+
+def test_a_name_that_no_unit_can_have(world: World) -> None:
+    for instance in ("Modell-ä@1", "m" * 300):
+        launch = world.launch(instance, sh("exec sleep 300"), name=world.name(instance))
+        world.runtime.start(launch)
+        seen = world.look(instance)
+        assert seen.name == launch.name
+        assert len(seen.ref) <= 255
+        assert world.loaded() == [seen.ref]
+        world.runtime.stop(seen, signal="SIGKILL", grace=5)
+        world.runtime.remove(world.look(instance))
+        assert world.loaded() == []
+
+
+# --- secrets ----------------------------------------------------------------------------------
+
+
+def test_other_users_see_who_it_is_and_no_secret(world: World) -> None:
+    secret = "hunter2-hunter2"
+    seen = world.start("a", sh("exec sleep 300"), env=(("API_KEY", secret),))
+    assert seen.pid is not None
+    assert (procfs.environ(seen.pid) or {})["API_KEY"] == secret
+    shown = run("runuser", "-u", "bob", "--", "systemctl", "show", seen.ref)
+    assert "MIC_INSTANCE=a" in shown
+    assert secret not in shown
+    assert secret not in run("systemctl", "cat", seen.ref)
+    assert world.environment_files() == []
+
+
+def test_the_environment_is_in_a_file_for_root_only_until_the_start(world: World) -> None:
+    caught: list[tuple[int, int]] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            for path in world.environment_files():
+                try:
+                    caught.append((path.stat().st_mode, path.parent.stat().st_mode))
+                except FileNotFoundError:
+                    continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(5):
+        world.runtime.start(world.launch("a", sh("exit 0"), env=(("API_KEY", "hunter2"),)))
+        world.ended("a")
+    stop.set()
+    watcher.join()
+    assert caught
+    assert {(stat.S_IMODE(a), stat.S_IMODE(b)) for a, b in caught} == {(0o600, 0o700)}
+    assert world.environment_files() == []
+
+
+def test_what_a_start_that_was_cut_short_left_is_deleted(world: World) -> None:
+    directory = world.directory / "environ" / world.scope
+    directory.mkdir(parents=True)
+    for name, age in (("old", 3600), ("new", 1)):
+        (directory / name).write_text("KEY=secret\n")
+        os.utime(directory / name, (time.time() - age,) * 2)
+    world.start("a", sh("exec sleep 300"))
+    assert [path.name for path in world.environment_files()] == ["new"]
+
+
+# --- starts that fail -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    tmp_path.chmod(0o755)
+    (tmp_path / "plain").write_text("not a program")
+    (tmp_path / "orphan").write_text("#!/no/such/interpreter\n")
+    (tmp_path / "orphan").chmod(0o755)
+    (tmp_path / "binary").write_bytes(b"\x7fELF" + bytes(60))
+    (tmp_path / "binary").chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("program", "spec", "reason"),
+    [
+        ("{}/absent", {}, "{}/absent: No such file or directory (step EXEC)"),
+        ("{}/plain", {}, "{}/plain: Permission denied (step EXEC)"),
+        ("{}/orphan", {}, "{}/orphan: No such file or directory (step EXEC)"),
+        ("{}/binary", {}, "{}/binary: Exec format error (step EXEC)"),
+        (
+            "/bin/true",
+            {"working_dir": "/absent"},
+            "/bin/true: No such file or directory (step CHDIR)",
+        ),
+        ("/bin/true", {"user": "99999:99999x"}, None),
+    ],
+)
+def test_a_start_that_fails_says_why_and_leaves_nothing(
+    world: World, programs: Path, program: str, spec: dict[str, str], reason: str | None
+) -> None:
+    command = (program.format(programs),)
+    launch = world.launch("a", command, env=(("KEY", "secret"),), **spec)
+    for attempt in (1, 2):
+        with pytest.raises((RuntimeRefused, PreflightFailed)) as refused:
+            world.runtime.start(launch)
+        if reason is not None:
+            assert str(refused.value) == f"cannot start {launch.name}: {reason.format(programs)}"
+        assert (world.loaded(), world.environment_files()) == ([], []), attempt
+    world.start("a", sh("exec sleep 300"))
+
+
+def test_a_failed_start_after_an_ended_run_leaves_nothing(world: World) -> None:
+    world.runtime.start(world.launch("a", sh("exit 1")))
+    world.ended("a")
+    with pytest.raises(RuntimeRefused):
+        world.runtime.start(world.launch("a", ("/absent",)))
+    assert world.loaded() == []
+
+
+def test_without_the_journal_the_step_still_says_something(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    launch = world.launch("a", ("/absent",))
+    with pytest.raises(RuntimeRefused) as refused:
+        world.runtime.start(launch)
+    assert str(refused.value) == f"cannot start {launch.name}: the program cannot be executed"
+
+
+def test_a_directory_that_cannot_be_written(world: World) -> None:
+    runtime = world.make(directory=Path("/proc/nowhere"))
+    with pytest.raises(RuntimeUnavailable) as failed:
+        runtime.start(world.launch("a", sh("true")))
+    assert str(failed.value).startswith("cannot write /proc/nowhere/environ/")
+    assert failed.value.hint is not None
+    assert world.loaded() == []
+
+
+# --- users ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("user", ["alice", "{uid}", "{uid}:{gid}", "alice:bob"])
+def test_it_runs_as_its_user(world: World, user: str) -> None:
+    alice = pwd.getpwnam("alice")
+    launch = world.launch(
+        "a",
+        sh('id -u; id -g; echo "$HOME"; exec sleep 300'),
+        user=user.format(uid=alice.pw_uid, gid=alice.pw_gid),
+        working_dir="/",
+    )
+    world.runtime.prepare(launch, lambda text: None)
+    world.runtime.start(launch)
+    group = pwd.getpwnam("bob").pw_gid if user == "alice:bob" else alice.pw_gid
+    until(lambda: len(world.lines("a")) == 3, "three lines")
+    assert world.lines("a") == [str(alice.pw_uid), str(group), "/home/alice"]
+
+
+def test_numbers_without_a_name_are_nobody_to_systemd(world: World) -> None:
+    for user in ("4711:4712", "0:4712"):
+        launch = world.launch("a", sh("true"), user=user)
+        with pytest.raises(PreflightFailed) as failed:
+            world.runtime.prepare(launch, lambda text: None)
+        assert str(failed.value) == f"cannot run as {user}: systemd knows no such user or group"
+
+
+# --- strangers --------------------------------------------------------------------------------
+
+
+def test_a_unit_of_that_name_that_is_not_ours_is_left_alone(world: World) -> None:
+    launch = world.launch("a", sh("exec sleep 300"))
+    ref = f"{launch.name}.service"
+    run("systemd-run", "--quiet", f"--unit={ref}", "sleep", "300")
+    view = world.runtime.observe()
+    reason = "its environment does not name it as ours"
+    assert view.workloads == ()
+    assert view.strangers == (Stranger("systemd", ref, ref, (), True, reason),)
+    with pytest.raises(RuntimeRefused) as refused:
+        world.runtime.start(launch)
+    assert str(refused.value) == (
+        f"cannot start {launch.name}: there is a unit of that name: {reason}"
+    )
+    assert refused.value.hint == f"look at it: systemctl status {ref}"
+    run("systemctl", "stop", ref)
+
+
+def test_what_another_supervisor_runs_is_left_alone(world: World) -> None:
+    seen = world.start("a", sh("exec sleep 300"))
+    strangers = world.make(host="another-host").observe().strangers
+    assert [(one.ref, one.running, one.reason) for one in strangers] == [
+        (seen.ref, True, "it was made by the supervisor of another machine")
+    ]
+    short = SystemdRuntime(world.scope[:3], HOST, directory=world.directory)
+    assert short.observe().strangers == ()  # t12 is no beginning of mic-t12345678-
+    with pytest.raises(StopFailed, match="by the supervisor of another machine"):
+        world.make(host="another-host").stop(seen, signal="SIGKILL", grace=1)
+    assert world.look("a") == seen
+
+
+def test_a_scope_whose_name_begins_like_ours(world: World) -> None:
+    other = SystemdRuntime(f"{world.scope}-b", HOST, directory=world.directory)
+    launch = world.launch("a", sh("exec sleep 300"))
+    from dataclasses import replace
+
+    identity = replace(launch.identity, scope=f"{world.scope}-b")
+    theirs = replace(launch, name=f"mic-{world.scope}-b-a-1", identity=identity)
+    other.start(theirs)
+    assert [one.name for one in other.observe().workloads] == [theirs.name]
+    view = world.runtime.observe()
+    assert view.workloads == ()
+    assert [one.reason for one in view.strangers] == [f"it belongs to scope {world.scope}-b"]
+    other.close()
+
+
+# --- D-Bus comes and goes ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def dbus() -> Iterator[None]:
+    run("systemctl", "reset-failed", "dbus.service")
+    yield
+    run("systemctl", "reset-failed", "dbus.service")
+    run("systemctl", "start", "dbus.socket", "dbus.service")
+    until(lambda: run("busctl", "status", "org.freedesktop.systemd1", rc=None), "systemd on D-Bus")
+
+
+def test_a_restart_of_dbus_is_lived_through(world: World, dbus: None) -> None:
+    seen = world.start("a", sh("exec sleep 300"))
+    for _ in range(3):
+        run("systemctl", "restart", "dbus.service")
+        begun = time.monotonic()
+        assert world.look("a") == seen
+        assert time.monotonic() - begun < 5
+    world.runtime.start(world.launch("b", sh("exec sleep 300")))
+    run("systemctl", "restart", "dbus.service")
+    world.runtime.stop(seen, signal="SIGTERM", grace=5)
+    assert world.look("a").exit_code == 143
+
+
+def test_a_stop_under_way_lives_through_a_restart_of_dbus(world: World, dbus: None) -> None:
+    seen = world.start("a", sh("trap 'sleep 2; exit 0' TERM; echo up; while :; do sleep 0.1; done"))
+    world.await_line("a", "up")
+    stopping = threading.Thread(
+        target=world.runtime.stop, args=(seen,), kwargs={"signal": "SIGTERM", "grace": 20}
+    )
+    stopping.start()
+    time.sleep(0.5)
+    run("systemctl", "restart", "dbus.service")
+    stopping.join(20)
+    assert not stopping.is_alive()
+    assert (world.look("a").state, world.look("a").exit_code) == (RunState.EXITED, 0)
+
+
+def test_without_dbus_what_runs_is_unknown(world: World, dbus: None) -> None:
+    seen = world.start("a", sh("exec sleep 300"))
+    run("systemctl", "stop", "dbus.socket", "dbus.service")
+    view = world.runtime.observe()
+    assert (view.workloads, view.strangers) == ((), ())
+    assert view.error == "cannot read the units of systemd: D-Bus does not run"
+    assert view.hint == "start it with: systemctl start dbus"
+    with pytest.raises(RuntimeUnavailable, match=f"^cannot stop {seen.name}: D-Bus does not run$"):
+        world.runtime.stop(seen, signal="SIGTERM", grace=1)
+    with pytest.raises(RuntimeUnavailable):
+        world.runtime.start(world.launch("a", sh("true")))
+    run("systemctl", "start", "dbus.socket", "dbus.service")
+    assert world.look("a") == seen
+    assert (procfs.stat(seen.pid or 0) or seen) is not seen
+
+
+def test_events_tell_and_end_with_dbus(world: World, dbus: None) -> None:
+    stop = threading.Event()
+    heard: list[str] = []
+    failures: list[str] = []
+
+    def follow() -> None:
+        try:
+            for line in world.runtime.events(stop):
+                heard.append(line)
+        except RuntimeUnavailable as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    until(lambda: heard == ["listening to systemd"], "the first line")
+    launch = world.launch("a", sh("sleep 0.3; exit 3"))
+    world.runtime.start(launch)
+    ref = f"{launch.name}.service"
+    until(lambda: heard[-1] == f"{ref}: failed (failed)", "the failure to be told")
+    world.runtime.remove(world.look("a"))
+    until(lambda: heard[-1] == f"{ref}: gone", "the end to be told")
+    run("systemctl", "restart", "dbus.service")
+    thread.join(10)
+    assert failures == [
+        "cannot follow the changes of systemd's units: the connection to D-Bus was lost"
+    ]
+    stop.set()
+    assert [*world.runtime.events(stop)] == ["listening to systemd"]
+
+
+def test_who_is_not_root_may_look_and_not_touch(world: World) -> None:
+    seen = world.start("a", sh("exec sleep 300"), working_dir="/")
+    program = f"""
+import json, sys
+sys.path[:0] = {[path for path in os.sys.path if path]!r}
+from mic_supervisor.errors import MicError
+from mic_supervisor.runtimes.systemd import SystemdRuntime
+runtime = SystemdRuntime({world.scope!r}, {HOST!r})
+seen, = runtime.observe().workloads
+said = [seen.name, seen.pid]
+for work in (lambda: runtime.stop(seen, signal="SIGTERM", grace=1), lambda: [*runtime.logs(seen)]):
+    try:
+        work()
+    except MicError as error:
+        said += [str(error), error.hint]
+print(json.dumps(said))
+"""
+    import json
+    import sys
+
+    told = json.loads(run("runuser", "-u", "bob", "--", sys.executable, "-c", program))
+    assert told == [
+        *(seen.name, seen.pid),
+        *(f"cannot stop {seen.name}: systemd lets only root do it", "run as root"),
+        f"cannot read the log of {seen.name}: the journal may not be read by this user",
+        "run as root, or as a member of the group systemd-journal",
+    ]
+
+
+# --- checks -----------------------------------------------------------------------------------
+
+
+def test_a_check_runs_where_the_workload_runs(world: World) -> None:
+    launch = world.launch("a", sh("exec sleep 300"), user="alice", working_dir="/home/alice")
+    world.runtime.start(launch)
+    seen = world.look("a")
+    check = world.runtime.run_check
+    alice = pwd.getpwnam("alice")
+    assert check(seen, sh('id -u; pwd; echo "$HOME"; echo $0 >&2; exit 4'), 10) == (
+        4,
+        f"{alice.pw_uid}\n/home/alice\n/home/alice\n/bin/sh",
+    )
+    assert check(seen, ("true",), 10) == (0, "")
+    assert check(seen, ("printf", "%s", "$HOME é \\x41"), 10) == (0, "$HOME é \\x41")
+    assert check(seen, sh("kill -KILL $$"), 10)[0] == 137
+    long = check(seen, python("print('x' * 1000000)"), 10)
+    assert (long[0], len(long[1])) == (0, 4096)
+    begun = time.monotonic()
+    assert check(seen, sh("trap '' TERM; echo begun; sleep 60; echo more"), 0.5) == (
+        124,
+        "it did not end within 0.5 s: begun",
+    )
+    assert time.monotonic() - begun < 5
+    assert run("systemctl", "list-units", "--all", "--plain", "--no-legend", "run-mic-*") == ""
+
+
+def test_what_a_check_starts_goes_with_it(world: World) -> None:
+    seen = world.start("a", sh("exec sleep 300"))
+    assert world.runtime.run_check(seen, sh("sleep 4711 & exit 0"), 10) == (0, "")
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert b"sleep\x004711\x00" not in commands
+
+
+def test_checks_leave_the_journal_alone(world: World) -> None:
+    seen = world.start("a", sh("exec sleep 300"))
+    mark = time.time()
+    for code in (0, 1):
+        assert world.runtime.run_check(seen, sh(f"echo out; exit {code}"), 10) == (code, "out")
+    run("journalctl", "--sync")
+    lines = run("journalctl", "-q", "-o", "cat", f"--since=@{mark:.3f}")
+    assert "check" not in lines, lines
+
+
+def test_a_check_that_cannot_be_run_is_no_verdict(world: World) -> None:
+    seen = world.start("a", sh("exec sleep 300"))
+    for command, text in (
+        ((), "cannot run an empty check"),
+        (("no-such",), "cannot run no-such: it is not on the PATH /usr/local/sbin:"),
+        (("/no/such",), "cannot run /no/such: the program cannot be executed"),
+    ):
+        with pytest.raises(RuntimeRefused) as refused:
+            world.runtime.run_check(seen, command, 5)
+        assert str(refused.value).startswith(text)
+    world.runtime.stop(seen, signal="SIGKILL", grace=5)
+    world.runtime.remove(seen)
+    with pytest.raises(RuntimeRefused) as refused:
+        world.runtime.run_check(seen, ("true",), 5)
+    assert str(refused.value) == f"cannot run true: there is no unit {seen.ref}"
+
+
+# --- logs -------------------------------------------------------------------------------------
+
+
+def test_logs_are_this_run_and_the_one_before(world: World) -> None:
+    for number in (1, 2, 3):
+        world.runtime.start(world.launch("a", sh(f"echo {number} out; echo {number} err >&2")))
+        world.ended("a")
+    seen = world.look("a")
+    assert [*world.runtime.logs(seen)] == ["3 out", "3 err"]
+    assert [*world.runtime.logs(seen, tail=1)] == ["3 err"]
+    assert [*world.runtime.logs(seen, tail=0)] == []
+    assert [*world.runtime.previous_logs(seen)] == ["2 out", "2 err"]
+    assert [*world.runtime.previous_logs(seen, tail=1)] == ["2 err"]
+
+
+def test_the_run_before_may_have_been_another_specification(world: World) -> None:
+    world.runtime.start(world.launch("a", sh("echo before"), name=f"mic-{world.scope}-a-old"))
+    world.runtime.remove(world.ended("a"))
+    world.runtime.start(world.launch("b", sh("echo another")))
+    world.runtime.start(world.launch("a", sh("echo now")))
+    seen = world.ended("a")
+    assert [*world.runtime.previous_logs(seen)] == ["before"]
+    assert [*world.runtime.previous_logs(world.ended("b"))] == []
+
+
+def test_following_ends_with_the_run(world: World) -> None:
+    world.runtime.start(world.launch("a", sh("for n in 1 2 3; do echo $n; sleep 0.4; done")))
+    begun = time.monotonic()
+    assert [*world.runtime.logs(world.look("a"), follow=True)] == ["1", "2", "3"]
+    assert time.monotonic() - begun < 10
+
+
+def test_following_can_be_left(world: World) -> None:
+    seen = world.start("a", sh("echo one; exec sleep 300"))
+    lines = world.runtime.logs(seen, follow=True)
+    assert next(lines) == "one"
+    lines.close()  # type: ignore[attr-defined]
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert not [one for one in commands if one.startswith(b"journalctl\0")]
+
+
+def test_the_log_of_a_unit_that_is_gone(world: World) -> None:
+    world.runtime.start(world.launch("a", sh("echo one")))
+    seen = world.ended("a")
+    world.runtime.remove(seen)
+    with pytest.raises(RuntimeRefused) as refused:
+        [*world.runtime.logs(seen)]
+    assert str(refused.value) == (
+        f"cannot read the log of {seen.name}: systemd no longer knows the unit"
+    )
+    assert refused.value.hint == f"see journalctl --unit {seen.ref}"
+    assert [*world.runtime.previous_logs(seen)] == []
