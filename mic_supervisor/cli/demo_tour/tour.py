@@ -55,7 +55,7 @@ class Tour:
     def __init__(self, world: World, screen: Screen) -> None:
         self._world = world
         self._screen = screen
-        self._models: dict[str, Model] = {}  # as of the last `_check`
+        self._models: dict[str, Model] = {}  # as of the last `_status`
 
     def play(self) -> None:
         self._screen.say(
@@ -85,8 +85,7 @@ class Tour:
         self._screen.heading("See what would happen, then have it happen")
         self._mic("plan", rc=0, expect=["Plan: 3 to create."])
         self._mic("apply", rc=0)
-        self._mic("status", rc=0)
-        self._check(["0 MAM", "1 MAM", "2 change_face"])
+        self._status(["0 MAM", "1 MAM", "2 change_face"])
 
     def _use_it(self) -> None:
         self._screen.heading("The models answer, and there is nothing left to do")
@@ -114,8 +113,7 @@ class Tour:
         )
         self._screen.say("MAM is replaced on one GPU at a time, so that the other one serves.")
         self._mic("apply", rc=0)
-        self._mic("status", rc=0)
-        self._check(["0 MAM", "1 MAM", "3 change_face"])
+        self._status(["0 MAM", "1 MAM", "3 change_face"])
 
     def _break_it(self) -> None:
         self._screen.heading("Save a file with mistakes: it is refused, and nothing stops")
@@ -160,8 +158,7 @@ class Tour:
         self._edit(self._world.config.read_text().replace("2: none", "2: MAM"))
         self._screen.say("The daemon watches the file, so saving it is enough:")
         self._until(lambda: "2 MAM" in self._ready_now(), "the daemon does not follow the file")
-        self._mic("status", rc=0)
-        self._check(["0 MAM", "1 MAM", "2 MAM", "3 change_face"])
+        self._status(["0 MAM", "1 MAM", "2 MAM", "3 change_face"])
 
     def _daemon_dies(self) -> None:
         self._screen.heading("The supervisor itself crashes: the models do not notice")
@@ -213,11 +210,20 @@ class Tour:
         self._until(lambda: _pid(victim.url) != victim.pid, f"PID {victim.pid} does not end")
         return began
 
-    def _check(self, wanted: list[str]) -> None:
-        """Exactly these are ready and answer, named by GPU and model: "0 MAM"."""
+    def _status(self, wanted: list[str]) -> None:
+        """Show the status. Exactly these are ready and answer, named by GPU and model: "0 MAM"."""
+        from mic_supervisor.cli.status import show
+
+        self._screen.command("mic-supervisor status")
+        document = self._world.status()
+        show(document)
         found = {}
-        for row in self._world.status()["instances"]:
-            gpu, model, url = row["gpus"][0]["index"], row["model"], row["endpoints"]["http"]
+        for row in document["instances"]:
+            gpu, model, url = (
+                row["gpus"][0]["index"],
+                row["model"],
+                row["endpoints"].get("http", ""),
+            )
             pid = _pid(url) if row["phase"] == "ready" else None
             if pid is not None:
                 found[f"{gpu} {model}"] = Model(gpu, model, url, pid)
