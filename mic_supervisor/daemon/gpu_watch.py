@@ -1,0 +1,97 @@
+"""What the GPUs report by themselves, and a driver that was replaced under the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from mic_supervisor.daemon.log import LOGGER
+from mic_supervisor.errors import MicError
+from mic_supervisor.gpu.events import (
+    RecoveryAction,
+    XidEvent,
+    XidRecord,
+    XidSeverity,
+    counted,
+    watcher_of,
+)
+
+if TYPE_CHECKING:
+    from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.gpu import GpuSource
+
+_LEVELS = {XidSeverity.CRITICAL: logging.ERROR}
+_SAYS = {
+    RecoveryAction.NONE: "the driver asks for nothing",
+    RecoveryAction.RESET: "the driver asks for a reset of the GPU",
+    RecoveryAction.REBOOT: "the driver asks for a reboot",
+    RecoveryAction.DRAIN_P2P: "the driver asks for its peers to be drained",
+    RecoveryAction.DRAIN_AND_RESET: "the driver asks for it to be drained and reset",
+    RecoveryAction.RECOVER_IMEX_DOMAIN: "the driver asks for its IMEX domain to be recovered",
+    RecoveryAction.BUS_RESET: "the driver asks for a reset of its bus",
+    RecoveryAction.SYSTEM_REBOOT: "the driver asks for a reboot of the whole system",
+}
+
+
+class GpuWatch:
+    """Follows the Xid events of a source. All but the thread's own work is the event loop's.
+
+    `records` counts the events since the daemon started, by GPU and number.
+    """
+
+    def __init__(
+        self, source: GpuSource, *, wake: Callable[[], None], clock: Callable[[], float]
+    ) -> None:
+        self.records: tuple[XidRecord, ...] = ()
+        self._source = source
+        self._wake = wake
+        self._watcher = watcher_of(source, clock)
+        self._indices: dict[str, int] = {}
+        self._outdated = asyncio.Event()
+
+    def start(self, over: threading.Event) -> None:
+        """Follow in a thread until `over` is set. Nothing to follow: nothing is started."""
+        if self._watcher is None:
+            return
+        loop, watcher = asyncio.get_running_loop(), self._watcher
+
+        def follow() -> None:
+            for event in watcher.events(over):
+                with suppress(RuntimeError):  # the loop has ended meanwhile
+                    loop.call_soon_threadsafe(self._heard, event)
+
+        threading.Thread(target=follow, name="xid", daemon=True).start()
+
+    def look(self, snapshot: Snapshot) -> None:
+        """For the observers of the converger."""
+        self._indices.update({gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus})
+        if getattr(self._source, "outdated", False):
+            self._outdated.set()
+
+    async def outdated(self) -> None:
+        """Raises MicError once the driver was replaced: only a new process can load its library."""
+        await self._outdated.wait()
+        raise MicError(
+            "cannot go on: the NVIDIA driver was replaced while the daemon ran, and a process "
+            "cannot load the new library; instances keep running",
+            hint="systemd starts the daemon again; elsewhere: mic-supervisor run",
+        )
+
+    def _heard(self, event: XidEvent) -> None:
+        self.records = counted(self.records, event)
+        LOGGER.log(_LEVELS.get(event.severity, logging.WARNING), "%s", self._sentence(event))
+        self._wake()
+
+    def _sentence(self, event: XidEvent) -> str:
+        if event.uuid is None:
+            where = "a GPU"
+        elif event.uuid in self._indices:
+            where = f"GPU {self._indices[event.uuid]} ({event.uuid})"
+        else:
+            where = event.uuid
+        says = _SAYS[event.action] if event.action is not None else "the driver gives no advice"
+        return f"{where}: Xid {event.xid}, {event.severity.value}; {says}"

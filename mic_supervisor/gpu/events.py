@@ -1,0 +1,217 @@
+"""Xid errors, as the driver reports them.
+
+An Xid is the driver's number for what went wrong on a GPU: an application's fault for most, the
+hardware's for some. Numbers and their meaning: NVIDIA's "Xid Errors" catalogue. Since driver 565
+the driver itself says what a GPU needs to recover (field 230), and its word counts for more than
+the number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from mic_supervisor.gpu.guests import Guests
+
+if TYPE_CHECKING:
+    from mic_supervisor.gpu import GpuSource
+
+FIRST_RETRY = 1.0  # seconds
+LAST_RETRY = 60.0
+WAIT_MS = 500  # of one EventSetWait: how long the others may have to wait until we have left
+_PARTIAL = 60.0  # seconds until GPUs that could not be registered are tried again
+
+_TIMEOUT = 10  # NVML_ERROR_TIMEOUT
+_XID = 0x8  # nvmlEventTypeXidCriticalError
+_RECOVERY_ACTION = 230  # NVML_FI_DEV_GET_GPU_RECOVERY_ACTION
+
+# 94 is a contained memory error: the application has to be restarted, the GPU is well.
+_APP = frozenset({13, 31, 43, 45, 68, 94, 109})
+_CRITICAL = frozenset({48, 62, 64, 74, 79, 95, 119, 120})
+
+
+class XidSeverity(StrEnum):
+    APP = "app"  # the program on the GPU did it, or has to be restarted
+    CRITICAL = "critical"  # the GPU itself is in trouble
+    OTHER = "other"
+
+
+class RecoveryAction(StrEnum):
+    """What the driver says the GPU needs; nvmlDeviceGpuRecoveryAction_t of nvml.h."""
+
+    NONE = "none"
+    RESET = "reset"
+    REBOOT = "reboot"
+    DRAIN_P2P = "drain_p2p"
+    DRAIN_AND_RESET = "drain_and_reset"
+    RECOVER_IMEX_DOMAIN = "recover_imex_domain"
+    BUS_RESET = "bus_reset"
+    SYSTEM_REBOOT = "system_reboot"
+
+
+_ACTIONS = dict(enumerate(RecoveryAction))
+
+
+@dataclass(frozen=True, slots=True)
+class XidEvent:
+    """One Xid. `uuid` None: the driver would not say which GPU; `action` None: it does not know."""
+
+    uuid: str | None
+    xid: int
+    at: float
+    severity: XidSeverity
+    action: RecoveryAction | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class XidRecord:
+    """How often one GPU reported one Xid since the program started; the rest is of the last."""
+
+    uuid: str | None
+    xid: int
+    count: int
+    last_at: float
+    severity: XidSeverity
+    action: RecoveryAction | None
+
+
+def severity(xid: int) -> XidSeverity:
+    if xid in _APP:
+        return XidSeverity.APP
+    return XidSeverity.CRITICAL if xid in _CRITICAL else XidSeverity.OTHER
+
+
+def counted(records: tuple[XidRecord, ...], event: XidEvent) -> tuple[XidRecord, ...]:
+    """The records with one more event in them, by GPU and number."""
+    key = event.uuid, event.xid
+    before = next((one.count for one in records if (one.uuid, one.xid) == key), 0)
+    others = [one for one in records if (one.uuid, one.xid) != key]
+    fresh = XidRecord(event.uuid, event.xid, before + 1, event.at, event.severity, event.action)
+    return tuple(sorted([*others, fresh], key=lambda one: (one.uuid or "", one.xid)))
+
+
+class XidWatcher:
+    """Follows the Xid events of every GPU that an open source knows. For one thread.
+
+    It is inside NVML only while the source is (see Guests), and holds an nvmlInit of its own there.
+    What the library refuses is tried again after a second, then less and less often, up to a
+    minute; a GPU that cannot be registered leaves the others followed.
+    """
+
+    def __init__(
+        self,
+        guests: Guests,
+        *,
+        clock: Callable[[], float] = time.time,
+        retry: float = FIRST_RETRY,
+        partial: float = _PARTIAL,
+    ) -> None:
+        self._guests = guests
+        self._clock = clock
+        self._retry = retry
+        self._partial = partial
+
+    def events(self, stop: threading.Event) -> Iterator[XidEvent]:
+        """Each Xid as it comes, until `stop` is set. Never raises for what the library does."""
+        try:
+            import pynvml
+        except ImportError:
+            return
+        delay = self._retry
+        while not stop.is_set():
+            if not self._guests.enter(WAIT_MS / 1000):
+                continue
+            try:
+                for event in self._follow(pynvml, stop):
+                    delay = self._retry
+                    if event is not None:
+                        yield event
+                continue  # sent away, told to stop, or GPUs were left to be tried again
+            except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError, UnicodeDecodeError):
+                pass  # the source tells of a library that is broken; here it is only tried again
+            finally:
+                self._guests.leave()
+            stop.wait(delay)
+            delay = min(LAST_RETRY, delay * 2)
+
+    def _follow(self, nvml: Any, stop: threading.Event) -> Iterator[XidEvent | None]:
+        """None whenever the library answered that nothing has happened."""
+        nvml.nvmlInit()
+        try:
+            events = nvml.nvmlEventSetCreate()
+            try:
+                known, complete = _register(nvml, events)
+                until = None if complete else time.monotonic() + self._partial
+                while self._guests.welcome and not stop.is_set():
+                    if until is not None and time.monotonic() >= until:
+                        return
+                    if not known:
+                        stop.wait(WAIT_MS / 1000)
+                        continue
+                    try:
+                        data = nvml.nvmlEventSetWait_v2(events, WAIT_MS)
+                    except nvml.NVMLError as error:
+                        if error.value != _TIMEOUT:
+                            raise
+                        yield None
+                        continue
+                    if data.eventType & _XID:
+                        yield self._event(nvml, known, data)
+            finally:
+                with suppress(nvml.NVMLError):
+                    nvml.nvmlEventSetFree(events)
+        finally:
+            with suppress(nvml.NVMLError):
+                nvml.nvmlShutdown()
+
+    def _event(self, nvml: Any, known: dict[int, tuple[str, Any]], data: Any) -> XidEvent:
+        at, number = self._clock(), int(data.eventData)
+        # A GPU that fell off the bus answers no question any more, nor who it is.
+        uuid, handle = known.get(_address(data.device), (None, data.device))
+        if uuid is None:
+            with suppress(nvml.NVMLError):
+                uuid = nvml.nvmlDeviceGetUUID(handle)
+        return XidEvent(uuid, number, at, severity(number), _recovery_action(nvml, handle))
+
+
+def watcher_of(source: GpuSource, clock: Callable[[], float] = time.time) -> XidWatcher | None:
+    """The watcher that goes with a source; None: GPUs of this source report no Xids."""
+    guests = getattr(source, "guests", None)
+    return XidWatcher(guests, clock=clock) if isinstance(guests, Guests) else None
+
+
+def _register(nvml: Any, events: Any) -> tuple[dict[int, tuple[str, Any]], bool]:
+    """The GPUs that the set follows, by the address of their handles, and whether those are all.
+
+    Two handles of one GPU compare unequal in the binding, their addresses do not.
+    """
+    known: dict[int, tuple[str, Any]] = {}
+    complete = True
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            uuid = nvml.nvmlDeviceGetUUID(handle)
+            nvml.nvmlDeviceRegisterEvents(handle, _XID, events)
+        except nvml.NVMLError:
+            complete = False
+            continue
+        known[_address(handle)] = uuid, handle
+    return known, complete
+
+
+def _address(handle: Any) -> int:
+    return ctypes.cast(handle, ctypes.c_void_p).value or 0
+
+
+def _recovery_action(nvml: Any, handle: Any) -> RecoveryAction | None:
+    try:
+        (value,) = nvml.nvmlDeviceGetFieldValues(handle, [_RECOVERY_ACTION])
+    except nvml.NVMLError:
+        return None
+    return _ACTIONS.get(int(value.value.uiVal)) if value.nvmlReturn == 0 else None
