@@ -17,6 +17,7 @@ from mic_supervisor.converge.loop import Converger, Snapshot
 from mic_supervisor.converge.state import StateDir, host_name
 from mic_supervisor.daemon.control import ControlServer
 from mic_supervisor.daemon.generations import Generations, Reloaded
+from mic_supervisor.daemon.gpu_watch import GpuWatch
 from mic_supervisor.daemon.history import History
 from mic_supervisor.daemon.log import LOGGER, log_event
 from mic_supervisor.daemon.notify import Notifier
@@ -95,6 +96,8 @@ class Supervisor:
         self._converger.removal_confirmed = self._generations.confirms
         self._converger.resync = min(settings.resync, (self._notifier.watchdog or 1e9) / 3)
         self._converger.released.append(self._count_release)
+        self._gpu_watch = GpuWatch(sources.gpus, wake=self._converger.wake, clock=self._clock)
+        self._converger.observers.append(self._gpu_watch.look)
         self._converger.observers.append(self._publish)
         self._settling = Settling(self._converger, self._clock)
         self._converger.observers.append(self._settling.look)
@@ -125,8 +128,10 @@ class Supervisor:
         await control.start()
         stop_serving = serve(self) if serve is not None else None
         streams_over = threading.Event()
+        self._gpu_watch.start(streams_over)
         tasks = [
             asyncio.create_task(self._converger.run()),
+            asyncio.create_task(self._gpu_watch.outdated()),
             asyncio.create_task(
                 watch(self._settings.config, self._generations.differs, self._file_changed)
             ),
@@ -138,9 +143,10 @@ class Supervisor:
         ]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
-            done, _ = await asyncio.wait({*tasks[:2], stopping}, return_when="FIRST_COMPLETED")
+            done, _ = await asyncio.wait({*tasks[:3], stopping}, return_when="FIRST_COMPLETED")
             for task in done - {stopping}:
-                task.result()  # the loop ends by a defect only: let systemd start a fresh one
+                # By a defect, or under a new driver: either way systemd starts a fresh one.
+                task.result()
         finally:
             self._notifier.stopping()
             self._notifier.status("stopping")
@@ -151,19 +157,16 @@ class Supervisor:
             await control.close()
             if stop_serving is not None:
                 await asyncio.to_thread(stop_serving)
-            if self._settings.on_stop == "stop" and stopping.done():
+            stops = self._settings.on_stop == "stop" and stopping.done()
+            if stops:
                 await self._stop_instances()
             await self._converger.close()
-            LOGGER.info("stopped; instances %s", "stopped" if self._stops else "keep running")
+            LOGGER.info("stopped; instances %s", "stopped" if stops else "keep running")
 
     def _hung_up(self) -> None:
         task = asyncio.ensure_future(self._reload(confirm=True, why="SIGHUP"))
         self._asked.add(task)
         task.add_done_callback(self._asked.discard)
-
-    @property
-    def _stops(self) -> bool:
-        return self._settings.on_stop == "stop"
 
     def _announce_start(self) -> None:
         LOGGER.info(
@@ -344,6 +347,7 @@ class Supervisor:
             loop=self._loop_state,
             snapshot=snapshot,
             history=self._history.newest(),
+            xids=self._gpu_watch.records,
         )
 
 

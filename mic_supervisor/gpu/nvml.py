@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor.gpu.contained import Contained, DidNotReturn
+from mic_supervisor.gpu.guests import Guests
 from mic_supervisor.gpu.nvml_errors import (
     ARGUMENT_VERSION_MISMATCH,
     FUNCTION_NOT_FOUND,
@@ -32,6 +33,7 @@ from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, Unope
 
 FIRST_RETRY = 10.0  # seconds
 LAST_RETRY = 300.0
+_PARTING = 2.0  # seconds for others to leave NVML before it is initialised anew
 
 _LISTS = (
     ("compute", "nvmlDeviceGetComputeRunningProcesses"),
@@ -73,7 +75,8 @@ class NvmlSource:
 
     NVML is initialised with the first look and once more, at most every 10 s (later 300 s), after
     a look that found GPUs lost or missing: only a new initialisation enumerates anew. Nobody else
-    in the process may be inside NVML without a reference of their own (nvmlInit) when that happens.
+    in the process may be inside NVML without a reference of their own (nvmlInit) when that happens,
+    and none but those who come and go by `guests`.
 
     A look takes at most `timeout` seconds, or `init_timeout` when it has to initialise the driver,
     which wakes sleeping GPUs one by one. A call that hangs is left behind: the look, and every
@@ -96,6 +99,7 @@ class NvmlSource:
         self._proc = proc
         self._clock = clock
         self._calls = Contained("nvml")
+        self.guests = Guests()
         self.outdated = False
         # From here on: touched by one contained call at a time.
         self._session: _Session | None = None
@@ -198,6 +202,7 @@ class NvmlSource:
             session.driver = nvml.nvmlSystemGetDriverVersion()
         for index in range(nvml.nvmlDeviceGetCount()):
             self._open_device(nvml, session, index)
+        self.guests.admit()
         return session
 
     def _open_device(self, nvml: Any, session: _Session, index: int) -> None:
@@ -226,6 +231,7 @@ class NvmlSource:
         import pynvml
 
         self._session = None
+        self.guests.send_away(_PARTING)
         with suppress(pynvml.NVMLError):  # it may be uninitialised already
             pynvml.nvmlShutdown()
 

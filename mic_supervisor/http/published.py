@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mic_supervisor.converge.documents import status_document
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.loop import Snapshot
+from mic_supervisor.gpu.events import XidRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +30,48 @@ class ConfigState:
     models: Mapping[str, str] = field(default_factory=dict)  # name -> backend
 
 
+RELEASE_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """How often something took how long, in seconds.
+
+    `counts[i]` are those of at most `bounds[i]` that no smaller bound holds; the last count is of
+    those above every bound.
+    """
+
+    bounds: tuple[float, ...] = RELEASE_BOUNDS
+    counts: tuple[int, ...] = (0,) * (len(RELEASE_BOUNDS) + 1)
+    total: float = 0.0
+
+    def with_one(self, seconds: float) -> Durations:
+        place = bisect_left(self.bounds, seconds)
+        counts = (*self.counts[:place], self.counts[place] + 1, *self.counts[place + 1 :])
+        return replace(self, counts=counts, total=self.total + seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class LoopState:
-    """How the loop itself is. Durations in seconds, times since the epoch."""
+    """How the loop itself is. Durations in seconds, times since the epoch.
+
+    `errors` counts changes that failed. `releases` are the waits for the memory of a GPU after its
+    holder was stopped.
+    """
 
     rounds: int = 0
     errors: int = 0
     last_duration: float | None = None
     last_success_at: float | None = None
     started_at: float = 0.0
+    releases: Durations = Durations()
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
     """One consistent view. `snapshot` is None until the first round is done.
 
-    `history` is the newest first.
+    `history` is the newest first. `xids` counts since the daemon started.
     """
 
     host: str
@@ -52,6 +80,7 @@ class Published:
     loop: LoopState
     snapshot: Snapshot | None = None
     history: tuple[Event, ...] = ()
+    xids: tuple[XidRecord, ...] = ()
 
 
 def status_of(published: Published) -> dict[str, Any] | None:
