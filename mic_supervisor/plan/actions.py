@@ -61,11 +61,15 @@ class Restart(Step):
 
 @dataclass(frozen=True, slots=True)
 class Drain(Step):
-    """Ask `call` until the backend says that nothing is in flight, at most `timeout` seconds."""
+    """Ask `call` until the backend says that nothing is in flight, at most `timeout` seconds.
+
+    `listen` is the address that the workload serves on.
+    """
 
     workload: ObservedWorkload
     call: HttpCall
     timeout: float
+    listen: str = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ def _assess(
     context: Context,
     readable: Collection[str],
 ) -> Assessment:
-    spec = specs.normalise(instance.workload, context.key)
+    spec = specs.of_instance(instance, context.key)
     runtime = context.runtime_of(instance)
     # Alive first, then the newest: of two workloads with the same specification the one that
     # serves is the instance, and the other is left over.

@@ -100,23 +100,30 @@ def _alive(workload: ObservedWorkload | None) -> bool:
 def _stop(
     workload: ObservedWorkload, owner: Assessment | None, after: tuple[str, ...]
 ) -> list[Step]:
-    """Drain where the backend knows how, then stop."""
-    instance = workload.identity.instance
-    signal, grace = specs.stop_parameters(workload.identity.spec)
-    steps: list[Step] = []
-    if owner is not None:
+    """Drain where the backend knows how, then stop.
+
+    As the file says now, if it still says something of this instance and of the backend that runs
+    it; else as it was recorded at the start.
+    """
+    identity = workload.identity
+    instance = identity.instance
+    signal, grace = specs.stop_parameters(identity.spec)
+    drain = specs.drain_parameters(identity.spec)
+    if owner is not None and owner.instance.backend == identity.backend:
         desired = owner.instance
         signal, grace = desired.workload.stop_signal, desired.workload.stop_timeout
-        if desired.drain is not None and desired.drain_timeout > 0:
-            drain = Drain(
-                f"drain {workload.name}",
-                instance,
-                workload,
-                desired.drain,
-                desired.drain_timeout,
-                depends_on=after,
-            )
-            steps.append(drain)
-            after = (drain.id,)
+        drain = (desired.drain, desired.drain_timeout) if desired.drain is not None else None
+    steps: list[Step] = []
+    if drain is not None and drain[1] > 0:
+        step = Drain(
+            f"drain {workload.name}",
+            instance,
+            workload,
+            *drain,
+            listen=specs.listen_address(identity.spec),
+            depends_on=after,
+        )
+        steps.append(step)
+        after = (step.id,)
     stop = Stop(f"stop {workload.name}", instance, workload, signal, grace, depends_on=after)
     return [*steps, stop]

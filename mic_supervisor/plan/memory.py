@@ -56,16 +56,30 @@ class Memory:
 
         Raises ValueError where the shape is not ours.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError("it holds no map")
         instances, bindings = data.get("instances", {}), data.get("bindings", {})
         if not isinstance(instances, Mapping) or not isinstance(bindings, Mapping):
             raise ValueError("instances and bindings must be maps")
         if not all(isinstance(entry, Mapping) for entry in instances.values()):
             raise ValueError("every instance must be a map")
-        known = {f.name for f in fields(InstanceMemory)}
         return cls(
-            instances={
-                str(name): InstanceMemory(**{k: v for k, v in entry.items() if k in known})
-                for name, entry in instances.items()
-            },
+            instances={str(name): _entry(str(name), entry) for name, entry in instances.items()},
             bindings={str(key): str(uuid) for key, uuid in bindings.items()},
         )
+
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "int": (int,),
+    "str | None": (str, type(None)),
+    "float | None": (int, float, type(None)),
+}
+
+
+def _entry(name: str, data: Mapping[str, Any]) -> InstanceMemory:
+    known = {f.name: _TYPES[str(f.type)] for f in fields(InstanceMemory)}
+    given = {key: value for key, value in data.items() if key in known}
+    for key, value in given.items():
+        if not isinstance(value, known[key]) or isinstance(value, bool):
+            raise ValueError(f"{key} of {name} is {value!r}")
+    return InstanceMemory(**given)

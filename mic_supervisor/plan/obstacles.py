@@ -39,11 +39,13 @@ class Ports:
             if listener.port not in self._serving:
                 who = f"{listener.name} (PID {listener.pid})" if listener.pid else "another program"
                 self._strangers[listener.port] = who
-        for view in observed.runtimes:
-            for stranger in view.strangers:
-                if stranger.running:
-                    for number in stranger.ports:
-                        self._strangers[number] = f"{view.runtime} {stranger.name}"
+        for who, numbers in sorted(
+            (f"{view.runtime} {stranger.name}", stranger.ports)
+            for view in observed.runtimes
+            for stranger in view.strangers
+            if stranger.running
+        ):
+            self._strangers.update(dict.fromkeys(numbers, who))
 
     def taken(self, instance: str) -> set[int]:
         """Numbers that `instance` cannot have. Its own workloads' ports are free to it."""

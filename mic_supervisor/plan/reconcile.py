@@ -12,7 +12,8 @@ How a lane is decided, in this order; the numbers stand again in the code:
    the way, or its specification failed and an earlier one takes over (rollback).
 4. An instance that runs and is unhealthy is restarted in place, with the same patience.
 5. An instance that runs and lacks a model, or has it with another configuration, gets it loaded.
-6. Of one model, no more instances change at a time than its rollout allows.
+6. Of one model, no more instances change at a time than its rollout allows, and none after one was
+   rolled back.
 7. What ended and is neither a match nor the predecessor to roll back to is removed.
 """
 
@@ -53,6 +54,8 @@ from mic_supervisor.plan.obstacles import (
 )
 from mic_supervisor.plan.ports import assign
 from mic_supervisor.plan.rollout import roll
+
+_RETRY = "change the file, or: mic-supervisor retry"
 
 
 def reconcile(
@@ -95,6 +98,12 @@ class _Round:
         self.numbers = assign(assessments, self.ports.taken, context.port_range)
         self.lanes = self._join_lanes()
         self.unconfirmed: set[str] = set()
+        # By model, an instance that the new specification failed on: it is not tried on another.
+        self.rolled_back = {
+            item.instance.model: item.instance.id
+            for item in assessments
+            if memory.of(item.instance.id).failed == item.hash
+        }
         self.changes: list[Change] = []
         self.blocked: list[Blocked] = []
 
@@ -116,7 +125,9 @@ class _Round:
         obstructed = {item.instance for item in self.blocked if item.until is None}
         return Plan(
             changes=roll(changes, self.assessments, self.context, obstructed),  # 6
-            blocked=tuple(sorted(self.blocked, key=lambda item: (item.instance, item.reason))),
+            blocked=tuple(
+                sorted(self.blocked, key=lambda item: (item.instance, item.reason, item.gpus))
+            ),
             warnings=(*notes, *adoption_warnings(self.assessments, self.context.key)),
             next_wake=min((b.until for b in self.blocked if b.until is not None), default=None),
         )
@@ -167,7 +178,7 @@ class _Round:
         )
 
     def _lane(self, lane: str, wanted: list[Assessment], orphans: list[ObservedWorkload]) -> None:
-        for view in self.observed.runtimes:  # 1
+        for view in sorted(self.observed.runtimes, key=lambda item: item.runtime):  # 1
             if view.error is not None and self._concerned(view.runtime, wanted, orphans):
                 reason = f"what {view.runtime} runs is unknown: {view.error}"
                 self._freeze(wanted, orphans, reason, view.hint)
@@ -284,7 +295,7 @@ class _Round:
         lost = [uuid for uuid in item.instance.gpus if uuid not in self.gpus]
         patient = entry.retry_at is not None and entry.retry_at > self.now
         if entry.failed == item.hash and (back := predecessor(entry, item)) is not None:
-            hint = "change the file, or: mic-supervisor retry"
+            hint = _RETRY
             if not is_alive(back) and patient:
                 reason = f"{rolled_back(entry)}; backoff: {entry.reason}"
                 return back, blocked(item, reason, hint=hint, until=entry.retry_at)
@@ -301,6 +312,10 @@ class _Round:
             return item.match, None
         if lost:
             return item.match, blocked(item, f"{', '.join(lost)} is not there")
+        canary = self.rolled_back.get(item.instance.model)
+        if canary is not None and item.alive and not item.runs:
+            reason = f"the new specification failed on {canary}; the earlier one runs"
+            return item.match, blocked(item, reason, hint=_RETRY)
         if patient and not forced:
             reason = f"backoff: {entry.reason}"
             return item.match, blocked(item, reason, until=entry.retry_at)

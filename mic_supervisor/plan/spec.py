@@ -11,10 +11,19 @@ import hashlib
 import hmac
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from mic_supervisor.model import ContainerSpec, Limits, Mount, Port, ProcessSpec, Workload
+from mic_supervisor.model import (
+    ContainerSpec,
+    HttpCall,
+    Instance,
+    Limits,
+    Mount,
+    Port,
+    ProcessSpec,
+    Workload,
+)
 from mic_supervisor.plan.actions import FieldDiff
 
 SCHEMA = 1
@@ -26,7 +35,7 @@ _KINDS: dict[str, type[ContainerSpec] | type[ProcessSpec]] = {
 }
 _SECRET = frozenset({"env", "file_env", "variables"})
 # How a workload is stopped is read at the time of the stop: changing it must restart nothing.
-_NOT_COMPARED = frozenset({"stop_signal", "stop_timeout"})
+_NOT_COMPARED = frozenset({"stop_signal", "stop_timeout", "drain"})
 _DIGEST = "hmac-sha256"
 
 
@@ -57,6 +66,18 @@ def normalise(workload: Workload, key: SpecKey) -> dict[str, Any]:
             out[spec_field.name] = {name: key.digest(text) for name, text in value}
         else:
             out[spec_field.name] = _plain(value)
+    return out
+
+
+def of_instance(instance: Instance, key: SpecKey) -> dict[str, Any]:
+    """The sparse form of an instance's workload, and how it is drained.
+
+    That is written down because it is needed when the file no longer names the instance.
+    """
+    out = normalise(instance.workload, key)
+    if instance.drain is not None and instance.drain_timeout > 0:
+        call = asdict(instance.drain)
+        out["drain"] = {"call": call, "timeout": instance.drain_timeout}
     return out
 
 
@@ -103,6 +124,24 @@ def stop_parameters(spec: Mapping[str, Any] | None) -> tuple[str, float]:
         signal if isinstance(signal, str) else "SIGTERM",
         float(grace) if isinstance(grace, int | float) else 30.0,
     )
+
+
+def drain_parameters(spec: Mapping[str, Any] | None) -> tuple[HttpCall, float] | None:
+    """(what to ask, for how many seconds) as recorded; None: it is not drained."""
+    drain = _mapping(_mapping(spec).get("drain"))
+    call, timeout = _mapping(drain.get("call")), drain.get("timeout")
+    try:
+        if not isinstance(timeout, int | float):
+            return None
+        return HttpCall(**{str(name): value for name, value in call.items()}), float(timeout)
+    except TypeError:  # a later version's, or one that was edited by hand
+        return None
+
+
+def listen_address(spec: Mapping[str, Any] | None) -> str:
+    """The address that a recorded workload serves on."""
+    address = _mapping(spec).get("listen")
+    return address if isinstance(address, str) else "127.0.0.1"
 
 
 def _default(spec_field: Any) -> Any:

@@ -501,6 +501,22 @@ def test_a_changed_file_is_tried_although_the_one_before_failed() -> None:
     assert [change.kind for change in plan.changes] == ["replace"]
 
 
+def test_what_failed_on_one_gpu_is_not_tried_on_another() -> None:
+    new, other = changed(MAM, image="mam:2"), changed(on("MAM", 1), image="mam:2")
+    running = observed(workload(MAM), workload(on("MAM", 1)))
+    plan = plan_for([new, other], running, knows(MAM_aaaaaaaa=failed_once()))
+    assert text(plan) == (
+        "! blocked  MAM-aaaaaaaa on GPU 0: "
+        "the new specification failed (it exited with 1); the last good one runs\n"
+        "    hint: change the file, or: mic-supervisor retry\n"
+        "! blocked  MAM-bbbbbbbb on GPU 1: "
+        "the new specification failed on MAM-aaaaaaaa; the earlier one runs\n"
+        "    hint: change the file, or: mic-supervisor retry\n"
+        "\n"
+        "No changes; 2 blocked.\n"
+    )
+
+
 def test_rollback_can_be_turned_off() -> None:
     new = replace(changed(MAM, image="mam:2"), rollback=False)
     good, bad = workload(MAM, RunState.EXITED), workload(new, RunState.EXITED, created_at=200.0)

@@ -421,13 +421,14 @@ class World:
             self._set(instance, failures=0, reason=None, retry_at=None, attempt=None, failed=None)
 
     def settle(self, chance: Random, rounds: int, pause: float = BOOT) -> int:
-        """Rounds, with nothing failing any more, until nothing is left to do. How many it took.
+        """Rounds, with nothing failing any more, until nothing is left to do and everything
+        serves. How many it took.
 
         Raises Broken when `rounds` are not enough.
         """
         for count in range(rounds):
             plan = self.round(chance)
-            if plan.empty:
+            if plan.empty and all(item.serves for item in self._assessments.values()):
                 return count
             wake = plan.next_wake - self.now if plan.next_wake is not None else pause
             self.pass_time(max(pause, wake))
