@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pwd
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,4 +78,10 @@ def _holder(descriptor: int, path: Path) -> str:
 
 
 def _user() -> str:
-    return os.environ.get("SUDO_USER") or os.environ.get("USER") or f"uid {os.getuid()}"
+    """Behind sudo, the person: root alone would help nobody to find who to ask."""
+    if person := os.environ.get("SUDO_USER"):
+        return person
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"

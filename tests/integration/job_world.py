@@ -37,6 +37,13 @@ def web(*more: str) -> str:
     return f"{WEB[:-1]}, {', '.join(more)}}}" if more else WEB
 
 
+def gated(gate: Path, *more: str) -> str:
+    """WEB that serves nothing until `go` is in the directory `gate`."""
+    waits = "while ! test -e /gate/go; do sleep 0.05; done; mkdir -p /w"
+    mount = f"mounts: [{{source: {gate}, target: /gate}}]"
+    return web(mount, *more).replace("mkdir -p /w", waits)
+
+
 def server(*more: str, **env: object) -> str:
     """A model of mic-test/server:1; `env` are the keys of tests/support/server/server.py."""
     variables = {"HOST": "0.0.0.0", **env}
@@ -103,6 +110,13 @@ class World:
         """Fails unless plan finds nothing to do."""
         done = self.mic("plan", "--detailed-exitcode")
         assert (done.rc, done.stdout) == (0, "No changes.\n"), done
+
+    def gate(self) -> Path:
+        """A closed gate, for `gated`; `(gate / "go").touch()` opens it."""
+        path = self.mic.home / "gate"
+        path.mkdir(exist_ok=True)
+        (path / "go").unlink(missing_ok=True)
+        return path
 
     def containers(self) -> list[dict[str, Any]]:
         return scopes.containers(self.engine, self.mic.scope)

@@ -13,7 +13,7 @@ import docker
 import pytest
 
 from tests.integration.engine_proxy import EngineProxy, Moment, engine_proxy
-from tests.integration.job_world import World, lines_of, outcome, server, web, world
+from tests.integration.job_world import World, gated, lines_of, outcome, web, world
 from tests.support.mic import PROGRAM
 from tests.support.require import program
 from tests.support.waiting import until
@@ -26,9 +26,11 @@ START = "start it with: systemctl start docker (MIC_DOCKER_HOST names another so
 @pytest.fixture
 def proxy() -> Iterator[EngineProxy]:
     # A socket's path may have 107 characters, and pytest's own may be longer.
-    with tempfile.TemporaryDirectory(prefix="mic-") as directory:
-        with engine_proxy(Path(directory)) as made:
-            yield made
+    with (
+        tempfile.TemporaryDirectory(prefix="mic-") as directory,
+        engine_proxy(Path(directory)) as made,
+    ):
+        yield made
 
 
 @pytest.fixture
@@ -36,7 +38,6 @@ def job(
     tmp_path_factory: pytest.TempPathFactory,
     engine: docker.APIClient,
     busybox_image: str,
-    server_image: str,
     proxy: EngineProxy,
 ) -> Iterator[World]:
     with world(tmp_path_factory.mktemp("job"), engine) as made:
@@ -100,7 +101,8 @@ def test_an_engine_that_this_user_may_not_use(job: World, proxy: EngineProxy) ->
 
 
 def test_an_engine_that_dies_while_apply_waits(job: World, proxy: EngineProxy) -> None:
-    job.write({0: "a", 1: "b"}, a=server(START_DELAY=3), b=web())
+    gate = job.gate()
+    job.write({0: "a", 1: "b"}, a=gated(gate), b=web())
     apply = job.mic.start("apply")
     until(lambda: "a-51000000: starting" in apply.text(), "the start")
     until(lambda: "b-51000001: ready" in apply.text(), "the other one")
@@ -123,6 +125,7 @@ def test_an_engine_that_dies_while_apply_waits(job: World, proxy: EngineProxy) -
     before = job.runs()
     assert sorted(before) == ["a-51000000", "b-51000001"]
     proxy.up()
+    (gate / "go").touch()
     job.apply()
     assert job.runs() == before
     job.unchanged()
@@ -184,7 +187,8 @@ def test_apply_is_killed_in_the_middle(
 def test_ctrl_c_leaves_nothing_that_the_next_apply_does_not_finish(
     job: World, proxy: EngineProxy
 ) -> None:
-    job.write({0: "a"}, a=server(START_DELAY=2))
+    gate = job.gate()
+    job.write({0: "a"}, a=gated(gate))
     apply = job.mic.start("apply")
     until(lambda: "a-51000000: starting" in apply.text(), "the start")
     assert apply.stop(signal.SIGINT) == 130
@@ -192,6 +196,7 @@ def test_ctrl_c_leaves_nothing_that_the_next_apply_does_not_finish(
     assert "Traceback" not in apply.text()
     before = job.runs()
     assert sorted(before) == ["a-51000000"]
+    (gate / "go").touch()
     job.apply()
     assert job.runs() == before
     job.unchanged()

@@ -1,0 +1,224 @@
+"""Two at once, and what is kept between runs: malformed, unreadable, gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import docker
+import pytest
+
+from tests.integration.job_world import World, gated, progress, web, world
+from tests.support.mic import PROGRAM, Result
+from tests.support.require import program
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def job(
+    tmp_path_factory: pytest.TempPathFactory,
+    engine: docker.APIClient,
+    busybox_image: str,
+) -> Iterator[World]:
+    with world(tmp_path_factory.mktemp("job"), engine) as made:
+        yield made
+
+
+def kept(job: World, name: str) -> Path:
+    return job.mic.state_dir / job.mic.scope / name
+
+
+def test_a_second_apply_says_who_is_at_work_and_since_when(job: World) -> None:
+    gate = job.gate()
+    job.write({0: "a"}, a=gated(gate))
+    first = job.mic.start("apply")
+    until(lambda: "a-51000000: starting" in first.text(), "the start")
+    done = job.mic("apply", "--lock-timeout", "0s", rc=1)
+    assert done.stdout == ""
+    found = re.fullmatch(
+        r"error: cannot converge: PID (\d+) \(mic-supervisor apply, started by ([^()]+)\) "
+        r"is converging since (\d\d:\d\d:\d\d)\n"
+        r"hint: wait for it, or give more patience with --lock-timeout\n",
+        done.stderr,
+    )
+    assert found is not None, done.stderr
+    assert int(found[1]) == first.pid
+    assert found[2] == os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+    since = datetime.strptime(found[3], "%H:%M:%S")
+    age = (datetime.now() - since.replace(*datetime.now().timetuple()[:3])).total_seconds()
+    assert -1 <= age < 60 or age < -86000  # midnight
+
+    # Reading needs no lock.
+    assert job.plan() == "No changes.\n"
+    assert job.instances()["a-51000000"]["phase"] == "starting"
+
+    second = job.mic.start("apply", "--lock-timeout", "30s")
+    time.sleep(0.5)
+    assert second.text() == ""
+    (gate / "go").touch()
+    assert second.process.wait(30) == 0
+    assert first.process.wait(1) == 0
+    assert progress(second.text()) == []
+    assert len(job.containers()) == 1
+
+
+def test_the_lock_falls_with_its_holder(job: World) -> None:
+    gate = job.gate()
+    job.write({0: "a"}, a=gated(gate))
+    first = job.mic.start("apply")
+    until(lambda: "a-51000000: starting" in first.text(), "the start")
+    first.process.kill()
+    first.process.wait()
+    (gate / "go").touch()
+    job.apply("--lock-timeout", "0s")
+    assert len(job.containers()) == 1
+
+
+def test_a_lock_timeout_that_is_none(job: World) -> None:
+    job.write({0: "a"}, a=web())
+    done = job.mic("apply", "--lock-timeout", "soon", rc=64)
+    assert done.stderr.splitlines()[-1].startswith("Error: Invalid value for '--lock-timeout': ")
+
+
+MALFORMED = {
+    "{": "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    "": "Expecting value: line 1 column 1 (char 0)",
+    "[]": "it holds no map",
+    '{"instances": []}': "instances and bindings must be maps",
+    '{"instances": {"a": 1}}': "every instance must be a map",
+    '{"instances": {"a": {"failures": "two"}}}': "failures of a is 'two'",
+}
+
+
+def test_a_malformed_memory(job: World) -> None:
+    job.write({0: "a"}, a=web())
+    job.apply()
+    before, path = job.runs(), kept(job, "memory.json")
+    for text, cause in MALFORMED.items():
+        path.write_text(text)
+        for command in ("plan", "apply", "status") if text == "{" else ("plan",):
+            done = job.mic(command, rc=1)
+            assert done.stdout == ""
+            verb, _, rest = done.stderr.removeprefix("error: cannot ").partition(" ")
+            assert verb in ("read", "use")
+            assert rest == (
+                f"{path}: {cause}\n"
+                "hint: move it away: only backoff counters and GPU bindings are lost\n"
+            )
+    assert job.runs() == before
+    path.rename(path.with_suffix(".bad"))
+    assert job.plan() == (
+        "= adopt    a-51000000  GPU 0  it runs already, as the file asks\n"
+        "\n"
+        "No changes; 1 to adopt.\n"
+    )
+    job.apply()
+    assert job.runs() == before
+    job.unchanged()
+
+
+def test_an_older_memory_with_unknown_members_is_read(job: World) -> None:
+    job.write({0: "a"}, a=web())
+    job.apply()
+    path = kept(job, "memory.json")
+    data = json.loads(path.read_text())
+    data["from_the_future"] = True
+    data["instances"]["a-51000000"]["from_the_future"] = 1
+    path.write_text(json.dumps(data))
+    job.unchanged()
+
+
+def test_a_lost_key_makes_secrets_unknown_not_changed(job: World) -> None:
+    job.write({0: "a"}, a=web("env: {TOKEN: hunter}"))
+    job.apply()
+    before = job.runs()
+    kept(job, "spec.key").unlink()
+    name = job.one("a-51000000")["Name"].lstrip("/")
+    warning = (
+        f"warning: {name}: its secrets were recorded with another key, so whether they changed is "
+        "unknown\n"
+    )
+    assert job.plan() == f"{warning}\nNo changes.\n"
+    job.apply()
+    assert job.runs() == before
+    job.write({0: "a"}, a=web("env: {TOKEN: hunter, MORE: x}"))
+    assert "its specification changed: env.MORE\n" in job.plan()
+
+
+def test_files_are_for_their_owner_only(job: World) -> None:
+    job.write({0: "a"}, a=web())
+    job.apply()
+    assert kept(job, "").stat().st_mode & 0o777 == 0o700
+    for name in ("memory.json", "spec.key"):
+        assert kept(job, name).stat().st_mode & 0o777 == 0o600
+
+
+def as_weak_root(job: World, *args: str) -> Result:
+    """Root without the capability to open what its owner has closed."""
+    setpriv = program("setpriv", "util-linux")
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to another user")
+    bounds = "-dac_override,-dac_read_search"
+    done = subprocess.run(
+        [setpriv, "--bounding-set", bounds, PROGRAM, *args],
+        env=job.mic.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_state_directory_that_may_not_be_read(job: World) -> None:
+    job.write({0: "a"}, a=web())
+    job.apply()
+    before, path = job.runs(), kept(job, "")
+    os.chown(path, 65534, 65534)
+    for command in ("plan", "apply", "status"):
+        done = as_weak_root(job, command)
+        assert (done.rc, done.stdout) == (1, ""), done
+        assert done.stderr == (
+            f"error: cannot read {kept(job, 'spec.key')}: Permission denied\n"
+            "hint: run as root: the state belongs to the user that converges\n"
+        )
+    os.chown(path, 0, 0)
+    assert job.runs() == before
+    job.unchanged()
+
+
+def test_a_state_directory_that_may_not_be_written(job: World) -> None:
+    job.write({0: "a"}, a=web())
+    os.chown(job.mic.state_dir, 65534, 65534)
+    job.mic.state_dir.chmod(0o755)
+    done = as_weak_root(job, "apply")
+    assert (done.rc, done.stdout) == (1, ""), done
+    assert done.stderr == (
+        f"error: cannot write {kept(job, 'spec.key')}: Permission denied\n"
+        "hint: run as root, or point MIC_STATE_DIR to a directory you may write to\n"
+    )
+    assert job.containers() == []
+    # Looking writes nothing.
+    assert as_weak_root(job, "plan").rc == 0
+
+
+def test_a_state_directory_that_cannot_be_made(job: World) -> None:
+    """Nothing is started that could not be remembered."""
+    job.write({0: "a"}, a=web())
+    job.mic.env["MIC_STATE_DIR"] = "/proc/nonexistent"
+    done = job.mic("apply", rc=1)
+    path = f"/proc/nonexistent/{job.mic.scope}/spec.key"
+    assert (done.stdout, done.stderr) == (
+        "",
+        f"error: cannot write {path}: No such file or directory\n"
+        "hint: run as root, or point MIC_STATE_DIR to a directory you may write to\n",
+    )
+    assert job.containers() == []
