@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
+from mic_supervisor.backends import Backend
 from mic_supervisor.converge import probes
 from mic_supervisor.converge.http_client import NoAnswer
 from mic_supervisor.converge.observe import Sources
@@ -29,17 +32,30 @@ from mic_supervisor.runtimes import Progress, Runtime
 RELEASE_TIMEOUT = 30.0  # seconds
 _VERIFY_TIMEOUT = 10.0  # seconds, from the answer to a load until the server says it runs it
 _LOG_LINES = 400
+_SILENT = 3  # calls without an answer, in a row, after which nobody is waited for
 
 
 class Steps:
     """Runs steps, blocking, from one thread per lane.
 
-    `target_of` finds the instance and the backend for a workload that is to be talked to.
+    `target_of` finds the instance and the backend for a workload that is to be talked to,
+    `backend` a backend by its name.
     """
 
-    def __init__(self, sources: Sources, target_of: Callable[[Load | Unload | Drain], Target]):
+    def __init__(
+        self,
+        sources: Sources,
+        target_of: Callable[[Load | Unload], Target],
+        backend: Callable[[str], Backend],
+    ) -> None:
         self._sources = sources
         self._target_of = target_of
+        self._backend = backend
+        self._ending = threading.Event()
+
+    def end(self) -> None:
+        """Have done with waiting for others' work: a drain under way fails, and nothing stops."""
+        self._ending.set()
 
     def run(self, step: Step, progress: Progress) -> None:
         """Do it. Raises MicError in words for the operator."""
@@ -117,17 +133,34 @@ class Steps:
 
     def _drain(self, step: Drain, progress: Progress) -> None:
         """A drain that runs out of time ends; the stop that follows is then a hard one."""
-        target = self._target_of(step)
+        identity = step.workload.identity
+        try:
+            backend, port = self._backend(identity.backend), identity.ports["http"]
+        except (MicError, KeyError) as error:
+            progress(f"it cannot be drained ({error}); stopping it all the same")
+            return
         deadline = time.monotonic() + step.timeout
         progress("draining")
-        while time.monotonic() < deadline:
+        silent = 0
+        while (left := deadline - time.monotonic()) > 0:
+            call = replace(step.call, timeout=min(step.call.timeout, left))
             try:
-                answer = probes.call(target, step.call)
-            except NoAnswer:
-                return  # who does not answer has nothing to finish for anyone
-            if target.backend.is_drained(answer.status, answer.body):
-                return
-            time.sleep(0.25)
+                answer = probes.send(step.listen, port, call)
+            except NoAnswer as error:
+                silent += 1
+                # Who has gone has nothing to finish for anyone; who is only slow may have.
+                if error.refused or silent == _SILENT:
+                    return
+            else:
+                silent = 0
+                if backend.is_drained(answer.status, answer.body):
+                    return
+            if self._ending.wait(0.25):
+                raise StopFailed(
+                    f"cannot stop {step.instance}: it was still being drained when this "
+                    "supervisor ended",
+                    hint="the next one begins again",
+                )
         progress(f"still busy after {step.timeout:g} s; stopping it all the same")
 
     def _load(self, step: Load, progress: Progress) -> None:

@@ -187,8 +187,10 @@ class Converger:
     async def close(self, patience: float = 5.0) -> None:
         """Stop looking. Steps under way may end within `patience` seconds.
 
-        What does not is left behind: the next look at the machine finds it where it is.
+        What does not is left behind: the next look at the machine finds it where it is. A drain
+        fails at once, and nothing is stopped.
         """
+        self._steps.end()
         await self._prober.close()
         if self._lanes:
             await asyncio.wait(self._lanes, timeout=patience)

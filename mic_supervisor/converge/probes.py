@@ -64,7 +64,13 @@ def probe(target: Target, check: Check, timeout: float) -> tuple[bool | None, st
 
 def call(target: Target, what: HttpCall) -> Answer:
     """Send one call to the instance's port "http". Raises NoAnswer."""
-    host, port = _published(target, "http")
+    listen = target.instance.workload.listen
+    return send(listen, target.workload.identity.ports["http"], what)
+
+
+def send(listen: str, port: int, what: HttpCall) -> Answer:
+    """Send one call to who listens on that address and port. Raises NoAnswer."""
+    host = reachable(listen)
     return request(host, port, what.method, what.path, body=what.body, timeout=what.timeout)
 
 
@@ -185,6 +191,9 @@ def _exec(target: Target, check: ExecCheck, timeout: float) -> tuple[bool | None
 
 
 def _published(target: Target, name: str) -> tuple[str, int]:
-    listen = target.instance.workload.listen
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
-    return host, target.workload.identity.ports[name]
+    return reachable(target.instance.workload.listen), target.workload.identity.ports[name]
+
+
+def reachable(listen: str) -> str:
+    """The address under which this machine reaches who listens on `listen`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
