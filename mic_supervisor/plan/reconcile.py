@@ -247,6 +247,7 @@ class _Round:
                 return stops
             for instance, reason in obstructed.items():
                 del ups[instance]
+                self.blocked = [item for item in self.blocked if item.instance != instance]
                 self.blocked.append(reason)
 
     def _obstructed(self, item: Assessment, what: str, workload: ObservedWorkload) -> Blocked:
@@ -332,15 +333,16 @@ class _Round:
         mine = [w for w in (item.match, *item.alive) if w is not None and w in stops]
         steps: list[Step] = [step for workload in mine for step in stops.of(workload)]
         if up is None:
-            count = len(self.changes) + len(self.blocked)
             if steps:  # two of one instance: the second serves nobody and holds the GPU
                 failed = entry.failed == item.hash
                 cause = "it failed, and the last good one runs" if failed else "it runs twice"
                 self._change("stop", lane, item, cause, steps)
-            self._loads(lane, item, entry)
+            if not any(other.instance == instance.id for other in self.blocked):
+                self._loads(lane, item, entry)
             self._leftovers(lane, item, entry, steps)
-            unchanged = count == len(self.changes) + len(self.blocked)
-            if unchanged and item.runs and entry.started is None:
+            told = {change.instance for change in self.changes}
+            told |= {other.instance for other in self.blocked}
+            if item.runs and entry.started is None and instance.id not in told:
                 self._change("adopt", lane, item, "it runs already, as the file asks", [])
             return
         # The start waits for everything that leaves its GPUs and ports, whoever stops it.

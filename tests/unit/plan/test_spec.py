@@ -177,7 +177,7 @@ def test_a_container_and_a_process_differ_in_kind_alone() -> None:
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
         max_leaves=8,
     ),
-    st.sampled_from(["image", "env", "mounts", "ports", "limits", "kind", "stop_timeout", "x"]),
+    st.sampled_from("image env mounts ports limits kind stop_timeout drain listen x".split()),
 )
 def test_a_label_that_somebody_edited_stops_nobody(value: object, name: str) -> None:
     odd = {**recorded(FULL), name: value}
@@ -186,6 +186,8 @@ def test_a_label_that_somebody_edited_stops_nobody(value: object, name: str) -> 
     signal, grace = specs.stop_parameters(odd)
     assert isinstance(signal, str)
     assert isinstance(grace, float)
+    specs.drain_parameters(odd)
+    assert isinstance(specs.listen_address(odd), str)
 
 
 def test_how_to_stop_what_left_no_record() -> None:
