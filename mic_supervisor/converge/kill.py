@@ -1,0 +1,263 @@
+"""Ends processes that hold GPUs: exactly those that were looked at, and no others.
+
+A PID says nothing by itself: it is used again. So the kernel's start time is read first, each
+signal goes through a pidfd whose process still has that start time, and before each signal whose
+the process is, is looked up anew.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from mic_supervisor.gpu.owners import (
+    INSTANCE_VARIABLE,
+    SCOPE_VARIABLE,
+    annotate,
+    managed_refs,
+)
+from mic_supervisor.model import (
+    Gpu,
+    GpuInventory,
+    GpuProcess,
+    ObservedWorkload,
+    Owner,
+    OwnerKind,
+    RuntimeView,
+)
+from mic_supervisor.runtimes import procfs
+
+if TYPE_CHECKING:
+    from mic_supervisor.converge.observe import Sources
+
+KILL_WAIT = 10.0  # seconds from KILL until a process counts as one that does not end
+RELEASE_WAIT = 15.0  # seconds until the driver has to have forgotten it
+_STEP = 0.05
+_GPU_STEP = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One GPU that a process is on. `used` in bytes; None is unknown."""
+
+    index: int
+    uuid: str
+    used: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One running process. `started` is in clock ticks since boot, `since` since the epoch."""
+
+    pid: int
+    started: int
+    name: str
+    since: float
+    holds: tuple[Hold, ...]
+    owner: Owner
+    scope: str | None = None  # MIC_SCOPE and MIC_INSTANCE of its environment
+    instance: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """One look at the GPUs, who is on them, and what is ours."""
+
+    inventory: GpuInventory
+    views: tuple[RuntimeView, ...]
+
+    @property
+    def causes(self) -> list[tuple[str, str]]:
+        """(runtime, why it could not be read)."""
+        return [(view.runtime, view.error) for view in self.views if view.error is not None]
+
+    def pids(self, kind: OwnerKind) -> list[int]:
+        """The running holders with an owner of this kind, each once, in order."""
+        found = {
+            process.pid
+            for gpu in self.inventory.gpus
+            for process in gpu.processes or ()
+            if process.owner is not None and process.owner.kind is kind
+            if kind is not OwnerKind.ORPHAN or process.start_time is not None
+        }
+        return sorted(found)
+
+    def target(self, pid: int) -> Target | None:
+        """The process; None when there is none, or only a zombie that holds nothing."""
+        stat = procfs.stat(pid)
+        if stat is None or not stat.running:
+            return None
+        process = GpuProcess(pid, stat.name, None, stat.start_time)
+        asked = GpuInventory(
+            source=self.inventory.source, gpus=(Gpu("", 0, "", processes=(process,)),)
+        )
+        (answer,) = annotate(asked, managed_refs(self.views)).gpus[0].processes or (process,)
+        environment = procfs.environ(pid) or {}
+        return Target(
+            pid=pid,
+            started=stat.start_time,
+            name=stat.name,
+            since=_boot_time() + stat.start_time / os.sysconf("SC_CLK_TCK"),
+            holds=tuple(self._holds(pid)),
+            owner=answer.owner or Owner(OwnerKind.UNKNOWN),
+            scope=environment.get(SCOPE_VARIABLE),
+            instance=environment.get(INSTANCE_VARIABLE),
+        )
+
+    def workload_of(self, instance: str | None) -> ObservedWorkload | None:
+        workloads = (item for view in self.views for item in view.workloads)
+        return next((item for item in workloads if item.identity.instance == instance), None)
+
+    def kept_by(self, pid: int) -> str | None:
+        """The instance whose process tree this one keeps, as its parent."""
+        for view in self.views:
+            for item in view.workloads:
+                root = procfs.stat(item.pid) if item.pid is not None else None
+                if root is not None and root.ppid == pid:
+                    return item.identity.instance
+        return None
+
+    def index_of(self, uuid: str) -> int | None:
+        return next((gpu.index for gpu in self.inventory.gpus if gpu.uuid == uuid), None)
+
+    def container_name(self, ref: str | None) -> str | None:
+        strangers = (item for view in self.views for item in view.strangers)
+        return next((item.name for item in strangers if item.ref == ref), None)
+
+    def _holds(self, pid: int) -> Iterable[Hold]:
+        for gpu in self.inventory.gpus:
+            for process in gpu.processes or ():
+                if process.pid == pid:
+                    yield Hold(gpu.index, gpu.uuid, process.used_memory)
+
+
+def survey(sources: Sources) -> Survey:
+    """Looks at everything that tells whose a process is."""
+    inventory = sources.gpus.observe()
+    views = tuple(runtime.observe() for runtime in sources.runtimes.values())
+    return Survey(annotate(inventory, managed_refs(views)), views)
+
+
+Outcome = Literal["ended", "gone", "changed", "denied", "stays", "listed", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one target.
+
+    "gone": it had ended before the first signal. "changed": another one owns it by now, and it was
+    left alone. "denied": no permission. "stays": KILL did not end it. "listed": it ended, and a
+    GPU still lists it; "unknown": it ended, and whether one does cannot be read.
+    """
+
+    target: Target
+    outcome: Outcome
+    killed: bool = False
+
+
+def end(
+    targets: Sequence[Target],
+    look: Callable[[], Survey],
+    *,
+    grace: float,
+    kill_wait: float = KILL_WAIT,
+    release_wait: float = RELEASE_WAIT,
+) -> list[Result]:
+    """TERM to all, KILL to those that are there after `grace` seconds; one result for each.
+
+    Waits until each is gone and no GPU lists it, `release_wait` seconds at most.
+    """
+    results: dict[int, Result] = {}
+    waiting = _signal_all(targets, look, signal.SIGTERM, results)
+    waiting = _wait(waiting, grace, results)
+    if waiting:
+        waiting = _signal_all(waiting, look, signal.SIGKILL, results)
+        for left in _wait(waiting, kill_wait, results, killed=True):
+            results[left.pid] = Result(left, "stays", killed=True)
+    _await_release(results, look, release_wait)
+    return [results[target.pid] for target in targets]
+
+
+def _signal_all(
+    targets: Sequence[Target],
+    look: Callable[[], Survey],
+    number: int,
+    results: dict[int, Result],
+) -> list[Target]:
+    """Those that were signalled."""
+    now = look()
+    signalled = []
+    for target in targets:
+        fresh = now.target(target.pid)
+        if fresh is None or fresh.started != target.started:
+            results[target.pid] = Result(target, "gone" if number == signal.SIGTERM else "ended")
+            continue
+        if fresh.owner != target.owner:
+            results[target.pid] = Result(target, "changed")
+            continue
+        try:
+            sent = procfs.send_signal(target.pid, target.started, number)
+        except PermissionError:
+            results[target.pid] = Result(target, "denied")
+            continue
+        if sent:
+            signalled.append(target)
+        else:
+            results[target.pid] = Result(target, "ended")
+    return signalled
+
+
+def _wait(
+    targets: Sequence[Target], patience: float, results: dict[int, Result], *, killed: bool = False
+) -> list[Target]:
+    """Those that are still there after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    left = list(targets)
+    while True:
+        for target in list(left):
+            if not procfs.is_running(target.pid, target.started):
+                results[target.pid] = Result(target, "ended", killed=killed)
+                left.remove(target)
+        if not left or time.monotonic() >= deadline:
+            return left
+        time.sleep(_STEP)
+
+
+def _await_release(results: dict[int, Result], look: Callable[[], Survey], patience: float) -> None:
+    """Marks those that a GPU still lists, or of which that cannot be read."""
+    ended = {
+        pid: {hold.uuid for hold in result.target.holds}
+        for pid, result in results.items()
+        if result.outcome in ("ended", "gone") and result.target.holds
+    }
+    deadline = time.monotonic() + patience
+    while ended:
+        inventory = look().inventory
+        readable = {gpu.uuid: gpu for gpu in inventory.gpus if gpu.processes is not None}
+        outcomes: dict[int, Outcome | None] = {}
+        for pid, uuids in ended.items():
+            listed = any(
+                process.pid == pid and process.start_time in (None, results[pid].target.started)
+                for uuid in uuids & readable.keys()
+                for process in readable[uuid].processes or ()
+            )
+            outcomes[pid] = "listed" if listed else None if uuids <= readable.keys() else "unknown"
+        ended = {pid: uuids for pid, uuids in ended.items() if outcomes[pid] is not None}
+        if ended and time.monotonic() >= deadline:
+            for pid in ended:
+                results[pid] = replace(results[pid], outcome=outcomes[pid] or "unknown")
+            return
+        if ended:
+            time.sleep(_GPU_STEP)
+
+
+def _boot_time() -> float:
+    """Seconds since the epoch; proc(5), /proc/stat."""
+    for line in (procfs.PROC / "stat").read_text().splitlines():
+        if line.startswith("btime "):
+            return float(line.split()[1])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
