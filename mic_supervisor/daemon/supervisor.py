@@ -176,13 +176,19 @@ class Supervisor:
             self._settings.config,
         )
         if self._generations.error is not None:
-            running = (
-                f"generation {self._generations.number}, the last good one, runs"
-                if self._generations.config is not None
-                else "nothing is started, and nothing stopped"
-            )
-            LOGGER.error("%s\nthe configuration has errors: %s", self._generations.error, running)
+            LOGGER.error("%s", self._generations.error)
         self._warn(self._started_with)
+        self._events.tell(
+            Event("config", self._clock(), "configuration", self._origin(), cause="start")
+        )
+
+    def _origin(self) -> str:
+        found = self._generations
+        if found.error is None:
+            return f"started with generation {found.number}"
+        if found.config is not None:
+            return f"started with generation {found.number}, the last good one: the file has errors"
+        return "started with nothing: the file has errors, and nothing is started or stopped"
 
     async def _say_ready(self) -> None:
         await self._first.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -162,17 +163,37 @@ class Mic:
         self.daemons.append(daemon)
         return daemon
 
-    def run(self, timeout: float = 20.0) -> Daemon:
-        """Starts the daemon and waits until its loop says that it is alive."""
+    def run(self, timeout: float = 20.0, *, http: bool = True) -> Daemon:
+        """Starts the daemon and waits until it has looked at the machine and answers everywhere.
+
+        Without `http` its socket is enough.
+        """
         daemon = self.start("run")
 
         def alive() -> bool:
             if daemon.process.poll() is not None:
                 raise AssertionError(f"exit {daemon.process.returncode}:\n{daemon.text()}")
-            return waiting.http(f"{self.url}/healthz", timeout=2).status == 200
+            if "result" not in self.ask("status", timeout=timeout):
+                return False
+            return not http or waiting.http(f"{self.url}/healthz", timeout=2).status == 200
 
-        waiting.until(alive, f"{self.url}/healthz", timeout=timeout)
+        waiting.until(alive, f"the daemon of {self.socket} and {self.url}", timeout=timeout)
         return daemon
+
+    def ask(self, method: str, timeout: float = 10.0, **params: Any) -> dict[str, Any]:
+        """The last line of the daemon's answer on its socket; empty when nobody answers."""
+        request = {"version": 1, "method": method, "params": params}
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout)
+            try:
+                connection.connect(str(self.socket))
+                connection.sendall(json.dumps(request).encode() + b"\n")
+                with connection.makefile() as stream:
+                    lines = stream.readlines()
+            except OSError:
+                return {}
+        found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        return found
 
     def close(self) -> None:
         for daemon in self.daemons:

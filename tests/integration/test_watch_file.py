@@ -1,0 +1,434 @@
+"""The daemon follows its file, however it is written, and restarts nothing that did not change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import docker
+import pytest
+
+from tests.integration.daemon_world import (
+    DaemonWorld,
+    Mark,
+    container,
+    daemon_world,
+    identity,
+    process,
+)
+from tests.support import scopes
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.engine
+
+P0, C1, P2, P3 = (identity("p", 0), identity("c", 1), identity("q", 2), identity("p", 3))
+BASE: dict[int | str, str] = {0: "p", 1: "c", 2: "q", 3: "none"}
+MORE: dict[int | str, str] = {**BASE, 3: "p"}
+
+
+@pytest.fixture(scope="module")
+def running(
+    tmp_path_factory: pytest.TempPathFactory, engine: docker.APIClient, busybox_image: str
+) -> Iterator[DaemonWorld]:
+    with daemon_world(tmp_path_factory.mktemp("watch"), engine) as made:
+        made.write(BASE, p=process(), c=container(), q=process())
+        made.mic.run(http=False)
+        yield made
+
+
+@pytest.fixture
+def world(running: DaemonWorld) -> Iterator[DaemonWorld]:
+    """The daemon with BASE, and at the end what runs of it is what ran before."""
+    config = running.mic.config
+    if config.is_symlink():
+        config.unlink()
+    shutil.rmtree(drop_ins(running), ignore_errors=True)
+    running.write(BASE)
+    running.settled(P0, C1, P2)
+    running.mic("reload", "--wait", rc=0)
+    before = running.marks()
+    assert sorted(before) == sorted([P0, C1, P2])
+    yield running
+    after = running.marks()
+    assert {name: after[name] for name in before} == before
+
+
+def drop_ins(world: DaemonWorld) -> Path:
+    return world.mic.config.with_name("gpus.yaml.d")
+
+
+# --- ways to save a file ------------------------------------------------------------------------
+
+
+def by_rename(config: Path, text: str) -> None:
+    fresh = config.with_name(".gpus.yaml.swp")
+    fresh.write_text(text)
+    fresh.replace(config)
+
+
+def in_place(config: Path, text: str) -> None:
+    config.write_text(text)
+
+
+def byte_by_byte(config: Path, text: str) -> None:
+    """Faster than anybody types, and slower than any program writes."""
+    with config.open("w") as file:
+        for place in range(0, len(text), 8):
+            file.write(text[place : place + 8])
+            file.flush()
+            time.sleep(0.02)
+
+
+def with_pauses(config: Path, text: str) -> None:
+    """Halves of it are read, however patient the reader."""
+    with config.open("w") as file:
+        for part in text.splitlines(keepends=True):
+            file.write(part)
+            file.flush()
+            time.sleep(0.4)
+
+
+def as_a_mounted_volume(config: Path, text: str) -> None:
+    """What the kubelet does: a directory for each state, and a link that is swapped."""
+    home = config.parent
+    state = home / f"..{time.time_ns()}"
+    state.mkdir()
+    (state / config.name).write_text(text)
+    link = home / "..data_tmp"
+    link.symlink_to(state.name)
+    link.replace(home / "..data")
+    if not config.is_symlink():
+        config.unlink()
+        config.symlink_to(f"..data/{config.name}")
+
+
+def unlinked_first(config: Path, text: str) -> None:
+    config.unlink()
+    time.sleep(0.1)
+    config.write_text(text)
+
+
+SAVES = [by_rename, in_place, byte_by_byte, with_pauses, as_a_mounted_volume, unlinked_first]
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_a_saved_change_is_made(world: DaemonWorld, save: Callable[[Path, str], None]) -> None:
+    before = world.generation
+    save(world.mic.config, world.text(MORE))
+    world.settled(P0, C1, P2, P3)
+    first = world.marks()[P3]
+    save(world.mic.config, world.text(BASE))
+    world.settled(P0, C1, P2)
+    assert P3 not in world.marks()
+    # A second change by the same means is seen, too: the link that was swapped is watched anew.
+    save(world.mic.config, world.text(MORE))
+    world.settled(P0, C1, P2, P3)
+    assert world.marks()[P3] != first
+    if save is not with_pauses:
+        assert world.generation == before + 3
+
+
+def test_a_drop_in_comes_changes_and_goes(world: DaemonWorld) -> None:
+    before, folder = world.generation, drop_ins(world)
+    folder.mkdir()
+    (folder / "50-more.yaml").write_text("gpus: {3: p}\n")
+    world.settled(P0, C1, P2, P3)
+    by_rename(folder / "50-more.yaml", "gpus: {3: q}\n")
+    world.settled(P0, C1, P2, identity("q", 3))
+    (folder / "50-more.yaml").unlink()
+    world.settled(P0, C1, P2)
+    assert world.generation == before + 3
+
+
+def test_ten_saves_in_a_second_are_one_change(world: DaemonWorld) -> None:
+    before, readings = world.generation, world.readings
+    for turn in range(10):
+        world.mic.config.write_text(world.text(MORE if turn % 2 else {**BASE, 3: "q"}))
+        time.sleep(0.1)
+    world.settled(P0, C1, P2, P3)
+    assert world.generation <= before + 2
+    assert world.readings <= readings + 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: f"# of today\n{text}\n# end",
+        lambda text: text.replace("gpus:\n", "gpus:   # all of them\n\n"),
+        lambda text: "\n".join([*text.splitlines()[:-4], *reversed(text.splitlines()[-4:])]),
+        lambda text: text.replace("\n", "\r\n"),
+    ],
+    ids=["comment", "blank line", "order", "line ends"],
+)
+def test_what_says_the_same_is_no_generation(
+    world: DaemonWorld, change: Callable[[str], str]
+) -> None:
+    before, readings = world.status()["config"], world.readings
+    text = world.text(BASE)
+    world.mic.config.write_bytes(change(text).encode())
+    world.read_again(readings)
+    after = world.status()["config"]
+    assert (after["generation"], after["hash"]) == (before["generation"], before["hash"])
+    assert after["last_reload_ok"] is True
+
+
+def test_a_broken_file_is_told_and_the_last_one_runs(world: DaemonWorld) -> None:
+    before = world.generation
+    world.mic.config.write_text(world.text({**BASE, 1: "d"}))
+    error = world.rejected()
+    assert error.splitlines()[0].startswith(f"{world.mic.config}:8:6: error: gpus.1: ")
+    assert world.generation == before
+    assert error.splitlines()[0] in str(world.mic("status", rc=0))
+    log = world.mic.daemons[-1].text()
+    assert error.splitlines()[0] in log
+    assert f"configuration: rejected (the file changed); generation {before} keeps running" in log
+    # Who mends it is back where he was, and nothing was a new generation.
+    in_place(world.mic.config, world.text(BASE))
+    until(lambda: world.status()["config"]["last_reload_ok"], "the file to be good again")
+    assert world.generation == before
+
+
+def test_a_broken_file_is_no_obstacle_to_the_watch_over_the_others(world: DaemonWorld) -> None:
+    in_place(world.mic.config, "version: 1\nmodels: [")
+    world.rejected()
+    done = world.mic("reload", "--wait", rc=1)
+    assert str(world.mic.config) in done.stderr
+    assert "keeps running" in done.stderr
+
+
+@pytest.mark.parametrize("way", ["unlink", "directory", "empty", "unreadable link"])
+def test_a_file_that_is_away_stops_nothing(world: DaemonWorld, way: str) -> None:
+    before, config = world.generation, world.mic.config
+    config.unlink()
+    if way == "directory":
+        config.mkdir()
+    elif way == "empty":
+        config.touch()
+    elif way == "unreadable link":
+        config.symlink_to("/nowhere/gpus.yaml")
+    assert str(config) in world.rejected()
+    marks = world.marks()
+    if way == "directory":
+        config.rmdir()
+    world.write(BASE)
+    until(lambda: world.status()["config"]["last_reload_ok"], "the file to be back")
+    assert world.generation == before
+    assert world.marks() == marks
+
+
+def test_cut_short_anywhere_it_stops_nothing(world: DaemonWorld) -> None:
+    text = world.text(BASE)
+    start = text.index("gpus:")
+    cuts = {*range(start, len(text), 5), len(text) - 1, 0, 9, start // 2}
+    before = world.marks()
+    for cut in sorted(cuts):
+        readings = world.readings
+        world.mic.config.write_text(text[:cut])
+        world.read_again(readings)
+        assert world.marks() == before, text[:cut]
+    world.write(BASE)
+    world.settled(P0, C1, P2)
+
+
+# --- removals -----------------------------------------------------------------------------------
+
+WITHOUT: dict[int | str, str] = {key: model for key, model in BASE.items() if key != 3}
+
+
+@pytest.fixture
+def three(world: DaemonWorld) -> DaemonWorld:
+    """P3 runs, and the file no longer names it."""
+    world.write(MORE)
+    world.settled(P0, C1, P2, P3)
+    world.write(WITHOUT)
+    until(lambda: world.phases().get(P3) == "blocked", f"{P3} to be held")
+    return world
+
+
+def test_a_removal_waits_for_a_word(three: DaemonWorld) -> None:
+    row = three.rows()[P3]
+    assert row["reason"] == "the file no longer names it; its removal waits to be confirmed"
+    assert P3 in three.marks()
+    plan = three.mic("plan").stdout
+    assert "its removal waits to be confirmed" in plan
+    assert "confirm with `mic-supervisor apply` or `systemctl reload mic`" in plan
+
+
+@pytest.mark.parametrize("command", [("reload", "--wait"), ("apply",)])
+def test_a_word_confirms_it(three: DaemonWorld, command: tuple[str, ...]) -> None:
+    three.mic(*command, rc=0)
+    three.settled(P0, C1, P2)
+    assert P3 not in three.marks()
+
+
+def test_a_word_for_another_document_does_not(three: DaemonWorld) -> None:
+    three.mic("reload", "--wait", rc=0)
+    three.write(MORE)
+    three.settled(P0, C1, P2, P3)
+    three.write({**WITHOUT, 3: "q"})
+    three.settled(P0, C1, P2, identity("q", 3))
+    three.models["unused"] = process()
+    three.write(WITHOUT)
+    until(lambda: three.phases().get(identity("q", 3)) == "blocked", "it to be held")
+    assert identity("q", 3) in three.marks()
+    three.write(BASE)
+    three.settled(P0, C1, P2)
+
+
+def test_none_acts_at_once(three: DaemonWorld) -> None:
+    three.write(BASE)
+    three.settled(P0, C1, P2)
+    assert P3 not in three.marks()
+
+
+# --- starts of the daemon -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonWorld]:
+    """Nothing runs yet, and Docker is off: these are about files."""
+    with daemon_world(tmp_path_factory.mktemp("fresh"), None) as made:
+        made.models = {"p": process(), "q": process()}
+        yield made
+
+
+def run(world: DaemonWorld, **env: str) -> None:
+    world.mic.env |= env
+    world.mic.run(http=False)
+
+
+def state(world: DaemonWorld) -> Path:
+    return world.mic.state_dir / world.mic.scope
+
+
+def killed(world: DaemonWorld, instance: str, mark: Mark) -> None:
+    """The daemon works: it restarts what dies."""
+    os.kill(mark[2], signal.SIGKILL)
+    until(lambda: world.marks().get(instance, mark) != mark, f"{instance} to be back")
+
+
+def test_pruning_may_be_left_to_the_watcher(fresh: DaemonWorld) -> None:
+    fresh.write({0: "p", 1: "p"})
+    run(fresh, MIC_PRUNE_ON_WATCH="true")
+    fresh.settled(identity("p", 0), identity("p", 1))
+    fresh.write({0: "p"})
+    fresh.settled(identity("p", 0))
+    assert sorted(fresh.marks()) == [identity("p", 0)]
+
+
+def test_a_broken_file_at_the_start_runs_what_ran_before(fresh: DaemonWorld) -> None:
+    fresh.write({0: "p", 1: "q"})
+    (drop_ins(fresh)).mkdir()
+    (drop_ins(fresh) / "10.yaml").write_text("gpus: {2: p}\n")
+    run(fresh)
+    names = [identity("p", 0), identity("q", 1), identity("p", 2)]
+    fresh.settled(*names)
+    before = fresh.marks()
+    generation = fresh.generation
+    assert fresh.mic.daemons[-1].stop() == 0
+    assert fresh.marks() == before
+
+    kept = [path for path in (state(fresh) / "last-good").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in kept) == ["10.yaml", "gpus.yaml"]
+    assert {path.stat().st_mode & 0o777 for path in kept} == {0o600}
+    assert state(fresh).stat().st_mode & 0o777 == 0o700
+
+    fresh.mic.config.write_text("version: 1\ngpus: {0: nobody}\n")
+    run(fresh)
+    fresh.settled(*names)
+    assert fresh.marks() == before
+    assert fresh.generation == generation
+    assert str(fresh.mic.config) in fresh.rejected()
+    killed(fresh, names[0], before[names[0]])
+
+    # And a reboot: nothing runs any more, the records are there, the file is still broken.
+    assert fresh.mic.daemons[-1].stop() == 0
+    scopes.end_processes(fresh.mic.scope)
+    run(fresh)
+    fresh.settled(*names)
+    assert sorted(fresh.marks()) == sorted(names)
+
+    # A drop-in that was removed meanwhile is not forgotten for that: the last good one runs.
+    fresh.write({0: "p", 1: "q", 2: "none"})
+    shutil.rmtree(drop_ins(fresh))
+    fresh.settled(*names[:2])
+
+
+def test_without_anything_good_nothing_is_started_or_stopped(fresh: DaemonWorld) -> None:
+    fresh.write({0: "p", 1: "q"})
+    run(fresh)
+    names = [identity("p", 0), identity("q", 1)]
+    fresh.settled(*names)
+    before = fresh.marks()
+    fresh.mic.daemons[-1].stop()
+    shutil.rmtree(state(fresh) / "last-good")
+    fresh.mic.config.write_text("{")
+    run(fresh)
+    error = fresh.rejected()
+    assert str(fresh.mic.config) in error
+    assert fresh.mic("reload", "--wait").rc == 1
+    assert fresh.marks() == before
+    assert set(fresh.phases().values()) == {"blocked"}
+    time.sleep(1)
+    assert fresh.marks() == before
+    fresh.write({0: "p", 1: "q"})
+    fresh.settled(*names)
+    assert fresh.marks() == before
+
+
+def test_the_start_removes_nothing_that_the_file_does_not_name(fresh: DaemonWorld) -> None:
+    fresh.write({0: "p", 1: "q"})
+    run(fresh)
+    fresh.settled(identity("p", 0), identity("q", 1))
+    before = fresh.marks()
+    fresh.mic.daemons[-1].stop()
+    fresh.write({0: "p"})
+    run(fresh)
+    until(lambda: fresh.phases().get(identity("q", 1)) == "blocked", "it to be held")
+    assert fresh.marks() == before
+    # What was confirmed once stays so: the removal goes on after a restart.
+    fresh.mic("reload", "--wait", rc=0)
+    fresh.settled(identity("p", 0))
+    fresh.mic.daemons[-1].stop()
+    run(fresh)
+    fresh.settled(identity("p", 0))
+
+
+def test_a_record_of_generations_that_is_no_record(fresh: DaemonWorld) -> None:
+    fresh.write({0: "p"})
+    run(fresh)
+    fresh.settled(identity("p", 0))
+    before = fresh.marks()
+    fresh.mic.daemons[-1].stop()
+    (state(fresh) / "generation.json").write_text('{"generation": "seven"')
+    run(fresh)
+    fresh.settled(identity("p", 0))
+    assert fresh.marks() == before
+    assert json.loads((state(fresh) / "generation.json").read_text())["generation"] == 1
+
+
+def test_a_next_try_from_a_clock_that_was_wrong(fresh: DaemonWorld) -> None:
+    fresh.write({0: "p"})
+    run(fresh)
+    fresh.settled(identity("p", 0))
+    fresh.mic.daemons[-1].stop()
+    path = state(fresh) / "memory.json"
+    memory = json.loads(path.read_text())
+    (entry,) = memory["instances"].values()
+    far = time.time() + 10 * 365 * 86400
+    entry |= {"failures": 3, "reason": "it ended", "retry_at": far, "started_at": far}
+    entry |= {"started": None, "since": far, "ready_since": far}
+    path.write_text(json.dumps(memory))
+    scopes.end_processes(fresh.mic.scope)
+    run(fresh)
+    until(lambda: fresh.phases()[identity("p", 0)] == "backoff", "the backoff")
+    (row,) = fresh.status()["instances"]
+    assert row["next_retry"] - time.time() <= 331
+    assert row["since"] <= time.time() + 1
+    fresh.mic("apply", rc=0)
+    fresh.settled(identity("p", 0))
