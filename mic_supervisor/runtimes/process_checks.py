@@ -204,7 +204,9 @@ def _check_program(spec: ProcessSpec, directory: Path, search: str) -> Path:
             raise PreflightFailed(f"cannot run {path}: it is not a file")
     except PermissionError as error:
         raise PreflightFailed(f"cannot run {path}: {error.strerror}") from error
-    if not os.access(path, os.X_OK):
+    # What is executable for its owner alone, a root that is confined to reading may not execute.
+    theirs = account(spec.user).switch and path.stat().st_mode & 0o111
+    if not theirs and not os.access(path, os.X_OK):
         raise PreflightFailed(f"cannot run {path}: it is not executable", hint=f"chmod +x {path}")
     interpreter = _interpreter(path)
     if interpreter is not None and not (directory / interpreter).exists():

@@ -303,19 +303,21 @@ class SystemdRuntime:
     def previous_logs(
         self, workload: ObservedWorkload, *, tail: int | None = None
     ) -> Iterator[str]:
-        """As `logs`, of the instance's run before this one; nothing where there was none.
+        """As `logs`, of the instance's run before this one.
 
-        That run may have been another specification's, and its unit may be gone.
+        That run may have been another specification's, and its unit may be gone. Raises
+        RuntimeRefused where the journal holds none.
         """
         what = f"read the log of {workload.name}"
         unit = self._do(what, self._look(workload.ref), _LOOK_TIMEOUT)
         begun = unit.begun if unit is not None else None
-        if begun is None:
-            return
         identity = workload.identity
-        run = systemd_journal.previous(what, identity.scope, identity.instance, begun)
-        if run is not None:
-            yield from systemd_journal.read(what, run, tail=tail)
+        run = None
+        if begun is not None:
+            run = systemd_journal.previous(what, identity.scope, identity.instance, begun)
+        if run is None:
+            raise RuntimeRefused(f"cannot {what}: the journal holds no run before this one")
+        yield from systemd_journal.read(what, run, tail=tail)
 
     def run_check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float

@@ -1,0 +1,233 @@
+"""mic.service on a machine that systemd runs: how tight it is, what it can do, how it lives."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.systemd import SystemdMachine
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.engine
+
+CONFINED = Path(__file__).parent / "systemd" / "confined.py"
+DROP_IN = "/etc/systemd/system/mic.service.d"
+
+ENV = """\
+MIC_GPU_SOURCE=simulated:2
+MIC_DOCKER_HOST=none
+MIC_RESYNC=1s
+"""
+GPUS = """\
+version: 1
+models:
+  web:
+    backend: process
+    command: [/usr/bin/python3, -m, http.server, --bind, 127.0.0.1, "${port}"]
+gpus:
+  0: web
+  1: web
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean(systemd_machine: SystemdMachine) -> Iterator[None]:
+    yield
+    systemd_machine.sh(
+        f"systemctl stop mic; systemctl stop 'mic-*.service'; systemctl reset-failed;"
+        f"rm -rf {DROP_IN} /etc/mic /var/lib/mic /run/mic; systemctl daemon-reload",
+    )
+
+
+def test_systemd_finds_nothing_wrong_with_it(systemd_machine: SystemdMachine) -> None:
+    done = systemd_machine.exec("systemd-analyze", "verify", "/etc/systemd/system/mic.service")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_its_exposure_is_what_it_says(systemd_machine: SystemdMachine) -> None:
+    asked = systemd_machine.exec(
+        *("systemd-analyze", "security", "--no-pager", "--offline=true"),
+        "/etc/systemd/system/mic.service",
+    ).stdout
+    found = re.search(r"Overall exposure level for mic.service: ([0-9.]+)", asked)
+    assert found is not None, asked
+    assert float(found[1]) <= 2.5
+    unit = systemd_machine.exec("cat", "/etc/systemd/system/mic.service").stdout
+    assert f"gives it {found[1]}, of 10" in unit
+
+
+def test_it_can_do_its_work_and_nothing_else(systemd_machine: SystemdMachine) -> None:
+    machine = systemd_machine
+    machine.sh(
+        "groupadd --force --gid 4242 mic; chmod 0700 /home/alice; mkdir -p /home/alice/bin;"
+        "printf '#!/bin/sh\\necho up\\nexec sleep $1\\n' > /home/alice/bin/serve;"
+        "chmod 0700 /home/alice/bin /home/alice/bin/serve;"
+        "echo KEY=1 > /home/alice/secret.env; chmod 0600 /home/alice/secret.env;"
+        "chown -R alice: /home/alice; echo template > /tmp/template.txt"
+    )
+    # Open to root alone, as Docker's socket is.
+    server = (
+        "import os, socket; os.umask(0o117); s = socket.socket(socket.AF_UNIX);"
+        "s.bind('/run/docker-like.sock'); s.listen(); s.accept()[0].send(b'hello')"
+    )
+    machine.exec("systemd-run", "--quiet", "--unit=docker-like", "python3", "-c", server)
+    machine.exec("systemd-run", "--quiet", "--uid=bob", "--unit=victim", "sleep", "300")
+    until(lambda: machine.exec("test", "-S", "/run/docker-like.sock", rc=None).rc == 0, "a socket")
+    victim = machine.show("victim.service", "MainPID")
+    machine.write("/opt/confined.py", CONFINED.read_text())
+    machine.write(
+        f"{DROP_IN}/confined.conf",
+        "[Service]\nType=oneshot\nRestart=no\nWatchdogSec=0\nExecStart=\n"
+        f"Environment=VICTIM={victim}\nExecStart=/opt/mic/bin/python3 /opt/confined.py\n",
+    )
+    machine.exec("systemctl", "daemon-reload")
+    done = machine.exec("systemctl", "start", "mic", rc=None)
+    said = machine.journal("mic.service")
+    assert done.rc == 0, said
+    [line] = [line for line in said.splitlines() if line.startswith("{")]
+    found: dict[str, Any] = json.loads(line)
+    read_only, forbidden = "Read-only file system", "Operation not permitted"
+    assert found == {
+        "read a secret in a home": "KEY=1\n",
+        "read in /tmp": "template\n",
+        "write the state": "written",
+        "write the runtime directory": "written",
+        "write in /etc": read_only,
+        "write in /usr": read_only,
+        "write in a home": read_only,
+        "reach a socket like Docker's": "hello",
+        "listen": "6004 is seen of 6004",
+        "give the socket to its group": forbidden,
+        "see PID 1": None,
+        "name PID 1": "systemd",
+        "check a program of another user": None,
+        "become another user": forbidden,
+        "open a raw socket": "Address family not supported by protocol",
+        "make a device": forbidden,
+        "kill another's process": forbidden,
+        "set the time": forbidden,
+        "mount": 32,
+        "run a unit": ["running", True, [0, "alice"], ["up"], 143, 0],
+    }
+    assert machine.show("victim.service", "ActiveState") == "active"
+    machine.sh("systemctl stop victim; groupdel mic")
+
+
+# --- with the daemon itself -------------------------------------------------------------------
+
+
+@pytest.fixture
+def running(systemd_machine: SystemdMachine) -> SystemdMachine:
+    """The machine with the daemon up, and an instance on each of two simulated GPUs."""
+    machine = systemd_machine
+    machine.write("/etc/mic/mic.env", ENV)
+    machine.write("/etc/mic/gpus.yaml", GPUS)
+    machine.exec("systemctl", "start", "mic")
+    until(lambda: len(pids(machine)) == 2, "two instances", timeout=30)
+    return machine
+
+
+def units(machine: SystemdMachine) -> list[str]:
+    listed = machine.exec(
+        *("systemctl", "list-units", "--plain", "--no-legend", "--state=running"),
+        "mic-default-*",
+    ).stdout
+    return sorted(line.split()[0] for line in listed.splitlines())
+
+
+def pids(machine: SystemdMachine) -> dict[str, str]:
+    return {unit: machine.show(unit, "MainPID") for unit in units(machine)}
+
+
+def await_daemon(machine: SystemdMachine, but: str = "0") -> str:
+    """The daemon's PID, another one than `but`, once it has said that it is ready."""
+
+    def ready() -> str:
+        if machine.show("mic", "SubState") != "running":
+            return ""
+        found = machine.show("mic", "MainPID")
+        return "" if found == but else found
+
+    return until(ready, "the daemon to be ready")
+
+
+def test_instances_are_units_of_their_own(running: SystemdMachine) -> None:
+    for unit, pid in pids(running).items():
+        assert running.show(unit, "Slice") == "mic.slice"
+        groups = running.exec("cat", f"/proc/{pid}/cgroup").stdout
+        assert f"mic.slice/{unit}" in groups
+        assert "system.slice/mic.service" not in groups
+
+
+def test_the_socket_is_its_groups_where_there_is_one(running: SystemdMachine) -> None:
+    assert running.sh("stat -c '%a %G' /run/mic/mic.sock").stdout == "660 root\n"
+    running.sh("groupadd mic && systemctl restart mic")
+    assert running.sh("stat -c '%a %G' /run/mic/mic.sock").stdout == "660 mic\n"
+    running.sh("systemctl stop mic && groupdel mic && rm -r /run/mic && systemctl start mic")
+    assert running.sh("stat -c '%a %G' /run/mic/mic.sock").stdout == "660 root\n"
+
+
+def test_a_restart_costs_no_instance(running: SystemdMachine) -> None:
+    before, daemon = pids(running), await_daemon(running)
+    running.exec("systemctl", "restart", "mic")
+    assert await_daemon(running, but=daemon) != daemon
+    running.exec("mic-supervisor", "apply")
+    assert pids(running) == before
+
+
+def test_a_killed_daemon_is_back_at_once_and_costs_no_instance(running: SystemdMachine) -> None:
+    before = pids(running)
+    for _ in range(7):  # more than systemd's own limit of quick ends
+        daemon = await_daemon(running)
+        running.sh(f"kill -KILL {daemon}")
+        await_daemon(running, but=daemon)
+    running.exec("mic-supervisor", "apply")
+    assert pids(running) == before
+
+
+def test_a_stopped_daemon_leaves_its_instances(running: SystemdMachine) -> None:
+    before = pids(running)
+    running.exec("systemctl", "stop", "mic")
+    assert pids(running) == before
+
+
+def test_a_reload_takes_a_good_file_and_fails_for_a_bad_one(running: SystemdMachine) -> None:
+    before = pids(running)
+    running.write("/etc/mic/gpus.yaml", "gpus: [")
+    done = running.exec("systemctl", "reload", "mic", rc=None)
+    assert done.rc == 1
+    assert running.show("mic", "ActiveState") == "active"
+    assert "/etc/mic/gpus.yaml:1:" in running.journal("mic")
+    assert pids(running) == before
+    running.write("/etc/mic/gpus.yaml", GPUS.replace("1: web", "1: none"))
+    running.exec("systemctl", "reload", "mic")
+    until(lambda: len(units(running)) == 1, "one instance to go", timeout=30)
+    [(unit, pid)] = pids(running).items()
+    assert before[unit] == pid
+
+
+def test_a_crashed_instance_is_started_again(running: SystemdMachine) -> None:
+    before = pids(running)
+    unit, pid = next(iter(before.items()))
+    running.sh(f"kill -KILL {pid}")
+
+    def back() -> bool:
+        now = pids(running)
+        return now.keys() == before.keys() and now[unit] != pid
+
+    until(back, "the instance to be back", timeout=30)
+    other = next(name for name in before if name != unit)
+    assert pids(running)[other] == before[other]
+
+
+def test_after_a_reboot_everything_runs_again(running: SystemdMachine) -> None:
+    before = pids(running)
+    running.exec("systemctl", "enable", "mic")
+    running.reboot()
+    until(lambda: units(running) == [*before], "both instances", timeout=30)
+    running.exec("systemctl", "disable", "mic")
