@@ -60,8 +60,11 @@ def bring_up(
     if assessment.runtime not in context.creates_ahead:
         start = Start(f"start {target.name}", instance.id, target)
         return BringUp(kind, cause, (_prepare(target, instance.id),), start, stops)
-    if match is not None and dict(match.identity.ports) == numbers:
-        restart = Restart(f"restart {match.name}", instance.id, match)
+    again = [match] if match is not None and dict(match.identity.ports) == numbers else []
+    # The name tells specification and ports: what has it already is what would be created.
+    again += [workload for workload in assessment.ended if workload.name == target.name]
+    if again:
+        restart = Restart(f"restart {again[0].name}", instance.id, again[0])
         # Only where something serves meanwhile: what is down loses nothing by a failing start.
         early = (_prepare(target, instance.id),) if assessment.alive else ()
         return BringUp(kind, cause, early, restart, stops)

@@ -181,6 +181,13 @@ def test_a_recorded_port_that_a_stranger_took_is_replaced_and_the_container_with
     ]
 
 
+def test_a_container_that_has_the_free_port_already_is_started_and_not_made_twice() -> None:
+    newer = workload(MAM, RunState.EXITED, ports={"http": 20003}, created_at=200.0)
+    older = workload(MAM, RunState.EXITED)
+    plan = plan_for([MAM], observed(newer, older, listeners=[Listener(20003, 5, "nginx")]))
+    assert shortly(plan, newer=newer, older=older)[-1] == "restart older <- release MAM-aaaaaaaa"
+
+
 def test_a_replacement_keeps_the_port_of_what_it_replaces() -> None:
     old = workload(MAM, ports={"http": 20007})
     plan = plan_for([changed(MAM, image="mam:2")], observed(old))

@@ -177,7 +177,20 @@ def test_a_container_and_a_process_differ_in_kind_alone() -> None:
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
         max_leaves=8,
     ),
-    st.sampled_from("image env mounts ports limits kind stop_timeout drain listen x".split()),
+    st.sampled_from(
+        [
+            "image",
+            "env",
+            "mounts",
+            "ports",
+            "limits",
+            "kind",
+            "stop_timeout",
+            "drain",
+            "listen",
+            "x",
+        ]
+    ),
 )
 def test_a_label_that_somebody_edited_stops_nobody(value: object, name: str) -> None:
     odd = {**recorded(FULL), name: value}
