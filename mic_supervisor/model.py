@@ -58,6 +58,16 @@ class GpuProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuTelemetry:
+    """What only metrics are made of. What this GPU or driver does not know is left out."""
+
+    energy: float | None = None  # joules since the driver was loaded
+    clocks: tuple[tuple[str, float], ...] = ()  # domain ("sm", "memory", …), hertz
+    clock_events: tuple[tuple[str, bool], ...] = ()  # what may slow the clocks, whether it does
+    ecc_errors: tuple[tuple[str, int], ...] = ()  # "corrected", "uncorrected" since the driver load
+
+
+@dataclass(frozen=True, slots=True)
 class Gpu:
     """One GPU, keyed by `uuid`. `index` is NVML's today and may be another one tomorrow."""
 
@@ -72,6 +82,7 @@ class Gpu:
     utilization: float | None = None  # ratio
     temperature: float | None = None  # degrees Celsius
     simulated: bool = False
+    telemetry: GpuTelemetry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +102,8 @@ class GpuInventory:
     unopened: tuple[UnopenedGpu, ...] = ()
     error: str | None = None
     driver: str | None = None
+    nvml: str | None = None  # version of the management library
+    cuda: str | None = None  # the newest that the driver supports: "12.8"
 
 
 # --- Workloads: what an instance runs ---------------------------------------------------------

@@ -21,8 +21,10 @@ def command() -> int:
     from mic_supervisor.converge.lock import writer
     from mic_supervisor.daemon.log import set_up
     from mic_supervisor.daemon.supervisor import Supervisor
+    from mic_supervisor.http.server import serving
 
     found = wiring.settings()
+    serve = serving(found)
     set_up(found.log_level, found.log_format, journal="JOURNAL_STREAM" in os.environ)
     with writer(found.lock_path, "mic-supervisor run", _LOCK_PATIENCE):
         machine = wiring.machine(found, create_key=True)
@@ -35,7 +37,7 @@ def command() -> int:
                 state=machine.state,
                 context=machine.context,
             )
-            await supervisor.run()
+            await supervisor.run(serve)
 
         asyncio.run(supervise())
     return 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mic_supervisor.gpu import telemetry
 from mic_supervisor.gpu.contained import Contained, DidNotReturn
 from mic_supervisor.gpu.guests import Guests
 from mic_supervisor.gpu.nvml_errors import (
@@ -57,7 +58,9 @@ class _Device:
 class _Session:
     """NVML between init and shutdown: it enumerates GPUs at init and keeps to that."""
 
-    driver: str | None
+    driver: str | None = None
+    nvml: str | None = None
+    cuda: str | None = None
     devices: list[_Device] = field(default_factory=list)
     unopened: dict[int, tuple[int, str]] = field(default_factory=dict)  # index: code, error
 
@@ -197,9 +200,13 @@ class NvmlSource:
         self._asked = "the driver"
         nvml.nvmlInit()
         self._was_open = True
-        session = self._session = _Session(driver=None)
+        session = self._session = _Session()
         with suppress(nvml.NVMLError):
             session.driver = nvml.nvmlSystemGetDriverVersion()
+        with suppress(nvml.NVMLError):
+            session.nvml = nvml.nvmlSystemGetNVMLVersion()
+        with suppress(nvml.NVMLError):
+            session.cuda = telemetry.cuda_version(nvml.nvmlSystemGetCudaDriverVersion())
         for index in range(nvml.nvmlDeviceGetCount()):
             self._open_device(nvml, session, index)
         self.guests.admit()
@@ -255,6 +262,8 @@ class NvmlSource:
             gpus=tuple(sorted(gpus, key=lambda gpu: gpu.index)),
             unopened=tuple(UnopenedGpu(index, unopened[index]) for index in sorted(unopened)),
             driver=session.driver,
+            nvml=session.nvml,
+            cuda=session.cuda,
         )
 
     # --- one GPU ------------------------------------------------------------------------------
@@ -275,6 +284,7 @@ class NvmlSource:
             power_limit=None if limit is None else limit / 1000,
             utilization=None if rates is None else rates.gpu / 100,
             temperature=self._temperature(nvml, handle),
+            telemetry=telemetry.read(nvml, handle, self._get),
         )
 
     def _get(self, function: Callable[..., Any], *args: Any) -> Any:

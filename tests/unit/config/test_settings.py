@@ -51,7 +51,8 @@ def test_without_anything_the_defaults_hold(tmp_path: Path) -> None:
 def test_every_variable_of_the_contract_is_there() -> None:
     names = """
         CONFIG LISTEN SOCKET STATE_DIR RUN_DIR DOCKER_HOST GPU_SOURCE PROCESS_RUNTIME PORT_RANGE
-        RESYNC SCOPE ON_STOP DOCKER_CONFIG HTTP_TOKEN_FILE PRUNE_ON_WATCH LOG_LEVEL LOG_FORMAT
+        RESYNC SCOPE ON_STOP DOCKER_CONFIG HTTP_TOKEN_FILE HTTP_OPEN PRUNE_ON_WATCH LOG_LEVEL
+        LOG_FORMAT
     """
     assert set(VARIABLES) == {f"MIC_{name}" for name in names.split()}
 

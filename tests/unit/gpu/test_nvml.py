@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +30,10 @@ def sleeper() -> Iterator[int]:
 def test_a_gpu_in_full(mock: MockNvml, source: NvmlSource) -> None:
     mock.set([MockGpu(memory_used=7 * GIB, utilization=37)])
 
-    assert source.observe() == GpuInventory(
+    inventory = source.observe()
+
+    (gpu,) = inventory.gpus  # its telemetry has a test of its own, in test_telemetry.py
+    assert replace(inventory, gpus=(replace(gpu, telemetry=None),)) == GpuInventory(
         source="nvml",
         gpus=(
             Gpu(
@@ -51,13 +55,17 @@ def test_a_gpu_in_full(mock: MockNvml, source: NvmlSource) -> None:
             ),
         ),
         driver="575.57.08",
+        nvml="12.575.57.08",
+        cuda="12.9",
     )
 
 
 def test_no_gpus_is_an_empty_inventory_and_no_error(mock: MockNvml, source: NvmlSource) -> None:
     mock.set([])
 
-    assert source.observe() == GpuInventory(source="nvml", driver="575.57.08")
+    assert source.observe() == GpuInventory(
+        source="nvml", driver="575.57.08", nvml="12.575.57.08", cuda="12.9"
+    )
 
 
 def test_each_look_sees_what_changed(mock: MockNvml, source: NvmlSource) -> None:

@@ -1,0 +1,184 @@
+"""The shapes of the answers, for /openapi.json. What is served is held against them in tests."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel
+
+
+class Shape(BaseModel):
+    """Members may be added: a client ignores those that it does not know."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Problem(Shape):
+    detail: str
+
+
+class Refusal(Problem):
+    command: str = Field(description="the command line that does it")
+
+
+class Root(Shape):
+    status: Literal["ok"]
+    message: str
+
+
+class GpuProcess(Shape):
+    pid: int
+    name: str | None
+    gpu_memory_usage: int | None = Field(description="MiB")
+    owner: Literal["managed", "container", "unit", "orphan", "unknown"]
+    instance: str | None
+
+
+class Gpu(Shape):
+    id: int = Field(description="the driver's index of today")
+    memory_usage: float | None = Field(description="percent")
+    power_draw: float | None = Field(description="watts")
+    processes: list[GpuProcess] | None = Field(description="null: they cannot be read")
+    uuid: str
+    name: str
+    memory_used: int | None = Field(description="MiB")
+    memory_total: int | None = Field(description="MiB")
+    power_limit: float | None = Field(description="watts")
+    utilization: float | None = Field(description="percent")
+    temperature: float | None = Field(description="degrees Celsius")
+    state: str
+    instance: str | None
+
+
+class Gpus(RootModel[list[Gpu]]):
+    pass
+
+
+class RunningModel(Shape):
+    model_name: str
+    model_type: str = Field(description="the backend")
+    gpu_id: int | None = Field(description="null: the GPU is not there now")
+    gpu_uuid: str
+    instance: str
+    phase: str
+    endpoint: str | None
+
+
+class RunningModels(RootModel[list[RunningModel]]):
+    pass
+
+
+class SupportedModels(RootModel[dict[str, str]]):
+    """Name of the model to its backend."""
+
+
+class GpuRef(Shape):
+    uuid: str
+    index: int | None
+
+
+class ConfigInUse(Shape):
+    path: str
+    hash: str
+    generation: int
+    loaded_at: float | None
+    last_reload_ok: bool
+    error: str | None
+
+
+class StatusInstance(Shape):
+    id: str
+    origin: str
+    model: str
+    backend: str
+    gpus: list[GpuRef]
+    phase: str
+    sync: Literal["in_sync", "out_of_sync", "unknown"]
+    health: str
+    reason: str | None
+    since: float | None
+    restarts: int
+    next_retry: float | None
+    endpoints: dict[str, str]
+    container_id: str | None
+    unit: str | None
+    pid: int | None
+    spec_hash: str | None
+    as_desired: bool
+
+
+class StatusGpu(Shape):
+    uuid: str
+    index: int | None
+    name: str | None
+    instance: str | None
+    state: str
+
+
+class Status(Shape):
+    version: Literal[1]
+    host: str
+    at: float = Field(description="when the machine was looked at, seconds since the epoch")
+    config: ConfigInUse
+    instances: list[StatusInstance]
+    gpus: list[StatusGpu]
+    warnings: list[str]
+
+
+class FieldDiff(Shape):
+    path: str
+    before: Any
+    after: Any
+
+
+class PlanAction(Shape):
+    action: str
+    instance: str
+    model: str
+    gpus: list[str]
+    cause: str
+    diff: list[FieldDiff]
+
+
+class PlanBlocked(Shape):
+    instance: str
+    reason: str
+
+
+class Plan(Shape):
+    version: Literal[1]
+    host: str
+    config_hash: str
+    changes: int
+    actions: list[PlanAction]
+    blocked: list[PlanBlocked]
+    warnings: list[str]
+
+
+class Target(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    targets: list[str]
+    labels: dict[str, str]
+
+
+class Targets(RootModel[list[Target]]):
+    pass
+
+
+class Liveness(Shape):
+    status: Literal["ok", "starting", "stalled"]
+    detail: str | None
+    age: float = Field(description="seconds since the last round")
+
+
+class Waiting(Shape):
+    instance: str
+    phase: str
+    reason: str | None
+
+
+class Readiness(Shape):
+    status: Literal["ready", "not ready"]
+    reason: str | None
+    waiting: list[Waiting]

@@ -1,0 +1,212 @@
+"""Whether everything is as it should be, and if not, what, since when, and what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
+from mic_supervisor.http import documents
+from mic_supervisor.http.redact import Scrubber, config_error
+from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.render import gpu_names
+from mic_supervisor.plan.status import gpu_rows
+
+if TYPE_CHECKING:
+    from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.http.published import Published
+    from mic_supervisor.plan.status import InstanceStatus
+
+_UNDER_WAY = frozenset(
+    {Phase.PENDING, Phase.STOPPING, Phase.WAITING_VRAM, Phase.STARTING, Phase.LOADING}
+)
+_GPU_TROUBLE = {
+    "foreign": "a stranger is on it, and the file keeps it empty",
+    "lost": "the file names it, and it is not there",
+    "unknown": "who holds it cannot be read",
+}
+_XID_MATTERS = 3600.0  # seconds
+
+
+class Level(IntEnum):
+    """From good to bad."""
+
+    GOOD = 0
+    BUSY = 1
+    BAD = 2
+    UNKNOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`subject` names it, `text` says what; times are seconds since the epoch."""
+
+    level: Level
+    subject: str
+    text: str
+    since: float | None = None
+    next_try: float | None = None
+    hint: str | None = None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return self.level, self.subject
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    level: Level
+    sentence: str
+    problems: tuple[Problem, ...] = ()
+
+
+def judge(
+    published: Published, stalled: str | None, firsts: Mapping[tuple[int, str], float] | None = None
+) -> Verdict:
+    """`firsts` says since when problems that do not tell themselves have been seen, by key."""
+    snapshot = published.snapshot
+    scrubber = Scrubber(snapshot.desired if snapshot is not None else None)
+    problems = tuple(
+        replace(
+            problem,
+            text=scrubber.text(problem.text),
+            hint=None if problem.hint is None else scrubber.text(problem.hint),
+            since=(firsts or {}).get(problem.key) if problem.since is None else problem.since,
+        )
+        for problem in _problems(published)
+    )
+    problems = tuple(sorted(problems, key=lambda problem: -problem.level))
+    if snapshot is None:
+        return Verdict(max(Level.BUSY, _worst(problems)), "Looking at the machine", problems)
+    if stalled is not None:
+        return Verdict(Level.UNKNOWN, f"What follows is old: {stalled}", problems)
+    return Verdict(_worst(problems), _sentence(problems, snapshot), problems)
+
+
+def _worst(problems: tuple[Problem, ...]) -> Level:
+    return max((problem.level for problem in problems), default=Level.GOOD)
+
+
+def _sentence(problems: tuple[Problem, ...], snapshot: Snapshot) -> str:
+    bad = sum(problem.level is Level.BAD for problem in problems)
+    busy = sum(problem.level is Level.BUSY for problem in problems)
+    if bad:
+        more = f", {busy} more on the way" if busy else ""
+        return f"{_things(bad)} not as {'it' if bad == 1 else 'they'} should be{more}"
+    if busy:
+        return f"{busy} of {_instances(len(snapshot.statuses))} on the way"
+    if not snapshot.statuses:
+        return "Nothing is asked for, and nothing runs"
+    return "Everything is as it should be"
+
+
+def _things(count: int) -> str:
+    return "1 thing is" if count == 1 else f"{count} things are"
+
+
+def _instances(count: int) -> str:
+    return "1 instance" if count == 1 else f"{count} instances"
+
+
+def _problems(published: Published) -> Iterator[Problem]:
+    config, snapshot = published.config, published.snapshot
+    if config.error is not None:
+        report = (config_error(config.error) or "").splitlines()
+        more = f" (and {len(report) - 1} more)" if len(report) > 1 else ""
+        running = (
+            f"generation {config.generation}, the last good one, runs"
+            if config.generation
+            else "nothing runs by it"
+        )
+        yield Problem(
+            Level.BAD,
+            "Configuration",
+            f"{report[0] if report else 'the file has errors'}{more}; {running}",
+            config.error_at,
+            hint="mic-supervisor check shows every error with its line",
+        )
+    if snapshot is None:
+        return
+    yield from _unreadable(snapshot)
+    indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
+    yield from _xids(published, snapshot.at, indices)
+    hints = {item.instance: item.hint for item in snapshot.plan.blocked}
+    told: set[str] = set()
+    for row in snapshot.statuses:
+        if not row.settled_well:
+            told.update(row.gpus)
+            yield _instance(row, indices, hints.get(row.id))
+    known = {row.id for row in snapshot.statuses}
+    for item in snapshot.plan.blocked:
+        if item.instance not in known:
+            told.update(item.gpus)
+            yield Problem(
+                Level.BAD, item.instance, item.reason, next_try=item.until, hint=item.hint
+            )
+    for gpu in gpu_rows(snapshot.desired, snapshot.observed):
+        if gpu["state"] in _GPU_TROUBLE and gpu["uuid"] not in told:
+            name = gpu_names([gpu["uuid"]], indices)
+            hint = "mic-supervisor gpus shows its holders" if gpu["state"] == "foreign" else None
+            yield Problem(Level.BAD, name, _GPU_TROUBLE[gpu["state"]], hint=hint)
+
+
+def _xids(published: Published, at: float, indices: Mapping[str, int]) -> Iterator[Problem]:
+    """What the GPUs themselves complain of. It is old news after an hour: health may recover."""
+    for record in published.xids:
+        if record.severity is not XidSeverity.CRITICAL or at - record.last_at > _XID_MATTERS:
+            continue
+        subject = gpu_names([record.uuid], indices) if record.uuid is not None else "A GPU"
+        action = record.action
+        asks = (
+            f"the driver asks for: {action.value.replace('_', ' ')}"
+            if action is not None and action is not RecoveryAction.NONE
+            else "look it up with: dmesg | grep -i xid"
+        )
+        yield Problem(
+            Level.BAD, subject, f"reported Xid {record.xid}, critical", record.last_at, hint=asks
+        )
+
+
+def _unreadable(snapshot: Snapshot) -> Iterator[Problem]:
+    inventory = snapshot.observed.inventory
+    trouble = documents.why_no_gpus(inventory)
+    if trouble is not None:
+        text, _, hint = trouble.partition("; ")
+        yield Problem(Level.BAD, "GPUs", text, hint=hint or None)
+    for gpu in inventory.unopened:
+        text, _, hint = gpu.error.partition("; ")
+        yield Problem(Level.BAD, f"GPU {gpu.index}", text, hint=hint or None)
+    for view in snapshot.observed.runtimes:
+        if view.error is not None:
+            yield Problem(
+                Level.BAD,
+                view.runtime,
+                f"cannot be read: {view.error}; what it runs is left as it is",
+                hint=view.hint,
+            )
+
+
+def level_of(row: InstanceStatus) -> Level:
+    """How an instance fares: what is being done for it is no trouble, what is waited for is."""
+    if row.settled_well:
+        return Level.GOOD
+    return Level.BUSY if row.phase in _UNDER_WAY and row.next_retry is None else Level.BAD
+
+
+def _instance(row: InstanceStatus, indices: Mapping[str, int], hint: str | None) -> Problem:
+    words = row.phase.value.replace("_", " ")
+    text = row.reason or words
+    if not text.startswith(words):
+        text = f"{words}: {text}"
+    if row.phase in (Phase.READY, Phase.UNPROBED):
+        text = f"{text}, and not as the file says" if row.reason is None else text
+    return Problem(
+        level_of(row),
+        f"{row.model} on {gpu_names(row.gpus, indices)}" if row.gpus else row.id,
+        text,
+        row.since,
+        row.next_retry,
+        hint,
+    )

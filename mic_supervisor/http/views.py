@@ -1,0 +1,147 @@
+"""What is served, made once per round however many ask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mic_supervisor.converge.sources import PATIENCE
+from mic_supervisor.http.samples import Samples
+from mic_supervisor.http.verdict import judge
+
+if TYPE_CHECKING:
+    from mic_supervisor.http.published import Published
+
+JSON = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A body that is ready to be sent. `etag` is weak: it leaves out the time of the look."""
+
+    body: bytes
+    media: str
+    etag: str
+    modified: float  # since the epoch: since when a request would have been answered alike
+
+
+def stall_limit(resync: float) -> float:
+    """Seconds without a round after which the loop counts as stalled.
+
+    A round that nothing wakes comes every `resync` seconds, and may wait for a late source twice.
+    """
+    return 3 * resync + 2 * PATIENCE
+
+
+class Views:
+    """The last published view and what was made of it. Belongs to one thread.
+
+    The age of a view is measured from when it was first seen here, on the monotonic clock: a wall
+    clock that is set, or a machine that slept, stalls nothing.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[], Published],
+        *,
+        stall_after: float,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.samples = Samples()
+        self.firsts: dict[tuple[int, str], float] = {}
+        self._look = look
+        self._clock = clock
+        self._wall = wall
+        self._stall_after = stall_after
+        self._last: Published | None = None
+        self._seen_at = clock()
+        self._made: dict[str, Answer] = {}
+        self._before: dict[str, Answer] = {}
+
+    def current(self) -> Published:
+        published = self._look()
+        if published is not self._last:
+            # A rejected file is published between two rounds, and makes the last one no younger.
+            if self._last is None or published.snapshot is not self._last.snapshot:
+                self._seen_at = self._clock()
+            self._last = published
+            self._before |= self._made
+            self._made = {}
+            self._note(published)
+        return published
+
+    def _note(self, published: Published) -> None:
+        """Remember what a single view does not tell: what was measured, and what began when."""
+        if published.snapshot is not None:
+            self.samples.add(published.snapshot.at, published.snapshot.observed.inventory)
+        at = published.snapshot.at if published.snapshot is not None else self._wall()
+        keys = [problem.key for problem in judge(published, None).problems]
+        self.firsts = {key: self.firsts.get(key, at) for key in keys}
+
+    def age(self) -> float:
+        """Seconds since the last round, or since the start while there was none."""
+        self.current()
+        return self._clock() - self._seen_at
+
+    def now(self) -> float:
+        """The time on the loop's own clock."""
+        published = self.current()
+        if published.snapshot is None:
+            return self._wall()
+        return published.snapshot.at + self.age()
+
+    def stalled(self) -> str | None:
+        """Why the loop does not count as alive."""
+        age = self.age()
+        if age > self._stall_after:
+            return f"the loop has not finished a round for {age:.0f} s"
+        if self.current().snapshot is None:
+            return "the first round is not done yet"
+        return None
+
+    def json(self, name: str, make: Callable[[Published], Any]) -> Answer:
+        """The document called `name`."""
+
+        def encode(published: Published) -> tuple[bytes, bytes]:
+            document = make(published)
+            body = _dump(document)
+            if isinstance(document, dict) and "at" in document:
+                return body, _dump({**document, "at": None})
+            return body, body
+
+        return self.answer(name, JSON, encode)
+
+    def answer(
+        self, name: str, media: str, make: Callable[[Published], tuple[bytes, bytes]]
+    ) -> Answer:
+        """What `make` gives: the body, and the part of it that makes a difference to a client."""
+        published = self.current()
+        made = self._made.get(name)
+        if made is None:
+            body, meant = make(published)
+            etag = _etag(meant)
+            before = self._before.get(name)
+            alike = before is not None and before.etag == etag
+            modified = before.modified if before is not None and alike else self._wall()
+            made = self._made[name] = Answer(body, media, etag, modified)
+        return made
+
+    def once(self, document: Any) -> Answer:
+        """A document that depends on the request, and so is not kept."""
+        body = _dump(document)
+        return Answer(body, JSON, _etag(body), self._wall())
+
+
+def _etag(meant: bytes) -> str:
+    return f'W/"{hashlib.sha256(meant).hexdigest()[:24]}"'
+
+
+def _dump(document: Any) -> bytes:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(
+        "utf-8", errors="replace"
+    )

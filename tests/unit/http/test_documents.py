@@ -1,0 +1,180 @@
+"""The shapes that the clients of the former service read, field by field, and the newer ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mic_supervisor.http import documents
+from mic_supervisor.http.published import Published
+from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, RunState
+from tests.unit.http import views_of
+from tests.unit.plan import builders as b
+
+
+def only(*gpus: Gpu) -> Published:
+    return views_of.published(views_of.snapshot(b.desired(), b.observed(gpus=gpus)))
+
+
+def shown(published: Published) -> object:
+    assert published.snapshot is not None
+    return documents.gpus(published.snapshot)
+
+
+def test_a_gpu_in_percent_watts_and_mib() -> None:
+    gpus = documents.gpus(views_of.good().snapshot)  # type: ignore[arg-type]
+    assert gpus[0] == {
+        "id": 0,
+        "memory_usage": 22.75,
+        "power_draw": 71.3,
+        "processes": [
+            {
+                "pid": 4121,
+                "name": "python",
+                "gpu_memory_usage": 18636,
+                "owner": "managed",
+                "instance": "MAM-aaaaaaaa",
+            }
+        ],
+        "uuid": b.uuid(0),
+        "name": "NVIDIA H200",
+        "memory_used": 18636,
+        "memory_total": 81920,
+        "power_limit": 700.0,
+        "utilization": 37.0,
+        "temperature": 36.0,
+        "state": "managed",
+        "instance": "MAM-aaaaaaaa",
+    }
+    assert [gpu["id"] for gpu in gpus] == [0, 1, 2, 3, 4]
+    assert [gpu["state"] for gpu in gpus[3:]] == ["kept_empty", "idle"]
+
+
+def test_unknown_is_null_and_never_zero() -> None:
+    bare = Gpu(uuid=b.uuid(0), index=0, name="Simulated GPU", processes=None)
+    assert shown(only(bare)) == [
+        {
+            "id": 0,
+            "memory_usage": None,
+            "power_draw": None,
+            "processes": None,
+            "uuid": b.uuid(0),
+            "name": "Simulated GPU",
+            "memory_used": None,
+            "memory_total": None,
+            "power_limit": None,
+            "utilization": None,
+            "temperature": None,
+            "state": "unknown",
+            "instance": None,
+        }
+    ]
+
+
+def test_memory_that_is_not_measured_or_not_there() -> None:
+    for memory, usage in (
+        (GpuMemory(24 << 30, None, None), None),
+        (GpuMemory(0, 0, 0), None),
+        (GpuMemory(24 << 30, 0, 24 << 30), 0.0),
+    ):
+        (gpu,) = documents.gpus(only(views_of.gpu(0, memory=memory)).snapshot)  # type: ignore[arg-type]
+        assert gpu["memory_usage"] == usage
+
+
+def test_a_process_that_does_not_tell_its_memory_or_name() -> None:
+    process = replace(views_of.holder(7, 1), used_memory=None, name=None, owner=None)
+    (gpu,) = documents.gpus(only(views_of.gpu(0, processes=(process,))).snapshot)  # type: ignore[arg-type]
+    assert gpu["processes"] == [
+        {"pid": 7, "name": None, "gpu_memory_usage": None, "owner": "unknown", "instance": None}
+    ]
+
+
+def test_one_entry_per_running_model_and_gpu() -> None:
+    found = documents.running(views_of.good().snapshot)  # type: ignore[arg-type]
+    legacy = [(row["model_name"], row["model_type"], row["gpu_id"]) for row in found]
+    assert legacy == [("MAM", "triton", 0), ("qwen", "vllm", 1), ("qwen", "vllm", 2)]
+    assert found[0] == {
+        "model_name": "MAM",
+        "model_type": "triton",
+        "gpu_id": 0,
+        "gpu_uuid": b.uuid(0),
+        "instance": "MAM-aaaaaaaa",
+        "phase": "ready",
+        "endpoint": "http://127.0.0.1:20000",
+    }
+
+
+def test_what_does_not_run_is_not_listed_and_what_starts_is() -> None:
+    found = documents.running(views_of.bad().snapshot)  # type: ignore[arg-type]
+    assert [(row["model_name"], row["phase"]) for row in found] == [("slow", "starting")]
+
+
+def test_a_shared_server_is_listed_once_per_model_and_gpu() -> None:
+    server = b.on(
+        "server", 0, 1, backend="server", placements=(b.placement("A", 0), b.placement("B", 1))
+    )
+    observed = b.observed(b.workload(server))
+    found = documents.running(views_of.snapshot(b.desired(server), observed))
+    assert [(row["model_name"], row["gpu_id"]) for row in found] == [("A", 0), ("B", 1)]
+
+
+def test_a_gpu_that_dropped_off_has_no_index() -> None:
+    model = b.on("m", 0)
+    observed = b.observed(b.workload(model), gpus=())
+    (row,) = documents.running(views_of.snapshot(b.desired(model), observed))
+    assert (row["gpu_id"], row["gpu_uuid"]) == (None, b.uuid(0))
+
+
+def test_discovery_names_metrics_endpoints_and_nothing_that_collides() -> None:
+    (target,) = documents.discovery(views_of.good().snapshot)  # type: ignore[arg-type]
+    assert target == {
+        "targets": ["127.0.0.1:20002"],
+        "labels": {
+            "__scheme__": "http",
+            "__metrics_path__": "/metrics",
+            "mic_model": "MAM",
+            "mic_backend": "triton",
+            "mic_instance": "MAM-aaaaaaaa",
+            "mic_gpu_uuids": b.uuid(0),
+        },
+    }
+
+
+def test_what_has_ended_is_not_discovered() -> None:
+    model = b.on("m", 0, workload=b.container(ports=views_of.PORTS))
+    ended = b.workload(model, RunState.EXITED, ports={"http": 20000, "metrics": 20001})
+    assert documents.discovery(views_of.snapshot(b.desired(model), b.observed(ended))) == []
+
+
+def test_readiness_names_what_is_missing() -> None:
+    assert documents.readiness(views_of.good(), None) == {
+        "status": "ready",
+        "reason": None,
+        "waiting": [],
+    }
+    found = documents.readiness(views_of.bad(), None)
+    assert found["status"] == "not ready"
+    assert found["waiting"][1] == {
+        "instance": "MAM-aaaaaaaa",
+        "phase": "backoff",
+        "reason": "backoff: it exited with 1",
+    }
+    stalled = documents.readiness(views_of.good(), "the loop has not finished a round for 75 s")
+    assert (stalled["status"], stalled["waiting"]) == ("not ready", [])
+
+
+def test_why_there_are_no_gpus() -> None:
+    assert documents.why_no_gpus(GpuInventory("nvml", error="cannot read GPUs: x")) == (
+        "cannot read GPUs: x"
+    )
+    assert documents.why_no_gpus(GpuInventory("none")) == (
+        "cannot read GPUs: MIC_GPU_SOURCE is none"
+    )
+    assert documents.why_no_gpus(GpuInventory("simulated")) is None
+
+
+def test_the_status_shows_no_line_of_the_file_and_the_socket_does() -> None:
+    published = views_of.bad()
+    assert published.snapshot is not None
+    served = documents.served_status(published, published.snapshot)
+    assert "API_KEY: 12345678" not in str(served)
+    assert "gpus.yaml:12:5: error" in served["config"]["error"]
