@@ -1,0 +1,151 @@
+"""Draining asks the server itself until it is idle, gone, out of time, or nobody cares any more."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from mic_supervisor.backends import BackendBase
+from mic_supervisor.converge.apply import Steps
+from mic_supervisor.converge.observe import Sources
+from mic_supervisor.errors import CompileError, StopFailed
+from mic_supervisor.gpu.none import NoSource
+from mic_supervisor.model import HttpCall
+from mic_supervisor.plan.actions import Drain
+from tests.unit.plan.builders import on, program, workload
+
+BUSY, IDLE = {"left": 1}, {"left": 0}
+
+
+class Counting(BackendBase):
+    name = "counting"
+
+    def is_drained(self, status: int, body: str) -> bool:
+        return status == 200 and bool(json.loads(body)["left"] == 0)
+
+
+class Server:
+    """Answers with one of `script` after the other, and for ever with the last."""
+
+    def __init__(self) -> None:
+        self.script: list[Any] = [IDLE]
+        self.asked: list[str] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked.append(self.path)
+                said = outer.script.pop(0) if len(outer.script) > 1 else outer.script[0]
+                if callable(said):
+                    said()
+                    return
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(said).encode())
+
+            def log_message(self, *_: Any) -> None:
+                return None
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.http.server_address[1]
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+def steps_for(backend: Any = None) -> Steps:
+    sources = Sources(NoSource(), {}, lambda: ())
+    return Steps(sources, lambda _: pytest.fail("asked for"), backend or (lambda _: Counting()))
+
+
+def drain(port: int, *, timeout: float = 10.0, listen: str = "127.0.0.1") -> Drain:
+    runs = workload(on("face", 0, workload=program()), ports={"http": port})
+    call = HttpCall("GET", "/prompt", timeout=0.2)
+    return Drain("drain face", "face", runs, call, timeout, listen)
+
+
+def test_it_asks_until_there_is_nothing_left(server: Server) -> None:
+    server.script = [BUSY, BUSY, IDLE]
+    told: list[str] = []
+    steps_for().run(drain(server.port), told.append)
+    assert server.asked == ["/prompt"] * 3
+    assert told == ["draining"]
+
+
+def test_it_reaches_who_listens_everywhere(server: Server) -> None:
+    steps_for().run(drain(server.port, listen="0.0.0.0"), lambda _: None)
+    assert server.asked == ["/prompt"]
+
+
+def test_it_gives_up_in_time_and_says_so(server: Server) -> None:
+    server.script = [BUSY]
+    told: list[str] = []
+    began = time.monotonic()
+    steps_for().run(drain(server.port, timeout=0.6), told.append)
+    assert 0.6 <= time.monotonic() - began < 2.0
+    assert told == ["draining", "still busy after 0.6 s; stopping it all the same"]
+
+
+def test_who_is_gone_is_not_waited_for() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    steps_for().run(drain(port), lambda _: None)
+    assert time.monotonic() - began < 1.0
+
+
+def test_one_answer_that_is_missing_is_no_idleness(server: Server) -> None:
+    server.script = [lambda: time.sleep(0.3), BUSY, IDLE]
+    steps_for().run(drain(server.port), lambda _: None)
+    assert len(server.asked) == 3
+
+
+def test_three_of_them_are_enough(server: Server) -> None:
+    server.script = [lambda: time.sleep(0.3)]
+    steps_for().run(drain(server.port), lambda _: None)
+    assert len(server.asked) == 3
+
+
+def test_the_end_of_the_supervisor_stops_nothing(server: Server) -> None:
+    server.script = [BUSY]
+    steps = steps_for()
+    threading.Timer(0.3, steps.end).start()
+    began = time.monotonic()
+    with pytest.raises(StopFailed, match="it was still being drained when this supervisor ended"):
+        steps.run(drain(server.port), lambda _: None)
+    assert time.monotonic() - began < 2.0
+
+
+def test_a_backend_that_is_gone_keeps_nothing_alive(server: Server) -> None:
+    def gone(name: str) -> Any:
+        raise CompileError(f"backend {name} is not installed any more")
+
+    told: list[str] = []
+    steps_for(gone).run(drain(server.port), told.append)
+    assert told == [
+        "it cannot be drained (backend process is not installed any more); stopping it all the same"
+    ]
+    assert server.asked == []
+
+
+def test_nor_does_a_record_without_a_port(server: Server) -> None:
+    step = drain(server.port)
+    identity = replace(step.workload.identity, ports={})
+    told: list[str] = []
+    steps_for().run(replace(step, workload=replace(step.workload, identity=identity)), told.append)
+    assert told == ["it cannot be drained ('http'); stopping it all the same"]
