@@ -162,7 +162,8 @@ class Generations:
         try:
             self._state.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             shutil.rmtree(scratch, ignore_errors=True)
-            (scratch / "gpus.yaml.d").mkdir(mode=0o700, parents=True)
+            scratch.mkdir(mode=0o700)
+            (scratch / "gpus.yaml.d").mkdir(mode=0o700)
             for index, path in enumerate(config.files):
                 name = "gpus.yaml" if index == 0 else f"gpus.yaml.d/{path.name}"
                 _write(scratch / name, path.read_bytes())

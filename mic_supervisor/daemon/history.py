@@ -27,6 +27,7 @@ class History:
         self._path = path
         self._events: deque[Event] = deque(maxlen=KEPT)
         self._lines = 0
+        self._whole = _ends_with_a_line(path)
         for event in read(path):
             self._events.append(event)
             self._lines += 1
@@ -42,7 +43,9 @@ class History:
                 self._rewrite()
             else:
                 with self._path.open("a") as file:
-                    file.write(_line(event))
+                    # A line that a crash cut short must not spoil this one.
+                    file.write(("" if self._whole else "\n") + _line(event))
+                self._whole = True
                 self._lines += 1
         except OSError as error:
             raise MicError(f"cannot write {self._path}: {error.strerror}") from error
@@ -72,6 +75,14 @@ def read(path: Path) -> Iterable[Event]:
             yield Event(**{**known, "gpus": tuple(known.get("gpus", ()))})
         except (ValueError, TypeError, AttributeError):
             continue  # cut short by a crash, or written by a newer version
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return not file.seek(0, 2) or (file.seek(-1, 2) > -1 and file.read(1) == b"\n")
+    except OSError:
+        return True  # `read` tells of it, where it is more than missing
 
 
 def _line(event: Event) -> str:

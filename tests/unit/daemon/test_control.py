@@ -1,0 +1,211 @@
+"""The socket itself: who is let go, and who is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mic_supervisor.converge.events import Event
+from mic_supervisor.daemon import control
+from mic_supervisor.daemon.client import Client
+from mic_supervisor.daemon.control import ControlServer, Method, Tell
+from mic_supervisor.errors import ConfigError, MicError
+
+EVENT = Event("progress", 1.0, "mam", "x" * 1000, gpus=("GPU-1",))
+
+
+class Served:
+    """A server with a few methods, and what became of those that wait."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cancelled = asyncio.Event()
+        self.begun = asyncio.Event()
+        self.server = ControlServer(path, self.methods())
+
+    def methods(self) -> dict[str, Method]:
+        async def echo(params: Mapping[str, Any], tell: Tell) -> Any:
+            tell(EVENT)
+            return dict(params)
+
+        async def wait(_params: Mapping[str, Any], _tell: Tell) -> Any:
+            self.begun.set()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+
+        async def shout(_params: Mapping[str, Any], tell: Tell) -> Any:
+            self.begun.set()
+            try:
+                while True:
+                    for _ in range(100):
+                        tell(EVENT)
+                    await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+
+        async def refuse(_params: Mapping[str, Any], _tell: Tell) -> Any:
+            raise MicError("cannot do it: no", hint="try")
+
+        async def reject(_params: Mapping[str, Any], _tell: Tell) -> Any:
+            raise ConfigError("broken", rendered="gpus.yaml:1:1: error", hint="mend it")
+
+        return {"echo": echo, "wait": wait, "shout": shout, "refuse": refuse, "reject": reject}
+
+
+def serving(tmp_path: Path, test: Callable[[Served], Awaitable[None]]) -> None:
+    async def run() -> None:
+        served = Served(tmp_path / "run" / "mic.sock")
+        await served.server.start()
+        try:
+            await asyncio.wait_for(test(served), 20)
+        finally:
+            await served.server.close()
+        assert not served.path.exists()
+
+    asyncio.run(run())
+
+
+async def call(served: Served, method: str, **params: Any) -> Any:
+    def ask() -> Any:
+        client = Client.connect(served.path)
+        assert client is not None
+        return client.call(method, params, tell=heard.append)
+
+    heard: list[Event] = []
+    return await asyncio.to_thread(ask), heard
+
+
+async def dial(served: Served, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_unix_connection(served.path)
+    writer.write(data)
+    return reader, writer
+
+
+def request(method: str) -> bytes:
+    return json.dumps({"version": 1, "method": method}).encode() + b"\n"
+
+
+def test_a_result_comes_after_its_events(tmp_path: Path) -> None:
+    async def test(served: Served) -> None:
+        assert await call(served, "echo", a=[1, "é"]) == ({"a": [1, "é"]}, [EVENT])
+
+    serving(tmp_path, test)
+
+
+def test_errors_keep_their_words_and_kind(tmp_path: Path) -> None:
+    async def test(served: Served) -> None:
+        with pytest.raises(MicError) as refused:
+            await call(served, "refuse")
+        assert (refused.value.message, refused.value.hint) == ("cannot do it: no", "try")
+        with pytest.raises(ConfigError) as rejected:
+            await call(served, "reject")
+        assert rejected.value.rendered == "gpus.yaml:1:1: error"
+        with pytest.raises(MicError, match="cannot answer: there is no method 'gone'") as unknown:
+            await call(served, "gone")
+        assert unknown.value.hint == (
+            "use the command of the version that the daemon is of, or restart the daemon"
+        )
+
+    serving(tmp_path, test)
+
+
+def test_the_socket_is_the_groups_at_most(tmp_path: Path) -> None:
+    async def test(served: Served) -> None:
+        assert served.path.stat().st_mode & 0o7777 == 0o660
+
+    before = os.umask(0)
+    try:
+        serving(tmp_path, test)
+    finally:
+        os.umask(before)
+
+
+def test_a_client_that_goes_ends_its_own_waiting_only(tmp_path: Path) -> None:
+    async def test(served: Served) -> None:
+        _, writer = await dial(served, request("wait"))
+        await served.begun.wait()
+        writer.close()
+        await served.cancelled.wait()
+        assert (await call(served, "echo"))[0] == {}
+
+    serving(tmp_path, test)
+
+
+def test_who_says_nothing_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_REQUEST_TIMEOUT", 0.05)
+
+    async def test(served: Served) -> None:
+        reader, writer = await dial(served, b'{"version":')
+        assert await reader.read() == b""
+        writer.close()
+
+    serving(tmp_path, test)
+
+
+def test_who_never_reads_costs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_MOST_UNREAD", 1 << 16)
+
+    async def test(served: Served) -> None:
+        _, writer = await dial(served, request("shout"))
+        await served.cancelled.wait()
+        writer.close()
+
+    serving(tmp_path, test)
+
+
+def test_a_server_that_ends_keeps_nobody(tmp_path: Path) -> None:
+    async def test(served: Served) -> None:
+        reader, writer = await dial(served, request("wait"))
+        await served.begun.wait()
+        await served.server.close()
+        assert await reader.read() == b""
+        writer.close()
+
+    serving(tmp_path, test)
+
+
+def test_a_client_whose_daemon_dies_is_told(tmp_path: Path) -> None:
+    async def test(served: Served) -> None:
+        waiting = asyncio.ensure_future(call(served, "wait"))
+        await served.begun.wait()
+        await served.server.close()
+        with pytest.raises(MicError, match="the daemon went away before it had finished"):
+            await waiting
+
+    serving(tmp_path, test)
+
+
+def test_what_a_killed_daemon_left_is_taken_over(tmp_path: Path) -> None:
+    import socket
+
+    (tmp_path / "run").mkdir()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "run" / "mic.sock"))
+    assert Client.connect(tmp_path / "run" / "mic.sock") is None
+
+    async def test(served: Served) -> None:
+        assert (await call(served, "echo"))[0] == {}
+
+    serving(tmp_path, test)
+
+
+def test_a_place_that_cannot_be_bound(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(MicError, match=r"cannot listen on .*: (Not a directory|File exists)"):
+        asyncio.run(ControlServer(tmp_path / "run" / "mic.sock", {}).start())
+
+
+def test_no_daemon_is_none_and_no_error(tmp_path: Path) -> None:
+    assert Client.connect(tmp_path / "mic.sock") is None
+    (tmp_path / "file").touch()
+    assert Client.connect(tmp_path / "file" / "mic.sock") is None

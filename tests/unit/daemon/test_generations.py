@@ -1,0 +1,295 @@
+"""Which configuration runs, whatever becomes of its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mic_supervisor.backends.registry import Registry
+from mic_supervisor.config.load import load
+from mic_supervisor.converge.desired import desired_state
+from mic_supervisor.converge.state import StateDir
+from mic_supervisor.daemon.generations import Generations
+from mic_supervisor.errors import MicError
+from mic_supervisor.gpu.simulated import SimulatedSource
+from mic_supervisor.model import ObservedState, ObservedWorkload, RunState, RuntimeView
+from mic_supervisor.plan.actions import Remove, Start, Stop
+from mic_supervisor.plan.assess import Context, assess
+from mic_supervisor.plan.launch import launch
+from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.reconcile import reconcile
+from mic_supervisor.plan.spec import SpecKey
+
+REGISTRY = Registry()
+CONTEXT = Context(
+    scope="test",
+    host="h0",
+    key=SpecKey(b"key"),
+    port_range=(20000, 20099),
+    process_runtime="subprocess",
+)
+
+MODELS = """\
+models:
+  a: {backend: process, command: [/bin/sleep, "1"]}
+  b: {backend: container, image: "busybox:1"}
+"""
+GPUS = """\
+gpus:
+  0: a
+  1: b
+  "2,3": b
+  4-5: a
+  6: none
+"""
+ORDERS = {
+    "GPUs last": f"version: 1\n{MODELS}{GPUS}",
+    "GPUs first": f"version: 1\n{GPUS}{MODELS}",
+    "one line": "{version: 1, models: {a: {backend: process, command: [/bin/sleep]}}, "
+    "gpus: {0: a, 1: a, 6: none}}\n",
+}
+
+
+class Files:
+    """A configuration and a state directory, and generations that start with them."""
+
+    def __init__(self, home: Path) -> None:
+        self.path = home / "gpus.yaml"
+        self.state = StateDir(home / "state")
+
+    def start(self, *, prune_on_watch: bool = False) -> Generations:
+        made = Generations(self.path, REGISTRY, {}, self.state, prune_on_watch=prune_on_watch)
+        made.start(1.0)
+        return made
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    found = Files(tmp_path)
+    found.path.write_text(ORDERS["GPUs last"])
+    return found
+
+
+def hash_of(generations: Generations) -> str:
+    assert generations.config is not None
+    return generations.config.hash
+
+
+# --- accepting ----------------------------------------------------------------------------------
+
+
+def test_only_another_document_is_a_new_generation(files: Files) -> None:
+    found = files.start()
+    assert (found.number, found.loaded_at, found.error) == (1, 1.0, None)
+    files.path.write_text("# a comment\n" + ORDERS["GPUs first"])
+    assert found.differs()
+    outcome = found.reload(2.0, confirm=False)
+    assert (outcome.changed, outcome.generation, found.loaded_at) == (False, 1, 1.0)
+    assert not found.differs()
+    files.path.write_text(ORDERS["one line"])
+    assert found.reload(3.0, confirm=False).changed
+    assert (found.number, found.loaded_at) == (2, 3.0)
+
+
+def test_numbers_go_on_after_a_restart(files: Files) -> None:
+    first = files.start()
+    files.path.write_text(ORDERS["one line"])
+    first.reload(2.0, confirm=False)
+    assert files.start().number == 2
+    files.path.write_text(ORDERS["GPUs last"])
+    assert files.start().number == 3
+
+
+def test_a_rejected_file_changes_nothing(files: Files) -> None:
+    found = files.start()
+    before = found.config
+    files.path.write_text("gpus: [")
+    outcome = found.reload(5.0, confirm=True)
+    assert (outcome.changed, outcome.generation) == (False, 1)
+    assert outcome.error is not None
+    assert outcome.error.startswith(f"{files.path}:1:")
+    assert (found.config, found.error, found.error_at) == (before, outcome.error, 5.0)
+    files.path.write_text(ORDERS["GPUs last"])
+    found.reload(6.0, confirm=False)
+    assert (found.error, found.error_at) == (None, None)
+
+
+# --- confirming ---------------------------------------------------------------------------------
+
+
+def test_a_word_is_for_one_document(files: Files) -> None:
+    found = files.start()
+    first = hash_of(found)
+    assert not found.confirms(first)
+    found.reload(2.0, confirm=True)
+    assert found.confirms(first)
+    files.path.write_text(ORDERS["one line"])
+    found.reload(3.0, confirm=False)
+    assert not found.confirms(hash_of(found))
+    assert files.start().confirms(first)  # kept over a restart
+    assert not files.start().confirms(hash_of(found))
+
+
+def test_no_document_is_never_confirmed(files: Files) -> None:
+    assert not files.start(prune_on_watch=True).confirms("")
+    assert not files.start().confirms("")
+
+
+def test_the_setting_confirms_all(files: Files) -> None:
+    found = files.start(prune_on_watch=True)
+    assert found.confirms(hash_of(found))
+
+
+# --- the last good one --------------------------------------------------------------------------
+
+
+def test_the_last_good_one_runs_when_the_file_is_broken(files: Files) -> None:
+    drop_in = files.path.with_name("gpus.yaml.d") / "10.yaml"
+    drop_in.parent.mkdir()
+    drop_in.write_text("gpus: {7: a}\n")
+    good = hash_of(files.start())
+    files.path.unlink()
+    drop_in.write_text("[")
+    again = files.start()
+    assert hash_of(again) == good
+    assert again.error is not None
+    kept = files.state.path / "last-good"
+    assert [path.stat().st_mode & 0o777 for path in kept.rglob("*.yaml")] == [0o600, 0o600]
+    assert kept.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_last_good_one_that_is_bad_too_is_told(files: Files) -> None:
+    files.start()
+    files.path.write_text("[")
+    (files.state.path / "last-good" / "gpus.yaml").write_text("{")
+    found = files.start()
+    assert found.config is None
+    assert found.error is not None
+    assert "and what ran before cannot be used" in found.error
+
+
+def test_a_crash_between_the_renames_loses_nothing(files: Files) -> None:
+    good = hash_of(files.start())
+    kept = files.state.path / "last-good"
+    kept.rename(kept.with_name(".last-good.old"))
+    files.path.write_text("[")
+    assert hash_of(files.start()) == good
+
+
+def test_files_that_changed_since_they_were_read_are_not_kept(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = files.start()
+    good = (files.state.path / "last-good" / "gpus.yaml").read_text()
+
+    def load_and_lose(*args: object, **options: object) -> object:
+        config = load(*args, **options)  # type: ignore[arg-type]
+        files.path.write_text("cut sho")
+        return config
+
+    files.path.write_text(ORDERS["one line"])
+    with monkeypatch.context() as patch:
+        patch.setattr("mic_supervisor.daemon.generations.load", load_and_lose)
+        outcome = found.reload(2.0, confirm=False)
+    assert outcome.changed
+    assert (files.state.path / "last-good" / "gpus.yaml").read_text() == good
+    assert found.differs()
+    files.path.write_text(ORDERS["one line"])
+    found.reload(3.0, confirm=False)
+    assert (files.state.path / "last-good" / "gpus.yaml").read_text() == ORDERS["one line"]
+
+
+def test_a_full_disk_holds_up_no_change(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = files.start()
+
+    def full(*_: object) -> None:
+        raise MicError("cannot write: no space left on device")
+
+    files.path.write_text(ORDERS["one line"])
+    with monkeypatch.context() as patch:
+        patch.setattr(files.state, "write", full)
+        outcome = found.reload(2.0, confirm=True)
+    assert (outcome.changed, outcome.error) == (True, None)
+    assert outcome.warning == "cannot write: no space left on device"
+    assert found.confirms(hash_of(found))
+    assert found.reload(3.0, confirm=False).warning is None
+    assert files.start().number == 2
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"generation": "x"}', '{"hash": null}'])
+def test_a_record_that_is_none(files: Files, text: str) -> None:
+    first = files.start()
+    first.reload(2.0, confirm=True)
+    (files.state.path / "generation.json").write_text(text)
+    again = files.start()
+    assert (again.number, again.error) == (1, None)
+    assert not again.confirms(hash_of(again))
+    assert json.loads((files.state.path / "generation.json").read_text())["generation"] == 1
+
+
+# --- a file cut short ---------------------------------------------------------------------------
+
+
+def world_of(generations: Generations) -> tuple[ObservedState, Memory]:
+    """A machine on which everything runs that a configuration names."""
+    inventory = SimulatedSource(8).observe()
+    assert generations.config is not None
+    desired = desired_state(generations.config, inventory, {}, REGISTRY, Path("/data"))
+    nothing = ObservedState(inventory, (RuntimeView("docker"), RuntimeView("subprocess")))
+    found: dict[str, list[ObservedWorkload]] = {"docker": [], "subprocess": []}
+    for port, item in enumerate(assess(desired, nothing, CONTEXT), 20000):
+        names = {item.name: port for item in item.instance.workload.ports}
+        made = launch(item, names, {}, CONTEXT)
+        found[item.runtime].append(
+            ObservedWorkload(
+                item.runtime, made.name, made.name, made.identity, RunState.RUNNING, pid=port
+            )
+        )
+    views = tuple(RuntimeView(name, tuple(items)) for name, items in found.items())
+    bindings = Memory(bindings=dict(desired.bindings))
+    return ObservedState(inventory, views, listeners=()), bindings
+
+
+def cuts(text: str) -> Iterator[bytes]:
+    data = text.encode()
+    for length in range(len(data)):
+        yield data[:length]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_cut_short_at_every_byte_it_stops_nothing(files: Files, order: str) -> None:
+    files.path.write_text(ORDERS[order])
+    found = files.start()
+    found.reload(1.0, confirm=True)  # a word for the whole is none for a part
+    observed, memory = world_of(found)
+    held = accepted = 0
+    for data in cuts(ORDERS[order]):
+        files.path.write_bytes(data)
+        if found.reload(2.0, confirm=False).error is None:
+            accepted += 1
+        assert found.config is not None
+        desired = desired_state(
+            found.config, observed.inventory, memory.bindings, REGISTRY, Path("/data")
+        )
+        context = replace(CONTEXT, confirmed=found.confirms(found.config.hash))
+        plan = reconcile(desired, observed, memory, 10.0, context)
+        steps = [step for change in plan.changes for step in change.steps]
+        assert not [step for step in steps if isinstance(step, Start | Stop | Remove)], data
+        held += any("waits to be confirmed" in item.reason for item in plan.blocked)
+    if order == "GPUs last":
+        assert accepted > 10
+        assert held > 10
+    # With a word, the same file removes them: what was held was held by the missing word alone.
+    files.path.write_text(f"version: 1\n{MODELS}gpus:\n  0: a\n")
+    found.reload(3.0, confirm=True)
+    assert found.config is not None
+    desired = desired_state(
+        found.config, observed.inventory, memory.bindings, REGISTRY, Path("/data")
+    )
+    assert found.confirms(desired.config_hash)
+    plan = reconcile(desired, observed, memory, 10.0, CONTEXT)
+    assert any(change.kind == "remove" for change in plan.changes)
