@@ -50,7 +50,8 @@ def command(once: bool) -> int:
 def _stay(world: World, screen: Screen) -> None:
     """Show what the daemon logs, until Ctrl-C or SIGTERM."""
     screen.heading("Your turn")
-    screen.say("The daemon keeps running. In another terminal:")
+    screen.say(f"The daemon keeps running, and shows itself at {world.url}/")
+    screen.say("In another terminal:")
     screen.say("")
     screen.say(f"  . {world.env}")
     screen.say("  mic-supervisor status")

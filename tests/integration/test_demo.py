@@ -172,6 +172,7 @@ def test_once_plays_the_tour_and_leaves_nothing(home: Home, tmp_path: Path) -> N
         "$ mic-supervisor history change_face | tail -n 5",
         "$ $EDITOR DIR/gpus.yaml",
         "$ mic-supervisor status",
+        "$ curl http://HOST/readyz",
         "8. The supervisor itself crashes: the models do not notice",
         "$ kill -9 N    # the daemon",
         "$ mic-supervisor run &",

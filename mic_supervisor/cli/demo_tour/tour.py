@@ -91,7 +91,12 @@ class Tour:
         self._screen.heading("The models answer, and there is nothing left to do")
         model = self._models["2 change_face"]
         self._screen.command(f"curl -d '{{\"image\": 7}}' {model.url}/infer")
-        self._screen.output(_post(model.url, {"image": 7}))
+        try:
+            self._screen.output(_post(model.url, {"image": 7}))
+        except OSError as error:
+            raise DemoFailed(
+                f"the tour went wrong: {model.url} does not answer: {error}"
+            ) from error
         self._mic("plan", rc=0, expect=["No changes."])
 
     def _change_it(self) -> None:
@@ -159,6 +164,14 @@ class Tour:
         self._screen.say("The daemon watches the file, so saving it is enough:")
         self._until(lambda: "2 MAM" in self._ready_now(), "the daemon does not follow the file")
         self._status(["0 MAM", "1 MAM", "2 MAM", "3 change_face"])
+        self._screen.say("\nPrograms ask over HTTP, which only reads; a browser gets a page:")
+        self._screen.command(f"curl {self._world.url}/readyz")
+        answers: list[str] = []
+        self._until(
+            lambda: _is_answered(f"{self._world.url}/readyz", answers),
+            "the daemon does not say over HTTP that all is ready",
+        )
+        self._screen.output(answers[-1])
 
     def _daemon_dies(self) -> None:
         self._screen.heading("The supervisor itself crashes: the models do not notice")
@@ -260,9 +273,23 @@ def _pid(url: str) -> int | None:
     return int(answer["pid"])
 
 
+def _is_answered(url: str, answers: list[str]) -> bool:
+    """Whether a GET succeeds; its answer is appended to `answers`."""
+    try:
+        answers.append(_read(url))
+    except OSError:  # 503 is one of them
+        return False
+    return True
+
+
 def _post(url: str, document: Any) -> str:
     """The answer of POST /infer. Raises OSError."""
-    request = urllib.request.Request(f"{url}/infer", json.dumps(document).encode(), method="POST")
+    return _read(f"{url}/infer", json.dumps(document).encode())
+
+
+def _read(url: str, body: bytes | None = None) -> str:
+    """The answer of a GET, or of a POST of `body`. Raises OSError."""
+    request = urllib.request.Request(url, body)
     # Not through a proxy that the environment may name: this is our own machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=5.0) as answer:

@@ -57,6 +57,7 @@ class World:
             "MIC_GPU_SOURCE": f"simulated:{GPUS}",
             "MIC_PROCESS_RUNTIME": "subprocess",
             "MIC_DOCKER_HOST": "none",
+            "MIC_HTTP_OPEN": "false",
             "MIC_ON_STOP": "keep",
             "MIC_PRUNE_ON_WATCH": "false",
             "MIC_RESYNC": "2s",
@@ -75,6 +76,11 @@ class World:
     def env(self) -> Path:
         """Sourced by a shell, it makes `mic-supervisor` mean this world."""
         return self.path / "env"
+
+    @property
+    def url(self) -> str:
+        """Where the daemon answers HTTP."""
+        return f"http://{self.listen}"
 
     @property
     def daemon_log(self) -> Path:
