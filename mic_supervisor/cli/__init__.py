@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("plan", "Show what apply would do, and why."),
     "apply": ("apply", "Converge once, and wait until everything is ready."),
     "status": ("status", "Desired against actual, one row per instance."),
+    "doctor": ("doctor", "Look this machine over, and say how to mend it."),
     "gpus": ("gpus", "Memory, power, temperature and holders of each GPU."),
     "models": ("models", "The models that may run, and their backends."),
     "logs": ("logs", "Show the log of an instance."),
