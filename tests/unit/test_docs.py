@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 import pytest
+from fastapi.routing import APIRoute
 from pydantic_core import PydanticUndefined
 
 from mic_supervisor import __version__
@@ -257,7 +258,17 @@ def test_commands_that_are_shown_can_be_typed(path: Path) -> None:
 def test_exit_codes_agree_between_the_two_pages() -> None:
     there = {row.key for row in reference()["Exit codes", "Code"].values()}
     short = README.read_text().partition("## Exit codes")[2].partition("##")[0]
-    assert set(re.findall(r"(?:^|· )(\d+) ", short, re.MULTILINE)) == there
+    assert set(re.findall(r"(?:^|· )(\d+) (?=\D)", short, re.MULTILINE)) == there
+
+
+def test_every_path_of_the_http_interface() -> None:
+    from mic_supervisor.http.app import build
+
+    views: Any = None  # asked by the handlers alone
+    served = {
+        route.path for route in build(views, guarded=False).routes if isinstance(route, APIRoute)
+    }
+    assert set(reference()["HTTP", "Path"]) == served
 
 
 # --- examples, links, paths --------------------------------------------------------------------
