@@ -99,7 +99,7 @@ class Bus:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(
-                    target=self._loop.run_forever, name="systemd-bus", daemon=True
+                    target=_serve, args=(self._loop,), name="systemd-bus", daemon=True
                 ).start()
             return self._loop
 
@@ -342,6 +342,13 @@ class Bus:
         elif message.path and message.path.startswith(MANAGER_PATH):
             for hear in [*self._listeners]:
                 hear(message)
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 def variants(properties: Sequence[Property]) -> list[Any]:

@@ -17,6 +17,7 @@ _PROGRAM = "journalctl"
 _SHORT = 10.0  # seconds for a question with a short answer
 _SYNC = 3.0  # seconds for journald to write what it was sent
 _QUIET = 0.5  # seconds without a line until the unit is looked at
+_SILENCE = 60.0  # seconds without a line until it has failed, where nothing is followed
 _BLOCK = 1 << 16
 _JOURNALS = ("/var/log/journal", "/run/log/journal")
 
@@ -44,22 +45,23 @@ def read(
         f"_SYSTEMD_INVOCATION_ID={invocation}",
     ]
     process = _open(what, arguments)
-    seen = False
+    seen, patience = False, 0.0
     try:
         for line in _lines(process, ended if follow else None):
             seen = True
             yield line
-        failed = not follow and process.wait(_SHORT) != 0
+        patience = _QUIET  # at the end of its output it is about to end
     finally:
-        if process.poll() is None:
-            process.kill()
+        over = _has_ended(process, patience)
         said = _said(process)
     if not seen and not _may_read():
         raise RuntimeRefused(
             f"cannot {what}: the journal may not be read by this user",
             hint="run as root, or as a member of the group systemd-journal",
         )
-    if failed:
+    if not follow and not over:
+        raise RuntimeRefused(f"cannot {what}: the journal gave no answer in {_SILENCE:g} s")
+    if over and process.returncode:
         raise RuntimeRefused(f"cannot {what}: {said or f'{_PROGRAM} failed'}")
 
 
@@ -143,10 +145,20 @@ def _ask(what: str, *arguments: str) -> str:
     finally:
         if process.poll() is None:
             process.kill()
-            process.wait()
+            process.communicate()
     if process.returncode:
-        raise RuntimeRefused(f"cannot {what}: {_last(said)}")
+        raise RuntimeRefused(f"cannot {what}: {_last(said) or f'{_PROGRAM} failed'}")
     return output.decode(errors="replace")
+
+
+def _has_ended(process: subprocess.Popen[bytes], patience: float) -> bool:
+    """Whether it ended by itself within `patience` seconds; it is killed where it did not."""
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return False
+    return True
 
 
 def _said(process: subprocess.Popen[bytes]) -> str:
@@ -170,6 +182,7 @@ def _lines(process: subprocess.Popen[bytes], ended: Callable[[], bool] | None) -
     os.set_blocking(pipe, False)
     partial = b""
     over_since: float | None = None
+    heard = time.monotonic()
     with selectors.DefaultSelector() as waiting:
         waiting.register(pipe, selectors.EVENT_READ)
         while True:
@@ -179,10 +192,14 @@ def _lines(process: subprocess.Popen[bytes], ended: Callable[[], bool] | None) -
             if part == b"":
                 break
             if part is not None:
+                heard = time.monotonic()
                 *lines, partial = (partial + part).split(b"\n")
                 for line in lines:
                     yield line.decode(errors="replace")
-            elif ended is not None:
+            elif ended is None:
+                if time.monotonic() - heard >= _SILENCE:
+                    break
+            else:
                 if over_since is None and ended():
                     sync()
                     over_since = time.monotonic()

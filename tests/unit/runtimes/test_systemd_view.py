@@ -1,0 +1,166 @@
+"""What PID 1 says of a unit, as a workload or a stranger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mic_supervisor.model import Identity, Launch, ObservedWorkload, ProcessSpec, RunState, Stranger
+from mic_supervisor.runtimes import systemd_unit, systemd_view
+from mic_supervisor.runtimes.systemd_view import Process, Unit
+
+IDENTITY = Identity("default", "h", "a", "MAM", "process", ("GPU-1",), {"http": 1}, {}, "00")
+NAME = "mic-default-a-00"
+LAUNCH = Launch(NAME, "systemd", IDENTITY, ProcessSpec(("x",)))
+ENVIRONMENT = [f"{k}={v}" for k, v in systemd_unit.identity_variables(LAUNCH).items()]
+LEFT = Process(77, "sleep 9")
+
+
+def unit(
+    active: str, sub: str, *remains: Process, environment: Any = ENVIRONMENT, **more: Any
+) -> Unit:
+    properties = {
+        "ActiveState": active,
+        "SubState": sub,
+        "Environment": environment,
+        "MainPID": 0,
+        "ExecMainCode": 0,
+        "ExecMainStatus": 0,
+        "ExecMainStartTimestamp": 2_000_000,
+        "ExecMainExitTimestamp": 0,
+        "InactiveExitTimestamp": 2_000_500,
+        "Result": "success",
+        **more,
+    }
+    return Unit(f"{NAME}.service", "/path", properties, remains)
+
+
+def judge(found: Unit) -> ObservedWorkload:
+    seen = systemd_view.judge(found, "default", "h")
+    assert isinstance(seen, ObservedWorkload)
+    return seen
+
+
+def ended(code: int, status: int, result: str = "exit-code") -> dict[str, Any]:
+    return {
+        "ExecMainCode": code,
+        "ExecMainStatus": status,
+        "ExecMainExitTimestamp": 5_000_000,
+        "Result": result,
+    }
+
+
+def test_one_that_runs() -> None:
+    assert judge(unit("active", "running", MainPID=42)) == ObservedWorkload(
+        runtime="systemd",
+        name=NAME,
+        ref=f"{NAME}.service",
+        identity=IDENTITY,
+        state=RunState.RUNNING,
+        pid=42,
+        created_at=2.0,
+        started_at=2.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("active", "sub", "more", "code", "error"),
+    [
+        ("active", "exited", ended(1, 0, "success"), 0, None),
+        ("active", "exited", ended(2, 15, "success"), 143, "ended by SIGTERM"),
+        ("failed", "failed", ended(1, 3), 3, None),
+        ("inactive", "dead", ended(1, 3), 3, None),
+        ("failed", "failed", ended(2, 9, "signal"), 137, "ended by SIGKILL"),
+        ("failed", "failed", ended(3, 11, "core-dump"), 139, "ended by SIGSEGV"),
+        ("failed", "failed", ended(2, 40, "signal"), 168, "ended by signal 40"),
+        (
+            *("failed", "failed", ended(2, 9, "oom-kill"), 137),
+            "it used more memory than there was, or than its limit, and was killed",
+        ),
+        (
+            *("failed", "failed", ended(2, 9, "timeout"), 137),
+            "it did not end in time and was killed",
+        ),
+        ("failed", "failed", {"Result": "resources"}, None, "systemd could not set it up"),
+        ("failed", "failed", {"Result": "exit-code"}, None, "it was never started"),
+        ("inactive", "dead", {}, None, "it was never started"),
+    ],
+)
+def test_one_that_has_ended(
+    active: str, sub: str, more: dict[str, Any], code: int | None, error: str | None
+) -> None:
+    seen = judge(unit(active, sub, **more))
+    assert (seen.state, seen.pid, seen.exit_code, seen.error) == (
+        RunState.EXITED, None, code, error,
+    )  # fmt: skip
+    assert seen.finished_at == (None if code is None else 5.0)
+
+
+@pytest.mark.parametrize(
+    ("active", "sub", "pid"),
+    [("activating", "start", 7), ("reloading", "reload", 7), ("deactivating", "stop-sigterm", 7)],
+)
+def test_one_in_between_holds_its_gpu(active: str, sub: str, pid: int) -> None:
+    seen = judge(unit(active, sub, MainPID=pid))
+    assert (seen.state, seen.pid, seen.error) == (RunState.RUNNING, pid, None)
+
+
+def test_one_whose_main_process_has_ended_holds_its_gpu_until_all_is_gone() -> None:
+    seen = judge(unit("deactivating", "stop-sigterm", **ended(1, 3)))
+    assert (seen.state, seen.pid, seen.exit_code, seen.finished_at, seen.error) == (
+        *(RunState.RUNNING, None, None, None),
+        "its main process has ended, and what it left is being ended",
+    )
+    for active, sub in (("active", "exited"), ("failed", "failed")):
+        seen = judge(unit(active, sub, LEFT, Process(78, ""), **ended(1, 0)))
+        assert (seen.state, seen.pid, seen.exit_code, seen.error) == (
+            *(RunState.RUNNING, None, None),
+            "its main process has ended, and PID 77, 78 of it still run",
+        )
+
+
+@pytest.mark.parametrize("active", ["maintenance", "refreshing", ""])
+def test_a_state_that_nobody_knows_is_unknown(active: str) -> None:
+    seen = judge(unit(active, "x"))
+    assert seen.state is RunState.UNKNOWN
+    assert seen.error == f"systemd says that it is {active or 'in no state'}"
+
+
+@pytest.mark.parametrize(
+    ("scope", "host", "environment", "reason"),
+    [
+        ("other", "h", ENVIRONMENT, "it belongs to scope default"),
+        ("default", "x", ENVIRONMENT, "it was made by the supervisor of another machine"),
+        ("default", "h", [], "its environment does not name it as ours"),
+        ("default", "h", "no list", "its environment does not name it as ours"),
+        ("default", "h", None, "its environment does not name it as ours"),
+    ],
+)
+@pytest.mark.parametrize(("sub", "running"), [("running", True), ("exited", False)])
+def test_strangers(
+    scope: str, host: str, environment: Any, reason: str, sub: str, running: bool
+) -> None:
+    seen = systemd_view.judge(unit("active", sub, environment=environment), scope, host)
+    name = f"{NAME}.service"
+    assert seen == Stranger("systemd", name, name, (), running, reason)
+
+
+def test_a_unit_of_which_nothing_is_told_is_a_stranger() -> None:
+    seen = systemd_view.judge(Unit("mic-default-x.service", "/path", {}), "default", "h")
+    assert isinstance(seen, Stranger)
+    assert seen.running  # unknown is never absent
+
+
+def test_the_invocation_is_in_hex() -> None:
+    assert unit("active", "running", InvocationID=bytes(range(16))).invocation == (
+        "000102030405060708090a0b0c0d0e0f"
+    )
+    assert unit("active", "running", InvocationID=[]).invocation == ""
+    assert unit("active", "running").invocation == ""
+
+
+def test_processes_are_named_briefly() -> None:
+    assert str(LEFT) == "77 (sleep 9)"
+    assert str(Process(1, "")) == "1 (?)"
+    assert str(Process(1, "x" * 100)) == f"1 ({'x' * 60})"
