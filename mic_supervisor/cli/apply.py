@@ -65,7 +65,8 @@ def command(file: Path | None, as_json: bool, rebind: bool, lock_timeout: float)
     config = wiring.load_config(found, file, registry)
     client = Client.connect(found.socket)
     if client is not None:
-        document = _through_daemon(client, config, rebind=rebind, quiet=as_json)
+        indices = {} if as_json else _indices(found)
+        document = _through_daemon(client, config, indices, rebind=rebind, quiet=as_json)
     else:
         document = _alone(found, config, rebind=rebind, quiet=as_json, patience=lock_timeout)
     if as_json:
@@ -75,12 +76,23 @@ def command(file: Path | None, as_json: bool, rebind: bool, lock_timeout: float)
     return int(document["exit_code"])
 
 
-def _through_daemon(client: Client, config: Config, *, rebind: bool, quiet: bool) -> dict[str, Any]:
+def _indices(found: Settings) -> dict[str, int]:
+    """What the daemon calls its GPUs. It has one answer per connection, and may go meanwhile."""
+    from mic_supervisor.daemon.client import Client
+
+    client = Client.connect(found.socket)
+    gpus = client.call("status", timeout=10.0)["gpus"] if client is not None else ()
+    return {gpu["uuid"]: gpu["index"] for gpu in gpus if gpu["index"] is not None}
+
+
+def _through_daemon(
+    client: Client, config: Config, indices: dict[str, int], *, rebind: bool, quiet: bool
+) -> dict[str, Any]:
     from mic_supervisor.cli.progress import follow
 
     began = time.time()
     params = {"path": str(config.path), "hash": config.hash, "rebind": rebind}
-    with follow({}, began, quiet=quiet) as shown:
+    with follow(indices, began, quiet=quiet) as shown:
         document: dict[str, Any] = client.call("apply", params, tell=shown)
     return document
 

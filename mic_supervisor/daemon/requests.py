@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,12 +19,22 @@ from mic_supervisor.daemon.settle import Settling
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.http.published import status_of
 from mic_supervisor.plan import render
+from mic_supervisor.plan.health import Phase
 
 if TYPE_CHECKING:
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.converge.loop import Converger
     from mic_supervisor.daemon.generations import Reloaded
     from mic_supervisor.http.published import Published
+
+
+_ON_ITS_WAY = (
+    Phase.PENDING,
+    Phase.STOPPING,
+    Phase.WAITING_VRAM,
+    Phase.STARTING,
+    Phase.LOADING,
+)
 
 
 class Requests:
@@ -107,8 +118,26 @@ class Requests:
             if params.get("rebind"):
                 self._converger.memory = replace(self._converger.memory, bindings={})
             self._converger.forgive()
+            self._tell_what_is_under_way(tell)
             snapshot = await self._settling.settled()
         return apply_document(snapshot, errors, host_name())
+
+    def _tell_what_is_under_way(self, tell: Tell) -> None:
+        """The watcher is often faster than the command: what it began is waited for as well."""
+        snapshot = self._converger.snapshot
+        for row in snapshot.statuses if snapshot is not None else ():
+            if row.phase in _ON_ITS_WAY and snapshot is not None:
+                tell(
+                    Event(
+                        "begin",
+                        time.time(),
+                        row.id,
+                        row.reason or "under way already",
+                        row.model,
+                        row.gpus,
+                        phase=row.phase.value,
+                    )
+                )
 
     async def _restart(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         names = await self._named(str(params.get("name", "")))
