@@ -67,14 +67,17 @@ class DockerRuntime:
 
     def observe(self) -> RuntimeView:
         """One list call, no inspection: pid, started_at and finished_at stay None."""
+        what = "cannot list containers"
         try:
-            listed = self._call("cannot list containers", lambda api: api.containers(all=True))
+            listed = self._engine.peek(what, "/containers/json?all=1")
+            if listed is None:
+                listed = self._call(what, lambda api: api.containers(all=True))
         except MicError as error:
             return RuntimeView(self.name, error=error.message, hint=error.hint)
         if not isinstance(listed, list):
             return RuntimeView(
                 self.name,
-                error=f"cannot list containers: what answers at {self._engine.address} "
+                error=f"{what}: what answers at {self._engine.address} "
                 "is not a Docker Engine",
                 hint="check MIC_DOCKER_HOST",
             )

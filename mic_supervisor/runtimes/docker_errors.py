@@ -200,7 +200,12 @@ def said(error: BaseException | None) -> str:
 
 def other_version(error: BaseException) -> str | None:
     """The API version that the engine would rather speak, from its refusal of ours."""
-    match = re.search(_VERSION, said(error)) if status_of(error) == 400 else None
+    return asked_for(said(error)) if status_of(error) == 400 else None
+
+
+def asked_for(message: str) -> str | None:
+    """The API version that a refusal of another one names."""
+    match = re.search(_VERSION, message)
     return match["version"] if match else None
 
 

@@ -1,0 +1,1 @@
+"""Measurements, not tests: `make bench` runs each, and each prints a table."""
