@@ -224,6 +224,7 @@ def test_the_nastiest_files_are_refused_in_time_and_memory(tmp_path: Path) -> No
     (tmp_path / "98 drop-ins.yaml").write_text(HEAD)
     for number in range(60):
         (drop_ins / f"{number}.yaml").write_text("models: [" + "1," * 3 * K + "]")
+    # Processor time: what else the machine does is not this file's doing.
     program = """
         import json, resource, sys, time
         from pathlib import Path
@@ -233,13 +234,13 @@ def test_the_nastiest_files_are_refused_in_time_and_memory(tmp_path: Path) -> No
 
         seen = {}
         for path in sorted(Path(sys.argv[1]).glob("*.yaml")):
-            begin = time.perf_counter()
+            begin = time.process_time()
             try:
                 load(path, FakeRegistry(), environ={})
                 outcome = "loaded"
             except ConfigError as error:
                 outcome = error.rendered.splitlines()[0][:300]
-            seen[path.stem] = [outcome, time.perf_counter() - begin, len(outcome)]
+            seen[path.stem] = [outcome, time.process_time() - begin, len(outcome)]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps({"seen": seen, "peak": peak}))
     """
