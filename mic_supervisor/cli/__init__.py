@@ -6,6 +6,7 @@ Nothing heavy is imported here: a command's module is loaded when the command is
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from mic_supervisor.errors import ConfigError, MicError
 
 # name -> (module, the line that --help shows). The line stands here so that --help loads nothing.
 COMMANDS = {
+    "init": ("init", "Write a first gpus.yaml from this machine."),
     "check": ("check", "Validate gpus.yaml."),
     "plan": ("plan", "Show what apply would do, and why."),
     "apply": ("apply", "Converge once, and wait until everything is ready."),
@@ -123,6 +125,12 @@ def run(arguments: list[str]) -> int:
         # The reader (head, less) has what it wanted; Python would complain at exit.
         sys.stdout = None
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        sys.stdout = None
+        click.echo(f"error: cannot write the output: {error.strerror}", err=True)
+        return EXIT_FAILED
     return result if isinstance(result, int) else 0
 
 

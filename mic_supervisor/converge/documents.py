@@ -25,6 +25,16 @@ def exit_code(rows: Iterable[InstanceStatus]) -> int:
     return EXIT_SOME_FAILED if any(good) else EXIT_ALL_FAILED
 
 
+def in_gpu_order(
+    rows: Iterable[InstanceStatus], indices: Mapping[str, int]
+) -> list[InstanceStatus]:
+    """As the driver counts the GPUs; what has none that is there comes last."""
+    return sorted(
+        rows,
+        key=lambda row: (min((indices.get(u, 1 << 16) for u in row.gpus), default=1 << 17), row.id),
+    )
+
+
 def apply_document(snapshot: Snapshot, errors: Mapping[str, Event], host: str) -> dict[str, Any]:
     """What `apply --json` prints. `errors` holds the last failure of each instance."""
     indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
@@ -36,7 +46,7 @@ def apply_document(snapshot: Snapshot, errors: Mapping[str, Event], host: str) -
         "exit_code": exit_code(snapshot.statuses),
         "instances": [
             status_json(row, indices) | {"as_desired": row.settled_well}
-            for row in snapshot.statuses
+            for row in in_gpu_order(snapshot.statuses, indices)
         ],
         "failures": [
             {"instance": name, "reason": event.text, "hint": event.hint}
@@ -70,7 +80,8 @@ def status_document(
         "at": observed.at,
         "config": dict(config),
         "instances": [
-            status_json(row, indices) | {"as_desired": row.settled_well} for row in statuses
+            status_json(row, indices) | {"as_desired": row.settled_well}
+            for row in in_gpu_order(statuses, indices)
         ],
         "gpus": gpu_rows(desired, observed),
         "unreadable": unreadable,
