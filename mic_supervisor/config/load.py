@@ -14,14 +14,21 @@ from mic_supervisor.config.merge import read_merged
 from mic_supervisor.config.model_checks import BackendSource, ModelChecker
 
 
-def load(path: Path, registry: BackendSource, *, environ: Mapping[str, str]) -> Config:
+def load(
+    path: Path,
+    registry: BackendSource,
+    *,
+    environ: Mapping[str, str],
+    data: bytes | None = None,
+) -> Config:
     """The configuration in `path` and its drop-ins, `path`.d/*.yaml.
 
-    `environ` is where `${env:NAME}` is looked up. Raises InvalidConfig, a ConfigError, with every
+    `environ` is where `${env:NAME}` is looked up. `data` stands for what is in `path`, as it would
+    be after a change that is only planned. Raises InvalidConfig, a ConfigError, with every
     error of all files. Reads files and nothing else.
     """
     report = Report(str(path))
-    merged = read_merged(path, report)
+    merged = read_merged(path, report, data)
     if merged is None:
         report.fail()
     checker = ModelChecker(merged, registry, environ, report)

@@ -9,7 +9,7 @@ from typing import Any
 from mic_supervisor.config.diagnostics import Report, dotted, show
 from mic_supervisor.config.document import GpuKey, Place
 from mic_supervisor.config.gpu_keys import BadKey, parse_gpu_key
-from mic_supervisor.config.source import cause_of, read_text
+from mic_supervisor.config.source import cause_of, read_text, text_of
 from mic_supervisor.config.tree import Node
 from mic_supervisor.config.yaml_reader import Budget, parse
 
@@ -63,12 +63,18 @@ class Merged:
         return document
 
 
-def read_merged(path: Path, report: Report) -> Merged | None:
-    """The file and its drop-ins; None if one of them could not be read or parsed to its end."""
+def read_merged(path: Path, report: Report, data: bytes | None = None) -> Merged | None:
+    """The file and its drop-ins; None if one of them could not be read or parsed to its end.
+
+    `data` stands for what is in the file itself.
+    """
     drop_ins = _drop_ins(path, report)
     merged = Merged([path, *drop_ins])
     budget = Budget()
-    roots = [_read(file, report, budget) for file in merged.files]
+    given = [data, *(None for _ in drop_ins)]
+    roots = [
+        _read(file, report, budget, own) for file, own in zip(merged.files, given, strict=True)
+    ]
     if any(root is None for root in roots):
         return None
     for number, root in enumerate(roots):
@@ -100,8 +106,8 @@ def _drop_ins(path: Path, report: Report) -> list[Path]:
     return found
 
 
-def _read(file: Path, report: Report, budget: Budget) -> Node | None:
-    text = read_text(file, report)
+def _read(file: Path, report: Report, budget: Budget, data: bytes | None) -> Node | None:
+    text = read_text(file, report) if data is None else text_of(data, file, report)
     if text is None:
         return None
     if sum(len(line) for lines in report.lines.values() for line in lines) > MAX_TOTAL:

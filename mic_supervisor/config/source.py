@@ -41,8 +41,16 @@ def read_text(path: Path, report: Report) -> str | None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         report.add(whole, "", f"cannot read the file: {cause_of(error)}")
         return None
+    return text_of(data, path, report)
+
+
+def text_of(data: bytes, path: Path, report: Report) -> str | None:
+    """The text of a file that holds `data`, or None after reporting why it has none."""
+    file = str(path)
+    report.lines.setdefault(file, [])
     if len(data) > MAX_BYTES:
-        report.add(whole, "", f"cannot read the file: it is larger than {MAX_BYTES // 1024} KiB")
+        message = f"cannot read the file: it is larger than {MAX_BYTES // 1024} KiB"
+        report.add(Place(file, 0, 0), "", message)
         return None
     return _decode(data, file, report)
 
