@@ -59,11 +59,18 @@ class Done(NamedTuple):
 class SystemdMachine:
     """One such machine, with the project installed in /opt/mic and mic.service in place.
 
-    It has the users alice and bob, and `mic-supervisor` on its PATH.
+    It has the users alice and bob, and `mic-supervisor` on its PATH. With `docker_socket`, the
+    path of an engine's socket, it has that engine as its own.
     """
 
-    def __init__(self, engine: docker.APIClient, scope: str) -> None:
+    def __init__(
+        self, engine: docker.APIClient, scope: str, *, docker_socket: str | None = None
+    ) -> None:
         self._engine = engine
+        privileges = _privileges()
+        if docker_socket is not None:
+            binds = privileges.setdefault("binds", [])
+            binds.append(f"{docker_socket}:/var/run/docker.sock")
         self.id = str(
             engine.create_container(
                 IMAGE,
@@ -73,7 +80,7 @@ class SystemdMachine:
                 host_config=engine.create_host_config(
                     tmpfs={"/run": "", "/run/lock": "", "/tmp": "exec"},
                     cgroupns="private",
-                    **_privileges(),
+                    **privileges,
                 ),
             )["Id"]
         )
@@ -208,13 +215,15 @@ class SystemdMachine:
 
 
 @contextmanager
-def machine(engine: docker.APIClient, scope: str) -> Iterator[SystemdMachine]:
+def machine(
+    engine: docker.APIClient, scope: str, *, docker_socket: str | None = None
+) -> Iterator[SystemdMachine]:
     """A machine that has not been booted; removed afterwards, with the groups that it leaves."""
     with (cache_dir() / "systemd-machine.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # that of whoever was killed is free
         _remove_stale(engine)
         remove_groups()
-        one = SystemdMachine(engine, scope)
+        one = SystemdMachine(engine, scope, docker_socket=docker_socket)
         try:
             yield one
         finally:
