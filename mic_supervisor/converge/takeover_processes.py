@@ -1,0 +1,164 @@
+"""Host processes that hold GPUs and are not ours, as proposals."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mic_supervisor.backends.drafts import Recognised, recognise
+from mic_supervisor.converge.takeover import Proposal, base_name, for_env_file, refusal
+from mic_supervisor.model import Listener, Owner, OwnerKind
+from mic_supervisor.runtimes import procfs
+
+_SHELLS = re.compile(
+    r"(ba|z|da|k|fi|c|tc)?sh|tmux.*|screen|sshd.*|login|sudo|su|systemd|init|make|supervisord|"
+    r"containerd-shim.*|cron|nohup"
+)
+_INTERPRETERS = re.compile(r"python[0-9.]*|node|ruby|perl|java|uv|accelerate|torchrun")
+# Of a session, of a unit, or set by the supervisor: none of it is the program's own.
+_NOT_ITS_OWN = re.compile(
+    r"(_|HOME|USER|LOGNAME|SHELL|TERM|TERM_.*|COLORTERM|COLUMNS|LINES|PWD|OLDPWD|SHLVL|MAIL|EDITOR|"
+    r"PAGER|DISPLAY|LS_COLORS|LESS.*|SSH_.*|XDG_.*|DBUS_.*|SUDO_.*|TMUX.*|STY|WINDOW|PS1|PROMPT.*|"
+    r"INVOCATION_ID|JOURNAL_STREAM|NOTIFY_SOCKET|LISTEN_.*|SYSTEMD_.*|WATCHDOG_.*|MAINPID|"
+    r"CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|MIC_.*)"
+)
+
+
+def root_of(pid: int, known: Mapping[int, procfs.Stat]) -> int:
+    """The process that was started as a whole: up, as long as it is no shell and no manager."""
+    while (stat := known.get(pid)) is not None:
+        parent = known.get(stat.ppid)
+        if parent is None or parent.pid <= 1 or _SHELLS.fullmatch(parent.name):
+            return pid
+        if parent.session != stat.session:
+            return pid
+        pid = parent.pid
+    return pid
+
+
+def propose(
+    pid: int, holders: Sequence[int], gpus: Sequence[int], owner: Owner, ports: Mapping[int, int]
+) -> Proposal | None:
+    """`holders` are those of its tree that hold GPUs; `ports` maps listening ports to PIDs.
+
+    None: it has ended meanwhile. Raises OSError where it may not be looked at.
+    """
+    arguments = command_of(pid)
+    stat = procfs.stat(pid)
+    if stat is None or not arguments:
+        return None
+    directory = os.readlink(f"/proc/{pid}/cwd")  # noqa: PTH115 - a magic link
+    environment = procfs.environ(pid) or {}
+    program = _absolute(pid, arguments[0], directory, environment.get("PATH"))
+    command = [program, *arguments[1:]]
+    found = recognise(command, directory, lambda path: Path(path).exists())
+    if found is None or found.backend == "process":
+        entry = _any_command(command, directory, found)
+    else:
+        entry = {"backend": found.backend, **found.entry}
+    if (user := _user(pid)) is not None:
+        entry["user"] = user
+    tree = {pid, *holders, *procfs.descendants([pid])}
+    listening = sorted(port for port, of in ports.items() if of in tree)
+    notes = list(found.notes) if found is not None else []
+    if "port" not in entry and listening:
+        entry["port"] = listening[0]
+    if "port" in entry and "probe" not in entry and entry["backend"] == "process":
+        entry["probe"] = {"tcp": True}
+    if len(listening) > 1:
+        notes.append(f"It listens on {', '.join(map(str, listening))}.")
+    own = [(k, v) for k, v in environment.items() if not _NOT_ITS_OWN.fullmatch(k)]
+    secrets, lost = for_env_file(own)
+    if lost:
+        notes.append(f"An env_file cannot hold {', '.join(lost)}: put it under env.")
+    return Proposal(
+        name=found.name if found is not None else _name(command),
+        what=f"PID {pid} ({stat.name})",
+        entry=entry,
+        gpus=tuple(gpus),
+        stop=_stop(pid, holders, owner),
+        notes=tuple(notes),
+        secrets=secrets,
+        settings={found.backend: found.settings} if found and found.settings else {},
+        refused=refusal([*map(str, entry.get("command", ())), *map(str, entry.get("args", ()))]),
+    )
+
+
+def _any_command(
+    command: Sequence[str], directory: str, found: Recognised | None
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {"backend": "process", "command": list(command)}
+    if directory != "/":
+        entry["working_dir"] = directory
+    return entry | (found.entry if found is not None else {})
+
+
+def command_of(pid: int) -> list[str]:
+    """The arguments it was started with; empty: it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [os.fsdecode(part) for part in text.removesuffix(b"\0").split(b"\0")] if text else []
+
+
+def listening(
+    listeners: Callable[[], tuple[Listener, ...] | None],
+    owner: Callable[[int], Listener | None],
+) -> dict[int, int]:
+    """Port -> PID, of the ports whose owner can be told."""
+    found = {}
+    for item in listeners() or ():
+        holder = owner(item.port)
+        if holder is not None and holder.pid is not None:
+            found[item.port] = holder.pid
+    return found
+
+
+def _absolute(pid: int, program: str, directory: str, search: str | None) -> str:
+    """Not /proc/PID/exe first: behind a virtual environment's link it would lose that."""
+    if program.startswith("/"):
+        return program
+    if "/" in program:
+        return os.path.normpath(os.path.join(directory, program))  # noqa: PTH118 - links stay
+    found = shutil.which(program, path=search)
+    if found is not None and found.startswith("/"):
+        return found
+    return os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")  # noqa: PTH115
+
+
+def _user(pid: int) -> str | None:
+    """Its user's name; None: the one that runs this."""
+    uid = Path(f"/proc/{pid}").stat().st_uid
+    if uid == os.geteuid():
+        return None
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _name(command: Sequence[str]) -> str:
+    """ "serve" of "/opt/x/bin/python /opt/x/serve.py --port 1"."""
+    rest = list(command)
+    if _INTERPRETERS.fullmatch(base_name(rest[0])):
+        if "-m" in rest[:-1]:
+            return rest[rest.index("-m") + 1].rpartition(".")[2]
+        scripts = [base_name(arg) for arg in rest[1:] if not arg.startswith("-")]
+        if scripts:
+            return scripts[0].removesuffix(".py")
+    return base_name(rest[0])
+
+
+def _stop(pid: int, holders: Sequence[int], owner: Owner) -> tuple[str, ...]:
+    unit = owner.ref or ""
+    if owner.kind is OwnerKind.UNIT and unit.endswith(".service") and not unit.startswith("user@"):
+        return (f"systemctl disable --now {unit}",)
+    if pid in holders:
+        return (f"mic-supervisor kill {pid}",)
+    return (f"mic-supervisor kill --force {pid}",)

@@ -1,0 +1,177 @@
+"""The text of a first gpus.yaml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mic_supervisor.backends.drafts import EXAMPLES, examples, recognise
+from mic_supervisor.backends.registry import Registry
+from mic_supervisor.config.draft import Draft, DraftGpu, DraftModel, render, scalar
+from mic_supervisor.config.load import load
+
+DRAFT = Draft(
+    "A title,\n\nand more",
+    gpus=[
+        DraftGpu("0", "web", ["GPU 0: NVIDIA A100"]),
+        DraftGpu("1", None),
+        DraftGpu("2,3", "web-2"),
+        DraftGpu("4", None, ["GPU 4 fell off the bus"], commented=True),
+    ],
+    models=[
+        DraftModel(
+            "web",
+            {"backend": "container", "image": "a/b:1.0", "command": ["--port", "80", "on", "x: y"]},
+            ["a note"],
+        ),
+        DraftModel("web-2", {"backend": "process", "command": ["/bin/x", "y" * 60, "z" * 60]}),
+        DraftModel("bad", {"backend": "process", "command": ["x"]}, commented="it is relative"),
+    ],
+    examples="models:\n  a: {}\n",
+)
+
+
+def test_the_whole_text() -> None:
+    assert render(DRAFT) == (
+        "# yaml-language-server: $schema=/usr/share/mic/gpus.schema.json\n"
+        "#\n"
+        "# A title,\n"
+        "#\n"
+        "# and more\n"
+        "\n"
+        "version: 1\n"
+        "\n"
+        "models:                         # what may run: name -> backend and its options\n"
+        "  # a note\n"
+        "  web:\n"
+        "    backend: container\n"
+        "    image: a/b:1.0\n"
+        '    command: ["--port", "80", "on", "x: y"]\n'
+        "\n"
+        "  web-2:\n"
+        "    backend: process\n"
+        "    command:\n"
+        "      - /bin/x\n"
+        f"      - {'y' * 60}\n"
+        f"      - {'z' * 60}\n"
+        "\n"
+        "  # Not usable as it is: it is relative\n"
+        "  # bad:\n"
+        "  #   backend: process\n"
+        "  #   command: [x]\n"
+        "\n"
+        "\n"
+        "# --- Examples. Take away the first two characters of what you need.\n"
+        "#\n"
+        "# models:\n"
+        "#   a: {}\n"
+        "\n"
+        "# What should run where, by index, UUID or PCI bus id. `none` keeps a GPU empty: nothing\n"
+        "# is started there, and no stranger is stopped. A GPU that is not listed is left alone.\n"
+        "gpus:\n"
+        "  # GPU 0: NVIDIA A100\n"
+        "  0: web\n"
+        "  1: none\n"
+        '  "2,3": web-2\n'
+        "  # GPU 4 fell off the bus\n"
+        "  # 4: none\n"
+    )
+
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1)
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=6))
+def test_every_text_is_read_as_it_was(tmp_path_factory: Any, texts: list[str]) -> None:
+    texts = [text.replace("$", "S") for text in texts]
+    draft = Draft(
+        "t",
+        gpus=[DraftGpu("0", "m")],
+        models=[DraftModel("m", {"backend": "process", "command": ["/bin/x", *texts]})],
+    )
+    path = tmp_path_factory.mktemp("draft", numbered=True) / "gpus.yaml"
+    path.write_text(render(draft), encoding="utf-8")
+    found = load(path, Registry(), environ={}).document["models"]["m"]["command"]
+    assert found == ["/bin/x", *texts]
+
+
+def test_scalars() -> None:
+    plain = ("a", "/srv/x", "a/b:1.0", "Qwen/Qwen3-8B", "_x")
+    assert [scalar(text) for text in plain] == list(plain)
+    for text in (
+        "on",
+        "No",
+        "010",
+        "22:22",
+        "1_000",
+        "",
+        "a b",
+        "a:",
+        "#x",
+        "~",
+        "-x",
+        "é",
+        "null",
+    ):
+        assert scalar(text) == f'"{text}"'
+    assert scalar('a"\\\n\x85') == '"a\\"\\\\\\x0a\\x85"'
+    assert [scalar(True), scalar(8), scalar(1.5)] == ["true", "8", "1.5"]
+
+
+def test_the_examples_are_valid_once_they_are_no_comments(tmp_path: Path) -> None:
+    registry = Registry()
+    draft = Draft("t", gpus=[DraftGpu("0", None)], examples=examples(registry.names()))
+    _, _, rest = render(draft).partition("# --- Examples.")
+    head, _, tail = rest.partition("# What should run where")
+    shown = re.sub(r"^# ?", "", head.partition("\n")[2], flags=re.MULTILINE)
+    path = tmp_path / "gpus.yaml"
+    path.write_text(f"version: 1\n{shown}\n# {tail}")
+    config = load(path, registry, environ={})
+    assert {model.backend for model in config.models.values()} == set(EXAMPLES)
+
+
+def test_each_built_in_backend_has_an_example() -> None:
+    assert set(EXAMPLES) >= set(Registry(lambda: ()).names())
+
+
+def test_a_plug_in_is_named() -> None:
+    assert examples(["mine"]) == "models:\n  # mine: see the documentation of that plug-in\n"
+
+
+COMFY = {"/opt/ComfyUI/comfy", "/opt/ComfyUI/nodes.py"}
+
+
+def test_comfyui_is_known_by_its_files_and_loses_the_flags_that_are_set_for_it() -> None:
+    command = ["/opt/v/bin/python", "main.py", "--listen", "0.0.0.0", "--port", "8188"]
+    command += ["--highvram", "--cuda-device", "1", "--temp-directory=/tmp/x"]
+    command += ["--reserve-vram", "2"]
+    found = recognise(command, "/opt/ComfyUI", COMFY.__contains__)
+    assert found is not None
+    assert found.backend == "comfyui"
+    assert found.settings == {"path": "/opt/ComfyUI", "python": "/opt/v/bin/python"}
+    assert found.entry == {
+        "port": 8188,
+        "listen": "0.0.0.0",
+        "output_directory": "/opt/ComfyUI/output",
+        "input_directory": "/opt/ComfyUI/input",
+        "args": ["--highvram", "--reserve-vram", "2"],
+    }
+    elsewhere = ["/usr/bin/python3", "-s", "/opt/ComfyUI/main.py", "--listen", "--lowvram"]
+    found = recognise(elsewhere, "/", COMFY.__contains__)
+    assert found is not None
+    assert (found.entry["listen"], found.entry["args"]) == ("0.0.0.0", ["--lowvram"])
+    assert found.settings["path"] == "/opt/ComfyUI"
+    assert recognise(command, "/opt/other", COMFY.__contains__) is None
+
+
+def test_vllm_goes_on_as_a_process() -> None:
+    command = ["/opt/v/bin/python", "/opt/v/bin/vllm", "serve", "Qwen/Qwen3-8B", "--port", "8000"]
+    found = recognise(command, "/", lambda _path: False)
+    assert found is not None
+    assert (found.backend, found.name) == ("process", "Qwen3-8B")
+    assert found.entry == {"start_timeout": "15m", "probe": {"http": "/health"}}
+    assert recognise(["/bin/sleep", "9"], "/", lambda _path: False) is None
