@@ -448,8 +448,11 @@ class _Round:
         return tuple(
             workload
             for workload in workloads(self.observed)
-            if set(workload.identity.gpus) & set(item.instance.gpus)
-            and (workload in stops or workload == item.match)
+            if (workload in stops or workload == item.match)
+            and (
+                workload.identity.instance == item.instance.id
+                or set(workload.identity.gpus) & set(item.instance.gpus)
+            )
             and workload.state is not RunState.CREATED
         )
 

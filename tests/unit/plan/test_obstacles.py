@@ -323,6 +323,13 @@ def test_a_workload_whose_state_cannot_be_read_counts_as_holding_its_gpu() -> No
     assert "release MAM-aaaaaaaa <- stop old, create MAM-aaaaaaaa" in shortly(plan, old=old)
 
 
+def test_an_earlier_one_whose_label_names_no_gpu_is_taken_to_hold_the_instances() -> None:
+    old = workload(changed(MAM, image="mam:0"), identity={"gpus": ()})
+    assert "release MAM-aaaaaaaa <- stop old, create MAM-aaaaaaaa" in shortly(
+        plan_for([MAM], observed(old)), old=old
+    )
+
+
 def test_a_gpu_that_went_since_the_file_was_bound_blocks_its_own_instance() -> None:
     plan = plan_for([MAM, on("MAM", 1)], observed(workload(MAM), gpus=[gpu(0)]))
     assert text(plan, 1) == (
@@ -394,6 +401,11 @@ def test_an_entry_in_trouble_protects_what_runs_on_its_gpus_and_nothing_else() -
         desired(unsatisfiable=(entry,)), observed(workload(MAM), workload(on("MAM", 1)))
     )
     assert [change.instance for change in plan.changes] == ["MAM-bbbbbbbb"]
+
+
+def test_an_entry_in_trouble_protects_its_instance_although_its_gpus_are_not_known() -> None:
+    entry = trouble("MAM on GPU 0", "it is not bound", instances=("MAM-aaaaaaaa",))
+    assert plan_for(desired(unsatisfiable=(entry,)), observed(workload(MAM))).count == 0
 
 
 def test_an_entry_of_which_no_gpu_is_known_protects_its_model_on_gpus_that_are_gone() -> None:

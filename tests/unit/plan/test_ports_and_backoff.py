@@ -92,6 +92,16 @@ def test_what_runs_keeps_its_number() -> None:
     assert assign([running], lambda _: {20001}, RANGE) == {"MAM-aaaaaaaa": {"http": 20001}}
 
 
+def test_what_runs_does_not_share_its_number() -> None:
+    mam, other = on("MAM", 0), on("MAM", 1)
+    own = chosen(other.id, HTTP)
+    assert own is not None
+    running = assessment(mam, workload(mam, ports=own))
+    numbers = assign([running, assessment(other)], lambda _: (), RANGE)
+    assert numbers[mam.id] == own
+    assert numbers[other.id] != own
+
+
 # --- backoff ----------------------------------------------------------------------------------
 
 
