@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,8 +117,12 @@ def converge_once(
     *,
     rebind: bool = False,
     quiet: bool = False,
+    forgive: Collection[str] | None = None,
 ) -> tuple[Snapshot, dict[str, Event]]:
-    """Converge until there is nothing left to wait for; the last failure of each instance."""
+    """Converge until there is nothing left to wait for; the last failure of each instance.
+
+    What failed before is not held against the instances to `forgive`; None is all of them.
+    """
     from mic_supervisor.cli.progress import follow
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.events import Events
@@ -127,6 +132,8 @@ def converge_once(
     # Who calls apply asks for a try now: what failed before is not held against it.
     fresh = {
         name: replace(entry, failures=0, retry_at=None, attempt=None, failed=None, reason=None)
+        if forgive is None or name in forgive
+        else entry
         for name, entry in memory.instances.items()
     }
     memory = replace(memory, instances=fresh, bindings={} if rebind else memory.bindings)
@@ -182,12 +189,21 @@ async def _converge(
 
 
 def _report(document: dict[str, Any]) -> None:
+    rows = document["instances"]
+    show_rows(rows, document)
+    for text in document["remaining"]["warnings"]:
+        click.echo(f"warning: {text}")
+    bad = sum(not row["as_desired"] for row in rows)
+    good = len(rows) - bad
+    click.echo(f"Apply: {good} as desired, {bad} not." if bad else f"Apply: {good} as desired.")
+
+
+def show_rows(rows: Iterable[dict[str, Any]], document: dict[str, Any]) -> None:
     """How it ended: a line per instance, and under it what went wrong and the way out."""
     from mic_supervisor.cli.progress import outcome
 
     failures = {item["instance"]: item for item in document["failures"]}
     hints = {item["instance"]: item["hint"] for item in document["remaining"]["blocked"]}
-    rows = document["instances"]
     for row in rows:
         click.echo(outcome(row))
         failure = failures.get(row["id"], {"reason": "", "hint": None})
@@ -198,8 +214,3 @@ def _report(document: dict[str, Any]) -> None:
         hint = failure["hint"] or hints.get(row["id"])
         if hint:
             click.echo(f"    hint: {hint}")
-    for text in document["remaining"]["warnings"]:
-        click.echo(f"warning: {text}")
-    bad = sum(not row["as_desired"] for row in rows)
-    good = len(rows) - bad
-    click.echo(f"Apply: {good} as desired, {bad} not." if bad else f"Apply: {good} as desired.")

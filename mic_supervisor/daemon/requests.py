@@ -40,7 +40,7 @@ _ON_ITS_WAY = (
 class Requests:
     """The methods of the socket. Questions are answered from what was published last.
 
-    `reload` reads the file with the word of a person behind it.
+    `reload` reads the file; with its argument, with the word of a person behind it.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Requests:
         events: Events,
         settling: Settling,
         published: Callable[[], Published],
-        reload: Callable[[], Any],
+        reload: Callable[[bool], Any],
     ) -> None:
         self._settings = settings
         self._converger = converger
@@ -67,6 +67,7 @@ class Requests:
             "plan": self._plan,
             "reload": self._asked_to_reload,
             "apply": self._apply,
+            "edited": self._edited,
             "restart": self._restart,
             "retry": self._retry,
             "history": self._history,
@@ -95,8 +96,11 @@ class Requests:
         }
 
     async def _asked_to_reload(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
+        return await self._read_file(confirm=True)
+
+    async def _read_file(self, *, confirm: bool) -> dict[str, Any]:
         # Whoever asked may be gone already; what was begun is finished.
-        outcome: Reloaded = await asyncio.shield(self._reload())
+        outcome: Reloaded = await asyncio.shield(self._reload(confirm))
         if outcome.error is not None:
             raise ConfigError(
                 "the configuration has errors",
@@ -107,12 +111,7 @@ class Requests:
 
     async def _apply(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         """Reload, try everything again, and wait until there is nothing left to wait for."""
-        path = Path(str(params.get("path", self._settings.config)))
-        if path.resolve() != self._settings.config.resolve():
-            raise MicError(
-                f"cannot apply {path}: the daemon runs {self._settings.config}",
-                hint="edit that file; `mic-supervisor plan FILE` compares another one",
-            )
+        self._check_path(params)
         with self._listening(tell) as errors:
             await self._asked_to_reload(params, tell)
             if params.get("rebind"):
@@ -138,6 +137,22 @@ class Requests:
                         phase=row.phase.value,
                     )
                 )
+
+    async def _edited(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+        """As apply, after one entry was edited: no removal is confirmed, nothing is forgiven."""
+        self._check_path(params)
+        with self._listening(tell) as errors:
+            await self._read_file(confirm=False)
+            snapshot = await self._settling.settled()
+        return apply_document(snapshot, errors, host_name())
+
+    def _check_path(self, params: Mapping[str, Any]) -> None:
+        path = Path(str(params.get("path", self._settings.config)))
+        if path.resolve() != self._settings.config.resolve():
+            raise MicError(
+                f"cannot apply {path}: the daemon runs {self._settings.config}",
+                hint="edit that file; `mic-supervisor plan FILE` compares another one",
+            )
 
     async def _restart(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         names = await self._named(str(params.get("name", "")))

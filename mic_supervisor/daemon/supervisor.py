@@ -6,7 +6,7 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,7 @@ class Supervisor:
             events=self._events,
             settling=self._settling,
             published=lambda: self.published,
-            reload=lambda: self._reload(confirm=True, why="reload"),
+            reload=self._asked_to_reload,
         )
         control = ControlServer(self._settings.socket, requests.methods())
         await control.start()
@@ -243,6 +243,9 @@ class Supervisor:
 
     async def _file_changed(self) -> None:
         await self._reload(confirm=False, why="the file changed")
+
+    def _asked_to_reload(self, confirm: bool) -> Awaitable[Reloaded]:
+        return self._reload(confirm=confirm, why="reload" if confirm else "an edit")
 
     async def _reload(self, *, confirm: bool, why: str) -> Reloaded:
         async with self._reloads:

@@ -1,0 +1,102 @@
+"""mic-supervisor start"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from mic_supervisor.cli import operate, wiring
+from mic_supervisor.errors import MicError
+
+if TYPE_CHECKING:
+    from mic_supervisor.cli.operate import Opened
+    from mic_supervisor.config.document import GpuKey
+    from mic_supervisor.config.settings import Settings
+
+
+@click.command(name="start")
+@click.argument("model")
+@operate.gpu_option
+def command(model: str, keys: tuple[GpuKey, ...]) -> int:
+    """Give a GPU to MODEL in gpus.yaml, and wait until it is ready.
+
+    The file keeps its comments and its layout; a range is split. A GPU that another model has is
+    not taken from it: stop that one first. Exits with 0 when the model is ready, 1 otherwise.
+    """
+    from mic_supervisor.config.names import composed
+
+    found = wiring.settings()
+    model, where = composed(model), operate.shown(keys)
+    has_daemon = operate.check_daemon(found)
+    with operate.opened(found, keys, f"start {model} on {where}") as file:
+        _check_model(file, model)
+        _check_free(file, model, where)
+        before = "none" if file.entry is not None else None
+        if file.model == model:
+            click.echo(f"{found.config}: {where} is {model} already.")
+        else:
+            _check_unlisted(found, file, model, where, has_daemon=has_daemon)
+            file.put(model)
+            operate.told_edit(found.config, where, before, model)
+    document = operate.apply_edit(found, f"start {model}")
+    rows = operate.on(document, file.uuids) or operate.named(document, model)
+    return operate.show(rows, document)
+
+
+def _check_model(file: Opened, model: str) -> None:
+    from mic_supervisor.config.diagnostics import closest, show
+
+    if model in file.config.models:
+        return
+    meant = closest(model, file.config.models)
+    known = ", ".join(sorted(file.config.models)) or "none"
+    raise MicError(
+        f"cannot {file.action}: {file.config.path} has no model {show(model)}",
+        hint=f"did you mean {meant}?" if meant is not None else f"known are {known}",
+    )
+
+
+def _check_free(file: Opened, model: str, where: str) -> None:
+    if file.model in (None, model):
+        return
+    assert file.entry is not None  # it has a model
+    holds = operate.shown(file.entry.keys)
+    raise MicError(
+        f"cannot {file.action}: {where} is taken by {file.model}"
+        + (f", which has {holds}" if len(file.entry.keys) > 1 else ""),
+        hint=operate.way_out(file.entry.keys),
+    )
+
+
+def _check_unlisted(
+    found: Settings, file: Opened, model: str, where: str, *, has_daemon: bool
+) -> None:
+    """What runs there and the file no longer names would be stopped: that is for `stop` to say."""
+    for instance, runs in _running(found, file.uuids, has_daemon=has_daemon):
+        if runs != model and file.entry is None:
+            raise MicError(
+                f"cannot {file.action}: {where} is taken by {runs} ({instance}), "
+                "which the file no longer names",
+                hint=operate.way_out(file.keys),
+            )
+
+
+def _running(found: Settings, uuids: tuple[str, ...], *, has_daemon: bool) -> list[tuple[str, str]]:
+    """(instance, model) of everything of ours that is alive on these GPUs."""
+    import time
+
+    from mic_supervisor.converge.observe import observe
+    from mic_supervisor.plan.assess import is_alive, workloads
+
+    client = operate.daemon(found) if has_daemon else None
+    if client is not None:
+        rows = operate.on(client.call("status", timeout=10.0), uuids)
+        alive = ("container_id", "unit", "pid")
+        return [(row["id"], row["model"]) for row in rows if any(row[key] for key in alive)]
+    machine = wiring.machine(found, create_key=False)
+    return [
+        (item.identity.instance, item.identity.model)
+        for item in workloads(observe(machine.sources, time.time()))
+        if is_alive(item) and set(item.identity.gpus) & set(uuids)
+    ]
