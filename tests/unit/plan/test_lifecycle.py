@@ -1,30 +1,24 @@
-"""Whole plans, as people read them, and their steps: bringing up, replacing, taking down."""
+"""Whole plans, as people read them, and their steps: bringing up and replacing."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from mic_supervisor.model import HttpCall, Placement, RunState, Stranger
+from mic_supervisor.model import HttpCall, RunState
 from mic_supervisor.plan.actions import Drain, Stop
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.render import to_json
 from tests.unit.plan.builders import (
-    CONTEXT,
     changed,
-    container,
-    desired,
     gpu,
-    gpus,
     known,
     knows,
     observed,
     on,
     plan_for,
-    process,
     program,
     shortly,
     text,
-    trouble,
     uuid,
     workload,
 )
@@ -85,7 +79,7 @@ def test_what_is_to_be_replaced_is_not_adopted() -> None:
     assert [change.kind for change in plan.changes] == ["replace"]
 
 
-def test_an_instance_kept_down_by_nothing_but_its_state_is_one_json_document() -> None:
+def test_a_plan_is_one_json_document() -> None:
     plan = plan_for([changed(MAM, image="mam:2")], observed(workload(MAM)))
     document = to_json(plan, host="gpu-1", config_hash="c0ffee")
     assert document == {
@@ -337,290 +331,3 @@ def test_the_record_of_an_earlier_process_goes_before_the_name_is_used_again() -
         "remove older <- prepare face-cccccccc",
         "start face-cccccccc <- prepare face-cccccccc, remove older",
     ]
-
-
-# --- moving, and other models -----------------------------------------------------------------
-
-
-def test_a_model_that_moves_is_removed_here_and_created_there() -> None:
-    old = workload(MAM)
-    plan = plan_for([on("MAM", 1)], observed(old))
-    assert text(plan) == (
-        "- remove   MAM-aaaaaaaa  GPU 0  the file no longer names it\n"
-        "+ create   MAM-bbbbbbbb  GPU 1  nothing runs for it yet\n"
-        "\n"
-        "Plan: 1 to create, 1 to remove.\n"
-    )
-    assert shortly(plan, old=old) == [
-        "stop old",
-        "remove old <- stop old",
-        "prepare MAM-bbbbbbbb",
-        "create MAM-bbbbbbbb <- prepare MAM-bbbbbbbb",
-        "start MAM-bbbbbbbb <- create MAM-bbbbbbbb",
-    ]
-
-
-def test_another_model_on_the_same_gpu_waits_for_the_first_to_be_gone() -> None:
-    old = workload(MAM)
-    plan = plan_for([on("face", 0)], observed(old))
-    assert text(plan) == (
-        "- remove   MAM-aaaaaaaa   GPU 0  the file has face on its GPU\n"
-        "+ create   face-aaaaaaaa  GPU 0  nothing runs for it yet\n"
-        "\n"
-        "Plan: 1 to create, 1 to remove.\n"
-    )
-    assert shortly(plan, old=old) == [
-        "stop old <- create face-aaaaaaaa",
-        "remove old <- stop old",
-        "prepare face-aaaaaaaa",
-        "create face-aaaaaaaa <- prepare face-aaaaaaaa",
-        "release face-aaaaaaaa <- stop old, create face-aaaaaaaa",
-        "start face-aaaaaaaa <- release face-aaaaaaaa",
-    ]
-    assert len({change.lane for change in plan.changes}) == 1
-
-
-def test_the_processes_of_the_model_that_leaves_do_not_keep_the_other_from_coming() -> None:
-    old = workload(MAM)
-    held = [gpu(0, processes=(process(4121, of=MAM),))]
-    plan = plan_for([on("face", 0)], observed(old, gpus=held))
-    assert plan.count == 2
-    assert plan.blocked == ()
-
-
-def test_none_empties_the_gpu_at_once() -> None:
-    old = workload(MAM)
-    wanted = desired(kept_empty=(uuid(0),))
-    plan = plan_for(wanted, observed(old), context=replace(CONTEXT, confirmed=False))
-    assert text(plan) == (
-        "- remove   MAM-aaaaaaaa  GPU 0  its GPU is to be kept empty\n\nPlan: 1 to remove.\n"
-    )
-    assert shortly(plan, old=old) == ["stop old", "remove old <- stop old"]
-
-
-def test_a_stranger_on_a_gpu_that_is_to_be_kept_empty_is_told_of() -> None:
-    wanted = desired(kept_empty=(uuid(0),))
-    plan = plan_for(wanted, observed(gpus=[gpu(0, processes=(process(4121),))]))
-    assert text(plan) == (
-        "warning: GPU 0 is to be kept empty, and PID 4121 (python, 18.2 GiB) holds it\n"
-        "\n"
-        "No changes.\n"
-    )
-
-
-def test_what_the_file_no_longer_names_is_removed_once_that_is_confirmed() -> None:
-    old = workload(MAM)
-    assert text(plan_for([], observed(old))) == (
-        "- remove   MAM-aaaaaaaa  GPU 0  the file no longer names it\n\nPlan: 1 to remove.\n"
-    )
-    held = plan_for([], observed(old), context=replace(CONTEXT, confirmed=False))
-    assert text(held) == (
-        "! blocked  MAM-aaaaaaaa on GPU 0: "
-        "the file no longer names it; its removal waits to be confirmed\n"
-        "    hint: confirm with `mic-supervisor apply` or `systemctl reload mic`\n"
-        "\n"
-        "No changes; 1 blocked.\n"
-    )
-
-
-def test_an_ended_container_of_a_removed_entry_is_removed_too() -> None:
-    old = workload(MAM, RunState.EXITED)
-    assert shortly(plan_for([], observed(old)), old=old) == ["remove old"]
-    held = plan_for([], observed(old), context=replace(CONTEXT, confirmed=False))
-    assert held.count == 0
-
-
-def test_naming_the_gpu_for_another_model_is_clear_without_confirmation() -> None:
-    plan = plan_for(
-        [on("face", 0)], observed(workload(MAM)), context=replace(CONTEXT, confirmed=False)
-    )
-    assert plan.count == 2
-    assert plan.blocked == ()
-
-
-def test_nothing_starts_on_a_gpu_of_a_group_whose_removal_is_not_confirmed() -> None:
-    group = workload(on("qwen", 3, 4))
-    plan = plan_for([on("MAM", 3)], observed(group), context=replace(CONTEXT, confirmed=False))
-    assert text(plan) == (
-        "! blocked  MAM-dddddddd on GPU 3: GPU 3 is still held by qwen-ddddddddx2, "
-        "whose removal waits to be confirmed\n"
-        "! blocked  qwen-ddddddddx2 on GPU 3,4: "
-        "the file no longer names it; its removal waits to be confirmed\n"
-        "    hint: confirm with `mic-supervisor apply` or `systemctl reload mic`\n"
-        "\n"
-        "No changes; 2 blocked.\n"
-    )
-
-
-def test_a_gpu_that_is_not_listed_and_has_nothing_of_ours_is_left_alone() -> None:
-    held = [gpu(0, processes=(process(4121),))]
-    stranger = Stranger("docker", "jupyter", "c1", ports=(8888,))
-    assert text(plan_for([], observed(gpus=held, strangers=[stranger]))) == "No changes.\n"
-
-
-# --- groups -----------------------------------------------------------------------------------
-
-
-def test_changing_one_gpu_of_a_group_replaces_it() -> None:
-    old = workload(on("qwen", 3, 4))
-    plan = plan_for([on("qwen", 3, 5)], observed(old))
-    assert text(plan) == (
-        "~ replace  qwen-ddddddddx2  GPU 3,5  its set of GPUs changed\n"
-        f'    gpus: ["{uuid(3)}", "{uuid(4)}"] -> ["{uuid(3)}", "{uuid(5)}"]\n'
-        "\n"
-        "Plan: 1 to replace.\n"
-    )
-    assert shortly(plan, old=old) == [
-        "prepare qwen-ddddddddx2",
-        "create qwen-ddddddddx2 <- prepare qwen-ddddddddx2",
-        "stop old <- create qwen-ddddddddx2",
-        "release qwen-ddddddddx2 <- stop old, create qwen-ddddddddx2",
-        "start qwen-ddddddddx2 <- release qwen-ddddddddx2",
-    ]
-
-
-def test_a_group_grows_into_the_gpu_of_another_model() -> None:
-    group, single = workload(on("qwen", 3, 4)), workload(on("MAM", 5))
-    plan = plan_for([on("qwen", 3, 5)], observed(group, single))
-    assert "start qwen-ddddddddx2 <- release qwen-ddddddddx2" in shortly(plan)
-    assert "release qwen-ddddddddx2 <- stop group, stop single, create qwen-ddddddddx2" in shortly(
-        plan, group=group, single=single
-    )
-
-
-def test_a_group_falls_apart_into_singles_that_all_wait_for_it() -> None:
-    group = workload(on("qwen", 3, 4))
-    plan = plan_for([on("qwen", 3), on("MAM", 4)], observed(group))
-    assert text(plan) == (
-        "+ create   MAM-eeeeeeee     GPU 4    nothing runs for it yet\n"
-        "+ create   qwen-dddddddd    GPU 3    nothing runs for it yet\n"
-        "- remove   qwen-ddddddddx2  GPU 3,4  the file has MAM on its GPU\n"
-        "\n"
-        "Plan: 2 to create, 1 to remove.\n"
-    )
-    lines = shortly(plan, group=group)
-    assert "stop group <- create MAM-eeeeeeee, create qwen-dddddddd" in lines
-    assert "release MAM-eeeeeeee <- stop group, create MAM-eeeeeeee" in lines
-    assert "release qwen-dddddddd <- stop group, create qwen-dddddddd" in lines
-
-
-def test_a_group_stays_while_one_of_those_that_follow_it_cannot_start() -> None:
-    group = workload(on("qwen", 3, 4))
-    held = [gpu(3), gpu(4, processes=(process(4121),))]
-    plan = plan_for([on("qwen", 3), on("MAM", 4)], observed(group, gpus=held))
-    assert text(plan) == (
-        "! blocked  MAM-eeeeeeee on GPU 4: GPU 4 is held by PID 4121 (python, 18.2 GiB), not ours\n"
-        "    hint: end that process, or move the model to another GPU\n"
-        "! blocked  qwen-dddddddd on GPU 3: GPU 3 is still held by qwen-ddddddddx2, "
-        "which stays because not all that follows it can start\n"
-        "\n"
-        "No changes; 2 blocked.\n"
-    )
-
-
-def test_nothing_starts_beside_a_group_that_an_entry_in_trouble_may_mean() -> None:
-    group = workload(on("qwen", 3, 4))
-    wanted = desired(on("MAM", 3), unsatisfiable=(trouble("GPU 4", "it cannot be opened", 4),))
-    plan = plan_for(wanted, observed(group))
-    assert text(plan) == (
-        "! blocked  GPU 4 on GPU 4: it cannot be opened\n"
-        "! blocked  MAM-dddddddd on GPU 3: GPU 3 is still held by qwen-ddddddddx2, "
-        "which an entry that cannot be followed now may mean\n"
-        "\n"
-        "No changes; 2 blocked.\n"
-    )
-
-
-# --- two of one -------------------------------------------------------------------------------
-
-
-def test_the_second_of_one_instance_is_stopped() -> None:
-    second = workload(changed(MAM, image="mam:0"), created_at=50.0)
-    one = workload(MAM)
-    plan = plan_for([MAM], observed(one, second), known(one))
-    assert text(plan) == "- stop     MAM-aaaaaaaa  GPU 0  it runs twice\n\nPlan: 1 to stop.\n"
-    assert shortly(plan, second=second) == ["stop second"]
-
-
-def test_of_two_that_are_alike_the_newer_one_stays() -> None:
-    new, old = workload(MAM, created_at=90.0), workload(MAM, ports={"http": 20001}, created_at=80.0)
-    plan = plan_for([MAM], observed(new, old), known(new))
-    assert shortly(plan, new=new, old=old) == ["stop old"]
-
-
-def test_nothing_is_created_while_two_earlier_ones_run_until_both_are_stopped() -> None:
-    a = workload(changed(MAM, image="mam:a"), created_at=80.0)
-    b = workload(changed(MAM, image="mam:b"), created_at=90.0)
-    plan = plan_for([MAM], observed(a, b), known(b))
-    assert "release MAM-aaaaaaaa <- stop b, stop a, create MAM-aaaaaaaa" in shortly(plan, a=a, b=b)
-
-
-# --- what is left over ------------------------------------------------------------------------
-
-
-def test_of_what_ended_the_last_good_one_is_kept() -> None:
-    runs = workload(MAM)
-    good = workload(changed(MAM, image="good"), RunState.EXITED, created_at=10.0)
-    bad = workload(changed(MAM, image="bad"), RunState.EXITED, created_at=20.0)
-    never = workload(changed(MAM, image="never"), RunState.CREATED, created_at=30.0)
-    memory = knows(MAM_aaaaaaaa=InstanceMemory(started=runs.name, ready_workload=good.name))
-    plan = plan_for([MAM], observed(runs, good, bad, never), memory)
-    assert text(plan) == (
-        "- remove   MAM-aaaaaaaa  GPU 0  left over from an earlier specification\n"
-        "\n"
-        "Plan: 1 to remove.\n"
-    )
-    assert shortly(plan, good=good, bad=bad, never=never) == ["remove never", "remove bad"]
-
-
-def test_of_what_ended_the_newest_that_ran_is_kept_where_none_is_known_to_be_good() -> None:
-    runs = workload(MAM)
-    older = workload(changed(MAM, image="older"), RunState.EXITED, created_at=10.0)
-    newer = workload(changed(MAM, image="newer"), RunState.EXITED, created_at=20.0)
-    plan = plan_for([MAM], observed(runs, older, newer), known(runs))
-    assert shortly(plan, older=older, newer=newer) == ["remove older"]
-    assert plan_for([MAM], observed(runs, newer), known(runs)).empty
-
-
-def test_a_replacement_removes_what_was_kept_before_only_after_its_own_start() -> None:
-    serves = workload(MAM)
-    kept = workload(changed(MAM, image="mam:0"), RunState.EXITED, created_at=10.0)
-    plan = plan_for([changed(MAM, image="mam:2")], observed(serves, kept), known(serves))
-    assert shortly(plan, kept=kept)[-1] == "remove kept <- start MAM-aaaaaaaa"
-
-
-def test_a_failing_container_does_not_push_out_the_good_one() -> None:
-    good = workload(MAM, RunState.EXITED, created_at=10.0)
-    bad = workload(changed(MAM, image="bad"), RunState.EXITED, created_at=20.0)
-    memory = knows(MAM_aaaaaaaa=InstanceMemory(ready_workload=good.name, ready="then"))
-    plan = plan_for([changed(MAM, image="mam:3")], observed(good, bad), memory)
-    assert shortly(plan, good=good, bad=bad)[-1] == "remove bad <- start MAM-aaaaaaaa"
-
-
-def test_the_state_is_the_same_whichever_way_it_is_listed() -> None:
-    a, b, c = workload(MAM), workload(FACE), workload(on("MAM", 1))
-    wanted = desired(changed(MAM, image="mam:2"), FACE)
-    one = observed(a, b, c, gpus=gpus(3))
-    other = observed(c, b, a, gpus=reversed(gpus(3)))
-    other = replace(other, runtimes=other.runtimes[::-1])
-    memory = known(a, b, c)
-    assert plan_for(wanted, one, memory) == plan_for(wanted, other, memory)
-    assert plan_for(wanted, one, memory).count == 2
-
-
-def test_a_placement_is_no_part_of_the_specification() -> None:
-    call = HttpCall("GET", "/")
-    item = Placement("MAM", uuid(0), "d", call, call, call)
-    assert not [
-        change
-        for change in plan_for([replace(MAM, placements=(item,))], observed(workload(MAM))).changes
-        if change.kind == "replace"
-    ]
-
-
-def test_container_ports_are_not_needed() -> None:
-    quiet = on("quiet", 0, workload=container("quiet:1", ports=()))
-    assert (
-        shortly(plan_for([quiet], observed()))[-1]
-        == "start quiet-aaaaaaaa <- create quiet-aaaaaaaa"
-    )
