@@ -79,7 +79,6 @@ def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, P
     """Load, observe, ask the servers what they have loaded, and reconcile. Changes nothing."""
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.observe import observe, with_health, with_holders
-    from mic_supervisor.converge.once import health_of_all
     from mic_supervisor.plan.assess import assess
     from mic_supervisor.plan.reconcile import reconcile
 
@@ -92,10 +91,12 @@ def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, P
     desired = provider.state(observed.inventory, memory.bindings)
     observed = with_holders(observed, desired, machine.sources)
     assessments = assess(desired, observed, machine.context)
-    indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
     asked = [item for item in assessments if item.instance.placements]
-    health = health_of_all(asked, provider, machine.sources, indices, observed.at)
-    if health:
+    if asked:
+        from mic_supervisor.converge.once import health_of_all
+
+        indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
+        health = health_of_all(asked, provider, machine.sources, indices, observed.at)
         observed = with_health(observed, health)
         assessments = assess(desired, observed, machine.context)
     return (

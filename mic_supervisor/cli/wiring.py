@@ -89,11 +89,12 @@ def _docker(found: Settings, host: str) -> Runtime:
 
 
 def _process(found: Settings, host: str) -> Runtime:
-    from mic_supervisor.runtimes.systemd import SystemdRuntime, systemd_is_pid1
-
     kind = found.process_runtime
-    if kind == "systemd" or (kind == "auto" and systemd_is_pid1()):
-        return SystemdRuntime(found.scope, host, directory=found.run_dir)
+    if kind != "subprocess":
+        from mic_supervisor.runtimes.systemd import SystemdRuntime, systemd_is_pid1
+
+        if kind == "systemd" or systemd_is_pid1():
+            return SystemdRuntime(found.scope, host, directory=found.run_dir)
     from mic_supervisor.runtimes.subprocess import SubprocessRuntime
 
     return SubprocessRuntime(

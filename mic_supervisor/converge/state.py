@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import socket
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,7 @@ class StateDir:
         try:
             value = path.read_bytes()
         except FileNotFoundError:
-            value = secrets.token_bytes(32)
+            value = os.urandom(32)
             if create:
                 self.write("spec.key", value)
         except OSError as error:
@@ -100,7 +98,10 @@ def host_id() -> str:
         machine = Path("/etc/machine-id").read_text().strip()
     except OSError:
         machine = ""
-    machine = machine or f"node {uuid.getnode():x}"
+    if not machine:
+        import uuid
+
+        machine = f"node {uuid.getnode():x}"
     return hashlib.sha256(f"mic-supervisor {machine}".encode()).hexdigest()[:12]
 
 
