@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import click
 
 from mic_supervisor.cli import wiring
 from mic_supervisor.config.diagnostics import printable
-from mic_supervisor.errors import ConfigError, RuntimeUnavailable
+from mic_supervisor.errors import ConfigError, MicError, RuntimeUnavailable
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
@@ -62,6 +62,7 @@ def checks(found: Settings) -> list[Check]:
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.config.settings import NO_DOCKER
     from mic_supervisor.converge.doctor import Check, engine, files, gpus, host, service, warn
+    from mic_supervisor.converge.state import StateDir
     from mic_supervisor.gpu.modes import read_modes
     from mic_supervisor.gpu.source import open_source
     from mic_supervisor.runtimes.procfs import listener_owner, listeners
@@ -69,6 +70,7 @@ def checks(found: Settings) -> list[Check]:
     real = found.gpu_source.kind == "nvml"
     systemd = Path("/run/systemd/system").is_dir()
     source = open_source(found.gpu_source.kind, found.gpu_source.count)
+    keepers = found.process_runtime == "subprocess" or not systemd
     registry = Registry()
 
     def load() -> Config:
@@ -78,10 +80,15 @@ def checks(found: Settings) -> list[Check]:
     def inventory() -> GpuInventory:
         return source.observe()
 
+    def bindings() -> Mapping[str, str]:
+        with suppress(MicError):  # the state may be another user's
+            return StateDir(found.scope_state_dir).memory().bindings
+        return {}
+
     def compiled(config: Config) -> DesiredState:
         from mic_supervisor.converge.desired import desired_state
 
-        return desired_state(config, inventory(), {}, registry, found.instance_data)
+        return desired_state(config, inventory(), bindings(), registry, found.instance_data)
 
     def ask_daemon() -> Any:
         from mic_supervisor.daemon.client import Client
@@ -111,7 +118,7 @@ def checks(found: Settings) -> list[Check]:
         Check("ports", lambda: host.ports(found.port_range, listeners, len(inventory().gpus))),
         Check("http", lambda: host.listen(found.listen, found.lock_path, listener_owner)),
         Check("directories", lambda: files.directories(found)),
-        Check("logs", lambda: files.process_logs(found, keepers=not systemd)),
+        Check("logs", lambda: files.process_logs(found, keepers=keepers)),
         Check("clock", lambda: host.clock(found.scope_state_dir, systemd=systemd)),
     ]
 

@@ -319,8 +319,11 @@ def _tell(
 ) -> None:
     from mic_supervisor.cli.check import summary
 
-    config = wiring.load_config(found, target, registry)
-    click.echo(f"Wrote {summary(config)}.")
+    try:
+        click.echo(f"Wrote {summary(wiring.load_config(found, target, registry))}.")
+    except ConfigError:  # the draft is valid: it is the drop-ins beside it
+        click.echo(f"Wrote {target}, which is not valid together with its drop-ins:")
+        raise
     for one in proposals:
         if one.refused is not None:
             click.echo(f"- {printable(one.what)}: only as a comment: {printable(one.refused)}")

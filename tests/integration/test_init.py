@@ -113,6 +113,15 @@ def test_another_place_is_made(mic: Mic, nvml: MockNvml) -> None:
     assert not mic.config.exists()
 
 
+def test_drop_ins_that_do_not_go_with_it_are_said(mic: Mic, nvml: MockNvml) -> None:
+    drop_ins = Path(f"{mic.config}.d")
+    drop_ins.mkdir()
+    (drop_ins / "10.yaml").write_text("gpus: {0: nothing}")
+    done = mic("init", rc=1)
+    assert done.stdout == f"Wrote {mic.config}, which is not valid together with its drop-ins:\n"
+    assert "10.yaml:1:11: error: gpus.0: " in done.stderr
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [("none", "MIC_GPU_SOURCE is none"), ("nvml", "cannot read GPUs: NVML says")],

@@ -87,7 +87,8 @@ def test_a_table_of_eighty_columns() -> None:
     ]
     assert table(findings, 80) == [
         "\x1b[32mok  \x1b[0m  gpus                 4 of them (NVIDIA A100), driver 575.57.08",
-        "\x1b[33mwarn\x1b[0m  docker live-restore  is off: every container ends when Docker is restarted",
+        "\x1b[33mwarn\x1b[0m  docker live-restore  "
+        "is off: every container ends when Docker is restarted",
         "                           or upgraded",
         '                           mend: set "live-restore": true in',
         "                                 /etc/docker/daemon.json, then: systemctl reload",
@@ -509,3 +510,24 @@ def test_images_of_the_file(mic: Mic, busybox_image: str) -> None:
         "warn  images: mic-test/nowhere:1 is not here: the next start pulls it first; "
         "mend: pull it now with: docker pull mic-test/nowhere:1",
     ]
+
+
+def test_beside_a_running_daemon(mic: Mic) -> None:
+    mic.env["MIC_DOCKER_HOST"] = "none"
+    mic.write(
+        "{version: 1, models: {g: {backend: process, command: [/bin/sleep, '9']}}, gpus: {0: g}}"
+    )
+    daemon = mic.run()
+    found = mic("doctor", rc=0).stdout.splitlines()
+    assert f"ok    http: the daemon answers at {mic.listen}" in found
+    (line,) = [line for line in found if "  daemon: " in line]
+    assert line.startswith(
+        f"ok    daemon: answers at {mic.socket}; the lock is held by PID {daemon.pid} "
+        "(mic-supervisor run, by "
+    )
+    mic.write("{version: 2}")
+    from tests.support.waiting import until
+
+    rejected = f"warn  daemon: rejected {mic.config} as it is now; what was good before keeps "
+    until(lambda: rejected in mic("doctor", rc=1).stdout, "the rejection")
+    assert daemon.stop() == 0
