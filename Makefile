@@ -1,5 +1,6 @@
 # make test   everything: sets this machine up (root, Debian 12), then lint, types, unit, integration
 # make check  lint, types and unit tests: under a minute, no root, no Docker
+# make bench  measurements on this machine as make test set it up; a few minutes
 # make demo   the supervisor on simulated GPUs; options in DEMO_ARGS
 # make clean  what was made in this checkout; what is slow to make stays in the cache
 # make engine-stop  ends the Docker Engine that make test started, if it did
@@ -16,7 +17,7 @@ DEMO_ARGS ?=
 VENV := .venv/bin
 PYTEST := $(VENV)/python -m pytest $(PYTEST_ARGS)
 
-.PHONY: test check demo clean engine-stop venv-test venv
+.PHONY: test check bench demo clean engine-stop venv-test venv
 
 test: venv-test
 	$(VENV)/python -m tests.setup.machine
@@ -25,6 +26,11 @@ test: venv-test
 
 check: venv-test
 	$(PYTEST) -n 2 tests/unit
+
+bench: venv-test
+	@for file in benchmarks/[a-z]*.py; do \
+		$(VENV)/python -m benchmarks.$$(basename $$file .py) || exit 1; \
+	done
 
 demo: venv
 	$(VENV)/mic-supervisor demo $(DEMO_ARGS)

@@ -35,6 +35,15 @@ def machine(*images: str, gpus: int = 8) -> Iterator[World]:
         yield made
 
 
+def installed(environment: Mapping[str, str], cache: Path) -> dict[str, str]:
+    """The environment of a program that was installed: its bytecode is there already.
+
+    A checkout may have none, or an interpreter that is told to write none.
+    """
+    kept = {key: value for key, value in environment.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPYCACHEPREFIX": str(cache)}
+
+
 def alternating(
     tries: int, contenders: Mapping[str, Callable[[], object]]
 ) -> dict[str, list[float]]:

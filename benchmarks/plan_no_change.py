@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks._common import alternating, machine, median, table
+from benchmarks._common import alternating, installed, machine, median, table
 from tests.integration.job_world import LABEL, web
 from tests.support.mic import PROGRAM
 
@@ -30,7 +30,7 @@ def main(tries: int) -> None:
     with machine("mic-test/busybox:1", gpus=8) as job:
         job.write({"0-7": "a"}, a=web())
         job.apply()
-        environment = job.mic.environment()
+        environment = installed(job.mic.environment(), job.mic.home / "bytecode")
         engine = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
         label = f"{LABEL}scope={job.mic.scope}"
 

@@ -97,9 +97,9 @@ class Supervised:
 
 
 class Restarted:
-    """The engine's own restart policy. `--init`, as ours have."""
+    """The engine's own restart policy, with an init and a published port, as ours have."""
 
-    def __init__(self, engine: docker.APIClient, scope: str) -> None:
+    def __init__(self, engine: docker.APIClient, scope: str, port: int) -> None:
         self._engine = engine
         self._id = str(
             engine.create_container(
@@ -107,7 +107,12 @@ class Restarted:
                 COMMAND,
                 name=f"{scope}-restarted",
                 labels={"io.mic.scope": scope},
-                host_config=engine.create_host_config(restart_policy={"Name": "always"}, init=True),
+                ports=[port],
+                host_config=engine.create_host_config(
+                    restart_policy={"Name": "always"},
+                    init=True,
+                    port_bindings={port: ("127.0.0.1", port)},
+                ),
             )["Id"]
         )
         engine.start(self._id)
@@ -126,12 +131,15 @@ class Restarted:
         self._engine.remove_container(self._id, force=True)
 
 
-def bare_run(engine: docker.APIClient, scope: str) -> float:
+def bare_run(engine: docker.APIClient, scope: str, port: int) -> float:
     """From the call of the docker command to the start of the container's first process."""
     name = f"{scope}-bare"
     began = boot_time()
     subprocess.run(
-        ["docker", "run", "--detach", "--init", "--name", name, IMAGE, *COMMAND],
+        [
+            *("docker", "run", "--detach", "--init", "--publish", f"127.0.0.1:{port}:{port}"),
+            *("--name", name, IMAGE, *COMMAND),
+        ],
         check=True,
         stdout=subprocess.DEVNULL,
     )
@@ -154,9 +162,10 @@ def main(tries: int) -> None:
         for index, hold in enumerate(HOLDS):
             name = f"mic-supervisor, GPU held for {hold * 1000:.0f} ms"
             contenders[name] = Supervised(job, nvml, index, hold).kill
-        restarted = Restarted(job.engine, job.mic.scope)
+        ports = [job.mic.ports.take() for _ in range(2)]
+        restarted = Restarted(job.engine, job.mic.scope, ports[0])
         contenders["docker restart: always"] = restarted.kill
-        contenders["docker run"] = lambda: bare_run(job.engine, job.mic.scope)
+        contenders["docker run"] = lambda: bare_run(job.engine, job.mic.scope, ports[1])
         taken: dict[str, list[float]] = {name: [] for name in contenders}
         try:
             for _ in range(tries):
