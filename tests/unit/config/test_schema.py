@@ -165,7 +165,8 @@ def test_durations_come_back(seconds: float) -> None:
 
 def test_the_example_is_valid_for_the_reader_and_the_schema() -> None:
     config = load(EXAMPLE, Registry(), environ={})
-    assert {model.backend for model in config.models.values()} == {"triton", "container", "process"}
+    shown = {model.backend for model in config.models.values()}
+    assert shown == {"comfyui", "container", "process", "triton"}
     assert (
         list(
             Draft202012Validator(json_schema(Registry())).iter_errors(as_json(EXAMPLE.read_text()))
