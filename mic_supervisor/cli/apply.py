@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.events import Event, Events
-    from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.daemon.client import Client
     from mic_supervisor.plan.memory import Memory
 

@@ -10,7 +10,7 @@ from mic_supervisor.plan.status import InstanceStatus, gpu_rows, status_json
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.events import Event
-    from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.model import DesiredState, ObservedState
 
 EXIT_ALL_FAILED = 1

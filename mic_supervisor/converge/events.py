@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-EventKind = Literal["begin", "progress", "done", "failed", "phase", "config"]
+EventKind = Literal["begin", "progress", "done", "failed", "phase", "config", "adopt"]
 
 
 @dataclass(frozen=True, slots=True)

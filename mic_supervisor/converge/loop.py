@@ -11,20 +11,16 @@ import random
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from mic_supervisor.backends import Backend
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
 from mic_supervisor.converge.observe import Sources, combine, with_holders
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Target
+from mic_supervisor.converge.snapshot import Desired, Snapshot
 from mic_supervisor.converge.sources import read_in
 from mic_supervisor.errors import LoadFailed, MicError, RuntimeUnavailable, StopFailed
 from mic_supervisor.model import (
-    DesiredState,
-    GpuInventory,
-    ObservedState,
     ObservedWorkload,
 )
 from mic_supervisor.plan.actions import (
@@ -40,6 +36,7 @@ from mic_supervisor.plan.actions import (
     Step,
     Stop,
     Unload,
+    in_order,
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
 from mic_supervisor.plan.health import Phase, note_failure, remember
@@ -65,34 +62,6 @@ _PHASE_OF_STEP: Mapping[type[Step], Phase] = {
 
 
 _ON_ITS_WAY = (Phase.PENDING, Phase.STARTING, Phase.LOADING)
-
-
-class Desired(Protocol):
-    """Where the desired state comes from; it may depend on what GPUs there are."""
-
-    def state(self, inventory: GpuInventory, bindings: Mapping[str, str]) -> DesiredState:
-        """The desired state for this inventory. Blocking; may read files."""
-        ...
-
-    def backend(self, name: str) -> Backend:
-        """The backend of an instance that `state` gave."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One round's view of everything, immutable: what status, HTTP and metrics show."""
-
-    at: float
-    desired: DesiredState
-    observed: ObservedState
-    memory: Memory
-    plan: Plan
-    statuses: tuple[InstanceStatus, ...]
-    busy: frozenset[str]  # instances that steps are being executed for
-    failing: frozenset[str]  # instances whose last change failed
-    round: int = 0
-    seconds: float = 0.0  # that the round took
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +119,7 @@ class Converger:
         self._rest: dict[str, tuple[int, float]] = {}  # instance -> failures in a row, until
         self._stuck: dict[str, str] = {}  # instance -> ref of the workload that does not end
         self._assessments: dict[str, Assessment] = {}
+        self._bound = True  # whether the remembered bindings hold
         self._indices: dict[str, int] = {}
         self._gpus, self._views, self._listeners = read_in(sources, self._pool, self.wake)
 
@@ -177,6 +147,11 @@ class Converger:
         for name in [*chosen]:
             self._rest.pop(name, None)
             self._set(name, failures=0, retry_at=None, attempt=None, failed=None, reason=None)
+        self.wake()
+
+    def rebind(self) -> None:
+        """Bind the file's GPU numbers to today's GPUs anew, in the next round."""
+        self._bound = False
         self.wake()
 
     def force(self, instances: Collection[str]) -> None:
@@ -208,15 +183,15 @@ class Converger:
         lanes = [*self._lanes.values()]
         busy = frozenset(name for lane in lanes for name in lane.instances)
         activities = dict(self.activities)
-        inventory, listeners, views = await asyncio.gather(
-            self._gpus.get(),
-            self._listeners.get(),
-            asyncio.gather(*(view.get() for view in self._views)),
+        inventory, views = await asyncio.gather(
+            self._gpus.get(), asyncio.gather(*(view.get() for view in self._views))
         )
+        # After the runtimes: the port of a container that dies in between would look like a
+        # stranger's.
+        listeners = await self._listeners.get()
         loop = asyncio.get_running_loop()
-        desired = await loop.run_in_executor(
-            self._pool, self._desired.state, inventory, self.memory.bindings
-        )
+        bindings, self._bound = (self.memory.bindings if self._bound else {}), True
+        desired = await loop.run_in_executor(self._pool, self._desired.state, inventory, bindings)
         now = self._clock()
         self._indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
         # Asked of the configuration at hand: another one may have come since it was taken.
@@ -238,6 +213,7 @@ class Converger:
             keep={name for entry in desired.unsatisfiable for name in entry.instances},
         )
         memory = replace(memory, bindings=dict(desired.bindings))
+        self._tell_adopted(memory, assessments, now)
         plan = reconcile(desired, observed, memory, now, context, assessments)
         self._dispatch(plan, lanes, now)
         activities |= self.activities
@@ -283,6 +259,16 @@ class Converger:
         if item is None:
             raise LoadFailed(f"cannot change {step.instance}: the file no longer names it")
         return self._target(step.workload, item)
+
+    def _tell_adopted(self, memory: Memory, assessments: list[Assessment], now: float) -> None:
+        """An instance that runs as it should, and that nothing is remembered of, is taken over."""
+        for item in assessments:
+            name = item.instance.id
+            known = self.memory.of(name).started is not None
+            if item.runs and not known and memory.of(name).started is not None:
+                instance = item.instance
+                text = "adopted: it runs already, as the file asks"
+                self._events.tell(Event("adopt", now, name, text, instance.model, instance.gpus))
 
     def _note_phases(
         self, memory: Memory, statuses: tuple[InstanceStatus, ...], now: float
@@ -381,7 +367,7 @@ class Converger:
                 broken.add(change.instance)
                 if isinstance(step, Stop) and isinstance(error, StopFailed):
                     self._stuck[step.instance] = step.workload.ref
-                self._failed(change, error, began)
+                self._failed(step, change, error, began)
         for change in changes:
             if change.instance not in broken:
                 self._rest.pop(change.instance, None)
@@ -414,19 +400,21 @@ class Converger:
             # The next round must see what is loaded now, or it would ask for it again.
             await self._prober.look_now(step.workload.ref)
 
-    def _failed(self, change: Change, error: MicError, began: float) -> None:
+    def _failed(self, step: Step, change: Change, error: MicError, began: float) -> None:
         now = self._clock()
-        count = self._rest.get(change.instance, (0, 0.0))[0] + 1
-        self._rest[change.instance] = (
-            count,
-            now + min(_LANE_REST * 2.0 ** min(count - 1, 6), 60.0),
-        )
+        self._let_rest(change.instance)
         item = self._assessments.get(change.instance)
         # An engine that is gone says nothing about the instance, nor does an old one that stays.
         if item is not None and not isinstance(error, RuntimeUnavailable | StopFailed):
             entry = self.memory.of(change.instance)
             entry = note_failure(
-                entry, item, error.message, now, jitter=random.random(), refused=True
+                entry,
+                item,
+                error.message,
+                now,
+                jitter=random.random(),
+                refused=True,
+                early=isinstance(step, Prepare | Create),
             )
             self.memory = self.memory.with_instance(change.instance, entry)
         self._tell("failed", change, error.message, seconds=now - began, hint=error.hint)
@@ -466,22 +454,6 @@ class Converger:
                 phase=change.kind,
             )
         )
-
-
-def in_order(steps: list[Step]) -> list[Step]:
-    """Each step after those that it depends on, otherwise as given.
-
-    A dependency on a step that is not among them is met.
-    """
-    waiting = {step.id: step for step in steps}
-    out: list[Step] = []
-    while waiting:
-        ready = [step for step in waiting.values() if not waiting.keys() & set(step.depends_on)]
-        if not ready:
-            raise AssertionError(f"steps depend on each other in a circle: {sorted(waiting)}")
-        out.append(ready[0])
-        del waiting[ready[0].id]
-    return out
 
 
 def _from_thread(

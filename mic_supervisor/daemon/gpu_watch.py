@@ -21,7 +21,7 @@ from mic_supervisor.gpu.events import (
 )
 
 if TYPE_CHECKING:
-    from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.gpu import GpuSource
 
 _LEVELS = {XidSeverity.CRITICAL: logging.ERROR}

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,7 @@ class Requests:
         with self._listening(tell) as errors:
             await self._asked_to_reload(params, tell)
             if params.get("rebind"):
-                self._converger.memory = replace(self._converger.memory, bindings={})
+                self._converger.rebind()
             self._converger.forgive()
             self._tell_what_is_under_way(tell)
             snapshot = await self._settling.settled()

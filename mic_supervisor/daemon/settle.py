@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from mic_supervisor.plan.settled import settled
 
 if TYPE_CHECKING:
-    from mic_supervisor.converge.loop import Converger, Snapshot
+    from mic_supervisor.converge.loop import Converger
+from mic_supervisor.converge.snapshot import Snapshot
 
 
 class Settling:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mic_supervisor import __version__
 from mic_supervisor.converge.desired import FileDesired
 from mic_supervisor.converge.events import Event, Events
-from mic_supervisor.converge.loop import Converger, Snapshot
+from mic_supervisor.converge.loop import Converger
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.converge.state import StateDir, host_name
 from mic_supervisor.daemon.control import ControlServer
 from mic_supervisor.daemon.generations import Generations, Reloaded

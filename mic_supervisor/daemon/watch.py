@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 POLL = 2.0  # seconds between two looks at the files' content, for what no event tells
+_STEP = 100  # milliseconds between two looks of the listener at what the kernel told it
 _QUIET = 0.25  # seconds without a change until a file counts as written
 _LONGEST = 3.0  # seconds after which a file that never rests is read all the same
 
@@ -55,7 +56,7 @@ async def _listen(path: Path, hints: asyncio.Event) -> None:
         try:
             if directories:
                 async for _ in awatch(
-                    *directories, debounce=50, step=20, recursive=False, stop_event=None
+                    *directories, debounce=200, step=_STEP, recursive=False, stop_event=None
                 ):
                     hints.set()
                     if _directories(path) != directories:

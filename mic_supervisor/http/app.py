@@ -17,7 +17,7 @@ from mic_supervisor.http.readonly import UNGUARDED, ReadOnly, command_for, refus
 from mic_supervisor.http.views import JSON, Answer, Views
 
 if TYPE_CHECKING:
-    from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.http.access import Access
     from mic_supervisor.http.published import Published
     from mic_supervisor.http.readonly import App

@@ -12,7 +12,7 @@ from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.status import gpu_rows
 
 if TYPE_CHECKING:
-    from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.http.published import Published
     from mic_supervisor.model import Gpu, GpuInventory, ObservedWorkload
     from mic_supervisor.plan.status import InstanceStatus

@@ -29,7 +29,7 @@ from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import gpu_rows
 
 if TYPE_CHECKING:
-    from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.http.published import Durations, Published
     from mic_supervisor.http.views import Answer, Views
     from mic_supervisor.model import Gpu, GpuInventory

@@ -23,7 +23,7 @@ from mic_supervisor.plan.status import gpu_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.events import Event
-    from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.http.published import Published
     from mic_supervisor.http.views import Answer, Views
 
@@ -279,7 +279,7 @@ def _event(event: Event, context: Context) -> Markup:
         what = what.replace("_", " ")
     elif event.kind == "failed":
         what = f"{event.phase} failed"
-    elif event.kind == "config":
+    elif event.kind in ("config", "adopt"):
         what = ""
     else:
         what = f"{event.phase} {'begins' if event.kind == 'begin' else event.kind}"

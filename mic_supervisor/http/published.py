@@ -9,7 +9,7 @@ from typing import Any
 
 from mic_supervisor.converge.documents import status_document
 from mic_supervisor.converge.events import Event
-from mic_supervisor.converge.loop import Snapshot
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.gpu.events import XidRecord
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 HIDDEN = "(hidden)"
 SHORTEST = 6  # characters; what is shorter is "true" or "8192" far more often than a secret
 
-_FREE_TEXT = frozenset({"reason", "hint", "error", "cause", "waits", "warnings", "text", "detail"})
+_FREE_TEXT = frozenset(
+    {"reason", "hint", "error", "cause", "waits", "warnings", "unreadable", "text", "detail"}
+)
 _PRIVATE = re.compile(r"(command|entrypoint|env|args|file_env|variables)(?=[.\[]|$)")
 _PRIVATE_KEY = re.compile(r"\.(env|args|command|entrypoint|exec)(?=[.\[:])")
 _HEADLINE = re.compile(r"(?P<place>.*?: error: )(?P<rest>.*)")

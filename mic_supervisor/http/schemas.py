@@ -122,6 +122,7 @@ class Status(Shape):
     config: ConfigInUse
     instances: list[StatusInstance]
     gpus: list[StatusGpu]
+    unreadable: list[str]
     warnings: list[str]
 
 

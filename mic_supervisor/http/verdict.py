@@ -15,7 +15,7 @@ from mic_supervisor.plan.render import gpu_names
 from mic_supervisor.plan.status import gpu_rows
 
 if TYPE_CHECKING:
-    from mic_supervisor.converge.loop import Snapshot
+    from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.http.published import Published
     from mic_supervisor.plan.status import InstanceStatus
 

@@ -157,3 +157,19 @@ class Plan:
     @property
     def empty(self) -> bool:
         return self.count == 0 and not self.blocked
+
+
+def in_order(steps: list[Step]) -> list[Step]:
+    """Each step after those that it depends on, otherwise as given.
+
+    A dependency on a step that is not among them is met.
+    """
+    waiting = {step.id: step for step in steps}
+    out: list[Step] = []
+    while waiting:
+        ready = [step for step in waiting.values() if not waiting.keys() & set(step.depends_on)]
+        if not ready:
+            raise AssertionError(f"steps depend on each other in a circle: {sorted(waiting)}")
+        out.append(ready[0])
+        del waiting[ready[0].id]
+    return out

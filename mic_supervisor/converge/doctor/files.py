@@ -33,7 +33,7 @@ def settings(found: Settings) -> Iterator[Finding]:
 def config(found: Settings, load: Callable[[], Config]) -> Iterator[Finding]:
     """Raises MicError as `load` does, but for errors in the file."""
     path = found.config
-    if not path.exists():
+    if not _there(path):
         yield fail("config", f"{path} {_why(path)}", "write a first one with: mic-supervisor init")
         return
     try:
@@ -119,7 +119,7 @@ def directories(found: Settings) -> Iterator[Finding]:
 def _own(subject: str, path: Path, variable: str, refused: int) -> Iterator[Finding]:
     """`refused` are mode bits that would let others at what is in it."""
     there = path
-    while not there.exists() and there != there.parent:
+    while not _there(there) and there != there.parent:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         yield fail(
@@ -149,7 +149,7 @@ def _own(subject: str, path: Path, variable: str, refused: int) -> Iterator[Find
 def process_logs(found: Settings, *, keepers: bool) -> Iterator[Finding]:
     """Logs of host processes lie in the run directory where no journal takes them."""
     there = found.run_dir
-    if keepers and there.exists() and _is_tmpfs(there):
+    if keepers and _there(there) and _is_tmpfs(there):
         yield warn(
             "logs",
             f"logs of host processes are in {there}, which is memory, and gone after a reboot",
@@ -160,7 +160,7 @@ def process_logs(found: Settings, *, keepers: bool) -> Iterator[Finding]:
 def docker_disk(root: Callable[[], str | None]) -> Iterator[Finding]:
     """Room for images and containers' logs. Raises MicError when the engine cannot be asked."""
     path = root()
-    if path is None or not Path(path).exists():
+    if path is None or not _there(Path(path)):
         return
     usage = shutil.disk_usage(path)
     text = f"{path}: {usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB free"
@@ -170,6 +170,11 @@ def docker_disk(root: Callable[[], str | None]) -> Iterator[Finding]:
         )
     else:
         yield ok("docker disk", text)
+
+
+def _there(path: Path) -> bool:
+    """False also where it may not be looked for, which Path.exists raises for."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def _is_tmpfs(path: Path) -> bool:

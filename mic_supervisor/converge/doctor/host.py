@@ -17,6 +17,7 @@ _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 _PORTS_PER_GPU = 6  # three for an instance and three for its successor
 _PLAUSIBLE = 1735689600.0  # 2025-01-01, before this program was written
 _PATIENCE = 5.0  # seconds
+_WRITTEN = ("memory.json", "history.jsonl")
 
 
 def ports(
@@ -96,7 +97,7 @@ def clock(state: Path, *, systemd: bool, now: Callable[[], float] = time.time) -
     if at < _PLAUSIBLE:
         yield fail("clock", "it says a year before 2025", "set it, and enable NTP")
         return
-    newest = max((_mtime(path) for path in state.glob("*.json*")), default=0.0)
+    newest = max((_mtime(state / name) for name in _WRITTEN), default=0.0)
     if newest > at + 60:
         yield warn(
             "clock",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from mic_supervisor.converge.events import Event
-from mic_supervisor.converge.loop import Snapshot
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http.published import ConfigState, LoopState, Published
 from mic_supervisor.http.views import Views
 from mic_supervisor.model import (
