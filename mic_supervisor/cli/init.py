@@ -106,7 +106,7 @@ def _running(found: Settings) -> tuple[GpuInventory, list[Proposal], list[str]]:
 
 
 def _must_be_new(path: Path) -> None:
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         raise MicError(f"cannot write {path}: it is there already", hint="replace it with: --force")
 
 

@@ -72,7 +72,14 @@ def command(pid: int | None, all_orphans: bool, yes: bool, force: bool, grace: f
     found = wiring.settings()
     if pid is not None:
         _refuse_outright(pid, found)
-    machine = wiring.machine(found, create_key=False)
+    try:
+        machine = wiring.machine(found, create_key=False)
+    except MicError as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        click.echo(f"error: cannot tell what is ours: {error.message}", err=True)
+        click.echo("hint: run as root", err=True)
+        return EXIT_DENIED
     try:
         look = survey(machine.sources)
         if pid is not None:

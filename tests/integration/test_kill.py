@@ -224,9 +224,12 @@ def test_on_a_terminal_it_asks(
         while b"Kill it?" not in shown:
             assert select.select([terminal], [], [], 20)[0], shown
             shown += os.read(terminal, 4096)
-        os.write(terminal, answer)
-        while select.select([terminal], [], [], 30)[0]:
-            shown += os.read(terminal, 4096)
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            # An interrupt just before readline waits is noticed with the next key only.
+            os.write(terminal, answer)
+            while select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 4096)
     except OSError:  # the other side has ended
         pass
     finally:

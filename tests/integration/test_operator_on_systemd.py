@@ -58,6 +58,30 @@ def test_from_a_fresh_machine_to_one_that_runs(systemd_machine: SystemdMachine) 
     )
 
 
+def test_a_plain_user_is_told_what_only_root_may_know(systemd_machine: SystemdMachine) -> None:
+    """After the first test: a daemon runs, and keeps its state to itself."""
+    machine = systemd_machine
+    asked = machine.exec("mic-supervisor", "doctor", user="alice", rc=1)
+    assert asked.stderr == ""
+    assert "cannot be checked" not in asked.stdout
+    assert "fail  state: cannot write to /var/lib/mic; mend: run as root" in asked.stdout
+    assert (
+        "fail  daemon: cannot talk to the daemon at /run/mic/mic.sock: permission denied; "
+        "mend: run as root, or add yourself to the group mic\n"
+    ) in asked.stdout
+    pid = machine.show("mic.service", "MainPID")
+    refused = machine.exec("mic-supervisor", "kill", "--yes", pid, user="alice", rc=77)
+    assert refused.stderr == (
+        "error: cannot tell what is ours: cannot read /var/lib/mic/default/spec.key: "
+        "Permission denied\nhint: run as root\n"
+    )
+    written = machine.exec("mic-supervisor", "init", "--output=/root/x.yaml", user="alice", rc=1)
+    assert written.stderr == (
+        "error: cannot write /root/x.yaml: permission denied\n"
+        "hint: run as root, or name another file with --output\n"
+    )
+
+
 def test_a_process_of_a_unit_says_whose_it_is(systemd_machine: SystemdMachine) -> None:
     machine = systemd_machine
     machine.write("/etc/mic/mic.env", SETTINGS)
