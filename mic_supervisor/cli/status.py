@@ -13,10 +13,18 @@ from mic_supervisor.cli import wiring
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Group
+    from rich.table import Table
+
+    from mic_supervisor.cli.wiring import Machine
     from mic_supervisor.config.settings import Settings
 
 EXIT_UNREADABLE = 1
 EXIT_NOT_READY = 3
+
+_PERIOD = 1.0  # seconds between two looks of --watch
 
 _STYLES = {"ready": "green", "unprobed": "default", "starting": "yellow", "loading": "yellow"}
 
@@ -24,15 +32,22 @@ _STYLES = {"ready": "green", "unprobed": "default", "starting": "yellow", "loadi
 @click.command(name="status")
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(model: str | None, as_json: bool) -> int:
+@click.option(
+    "--watch",
+    "-w",
+    is_flag=True,
+    help="Redraw every second until Ctrl-C; in a pipe, or with --json, print a document a line.",
+)
+def command(model: str | None, as_json: bool, watch: bool) -> int:
     """Desired against actual, one row per instance.
 
     MODEL shows one model only. Exits with 0 when all shown are ready, 3 otherwise, and 1 when the
-    machine cannot be read.
+    machine cannot be read. --watch ends with 0.
     """
+    read = _reader(model)
+    if watch:
+        return _stream(read) if as_json or not sys.stdout.isatty() else _redraw(read)
     document = read()
-    if model is not None:
-        document["instances"] = _only(model, document["instances"])
     if as_json:
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     else:
@@ -42,16 +57,60 @@ def command(model: str | None, as_json: bool) -> int:
     return 0 if all(row["as_desired"] for row in document["instances"]) else EXIT_NOT_READY
 
 
-def read() -> dict[str, Any]:
-    """The daemon's document where one runs, else one made by looking now."""
+def _reader(model: str | None) -> Callable[[], dict[str, Any]]:
+    """What reads the document once more each time it is called, for this model or for all."""
+    found = wiring.settings()
+    machine: list[Machine] = []  # made when it is first looked at, and kept: it holds NVML open
+
+    def read() -> dict[str, Any]:
+        document = _ask(found)
+        if document is None:
+            if not machine:
+                machine.append(wiring.machine(found, create_key=False))
+            document = look(machine[0])
+        if model is not None:
+            document["instances"] = _only(model, document["instances"])
+        return document
+
+    return read
+
+
+def _ask(found: Settings) -> dict[str, Any] | None:
+    """The daemon's document; None where none runs. HTTP is for who may not use the socket."""
     from mic_supervisor.daemon.client import Client
 
-    found = wiring.settings()
-    client = Client.connect(found.socket)
-    if client is not None:
+    try:
+        client = Client.connect(found.socket)
+        if client is None:
+            return None
         document: dict[str, Any] = client.call("status", timeout=10.0)
-        return document
-    return look(found)
+    except MicError as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        over_http = _ask_http(found)
+        if over_http is None:
+            raise
+        return over_http
+    return document
+
+
+def _ask_http(found: Settings) -> dict[str, Any] | None:
+    """The document that the daemon serves on MIC_LISTEN; None where nobody gives one."""
+    from urllib.error import URLError
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(found.listen.host, found.listen.host)
+    request = Request(f"http://{found.listen._replace(host=host)}/api/v1/status")
+    try:
+        if found.http_token_file is not None:
+            token = found.http_token_file.read_text(encoding="utf-8").strip()
+            request.add_header("Authorization", f"Bearer {token}")
+        # This machine is not to be reached through a proxy.
+        with build_opener(ProxyHandler({})).open(request, timeout=5.0) as answer:
+            document = json.load(answer)
+    except (URLError, OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) and document.get("version") == 1 else None
 
 
 def _only(model: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -65,7 +124,7 @@ def _only(model: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return chosen
 
 
-def look(found: Settings) -> dict[str, Any]:
+def look(machine: Machine) -> dict[str, Any]:
     """Observe and probe everything once, and hold it against the file."""
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.documents import status_document
@@ -76,8 +135,7 @@ def look(found: Settings) -> dict[str, Any]:
     from mic_supervisor.plan.reconcile import reconcile
     from mic_supervisor.plan.status import instance_statuses
 
-    machine = wiring.machine(found, create_key=False)
-    config = wiring.load_config(found, None, machine.registry)
+    config = wiring.load_config(machine.settings, None, machine.registry)
     memory = machine.state.memory()
     observed = observe(machine.sources, time.time())
     provider = FileDesired(config, machine.registry, machine.settings.instance_data)
@@ -107,38 +165,122 @@ def look(found: Settings) -> dict[str, Any]:
 
 def show(document: dict[str, Any]) -> None:
     """A table on a terminal, lines of tab-separated fields in a pipe."""
-    rows = document["instances"]
+    for text in _notices(document):
+        click.echo(text, err=True)
+    if not sys.stdout.isatty():
+        for row in document["instances"]:
+            click.echo("\t".join((*_cells(row, document["at"]), row["reason"] or "")))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(_table(document))
+    for text in _remarks(document):
+        console.print(text, soft_wrap=True, markup=False)
+
+
+def _notices(document: dict[str, Any]) -> list[str]:
+    """What is to be known besides the rows: what cannot be read, warnings, a broken file."""
     warnings = document["warnings"]
     told = [
         text for text in document["unreadable"] if not any(w.startswith(text) for w in warnings)
     ]
-    for text in (*told, *warnings):
-        click.echo(f"warning: {text}", err=True)
+    notices = [f"warning: {text}" for text in (*told, *warnings)]
     if document["config"]["error"]:
-        click.echo(f"{document['config']['error']}".rstrip(), err=True)
-        click.echo("warning: the file has errors; what it said before runs", err=True)
-    cells = [_cells(row, document["at"]) for row in rows]
-    if not sys.stdout.isatty():
-        for cell, row in zip(cells, rows, strict=True):
-            click.echo("\t".join((*cell, row["reason"] or "")))
-        return
-    from rich.console import Console
+        notices.append(f"{document['config']['error']}".rstrip())
+        notices.append("warning: the file has errors; what it said before runs")
+    return notices
+
+
+def _table(document: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("GPU", "MODEL", "PHASE", "SYNC", "SINCE", "RST", "ENDPOINT"):
         table.add_column(name, overflow="fold", no_wrap=name in ("PHASE", "ENDPOINT"))
-    for cell in cells:
+    for row in document["instances"]:
+        cell = _cells(row, document["at"])
         table.add_row(*cell[:2], f"[{_STYLES.get(cell[2], 'red')}]{cell[2]}", *cell[3:])
-    console = Console(highlight=False)
-    console.print(table)
-    for row in rows:
-        if row["reason"] and not row["as_desired"]:
-            console.print(f"{row['id']}: {row['reason']}", soft_wrap=True, markup=False)
+    return table
+
+
+def _remarks(document: dict[str, Any]) -> list[str]:
+    """A sentence for each row that is not as it should be, and for each GPU that is noteworthy."""
+    remarks = [
+        f"{row['id']}: {row['reason']}"
+        for row in document["instances"]
+        if row["reason"] and not row["as_desired"]
+    ]
     for gpu in document["gpus"]:
         if gpu["state"] in ("foreign", "unmanaged", "lost", "unknown"):
             name = gpu["uuid"] if gpu["index"] is None else f"GPU {gpu['index']}"
-            console.print(f"{name} is {gpu['state']}", markup=False)
+            remarks.append(f"{name} is {gpu['state']}")
+    return remarks
+
+
+# --- --watch ------------------------------------------------------------------------------------
+
+
+def _stream(read: Callable[[], dict[str, Any]]) -> int:
+    """A document a line, until the reader goes or Ctrl-C."""
+    try:
+        while True:
+            began = time.monotonic()
+            click.echo(json.dumps(read(), ensure_ascii=False))
+            _rest(began)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _redraw(read: Callable[[], dict[str, Any]]) -> int:
+    """The table on a screen of its own, until Ctrl-C.
+
+    A first read that fails ends the command; a later one is shown in place, above what was seen
+    last: a daemon that restarts is back in a moment.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False)
+    document = read()
+    trouble: MicError | None = None
+    try:
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                began = time.monotonic()
+                live.update(_screen(document, trouble, console.width), refresh=True)
+                _rest(began)
+                try:
+                    document, trouble = read(), None
+                except MicError as error:
+                    trouble = error
+    except KeyboardInterrupt:
+        return 0
+
+
+def _screen(document: dict[str, Any], trouble: MicError | None, width: int) -> Group:
+    """Everything that `show` prints, and when it was so."""
+    from rich.console import Group
+    from rich.text import Text
+
+    now = time.time()
+    title = f"{document['host']}  {time.strftime('%H:%M:%S', time.localtime(now))}"
+    lines = [Text(title[:width], style="bold")]
+    if trouble is not None:
+        lines.append(Text(f"not read for {_ago(document['at'], now)}: {trouble.message}"))
+    # Between two rounds of the daemon time goes on.
+    current = {**document, "at": max(now, document["at"])}
+    return Group(
+        *lines,
+        Text(),
+        _table(current),
+        Text(),
+        *(Text(text) for text in (*_remarks(document), *_notices(document))),
+    )
+
+
+def _rest(began: float) -> None:
+    time.sleep(max(0.0, began + _PERIOD - time.monotonic()))
 
 
 def _cells(row: dict[str, Any], now: float) -> tuple[str, ...]:
