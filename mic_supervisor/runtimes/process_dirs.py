@@ -1,9 +1,14 @@
-"""The directories that a host process wants to find when it starts."""
+"""The directories that a host process wants to find when it starts.
+
+A supervisor that systemd runs may write next to nowhere, and become nobody else. There PID 1 runs
+this as a program, `python -I -c PROGRAM USER DIRECTORY…`, before the process itself.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from mic_supervisor.errors import PreflightFailed
@@ -12,6 +17,14 @@ from mic_supervisor.runtimes import process_checks as checks
 from mic_supervisor.runtimes.process_checks import Account
 
 _PATIENCE = 10.0  # seconds for a command that makes or tries a directory
+# -I leaves out the current directory and the user's own, but a checkout has to be found, too.
+PROGRAM = f"""\
+import sys
+sys.path.append({str(Path(__file__).parents[2])!r})
+from mic_supervisor.runtimes.process_dirs import main
+sys.exit(main(sys.argv[1:]))
+"""
+
 _MODE = 0o700
 _PARENTS = 0o755
 
@@ -42,8 +55,20 @@ def make(spec: ProcessSpec) -> None:
     if useless is not None:
         raise PreflightFailed(
             f"cannot use the directory {useless}: {spec.user or 'this user'} may not write there",
-            hint=f"give it to that user: chown -R {spec.user or os.geteuid()} {useless}",
+            hint=f"see which part keeps it out: namei -l {useless}",
         )
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status; why, in one line on stderr."""
+    user, *directories = arguments
+    try:
+        make(ProcessSpec(("",), user=user or None, directories=tuple(directories)))
+    except PreflightFailed as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        sys.stderr.write(f"{error}{hint}\n")
+        return 1
+    return 0
 
 
 def _make(path: Path, who: Account) -> None:

@@ -180,6 +180,8 @@ class SystemdRuntime:
         if failed is not None:
             reason, invocation = failed
             told = systemd_journal.spawn_failure(name, invocation) if invocation else None
+            if told is None and invocation and spec.directories:
+                told = systemd_journal.last_words(invocation)
             raise RuntimeRefused(
                 f"cannot {action}: {told or reason}", hint=f"see journalctl --unit {name}"
             )

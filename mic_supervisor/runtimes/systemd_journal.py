@@ -99,6 +99,15 @@ def spawn_failure(unit: str, invocation: str) -> str | None:
     return f"{match[2]}: {match[3]} (step {match[1]})" if match else None
 
 
+def last_words(invocation: str) -> str | None:
+    """The last line that a run, or what came before its program, has written."""
+    try:
+        lines = list(read("read the journal", invocation, tail=1))
+    except RuntimeRefused:
+        return None  # it only adds to what is known
+    return lines[-1] if lines else None
+
+
 def sync() -> None:
     """Have journald write what it was sent; what it does not do in time is read a moment later."""
     try:

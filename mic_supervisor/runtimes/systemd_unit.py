@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.model import Identity, Launch, ProcessSpec
+from mic_supervisor.runtimes import process_dirs
 
 MANAGER = "mic-supervisor"
 SLICE = "mic.slice"
@@ -233,7 +235,7 @@ def properties(
             ],
         ),
     ]
-    return [*found, *user(spec.user), *_limits(spec)]
+    return [*found, *user(spec.user), *_limits(spec), *_directories(spec)]
 
 
 def command(program: str, arguments: tuple[str, ...]) -> Property:
@@ -242,8 +244,23 @@ def command(program: str, arguments: tuple[str, ...]) -> Property:
     ExecStartEx could turn that off, but systemd 252 writes it into its own copy of the unit in a
     way that it cannot read again, and the next daemon-reload leaves a unit with "bad-setting".
     """
-    doubled = [argument.replace("$", "$$") for argument in arguments]
-    return Property("ExecStart", "a(sasb)", [[program, doubled, False]])
+    return Property("ExecStart", "a(sasb)", [[program, _doubled(arguments), False]])
+
+
+def _doubled(arguments: Iterable[str]) -> list[str]:
+    return [argument.replace("$", "$$") for argument in arguments]
+
+
+def _directories(spec: ProcessSpec) -> list[Property]:
+    """PID 1 has them made, as root: a supervisor in a unit of its own may not do it."""
+    if not spec.directories:
+        return []
+    program = (sys.executable, "-I", "-c", process_dirs.PROGRAM)
+    arguments = _doubled((*program, spec.user or "", *spec.directories))
+    return [
+        Property("ExecStartPre", "a(sasb)", [[sys.executable, arguments, False]]),
+        Property("PermissionsStartOnly", "b", True),
+    ]
 
 
 def user(name: str | None) -> list[Property]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pwd
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +96,31 @@ def test_one_that_the_user_cannot_write_is_told_before_anything_is_stopped(base:
     with pytest.raises(PreflightFailed) as caught:
         process_dirs.make(spec(own, own / "user", user=NOBODY))
     assert str(caught.value) == f"cannot use the directory {own}: nobody may not write there"
-    assert caught.value.hint == f"give it to that user: chown -R nobody {own}"
+    assert caught.value.hint == f"see which part keeps it out: namei -l {own}"
+
+
+@AS_ROOT
+def test_so_is_a_parent_that_keeps_the_user_out(base: Path) -> None:
+    (base / "state").mkdir(mode=0o700)
+    with pytest.raises(PreflightFailed, match=r"cannot use the directory .*/state/mam-1: nobody"):
+        process_dirs.make(spec(base / "state" / "mam-1", user=NOBODY))
+
+
+def test_as_a_program(base: Path) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-I", "-c", process_dirs.PROGRAM, "", *arguments]
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    own = base / "with space" / "mam-1"
+    assert run(str(own), str(own / "user")) == (0, "")
+    assert (own / "user").is_dir()
+    (base / "file").write_text("")
+    assert run(str(base / "file")) == (
+        1,
+        f"cannot make the directory {base}/file: File exists "
+        "(make room for it, or name another place in the file)\n",
+    )
 
 
 def test_a_file_in_its_place_is_told(base: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -253,6 +254,15 @@ def test_no_secret_is_among_the_properties() -> None:
 )
 def test_what_the_specification_adds(spec: ProcessSpec, added: dict[str, Any]) -> None:
     assert properties(spec) == {**properties(), **added}
+
+
+def test_directories_are_made_before_by_root() -> None:
+    made = properties(replace(SPEC, user="alice", directories=("/srv/a$b", "/srv/a$b/c")))
+    assert made["PermissionsStartOnly"] == ("b", True)
+    signature, [[program, arguments, ignored]] = made["ExecStartPre"]
+    assert (signature, program, ignored) == ("a(sasb)", sys.executable, False)
+    assert arguments[:3] == [sys.executable, "-I", "-c"]
+    assert arguments[4:] == ["alice", "/srv/a$$b", "/srv/a$$b/c"]
 
 
 def test_without_a_gpu() -> None:
