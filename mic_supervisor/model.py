@@ -400,6 +400,7 @@ class ObservedWorkload:
     engine_health: Literal["starting", "healthy", "unhealthy"] | None = None
     error: str | None = None  # what the runtime says went wrong
     image_id: str | None = None
+    closing: bool = False  # it ended, and its runtime is still tidying up: it has its ports yet
 
 
 @dataclass(frozen=True, slots=True)

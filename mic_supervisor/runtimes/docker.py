@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, Run
 from mic_supervisor.model import ContainerSpec, Launch, ObservedWorkload, RuntimeView
 from mic_supervisor.runtimes import Progress
 from mic_supervisor.runtimes.docker_create import CDI_KIND, INSTANCE, container_config, ownership
+from mic_supervisor.runtimes.docker_endings import Endings, as_ended
 from mic_supervisor.runtimes.docker_engine import Engine, an_object
 from mic_supervisor.runtimes.docker_pull import Puller
 from mic_supervisor.runtimes.docker_view import detailed, labels_in, split, stranger_reason
@@ -56,6 +58,7 @@ class DockerRuntime:
         self._host = host
         self._engine = Engine(base_url, timeout=timeout, patience=patience)
         self._kill_wait = kill_wait
+        self._endings = Endings(self._settle)
         self._puller = Puller(self._engine, docker_config)
         self._devices: tuple[float, frozenset[str]] | None = None
 
@@ -68,6 +71,7 @@ class DockerRuntime:
     def observe(self) -> RuntimeView:
         """One list call, no inspection: pid, started_at and finished_at stay None."""
         what = "cannot list containers"
+        endings = self._endings.now()
         try:
             listed = self._engine.peek(what, "/containers/json?all=1")
             if listed is None:
@@ -77,12 +81,11 @@ class DockerRuntime:
         if not isinstance(listed, list):
             return RuntimeView(
                 self.name,
-                error=f"{what}: what answers at {self._engine.address} "
-                "is not a Docker Engine",
+                error=f"{what}: what answers at {self._engine.address} is not a Docker Engine",
                 hint="check MIC_DOCKER_HOST",
             )
         workloads, strangers = split(listed, self._scope, self._host)
-        return RuntimeView(self.name, workloads, strangers)
+        return RuntimeView(self.name, as_ended(workloads, endings), strangers)
 
     def inspect(self, workload: ObservedWorkload) -> ObservedWorkload:
         """The workload with all that one inspection tells: pid, times, error of the engine.
@@ -191,8 +194,16 @@ class DockerRuntime:
                 api.unpause(ref)
             return True
 
-        if not self._call(what, ask, patient=True):
+        self._endings.starting(ref)
+        try:
+            there = self._call(what, ask, patient=True)
+        except MicError:
+            self._endings.refused(ref)
+            raise
+        if not there:
+            self._endings.refused(ref)
             raise RuntimeRefused(f"{what}: it no longer exists", hint="apply again")
+        self._endings.runs(ref)
 
     # --- Ending -------------------------------------------------------------------------------
 
@@ -236,7 +247,8 @@ class DockerRuntime:
         """
         from mic_supervisor.runtimes.docker_follow import event_lines
 
-        return event_lines(self._engine, ownership(self._scope, self._host), stop, self._settle)
+        labels, endings = ownership(self._scope, self._host), self._endings
+        return event_lines(self._engine, labels, stop, endings.started, endings.ended)
 
     def run_check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
@@ -255,13 +267,9 @@ class DockerRuntime:
         return self._engine.call(what, ask, patient=patient)
 
     def _settle(self, ref: str) -> None:
-        """Wait until the engine has written down that a container ended.
-
-        It tells of a death before it cleans up, and lists the container as running until it is
-        done with that, about 0.1 s later, of which it tells nobody (seen on Engine 20.10). An
-        inspection waits for the container's lock, and so for the end of it.
-        """
-        self._inspect("cannot inspect a container that ended", ref)
+        """Wait until the engine has written down that a container ended, or cannot be asked."""
+        with suppress(MicError):
+            self._inspect("cannot inspect a container that ended", ref)
 
     def _inspect(self, what: str, ref: str) -> dict[str, Any] | None:
         """The engine's description of a container; None: there is none."""

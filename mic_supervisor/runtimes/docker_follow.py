@@ -45,11 +45,13 @@ def event_lines(
     engine: Engine,
     labels: Mapping[str, str],
     stop: threading.Event,
-    settle: Callable[[str], None],
+    started: Callable[[str], None],
+    ended: Callable[[str, int | None], None],
 ) -> Iterator[str]:
     """A line per event of a container with these labels, see DockerRuntime.events.
 
-    `settle` is called with the id of a container that ended, before its line is given out.
+    `started` and `ended` are told of a container, by its id, before its line is given out; `ended`
+    with its exit code.
     """
     what = "cannot follow the engine's events"
     filters = {
@@ -70,8 +72,11 @@ def event_lines(
         for event in engine.reading(what, documents(response.iter_lines())):
             if stop.is_set():
                 return
-            if event.get("Action") == "die" and isinstance(event.get("id"), str):
-                settle(event["id"])
+            ref = event.get("id")
+            if isinstance(ref, str) and event.get("Action") == "die":
+                ended(ref, _exit_code(event))
+            elif isinstance(ref, str) and event.get("Action") == "start":
+                started(ref)
             yield _event_line(event)
     except RuntimeUnavailable:
         if stop.is_set():
@@ -94,6 +99,13 @@ def _hang_up(response: Response, stop: threading.Event, over: threading.Event) -
     # Closed already: that was the aim.
     with contextlib.suppress(*engine_errors()):
         CancellableStream(iter(()), response).close()
+
+
+def _exit_code(event: Mapping[str, Any]) -> int | None:
+    actor = event.get("Actor")
+    found = actor.get("Attributes") if isinstance(actor, Mapping) else None
+    code = found.get("exitCode") if isinstance(found, Mapping) else None
+    return int(code) if isinstance(code, str) and code.isdecimal() else None
 
 
 def _event_line(event: Mapping[str, Any]) -> str:
