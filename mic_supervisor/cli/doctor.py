@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -49,7 +50,8 @@ def command(as_json: bool) -> int:
     elif sys.stdout.isatty():
         from shutil import get_terminal_size
 
-        for line in table(findings, get_terminal_size().columns):
+        colours = not os.environ.get("NO_COLOR")
+        for line in table(findings, get_terminal_size().columns, colours=colours):
             click.echo(line)
     else:
         for line in lines(findings):
@@ -179,7 +181,7 @@ def lines(findings: Sequence[Finding]) -> list[str]:
     ]
 
 
-def table(findings: Sequence[Finding], width: int) -> list[str]:
+def table(findings: Sequence[Finding], width: int, *, colours: bool = True) -> list[str]:
     """The same for people: in columns, broken at `width`, the way to mend on lines of its own."""
     from textwrap import wrap
 
@@ -190,7 +192,9 @@ def table(findings: Sequence[Finding], width: int) -> list[str]:
         texts = wrap(printable(item.text), room, break_on_hyphens=False) or [""]
         mend = f"mend: {printable(item.mend)}" if item.mend and item.level != "ok" else ""
         texts += wrap(mend, room, subsequent_indent="      ", break_on_hyphens=False)
-        level = click.style(f"{item.level:4}", fg=_COLOURS[item.level])
+        level = f"{item.level:4}"
+        if colours:
+            level = click.style(level, fg=_COLOURS[item.level])
         out.append(f"{level}  {printable(item.subject):{indent - 6}}{texts[0]}")
         out += [" " * indent + text for text in texts[1:]]
     return out

@@ -96,6 +96,10 @@ def test_a_table_of_eighty_columns() -> None:
     ]
 
 
+def test_a_table_without_colours() -> None:
+    assert table([ok("gpus", "4 of them")], 80, colours=False) == ["ok    gpus  4 of them"]
+
+
 # --- Docker -----------------------------------------------------------------------------------
 
 FACTS: dict[str, Any] = {
