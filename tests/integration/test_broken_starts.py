@@ -8,11 +8,15 @@ from collections.abc import Iterator
 import docker
 import pytest
 
-from tests.integration.job_world import World, lines_of, outcome, progress, server, web, world
+from tests.integration.job_world import World, outcome, progress, server, web, world
 from tests.support.waiting import http, until
 
 pytestmark = pytest.mark.engine
 
+# Runs, and is asked for something that it does not have.
+NEVER = web("start_timeout: 1s", "env: {STEP: never}").replace(
+    "{http: /health}", "{http: /nope, period: 200ms}"
+)
 GOOD = "ready      good-51000003  GPU 3  http://127.0.0.1:PORT\n"
 
 
@@ -52,15 +56,21 @@ def test_a_container_that_exits_at_once(good: World) -> None:
     # The first failure is answered at once, the second with patience.
     assert told.count("a-51000000: start: it exited with 7") == 1
     assert told[-1] == "a-51000000: backoff: backoff: it exited with 7"
-    assert lines_of(good.plan(), "! blocked")[0].startswith(
-        "! blocked  a-51000000 on GPU 0: backoff: it exited with 7; next try at "
-    )
-    row = good.instances()["a-51000000"]
-    assert (row["phase"], row["health"], row["restarts"]) == ("backoff", "unhealthy", 1)
-    assert 0 < row["next_retry"] - time.time() <= 5.5
     # One container, started twice: a crash starts the same one again.
     assert len(good.all("a-51000000")) == 1
     assert good.mic("logs", "a-51000000", rc=0).stdout.count("exiting with 7\n") == 2
+
+
+def test_the_time_of_the_next_try(good: World) -> None:
+    good.write({0: "a", 3: "good"}, a=server(EXIT_UNLESS="/never", EXIT_CODE=7))
+    document = good.mic("apply", "--json", rc=3).json()
+    row = document["instances"][0]
+    assert (row["phase"], row["health"], row["restarts"]) == ("backoff", "unhealthy", 1)
+    assert 4 < row["next_retry"] - row["since"] <= 5.5
+    (blocked,) = document["remaining"]["blocked"]
+    assert blocked["until"] == row["next_retry"]
+    at = time.strftime("%H:%M:%S", time.localtime(row["next_retry"]))
+    assert blocked["reason"] == f"backoff: it exited with 7; next try at {at}"
 
 
 def test_whoever_calls_apply_asks_for_a_try_now(good: World) -> None:
@@ -79,11 +89,11 @@ def test_whoever_calls_apply_asks_for_a_try_now(good: World) -> None:
 
 
 def test_a_container_that_never_gets_ready(good: World) -> None:
-    good.write({0: "a", 3: "good"}, a=server("start_timeout: 1s", READY_DELAY=600))
+    good.write({0: "a", 3: "good"}, a=NEVER)
     done = good.mic("apply", rc=3)
     assert outcome(done.stdout) == (
         "backoff    a-51000000  GPU 0  http://127.0.0.1:PORT  "
-        "backoff: not up within 1 s: GET /health answers 503\n"
+        "backoff: not up within 1 s: GET /nope answers 404\n"
         f"{GOOD}Apply: 1 as desired, 1 not.\n"
     )
     assert len(good.all("a-51000000")) == 1
@@ -93,16 +103,16 @@ def test_a_replacement_that_never_gets_ready_is_rolled_back(good: World) -> None
     good.write({0: "a", 3: "good"}, a=web())
     good.apply()
     before = good.runs()["a-51000000"]
-    good.write({0: "a", 3: "good"}, a=server("start_timeout: 1s", READY_DELAY=600))
+    good.write({0: "a", 3: "good"}, a=NEVER)
     done = good.mic("apply", rc=3)
-    why = "the new specification failed (not up within 1 s: GET /health answers 503)"
+    why = "the new specification failed (not up within 1 s: GET /nope answers 404)"
     assert outcome(done.stdout) == (
         f"degraded   a-51000000  GPU 0  http://127.0.0.1:PORT  {why}; the last good one runs\n"
         "    hint: change the file, or: mic-supervisor retry\n"
         f"{GOOD}Apply: 1 as desired, 1 not.\n"
     )
     assert [line for line in progress(done.stdout) if "rollback" in line] == [
-        "a-51000000: start: rollback: not up within 1 s: GET /health answers 503"
+        "a-51000000: start: rollback: not up within 1 s: GET /nope answers 404"
     ]
     after = good.runs()["a-51000000"]
     assert after.id == before.id
@@ -138,14 +148,11 @@ def test_without_rollback_the_new_one_is_kept(good: World) -> None:
     good.write({0: "a", 3: "good"}, a=web())
     good.apply()
     before = good.runs()["a-51000000"]
-    good.write(
-        {0: "a", 3: "good"},
-        a=server("start_timeout: 1s", "rollout: {rollback: false}", READY_DELAY=600),
-    )
+    good.write({0: "a", 3: "good"}, a=f"{NEVER[:-1]}, rollout: {{rollback: false}}}}")
     text = good.apply(rc=3)
     assert text.splitlines()[0] == (
         "backoff    a-51000000  GPU 0  http://127.0.0.1:PORT  "
-        "backoff: not up within 1 s: GET /health answers 503"
+        "backoff: not up within 1 s: GET /nope answers 404"
     )
     assert good.runs()["a-51000000"].id != before.id
 

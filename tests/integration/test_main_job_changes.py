@@ -193,6 +193,25 @@ def test_a_changed_variable_replaces_its_own_container_and_is_shown_nowhere(two:
     assert not [text for text in shown if "hunter" in text]
 
 
+def test_a_changed_env_file_replaces_and_is_shown_nowhere(two: World) -> None:
+    path = two.mic.home / "secrets.env"
+    path.write_text("TOKEN=hunter-one\n")
+    two.write({0: "a", 1: "b"}, a=web(f"env_file: {path}"))
+    two.apply()
+    path.write_text("# the same\n\nTOKEN=hunter-one\n")
+    two.unchanged()
+    path.write_text("TOKEN=hunter-two\n")
+    assert two.plan() == (
+        "~ replace  a-51000000  GPU 0  its specification changed: file_env.TOKEN\n"
+        '    file_env.TOKEN: "(hidden)" -> "(hidden)"\n'
+        "\n"
+        "Plan: 1 to replace.\n"
+    )
+    two.apply()
+    assert "TOKEN=hunter-two" in two.one("a-51000000")["Config"]["Env"]
+    assert "hunter" not in json.dumps(two.one("a-51000000")["Config"]["Labels"])
+
+
 def test_a_replaced_container_stays_until_the_next_replacement(two: World) -> None:
     ids = [two.runs()["a-51000000"].id]
     for number in (1, 2):

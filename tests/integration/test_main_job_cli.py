@@ -283,6 +283,7 @@ def test_an_invalid_file_stops_nothing(one: World) -> None:
         assert done.stdout == ""
         assert "imag" in done.stderr
         assert "did you mean image?" in done.stderr
+    assert one.mic("plan", "--detailed-exitcode").rc == 1
     one.mic.config.unlink()
     for command in ("plan", "apply", "status"):
         done = one.mic(command, rc=1)
