@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from mic_supervisor.http.connections import MAX_CONNECTIONS
 from tests.mock_nvml import MockGpu, MockNvml, mock_uuid
 from tests.support.mic import Mic
 from tests.support.require import program
@@ -289,6 +292,49 @@ def test_the_end_of_the_daemon_does_not_wait_for_a_client(world: Mic) -> None:
         assert daemon.stop() == 0
         assert time.monotonic() - began < 8
     assert "Traceback" not in daemon.text()
+
+
+def test_clients_cost_the_loop_neither_files_nor_time(world: Mic) -> None:
+    world.env["MIC_RESYNC"] = "200ms"
+    world.write(config(model("a"), "{0: a}"))
+    daemon = world.run()
+    until(lambda: http(f"{world.url}/readyz").status == 200, "the model")
+    files = Path(f"/proc/{daemon.pid}/fd")
+    before = len([*files.iterdir()])
+    host, _, port = world.listen.rpartition(":")
+    clients = [socket.create_connection((host, int(port))) for _ in range(600)]
+    try:
+        for client in clients[::2]:
+            client.sendall(b"GET / HTTP/1.1\r\nX: ")
+        assert http(f"{world.url}/healthz").status == 200
+        assert len([*files.iterdir()]) - before <= MAX_CONNECTIONS + 10
+        (pid,) = [row["pid"] for row in world("status", "--json").json()["instances"]]
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        until(
+            lambda: world("status", "--json").json()["instances"][0]["pid"] not in (pid, None),
+            "the restart",
+        )
+        assert time.monotonic() - began < 5
+    finally:
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("command", ["plan", "apply", "status", "models"])
+def test_no_other_command_loads_a_web_server(world: Mic, command: str) -> None:
+    world.write(config(model("a"), "{0: a}"))
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mic_supervisor.cli", command],
+        env=world.environment(),
+        cwd=world.home,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "click" in loaded, done.stderr
+    assert not loaded & {"fastapi", "starlette", "uvicorn", "prometheus_client"}
 
 
 # --- what it keeps to itself ----------------------------------------------------------------------

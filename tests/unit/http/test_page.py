@@ -124,7 +124,7 @@ def test_what_is_wrong_says_so_and_since_when() -> None:
         "The file has errors and is not used for 10 min",
         "/etc/mic/gpus.yaml:12:5: error: models.whisper.backend: unknown backend 'proces'",
         "blocked whisper-cccccccc",
-        "start failed : it exited with 1",
+        "start failed: it exited with 1",
     ):
         assert part in text, part
     assert "API_KEY: 12345678" not in text
