@@ -320,6 +320,7 @@ class Instance:
     on_foreign: Literal["block", "wait", "ignore"] = "block"
     origin: str = "file"
     place: str = ""  # "gpus.yaml:41:3"
+    metrics_path: str | None = None  # of metrics on port "http"; a port "metrics" needs none
 
 
 @dataclass(frozen=True, slots=True)

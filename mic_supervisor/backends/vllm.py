@@ -6,6 +6,7 @@ and flags.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -103,7 +104,9 @@ class VllmBackend(BackendBase):
                 _flag(arg) == "--api-key" for arg in options.args
             )
             probes = _probes(keyed)
-        return common.instance(request, workload, probes)
+        # Source: vLLM's documentation, "Production Metrics": on the port of the API, and asked for
+        # no key.
+        return replace(common.instance(request, workload, probes), metrics_path="/metrics")
 
 
 def _command(options: Options, gpus: int) -> list[str]:

@@ -206,7 +206,7 @@ def _desired(
         since=entry.since if entry.phase == phase.value else None,
         restarts=entry.restarts,
         next_retry=retry_at,
-        endpoints=_endpoints(instance.workload.listen, serving),
+        endpoints=_endpoints(instance.workload.listen, serving, instance.metrics_path),
         runtime=serving.runtime if serving else None,
         ref=serving.ref if serving else None,
         pid=serving.pid if serving and is_alive(serving) else None,
@@ -279,13 +279,20 @@ def _absent(name: str, model: str | None, gpus: tuple[str, ...], reason: str) ->
     )
 
 
-def _endpoints(listen: str, workload: ObservedWorkload | None) -> dict[str, str]:
+def _endpoints(
+    listen: str, workload: ObservedWorkload | None, metrics_path: str | None = None
+) -> dict[str, str]:
     if workload is None or not is_alive(workload):
         return {}
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(listen, listen)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
+    if ":" in host:
+        host = f"[{host}]"
     schemes = {"grpc": "grpc"}
     paths = {"metrics": "/metrics"}
-    return {
+    endpoints = {
         name: f"{schemes.get(name, 'http')}://{host}:{number}{paths.get(name, '')}"
         for name, number in sorted(workload.identity.ports.items())
     }
+    if metrics_path is not None and "http" in endpoints:
+        endpoints.setdefault("metrics", endpoints["http"] + metrics_path)
+    return endpoints

@@ -74,6 +74,7 @@ def test_one_model_over_two_gpus() -> None:
             readiness=Probe(HttpCheck("/v1/models", expect=(("object", "list"),))),
         ),
         start_timeout=900.0,
+        metrics_path="/metrics",
     )
 
 

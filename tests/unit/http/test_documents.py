@@ -178,3 +178,11 @@ def test_the_status_shows_no_line_of_the_file_and_the_socket_does() -> None:
     served = documents.served_status(published, published.snapshot)
     assert "API_KEY: 12345678" not in str(served)
     assert "gpus.yaml:12:5: error" in served["config"]["error"]
+
+
+def test_metrics_on_the_port_of_the_model_itself_are_discovered() -> None:
+    model = b.on("m", 0, metrics_path="/metrics", workload=b.container(listen="::1"))
+    observed = b.observed(b.workload(model, ports={"http": 20000}))
+    (target,) = documents.discovery(views_of.snapshot(b.desired(model), observed))
+    assert target["targets"] == ["[::1]:20000"]
+    assert target["labels"]["__metrics_path__"] == "/metrics"
