@@ -34,7 +34,6 @@ _STYLES = {"ready": "green", "unprobed": "default", "starting": "yellow", "loadi
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option(
     "--watch",
-    "-w",
     is_flag=True,
     help="Redraw every second until Ctrl-C; in a pipe, or with --json, print a document a line.",
 )
