@@ -81,13 +81,15 @@ class Engine:
             raise explain(what, error, self.address) from error
 
     def peek(self, what: str, question: str) -> Any:
-        """The JSON answer to a GET, without the SDK while nothing else has needed it.
+        """The JSON answer to a GET, over a new connection and without the SDK.
 
+        An engine that is told to stop takes no new connections, ends its containers, and goes on
+        answering on the old ones meanwhile: what it says there must not be acted upon.
         None: ask in the usual way, which also knows how to explain a failure.
         """
-        if not self.local or self._clients:
+        if not self.local:
             return None
-        from mic_supervisor.runtimes.docker_peek import peek
+        from mic_supervisor.runtimes.docker_peek import accepts, peek
 
         try:
             answer, self._version = peek(
@@ -97,6 +99,8 @@ class Engine:
                 version=self._version,
                 oldest=OLDEST_VERSION,
             )
+            if answer is None and not accepts(self.address, self.timeout):
+                self.close()
             return answer
         except TimeoutError as error:
             raise explain(what, error, self.address) from error

@@ -1,6 +1,6 @@
 """One question to a local engine without the SDK, whose import takes longer than a whole plan.
 
-Commands that only look ask this way. What goes wrong is not explained here: the SDK's way asks
+Looks at everything are made this way. What goes wrong is not explained here: the SDK's way asks
 again, and knows the words.
 """
 
@@ -37,6 +37,17 @@ def peek(
         raise
     except (OSError, ValueError):
         return None, version
+
+
+def accepts(path: str, timeout: float) -> bool:
+    """Whether the socket at `path` takes a new connection."""
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout)
+            connection.connect(path)
+    except OSError:
+        return False
+    return True
 
 
 def _get(path: str, question: str, deadline: float) -> tuple[int, bytes]:
