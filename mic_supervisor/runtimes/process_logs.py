@@ -63,8 +63,8 @@ class _Log:
     """The files of one log, opened at one moment between two rotations.
 
     A keeper rotates only while nobody holds a shared flock(2) on the log, which is held for moments
-    here. `_position` is how far the newest file was read; one rotation at a time can be kept up
-    with.
+    here. `_position` is how far the newest file was read; as many rotations can be kept up with as
+    files are kept.
     """
 
     def __init__(self, directory: Path, files: ExitStack) -> None:
@@ -73,7 +73,7 @@ class _Log:
         newest = _open(directory / LOG, files)
         self._newest = newest if newest is not None else -1
         with self._still():
-            self._mark = self._look_for_mark()
+            self._mark = next(iter(self._marks()), None)
             opened = [_open(path, files) for path in _rotated(directory)]
         self._older = [handle for handle in opened if handle is not None]
 
@@ -88,16 +88,16 @@ class _Log:
             if self._newest >= 0:
                 fcntl.flock(self._newest, fcntl.LOCK_UN)
 
-    def _look_for_mark(self) -> tuple[int, int] | None:
-        """Tells one `log.1` from the next; None: there is none that belongs to our newest."""
+    def _marks(self) -> list[tuple[int, int]]:
+        """Tells one rotated file from the next, `log.1` first; empty: none belong to our newest."""
         try:
             here, mine = (self._directory / LOG).stat(), os.fstat(self._newest)
-            found = (self._directory / f"{LOG}.1").stat()
+            found = [path.stat() for path in _rotated(self._directory)]
         except OSError:
-            return None
+            return []
         if here.st_ino != mine.st_ino:
-            return None  # a later run has begun: ours was put aside
-        return found.st_ino, found.st_mtime_ns
+            return []  # a later run has begun: ours was put aside
+        return [(item.st_ino, item.st_mtime_ns) for item in found]
 
     def older(self) -> Iterator[bytes]:
         """What was rotated away before; `growth` gives the rest."""
@@ -141,13 +141,16 @@ class _Log:
         """The next piece; empty: there is no more now."""
         with self._still(), ExitStack() as files:
             rest = b""
-            mark = self._look_for_mark()
-            if mark is not None and mark != self._mark:
-                self._mark = mark
-                last = _open(self._directory / f"{LOG}.1", files)
-                if last is not None:
-                    rest = b"".join(_blocks(last, self._position))
+            marks = self._marks()
+            # What was `log.1` at the last look is `log.3` after two rotations, or gone after more.
+            rotations = marks.index(self._mark) if self._mark in marks else len(marks)
+            for number in range(rotations, 0, -1):
+                handle = _open(self._directory / f"{LOG}.{number}", files)
+                if handle is not None:
+                    rest += b"".join(_blocks(handle, self._position))
                 self._position = 0
+            if marks:
+                self._mark = marks[0]
             if os.fstat(self._newest).st_size < self._position:
                 self._position = 0  # it was truncated, and nothing is kept
             part = os.pread(self._newest, _BLOCK, self._position)
