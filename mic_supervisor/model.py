@@ -7,9 +7,11 @@ Times are seconds since the epoch. An unknown number is None, never 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Any, Literal
+
+from mic_supervisor.records import dataclass
 
 # --- GPUs -------------------------------------------------------------------------------------
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from mic_supervisor.model import Gpu, Instance, LoadState, Placement, PlacementState
+from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

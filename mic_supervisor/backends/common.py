@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,7 @@ from mic_supervisor.model import (
     TcpCheck,
     Workload,
 )
+from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.backends import CompileRequest

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mic_supervisor.backends import CompileRequest
 from mic_supervisor.backends.common import cannot, read
 from mic_supervisor.errors import CompileError
+from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from types import ModuleType

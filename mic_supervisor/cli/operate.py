@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import click
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
 from mic_supervisor.errors import ConfigError, LockHeld, MicError
+from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config, GpuEntry, GpuKey

@@ -6,7 +6,6 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from mic_supervisor.config.diagnostics import InvalidConfig, closest, printable, show
 from mic_supervisor.config.env_file import parse_env_file
 from mic_supervisor.config.types import PositiveDuration
+from mic_supervisor.records import dataclass
 
 PREFIX = "MIC_"
 ENV_FILE = Path("/etc/mic/mic.env")

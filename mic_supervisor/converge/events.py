@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
+
+from mic_supervisor.records import dataclass
 
 EventKind = Literal["begin", "progress", "done", "failed", "phase", "config", "adopt"]
 

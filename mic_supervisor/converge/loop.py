@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
@@ -43,6 +43,7 @@ from mic_supervisor.plan.health import Phase, note_failure, remember
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.status import InstanceStatus, instance_statuses
+from mic_supervisor.records import dataclass
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke
 CRASH_WATCH = 0.5  # seconds between two rounds while something starts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 from mic_supervisor.backends import Backend
@@ -27,6 +26,7 @@ from mic_supervisor.model import (
     TcpCheck,
 )
 from mic_supervisor.plan.launch import text_of
+from mic_supervisor.records import dataclass
 
 ALL_DUE = ("liveness", "readiness", "placements")
 

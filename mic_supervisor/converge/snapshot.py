@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 from mic_supervisor.backends import Backend
@@ -11,6 +10,7 @@ from mic_supervisor.model import DesiredState, GpuInventory, ObservedState
 from mic_supervisor.plan.actions import Plan
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.records import dataclass
 
 
 class Desired(Protocol):

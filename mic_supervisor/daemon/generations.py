@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mic_supervisor.config.load import load
 from mic_supervisor.errors import ConfigError, MicError
+from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry

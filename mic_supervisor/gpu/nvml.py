@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from mic_supervisor.gpu.nvml_errors import (
 )
 from mic_supervisor.gpu.proc import PROC, ProcessStat, read_stat
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
+from mic_supervisor.records import dataclass
 
 FIRST_RETRY = 10.0  # seconds
 LAST_RETRY = 300.0

@@ -6,8 +6,9 @@ Format: proc(5), /proc/PID/stat.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+
+from mic_supervisor.records import dataclass
 
 PROC = Path("/proc")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hmac
 import re
 import stat
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mic_supervisor.errors import MicError
+from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.config.settings import Settings

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from mic_supervisor.converge.documents import status_document
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.gpu.events import XidRecord
+from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.http.markup import Markup, at, for_how_long, join, tag
@@ -11,6 +10,7 @@ from mic_supervisor.http.sparkline import sparkline
 from mic_supervisor.http.verdict import Level, level_of
 from mic_supervisor.model import OwnerKind
 from mic_supervisor.plan.render import gpu_names
+from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.http.redact import Scrubber

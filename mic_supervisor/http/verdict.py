@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from mic_supervisor.http.redact import Scrubber, config_error
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.render import gpu_names
 from mic_supervisor.plan.status import gpu_rows
+from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot

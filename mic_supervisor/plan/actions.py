@@ -7,10 +7,11 @@ depend on each other within a lane: the old model is stopped only after the new 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from mic_supervisor.model import HttpCall, Launch, ObservedWorkload, Placement
+from mic_supervisor.records import dataclass
 
 ChangeKind = Literal[
     "create", "start", "restart", "stop", "remove", "replace", "load", "unload", "adopt"

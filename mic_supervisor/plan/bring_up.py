@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from mic_supervisor.model import Launch, ObservedWorkload, RunState
 from mic_supervisor.plan.actions import Blocked, ChangeKind, Create, Prepare, Restart, Start, Step
 from mic_supervisor.plan.assess import Assessment, Context, is_alive
@@ -11,6 +9,7 @@ from mic_supervisor.plan.health import ended
 from mic_supervisor.plan.launch import launch
 from mic_supervisor.plan.memory import InstanceMemory
 from mic_supervisor.plan.obstacles import Surroundings, in_the_way
+from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,10 @@ Nothing here is needed to be right about what runs, only to be patient about wha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from typing import Any
+
+from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

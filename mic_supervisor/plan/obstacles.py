@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 
 from mic_supervisor.model import (
     DesiredState,
@@ -15,6 +14,7 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
 from mic_supervisor.plan.spec import SpecKey, keys_of
+from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from mic_supervisor.model import DesiredState, Gpu, ObservedState, ObservedWorkload, OwnerKind
@@ -11,6 +10,7 @@ from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
 from mic_supervisor.plan.health import Phase, phase_of
 from mic_supervisor.plan.memory import Memory
+from mic_supervisor.records import dataclass
 
 _HEALTH = {
     Phase.READY: "healthy",

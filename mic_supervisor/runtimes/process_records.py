@@ -16,11 +16,11 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mic_supervisor.model import Identity, ObservedWorkload, RunState
+from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes import procfs
 from mic_supervisor.runtimes.keeper import EXIT, RECORD, write_json
 

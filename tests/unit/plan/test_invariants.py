@@ -403,10 +403,14 @@ def test_every_invariant_holds() -> None:
         seen.update(item.reason.split(" ")[0] for item in plan.blocked)
         seen.update("waits" for change in plan.changes if change.waits)
 
-    holds()
-    assert len(INVARIANTS) == 12
-    # What a property says of starts and stops is worth nothing where there are none.
     kinds = {"create", "start", "restart", "replace", "remove", "load", "adopt"}
     types = {"Prepare", "Create", "Start", "Restart", "Stop", "Release", "Remove", "Load"}
     reasons = {"backoff:", "the", "what", "it", "GPU"}
+    # What a property says of starts and stops is worth nothing where there are none. The states
+    # are drawn at random, so a rare kind may take another round.
+    for _ in range(6):
+        holds()
+        if not (kinds | types | reasons) - seen:
+            break
+    assert len(INVARIANTS) == 12
     assert sorted((kinds | types | reasons) - seen) == []
