@@ -14,7 +14,7 @@ import click
 
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
-from mic_supervisor.config.types import parse_duration
+from mic_supervisor.cli.params import Duration
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
@@ -26,27 +26,13 @@ if TYPE_CHECKING:
     from mic_supervisor.plan.memory import Memory
 
 
-class _Seconds(click.ParamType[float]):
-    name = "duration"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        if isinstance(value, float):
-            return value
-        try:
-            return parse_duration(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 @click.command(name="apply")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
 @click.option("--rebind", is_flag=True, help="Bind the file's GPU numbers to today's GPUs anew.")
 @click.option(
     "--lock-timeout",
-    type=_Seconds(),
+    type=Duration(),
     default=30.0,
     metavar="DURATION",
     help="How long to wait for another writer; 30s.",

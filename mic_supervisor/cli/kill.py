@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.params import Duration
 from mic_supervisor.config.diagnostics import printable
-from mic_supervisor.config.types import parse_duration
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import OwnerKind
 
@@ -26,20 +26,6 @@ EXIT_DENIED = 77  # sysexits.h EX_NOPERM
 _ORPHANS = "processes that hold a GPU and that nobody owns"
 
 
-class _Grace(click.ParamType[float]):
-    name = "duration"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        if isinstance(value, float):
-            return value
-        try:
-            return parse_duration(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 @click.command(name="kill")
 @click.argument("pid", type=click.IntRange(min=1), required=False)
 @click.option("--all-orphans", is_flag=True, help=f"All {_ORPHANS}, instead of one PID.")
@@ -49,7 +35,9 @@ class _Grace(click.ParamType[float]):
     is_flag=True,
     help="Also what holds no GPU, or whose it is cannot be told; never an instance of ours.",
 )
-@click.option("--grace", type=_Grace(), default="10s", show_default=True, help="From TERM to KILL.")
+@click.option(
+    "--grace", type=Duration(), default="10s", show_default=True, help="From TERM to KILL."
+)
 def command(pid: int | None, all_orphans: bool, yes: bool, force: bool, grace: float) -> int:
     """End the process PID, which holds a GPU: TERM, then KILL.
 

@@ -1,0 +1,23 @@
+"""What options of several commands take."""
+
+from __future__ import annotations
+
+import click
+
+from mic_supervisor.config.types import parse_duration
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, from "500ms", "30s", "5m" or "1h"."""
+
+    name = "duration"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
