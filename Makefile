@@ -1,5 +1,5 @@
 # make test   everything: sets this machine up (root, Debian 12), then lint, types, unit, integration
-# make check  lint, types and unit tests: under a minute, no root, no Docker
+# make check  lint, types and unit tests but the slow ones: under a minute, no root, no Docker
 # make bench  measurements on this machine as make test set it up; a few minutes
 # make demo   the supervisor on simulated GPUs; options in DEMO_ARGS
 # make clean  what was made in this checkout; what is slow to make stays in the cache
@@ -25,7 +25,7 @@ test: venv-test
 	$(PYTEST) -n 2 --dist loadscope tests/integration
 
 check: venv-test
-	$(PYTEST) -n 2 tests/unit
+	$(PYTEST) -n 2 -m "not slow" tests/unit
 
 bench: venv-test
 	@for file in benchmarks/[a-z]*.py; do \

@@ -344,6 +344,7 @@ def test_the_changelog_is_in_its_form() -> None:
 # --- what the program leaves on disk ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_file_that_is_kept_is_named_with_its_mode(mic: Mic) -> None:
     """An apply, the daemon and a crash leave what the page says, with the modes that it says."""
     mic.env["MIC_DOCKER_HOST"] = "none"

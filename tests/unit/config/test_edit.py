@@ -256,6 +256,7 @@ def meaning(text: str) -> dict[str, str | None]:
     return {key.value: one.model for one in read(text).entries for key in one.keys}
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(files(), st.data())
 def test_any_file_keeps_every_line_but_one(

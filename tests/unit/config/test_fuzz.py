@@ -95,6 +95,7 @@ def test_cut_short_at_every_byte(directory: Path, part: int) -> None:
         try_load(directory, TEXT[:end])
 
 
+@pytest.mark.slow
 def test_every_byte_removed_or_replaced(directory: Path) -> None:
     for at in range(0, len(TEXT), 2):
         try_load(directory, TEXT[:at] + TEXT[at + 1 :])
@@ -143,6 +144,7 @@ documents = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -213,6 +215,7 @@ NASTY = {
 }
 
 
+@pytest.mark.slow
 def test_the_nastiest_files_are_refused_in_time_and_memory(tmp_path: Path) -> None:
     for number, (name, text) in enumerate(NASTY.items()):
         (tmp_path / f"{number:02} {name}.yaml").write_text(text)

@@ -195,6 +195,7 @@ STATES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(JSON | ITEMS, max_size=4))
 def test_no_answer_is_a_surprise(items: list[Any]) -> None:
     workloads, strangers = split(items, "default", "h")

@@ -62,6 +62,7 @@ def test_an_end_is_told_of_at_once(ended: World) -> None:
     listening.end()
 
 
+@pytest.mark.slow
 def test_what_starts_later_is_watched_too(ended: World) -> None:
     listening = Listening(ended)
     time.sleep(0.2)

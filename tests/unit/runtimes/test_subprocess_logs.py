@@ -211,6 +211,7 @@ def test_a_log_of_which_nothing_is_kept_is_followed_too(tmp_path: Path) -> None:
     assert follower.end() == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_a_log_is_capped_while_its_process_runs(world: World) -> None:
     world.runtime = world.make(log_max_size=20_000, log_files=3)
     text = (

@@ -97,6 +97,7 @@ def test_a_record_that_another_user_wrote_is_not_believed(world: World) -> None:
 
 def test_a_record_is_not_read_through_a_link(world: World) -> None:
     world.start("one", ("true",))
+    world.await_state("one", "exited")
     path = world.directory / "one" / "record.json"
     path.rename(path.with_name("elsewhere"))
     path.symlink_to("elsewhere")

@@ -101,6 +101,7 @@ def test_an_empty_journal_that_may_not_be_read(
     assert refused.value.hint == "run as root, or as a member of the group systemd-journal"
 
 
+@pytest.mark.slow
 def test_following_goes_on_until_the_end_and_reads_what_came_late(
     journalctl: Journalctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
