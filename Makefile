@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 # Real processes on a shared machine miss a deadline now and then. Who fails twice in a row is wrong;
 # a first failure is shown as a rerun, and is worth a look.
-RERUNS ?= --reruns 1
+RERUNS ?= --reruns 1 -raR
 
 VENV := .venv/bin
 PYTEST := $(VENV)/python -m pytest $(PYTEST_ARGS)

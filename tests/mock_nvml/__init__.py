@@ -23,6 +23,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -325,7 +326,8 @@ class MockNvml:
                 for uuid, seq, type_, data in self._events[-64:]
                 if uuid == gpu.uuid
             ]
-        partial = self.state.with_suffix(".partial")
+        # A thread of a test may write at the same time.
+        partial = self.state.with_suffix(f".{threading.get_ident()}.partial")
         # A file system's clock ticks slowly and inodes come back: the size tells two quick writes
         # apart for sure.
         self._generation += 1

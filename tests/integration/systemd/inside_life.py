@@ -179,7 +179,9 @@ def test_what_a_crash_leaves_behind_is_ended_by_pid_1(world: World) -> None:
 
 def test_a_start_ends_what_the_run_before_left(world: World) -> None:
     runtime = world.make(remains_grace=0.5)
-    runtime.start(world.launch("a", python(f"{STUBBORN}\nescape(0)\nos._exit(0)")))
+    program = f"{STUBBORN}\nescape(0)\ntime.sleep({TICK})\nos._exit(0)"
+    runtime.start(world.launch("a", python(program)))
+    world.await_alive(2)
     world.await_alive(1)
     runtime.start(world.launch("a", sh("exec sleep 300")))
     assert world.await_alive(1) == [world.look("a").pid]
