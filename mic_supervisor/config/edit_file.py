@@ -55,6 +55,7 @@ class LockedFile:
                     f"cannot edit {self._path}: it was changed meanwhile", hint="try again"
                 )
             Path(draft).replace(self._path)
+        # Ctrl-C included: a draft may hold secrets, and is never left lying. It is raised again.
         except BaseException as error:
             with suppress(OSError):
                 Path(draft).unlink()
@@ -107,6 +108,7 @@ def _open(path: Path, deadline: float) -> tuple[Path, int]:
                 _lock(handle, real, deadline)
                 # Whoever had the lock before has put another file in its place.
                 current = os.path.samestat(os.fstat(handle), real.stat())
+            # Ctrl-C included: a lock that nobody knows of would outlast the edit. Raised again.
             except BaseException:
                 os.close(handle)
                 raise
