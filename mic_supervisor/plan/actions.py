@@ -135,6 +135,7 @@ class Blocked:
     model: str | None = None
     hint: str | None = None
     until: float | None = None  # when the passing of time alone may end it
+    paused: bool = False  # somebody asked for it to be left as it is, be there anything due or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +143,15 @@ class Plan:
     """The difference between desired and observed state, and how it goes away.
 
     Sorted by lane and instance, so that equal inputs give equal texts. `next_wake` is when a
-    blocked instance may go on by the passing of time alone.
+    blocked instance may go on by the passing of time alone. `left_out` is due, and not part of the
+    plan because others were chosen.
     """
 
     changes: tuple[Change, ...] = ()
     blocked: tuple[Blocked, ...] = ()
     warnings: tuple[str, ...] = ()
     next_wake: float | None = None
+    left_out: tuple[Change, ...] = ()
 
     @property
     def count(self) -> int:

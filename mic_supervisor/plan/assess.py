@@ -21,6 +21,7 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import FieldDiff
+from mic_supervisor.plan.selection import Selection
 from mic_supervisor.records import dataclass
 
 _ALIVE = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.REMOVING, RunState.UNKNOWN})
@@ -29,7 +30,7 @@ _ALIVE = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.REMOVING, RunSta
 @dataclass(frozen=True, slots=True)
 class Context:
     """What decisions depend on besides the two states. Constant while the program runs, but for
-    `busy`, `forced` and `confirmed`.
+    `busy`, `forced`, `confirmed` and `targets`.
     """
 
     scope: str
@@ -41,6 +42,7 @@ class Context:
     busy: frozenset[str] = frozenset()  # instances that steps are being executed for
     forced: frozenset[str] = frozenset()  # instances to restart although nothing is wrong
     confirmed: bool = True  # whether what the file no longer names may be removed
+    targets: Selection | None = None  # None: everything; else the rest is left as it is
 
     def runtime_of(self, instance: Instance) -> str:
         return "docker" if isinstance(instance.workload, ContainerSpec) else self.process_runtime
@@ -69,6 +71,17 @@ class Assessment:
     @property
     def runs(self) -> bool:
         return self.match is not None and is_alive(self.match)
+
+    @property
+    def running(self) -> ObservedWorkload | None:
+        """What is alive for it, as desired or not."""
+        return self.match if self.runs else next(iter(self.alive), None)
+
+    @property
+    def gpus(self) -> set[str]:
+        """Those that it has, and those that it is to have."""
+        ours = [workload for workload in (self.match, *self.alive) if workload is not None]
+        return {*self.instance.gpus, *(uuid for item in ours for uuid in item.identity.gpus)}
 
     @property
     def started_up(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.plan import spec as specs
@@ -42,17 +42,21 @@ def departures(
     orphans: Iterable[ObservedWorkload],
     ups: Mapping[str, BringUp],
     serving: Mapping[str, ObservedWorkload | None],
+    held: Collection[str] = (),
 ) -> Departures:
     """Every workload that is alive and neither serves nor is waited for by someone.
 
     It is stopped after all that follows on its GPUs was prepared. While one that follows cannot
-    start, it stays: a model that runs is worth more than an empty GPU.
+    start, it stays: a model that runs is worth more than an empty GPU. What instances that are
+    `held` run stays in any case.
     """
     out = Departures()
     owners = {item.instance.id: item for item in wanted}
     going = [w for item in wanted for w in (item.match, *item.alive) if w is not None]
     for workload in [w for w in (*going, *orphans) if is_alive(w)]:
         instance = workload.identity.instance
+        if instance in held:
+            continue
         up, kept = ups.get(instance), serving.get(instance)
         if kept is not None and _key(kept) == _key(workload) and (up is None or up.stops is None):
             continue

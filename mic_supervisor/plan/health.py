@@ -84,7 +84,8 @@ def remember(
     """Fold what was just observed into the memory. Instances that are gone are forgotten.
 
     Of a `busy` instance nothing is concluded: that it does not run may be our own doing. Nor of one
-    to `keep`: the file names it, and for now cannot be followed.
+    to `keep`: the file names it, and for now cannot be followed. The end of a paused one is not
+    counted as a failure, then or later: whoever paused it may have ended it.
     """
     instances: dict[str, InstanceMemory] = {
         name: entry for name, entry in memory.instances.items() if name in busy or name in keep
@@ -92,12 +93,15 @@ def remember(
     for assessment in assessments:
         instance = assessment.instance.id
         if instance not in busy:
-            instances[instance] = _remember(memory.of(instance), assessment, now, jitter)
+            paused = bool(memory.paused) and memory.paused.has(
+                assessment.instance.model, assessment.gpus
+            )
+            instances[instance] = _remember(memory.of(instance), assessment, now, jitter, paused)
     return replace(memory, instances=instances)
 
 
 def _remember(
-    entry: InstanceMemory, assessment: Assessment, now: float, jitter: float
+    entry: InstanceMemory, assessment: Assessment, now: float, jitter: float, paused: bool
 ) -> InstanceMemory:
     entry = _in_time(entry, now)
     if entry.attempt not in (None, assessment.hash) or entry.failed not in (None, assessment.hash):
@@ -114,7 +118,10 @@ def _remember(
     if not assessment.readable:
         return entry
     back = predecessor(entry, assessment) if entry.failed == assessment.hash else None
-    entry = _note_end(entry, assessment, back or assessment.match, now, jitter)
+    if paused:
+        entry = _note_end_in_pause(entry, assessment)
+    else:
+        entry = _note_end(entry, assessment, back or assessment.match, now, jitter)
     if assessment.serves:
         assert assessment.match is not None  # implied by `serves`
         entry = replace(
@@ -179,6 +186,16 @@ def _note_end(
     if entry.started != workload.name:
         return entry
     return note_failure(replace(entry, started=None), assessment, failure, now, jitter=jitter)
+
+
+def _note_end_in_pause(entry: InstanceMemory, assessment: Assessment) -> InstanceMemory:
+    """Forget what ended, so that nobody counts it later; who started it again is no matter."""
+    if assessment.running is None:
+        return replace(entry, started=None, ready_since=None)
+    match = assessment.match
+    if assessment.runs and match is not None and entry.started != match.name:
+        return replace(entry, started=match.name, started_at=None, ready_since=None)
+    return entry
 
 
 def note_failure(

@@ -5,7 +5,7 @@ Nothing here is needed to be right about what runs, only to be patient about wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, field, fields, replace
 from typing import Any
 
@@ -31,6 +31,53 @@ class InstanceMemory:
     phase: str | None = None
     since: float | None = None  # of the phase
 
+    @property
+    def troubled(self) -> bool:
+        """Whether it has failed since it was last well for long, or was rolled back."""
+        return self.failures > 0 or self.failed is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Since when something is to be left as it is, and what was given as the reason."""
+
+    since: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """What is to be left as it is: models by their names, GPUs by their UUIDs."""
+
+    models: Mapping[str, Pause] = field(default_factory=dict)
+    gpus: Mapping[str, Pause] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.models or self.gpus)
+
+    def including(self, models: Iterable[str], gpus: Iterable[str], pause: Pause) -> Paused:
+        """With these as well. What is paused already keeps its time, and takes a new reason."""
+
+        def one(known: Pause | None) -> Pause:
+            if known is None:
+                return pause
+            return known if pause.reason is None else replace(known, reason=pause.reason)
+
+        return Paused(
+            {**self.models, **{name: one(self.models.get(name)) for name in models}},
+            {**self.gpus, **{uuid: one(self.gpus.get(uuid)) for uuid in gpus}},
+        )
+
+    def without(self, models: Collection[str], gpus: Collection[str]) -> Paused:
+        return Paused(
+            {name: pause for name, pause in self.models.items() if name not in models},
+            {uuid: pause for uuid, pause in self.gpus.items() if uuid not in gpus},
+        )
+
+    def has(self, model: str, gpus: Collection[str]) -> bool:
+        """Whether what is of the model, or has any of the GPUs, is left as it is."""
+        return model in self.models or any(uuid in self.gpus for uuid in gpus)
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -38,6 +85,7 @@ class Memory:
 
     instances: Mapping[str, InstanceMemory] = field(default_factory=dict)
     bindings: Mapping[str, str] = field(default_factory=dict)
+    paused: Paused = Paused()
 
     def of(self, instance: str) -> InstanceMemory:
         return self.instances.get(instance, InstanceMemory())
@@ -46,11 +94,17 @@ class Memory:
         return replace(self, instances={**self.instances, instance: entry})
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        out: dict[str, Any] = {
             "version": 1,
             "bindings": dict(self.bindings),
             "instances": {name: asdict(entry) for name, entry in sorted(self.instances.items())},
         }
+        if self.paused:
+            out["paused"] = {
+                kind: {key: asdict(pause) for key, pause in sorted(pauses.items())}
+                for kind, pauses in (("gpus", self.paused.gpus), ("models", self.paused.models))
+            }
+        return out
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Memory:
@@ -65,9 +119,13 @@ class Memory:
             raise ValueError("instances and bindings must be maps")
         if not all(isinstance(entry, Mapping) for entry in instances.values()):
             raise ValueError("every instance must be a map")
+        paused = data.get("paused", {})
+        if not isinstance(paused, Mapping):
+            raise ValueError("paused must be a map")
         return cls(
             instances={str(name): _entry(str(name), entry) for name, entry in instances.items()},
             bindings={str(key): str(uuid) for key, uuid in bindings.items()},
+            paused=Paused(_pauses(paused, "models"), _pauses(paused, "gpus")),
         )
 
 
@@ -85,3 +143,20 @@ def _entry(name: str, data: Mapping[str, Any]) -> InstanceMemory:
         if not isinstance(value, known[key]) or isinstance(value, bool):
             raise ValueError(f"{key} of {name} is {value!r}")
     return InstanceMemory(**given)
+
+
+def _pauses(data: Mapping[str, Any], kind: str) -> dict[str, Pause]:
+    given = data.get(kind, {})
+    if not isinstance(given, Mapping) or not all(
+        isinstance(one, Mapping) for one in given.values()
+    ):
+        raise ValueError(f"paused {kind} must be a map of maps")
+    out: dict[str, Pause] = {}
+    for key, entry in given.items():
+        since, reason = entry.get("since"), entry.get("reason")
+        if not isinstance(since, int | float) or isinstance(since, bool):
+            raise ValueError(f"since of paused {key} is {since!r}")
+        if not isinstance(reason, str | None):
+            raise ValueError(f"reason of paused {key} is {reason!r}")
+        out[str(key)] = Pause(float(since), reason)
+    return out

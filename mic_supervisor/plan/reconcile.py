@@ -15,6 +15,7 @@ How a lane is decided, in this order; the numbers stand again in the code:
 6. Of one model, no more instances change at a time than its rollout allows, and none after one was
    rolled back.
 7. What ended and is neither a match nor the predecessor to roll back to is removed.
+8. What is paused, or was not chosen, is left as it is: see plan/holds.py.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive, wo
 from mic_supervisor.plan.bring_up import BringUp, blocked, bring_up, rolled_back, take_over
 from mic_supervisor.plan.departures import Departures, departures, needs
 from mic_supervisor.plan.health import predecessor
+from mic_supervisor.plan.holds import Holds, left_out, way_out
 from mic_supervisor.plan.lanes import Lanes
 from mic_supervisor.plan.leftovers import left_over, superseded
 from mic_supervisor.plan.loads import loads
-from mic_supervisor.plan.memory import InstanceMemory, Memory
+from mic_supervisor.plan.memory import InstanceMemory, Memory, Paused
 from mic_supervisor.plan.obstacles import (
     Ports,
     Surroundings,
@@ -72,7 +74,18 @@ def reconcile(
     """
     if assessments is None:
         assessments = assess(desired, observed, context)
-    return _Round(desired, observed, memory, now, context, assessments).plan()
+    decided = _Round(desired, observed, memory, now, context, assessments)
+    if not decided.holds.any:
+        return decided.plan()
+    # What would be done without these holds, so that it can be told. Only where there are any.
+    everything = replace(context, targets=None)
+    free = replace(memory, paused=Paused())
+    otherwise = _Round(desired, observed, free, now, everything, assessments).plan()
+    plan = decided.plan(otherwise)
+    if context.targets is None:
+        return plan
+    whole = _Round(desired, observed, memory, now, everything, assessments).plan(otherwise)
+    return replace(plan, left_out=left_out(whole, decided.held.values()))
 
 
 class _Round:
@@ -97,6 +110,8 @@ class _Round:
         self.ports = Ports(observed)
         self.numbers = assign(assessments, self.ports.taken, context.port_range)
         self.lanes = self._join_lanes()
+        self.holds = Holds(desired, observed, memory.paused, context.targets, now)
+        self.held = self.holds.find(assessments, self._orphans())  # 8
         self.unconfirmed: set[str] = set()
         # By model, an instance that the new specification failed on: it is not tried on another.
         self.rolled_back = {
@@ -107,14 +122,20 @@ class _Round:
         self.changes: list[Change] = []
         self.blocked: list[Blocked] = []
 
-    def plan(self) -> Plan:
+    def plan(self, otherwise: Plan | None = None) -> Plan:
+        """`otherwise` is what the plan were if nothing was held."""
         for entry in self.desired.unsatisfiable:
+            if not self.holds.concerns(entry.model, entry.gpus):
+                continue
             name = entry.instances[0] if entry.instances else entry.subject
             self.blocked.append(Blocked(name, entry.reason, entry.gpus, entry.model, entry.hint))
+        self.blocked += [
+            hold.told(otherwise or Plan()) for hold in self.held.values() if hold.paused
+        ]
         notes = warnings(self.desired, self.observed, self.context.scope)
         if self.observed.inventory.error is not None:  # 1
             reason = self.observed.inventory.error
-            self._freeze(self.assessments, self._orphans(), reason)
+            self._freeze(*self._free(self.assessments, self._orphans()), reason)
             notes.append(f"{reason}; nothing is started or stopped meanwhile")
         else:
             for lane, (wanted, orphans) in sorted(self._by_lane().items()):
@@ -123,6 +144,7 @@ class _Round:
             self.changes, key=lambda item: (item.lane, item.instance, item.kind, item.cause)
         )
         obstructed = {item.instance for item in self.blocked if item.until is None}
+        obstructed |= self.held.keys()
         return Plan(
             changes=roll(changes, self.assessments, self.context, obstructed),  # 6
             blocked=tuple(
@@ -181,22 +203,32 @@ class _Round:
         for view in sorted(self.observed.runtimes, key=lambda item: item.runtime):  # 1
             if view.error is not None and self._concerned(view.runtime, wanted, orphans):
                 reason = f"what {view.runtime} runs is unknown: {view.error}"
-                self._freeze(wanted, orphans, reason, view.hint)
+                self._freeze(*self._free(wanted, orphans), reason, view.hint)
                 return
+        free, orphans = self._free(wanted, orphans)
         orphans = self._confirmed(orphans)
         leaving = {orphan.identity.instance for orphan in orphans}
         ups: dict[str, BringUp] = {}
-        serving: dict[str, ObservedWorkload | None] = {}
-        for item in wanted:  # 3, 4
+        serving = {item.instance.id: item.running for item in wanted}
+        for item in free:  # 3, 4
             serving[item.instance.id], up = self._bring_up(item, leaving)
             if isinstance(up, Blocked):
                 self.blocked.append(up)
             elif up is not None:
                 ups[item.instance.id] = up
         stops = self._settle(wanted, orphans, ups, serving)  # 2
-        for item in wanted:
+        for item in free:
             self._instance(lane, item, ups.get(item.instance.id), stops)
         self._leavers(lane, wanted, orphans, stops)
+
+    def _free(
+        self, wanted: list[Assessment], orphans: list[ObservedWorkload]
+    ) -> tuple[list[Assessment], list[ObservedWorkload]]:
+        """Those that something may be done about."""  # 8
+        return (
+            [item for item in wanted if item.instance.id not in self.held],
+            [item for item in orphans if item.identity.instance not in self.held],
+        )
 
     @staticmethod
     def _concerned(runtime: str, wanted: list[Assessment], orphans: list[ObservedWorkload]) -> bool:
@@ -233,8 +265,11 @@ class _Round:
         That may make something else stay, and so on, until nothing is taken out any more.
         """
         alive = [workload for workload in workloads(self.observed) if is_alive(workload)]
+        # What was not chosen does not keep a GPU from those that were.
+        unchosen = {hold.instance for hold in self.held.values() if not hold.paused}
+        followers = [item for item in wanted if item.instance.id not in unchosen]
         while True:
-            stops = departures(wanted, orphans, ups, serving)
+            stops = departures(followers, orphans, ups, serving, self.held)
             stays = [workload for workload in alive if workload not in stops]
             obstructed = {}
             for item in wanted:
@@ -253,6 +288,9 @@ class _Round:
     def _obstructed(self, item: Assessment, what: str, workload: ObservedWorkload) -> Blocked:
         name = f"GPU {self.gpus[what].index}" if what in self.gpus else what
         instance = workload.identity.instance
+        if (hold := self.held.get(instance)) is not None:
+            reason = f"{name} is still held by {instance}, {hold.reason}"
+            return blocked(item, reason, hint=hold.hint)
         if any(workload is other.match for other in self.assessments):
             why = "which is to keep it"
         elif instance in self.unconfirmed:
@@ -292,6 +330,8 @@ class _Round:
     ) -> tuple[ObservedWorkload | None, BringUp | Blocked | None]:
         """(the workload that may stay alive, how to bring the instance up if that is due)."""
         entry = self.memory.of(item.instance.id)
+        # What is held is told of by its name, below; that it is in the way is not lost by this.
+        leaving = leaving | self.holds.on(item.instance.gpus, self.held)
         around = Surroundings(self.observed, self.gpus, self.ports, self.numbers, leaving)
         lost = [uuid for uuid in item.instance.gpus if uuid not in self.gpus]
         patient = entry.retry_at is not None and entry.retry_at > self.now
@@ -383,8 +423,15 @@ class _Round:
         if due and entry.retry_at is not None and entry.retry_at > self.now:
             self.blocked.append(blocked(item, f"backoff: {entry.reason}", until=entry.retry_at))
             return
+        held: dict[str, str] = {}
         for load in due:
-            self._change("load", lane, item, load.cause, [load.step], load.diff)
+            model = load.step.placement.model
+            if (reason := self.holds.placement(model)) is not None:  # 8
+                held[model] = f"{model} is {reason}; would load: {load.cause}"
+            else:
+                self._change("load", lane, item, load.cause, [load.step], load.diff)
+        if held:
+            self.blocked.append(blocked(item, "; ".join(held.values()), hint=way_out(held)))
 
     def _leftovers(
         self, lane: str, item: Assessment, entry: InstanceMemory, stops: list[Step]

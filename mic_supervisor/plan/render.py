@@ -54,9 +54,11 @@ def to_json(plan: Plan, *, host: str, config_hash: str) -> dict[str, Any]:
                 "reason": reason(item),
                 "hint": item.hint,
                 "until": item.until,
+                "paused": item.paused,
             }
             for item in plan.blocked
         ],
+        "left_out": left_out_json(plan.left_out),
         "warnings": list(plan.warnings),
     }
 
@@ -82,15 +84,39 @@ def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
         lines += [""] if lines else []
         for item in plan.blocked:
             place = f" on {gpu_names(item.gpus, indices)}" if item.gpus else ""
-            lines.append(f"! blocked  {item.instance}{place}: {reason(item)}")
+            mark = "paused " if item.paused else "blocked"
+            lines.append(f"! {mark}  {item.instance}{place}: {reason(item)}")
             if item.hint:
                 lines.append(f"    hint: {item.hint}")
+    if plan.left_out:
+        lines += [""] if lines else []
+        lines += left_out_lines(left_out_json(plan.left_out))
     if plan.warnings:
         lines += [""] if lines else []
         lines += [f"warning: {text}" for text in plan.warnings]
     lines += [""] if lines else []
     lines.append(summary(plan))
     return "\n".join(lines) + "\n"
+
+
+def left_out_json(changes: Iterable[Change]) -> list[dict[str, Any]]:
+    """What is due and was not chosen, as `left_out` in the documents of `plan` and `apply`."""
+    return [
+        {
+            "instance": change.instance,
+            "model": change.model,
+            "gpus": list(change.gpus),
+            "action": change.kind,
+            "cause": change.cause,
+        }
+        for change in changes
+    ]
+
+
+def left_out_lines(left_out: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"left out: {item['instance']} ({item['action']}: {item['cause']})" for item in left_out
+    ]
 
 
 def summary(plan: Plan) -> str:
@@ -100,7 +126,10 @@ def summary(plan: Plan) -> str:
         counts[change.kind] = counts.get(change.kind, 0) + 1
     parts = [f"{counts[kind]} to {kind}" for kind in _MARKS if kind in counts and kind != "adopt"]
     rest = [f"{counts['adopt']} to adopt"] if "adopt" in counts else []
-    rest += [f"{len(plan.blocked)} blocked"] if plan.blocked else []
+    paused = sum(item.paused for item in plan.blocked)
+    rest += [f"{len(plan.blocked) - paused} blocked"] if len(plan.blocked) > paused else []
+    rest += [f"{paused} paused"] if paused else []
+    rest += [f"{len(plan.left_out)} left out"] if plan.left_out else []
     return "; ".join([f"Plan: {', '.join(parts)}" if parts else "No changes", *rest]) + "."
 
 

@@ -32,8 +32,11 @@ def settled(
     failing: Collection[str],
     began: float,
     now: float,
+    only: Collection[str] | None = None,
 ) -> bool:
     """Every instance is ready, or has failed in a way that patience alone does not mend.
+
+    `only` are the instances that matter; None: all.
 
     1. A change that can be executed is work left, unless its last try failed.
     2. An instance on its way is waited for, within the budget that its start has.
@@ -42,6 +45,7 @@ def settled(
     if any(
         change.steps and change.waits is None and change.instance not in failing
         for change in plan.changes
+        if only is None or change.instance in only
     ):
         return False
     final = {item.instance for item in plan.blocked}
@@ -49,7 +53,7 @@ def settled(
     final |= set(failing)
     budgets = {item.id: item.start_timeout for item in desired.instances}
     for row in statuses:
-        if row.phase in _FINAL or row.id in final:
+        if row.phase in _FINAL or row.id in final or (only is not None and row.id not in only):
             continue
         started = memory.of(row.id).started_at or began
         if now - max(started, began) < budgets.get(row.id, 0.0) + _SLACK:

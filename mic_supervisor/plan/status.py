@@ -179,13 +179,19 @@ def _desired(
         blocked=blocked is not None,
         retry_at=retry_at,
     )
-    if blocked is not None and activities.get(instance.id) is None and phase is not Phase.READY:
+    if blocked is None or blocked.paused or activities.get(instance.id) is not None:
+        pass
+    elif phase is not Phase.READY:
         reason = blocked.reason
         if item.alive and entry.failed == item.hash:
             phase = Phase.DEGRADED  # rolled back: the last good specification serves
         elif retry_at is not None:
             phase = Phase.BACKOFF
-    if instance.id in waits:
+    if blocked is not None and blocked.paused and activities.get(instance.id) is None:
+        troubled = item.runs and phase not in (Phase.READY, Phase.UNPROBED)
+        how = f"; it runs, {phase.value}" + (f": {reason}" if reason else "")
+        phase, reason = Phase.PAUSED, blocked.reason + (how if troubled else "")
+    elif instance.id in waits:
         reason = f"waits for {waits[instance.id]}"
     elif phase is Phase.PENDING and instance.id in due:
         reason = due[instance.id]
@@ -229,22 +235,22 @@ def _leaving(
 ) -> InstanceStatus:
     """A row for what runs and is not desired. What follows it may be blocked: then it stays."""
     identity = workload.identity
-    held, reason = False, "the file does not ask for it; it is to be removed"
+    phase, reason = Phase.PENDING, "the file does not ask for it; it is to be removed"
     for item in blocked:
         if item.instance == identity.instance:
-            held, reason = True, item.reason
+            phase, reason = Phase.PAUSED if item.paused else Phase.BLOCKED, item.reason
             break
         if set(item.gpus) & set(identity.gpus):
-            held, reason = True, f"it stays while {item.instance} is blocked"
+            phase, reason = Phase.BLOCKED, f"it stays while {item.instance} is blocked"
     return InstanceStatus(
         id=identity.instance,
         origin=identity.origin,
         model=identity.model,
         backend=identity.backend,
         gpus=identity.gpus,
-        phase=activity or (Phase.BLOCKED if held else Phase.PENDING),
+        phase=activity or phase,
         sync="out_of_sync",
-        health="unknown",
+        health=_HEALTH[Phase.PAUSED] if phase is Phase.PAUSED and activity is None else "unknown",
         reason=reason,
         since=None,
         restarts=0,

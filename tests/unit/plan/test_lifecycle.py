@@ -101,6 +101,7 @@ def test_a_plan_is_one_json_document() -> None:
             }
         ],
         "blocked": [],
+        "left_out": [],
         "warnings": [],
     }
 
