@@ -27,6 +27,8 @@ COMMANDS = {
     "stop": ("stop", "Empty a GPU, in gpus.yaml and in fact."),
     "restart": ("restart", "Restart a model or an instance now."),
     "retry": ("retry", "Try again now what failed."),
+    "pause": ("pause", "Leave a model or a GPU as it is, whatever happens."),
+    "resume": ("resume", "Look after it again."),
     "status": ("status", "Desired against actual, one row per instance."),
     "doctor": ("doctor", "Look this machine over, and say how to mend it."),
     "gpus": ("gpus", "Memory, power, temperature and holders of each GPU."),

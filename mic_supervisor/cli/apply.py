@@ -14,7 +14,7 @@ import click
 
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
-from mic_supervisor.cli.params import Duration
+from mic_supervisor.cli.params import Duration, targets_option
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.command(name="apply")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
+@targets_option
 @click.option("--rebind", is_flag=True, help="Bind the file's GPU numbers to today's GPUs anew.")
 @click.option(
     "--lock-timeout",
@@ -37,12 +38,18 @@ if TYPE_CHECKING:
     metavar="DURATION",
     help="How long to wait for another writer; 30s.",
 )
-def command(file: Path | None, as_json: bool, rebind: bool, lock_timeout: float) -> int:
+def command(
+    file: Path | None, as_json: bool, targets: tuple[str, ...], rebind: bool, lock_timeout: float
+) -> int:
     """Converge once, with progress, and wait until everything is ready.
 
     Where the daemon runs it does the work, and this command follows; FILE must then be the
     daemon's own. Exits with 0 when all is ready, 3 when some instance failed and others did not,
     1 when all failed or nothing could be done.
+
+    With --target only the instances of that model, or on that GPU, are changed, and whatever has
+    to leave their GPUs; the rest is told as left out, and counts for nothing. A daemon converges
+    the rest all the same: then --target says what is waited for, and confirms no removal.
     """
     from mic_supervisor.daemon.client import Client
 
@@ -52,18 +59,21 @@ def command(file: Path | None, as_json: bool, rebind: bool, lock_timeout: float)
     config = wiring.load_config(found, file, registry)
     client = Client.connect(found.socket)
     if client is not None:
-        indices = {} if as_json else _indices(found)
-        document = _through_daemon(client, config, indices, rebind=rebind, quiet=as_json)
+        indices = {} if as_json else indices_of(found)
+        params = {"targets": targets, "rebind": rebind}
+        document = _through_daemon(client, config, indices, params, quiet=as_json)
+        document["through_daemon"] = True
     else:
-        document = _alone(found, config, rebind=rebind, quiet=as_json, patience=lock_timeout)
+        document = _alone(found, config, targets, rebind, quiet=as_json, patience=lock_timeout)
+        document["through_daemon"] = False
     if as_json:
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     else:
-        _report(document)
+        _report(document, limited=bool(targets))
     return int(document["exit_code"])
 
 
-def _indices(found: Settings) -> dict[str, int]:
+def indices_of(found: Settings) -> dict[str, int]:
     """What the daemon calls its GPUs. It has one answer per connection, and may go meanwhile."""
     from mic_supervisor.daemon.client import Client
 
@@ -73,19 +83,25 @@ def _indices(found: Settings) -> dict[str, int]:
 
 
 def _through_daemon(
-    client: Client, config: Config, indices: dict[str, int], *, rebind: bool, quiet: bool
+    client: Client, config: Config, indices: dict[str, int], asked: dict[str, Any], *, quiet: bool
 ) -> dict[str, Any]:
     from mic_supervisor.cli.progress import follow
 
     began = time.time()
-    params = {"path": str(config.path), "hash": config.hash, "rebind": rebind}
+    params = {"path": str(config.path), "hash": config.hash, **asked}
     with follow(indices, began, quiet=quiet) as shown:
         document: dict[str, Any] = client.call("apply", params, tell=shown)
     return document
 
 
 def _alone(
-    found: Settings, config: Config, *, rebind: bool, quiet: bool, patience: float
+    found: Settings,
+    config: Config,
+    names: tuple[str, ...],
+    rebind: bool,
+    *,
+    quiet: bool,
+    patience: float,
 ) -> dict[str, Any]:
     from mic_supervisor.converge.documents import apply_document
     from mic_supervisor.converge.lock import writer
@@ -93,8 +109,12 @@ def _alone(
 
     with writer(found.lock_path, "mic-supervisor apply", patience):
         machine = wiring.machine(found, create_key=True)
-        snapshot, errors = converge_once(machine, config, rebind=rebind, quiet=quiet)
-    return apply_document(snapshot, errors, host_name())
+        targets = wiring.targets(machine, config, names, "apply")
+        context = replace(machine.context, targets=targets)
+        snapshot, errors = converge_once(
+            replace(machine, context=context), config, rebind=rebind, quiet=quiet
+        )
+    return apply_document(snapshot, errors, host_name(), targets, snapshot.plan.left_out)
 
 
 def converge_once(
@@ -115,6 +135,11 @@ def converge_once(
 
     began = time.time()
     memory = machine.state.memory()
+    provider = FileDesired(config, machine.registry, machine.settings.instance_data)
+    inventory = machine.sources.gpus.observe()
+    if forgive is None and (targets := machine.context.targets) is not None:
+        desired = provider.state(inventory, {} if rebind else memory.bindings)
+        forgive = {item.id for item in desired.instances if targets.has(item)}
     # Who calls apply asks for a try now: what failed before is not held against it.
     fresh = {
         name: replace(entry, failures=0, retry_at=None, attempt=None, failed=None, reason=None)
@@ -123,7 +148,7 @@ def converge_once(
         for name, entry in memory.instances.items()
     }
     memory = replace(memory, instances=fresh, bindings={} if rebind else memory.bindings)
-    indices = {gpu.uuid: gpu.index for gpu in machine.sources.gpus.observe().gpus}
+    indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
     errors: dict[str, Event] = {}
 
     def note(event: Event) -> None:
@@ -131,7 +156,6 @@ def converge_once(
             errors[event.instance] = event
 
     with follow(indices, began, quiet=quiet) as shown:
-        provider = FileDesired(config, machine.registry, machine.settings.instance_data)
         events = Events([note, shown])
         snapshot = asyncio.run(_converge(machine, provider, memory, events, began))
     return snapshot, errors
@@ -158,6 +182,9 @@ async def _converge(
     )
 
     def done(snapshot: Snapshot) -> bool:
+        only = None
+        if (targets := machine.context.targets) is not None:
+            only = {row.id for row in targets.rows(snapshot.desired, snapshot.statuses)}
         return settled(
             snapshot.desired,
             snapshot.plan,
@@ -166,6 +193,7 @@ async def _converge(
             failing=snapshot.failing,
             began=began,
             now=snapshot.at,
+            only=only,
         )
 
     try:
@@ -174,13 +202,22 @@ async def _converge(
         await converger.close()
 
 
-def _report(document: dict[str, Any]) -> None:
+def _report(document: dict[str, Any], *, limited: bool) -> None:
+    from mic_supervisor.plan.render import left_out_lines
+
     rows = document["instances"]
     show_rows(rows, document)
+    for text in left_out_lines(document["left_out"]):
+        click.echo(text)
+    if limited and document["through_daemon"]:
+        click.echo("The daemon converges everything else as well; --target chose what to wait for.")
     for text in document["remaining"]["warnings"]:
         click.echo(f"warning: {text}")
     bad = sum(not row["as_desired"] for row in rows)
     good = len(rows) - bad
+    if limited and not rows:
+        click.echo("Apply: the file asks for no instance there.")
+        return
     click.echo(f"Apply: {good} as desired, {bad} not." if bad else f"Apply: {good} as desired.")
 
 

@@ -16,6 +16,7 @@ from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
+    from mic_supervisor.model import ObservedState, ObservedWorkload
 
 
 @click.command(name="down")
@@ -42,6 +43,7 @@ def command(yes: bool) -> int:
         if view.error is not None:
             raise MicError(f"cannot tell what runs: {view.error}", hint=view.hint)
     ours = list(workloads(observed))
+    _check_paused(machine, ours, observed)
     if not ours:
         click.echo("Nothing of ours runs here.")
         return 0
@@ -62,6 +64,23 @@ def command(yes: bool) -> int:
     if not left:
         click.echo(f"Removed {len(names)}.")
     return 1 if left else 0
+
+
+def _check_paused(
+    machine: wiring.Machine, ours: list[ObservedWorkload], observed: ObservedState
+) -> None:
+    from mic_supervisor.plan.pauses import held_by
+
+    paused = machine.state.memory().paused
+    indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
+    for item in ours:
+        identity = item.identity
+        held = held_by(paused, identity.model, identity.gpus, indices, observed.at)
+        if held is not None:
+            raise MicError(
+                f"cannot remove {identity.instance}: {held[0]}",
+                hint=f"{held[1]}, or all of them: mic-supervisor resume --all",
+            )
 
 
 def _nothing(path: Path) -> Config:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.daemon.client import Client
     from mic_supervisor.model import GpuInventory
+    from mic_supervisor.plan.memory import Paused
+    from mic_supervisor.plan.selection import Names
 
 _ASK_TIMEOUT = 10.0  # seconds for the daemon to answer a question
 
@@ -121,6 +123,20 @@ class Opened:
         return True
 
 
+def check_paused(found: Settings, file: Opened, model: str | None) -> None:
+    """Refuse to write what would not be followed. Raises MicError."""
+    from mic_supervisor.plan.pauses import held_by
+
+    machine = wiring.machine(found, create_key=False)
+    paused = machine.state.memory().paused
+    if not paused:
+        return
+    indices = {gpu.uuid: gpu.index for gpu in machine.sources.gpus.observe().gpus}
+    held = held_by(paused, model or "", file.uuids, indices, time.time())
+    if held is not None:
+        raise MicError(f"cannot {file.action}: {held[0]}", hint=held[1])
+
+
 @contextmanager
 def opened(found: Settings, keys: tuple[GpuKey, ...], action: str) -> Iterator[Opened]:
     """Lock, read and check the file, and find the GPUs in it, however they are spelled there.
@@ -208,7 +224,7 @@ def apply_edit(found: Settings, command: str) -> dict[str, Any]:
     """Have the machine follow the edited file: the document of `apply`. Confirms no removal."""
     client = daemon(found)
     if client is not None:
-        return ask(client, "edited", {"path": str(found.config)})
+        return ask(found, client, "edited", {"path": str(found.config)})
     try:
         return alone(found, command, forgive=())
     except LockHeld as error:
@@ -217,11 +233,12 @@ def apply_edit(found: Settings, command: str) -> dict[str, Any]:
         ) from error
 
 
-def ask(client: Client, method: str, params: dict[str, Any]) -> dict[str, Any]:
+def ask(found: Settings, client: Client, method: str, params: dict[str, Any]) -> dict[str, Any]:
     """Through the daemon, with progress."""
+    from mic_supervisor.cli.apply import indices_of
     from mic_supervisor.cli.progress import follow
 
-    with follow({}, time.time(), quiet=False) as told:
+    with follow(indices_of(found), time.time(), quiet=False) as told:
         document: dict[str, Any] = client.call(method, params, tell=told)
     return document
 
@@ -247,24 +264,64 @@ def alone(
     return apply_document(snapshot, errors, host_name())
 
 
+@dataclass(slots=True)
+class Kept:
+    """What is paused, to be changed, and what there is to be named."""
+
+    paused: Paused
+    names: Names
+    indices: dict[str, int]
+
+
+@contextmanager
+def memory(found: Settings, command: str) -> Iterator[Kept]:
+    """Change what is paused, without a daemon: for as long as nobody else may converge."""
+    from mic_supervisor.converge.lock import writer
+
+    with writer(found.lock_path, command, 30.0):
+        machine = wiring.machine(found, create_key=True)
+        before = machine.state.memory()
+        names = wiring.names(machine, wiring.load_config(found, None, machine.registry), before)
+        indices = {gpu.uuid: gpu.index for gpu in names.inventory.gpus}
+        kept = Kept(before.paused, names, indices)
+        yield kept
+        if kept.paused != before.paused:
+            machine.state.save_memory(replace(before, paused=kept.paused))
+
+
 def instances(found: Settings, name: str, action: str) -> list[str]:
-    """The ids of the instances that the file has under this name or id. Raises MicError."""
+    """The ids of the instances that the file has under this name or id, but for paused ones.
+
+    Raises MicError; also where all of them are paused.
+    """
     from mic_supervisor.config.names import composed
     from mic_supervisor.converge.desired import FileDesired
+    from mic_supervisor.plan.pauses import free_of_pauses
 
     machine = wiring.machine(found, create_key=False)
     config = wiring.load_config(found, None, machine.registry)
     provider = FileDesired(config, machine.registry, found.instance_data)
-    state = provider.state(machine.sources.gpus.observe(), machine.state.memory().bindings)
-    every = {item.id: item.model for item in state.instances}
-    chosen = [one for one, model in every.items() if composed(name) in (one, model)]
+    kept, inventory = machine.state.memory(), machine.sources.gpus.observe()
+    state = provider.state(inventory, kept.bindings)
+    chosen = [
+        (item.id, item.model, item.gpus)
+        for item in state.instances
+        if composed(name) in (item.id, item.model)
+    ]
     if not chosen:
-        known = ", ".join(every)
+        known = ", ".join(item.id for item in state.instances)
         raise MicError(
             f"cannot {action}: there is no instance {name!r}",
             hint=f"there is {known}" if known else None,
         )
-    return chosen
+    indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
+    return free_of_pauses(chosen, kept.paused, action, indices, time.time())
+
+
+def failed(found: Settings, chosen: Collection[str]) -> list[str]:
+    """Those of these instances that failed since they were last well for long."""
+    kept = wiring.machine(found, create_key=False).state.memory()
+    return [name for name in chosen if kept.of(name).troubled]
 
 
 def on(document: dict[str, Any], uuids: Collection[str]) -> list[dict[str, Any]]:

@@ -6,6 +6,14 @@ import click
 
 from mic_supervisor.config.types import parse_duration
 
+targets_option = click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="GPU|MODEL",
+    help="This one only; may be said several times. Removes nothing that the file merely lacks.",
+)
+
 
 class Duration(click.ParamType[float]):
     """Seconds, from "500ms", "30s", "5m" or "1h"."""

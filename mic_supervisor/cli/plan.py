@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.params import targets_option
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
@@ -23,21 +25,24 @@ EXIT_CHANGES = 2
 @click.command(name="plan")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@targets_option
 @click.option(
     "--detailed-exitcode",
     is_flag=True,
     help="Exit with 0 when there is nothing to do, 2 when there is, 1 on an error.",
 )
-def command(file: Path | None, as_json: bool, detailed_exitcode: bool) -> int:
+def command(
+    file: Path | None, as_json: bool, targets: tuple[str, ...], detailed_exitcode: bool
+) -> int:
     """Show what apply would do, and why.
 
     Where the daemon runs it is asked, so that backoff and work in flight count. FILE is compared
-    instead of the configured file, and nothing else changes by that.
+    instead of the configured file, and nothing else changes by that. --target as for apply.
     """
     from mic_supervisor.converge.state import host_name
     from mic_supervisor.plan import render
 
-    answer = _ask_daemon(file)
+    answer = _ask_daemon(file, targets)
     if answer is not None:
         if as_json:
             click.echo(json.dumps(answer["document"], indent=2, ensure_ascii=False))
@@ -45,8 +50,10 @@ def command(file: Path | None, as_json: bool, detailed_exitcode: bool) -> int:
             click.echo(answer["text"], nl=False)
             if answer["busy"]:
                 click.echo(f"In progress: {', '.join(answer['busy'])}.")
+            if targets:
+                click.echo("The daemon converges what is left out as well, but for removals.")
         return EXIT_CHANGES if detailed_exitcode and not answer["empty"] else 0
-    _, desired, observed, plan = make_plan(file)
+    _, desired, observed, plan = make_plan(file, targets)
     if as_json:
         document = render.to_json(plan, host=host_name(), config_hash=desired.config_hash)
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
@@ -56,7 +63,7 @@ def command(file: Path | None, as_json: bool, detailed_exitcode: bool) -> int:
     return EXIT_CHANGES if detailed_exitcode and not plan.empty else 0
 
 
-def _ask_daemon(file: Path | None) -> dict[str, Any] | None:
+def _ask_daemon(file: Path | None, targets: tuple[str, ...]) -> dict[str, Any] | None:
     """The daemon's plan for its own file as it is now; None: look without it.
 
     A file that the daemon has rejected, or has not read yet, is compared here: the errors, or the
@@ -71,11 +78,13 @@ def _ask_daemon(file: Path | None) -> dict[str, Any] | None:
     if client is None:
         return None
     config = wiring.load_config(found, file, Registry())
-    answer: dict[str, Any] = client.call("plan", timeout=10.0)
+    answer: dict[str, Any] = client.call("plan", {"targets": targets}, timeout=10.0)
     return answer if answer["document"]["config_hash"] == config.hash else None
 
 
-def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, Plan]:
+def make_plan(
+    file: Path | None, targets: tuple[str, ...] = ()
+) -> tuple[Config, DesiredState, ObservedState, Plan]:
     """Load, observe, ask the servers what they have loaded, and reconcile. Changes nothing."""
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.observe import observe, with_health, with_holders
@@ -86,6 +95,7 @@ def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, P
     machine = wiring.machine(found, create_key=False)
     config = wiring.load_config(found, file, machine.registry)
     memory = machine.state.memory()
+    context = replace(machine.context, targets=wiring.targets(machine, config, targets, "plan"))
     observed = observe(machine.sources, time.time())
     provider = FileDesired(config, machine.registry, machine.settings.instance_data)
     desired = provider.state(observed.inventory, memory.bindings)
@@ -103,5 +113,5 @@ def make_plan(file: Path | None) -> tuple[Config, DesiredState, ObservedState, P
         config,
         desired,
         observed,
-        reconcile(desired, observed, memory, observed.at, machine.context, assessments),
+        reconcile(desired, observed, memory, observed.at, context, assessments),
     )

@@ -115,6 +115,8 @@ def line_of(event: Event, changed: set[str]) -> str | None:
             return None
         if event.phase in _QUIET or (event.phase in _GOOD and event.instance not in changed):
             return None
+        if event.phase == Phase.PAUSED:
+            return event.text
         return f"{event.phase}" + (f": {event.text}" if event.text else "")
     if event.kind == "begin":
         return f"{event.phase}: {event.text}"

@@ -18,7 +18,7 @@ def command(name: str) -> int:
     found = wiring.settings()
     client = operate.daemon(found)
     if client is not None:
-        document = operate.ask(client, "restart", {"name": name})
+        document = operate.ask(found, client, "restart", {"name": name})
     else:
         chosen = operate.instances(found, name, f"restart {name}")
         document = operate.alone(found, f"restart {name}", forgive=chosen, force=chosen)

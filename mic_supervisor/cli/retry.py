@@ -18,8 +18,12 @@ def command(name: str) -> int:
     found = wiring.settings()
     client = operate.daemon(found)
     if client is not None:
-        document = operate.ask(client, "retry", {"name": name})
+        document = operate.ask(found, client, "retry", {"name": name})
+        failed = document["failed_before"]
     else:
         chosen = operate.instances(found, name, f"retry {name}")
+        failed = operate.failed(found, chosen)
         document = operate.alone(found, f"retry {name}", forgive=chosen)
+    if not failed:
+        click.echo(f"Nothing of {name} had failed: there was nothing to try again.")
     return operate.show(operate.named(document, name), document)

@@ -32,6 +32,7 @@ def command(model: str, keys: tuple[GpuKey, ...]) -> int:
     with operate.opened(found, keys, f"start {model} on {where}") as file:
         _check_model(file, model)
         _check_free(file, model, where)
+        operate.check_paused(found, file, model)
         before = "none" if file.entry is not None else None
         if file.model == model:
             click.echo(f"{found.config}: {where} is {model} already.")

@@ -26,7 +26,13 @@ EXIT_NOT_READY = 3
 
 _PERIOD = 1.0  # seconds between two looks of --watch
 
-_STYLES = {"ready": "green", "unprobed": "default", "starting": "yellow", "loading": "yellow"}
+_STYLES = {
+    "ready": "green",
+    "unprobed": "default",
+    "starting": "yellow",
+    "loading": "yellow",
+    "paused": "cyan",
+}
 
 
 @click.command(name="status")
@@ -68,7 +74,9 @@ def _reader(model: str | None) -> Callable[[], dict[str, Any]]:
                 machine.append(wiring.machine(found, create_key=False))
             document = look(machine[0])
         if model is not None:
-            document["instances"] = _only(model, document["instances"])
+            rows = document["instances"] = _only(model, document["instances"])
+            models = {row["model"] for row in rows}
+            document["paused"] = [p for p in document.get("paused", ()) if p["model"] in models]
         return document
 
     return read
@@ -158,6 +166,7 @@ def look(machine: Machine) -> dict[str, Any]:
         desired=desired,
         observed=observed,
         statuses=instance_statuses(desired, observed, assessments, plan, memory, {}),
+        paused=memory.paused,
         warnings=plan.warnings,
     )
 
@@ -179,12 +188,21 @@ def show(document: dict[str, Any]) -> None:
 
 
 def _notices(document: dict[str, Any]) -> list[str]:
-    """What is to be known besides the rows: what cannot be read, warnings, a broken file."""
+    """What is to be known besides the rows: unreadable sources, warnings, pauses, a broken file."""
     warnings = document["warnings"]
     told = [
         text for text in document["unreadable"] if not any(w.startswith(text) for w in warnings)
     ]
     notices = [f"warning: {text}" for text in (*told, *warnings)]
+    shown = {gpu["uuid"] for row in document["instances"] for gpu in row["gpus"]}
+    models = {row["model"] for row in document["instances"]}
+    for pause in document.get("paused", ()):  # an earlier daemon has none
+        gpu, model = pause["gpu"], pause["model"]
+        if gpu is not None and gpu["uuid"] not in shown:
+            name = gpu["uuid"] if gpu["index"] is None else f"GPU {gpu['index']}"
+            notices.append(f"{name} is {_paused(pause)}")
+        elif model is not None and model not in models:
+            notices.append(f"{model} is {_paused(pause)}")
     if document["config"]["error"]:
         notices.append(f"{document['config']['error']}".rstrip())
         notices.append("warning: the file has errors; what it said before runs")
@@ -215,6 +233,13 @@ def _remarks(document: dict[str, Any]) -> list[str]:
             name = gpu["uuid"] if gpu["index"] is None else f"GPU {gpu['index']}"
             remarks.append(f"{name} is {gpu['state']}")
     return remarks
+
+
+def _paused(pause: dict[str, Any]) -> str:
+    from mic_supervisor.plan.holds import since
+    from mic_supervisor.plan.memory import Pause
+
+    return since(Pause(pause["since"], pause["reason"]), time.time())
 
 
 # --- --watch ------------------------------------------------------------------------------------

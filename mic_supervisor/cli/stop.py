@@ -35,6 +35,7 @@ def command(model: str | None, keys: tuple[GpuKey, ...]) -> int:
                 f"cannot {what}: {found.config} has {has} there",
                 hint="see `mic-supervisor status`",
             )
+        operate.check_paused(found, file, file.model)
         if file.entry is not None and file.model is None:
             click.echo(f"{found.config}: {where} is none already.")
         else:

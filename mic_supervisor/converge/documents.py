@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from mic_supervisor.converge.events import Event
     from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.model import DesiredState, ObservedState
+    from mic_supervisor.plan.actions import Change
+    from mic_supervisor.plan.memory import Paused
+    from mic_supervisor.plan.selection import Selection
 
 EXIT_ALL_FAILED = 1
 EXIT_SOME_FAILED = 3
@@ -35,19 +38,36 @@ def in_gpu_order(
     )
 
 
-def apply_document(snapshot: Snapshot, errors: Mapping[str, Event], host: str) -> dict[str, Any]:
-    """What `apply --json` prints. `errors` holds the last failure of each instance."""
+def row_json(row: InstanceStatus, indices: Mapping[str, int]) -> dict[str, Any]:
+    """One entry of `instances`, in every document that has them."""
+    return status_json(row, indices) | {"as_desired": row.settled_well}
+
+
+def apply_document(
+    snapshot: Snapshot,
+    errors: Mapping[str, Event],
+    host: str,
+    targets: Selection | None = None,
+    left_out: Iterable[Change] = (),
+) -> dict[str, Any]:
+    """What `apply --json` prints. `errors` holds the last failure of each instance.
+
+    Of `targets`, where there are any, it tells alone, and what was left out for them.
+    """
+    rows = [*snapshot.statuses]
+    if targets is not None:
+        rows = targets.rows(snapshot.desired, rows)
+        chosen = {row.id for row in rows} | {change.instance for change in snapshot.plan.changes}
+        errors = {name: event for name, event in errors.items() if name in chosen}
     indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
     config_hash = snapshot.desired.config_hash
     return {
         "version": 1,
         "host": host,
         "config_hash": config_hash,
-        "exit_code": exit_code(snapshot.statuses),
-        "instances": [
-            status_json(row, indices) | {"as_desired": row.settled_well}
-            for row in in_gpu_order(snapshot.statuses, indices)
-        ],
+        "exit_code": exit_code(rows),
+        "instances": [row_json(row, indices) for row in in_gpu_order(rows, indices)],
+        "left_out": render.left_out_json(left_out),
         "failures": [
             {"instance": name, "reason": event.text, "hint": event.hint}
             for name, event in sorted(errors.items())
@@ -63,6 +83,7 @@ def status_document(
     desired: DesiredState,
     observed: ObservedState,
     statuses: Iterable[InstanceStatus],
+    paused: Paused,
     warnings: Iterable[str] = (),
 ) -> dict[str, Any]:
     """What `status --json` prints and `/api/v1/status` answers."""
@@ -79,11 +100,28 @@ def status_document(
         "host": host,
         "at": observed.at,
         "config": dict(config),
-        "instances": [
-            status_json(row, indices) | {"as_desired": row.settled_well}
-            for row in in_gpu_order(statuses, indices)
-        ],
+        "instances": [row_json(row, indices) for row in in_gpu_order(statuses, indices)],
         "gpus": gpu_rows(desired, observed),
+        "paused": paused_json(paused, indices),
         "unreadable": unreadable,
         "warnings": list(warnings),
     }
+
+
+def paused_json(paused: Paused, indices: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Models first, then GPUs; `index` is null for a GPU that is not there."""
+    models: list[dict[str, Any]] = [
+        {"model": name, "gpu": None, "since": pause.since, "reason": pause.reason}
+        for name, pause in sorted(paused.models.items())
+    ]
+    return models + [
+        {
+            "model": None,
+            "gpu": {"uuid": uuid, "index": indices.get(uuid)},
+            "since": pause.since,
+            "reason": pause.reason,
+        }
+        for uuid, pause in sorted(
+            paused.gpus.items(), key=lambda item: (indices.get(item[0], 1 << 16), item[0])
+        )
+    ]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mic_supervisor.records import dataclass
 
-EventKind = Literal["begin", "progress", "done", "failed", "phase", "config", "adopt"]
+EventKind = Literal["begin", "progress", "done", "failed", "phase", "config", "adopt", "pause"]
 
 
 @dataclass(frozen=True, slots=True)

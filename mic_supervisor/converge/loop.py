@@ -40,8 +40,9 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
 from mic_supervisor.plan.health import Phase, note_failure, remember
-from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.memory import Memory, Pause
 from mic_supervisor.plan.reconcile import reconcile
+from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.status import InstanceStatus, instance_statuses
 from mic_supervisor.records import dataclass
 
@@ -142,13 +143,18 @@ class Converger:
             except TimeoutError:
                 continue
 
-    def forgive(self, instances: Collection[str] | None = None) -> None:
-        """Try again now what failed before; None is everything. Somebody asked for it."""
-        chosen = self.memory.instances if instances is None else instances
-        for name in [*chosen]:
+    def forgive(self, instances: Collection[str] | None = None) -> set[str]:
+        """Try again now what failed before; None is everything. Somebody asked for it.
+
+        Returns what of it had failed.
+        """
+        chosen = {*(self.memory.instances if instances is None else instances)}
+        failed = {name for name in chosen if name in self._rest or self.memory.of(name).troubled}
+        for name in chosen:
             self._rest.pop(name, None)
             self._set(name, failures=0, retry_at=None, attempt=None, failed=None, reason=None)
         self.wake()
+        return failed
 
     def rebind(self) -> None:
         """Bind the file's GPU numbers to today's GPUs anew, in the next round."""
@@ -158,6 +164,28 @@ class Converger:
     def force(self, instances: Collection[str]) -> None:
         """Restart these although nothing is wrong with them."""
         self.context = replace(self.context, forced=self.context.forced | set(instances))
+        self.wake()
+
+    def pause(self, chosen: Selection, reason: str | None) -> None:
+        """Leave these as they are from now on. A lane that is past its preparations goes on."""
+        pause = Pause(self._clock(), reason)
+        paused = self.memory.paused.including(chosen.models, chosen.gpus, pause)
+        self.memory = replace(self.memory, paused=paused)
+        self._tell_pause(chosen, f"paused: {reason}" if reason else "paused")
+
+    def resume(self, chosen: Selection) -> None:
+        """Look after these again."""
+        paused = self.memory.paused.without(chosen.models, chosen.gpus)
+        self.memory = replace(self.memory, paused=paused)
+        self._tell_pause(chosen, "resumed")
+
+    def _tell_pause(self, chosen: Selection, text: str) -> None:
+        now = self._clock()
+        for model in sorted(chosen.models):
+            self._events.tell(Event("pause", now, model, text, model))
+        for uuid in sorted(chosen.gpus):
+            (name,) = Selection(gpus=frozenset({uuid})).called(self._indices)
+            self._events.tell(Event("pause", now, name, text, gpus=(uuid,)))
         self.wake()
 
     async def close(self, patience: float = 5.0) -> None:
@@ -355,8 +383,15 @@ class Converger:
         broken: set[str] = set()
         for change in changes:
             self._tell("begin", change, change.cause)
+        prepared = False
         for step in in_order([step for change in changes for step in change.steps]):
             change = owner[step.id]
+            if not prepared and not isinstance(step, Prepare | Create):
+                # What has been stopped for something is not left lying for a pause.
+                if any(self._is_paused(item) for item in changes):
+                    self._tell("progress", change, "paused before anything was stopped for it")
+                    return
+                prepared = True
             if failed & set(step.depends_on):
                 failed.add(step.id)
                 broken.add(change.instance)
@@ -400,6 +435,12 @@ class Converger:
         elif isinstance(step, Load | Unload):
             # The next round must see what is loaded now, or it would ask for it again.
             await self._prober.look_now(step.workload.ref)
+
+    def _is_paused(self, change: Change) -> bool:
+        gpus = {*change.gpus}
+        for step in change.steps:
+            gpus |= {*step.workload.identity.gpus} if isinstance(step, Stop) else set()
+        return self.memory.paused.has(change.model, gpus)
 
     def _failed(self, step: Step, change: Change, error: MicError, began: float) -> None:
         now = self._clock()

@@ -13,6 +13,8 @@ from mic_supervisor.errors import MicError
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.spec import SpecKey
 
+_MOVE_AWAY = "move it away: only backoff counters, GPU bindings and pauses are lost"
+
 
 class StateDir:
     """One scope's directory under MIC_STATE_DIR. Files are 0600, the directory is 0700."""
@@ -30,7 +32,7 @@ class StateDir:
         except (TypeError, ValueError, AttributeError) as error:
             raise MicError(
                 f"cannot use {self.path / 'memory.json'}: {error}",
-                hint="move it away: only backoff counters and GPU bindings are lost",
+                hint=_MOVE_AWAY,
             ) from error
 
     def save_memory(self, memory: Memory) -> None:
@@ -84,7 +86,7 @@ class StateDir:
         except ValueError as error:
             raise MicError(
                 f"cannot read {path}: {error}",
-                hint="move it away: only backoff counters and GPU bindings are lost",
+                hint=_MOVE_AWAY,
             ) from error
 
 

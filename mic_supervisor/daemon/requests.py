@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor import __version__
-from mic_supervisor.converge.documents import apply_document
+from mic_supervisor.config.merge import NONE
+from mic_supervisor.config.names import composed
+from mic_supervisor.converge.documents import apply_document, in_gpu_order, paused_json, row_json
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.state import host_name
 from mic_supervisor.daemon.control import Method, Tell
@@ -20,12 +22,18 @@ from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.http.published import status_of
 from mic_supervisor.plan import render
 from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.pauses import free_of_pauses, to_resume
+from mic_supervisor.plan.reconcile import reconcile
+from mic_supervisor.plan.selection import Names, Selection, select
+from mic_supervisor.plan.status import InstanceStatus
 
 if TYPE_CHECKING:
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.converge.loop import Converger
+    from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.daemon.generations import Reloaded
     from mic_supervisor.http.published import Published
+    from mic_supervisor.plan.actions import Plan
 
 
 _ON_ITS_WAY = (
@@ -70,6 +78,8 @@ class Requests:
             "edited": self._edited,
             "restart": self._restart,
             "retry": self._retry,
+            "pause": self._pause,
+            "resume": self._resume,
             "history": self._history,
         }
 
@@ -82,17 +92,21 @@ class Requests:
         assert document is not None  # there was a first snapshot
         return document
 
-    async def _plan(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
+    async def _plan(self, params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
         """What is still out of sync; nothing is read again for it."""
         snapshot = await self._settling.first()
-        indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
+        targets = self._targets(params, snapshot, "plan")
+        plan, busy = snapshot.plan, snapshot.busy
+        if targets is not None:
+            plan = self._limited(snapshot, targets)
+            busy &= {row.id for row in targets.rows(snapshot.desired, snapshot.statuses)}
         return {
             "document": render.to_json(
-                snapshot.plan, host=host_name(), config_hash=snapshot.desired.config_hash
+                plan, host=host_name(), config_hash=snapshot.desired.config_hash
             ),
-            "text": render.to_text(snapshot.plan, indices),
-            "empty": snapshot.plan.empty and not snapshot.busy,
-            "busy": sorted(snapshot.busy),
+            "text": render.to_text(plan, indices_of(snapshot)),
+            "empty": plan.empty and not busy,
+            "busy": sorted(busy),
         }
 
     async def _asked_to_reload(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
@@ -110,22 +124,37 @@ class Requests:
         return {"changed": outcome.changed, "generation": outcome.generation}
 
     async def _apply(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        """Reload, try everything again, and wait until there is nothing left to wait for."""
+        """Reload, try everything again, and wait until there is nothing left to wait for.
+
+        With targets it waits for those alone, and neither confirms nor forgives anything else. The
+        loop converges the rest all the same: it knows of no half of a file.
+        """
         self._check_path(params)
+        limited = bool(params.get("targets"))
         with self._listening(tell) as errors:
-            await self._asked_to_reload(params, tell)
+            await self._read_file(confirm=not limited)
             if params.get("rebind"):
                 self._converger.rebind()
-            self._converger.forgive()
-            self._tell_what_is_under_way(tell)
-            snapshot = await self._settling.settled()
-        return apply_document(snapshot, errors, host_name())
+            if not limited:
+                self._converger.forgive()
+                self._tell_what_is_under_way(tell)
+                return apply_document(await self._settling.settled(), errors, host_name())
+            snapshot = await self._settling.next()
+            targets = self._targets(params, snapshot, "apply")
+            assert targets is not None  # there are some
+            rows = targets.rows(snapshot.desired, snapshot.statuses)
+            self._converger.forgive([row.id for row in rows])
+            self._tell_what_is_under_way(tell, {row.id for row in rows})
+            snapshot = await self._settling.settled(targets)
+        left_out = self._limited(snapshot, targets).left_out
+        removals = [change for change in left_out if change.kind == "remove"]
+        return apply_document(snapshot, errors, host_name(), targets, removals)
 
-    def _tell_what_is_under_way(self, tell: Tell) -> None:
+    def _tell_what_is_under_way(self, tell: Tell, only: Collection[str] | None = None) -> None:
         """The watcher is often faster than the command: what it began is waited for as well."""
         snapshot = self._converger.snapshot
         for row in snapshot.statuses if snapshot is not None else ():
-            if row.phase in _ON_ITS_WAY and snapshot is not None:
+            if row.phase in _ON_ITS_WAY and (only is None or row.id in only):
                 tell(
                     Event(
                         "begin",
@@ -155,7 +184,7 @@ class Requests:
             )
 
     async def _restart(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        names = await self._named(str(params.get("name", "")))
+        names = await self._named(str(params.get("name", "")), "restart")
         with self._listening(tell) as errors:
             self._converger.forgive(names)
             self._converger.force(names)
@@ -163,11 +192,71 @@ class Requests:
         return apply_document(snapshot, errors, host_name())
 
     async def _retry(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        names = await self._named(str(params.get("name", "")))
+        names = await self._named(str(params.get("name", "")), "retry")
         with self._listening(tell) as errors:
-            self._converger.forgive(names)
+            failed = self._converger.forgive(names)
             snapshot = await self._settling.settled()
-        return apply_document(snapshot, errors, host_name())
+        return apply_document(snapshot, errors, host_name()) | {"failed_before": sorted(failed)}
+
+    async def _pause(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+        """Returns when nothing is done any more for what is paused."""
+        snapshot = await self._settling.first()
+        names = [str(name) for name in params.get("names", ())]
+        chosen = select(names, self._names(snapshot), f"pause {' '.join(names)}")
+        reason = params.get("reason")
+        with self._listening(tell):
+            self._converger.pause(chosen, str(reason) if reason else None)
+            snapshot = await self._settling.seen(
+                lambda seen: not seen.busy & {row.id for row in _concerned(chosen, seen)}
+            )
+        return self._paused(snapshot, chosen)
+
+    async def _resume(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+        """Returns when what is not paused any more has nothing left to wait for."""
+        snapshot = await self._settling.first()
+        names = [str(name) for name in params.get("names", ())]
+        chosen = to_resume(names, self._names(snapshot), self._converger.memory.paused)
+        with self._listening(tell) as errors:
+            self._converger.resume(chosen)
+            snapshot = await self._settling.settled(chosen)
+        ids = {row.id for row in _concerned(chosen, snapshot)}
+        document = apply_document(snapshot, errors, host_name())
+        rows = [row for row in document["instances"] if row["id"] in ids]
+        resumed = chosen.called(indices_of(snapshot))
+        return document | {"instances": rows, "resumed": resumed}
+
+    def _paused(self, snapshot: Snapshot, chosen: Selection) -> dict[str, Any]:
+        indices = indices_of(snapshot)
+        return {
+            "paused": paused_json(snapshot.memory.paused, indices),
+            "named": chosen.called(indices),
+            "instances": [
+                row_json(row, indices)
+                for row in in_gpu_order(_concerned(chosen, snapshot), indices)
+            ],
+        }
+
+    def _names(self, snapshot: Snapshot) -> Names:
+        """What there is to be named: in the file, running, or paused."""
+        paused = snapshot.memory.paused
+        models = {*self._published().config.models, *paused.models}
+        models |= {row.model for row in snapshot.statuses if row.model != NONE}
+        return Names.of(snapshot.desired, models, snapshot.observed.inventory, paused.gpus)
+
+    def _targets(
+        self, params: Mapping[str, Any], snapshot: Snapshot, action: str
+    ) -> Selection | None:
+        names = [str(name) for name in params.get("targets", ())]
+        return (
+            select(names, self._names(snapshot), f"{action} {' '.join(names)}") if names else None
+        )
+
+    def _limited(self, snapshot: Snapshot, targets: Selection) -> Plan:
+        """What an apply of these alone would still have to do, and what it would leave out."""
+        context = replace(
+            self._converger.context, targets=targets, busy=snapshot.busy, confirmed=True
+        )
+        return reconcile(snapshot.desired, snapshot.observed, snapshot.memory, snapshot.at, context)
 
     async def _history(self, params: Mapping[str, Any], _tell: Tell) -> list[dict[str, Any]]:
         name = params.get("name")
@@ -177,13 +266,23 @@ class Requests:
             if name in (None, event.instance, event.model)
         ]
 
-    async def _named(self, name: str) -> list[str]:
+    async def _named(self, name: str, action: str) -> list[str]:
+        """The instances of a name, but for those that are paused; all paused is an error."""
         snapshot = await self._settling.first()
-        found = [row.id for row in snapshot.statuses if name in (row.id, row.model)]
+        found = [row for row in snapshot.statuses if composed(name) in (row.id, row.model)]
         if not found:
             known = ", ".join(row.id for row in snapshot.statuses)
-            raise MicError(f"there is no instance {name!r}", hint=f"there is {known}")
-        return found
+            raise MicError(
+                f"cannot {action} {name}: there is no instance {name!r}",
+                hint=f"there is {known}" if known else None,
+            )
+        return free_of_pauses(
+            [(row.id, row.model, row.gpus) for row in found],
+            snapshot.memory.paused,
+            f"{action} {name}",
+            indices_of(snapshot),
+            snapshot.at,
+        )
 
     @contextmanager
     def _listening(self, tell: Tell) -> Iterator[dict[str, Event]]:
@@ -200,3 +299,14 @@ class Requests:
             yield errors
         finally:
             self._events.listeners.remove(listen)
+
+
+def indices_of(snapshot: Snapshot) -> dict[str, int]:
+    return {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
+
+
+def _concerned(chosen: Selection, snapshot: Snapshot) -> list[InstanceStatus]:
+    """The rows of everything that a pause of these holds, named by the file or not."""
+    return [
+        row for row in snapshot.statuses if row.model in chosen.models or chosen.gpus & {*row.gpus}
+    ]

@@ -10,6 +10,7 @@ from mic_supervisor.plan.settled import settled
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.loop import Converger
+    from mic_supervisor.plan.selection import Selection
 from mic_supervisor.converge.snapshot import Snapshot
 
 
@@ -36,9 +37,21 @@ class Settling:
         assert self._last is not None  # set before the event
         return self._last
 
-    async def settled(self) -> Snapshot:
-        """The first snapshot of a round from now on that leaves nothing to wait for."""
-        waiter = _Waiter(self._converger.rounds_begun, self._clock())
+    async def next(self) -> Snapshot:
+        """The first snapshot of a round that begins from now on."""
+        return await self.seen(lambda _snapshot: True)
+
+    async def settled(self, targets: Selection | None = None) -> Snapshot:
+        """The first snapshot of a round from now on that leaves nothing to wait for.
+
+        With `targets` it is about those alone.
+        """
+        began = self._clock()
+        return await self.seen(lambda snapshot: all_settled(snapshot, began, targets))
+
+    async def seen(self, enough: Callable[[Snapshot], bool]) -> Snapshot:
+        """The first snapshot of a round from now on that is enough."""
+        waiter = _Waiter(self._converger.rounds_begun, enough)
         self._waiters.append(waiter)
         self._converger.wake()
         try:
@@ -48,20 +61,25 @@ class Settling:
 
 
 class _Waiter:
-    def __init__(self, after: int, began: float) -> None:
+    def __init__(self, after: int, enough: Callable[[Snapshot], bool]) -> None:
         self.future: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
         self._after = after
-        self._began = began
+        self._enough = enough
 
     def look(self, snapshot: Snapshot) -> None:
-        if self.future.done() or snapshot.round <= self._after or snapshot.busy:
+        if self.future.done() or snapshot.round <= self._after:
             return
-        if all_settled(snapshot, self._began):
+        if self._enough(snapshot):
             self.future.set_result(snapshot)
 
 
-def all_settled(snapshot: Snapshot, began: float) -> bool:
+def all_settled(snapshot: Snapshot, began: float, targets: Selection | None = None) -> bool:
     """Whether an apply that began then has nothing left to wait for."""
+    only = None
+    if targets is not None:
+        only = {row.id for row in targets.rows(snapshot.desired, snapshot.statuses)}
+    if snapshot.busy if only is None else snapshot.busy & only:
+        return False
     return settled(
         snapshot.desired,
         snapshot.plan,
@@ -70,4 +88,5 @@ def all_settled(snapshot: Snapshot, began: float) -> bool:
         failing=snapshot.failing,
         began=began,
         now=snapshot.at,
+        only=only,
     )

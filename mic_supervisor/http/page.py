@@ -279,7 +279,7 @@ def _event(event: Event, context: Context) -> Markup:
         what = what.replace("_", " ")
     elif event.kind == "failed":
         what = f"{event.phase} failed"
-    elif event.kind in ("config", "adopt"):
+    elif event.kind in ("config", "adopt", "pause"):
         what = ""
     else:
         what = f"{event.phase} {'begins' if event.kind == 'begin' else event.kind}"

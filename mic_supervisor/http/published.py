@@ -102,5 +102,6 @@ def status_of(published: Published) -> dict[str, Any] | None:
         desired=snapshot.desired,
         observed=snapshot.observed,
         statuses=snapshot.statuses,
+        paused=snapshot.memory.paused,
         warnings=snapshot.plan.warnings,
     )

@@ -115,6 +115,15 @@ class StatusGpu(Shape):
     state: str
 
 
+class Pause(Shape):
+    """Of a model, or of a GPU; the other one is null."""
+
+    model: str | None
+    gpu: GpuRef | None
+    since: float
+    reason: str | None
+
+
 class Status(Shape):
     version: Literal[1]
     host: str
@@ -122,6 +131,7 @@ class Status(Shape):
     config: ConfigInUse
     instances: list[StatusInstance]
     gpus: list[StatusGpu]
+    paused: list[Pause]
     unreadable: list[str]
     warnings: list[str]
 
@@ -144,6 +154,15 @@ class PlanAction(Shape):
 class PlanBlocked(Shape):
     instance: str
     reason: str
+    paused: bool
+
+
+class PlanLeftOut(Shape):
+    instance: str
+    model: str
+    gpus: list[str]
+    action: str
+    cause: str
 
 
 class Plan(Shape):
@@ -153,6 +172,7 @@ class Plan(Shape):
     changes: int
     actions: list[PlanAction]
     blocked: list[PlanBlocked]
+    left_out: list[PlanLeftOut]
     warnings: list[str]
 
 

@@ -92,12 +92,17 @@ def _worst(problems: tuple[Problem, ...]) -> Level:
 
 def _sentence(problems: tuple[Problem, ...], snapshot: Snapshot) -> str:
     bad = sum(problem.level is Level.BAD for problem in problems)
-    busy = sum(problem.level is Level.BUSY for problem in problems)
+    paused = sum(row.phase is Phase.PAUSED for row in snapshot.statuses)
+    busy = sum(problem.level is Level.BUSY for problem in problems) - paused
     if bad:
         more = f", {busy} more on the way" if busy else ""
+        more += f", {paused} more paused" if paused else ""
         return f"{_things(bad)} not as {'it' if bad == 1 else 'they'} should be{more}"
     if busy:
-        return f"{busy} of {_instances(len(snapshot.statuses))} on the way"
+        more = f", {paused} paused" if paused else ""
+        return f"{busy} of {_instances(len(snapshot.statuses))} on the way{more}"
+    if paused:
+        return f"{paused} of {_instances(len(snapshot.statuses))} paused"
     if not snapshot.statuses:
         return "Nothing is asked for, and nothing runs"
     return "Everything is as it should be"
@@ -190,9 +195,14 @@ def _unreadable(snapshot: Snapshot) -> Iterator[Problem]:
 
 
 def level_of(row: InstanceStatus) -> Level:
-    """How an instance fares: what is being done for it is no trouble, what is waited for is."""
+    """How an instance fares: what is being done for it is no trouble, what is waited for is.
+
+    Nor is a pause, which somebody asked for.
+    """
     if row.settled_well:
         return Level.GOOD
+    if row.phase is Phase.PAUSED:
+        return Level.BUSY
     return Level.BUSY if row.phase in _UNDER_WAY and row.next_retry is None else Level.BAD
 
 

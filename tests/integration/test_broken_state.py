@@ -112,7 +112,7 @@ def test_a_malformed_memory(job: World) -> None:
             assert verb in ("read", "use")
             assert rest == (
                 f"{path}: {cause}\n"
-                "hint: move it away: only backoff counters and GPU bindings are lost\n"
+                "hint: move it away: only backoff counters, GPU bindings and pauses are lost\n"
             )
     assert job.runs() == before
     path.rename(path.with_suffix(".bad"))
