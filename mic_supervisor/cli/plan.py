@@ -106,7 +106,7 @@ def make_plan(
         from mic_supervisor.converge.once import health_of_all
 
         indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
-        health = health_of_all(asked, provider, machine.sources, indices, observed.at)
+        health = health_of_all(asked, memory, provider, machine.sources, indices, observed.at)
         observed = with_health(observed, health)
         assessments = assess(desired, observed, machine.context)
     return (

@@ -150,7 +150,7 @@ def look(machine: Machine) -> dict[str, Any]:
     observed = with_holders(observed, desired, machine.sources)
     before = assess(desired, observed, machine.context)
     indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
-    health = health_of_all(before, provider, machine.sources, indices, observed.at)
+    health = health_of_all(before, memory, provider, machine.sources, indices, observed.at)
     observed = with_health(observed, health)
     assessments = assess(desired, observed, machine.context)
     plan = reconcile(desired, observed, memory, observed.at, machine.context, assessments)

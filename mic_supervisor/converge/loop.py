@@ -39,6 +39,7 @@ from mic_supervisor.plan.actions import (
     in_order,
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
+from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import Phase, note_failure, remember
 from mic_supervisor.plan.memory import Memory, Pause
 from mic_supervisor.plan.reconcile import reconcile
@@ -264,9 +265,11 @@ class Converger:
         return self.snapshot
 
     def _targets(self, assessments: list[Assessment], busy: frozenset[str]) -> dict[str, Target]:
+        """What runs, as the file says or by an earlier specification that is as good as known."""
+        as_they_are = (as_it_runs(self.memory.of(item.instance.id), item) for item in assessments)
         return {
             item.match.ref: self._target(item.match, item)
-            for item in assessments
+            for item in as_they_are
             if item.match is not None
             and is_alive(item.match)
             and (item.instance.id not in busy or item.match.ref in self._prober.health)
@@ -287,7 +290,7 @@ class Converger:
         item = self._assessments.get(step.instance)
         if item is None:
             raise LoadFailed(f"cannot change {step.instance}: the file no longer names it")
-        return self._target(step.workload, item)
+        return self._target(step.workload, as_it_runs(self.memory.of(step.instance), item))
 
     def _tell_adopted(self, memory: Memory, assessments: list[Assessment], now: float) -> None:
         """An instance that runs as it should, and that nothing is remembered of, is taken over."""

@@ -286,8 +286,10 @@ def _models(snapshot: Snapshot) -> Iterator[Metric]:
         info.add_metric((*key, ",".join(row.gpus), unit), 1)
         for phase in Phase:
             state.add_metric((*key, phase.value), float(row.phase is phase))
-        if row.phase is not Phase.UNPROBED:
-            ready.add_metric(key, float(row.phase is Phase.READY))
+        if row.phase is not Phase.UNPROBED and (
+            row.phase is not Phase.PAUSED or row.serving is not None
+        ):
+            ready.add_metric(key, float(row.phase is Phase.READY or row.serving is True))
         desired.add_metric(key, float(row.settled_well))
         restarts.add_metric(key, row.restarts)
         for uuid in row.gpus:

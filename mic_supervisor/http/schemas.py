@@ -105,6 +105,7 @@ class StatusInstance(Shape):
     pid: int | None
     spec_hash: str | None
     as_desired: bool
+    serving: bool | None = Field(description="what its probes say; null: nothing")
 
 
 class StatusGpu(Shape):

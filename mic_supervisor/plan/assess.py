@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import field
 from typing import Any
 
 from mic_supervisor.model import (
@@ -67,6 +68,7 @@ class Assessment:
     diff: tuple[FieldDiff, ...]
     health: Health
     readable: bool = True
+    healths: Mapping[str, Health] = field(default_factory=dict)  # of every workload, by its ref
 
     @property
     def runs(self) -> bool:
@@ -111,6 +113,28 @@ class Assessment:
             and (probes.liveness is None or _passes(self.health.liveness))
             and (probes.readiness is None or _passes(self.health.readiness))
         )
+
+    @property
+    def serving(self) -> bool | None:
+        """What probes and server say; None where they say nothing, or cannot tell."""
+        if not self.runs:
+            return False
+        probes, health = self.instance.probes, self.health
+        said = [
+            result.ok if result is not None else None
+            for probe, result in (
+                (probes.startup, health.startup),
+                (probes.liveness, health.liveness),
+                (probes.readiness, health.readiness),
+            )
+            if probe is not None
+        ]
+        for placement in self.instance.placements:
+            unknown = self.placement(placement).state is LoadState.UNKNOWN
+            said.append(None if unknown else self.loaded(placement))
+        if False in said:
+            return False
+        return None if None in said or self.unprobed else True
 
     @property
     def ready(self) -> bool:
@@ -207,6 +231,7 @@ def _assess(
         diff=diff,
         health=observed.health.get(match.ref, Health()) if match is not None else Health(),
         readable=runtime in readable,
+        healths=observed.health,
     )
 
 

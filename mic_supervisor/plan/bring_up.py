@@ -7,9 +7,12 @@ from mic_supervisor.plan.actions import Blocked, ChangeKind, Create, Prepare, Re
 from mic_supervisor.plan.assess import Assessment, Context, is_alive
 from mic_supervisor.plan.health import ended
 from mic_supervisor.plan.launch import launch
+from mic_supervisor.plan.loads import loads
 from mic_supervisor.plan.memory import InstanceMemory
-from mic_supervisor.plan.obstacles import Surroundings, in_the_way
+from mic_supervisor.plan.obstacles import Obstacle, Surroundings, in_the_way
 from mic_supervisor.records import dataclass
+
+RETRY = "change the file, or: mic-supervisor retry"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +73,42 @@ def bring_up(
     return _create(kind, cause, target, instance.id)
 
 
-def take_over(
-    assessment: Assessment, back: ObservedWorkload, entry: InstanceMemory, around: Surroundings
-) -> BringUp | Blocked:
+def fall_back(
+    good: Assessment, entry: InstanceMemory, around: Surroundings, now: float
+) -> tuple[BringUp | None, Blocked]:
+    """What is due for what was rolled back to, see plan/fallback.py, and why no more than that."""
+    failed = f"the new specification failed ({entry.failed_reason})"
+    told = blocked(good, f"{failed}; the last good one runs", hint=RETRY)
+    unhealthy = good.live_failure or good.overdue(entry.started_at, now)
+    patient = entry.retry_at is not None and entry.retry_at > now
+    if good.runs and unhealthy is None and not (patient and loads(good)):
+        return None, told
+    if patient:
+        again = "cannot be loaded again" if good.runs and unhealthy is None else "failed as well"
+        reason = f"{failed}; the last good one {again}; backoff: {entry.reason}"
+        return None, blocked(good, reason, hint=RETRY, until=entry.retry_at)
+    up = _take_over(good, unhealthy, entry, around)
+    if isinstance(up, BringUp):
+        return up, told
+    reason = f"{failed}; the last good one is to take over; {up.reason}"
+    return None, blocked(good, reason, hint=up.hint or RETRY)
+
+
+def _take_over(
+    good: Assessment, unhealthy: str | None, entry: InstanceMemory, around: Surroundings
+) -> BringUp | Obstacle:
     """The way back to the last good specification, or what stands in it."""
-    instance, numbers = assessment.instance, back.identity.ports.values()
-    obstacle = in_the_way(instance, back.runtime, back.name, numbers, around)
-    if obstacle is not None:
-        return blocked(assessment, f"{rolled_back(entry)}; {obstacle.reason}", hint=obstacle.hint)
+    assert good.match is not None  # it is what was rolled back to
+    instance, back = good.instance, good.match
+    lost = [uuid for uuid in instance.gpus if uuid not in around.gpus]
+    if lost:
+        return Obstacle(f"{', '.join(lost)} is not there")
     restart = Restart(f"restart {back.name}", instance.id, back)
-    return BringUp("start", f"rollback: {entry.failed_reason}", (), restart)
-
-
-def rolled_back(entry: InstanceMemory) -> str:
-    return f"the new specification failed ({entry.failed_reason}); the last good one runs"
+    if unhealthy is not None:
+        return BringUp("restart", f"rolled back, and {unhealthy}", (), restart, back)
+    numbers = back.identity.ports.values()
+    obstacle = in_the_way(instance, back.runtime, back.name, numbers, around)
+    return obstacle or BringUp("start", f"rollback: {entry.failed_reason}", (), restart)
 
 
 def blocked(

@@ -9,6 +9,7 @@ from enum import StrEnum
 from mic_supervisor.model import LoadState, ObservedWorkload, RunState
 from mic_supervisor.plan import backoff
 from mic_supervisor.plan.assess import Assessment, is_alive
+from mic_supervisor.plan.fallback import fallback, predecessor
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 
 
@@ -117,11 +118,11 @@ def _remember(
         )
     if not assessment.readable:
         return entry
-    back = predecessor(entry, assessment) if entry.failed == assessment.hash else None
+    back = fallback(entry, assessment)
     if paused:
         entry = _note_end_in_pause(entry, assessment)
     else:
-        entry = _note_end(entry, assessment, back or assessment.match, now, jitter)
+        entry = _note_end(entry, back or assessment, now, jitter)
     if assessment.serves:
         assert assessment.match is not None  # implied by `serves`
         entry = replace(
@@ -129,11 +130,11 @@ def _remember(
             ready=assessment.hash,
             ready_workload=assessment.match.name,
             ready_since=entry.ready_since if entry.ready_since is not None else now,
+            ready_probes=assessment.instance.probes,
             failed=None,
             failed_reason=None,
         )
-    elif back is not None and is_alive(back):
-        # Nobody probes it: that it stays up is all that is known of it.
+    elif back is not None and back.serves:
         since = entry.ready_since if entry.ready_since is not None else now
         entry = replace(entry, ready_since=since)
     elif entry.ready_since is not None:
@@ -160,25 +161,21 @@ def _in_time(entry: InstanceMemory, now: float) -> InstanceMemory:
 
 
 def _note_end(
-    entry: InstanceMemory,
-    assessment: Assessment,
-    workload: ObservedWorkload | None,
-    now: float,
-    jitter: float,
+    entry: InstanceMemory, assessment: Assessment, now: float, jitter: float
 ) -> InstanceMemory:
     """What became of the workload that runs, or ran last, for the instance.
 
     `started` names it until its failure was counted, so that each is counted once.
     """
+    workload = assessment.match
     if workload is None:
         if entry.started is not None and not assessment.alive:
             return replace(entry, started=None, ready_since=None)  # removed by hand
         return entry
-    failure: str | None = None
-    if not is_alive(workload):
-        failure = ended(workload)
-    elif assessment.match is not None and workload.name == assessment.match.name:
+    if is_alive(workload):
         failure = assessment.live_failure or assessment.overdue(entry.started_at, now)
+    else:
+        failure = ended(workload)
     if failure is None:
         if entry.started != workload.name:
             entry = replace(entry, started=workload.name, started_at=None, ready_since=None)
@@ -236,23 +233,6 @@ def note_failure(
         failed_reason=failed_reason,
         ready_since=None,
     )
-
-
-def predecessor(entry: InstanceMemory, assessment: Assessment) -> ObservedWorkload | None:
-    """The workload to go back to, if there is one."""
-    if not assessment.instance.rollback or entry.ready_workload is None:
-        return None
-    if assessment.match is not None and assessment.match.name == entry.ready_workload:
-        return None
-    for workload in (*assessment.alive, *assessment.ended):
-        if (
-            workload.name == entry.ready_workload
-            and workload.runtime == "docker"  # a process's secrets are not kept to start it again
-            and workload.identity.gpus == assessment.instance.gpus
-            and workload.identity.model == assessment.instance.model
-        ):
-            return workload
-    return None
 
 
 def ended(workload: ObservedWorkload) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, field, fields, replace
 from typing import Any
 
+from mic_supervisor.model import Probes
+from mic_supervisor.plan import probe_record
 from mic_supervisor.records import dataclass
 
 
@@ -25,6 +27,7 @@ class InstanceMemory:
     ready: str | None = None  # the last specification that was ready
     ready_workload: str | None = None  # name of the workload that was
     ready_since: float | None = None
+    ready_probes: Probes | None = None  # those that it was ready with
     started: str | None = None  # name of the workload that we started, or saw running, last
     started_at: float | None = None  # None: it was adopted
     restarts: int = 0
@@ -97,7 +100,7 @@ class Memory:
         out: dict[str, Any] = {
             "version": 1,
             "bindings": dict(self.bindings),
-            "instances": {name: asdict(entry) for name, entry in sorted(self.instances.items())},
+            "instances": {name: _plain(entry) for name, entry in sorted(self.instances.items())},
         }
         if self.paused:
             out["paused"] = {
@@ -136,13 +139,22 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 }
 
 
+def _plain(entry: InstanceMemory) -> dict[str, Any]:
+    out = asdict(replace(entry, ready_probes=None))
+    del out["ready_probes"]
+    if entry.ready_probes is not None:
+        out["ready_probes"] = probe_record.to_json(entry.ready_probes)
+    return out
+
+
 def _entry(name: str, data: Mapping[str, Any]) -> InstanceMemory:
-    known = {f.name: _TYPES[str(f.type)] for f in fields(InstanceMemory)}
+    known = {f.name: _TYPES[str(f.type)] for f in fields(InstanceMemory) if str(f.type) in _TYPES}
     given = {key: value for key, value in data.items() if key in known}
     for key, value in given.items():
         if not isinstance(value, known[key]) or isinstance(value, bool):
             raise ValueError(f"{key} of {name} is {value!r}")
-    return InstanceMemory(**given)
+    probes = probe_record.from_json(data.get("ready_probes"))
+    return InstanceMemory(**given, ready_probes=probes)
 
 
 def _pauses(data: Mapping[str, Any], kind: str) -> dict[str, Pause]:

@@ -39,9 +39,9 @@ from mic_supervisor.plan.actions import (
     Step,
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive, workloads
-from mic_supervisor.plan.bring_up import BringUp, blocked, bring_up, rolled_back, take_over
+from mic_supervisor.plan.bring_up import RETRY, BringUp, blocked, bring_up, fall_back
 from mic_supervisor.plan.departures import Departures, departures, needs
-from mic_supervisor.plan.health import predecessor
+from mic_supervisor.plan.fallback import fallback
 from mic_supervisor.plan.holds import Holds, left_out, way_out
 from mic_supervisor.plan.lanes import Lanes
 from mic_supervisor.plan.leftovers import left_over, superseded
@@ -56,8 +56,6 @@ from mic_supervisor.plan.obstacles import (
 )
 from mic_supervisor.plan.ports import assign
 from mic_supervisor.plan.rollout import roll
-
-_RETRY = "change the file, or: mic-supervisor retry"
 
 
 def reconcile(
@@ -335,18 +333,10 @@ class _Round:
         around = Surroundings(self.observed, self.gpus, self.ports, self.numbers, leaving)
         lost = [uuid for uuid in item.instance.gpus if uuid not in self.gpus]
         patient = entry.retry_at is not None and entry.retry_at > self.now
-        if entry.failed == item.hash and (back := predecessor(entry, item)) is not None:
-            hint = _RETRY
-            if not is_alive(back) and patient:
-                reason = f"{rolled_back(entry)}; backoff: {entry.reason}"
-                return back, blocked(item, reason, hint=hint, until=entry.retry_at)
-            if not is_alive(back) and not lost:
-                up = take_over(item, back, entry, around)
-                if isinstance(up, Blocked):
-                    return back, up
-                self.blocked.append(blocked(item, rolled_back(entry), hint=hint))
-                return back, up
-            return back, blocked(item, rolled_back(entry), hint=hint)
+        if (good := fallback(entry, item)) is not None:
+            up, why = fall_back(good, entry, around, self.now)
+            self.blocked.append(why)
+            return good.match, up
         unhealthy = item.live_failure or item.overdue(entry.started_at, self.now)
         forced = item.instance.id in self.context.forced
         if item.runs and unhealthy is None and not forced:
@@ -356,7 +346,7 @@ class _Round:
         canary = self.rolled_back.get(item.instance.model)
         if canary is not None and item.alive and not item.runs:
             reason = f"the new specification failed on {canary}; the earlier one runs"
-            return item.match, blocked(item, reason, hint=_RETRY)
+            return item.match, blocked(item, reason, hint=RETRY)
         if patient and not forced:
             reason = f"backoff: {entry.reason}"
             return item.match, blocked(item, reason, until=entry.retry_at)
@@ -377,8 +367,9 @@ class _Round:
                 failed = entry.failed == item.hash
                 cause = "it failed, and the last good one runs" if failed else "it runs twice"
                 self._change("stop", lane, item, cause, steps)
-            if not any(other.instance == instance.id for other in self.blocked):
-                self._loads(lane, item, entry)
+            good = fallback(entry, item)
+            if good is not None or not self._is_told(instance.id):
+                self._loads(lane, good or item, entry)
             self._leftovers(lane, item, entry, steps)
             told = {change.instance for change in self.changes}
             told |= {other.instance for other in self.blocked}
@@ -415,23 +406,30 @@ class _Round:
             late.append(
                 Remove(f"remove {workload.name}", instance.id, workload, depends_on=(start.id,))
             )
-        self._change(up.kind, lane, item, up.cause, [*up.early, *steps, *late])
+        diff = () if fallback(entry, item) is not None else None
+        self._change(up.kind, lane, item, up.cause, [*up.early, *steps, *late], diff)
 
     def _loads(self, lane: str, item: Assessment, entry: InstanceMemory) -> None:
         """5. Only a server that answers can say what it has loaded."""
         due = loads(item)
         if due and entry.retry_at is not None and entry.retry_at > self.now:
-            self.blocked.append(blocked(item, f"backoff: {entry.reason}", until=entry.retry_at))
+            if not self._is_told(item.instance.id):
+                reason = f"backoff: {entry.reason}"
+                self.blocked.append(blocked(item, reason, until=entry.retry_at))
             return
         held: dict[str, str] = {}
         for load in due:
             model = load.step.placement.model
-            if (reason := self.holds.placement(model)) is not None:  # 8
-                held[model] = f"{model} is {reason}; would load: {load.cause}"
+            if (pause := self.holds.placement(model)) is not None:  # 8
+                held[model] = f"{model} is {pause}; would load: {load.cause}"
             else:
                 self._change("load", lane, item, load.cause, [load.step], load.diff)
-        if held:
+        if held and not self._is_told(item.instance.id):
             self.blocked.append(blocked(item, "; ".join(held.values()), hint=way_out(held)))
+
+    def _is_told(self, instance: str) -> bool:
+        """Whether it is blocked already: one reason is enough."""
+        return any(other.instance == instance for other in self.blocked)
 
     def _leftovers(
         self, lane: str, item: Assessment, entry: InstanceMemory, stops: list[Step]

@@ -41,6 +41,7 @@ def settled(
     1. A change that can be executed is work left, unless its last try failed.
     2. An instance on its way is waited for, within the budget that its start has.
     3. A change whose turn has not come is waited for through those it waits for.
+    4. What took over in a rollback is waited for like any other start.
     """
     if any(
         change.steps and change.waits is None and change.instance not in failing
@@ -53,9 +54,13 @@ def settled(
     final |= set(failing)
     budgets = {item.id: item.start_timeout for item in desired.instances}
     for row in statuses:
-        if row.phase in _FINAL or row.id in final or (only is not None and row.id not in only):
+        entry = memory.of(row.id)
+        took_over = row.phase is Phase.DEGRADED and entry.failed is not None  # 4
+        if only is not None and row.id not in only:
             continue
-        started = memory.of(row.id).started_at or began
+        if row.phase in _FINAL or (row.id in final and not (took_over and not entry.ready_since)):
+            continue
+        started = entry.started_at or began
         if now - max(started, began) < budgets.get(row.id, 0.0) + _SLACK:
             return False
     return True

@@ -105,7 +105,7 @@ def differences(recorded: Mapping[str, Any], desired: Mapping[str, Any]) -> tupl
         before = recorded.get(name, defaults[name])
         after = desired.get(name, defaults[name])
         if name in _SECRET:
-            out.extend(_secret_differences(name, _mapping(before), _mapping(after)))
+            out.extend(_secret_differences(name, mapping(before), mapping(after)))
         else:
             out.extend(_walk(name, before, after))
     return tuple(out)
@@ -113,7 +113,7 @@ def differences(recorded: Mapping[str, Any], desired: Mapping[str, Any]) -> tupl
 
 def keys_of(recorded: Mapping[str, Any]) -> set[str]:
     """The ids of the keys that its secrets were digested with."""
-    return {_key_of(digest) for name in _SECRET for digest in _mapping(recorded.get(name)).values()}
+    return {_key_of(digest) for name in _SECRET for digest in mapping(recorded.get(name)).values()}
 
 
 def stop_parameters(spec: Mapping[str, Any] | None) -> tuple[str, float]:
@@ -129,8 +129,8 @@ def stop_parameters(spec: Mapping[str, Any] | None) -> tuple[str, float]:
 
 def drain_parameters(spec: Mapping[str, Any] | None) -> tuple[HttpCall, float] | None:
     """(what to ask, for how many seconds) as recorded; None: it is not drained."""
-    drain = _mapping(_mapping(spec).get("drain"))
-    call, timeout = _mapping(drain.get("call")), drain.get("timeout")
+    drain = mapping(mapping(spec).get("drain"))
+    call, timeout = mapping(drain.get("call")), drain.get("timeout")
     try:
         if not isinstance(timeout, int | float):
             return None
@@ -141,7 +141,7 @@ def drain_parameters(spec: Mapping[str, Any] | None) -> tuple[HttpCall, float] |
 
 def listen_address(spec: Mapping[str, Any] | None) -> str:
     """The address that a recorded workload serves on."""
-    address = _mapping(spec).get("listen")
+    address = mapping(spec).get("listen")
     return address if isinstance(address, str) else "127.0.0.1"
 
 
@@ -190,7 +190,7 @@ def _secret_differences(
         yield FieldDiff(f"{path}.{name}", HIDDEN if old else None, HIDDEN if new else None)
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
     """A label can be edited by hand, and what it then holds must not stop the planner."""
     return value if isinstance(value, Mapping) else {}
 

@@ -8,8 +8,9 @@ from typing import Any
 from mic_supervisor.model import DesiredState, Gpu, ObservedState, ObservedWorkload, OwnerKind
 from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
+from mic_supervisor.plan.fallback import as_it_runs, fallback
 from mic_supervisor.plan.health import Phase, phase_of
-from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.records import dataclass
 
 _HEALTH = {
@@ -43,6 +44,7 @@ class InstanceStatus:
     ref: str | None
     pid: int | None
     spec_hash: str | None
+    serving: bool | None = None  # what its probes say, whatever specification runs; None unknown
 
     @property
     def settled_well(self) -> bool:
@@ -108,6 +110,7 @@ def status_json(row: InstanceStatus, indices: Mapping[str, int]) -> dict[str, An
         "unit": row.ref if row.runtime == "systemd" else None,
         "pid": row.pid,
         "spec_hash": row.spec_hash,
+        "serving": row.serving,
     }
 
 
@@ -184,7 +187,7 @@ def _desired(
     elif phase is not Phase.READY:
         reason = blocked.reason
         if item.alive and entry.failed == item.hash:
-            phase = Phase.DEGRADED  # rolled back: the last good specification serves
+            phase, reason = Phase.DEGRADED, f"{reason}{_how(entry, item)}"
         elif retry_at is not None:
             phase = Phase.BACKOFF
     if blocked is not None and blocked.paused and activities.get(instance.id) is None:
@@ -195,7 +198,8 @@ def _desired(
         reason = f"waits for {waits[instance.id]}"
     elif phase is Phase.PENDING and instance.id in due:
         reason = due[instance.id]
-    serving = item.match if item.runs else next(iter(item.alive), item.match)
+    really = as_it_runs(entry, item)
+    serving = really.match
     in_sync = item.runs and not item.alive and instance.id not in due
     if in_sync and instance.placements and item.started_up:
         in_sync = all(item.loaded(placement) for placement in instance.placements)
@@ -212,12 +216,26 @@ def _desired(
         since=entry.since if entry.phase == phase.value else None,
         restarts=entry.restarts,
         next_retry=retry_at,
-        endpoints=_endpoints(instance.workload.listen, serving, instance.metrics_path),
+        endpoints=_endpoints(really.instance.workload.listen, serving, instance.metrics_path),
         runtime=serving.runtime if serving else None,
         ref=serving.ref if serving else None,
         pid=serving.pid if serving and is_alive(serving) else None,
         spec_hash=item.hash,
+        serving=really.serving,
     )
+
+
+def _how(entry: InstanceMemory, item: Assessment) -> str:
+    """How what was rolled back to fares, for the end of a sentence that says that it runs."""
+    good = fallback(entry, item)
+    if good is None or not good.runs:
+        return ""
+    phase, reason = phase_of(good)
+    if phase is Phase.READY:
+        return ", and is ready"
+    if phase is Phase.UNPROBED:
+        return ", unprobed"
+    return f", {phase.value}" + (f": {reason}" if reason else "")
 
 
 def _health(phase: Phase, item: Assessment) -> str:

@@ -107,7 +107,8 @@ def test_a_replacement_that_never_gets_ready_is_rolled_back(good: World) -> None
     done = good.mic("apply", rc=3)
     why = "the new specification failed (not up within 1 s: GET /nope answers 404)"
     assert outcome(done.stdout) == (
-        f"degraded   a-51000000  GPU 0  http://127.0.0.1:PORT  {why}; the last good one runs\n"
+        f"degraded   a-51000000  GPU 0  http://127.0.0.1:PORT  {why}; the last good one runs, "
+        "and is ready\n"
         "    hint: change the file, or: mic-supervisor retry\n"
         f"{GOOD}Apply: 1 as desired, 1 not.\n"
     )
@@ -118,7 +119,9 @@ def test_a_replacement_that_never_gets_ready_is_rolled_back(good: World) -> None
     assert after.id == before.id
     assert after.started_at != before.started_at
     row = good.instances()["a-51000000"]
-    assert (row["phase"], row["sync"]) == ("degraded", "out_of_sync")
+    assert (row["phase"], row["sync"], row["health"]) == ("degraded", "out_of_sync", "degraded")
+    assert row["serving"] is True
+    good.mic("status", rc=3)
     assert good.plan() == (
         f"! blocked  a-51000000 on GPU 0: {why}; the last good one runs\n"
         "    hint: change the file, or: mic-supervisor retry\n"
@@ -138,8 +141,9 @@ def test_a_replacement_that_crashes_is_rolled_back(good: World) -> None:
     text = good.apply(rc=3)
     assert text.splitlines()[0] == (
         "degraded   a-51000000  GPU 0  http://127.0.0.1:PORT  the new specification failed "
-        "(it exited with 3); the last good one runs"
+        "(it exited with 3); the last good one runs, and is ready"
     )
+
     assert good.runs()["a-51000000"].id == before.id
     assert "exiting with 3" in good.mic("logs", "--previous", "a-51000000", rc=0).stdout
 

@@ -108,7 +108,8 @@ def test_a_good_one_that_fails_in_its_turn_is_started_with_patience() -> None:
     plan = plan_for([new], observed(good), knows(MAM_aaaaaaaa=entry))
     assert text(plan) == (
         "! blocked  MAM-aaaaaaaa on GPU 0: the new specification failed (it exited with 1); "
-        "the last good one runs; backoff: it exited with 139 (SIGSEGV); next try at 00:16:45\n"
+        "the last good one failed as well; backoff: it exited with 139 (SIGSEGV); "
+        "next try at 00:16:45\n"
         "    hint: change the file, or: mic-supervisor retry\n"
         "\n"
         "No changes; 1 blocked.\n"
@@ -123,7 +124,7 @@ def test_a_rollback_does_not_start_beside_a_stranger() -> None:
     plan = plan_for([new], observed(good, gpus=held), knows(MAM_aaaaaaaa=failed_once()))
     assert plan.count == 0
     assert [item.reason for item in plan.blocked] == [
-        "the new specification failed (it exited with 1); the last good one runs; "
+        "the new specification failed (it exited with 1); the last good one is to take over; "
         "GPU 0 is held by PID 4121 (python, 18.2 GiB), not ours"
     ]
 
