@@ -220,13 +220,18 @@ def check_daemon(found: Settings) -> bool:
     return client is not None
 
 
-def apply_edit(found: Settings, command: str) -> dict[str, Any]:
-    """Have the machine follow the edited file: the document of `apply`. Confirms no removal."""
+def apply_edit(found: Settings, command: str, uuids: Collection[str]) -> dict[str, Any]:
+    """Have the machine follow the edited file on these GPUs: the document of `apply`.
+
+    Confirms no removal. What else the file asks for is left to `apply`, or to the daemon, which
+    does it anyhow. Where it is not known which GPUs these are, the whole file is followed.
+    """
     client = daemon(found)
     if client is not None:
-        return ask(found, client, "edited", {"path": str(found.config)})
+        params = {"path": str(found.config), "targets": [*uuids]}
+        return ask(found, client, "edited", params)
     try:
-        return alone(found, command, forgive=())
+        return alone(found, command, forgive=(), gpus=uuids)
     except LockHeld as error:
         raise LockHeld(
             error.message, hint="the file is edited; when that is over: mic-supervisor apply"
@@ -249,19 +254,27 @@ def alone(
     *,
     forgive: Collection[str],
     force: Collection[str] = (),
+    gpus: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Without a daemon. `force` are instances to restart, `forgive` those to be tried anew."""
+    """Without a daemon. `force` are instances to restart, `forgive` those to be tried anew.
+
+    With `gpus` only what is on these is changed.
+    """
     from mic_supervisor.cli.apply import converge_once
     from mic_supervisor.converge.documents import apply_document
     from mic_supervisor.converge.lock import writer
     from mic_supervisor.converge.state import host_name
+    from mic_supervisor.plan.selection import Selection
 
     with writer(found.lock_path, f"mic-supervisor {command}", 30.0):
         machine = wiring.machine(found, create_key=True)
-        context = replace(machine.context, confirmed=False, forced=frozenset(force))
+        targets = Selection(gpus=frozenset(gpus)) if gpus else None
+        context = replace(
+            machine.context, confirmed=False, forced=frozenset(force), targets=targets
+        )
         config = wiring.load_config(found, None, machine.registry)
         snapshot, errors = converge_once(replace(machine, context=context), config, forgive=forgive)
-    return apply_document(snapshot, errors, host_name())
+    return apply_document(snapshot, errors, host_name(), targets, snapshot.plan.left_out)
 
 
 @dataclass(slots=True)
@@ -345,6 +358,14 @@ def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:
     show_rows(rows, document)
     good = [row["as_desired"] for row in rows]
     return 0 if good and all(good) else 3 if any(good) else 1
+
+
+def tell_left_out(document: dict[str, Any]) -> None:
+    """What else the file asks for; a daemon sees to that by itself."""
+    from mic_supervisor.plan.render import left_out_lines
+
+    for text in left_out_lines(document["left_out"]):
+        click.echo(text)
 
 
 def told_edit(path: Path, where: str, before: str | None, after: str) -> None:

@@ -22,7 +22,8 @@ def command(model: str, keys: tuple[GpuKey, ...]) -> int:
     """Give a GPU to MODEL in gpus.yaml, and wait until it is ready.
 
     The file keeps its comments and its layout; a range is split. A GPU that another model has is
-    not taken from it: stop that one first. Exits with 0 when the model is ready, 1 otherwise.
+    not taken from it: stop that one first. What else the file asks for is told as left out, and is
+    up to apply, or to the daemon. Exits with 0 when the model is ready, 1 otherwise.
     """
     from mic_supervisor.config.names import composed
 
@@ -40,9 +41,11 @@ def command(model: str, keys: tuple[GpuKey, ...]) -> int:
             _check_unlisted(found, file, model, where, has_daemon=has_daemon)
             file.put(model)
             operate.told_edit(found.config, where, before, model)
-    document = operate.apply_edit(found, f"start {model}")
+    document = operate.apply_edit(found, f"start {model}", file.uuids)
     rows = operate.on(document, file.uuids) or operate.named(document, model)
-    return operate.show(rows, document)
+    code = operate.show(rows, document)
+    operate.tell_left_out(document)
+    return code
 
 
 def _check_model(file: Opened, model: str) -> None:

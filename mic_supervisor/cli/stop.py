@@ -42,7 +42,7 @@ def command(model: str | None, keys: tuple[GpuKey, ...]) -> int:
             before = file.model
             file.put(None)
             operate.told_edit(found.config, where, before, "none")
-    document = operate.apply_edit(found, "stop")
+    document = operate.apply_edit(found, "stop", file.uuids)
     if not file.uuids:
         raise MicError(
             f"cannot tell whether {where} is empty: that GPU is not to be seen",
@@ -53,4 +53,5 @@ def command(model: str | None, keys: tuple[GpuKey, ...]) -> int:
         operate.show(left, document)
         return 1
     click.echo(f"{where} is empty.")
+    operate.tell_left_out(document)
     return 0

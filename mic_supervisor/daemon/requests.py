@@ -172,8 +172,9 @@ class Requests:
         self._check_path(params)
         with self._listening(tell) as errors:
             await self._read_file(confirm=False)
-            snapshot = await self._settling.settled()
-        return apply_document(snapshot, errors, host_name())
+            targets = self._targets(params, await self._settling.next(), "follow the file on")
+            snapshot = await self._settling.settled(targets)
+        return apply_document(snapshot, errors, host_name(), targets)
 
     def _check_path(self, params: Mapping[str, Any]) -> None:
         path = Path(str(params.get("path", self._settings.config)))

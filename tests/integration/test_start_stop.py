@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.mock_nvml import MockGpu, MockNvml, mock_uuid
 from tests.support.mic import PROGRAM, Mic
 from tests.support.waiting import until
 
+SLOW = "{backend: process, command: [/bin/sleep, '1000'], stop_timeout: 1s, probe: {http: /}}"
 SERVER = Path(__file__).parents[1] / "support" / "server" / "server.py"
 ABSENT = "GPU-f15ae561-7b5c-4a0c-8ab1-3a1e0c2d9f10"
 
@@ -146,6 +149,88 @@ def test_a_gpu_by_another_name(alone: Mic) -> None:
     put(alone, f"gpus:\n  {uuid}: MAM\n  0: none\n")
     alone("stop", "--gpu", "1", rc=0)
     assert gpus_of(alone) == f"gpus:\n  {uuid}: none\n  0: none\n"
+
+
+def test_a_gpu_by_its_place_on_the_bus(alone: Mic, tmp_path: Path) -> None:
+    """The file has an index and a range, the command a PCI bus id, and the other way round."""
+    nvml = MockNvml(tmp_path)
+    nvml.set(gpus=[MockGpu() for _ in range(4)])
+    alone.env |= {"MIC_GPU_SOURCE": "nvml", **nvml.env()}
+    put(alone, "gpus:\n  0: none  # first\n  1-2: face   # two\n")
+    alone("start", "MAM", "--gpu", "3b:00.0", rc=0)
+    alone("stop", "face", "--gpu", "0000:3D:00.0", rc=0)
+    assert gpus_of(alone) == "gpus:\n  0: MAM  # first\n  1: face   # two\n  2: none\n"
+    put(alone, 'gpus:\n  "3b:00.0": MAM   # by its place\n')
+    alone("stop", "MAM", "--gpu", mock_uuid(0), rc=0)
+    alone("start", "face", "--gpu", "0", rc=0)
+    assert gpus_of(alone) == 'gpus:\n  "3b:00.0": face   # by its place\n'
+
+
+# --- the rest of the file -----------------------------------------------------------------------
+
+COMMENTED = """\
+gpus:   # desired
+
+  # rack 1
+  0: none     # "idle": until {date}
+  # 1: MAM
+  "2-3": face # both   \n
+  # the end"""
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_every_other_byte_stays(alone: Mic, newline: str, bom: bytes) -> None:
+    put(alone, COMMENTED)
+    before = bom + alone.config.read_bytes().replace(b"\n", newline.encode())
+    alone.config.write_bytes(before)
+    end = newline.encode()
+    alone("start", "MAM", "--gpu", "0", rc=0)
+    after = before.replace(b'0: none     # "idle"', b'0: MAM     # "idle"')
+    assert alone.config.read_bytes() == after
+    alone("start", "MAM", "--gpu", "1", rc=0)
+    pair = b'"2-3": face # both   '
+    after = after.replace(pair, pair + end + b"  1: MAM")
+    assert alone.config.read_bytes() == after
+    alone("stop", "--gpu", "3", rc=0)
+    after = after.replace(pair, b"2: face # both   " + end + b"  3: none")
+    assert alone.config.read_bytes() == after
+    alone("stop", "MAM", "--gpu", "0", rc=0)
+    after = after.replace(b'0: MAM     # "idle"', b'0: none     # "idle"')
+    assert alone.config.read_bytes() == after
+    assert not after.endswith(b"\n")
+
+
+def test_the_rest_of_the_file_is_left_to_apply(alone: Mic) -> None:
+    put(alone, "gpus: {0: MAM, 1: none}\n")
+    alone("apply", rc=0)
+    before = rows(alone)
+    text = alone.config.read_text()
+    alone.config.write_text(text.replace("{0: MAM, 1: none}", "{0: face, 1: none, 2: broken}"))
+    started = alone("start", "face", "--gpu", "1", rc=0).stdout
+    assert started.splitlines()[-4:] == [
+        f"ready      face-51000001  GPU 1  {rows(alone)[1]['endpoints']['http']}",
+        "left out: MAM-51000000 (remove: the file has face on its GPU)",
+        "left out: face-51000000 (create: nothing runs for it yet)",
+        "left out: broken-51000002 (create: nothing runs for it yet)",
+    ]
+    stopped = alone("stop", "face", "--gpu", "1", rc=0).stdout
+    assert stopped.splitlines()[-4] == "GPU 1 is empty."
+    found = alone("status", "--json").json()["instances"]
+    assert {row["id"]: row["pid"] for row in found if row["pid"] is not None} == {
+        "MAM-51000000": before[0]["pid"]
+    }
+
+
+def test_another_that_is_slow_is_not_waited_for(mic: Mic) -> None:
+    mic.env["MIC_DOCKER_HOST"] = "none"
+    put(mic, "gpus: {0: slow, 1: none}\n")
+    mic.config.write_text(mic.config.read_text().replace("  face:\n", f"  slow: {SLOW}\n  face:\n"))
+    mic.run()
+    began = time.monotonic()
+    mic("start", "face", "--gpu", "1", rc=0)
+    assert time.monotonic() - began < 15
+    assert rows(mic)[0]["phase"] == "starting"
 
 
 # --- refusals -----------------------------------------------------------------------------------
