@@ -55,6 +55,10 @@ class StopFailed(MicError):
     """A workload is still there after TERM, grace and KILL."""
 
 
+class ReleaseFailed(MicError):
+    """What a former owner of a GPU had was not given back: its processes, or their memory."""
+
+
 class LoadFailed(MicError):
     """A server is up but refused to load or unload a model."""
 

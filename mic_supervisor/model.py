@@ -57,6 +57,7 @@ class GpuProcess:
     start_time: int | None = None
     kinds: tuple[str, ...] = ()  # of "compute", "graphics", "mps"
     owner: Owner | None = None
+    started_at: float | None = None  # seconds since the epoch, as exact as the clock was at boot
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,8 +319,9 @@ class Instance:
     drain: HttpCall | None = None  # asked for until the backend's `is_drained` says so
     rollback: bool = True
     max_unavailable: int = 1
-    vram: int | None = None  # bytes
+    vram: int | None = None  # bytes, on each of its GPUs
     on_foreign: Literal["block", "wait", "ignore"] = "block"
+    foreign_threshold: int = 512 << 20  # bytes; below it, who only draws is no stranger
     origin: str = "file"
     place: str = ""  # "gpus.yaml:41:3"
     metrics_path: str | None = None  # of metrics on port "http"; a port "metrics" needs none

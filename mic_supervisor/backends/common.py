@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mic_supervisor.backends import CompileRequest
 
 _NOT_YET = "this version does not act on it yet; remove the key"
-NOT_YET = dict.fromkeys(("drain_timeout", "vram", "on_foreign", "runtime"), _NOT_YET)
+NOT_YET = dict.fromkeys(("drain_timeout", "runtime"), _NOT_YET)
 """Keys that the schema has and nothing honours: using one is an error, never ignored."""
 
 _PLACEHOLDER = re.compile(r"\$\{([^{}]*)(\}?)")
@@ -377,4 +377,5 @@ def instance(
         max_unavailable=options.rollout.max_unavailable,
         vram=options.vram,
         on_foreign=options.on_foreign,
+        foreign_threshold=options.foreign_threshold,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mic_supervisor.config.options import RolloutOptions, Strict
-from mic_supervisor.config.types import Duration, ListenAddress, PositiveDuration, SignalName
+from mic_supervisor.config.types import Duration, ListenAddress, PositiveDuration, SignalName, Size
 
 
 class Defaults(Strict):
@@ -17,6 +17,7 @@ class Defaults(Strict):
     drain_timeout: Duration | None = None
     stop_signal: SignalName | None = None
     on_foreign: Literal["block", "wait", "ignore"] | None = None
+    foreign_threshold: Size | None = None
     listen: ListenAddress | None = None
     network: Literal["bridge", "host"] | None = None
     rollout: RolloutOptions | None = None

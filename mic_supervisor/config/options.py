@@ -163,10 +163,17 @@ class ModelOptions(Strict):
         default=0.0, description="For requests to end before the stop signal."
     )
     vram: Size | None = Field(
-        default=None, description="GPU memory that has to be free for a start."
+        default=None,
+        description="Memory that it needs on each of its GPUs; checked before anything is stopped.",
     )
     on_foreign: Literal["block", "wait", "ignore"] = Field(
-        default="block", description="What to do when a stranger holds the GPU."
+        default="block",
+        description="When a stranger holds a GPU: block the start, wait with it until the stranger "
+        "is gone, or ignore him and start.",
+    )
+    foreign_threshold: Size = Field(
+        default=512 << 20,
+        description="A stranger who only draws, as a desktop does, counts from this much memory.",
     )
     user: Text | None = Field(default=None, description="A user's name or number, or USER:GROUP.")
     working_dir: AbsolutePath | None = None

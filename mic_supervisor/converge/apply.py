@@ -12,8 +12,8 @@ from mic_supervisor.converge import probes
 from mic_supervisor.converge.http_client import NoAnswer
 from mic_supervisor.converge.observe import Sources
 from mic_supervisor.converge.probes import Target
-from mic_supervisor.errors import LoadFailed, MicError, StopFailed
-from mic_supervisor.model import GpuProcess, LoadState, OwnerKind, RuntimeView
+from mic_supervisor.errors import LoadFailed, MicError, ReleaseFailed, StopFailed
+from mic_supervisor.model import GpuInventory, LoadState, RuntimeView
 from mic_supervisor.plan.actions import (
     Create,
     Drain,
@@ -27,9 +27,10 @@ from mic_supervisor.plan.actions import (
     Stop,
     Unload,
 )
+from mic_supervisor.plan.release import Refused, Released, judge
 from mic_supervisor.runtimes import Progress, Runtime
 
-RELEASE_TIMEOUT = 30.0  # seconds
+_RELEASE_LOOK = 0.05  # seconds between two looks at GPUs that are about to be free
 _VERIFY_TIMEOUT = 10.0  # seconds, from the answer to a load until the server says it runs it
 _LOG_LINES = 400
 _SILENT = 3  # calls without an answer, in a row, after which nobody is waited for
@@ -57,8 +58,8 @@ class Steps:
         """Have done with waiting for others' work: a drain under way fails, and nothing stops."""
         self._ending.set()
 
-    def run(self, step: Step, progress: Progress) -> None:
-        """Do it. Raises MicError in words for the operator."""
+    def run(self, step: Step, progress: Progress) -> Released | None:
+        """Do it. Raises MicError in words for the operator. Of a Release: what it found."""
         if isinstance(step, Prepare):
             self._runtime(step.launch.runtime).prepare(step.launch, progress)
         elif isinstance(step, Create):
@@ -73,7 +74,7 @@ class Steps:
         elif isinstance(step, Remove):
             self._runtime(step.workload.runtime).remove(step.workload)
         elif isinstance(step, Release):
-            self._release(step, progress)
+            return self._release(step, progress)
         elif isinstance(step, Drain):
             self._drain(step, progress)
         elif isinstance(step, Load):
@@ -82,54 +83,42 @@ class Steps:
             self._unload(step)
         else:
             raise AssertionError(f"unknown step {step!r}")
+        return None
 
     def _runtime(self, name: str) -> Runtime:
         return self._sources.runtimes[name]
 
-    def _release(self, step: Release, progress: Progress) -> None:
-        """Until the driver lists none of the old processes, which it may do after their end."""
-        deadline = time.monotonic() + RELEASE_TIMEOUT
+    def _release(self, step: Release, progress: Progress) -> Released:
+        """Until the GPUs are free, as plan/release.py judges each look at them."""
+        began = time.monotonic()
+        clear_since: float | None = None
         told = ""
         while True:
-            holders = self._holders(step)
-            if holders is not None and not holders:
-                return
-            if holders is None:
-                text = "waiting for the GPU's processes to be readable"
-            else:
-                listed = ", ".join(str(process.pid) for process in holders)
-                text = f"waiting for the GPU to be released by PID {listed}"
-            if time.monotonic() >= deadline:
-                raise StopFailed(
-                    f"cannot start {step.instance}: after {RELEASE_TIMEOUT:g} s still {text}",
+            inventory = self._with_former(step)
+            now = time.monotonic()
+            for_memory = None if clear_since is None else now - clear_since
+            verdict = judge(step.gpus, step.floors, step.vram, inventory, now - began, for_memory)
+            if isinstance(verdict, Released):
+                return verdict
+            if isinstance(verdict, Refused):
+                raise ReleaseFailed(
+                    f"cannot start {step.instance}: {verdict.reason}",
                     hint="see `mic-supervisor gpus`",
                 )
-            if text != told:
-                progress(text)
-                told = text
-            time.sleep(0.05)
+            if not verdict.for_memory:
+                clear_since = None
+            elif clear_since is None:
+                clear_since = now
+            if verdict.reason != told:
+                progress(verdict.reason)
+                told = verdict.reason
+            time.sleep(_RELEASE_LOOK)
 
-    def _holders(self, step: Release) -> list[GpuProcess] | None:
+    def _with_former(self, step: Release) -> GpuInventory:
         from mic_supervisor.gpu.owners import annotate, managed_refs
 
         views = [RuntimeView(item.runtime, (item,)) for item in step.former]
-        inventory = annotate(self._sources.gpus.observe(), managed_refs(views))
-        if inventory.error is not None:
-            return None
-        found: list[GpuProcess] = []
-        for gpu in inventory.gpus:
-            if gpu.uuid not in step.gpus:
-                continue
-            if gpu.processes is None:
-                return None
-            found += [
-                process
-                for process in gpu.processes
-                # A PID that is gone from /proc and still listed is the driver, letting go.
-                if process.start_time is None
-                or (process.owner is not None and process.owner.kind is OwnerKind.MANAGED)
-            ]
-        return found
+        return annotate(self._sources.gpus.observe(), managed_refs(views))
 
     def _drain(self, step: Drain, progress: Progress) -> None:
         """A drain that runs out of time ends; the stop that follows is then a hard one."""

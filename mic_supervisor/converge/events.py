@@ -8,12 +8,17 @@ from typing import Literal
 
 from mic_supervisor.records import dataclass
 
-EventKind = Literal["begin", "progress", "done", "failed", "phase", "config", "adopt", "pause"]
+EventKind = Literal[
+    "begin", "progress", "warning", "done", "failed", "phase", "config", "adopt", "pause", "gpu"
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened to one instance. `seconds` is how long it took, where it took any."""
+    """One thing that happened to one instance, or of kind "gpu" to a GPU.
+
+    `seconds` is how long it took, where it took any.
+    """
 
     kind: EventKind
     at: float

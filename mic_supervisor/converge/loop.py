@@ -19,10 +19,14 @@ from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Target
 from mic_supervisor.converge.snapshot import Desired, Snapshot
 from mic_supervisor.converge.sources import read_in
-from mic_supervisor.errors import LoadFailed, MicError, RuntimeUnavailable, StopFailed
-from mic_supervisor.model import (
-    ObservedWorkload,
+from mic_supervisor.errors import (
+    LoadFailed,
+    MicError,
+    ReleaseFailed,
+    RuntimeUnavailable,
+    StopFailed,
 )
+from mic_supervisor.model import DesiredState, Gpu, GpuInventory, ObservedState, ObservedWorkload
 from mic_supervisor.plan.actions import (
     Change,
     Create,
@@ -41,14 +45,18 @@ from mic_supervisor.plan.actions import (
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
 from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import Phase, note_failure, remember
-from mic_supervisor.plan.memory import Memory, Pause
+from mic_supervisor.plan.memory import Floor, Memory, Pause
 from mic_supervisor.plan.reconcile import reconcile
+from mic_supervisor.plan.release import floor_of
 from mic_supervisor.plan.selection import Selection
-from mic_supervisor.plan.status import InstanceStatus, instance_statuses
+from mic_supervisor.plan.status import InstanceStatus, Trouble, instance_statuses
+from mic_supervisor.plan.strangers import Intruder, describe, intruders
+from mic_supervisor.plan.strangers import sentence as stranger_sentence
 from mic_supervisor.records import dataclass
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke
 CRASH_WATCH = 0.5  # seconds between two rounds while something starts
+QUEUE_WATCH = 2.0  # seconds between two rounds while something waits for a stranger to go
 _LANE_REST = 1.0  # seconds before a lane in which something failed is tried again
 
 _PHASE_OF_STEP: Mapping[type[Step], Phase] = {
@@ -120,7 +128,10 @@ class Converger:
         self._steps = Steps(sources, self._target_of, desired.backend)
         self._lanes: dict[asyncio.Task[None], _Lane] = {}
         self._rest: dict[str, tuple[int, float]] = {}  # instance -> failures in a row, until
-        self._stuck: dict[str, str] = {}  # instance -> ref of the workload that does not end
+        self._troubles: dict[str, Trouble] = {}  # by instance, until its next change begins
+        self._floors: dict[str, Mapping[str, Floor]] = {}  # by instance, of the release before it
+        self._inventory = GpuInventory("none")
+        self._strangers: dict[tuple[str, int, int | None], Intruder] = {}
         self._assessments: dict[str, Assessment] = {}
         self._bound = True  # whether the remembered bindings hold
         self._indices: dict[str, int] = {}
@@ -243,11 +254,15 @@ class Converger:
             keep={name for entry in desired.unsatisfiable for name in entry.instances},
         )
         memory = replace(memory, bindings=dict(desired.bindings))
+        self._inventory = observed.inventory
         self._tell_adopted(memory, assessments, now)
+        self._tell_strangers(desired, observed, busy)
         plan = reconcile(desired, observed, memory, now, context, assessments)
         self._dispatch(plan, lanes, now)
         activities |= self.activities
-        statuses = instance_statuses(desired, observed, assessments, plan, memory, activities)
+        statuses = instance_statuses(
+            desired, observed, assessments, plan, memory, activities, self._troubles
+        )
         self.memory, statuses = self._note_phases(memory, statuses, now)
         await self._save_memory()
         self.snapshot = Snapshot(
@@ -302,6 +317,33 @@ class Converger:
                 text = "adopted: it runs already, as the file asks"
                 self._events.tell(Event("adopt", now, name, text, instance.model, instance.gpus))
 
+    def _tell_strangers(
+        self, desired: DesiredState, observed: ObservedState, busy: frozenset[str]
+    ) -> None:
+        """Tell once of each stranger that came to a GPU of ours, and once when it has gone."""
+        if observed.inventory.error is not None or any(v.error for v in observed.runtimes):
+            return  # unknown is not gone
+        found = {one.key: one for one in intruders(desired, observed, busy)}
+        for key, one in found.items():
+            if key not in self._strangers:
+                self._tell_of_gpu(one.gpu, stranger_sentence(one, observed), observed.at)
+        listed = {
+            (gpu.uuid, process.pid, process.start_time)
+            for gpu in observed.inventory.gpus
+            for process in gpu.processes or ()
+        }
+        unread = {gpu.uuid for gpu in observed.inventory.gpus if gpu.processes is None}
+        for key in [key for key in self._strangers if key not in found]:
+            one = self._strangers[key]
+            if key in listed or one.gpu.uuid in unread:
+                found[key] = one  # it is there yet, and only whose GPU it is has changed
+            else:
+                self._tell_of_gpu(one.gpu, f"{describe(one.process)} has left it", observed.at)
+        self._strangers = found
+
+    def _tell_of_gpu(self, gpu: Gpu, text: str, at: float) -> None:
+        self._events.tell(Event("gpu", at, f"GPU {gpu.index}", text, gpus=(gpu.uuid,)))
+
     def _note_phases(
         self, memory: Memory, statuses: tuple[InstanceStatus, ...], now: float
     ) -> tuple[Memory, tuple[InstanceStatus, ...]]:
@@ -340,6 +382,8 @@ class Converger:
         pause = self.resync
         if any(row.phase in _ON_ITS_WAY for row in snapshot.statuses):
             pause = CRASH_WATCH
+        elif any(row.phase is Phase.WAITING_VRAM for row in snapshot.statuses):
+            pause = min(pause, QUEUE_WATCH)
         times = [until for _, until in self._rest.values()]
         if snapshot.plan.next_wake is not None:
             times.append(snapshot.plan.next_wake)
@@ -385,6 +429,7 @@ class Converger:
         failed: set[str] = set()
         broken: set[str] = set()
         for change in changes:
+            self._troubles.pop(change.instance, None)
             self._tell("begin", change, change.cause)
         prepared = False
         for step in in_order([step for change in changes for step in change.steps]):
@@ -405,7 +450,10 @@ class Converger:
                 failed.add(step.id)
                 broken.add(change.instance)
                 if isinstance(step, Stop) and isinstance(error, StopFailed):
-                    self._stuck[step.instance] = step.workload.ref
+                    owner_id = step.workload.identity.instance
+                    self._troubles[owner_id] = Trouble(Phase.STUCK_STOPPING, error.message)
+                elif isinstance(error, ReleaseFailed):
+                    self._troubles[change.instance] = Trouble(Phase.BLOCKED, error.message)
                 self._failed(step, change, error, began)
         for change in changes:
             if change.instance not in broken:
@@ -420,14 +468,23 @@ class Converger:
             self._prober.forget(step.workload.ref)
             self._set(step.workload.identity.instance, started=None)
         progress = _from_thread(loop, lambda text: self._tell("progress", change, text))
+        # As it is before the start: afterwards it is the instance's own.
+        floors: Mapping[str, Floor] = {}
+        if isinstance(step, Start | Restart):
+            seen = {g.uuid: f for g in self._inventory.gpus if (f := floor_of(g)) is not None}
+            floors = self._floors.pop(change.instance, seen)
         began = self._clock()
-        await loop.run_in_executor(self._pool, self._steps.run, step, progress)
-        if isinstance(step, Release):
+        found = await loop.run_in_executor(self._pool, self._steps.run, step, progress)
+        if found is not None:
+            self._floors[change.instance] = found.floors
             for listener in self.released:
                 listener(self._clock() - began)
+            if found.warning is not None:
+                self._tell("warning", change, found.warning)
         if isinstance(step, Start | Restart):
             name = step.launch.name if isinstance(step, Start) else step.workload.name
             again = change.kind in ("start", "restart")
+            self._keep_floors(change, floors)
             entry = self.memory.of(change.instance)
             self._set(
                 change.instance,
@@ -445,12 +502,20 @@ class Converger:
             gpus |= {*step.workload.identity.gpus} if isinstance(step, Stop) else set()
         return self.memory.paused.has(change.model, gpus)
 
+    def _keep_floors(self, change: Change, floors: Mapping[str, Floor]) -> None:
+        own = {uuid: floors[uuid] for uuid in change.gpus if uuid in floors}
+        # One that is not known any more would be the wrong one.
+        others = {k: floor for k, floor in self.memory.floors.items() if k not in change.gpus}
+        self.memory = replace(self.memory, floors={**others, **own})
+
     def _failed(self, step: Step, change: Change, error: MicError, began: float) -> None:
         now = self._clock()
         self._let_rest(change.instance)
         item = self._assessments.get(change.instance)
         # An engine that is gone says nothing about the instance, nor does an old one that stays.
-        if item is not None and not isinstance(error, RuntimeUnavailable | StopFailed):
+        if item is not None and not isinstance(
+            error, RuntimeUnavailable | StopFailed | ReleaseFailed
+        ):
             entry = self.memory.of(change.instance)
             entry = note_failure(
                 entry,

@@ -11,7 +11,12 @@ from mic_supervisor.converge.events import Event
 
 LOGGER = logging.getLogger("mic")
 
-_LEVELS = {"failed": logging.WARNING, "progress": logging.DEBUG}
+_LEVELS = {
+    "failed": logging.WARNING,
+    "gpu": logging.WARNING,
+    "progress": logging.DEBUG,
+    "warning": logging.WARNING,
+}
 # journald reads a priority from the line's beginning: sd-daemon(3).
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 

@@ -29,7 +29,7 @@ from mic_supervisor.gpu.nvml_errors import (
     gpu_error,
     library_error,
 )
-from mic_supervisor.gpu.proc import PROC, ProcessStat, read_stat
+from mic_supervisor.gpu.proc import PROC, ProcessStat, boot_time, read_stat, started_at
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
 from mic_supervisor.records import dataclass
 
@@ -346,6 +346,7 @@ class NvmlSource:
         for pid in kinds:
             if pid not in names:
                 names[pid] = read_stat(pid, self._proc)
+        booted = boot_time(self._proc) if kinds else None
         return tuple(
             GpuProcess(
                 pid=pid,
@@ -353,6 +354,7 @@ class NvmlSource:
                 used_memory=used[pid],
                 start_time=stat.start_time if stat else None,
                 kinds=tuple(kinds[pid]),
+                started_at=started_at(stat, booted) if stat else None,
             )
             for pid in sorted(kinds)
         )

@@ -6,6 +6,7 @@ Format: proc(5), /proc/PID/stat.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from mic_supervisor.records import dataclass
@@ -19,6 +20,21 @@ class ProcessStat:
     name: str  # at most 15 bytes; a process may change it
     parent: int
     start_time: int  # clock ticks since boot
+
+
+def boot_time(proc: Path = PROC) -> float | None:
+    """When the machine was booted, in seconds since the epoch: `btime` of /proc/stat."""
+    try:
+        text = (proc / "stat").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^btime (\d+)$", text, re.MULTILINE)
+    return float(found[1]) if found else None
+
+
+def started_at(stat: ProcessStat, booted: float | None) -> float | None:
+    """When the process was started, in seconds since the epoch."""
+    return None if booted is None else booted + stat.start_time / os.sysconf("SC_CLK_TCK")
 
 
 def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:

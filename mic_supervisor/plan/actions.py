@@ -7,10 +7,12 @@ depend on each other within a lane: the old model is stopped only after the new 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal
 
 from mic_supervisor.model import HttpCall, Launch, ObservedWorkload, Placement
+from mic_supervisor.plan.memory import Floor
 from mic_supervisor.records import dataclass
 
 ChangeKind = Literal[
@@ -82,10 +84,16 @@ class Stop(Step):
 
 @dataclass(frozen=True, slots=True)
 class Release(Step):
-    """Wait until the GPUs list no process of the former workloads any more."""
+    """Wait until the GPUs are free of the former workloads: their processes, then their memory.
+
+    `floors` is what was used before they started, by GPU, where that is known; `vram` is what is
+    to start there needs on each of them, in bytes. See plan/release.py.
+    """
 
     gpus: tuple[str, ...]
     former: tuple[ObservedWorkload, ...]
+    floors: Mapping[str, Floor] = field(default_factory=dict, kw_only=True)
+    vram: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +144,7 @@ class Blocked:
     hint: str | None = None
     until: float | None = None  # when the passing of time alone may end it
     paused: bool = False  # somebody asked for it to be left as it is, be there anything due or not
+    queued: bool = False  # the file says to wait for it: a stranger has the GPU
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ def bring_up(
         return blocked(assessment, f"its texts refer to {error}, which it does not have")
     obstacle = in_the_way(instance, target.runtime, target.name, numbers.values(), around)
     if obstacle is not None:
-        return blocked(assessment, obstacle.reason, hint=obstacle.hint)
+        return blocked(assessment, obstacle.reason, hint=obstacle.hint, queued=obstacle.queued)
     kind, cause = _why(assessment, entry, unhealthy, context)
     stops = match if match is not None and is_alive(match) else None
     if assessment.runtime not in context.creates_ahead:
@@ -112,10 +112,15 @@ def _take_over(
 
 
 def blocked(
-    assessment: Assessment, reason: str, *, hint: str | None = None, until: float | None = None
+    assessment: Assessment,
+    reason: str,
+    *,
+    hint: str | None = None,
+    until: float | None = None,
+    queued: bool = False,
 ) -> Blocked:
     instance = assessment.instance
-    return Blocked(instance.id, reason, instance.gpus, instance.model, hint, until)
+    return Blocked(instance.id, reason, instance.gpus, instance.model, hint, until, queued=queued)
 
 
 def host_ports(step: Step) -> set[int]:

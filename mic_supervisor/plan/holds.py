@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from datetime import datetime
 
 from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
 from mic_supervisor.plan.actions import Blocked, Change, Plan
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
 from mic_supervisor.plan.memory import Pause, Paused
+from mic_supervisor.plan.render import moment
 from mic_supervisor.plan.render import reason as reason_of
 from mic_supervisor.plan.selection import Selection
 from mic_supervisor.records import dataclass
@@ -147,9 +147,7 @@ def left_out(whole: Plan, held: Iterable[Hold]) -> tuple[Change, ...]:
 
 def since(pause: Pause, now: float) -> str:
     """ "paused since 12:04:10 (a new riser)"; with the date where that was not today."""
-    at = datetime.fromtimestamp(pause.since).astimezone()
-    today = at.date() == datetime.fromtimestamp(now).astimezone().date()
-    text = f"paused since {at.strftime('%H:%M:%S' if today else '%Y-%m-%d %H:%M:%S')}"
+    text = f"paused since {moment(pause.since, now)}"
     return f"{text} ({pause.reason})" if pause.reason else text
 
 

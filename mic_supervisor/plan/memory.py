@@ -83,12 +83,23 @@ class Paused:
 
 
 @dataclass(frozen=True, slots=True)
+class Floor:
+    """What was used on a GPU before its owner started, and what of that strangers had: bytes."""
+
+    used: int
+    strangers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
-    """`bindings` maps index keys of the file to UUIDs."""
+    """`bindings` maps index keys of the file to UUIDs, `floors` UUIDs to what was used on the GPU
+    before the last start of ours.
+    """
 
     instances: Mapping[str, InstanceMemory] = field(default_factory=dict)
     bindings: Mapping[str, str] = field(default_factory=dict)
     paused: Paused = Paused()
+    floors: Mapping[str, Floor] = field(default_factory=dict)
 
     def of(self, instance: str) -> InstanceMemory:
         return self.instances.get(instance, InstanceMemory())
@@ -107,6 +118,8 @@ class Memory:
                 kind: {key: asdict(pause) for key, pause in sorted(pauses.items())}
                 for kind, pauses in (("gpus", self.paused.gpus), ("models", self.paused.models))
             }
+        if self.floors:
+            out["floors"] = {uuid: asdict(floor) for uuid, floor in sorted(self.floors.items())}
         return out
 
     @classmethod
@@ -129,6 +142,7 @@ class Memory:
             instances={str(name): _entry(str(name), entry) for name, entry in instances.items()},
             bindings={str(key): str(uuid) for key, uuid in bindings.items()},
             paused=Paused(_pauses(paused, "models"), _pauses(paused, "gpus")),
+            floors=_floors(data.get("floors", {})),
         )
 
 
@@ -171,4 +185,18 @@ def _pauses(data: Mapping[str, Any], kind: str) -> dict[str, Pause]:
         if not isinstance(reason, str | None):
             raise ValueError(f"reason of paused {key} is {reason!r}")
         out[str(key)] = Pause(float(since), reason)
+    return out
+
+
+def _floors(given: Any) -> dict[str, Floor]:
+    if not isinstance(given, Mapping):
+        raise ValueError("floors must be a map")
+    out: dict[str, Floor] = {}
+    for uuid, entry in given.items():
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"floors of {uuid} is {entry!r}")
+        used, strangers = entry.get("used"), entry.get("strangers", 0)
+        if type(used) is not int or type(strangers) is not int:
+            raise ValueError(f"floors of {uuid} is {entry!r}")
+        out[str(uuid)] = Floor(used, strangers)
     return out

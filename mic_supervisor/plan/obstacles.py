@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from mic_supervisor.model import (
-    DesiredState,
-    Gpu,
-    GpuProcess,
-    Instance,
-    ObservedState,
-    OwnerKind,
-)
+from mic_supervisor.model import DesiredState, Gpu, Instance, ObservedState, OwnerKind
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
+from mic_supervisor.plan.release import lets_go, size
 from mic_supervisor.plan.spec import SpecKey, keys_of
+from mic_supervisor.plan.strangers import (
+    belongs,
+    describe,
+    intruders,
+    is_foreign,
+    memory_of,
+    sentence,
+)
 from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
+    """`queued`: the file says to wait until it is gone."""
+
     reason: str
     hint: str | None = None
+    queued: bool = False
 
 
 class Ports:
@@ -92,8 +97,44 @@ def in_the_way(
                     f"the name {name} is taken by a workload that is not ours: {stranger.reason}",
                     f"rename or remove it: docker rm {name}" if runtime == "docker" else None,
                 )
+    return _too_small(instance, around) or _strangers(instance, around)
+
+
+def _too_small(instance: Instance, around: Surroundings) -> Obstacle | None:
+    """Where the card cannot hold what the model says it needs, whoever leaves it."""
+    if instance.vram is None:
+        return None
+    for uuid in instance.gpus:
+        gpu = around.gpus[uuid]
+        if gpu.memory is None:
+            continue
+        each = " on each GPU" if len(instance.gpus) > 1 else ""
+        needs = f"it needs {size(instance.vram)}{each}, and GPU {gpu.index} ({gpu.name})"
+        if instance.vram > gpu.memory.total:
+            return Obstacle(
+                f"{needs} has {size(gpu.memory.total)}",
+                f"give it a larger GPU, or correct `vram` of {instance.model}",
+            )
+        others = [
+            process
+            for process in gpu.processes or ()
+            if process.owner is None or process.owner.kind is not OwnerKind.MANAGED
+        ]
+        taken = memory_of(process for process in others if not lets_go(process))
+        if taken and instance.vram > gpu.memory.total - taken:
+            listed = ", ".join(describe(process) for process in others if process.used_memory)
+            return Obstacle(
+                f"{needs} has {size(gpu.memory.total - taken)} beside {listed}, not ours",
+                "end what uses the GPU, or move the model to another one",
+                queued=instance.on_foreign == "wait",
+            )
+    return None
+
+
+def _strangers(instance: Instance, around: Surroundings) -> Obstacle | None:
     if instance.on_foreign == "ignore":
         return None
+    expected = {instance.id, *around.leaving}
     for uuid in instance.gpus:
         gpu = around.gpus[uuid]
         if gpu.simulated:
@@ -101,24 +142,25 @@ def in_the_way(
         if gpu.processes is None:
             return Obstacle(f"the processes on GPU {gpu.index} cannot be read")
         for process in sorted(gpu.processes, key=lambda item: item.pid):
-            if _is_foreign(process, {instance.id, *around.leaving}):
+            if is_foreign(process, expected, instance.foreign_threshold):
+                whose = belongs(process, around.observed)
+                waits = instance.on_foreign == "wait"
                 return Obstacle(
-                    f"GPU {gpu.index} is held by {describe(process)}, not ours",
+                    f"{'waiting for the GPU: ' if waits else ''}GPU {gpu.index} is held by "
+                    f"{describe(process)}, not ours" + (f": {whose}" if whose else ""),
                     "end that process, or move the model to another GPU",
+                    queued=waits,
                 )
     return None
 
 
-def warnings(desired: DesiredState, observed: ObservedState, scope: str) -> list[str]:
+def warnings(
+    desired: DesiredState, observed: ObservedState, scope: str, busy: Collection[str] = ()
+) -> list[str]:
     """What an operator should know and no plan changes. Another scope's workloads are no news."""
     out = [*desired.warnings]
     out += [f"GPU {gpu.index} cannot be opened: {gpu.error}" for gpu in observed.inventory.unopened]
-    for gpu in observed.inventory.gpus:
-        if gpu.uuid not in desired.kept_empty:
-            continue
-        for process in gpu.processes or ():
-            if _is_foreign(process, ()):
-                out.append(f"GPU {gpu.index} is to be kept empty, and {describe(process)} holds it")
+    out += [sentence(one, observed) for one in intruders(desired, observed, busy)]
     for view in observed.runtimes:
         out += [
             f"{view.runtime} {stranger.name} looks like ours and is not: {stranger.reason}"
@@ -148,35 +190,7 @@ def adoption_warnings(assessments: Iterable[Assessment], key: SpecKey) -> list[s
     return out
 
 
-def lets_go(process: GpuProcess) -> bool:
-    """Whether it has ended, and the driver still has to notice."""
-    owner = process.owner
-    return process.start_time is None and owner is not None and owner.kind is OwnerKind.ORPHAN
-
-
-def describe(process: GpuProcess) -> str:
-    """ "PID 4121 (python, 18.2 GiB)" """
-    used = "memory unknown" if process.used_memory is None else _gib(process.used_memory)
-    return f"PID {process.pid} ({process.name or 'gone'}, {used})"
-
-
 def _port_taken(instance: Instance, number: int, who: str) -> Obstacle:
     return Obstacle(
         f"port {number} is taken by {who}", f"free the port, or give {instance.model} another one"
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB"
-
-
-def _is_foreign(process: GpuProcess, expected: Collection[str]) -> bool:
-    """Desktop programs draw on a GPU without owning it; only who computes there is in the way."""
-    if process.kinds and not {"compute", "mps"} & set(process.kinds):
-        return False
-    if lets_go(process):
-        return False
-    owner = process.owner
-    if owner is not None and owner.kind is OwnerKind.MANAGED:
-        return owner.instance not in expected
-    return True

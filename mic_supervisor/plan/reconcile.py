@@ -51,10 +51,10 @@ from mic_supervisor.plan.obstacles import (
     Ports,
     Surroundings,
     adoption_warnings,
-    lets_go,
     warnings,
 )
 from mic_supervisor.plan.ports import assign
+from mic_supervisor.plan.release import lets_go
 from mic_supervisor.plan.rollout import roll
 
 
@@ -130,7 +130,7 @@ class _Round:
         self.blocked += [
             hold.told(otherwise or Plan()) for hold in self.held.values() if hold.paused
         ]
-        notes = warnings(self.desired, self.observed, self.context.scope)
+        notes = warnings(self.desired, self.observed, self.context.scope, self.context.busy)
         if self.observed.inventory.error is not None:  # 1
             reason = self.observed.inventory.error
             self._freeze(*self._free(self.assessments, self._orphans()), reason)
@@ -397,6 +397,12 @@ class _Round:
                 instance.gpus,
                 former,
                 depends_on=tuple(before),
+                floors={
+                    uuid: self.memory.floors[uuid]
+                    for uuid in instance.gpus
+                    if uuid in self.memory.floors
+                },
+                vram=instance.vram,
             )
             late.append(release)
             before = [release.id]

@@ -144,6 +144,13 @@ def clock(at: float) -> str:
     return datetime.fromtimestamp(at).astimezone().strftime("%H:%M:%S")
 
 
+def moment(at: float, now: float) -> str:
+    """Local time of day; with the date where that was not today."""
+    when = datetime.fromtimestamp(at).astimezone()
+    today = when.date() == datetime.fromtimestamp(now).astimezone().date()
+    return when.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S")
+
+
 def gpu_names(gpus: Iterable[str], indices: Mapping[str, int]) -> str:
     """ "GPU 3,4"; a GPU that is not there is named by its UUID, which begins with "GPU-"."""
     gpus = tuple(gpus)

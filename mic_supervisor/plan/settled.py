@@ -39,7 +39,8 @@ def settled(
     `only` are the instances that matter; None: all.
 
     1. A change that can be executed is work left, unless its last try failed.
-    2. An instance on its way is waited for, within the budget that its start has.
+    2. An instance on its way is waited for, within the budget that its start has. One that queues
+       for its GPU is on its way.
     3. A change whose turn has not come is waited for through those it waits for.
     4. What took over in a rollback is waited for like any other start.
     """
@@ -49,7 +50,7 @@ def settled(
         if only is None or change.instance in only
     ):
         return False
-    final = {item.instance for item in plan.blocked}
+    final = {item.instance for item in plan.blocked if not item.queued}
     final |= {change.instance for change in plan.changes if change.waits is not None}
     final |= set(failing)
     budgets = {item.id: item.start_timeout for item in desired.instances}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mic_supervisor.model import DesiredState, Gpu, ObservedState, ObservedWorkload, OwnerKind
@@ -52,6 +53,14 @@ class InstanceStatus:
         return self.phase in (Phase.READY, Phase.UNPROBED) and self.sync == "in_sync"
 
 
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What the last change of an instance failed with, where that is a phase of its own."""
+
+    phase: Phase
+    reason: str
+
+
 def instance_statuses(
     desired: DesiredState,
     observed: ObservedState,
@@ -59,6 +68,7 @@ def instance_statuses(
     plan: Plan,
     memory: Memory,
     activities: Mapping[str, Phase],
+    troubles: Mapping[str, Trouble] = {},
 ) -> tuple[InstanceStatus, ...]:
     """Sorted by id: every desired instance, every entry in trouble, everything that has to go."""
     blocked = {item.instance: item for item in plan.blocked}
@@ -87,6 +97,7 @@ def instance_statuses(
         for entry in desired.unsatisfiable
         if not known & set(entry.instances)
     ]
+    rows = [_troubled(row, troubles.get(row.id), activities) for row in rows]
     return tuple(sorted(rows, key=lambda row: row.id))
 
 
@@ -190,6 +201,8 @@ def _desired(
             phase, reason = Phase.DEGRADED, f"{reason}{_how(entry, item)}"
         elif retry_at is not None:
             phase = Phase.BACKOFF
+        elif blocked.queued and phase is Phase.BLOCKED:
+            phase = Phase.WAITING_VRAM
     if blocked is not None and blocked.paused and activities.get(instance.id) is None:
         troubled = item.runs and phase not in (Phase.READY, Phase.UNPROBED)
         how = f"; it runs, {phase.value}" + (f": {reason}" if reason else "")
@@ -236,6 +249,15 @@ def _how(entry: InstanceMemory, item: Assessment) -> str:
     if phase is Phase.UNPROBED:
         return ", unprobed"
     return f", {phase.value}" + (f": {reason}" if reason else "")
+
+
+def _troubled(
+    row: InstanceStatus, trouble: Trouble | None, activities: Mapping[str, Phase]
+) -> InstanceStatus:
+    if trouble is None or row.id in activities or row.phase in (Phase.READY, Phase.PAUSED):
+        return row
+    health = _HEALTH.get(trouble.phase, row.health)
+    return replace(row, phase=trouble.phase, reason=trouble.reason, health=health)
 
 
 def _health(phase: Phase, item: Assessment) -> str:

@@ -279,7 +279,7 @@ def test_two_mounts_on_one_target_are_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("key", ["drain_timeout", "vram", "on_foreign", "runtime"])
+@pytest.mark.parametrize("key", ["drain_timeout", "runtime"])
 def test_a_key_that_nothing_honours_is_refused(key: str) -> None:
     with pytest.raises(ValidationError, match=f"{key}: this version does not act on it yet"):
         compiled({key: "x"})

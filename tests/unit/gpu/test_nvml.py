@@ -184,8 +184,17 @@ def test_holders_are_named_from_proc_and_identified_by_start_time(
 
     stat = read_stat(sleeper)
     assert stat and gpu.processes == (
-        GpuProcess(sleeper, "sleep", 2 * GIB, start_time=stat.start_time, kinds=("compute",)),
+        GpuProcess(
+            sleeper,
+            "sleep",
+            2 * GIB,
+            start_time=stat.start_time,
+            kinds=("compute",),
+            started_at=gpu.processes[0].started_at,
+        ),
     )
+    started = gpu.processes[0].started_at
+    assert started is not None and abs(started - time.time()) < 30
 
 
 def test_holders_are_the_union_of_three_lists(mock: MockNvml, source: NvmlSource) -> None:

@@ -206,6 +206,9 @@ def test_a_group_stays_while_one_of_those_that_follow_it_cannot_start() -> None:
         "! blocked  qwen-dddddddd on GPU 3: GPU 3 is still held by qwen-ddddddddx2, "
         "which stays because not all that follows it can start\n"
         "\n"
+        "warning: GPU 4 is for qwen-ddddddddx2 alone, and PID 4121 (python, 18.2 GiB) is on it as "
+        "well\n"
+        "\n"
         "No changes; 2 blocked.\n"
     )
 

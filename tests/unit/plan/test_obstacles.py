@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mic_supervisor.model import (
+    GpuMemory,
     GpuProcess,
     Listener,
     Owner,
@@ -15,10 +17,20 @@ from mic_supervisor.model import (
     RunState,
     Stranger,
 )
+from mic_supervisor.plan.actions import Plan
+from mic_supervisor.plan.assess import assess
+from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.render import moment
+from mic_supervisor.plan.settled import settled
+from mic_supervisor.plan.status import instance_statuses
+from mic_supervisor.plan.strangers import intruders
 from tests.unit.plan.builders import (
     CONTEXT,
+    NOW,
     changed,
     container,
+    desired,
     gpu,
     observed,
     on,
@@ -212,9 +224,92 @@ def test_a_foreign_process_does_not_block_where_it_is_to_be_ignored() -> None:
     assert plan_for([replace(MAM, on_foreign="ignore")], observed(gpus=held)).count == 1
 
 
-def test_what_only_draws_does_not_block() -> None:
-    held = [gpu(0, processes=(process(900, name="Xorg", kinds=("graphics",)),))]
-    assert plan_for([MAM], observed(gpus=held)).blocked == ()
+def test_what_only_draws_blocks_from_a_threshold_on() -> None:
+    def plan(used: int | None, **values: Any) -> Plan:
+        desktop = replace(process(900, name="Xorg", kinds=("graphics",)), used_memory=used)
+        return plan_for([replace(MAM, **values)], observed(gpus=[gpu(0, processes=(desktop,))]))
+
+    assert plan(None).blocked == ()
+    assert plan((512 << 20) - 1).blocked == ()
+    assert plan(512 << 20).blocked[0].reason == (
+        "GPU 0 is held by PID 900 (Xorg, 512 MiB), not ours"
+    )
+    assert plan(512 << 20, foreign_threshold=1 << 30).blocked == ()
+    assert plan(1 << 20, foreign_threshold=0).blocked != ()
+
+
+def test_it_says_whose_the_stranger_is_and_since_when() -> None:
+    jupyter = Stranger("docker", "jupyter", "c" * 64)
+    for owner, text_of in (
+        (Owner(OwnerKind.CONTAINER, "c" * 64), "container jupyter"),
+        (Owner(OwnerKind.CONTAINER, "d" * 64), "container dddddddddddd"),
+        (Owner(OwnerKind.UNIT, "whisper.service"), "unit whisper.service"),
+    ):
+        found = process(4121, owner=owner, started_at=NOW - 60)
+        plan = plan_for([MAM], observed(gpus=[gpu(0, processes=(found,))], strangers=[jupyter]))
+        since = moment(NOW - 60, NOW)
+        assert plan.blocked[0].reason == (
+            f"GPU 0 is held by PID 4121 (python, 18.2 GiB), not ours: {text_of}, since {since}"
+        )
+
+
+def test_one_that_is_told_to_wait_queues() -> None:
+    held = observed(gpus=[gpu(0, processes=(process(4121),))])
+    waits = replace(MAM, on_foreign="wait")
+    plan = plan_for([waits], held)
+    assert [(item.queued, item.reason) for item in plan.blocked] == [
+        (True, "waiting for the GPU: GPU 0 is held by PID 4121 (python, 18.2 GiB), not ours")
+    ]
+    state = desired(waits)
+    assessments = assess(state, held, CONTEXT)
+    (row,) = instance_statuses(state, held, assessments, plan, Memory(), {})
+    assert (row.phase, row.health) == (Phase.WAITING_VRAM, "progressing")
+    args: dict[str, Any] = {"failing": (), "began": NOW}
+    assert not settled(state, plan, [row], Memory(), now=NOW + 299, **args)
+    assert settled(state, plan, [row], Memory(), now=NOW + 310, **args)  # its start_timeout
+
+
+def test_a_card_that_is_too_small_blocks_before_anything_is_stopped() -> None:
+    small = [gpu(0, memory=GpuMemory(16 << 30, 0, 16 << 30), name="T4")]
+    old = workload(MAM)
+    needy = replace(changed(MAM, image="mam:2"), vram=20 << 30)
+    plan = plan_for([needy], observed(old, gpus=small))
+    assert text(plan) == (
+        "! blocked  MAM-aaaaaaaa on GPU 0: it needs 20.0 GiB, and GPU 0 (T4) has 16.0 GiB\n"
+        "    hint: give it a larger GPU, or correct `vram` of MAM\n"
+        "\n"
+        "No changes; 1 blocked.\n"
+    )
+    assert plan_for([replace(needy, vram=16 << 30)], observed(old, gpus=small)).count == 1
+    unknown = [gpu(0, memory=None)]
+    assert plan_for([needy], observed(old, gpus=unknown)).count == 1
+
+
+def test_a_card_that_strangers_leave_too_little_of_blocks_even_where_they_are_ignored() -> None:
+    held = [gpu(0, processes=(process(4121),))]
+    needy = replace(MAM, vram=10 << 30, on_foreign="ignore")
+    assert plan_for([needy], observed(gpus=held)).blocked[0].reason == (
+        "it needs 10.0 GiB, and GPU 0 (H200) has 5.8 GiB beside PID 4121 (python, 18.2 GiB), "
+        "not ours"
+    )
+    assert plan_for([replace(needy, vram=5 << 30)], observed(gpus=held)).count == 1
+
+
+def test_a_stranger_who_comes_later_is_told_of_and_disturbs_nothing() -> None:
+    held = [gpu(0, processes=(process(4121), process(4122, of=MAM)))]
+    plan = plan_for([MAM], observed(workload(MAM), gpus=held))
+    assert text(plan) == (
+        "warning: GPU 0 is for MAM-aaaaaaaa alone, and PID 4121 (python, 18.2 GiB) is on it as "
+        "well\n"
+        "\n"
+        "No changes.\n"
+    )
+    # While Docker cannot be read it may be Docker's own, and while it starts, its newest process.
+    state = observed(workload(MAM), gpus=held, errors={"subprocess": "gone"})
+    assert intruders(desired(MAM), state) == ()
+    state = observed(workload(MAM), gpus=held)
+    assert intruders(desired(MAM), state, busy={MAM.id}) == ()
+    assert [one.process.pid for one in intruders(desired(MAM), state)] == [4121]
 
 
 def test_a_process_that_has_ended_is_waited_for_and_not_taken_for_a_stranger() -> None:
