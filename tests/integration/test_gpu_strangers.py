@@ -1,0 +1,196 @@
+"""Strangers on GPUs, and memory that a former owner leaves: a real daemon on the mock NVML."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.mock_nvml import MockGpu, MockNvml, MockProcess, mock_uuid
+from tests.support.mic import Daemon, Mic
+from tests.support.waiting import http, until
+
+GIB = 1 << 30
+
+
+def entry(a: str = "", b: str = "", gpus: str = "{0: a, 1: b, 2: none}", tag: str = "1") -> str:
+    command = f"command: [/bin/sleep, '1000', '{tag}e-3']"
+    return f"""
+        version: 1
+        models:
+          a: {{backend: process, {command}{a}}}
+          b: {{backend: process, {command}{b}}}
+        gpus: {gpus}
+    """
+
+
+@pytest.fixture
+def nvml(tmp_path: Path, mic: Mic) -> MockNvml:
+    mock = MockNvml(tmp_path)
+    mock.set([MockGpu(), MockGpu(), MockGpu()])
+    mic.env |= {
+        "MIC_GPU_SOURCE": "nvml",
+        "MIC_DOCKER_HOST": "none",
+        "MIC_RESYNC": "300ms",
+        **mock.env(),
+    }
+    return mock
+
+
+@pytest.fixture
+def stranger() -> Iterator[int]:
+    process = subprocess.Popen(["sleep", "600"])
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def rows(mic: Mic) -> dict[str, dict[str, Any]]:
+    return {row["model"]: row for row in mic("status", "--json").json()["instances"]}
+
+
+def messages(daemon: Daemon) -> list[str]:
+    return [
+        re.sub("^.*?(INFO|WARNING|ERROR) +", r"\1 ", line) for line in daemon.text().split("\n")
+    ]
+
+
+def metrics(mic: Mic) -> str:
+    return http(f"{mic.url}/metrics").text
+
+
+def test_a_stranger_blocks_with_who_since_when_and_how_much(
+    mic: Mic, nvml: MockNvml, stranger: int
+) -> None:
+    nvml.change(0, processes=[MockProcess(stranger, 3 * GIB)])
+    mic.write(entry())
+    done = mic("apply", rc=3)
+    held = rf"GPU 0 is held by PID {stranger} \(sleep, 3\.0 GiB\), not ours: .*since \d\d:\d\d:\d\d"
+    assert re.search(held, done.stdout), done
+    assert "hint: end that process, or move the model to another GPU" in done.stdout
+    nvml.change(0, processes=[])
+    assert "2 as desired" in mic("apply").stdout
+
+
+def test_one_that_is_told_to_wait_is_waited_for(mic: Mic, nvml: MockNvml, stranger: int) -> None:
+    nvml.change(0, processes=[MockProcess(stranger, 3 * GIB)])
+    mic.write(entry(a=", on_foreign: wait"))
+    daemon = mic.run()
+    until(lambda: rows(mic)["b"]["phase"] == "unprobed", "the other one")
+    row = rows(mic)["a"]
+    assert (row["phase"], row["health"]) == ("waiting_vram", "progressing")
+    assert row["reason"].startswith(f"waiting for the GPU: GPU 0 is held by PID {stranger} (sleep")
+    apply = mic.start("apply")
+    until(lambda: "waiting_vram" in mic("status").stdout, "the status")
+    assert apply.process.poll() is None
+    nvml.change(0, processes=[])
+    assert apply.process.wait(20) == 0, apply.text()
+    assert rows(mic)["a"]["phase"] == "unprobed"
+    assert daemon.stop() == 0
+
+
+def test_one_who_comes_later_is_told_of_once_and_disturbs_nothing(
+    mic: Mic, nvml: MockNvml, stranger: int
+) -> None:
+    mic.write(entry())
+    daemon = mic.run()
+    until(lambda: [r["phase"] for r in rows(mic).values()] == ["unprobed"] * 2, "both")
+    before = {name: row["pid"] for name, row in rows(mic).items()}
+
+    nvml.change(1, processes=[MockProcess(before["b"], GIB), MockProcess(stranger, 3 * GIB)])
+    nvml.change(2, processes=[MockProcess(stranger, 2 * GIB)])
+    on_1 = f"GPU 1 is for b-a0000001 alone, and PID {stranger} (sleep, 3.0 GiB) is on it as well"
+    on_2 = f"GPU 2 is to be kept empty, and PID {stranger} (sleep, 2.0 GiB) holds it"
+    until(lambda: f"GPU 2: {on_2}" in daemon.text(), "the log")
+    until(lambda: daemon.text().count("is on it as well") == 1, "the other GPU")
+    plan = mic("plan").stdout
+    assert f"warning: {on_1}" in plan
+    assert f"warning: {on_2}" in plan
+    uuid = mock_uuid(1)
+    until(
+        lambda: (
+            f'mic_gpu_holders{{owner="orphan",uuid="{uuid}"}} 1.0' in metrics(mic)
+            or f'mic_gpu_holders{{owner="foreign",uuid="{uuid}"}} 1.0' in metrics(mic)
+        ),
+        "the metric",
+    )
+    states = {gpu["index"]: gpu["state"] for gpu in mic("status", "--json").json()["gpus"]}
+    assert states == {0: "managed", 1: "managed", 2: "foreign"}
+
+    nvml.change(1, processes=[MockProcess(before["b"], GIB)])
+    nvml.change(2, processes=[])
+    until(lambda: daemon.text().count("has left it") == 2, "that it left")
+    assert f"WARNING GPU 1: PID {stranger} (sleep, 3.0 GiB) has left it" in messages(daemon)
+    assert daemon.text().count("is on it as well") == 1
+    assert "is on it as well" in mic("history").stdout
+    assert {name: row["pid"] for name, row in rows(mic).items()} == before
+    os.kill(stranger, 0)
+    assert daemon.stop() == 0
+
+
+def test_a_start_waits_for_memory_to_be_back_where_it_was(mic: Mic, nvml: MockNvml) -> None:
+    nvml.change(0, memory_used=GIB)
+    mic.write(entry())
+    mic("apply")
+    was = rows(mic)["a"]["pid"]
+    nvml.change(0, memory_used=9 * GIB)
+    mic.write(entry(tag="2"))
+    apply = mic.start("apply")
+    text = "waiting for 7.5 GiB to be released on GPU 0"
+    until(lambda: text in apply.text(), "the wait")
+    until(lambda: "b-a0000001: unprobed" in apply.text(), "the other GPU")
+    assert rows(mic)["a"]["pid"] != was
+    nvml.change(0, memory_used=GIB + (512 << 20))
+    assert apply.process.wait(20) == 0, apply.text()
+    os.kill(rows(mic)["a"]["pid"], 0)
+
+
+def test_memory_that_nobody_has_is_started_into_where_the_model_fits(
+    mic: Mic, nvml: MockNvml
+) -> None:
+    """The 30 s that memory has are the program's own; both cases wait them side by side."""
+    vram = {"a": ", vram: 20GiB", "b": ", vram: 30GiB"}
+    mic.write(entry(**vram))
+    daemon = mic.run()
+    until(lambda: [r["phase"] for r in rows(mic).values()] == ["unprobed"] * 2, "both")
+    for number in (0, 1):
+        nvml.change(number, memory_used=15 * GIB)
+    for row in rows(mic).values():
+        os.kill(row["pid"], signal.SIGKILL)
+    until(lambda: "starting all the same" in daemon.text(), "the end of patience", timeout=45)
+    assert (
+        "WARNING a-a0000000: after 30 s still 14.5 GiB to be released on GPU 0, for which the "
+        "driver lists nobody; starting all the same"
+    ) in messages(daemon)
+    until(lambda: rows(mic)["a"]["phase"] == "unprobed", "the start")
+    until(lambda: rows(mic)["b"]["phase"] == "blocked", "the refusal")
+    assert rows(mic)["b"]["reason"] == (
+        "cannot start b-a0000001: after 30 s GPU 1 has 24.7 GiB free of the 30.0 GiB that it "
+        "needs, and the driver lists nobody who has the rest"
+    )
+    released = re.search(r"mic_gpu_memory_release_seconds_sum ([\d.]+)", metrics(mic))
+    assert released is not None
+    assert 30 <= float(released[1]) < 35
+    nvml.change(1, memory_used=0)
+    until(lambda: rows(mic)["b"]["phase"] == "unprobed", "the release", timeout=20)
+    assert daemon.stop() == 0
+
+
+def test_a_card_that_is_too_small_is_seen_before_anything_is_stopped(
+    mic: Mic, nvml: MockNvml
+) -> None:
+    mic.write(entry())
+    mic("apply")
+    before = rows(mic)["a"]["pid"]
+    mic.write(entry(a=", vram: 80GiB", tag="2"))
+    done = mic("apply", rc=3)
+    assert "it needs 80.0 GiB, and GPU 0 (Mock A100) has 40.0 GiB" in done.stdout
+    assert "hint: give it a larger GPU, or correct `vram` of a" in done.stdout
+    os.kill(before, 0)
+    assert rows(mic)["a"]["pid"] == before
