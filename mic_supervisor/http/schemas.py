@@ -108,12 +108,25 @@ class StatusInstance(Shape):
     serving: bool | None = Field(description="what its probes say; null: nothing")
 
 
+class Holder(Shape):
+    """A process on a GPU, and whose it is."""
+
+    pid: int
+    name: str | None
+    used_memory: int | None = Field(description="bytes")
+    since: float | None = Field(description="when it was started, seconds since the epoch")
+    owner: Literal["managed", "container", "unit", "orphan", "unknown"]
+    ref: str | None = Field(description="the container's id, or the unit's name")
+    instance: str | None
+
+
 class StatusGpu(Shape):
     uuid: str
     index: int | None
     name: str | None
     instance: str | None
     state: str
+    holders: list[Holder] | None = Field(description="null: they cannot be read")
 
 
 class Pause(Shape):

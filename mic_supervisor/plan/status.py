@@ -141,6 +141,7 @@ def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[dict[str, A
             "name": gpu.name,
             "instance": running.get(gpu.uuid) or wanted.get(gpu.uuid),
             "state": _gpu_state(gpu, desired, wanted, running),
+            "holders": _holders(gpu),
         }
         for gpu in observed.inventory.gpus
     ]
@@ -154,9 +155,28 @@ def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[dict[str, A
                 "name": None,
                 "instance": running.get(uuid),
                 "state": state,
+                "holders": None,
             }
         )
     return rows
+
+
+def _holders(gpu: Gpu) -> list[dict[str, Any]] | None:
+    """Who has the GPU, by PID, and whose they are; memory in bytes. None: it cannot be read."""
+    if gpu.processes is None:
+        return None
+    return [
+        {
+            "pid": process.pid,
+            "name": process.name,
+            "used_memory": process.used_memory,
+            "since": process.started_at,
+            "owner": process.owner.kind.value if process.owner is not None else "unknown",
+            "ref": process.owner.ref if process.owner is not None else None,
+            "instance": process.owner.instance if process.owner is not None else None,
+        }
+        for process in gpu.processes
+    ]
 
 
 def _gpu_state(
