@@ -295,7 +295,8 @@ def test_waiting_for_an_event_blocks_until_its_time_is_up(events: Any) -> None:
     start = time.monotonic()
 
     assert code(pynvml.nvmlEventSetWait_v2, events, 120) == 10
-    assert 0.12 <= time.monotonic() - start < 2
+    # The two clocks need not agree to the millisecond.
+    assert 0.11 <= time.monotonic() - start < 2
 
 
 def test_an_event_wakes_the_one_who_waits(nvml: MockNvml, events: Any) -> None:
