@@ -10,6 +10,7 @@ from mic_supervisor.plan.launch import launch
 from mic_supervisor.plan.loads import loads
 from mic_supervisor.plan.memory import InstanceMemory
 from mic_supervisor.plan.obstacles import Obstacle, Surroundings, in_the_way
+from mic_supervisor.plan.rebuild import rebuilt, relaunch
 from mic_supervisor.records import dataclass
 
 RETRY = "change the file, or: mic-supervisor retry"
@@ -98,17 +99,26 @@ def _take_over(
     good: Assessment, unhealthy: str | None, entry: InstanceMemory, around: Surroundings
 ) -> BringUp | Obstacle:
     """The way back to the last good specification, or what stands in it."""
-    assert good.match is not None  # it is what was rolled back to
-    instance, back = good.instance, good.match
+    instance, back, record = good.instance, good.match, entry.ready_record
     lost = [uuid for uuid in instance.gpus if uuid not in around.gpus]
     if lost:
         return Obstacle(f"{', '.join(lost)} is not there")
-    restart = Restart(f"restart {back.name}", instance.id, back)
+    early: tuple[Step, ...] = ()
+    late: Start | Restart
+    spec = rebuilt(record, good)
+    if spec is not None and record is not None:
+        target = relaunch(record, spec, {uuid: gpu.index for uuid, gpu in around.gpus.items()})
+        name, numbers = target.name, target.identity.ports.values()
+        early = (_prepare(target, instance.id),)
+        late = Start(f"start {name}", instance.id, target)
+    else:
+        assert back is not None  # it is what was rolled back to
+        name, numbers = back.name, back.identity.ports.values()
+        late = Restart(f"restart {name}", instance.id, back)
     if unhealthy is not None:
-        return BringUp("restart", f"rolled back, and {unhealthy}", (), restart, back)
-    numbers = back.identity.ports.values()
-    obstacle = in_the_way(instance, back.runtime, back.name, numbers, around)
-    return obstacle or BringUp("start", f"rollback: {entry.failed_reason}", (), restart)
+        return BringUp("restart", f"rolled back, and {unhealthy}", early, late, back)
+    obstacle = in_the_way(instance, good.runtime, name, numbers, around)
+    return obstacle or BringUp("start", f"rollback: {entry.failed_reason}", early, late)
 
 
 def blocked(

@@ -15,6 +15,7 @@ from mic_supervisor.model import (
     EngineCheck,
     ExecCheck,
     Health,
+    Identity,
     Instance,
     ObservedWorkload,
     Port,
@@ -26,31 +27,44 @@ from mic_supervisor.model import (
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.assess import Assessment
 from mic_supervisor.plan.memory import InstanceMemory
+from mic_supervisor.plan.rebuild import rebuilt
 
 
-def predecessor(entry: InstanceMemory, assessment: Assessment) -> ObservedWorkload | None:
-    """The workload to go back to, if there is one."""
-    if not assessment.instance.rollback or entry.ready_workload is None:
+def way_back(entry: InstanceMemory, item: Assessment) -> bool:
+    """Whether there is something to go back to, when the desired specification has failed."""
+    if not item.instance.rollback or entry.ready_workload is None:
+        return False
+    if item.match is not None and item.match.name == entry.ready_workload:
+        return False
+    back = _predecessor(entry, item)
+    return _is_kept(back) or rebuilt(entry.ready_record, item) is not None
+
+
+def fallback(entry: InstanceMemory, item: Assessment) -> Assessment | None:
+    """The instance as what was rolled back to; None: it was not rolled back.
+
+    Its `match` is None as long as a process has yet to be started again.
+    """
+    if entry.failed != item.hash or not way_back(entry, item):
         return None
-    if assessment.match is not None and assessment.match.name == entry.ready_workload:
-        return None
-    for workload in (*assessment.alive, *assessment.ended):
+    return _as(_predecessor(entry, item), entry, item)
+
+
+def _predecessor(entry: InstanceMemory, item: Assessment) -> ObservedWorkload | None:
+    """The workload that was ready, running or not, by the specification before this one."""
+    for workload in (*item.alive, *item.ended):
         if (
             workload.name == entry.ready_workload
-            and workload.runtime == "docker"  # a process's secrets are not kept to start it again
-            and workload.identity.gpus == assessment.instance.gpus
-            and workload.identity.model == assessment.instance.model
+            and workload.identity.gpus == item.instance.gpus
+            and workload.identity.model == item.instance.model
         ):
             return workload
     return None
 
 
-def fallback(entry: InstanceMemory, item: Assessment) -> Assessment | None:
-    """The instance as what was rolled back to, running or not; None: it was not rolled back."""
-    if entry.failed != item.hash:
-        return None
-    back = predecessor(entry, item)
-    return _as(back, entry, item) if back is not None else None
+def _is_kept(workload: ObservedWorkload | None) -> bool:
+    """Whether the workload itself can be started again: a container can."""
+    return workload is not None and workload.runtime == "docker"
 
 
 def earlier(entry: InstanceMemory, item: Assessment) -> Assessment | None:
@@ -67,43 +81,59 @@ def as_it_runs(entry: InstanceMemory, item: Assessment) -> Assessment:
     return fallback(entry, item) or earlier(entry, item) or item
 
 
-def _as(workload: ObservedWorkload, entry: InstanceMemory, item: Assessment) -> Assessment:
-    """`item`, of which `workload` is the match."""
+def _as(workload: ObservedWorkload | None, entry: InstanceMemory, item: Assessment) -> Assessment:
+    """`item`, of which `workload` is the match; of None it is what is remembered of it."""
+    record = entry.ready_record
+    runtime, instance = item.runtime, item.instance
+    if workload is not None:
+        runtime = workload.runtime
+        instance = _instance(runtime, workload.name, workload.identity, entry, instance)
+    elif record is not None:
+        instance = _instance(runtime, record.name, record.identity, entry, instance)
     others = [w for w in (item.match, *item.alive, *item.ended) if w not in (None, workload)]
     return replace(
         item,
-        instance=_instance(workload, entry, item.instance),
+        instance=instance,
+        runtime=runtime,
         match=workload,
         alive=(),
         ended=tuple(w for w in others if w is not None),
         diff=(),
-        health=item.healths.get(workload.ref, Health()),
+        health=item.healths.get(workload.ref, Health()) if workload is not None else Health(),
     )
 
 
-def _instance(workload: ObservedWorkload, entry: InstanceMemory, instance: Instance) -> Instance:
+def _instance(
+    runtime: str, name: str, identity: Identity, entry: InstanceMemory, instance: Instance
+) -> Instance:
     """As far as it matters to whoever asks what runs: how it is reached, and what to ask."""
-    identity = workload.identity
-    probes = entry.ready_probes if workload.name == entry.ready_workload else None
+    probes = entry.ready_probes if name == entry.ready_workload else None
     same = identity.backend == instance.backend
     return replace(
         instance,
-        workload=_reached(workload, instance.workload),
+        workload=_reached(runtime, identity, instance.workload),
         probes=probes or _that_fit(instance.probes, identity.ports),
         placements=instance.placements if same else (),
     )
 
 
-def _reached(workload: ObservedWorkload, current: Workload) -> Workload:
-    spec = specs.mapping(workload.identity.spec)
+def _reached(runtime: str, identity: Identity, current: Workload) -> Workload:
+    spec = specs.mapping(identity.spec)
     recorded = specs.mapping(spec.get("ports"))
     ports = tuple(
         Port(name, number, _number(specs.mapping(recorded.get(name)).get("container")))
-        for name, number in sorted(workload.identity.ports.items())
+        for name, number in sorted(identity.ports.items())
     )
     listen = specs.listen_address(spec)
-    if workload.runtime != "docker":
-        return ProcessSpec((), ports=ports, listen=listen, variables=current.variables)
+    if runtime != "docker":
+        return ProcessSpec(
+            (),
+            env=current.env,
+            file_env=current.file_env,
+            variables=current.variables,
+            ports=ports,
+            listen=listen,
+        )
     network: Literal["bridge", "host"] = "host" if spec.get("network") == "host" else "bridge"
     return ContainerSpec(
         "", ports=ports, listen=listen, network=network, variables=current.variables

@@ -9,8 +9,9 @@ from enum import StrEnum
 from mic_supervisor.model import LoadState, ObservedWorkload, RunState
 from mic_supervisor.plan import backoff
 from mic_supervisor.plan.assess import Assessment, is_alive
-from mic_supervisor.plan.fallback import fallback, predecessor
+from mic_supervisor.plan.fallback import fallback, way_back
 from mic_supervisor.plan.memory import InstanceMemory, Memory
+from mic_supervisor.plan.workload_record import recorded
 
 
 class Phase(StrEnum):
@@ -131,6 +132,7 @@ def _remember(
             ready_workload=assessment.match.name,
             ready_since=entry.ready_since if entry.ready_since is not None else now,
             ready_probes=assessment.instance.probes,
+            ready_record=recorded(assessment.match),
             failed=None,
             failed_reason=None,
         )
@@ -220,7 +222,7 @@ def note_failure(
         not early
         and failed != assessment.hash
         and entry.ready != assessment.hash
-        and predecessor(entry, assessment) is not None
+        and way_back(entry, assessment)
     ):
         failed, failed_reason, retry_at = assessment.hash, reason, now
     return replace(

@@ -10,7 +10,8 @@ from dataclasses import asdict, field, fields, replace
 from typing import Any
 
 from mic_supervisor.model import Probes
-from mic_supervisor.plan import probe_record
+from mic_supervisor.plan import probe_record, workload_record
+from mic_supervisor.plan.workload_record import Recorded
 from mic_supervisor.records import dataclass
 
 
@@ -28,6 +29,7 @@ class InstanceMemory:
     ready_workload: str | None = None  # name of the workload that was
     ready_since: float | None = None
     ready_probes: Probes | None = None  # those that it was ready with
+    ready_record: Recorded | None = None  # what it carried then, of a process
     started: str | None = None  # name of the workload that we started, or saw running, last
     started_at: float | None = None  # None: it was adopted
     restarts: int = 0
@@ -154,10 +156,12 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def _plain(entry: InstanceMemory) -> dict[str, Any]:
-    out = asdict(replace(entry, ready_probes=None))
-    del out["ready_probes"]
+    out = asdict(replace(entry, ready_probes=None, ready_record=None))
+    del out["ready_probes"], out["ready_record"]
     if entry.ready_probes is not None:
         out["ready_probes"] = probe_record.to_json(entry.ready_probes)
+    if entry.ready_record is not None:
+        out["ready_record"] = workload_record.to_json(entry.ready_record)
     return out
 
 
@@ -168,7 +172,8 @@ def _entry(name: str, data: Mapping[str, Any]) -> InstanceMemory:
         if not isinstance(value, known[key]) or isinstance(value, bool):
             raise ValueError(f"{key} of {name} is {value!r}")
     probes = probe_record.from_json(data.get("ready_probes"))
-    return InstanceMemory(**given, ready_probes=probes)
+    record = workload_record.from_json(data.get("ready_record"))
+    return InstanceMemory(**given, ready_probes=probes, ready_record=record)
 
 
 def _pauses(data: Mapping[str, Any], kind: str) -> dict[str, Pause]:

@@ -496,10 +496,12 @@ class _Round:
         """The workloads that had these GPUs last."""
         if all(self.gpus[uuid].simulated for uuid in item.instance.gpus):
             return ()
+        good = fallback(self.memory.of(item.instance.id), item)
+        last = (item.match, good.match if good is not None else None)
         return tuple(
             workload
             for workload in workloads(self.observed)
-            if (workload in stops or workload == item.match)
+            if (workload in stops or workload in last)
             and (
                 workload.identity.instance == item.instance.id
                 or set(workload.identity.gpus) & set(item.instance.gpus)
