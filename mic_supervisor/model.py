@@ -86,6 +86,10 @@ class Gpu:
     temperature: float | None = None  # degrees Celsius
     simulated: bool = False
     telemetry: GpuTelemetry | None = None
+    trouble: str | None = None  # why nothing is started on it: what speaks against it, in words
+    recovery_action: str | None = None  # what the driver says it needs: "none", "reset", …
+    mig: bool | None = None  # None: it does not have the mode, or does not tell
+    persistence: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ class UnopenedGpu:
 
     index: int
     error: str
+    uuid: str | None = None  # where it answered before
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,6 +459,7 @@ class Health:
     readiness: ProbeResult | None = None
     placements: tuple[PlacementState, ...] = ()
     drained: bool | None = None
+    devices: ProbeResult | None = None  # whether a container sees its GPUs from inside
 
 
 @dataclass(frozen=True, slots=True)

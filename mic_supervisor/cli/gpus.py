@@ -28,7 +28,8 @@ def command(as_json: bool) -> int:
     """Memory, power, utilization, temperature and holders of each GPU.
 
     Into a pipe goes one line per GPU, its columns set off by tabs: index, UUID, name, memory used
-    of all, power drawn of the limit, utilization, temperature, holders. What is not known is "?".
+    of all, power drawn of the limit, utilization, temperature, holders, remarks. What is not known
+    is "?".
     """
     from mic_supervisor.converge.state import host_name
 
@@ -113,6 +114,10 @@ def _gpu_document(gpu: Gpu) -> dict[str, Any]:
         "power_limit": gpu.power_limit,
         "utilization": gpu.utilization,
         "temperature": gpu.temperature,
+        "trouble": gpu.trouble,
+        "recovery_action": gpu.recovery_action,
+        "mig": gpu.mig,
+        "persistence": gpu.persistence,
         "processes": None
         if gpu.processes is None
         else [
@@ -137,10 +142,26 @@ def _gpu_document(gpu: Gpu) -> dict[str, Any]:
 def lines(inventory: GpuInventory) -> list[str]:
     """One line per GPU, by index, columns set off by tabs."""
     found: dict[int, tuple[str, ...]] = {
-        gpu.index: (gpu.uuid, gpu.name, *_measured(gpu), _holders(gpu)) for gpu in inventory.gpus
+        gpu.index: (
+            gpu.uuid,
+            gpu.name,
+            *_measured(gpu),
+            _holders(gpu),
+            "; ".join(_remarks(gpu)) or "-",
+        )
+        for gpu in inventory.gpus
     }
     found.update((gpu.index, ("?", gpu.error)) for gpu in inventory.unopened)
     return ["\t".join((str(index), *map(printable, found[index]))) for index in sorted(found)]
+
+
+def _remarks(gpu: Gpu) -> list[str]:
+    """What is to be known of a GPU beside what is measured."""
+    return [
+        *([f"unhealthy: {gpu.trouble}"] if gpu.trouble is not None else []),
+        *(["MIG is on, which is reported and not managed"] if gpu.mig else []),
+        *(["persistence mode is off"] if gpu.persistence is False else []),
+    ]
 
 
 def _holders(gpu: Gpu) -> str:
@@ -165,6 +186,9 @@ def print_tables(inventory: GpuInventory) -> None:
     for gpu in inventory.gpus:
         if gpu.processes is None:
             console.print(f"GPU {gpu.index}: its holders cannot be read", style="yellow")
+        for remark in _remarks(gpu):
+            style = "red" if gpu.trouble is not None else "yellow"
+            console.print(f"GPU {gpu.index}: {printable(remark)}", style=style)
     holders = [
         (str(gpu.index), *_holder(process))
         for gpu in inventory.gpus

@@ -229,9 +229,11 @@ def _remarks(document: dict[str, Any]) -> list[str]:
         if row["reason"] and not row["as_desired"]
     ]
     for gpu in document["gpus"]:
-        if gpu["state"] in ("foreign", "unmanaged", "lost", "unknown"):
+        if gpu["state"] in ("foreign", "unmanaged", "unhealthy", "lost", "unknown"):
             name = gpu["uuid"] if gpu["index"] is None else f"GPU {gpu['index']}"
-            remarks.append(f"{name} is {gpu['state']}")
+            # An older daemon does not say what the trouble is.
+            why = f": {gpu['trouble']}" if gpu.get("trouble") else ""
+            remarks.append(f"{name} is {gpu['state']}{why}")
     return remarks
 
 

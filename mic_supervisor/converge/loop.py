@@ -26,6 +26,8 @@ from mic_supervisor.errors import (
     RuntimeUnavailable,
     StopFailed,
 )
+from mic_supervisor.gpu.events import XidRecord
+from mic_supervisor.gpu.faults import with_xids
 from mic_supervisor.model import DesiredState, Gpu, GpuInventory, ObservedState, ObservedWorkload
 from mic_supervisor.plan.actions import (
     Change,
@@ -131,7 +133,11 @@ class Converger:
         self._troubles: dict[str, Trouble] = {}  # by instance, until its next change begins
         self._floors: dict[str, Mapping[str, Floor]] = {}  # by instance, of the release before it
         self._inventory = GpuInventory("none")
+        self._readable: GpuInventory | None = None  # the last one that told of GPUs
         self._strangers: dict[tuple[str, int, int | None], Intruder] = {}
+        self._sick: dict[str, str] = {}  # what was last told of each GPU that is in trouble
+        self._known: dict[str, int] = {}  # the GPUs that were there, by UUID, and their numbers
+        self.xids: Callable[[], Collection[XidRecord]] = tuple  # that the GPUs reported so far
         self._assessments: dict[str, Assessment] = {}
         self._bound = True  # whether the remembered bindings hold
         self._indices: dict[str, int] = {}
@@ -232,9 +238,15 @@ class Converger:
         listeners = await self._listeners.get()
         loop = asyncio.get_running_loop()
         bindings, self._bound = (self.memory.bindings if self._bound else {}), True
-        desired = await loop.run_in_executor(self._pool, self._desired.state, inventory, bindings)
+        if inventory.error is None:
+            self._readable = inventory
+        # While the driver does not answer nothing is started or stopped. But what runs is still
+        # what the file asks for, and is probed: GPUs that cannot be read are not absent.
+        there = self._readable or inventory
+        desired = await loop.run_in_executor(self._pool, self._desired.state, there, bindings)
         now = self._clock()
-        self._indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
+        inventory = with_xids(inventory, self.xids(), now)
+        self._indices = {gpu.uuid: gpu.index for gpu in there.gpus}
         # Asked of the configuration at hand: another one may have come since it was taken.
         confirmed = self.context.confirmed and self.removal_confirmed(desired.config_hash)
         context = replace(self.context, busy=busy, confirmed=confirmed)
@@ -252,11 +264,13 @@ class Converger:
             jitter=random.random(),
             busy=busy,
             keep={name for entry in desired.unsatisfiable for name in entry.instances},
+            sick={gpu.uuid for gpu in inventory.gpus if gpu.trouble is not None},
         )
         memory = replace(memory, bindings=dict(desired.bindings))
         self._inventory = observed.inventory
         self._tell_adopted(memory, assessments, now)
         self._tell_strangers(desired, observed, busy)
+        self._tell_troubles(inventory, now)
         plan = reconcile(desired, observed, memory, now, context, assessments)
         self._dispatch(plan, lanes, now)
         activities |= self.activities
@@ -340,6 +354,27 @@ class Converger:
             else:
                 self._tell_of_gpu(one.gpu, f"{describe(one.process)} has left it", observed.at)
         self._strangers = found
+
+    def _tell_troubles(self, inventory: GpuInventory, at: float) -> None:
+        """Tell once of each GPU that gets into trouble or is gone, and once when it is well."""
+        if inventory.error is not None:
+            return
+        fallen = {gpu.uuid: gpu.error for gpu in inventory.unopened}
+        present = {gpu.uuid: gpu for gpu in inventory.gpus}
+        self._known.update({uuid: gpu.index for uuid, gpu in present.items()})
+        found: dict[str, str] = {}
+        for uuid in self._known:
+            gpu = present.get(uuid)
+            if gpu is None:
+                found[uuid] = f"it is lost: {fallen.get(uuid) or 'the driver lists it no more'}"
+            elif gpu.trouble is not None:
+                found[uuid] = f"it is unhealthy: {gpu.trouble}"
+        for uuid in sorted(found.keys() | self._sick.keys()):
+            text = found.get(uuid, "it is well again")
+            if text != self._sick.get(uuid):
+                name = f"GPU {self._known[uuid]}"
+                self._events.tell(Event("gpu", at, name, text, gpus=(uuid,)))
+        self._sick = found
 
     def _tell_of_gpu(self, gpu: Gpu, text: str, at: float) -> None:
         self._events.tell(Event("gpu", at, f"GPU {gpu.index}", text, gpus=(gpu.uuid,)))

@@ -7,10 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 
-from mic_supervisor.converge.probes import ALL_DUE, Target, look
+from mic_supervisor.converge.probes import ALL_DUE, DEVICES, Target, has_devices, look
 from mic_supervisor.model import Health, LoadState, ProbeResult
 
 FIRST_LOOK = 0.05  # seconds after a start
+_DEVICES_PERIOD = 60.0  # seconds between two looks at a container's GPUs from inside
+_DEVICES_AGAIN = 5.0  # seconds after one that did not see them
 _SLOWER = 1.3  # each look at a starting instance comes that much later than the one before
 
 
@@ -83,13 +85,16 @@ class Prober:
     async def _keep_looking(self, ref: str) -> None:
         loop = asyncio.get_running_loop()
         pause = FIRST_LOOK
-        due = dict.fromkeys(("liveness", "readiness", "placements"), 0.0)
+        due = dict.fromkeys(ALL_DUE, 0.0)
+        devices_due = self._clock() + _DEVICES_AGAIN
         kick = self._kicks[ref]
         while True:
             target, before = self._targets[ref], self.health.get(ref)
             now = self._clock()
             epoch = self._epochs.get(ref)
             kinds = tuple(kind for kind, at in due.items() if at <= now)
+            if has_devices(target) and devices_due <= now:
+                kinds = (*kinds, DEVICES)
             health = await loop.run_in_executor(self._pool, _look, target, now, before, kinds)
             if epoch != self._epochs.get(ref):
                 continue
@@ -101,7 +106,11 @@ class Prober:
             pause = FIRST_LOOK if settled else min(pause * _SLOWER, min(periods.values()))
             now = self._clock()
             for kind in kinds:
-                due[kind] = now + (periods[kind] if settled else pause)
+                if kind == DEVICES:
+                    blind = health.devices is not None and health.devices.ok is False
+                    devices_due = now + (_DEVICES_AGAIN if blind else _DEVICES_PERIOD)
+                else:
+                    due[kind] = now + (periods[kind] if settled else pause)
             wait = max(min(due.values()) - now, 0.0) if settled else pause
             try:
                 await asyncio.wait_for(kick.wait(), wait)
@@ -164,4 +173,5 @@ def _gist(health: Health) -> Health:
         startup=trim(health.startup),
         liveness=trim(health.liveness),
         readiness=trim(health.readiness),
+        devices=trim(health.devices),
     )

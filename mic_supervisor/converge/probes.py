@@ -29,6 +29,9 @@ from mic_supervisor.plan.launch import text_of
 from mic_supervisor.records import dataclass
 
 ALL_DUE = ("liveness", "readiness", "placements")
+DEVICES = "devices"  # whether a container sees its GPUs: too dear to be asked with every look
+_SEE_GPUS = ("nvidia-smi", "-L")
+_SEE_TIMEOUT = 20.0  # seconds; with persistence mode off it wakes the GPU first
 
 Exec = Callable[[ObservedWorkload, tuple[str, ...], float], tuple[int, str]]
 """Runs a command where the workload runs, within so many seconds: (exit status, output)."""
@@ -108,7 +111,35 @@ def look(
         placements = tuple(placement_state(target, item) for item in target.instance.placements)
     if "readiness" in due:
         readiness = _result(target, probes.readiness, before.readiness, now)
-    return Health(startup, liveness, readiness, placements)
+    devices = before.devices
+    if DEVICES in due:
+        devices = _devices(target, before.devices, now)
+    return Health(startup, liveness, readiness, placements, devices=devices)
+
+
+def has_devices(target: Target) -> bool:
+    """Whether it is a container that was given GPUs, and can lose them without ending."""
+    workload = target.instance.workload
+    return isinstance(workload, ContainerSpec) and bool(workload.devices)
+
+
+def _devices(target: Target, before: ProbeResult | None, now: float) -> ProbeResult:
+    """What `nvidia-smi -L` says inside. An image without it says nothing.
+
+    After a `systemctl daemon-reload` in legacy mode it says "Failed to initialize NVML: Unknown
+    Error", while outside all is well: NVIDIA/nvidia-container-toolkit, issue 48.
+    """
+    try:
+        status, output = target.execute(target.workload, _SEE_GPUS, _SEE_TIMEOUT)
+    except MicError as error:
+        return ProbeResult(None, error.message, now, before.failures if before else 0)
+    said = (output.strip().splitlines() or [""])[-1][:200]
+    if "Failed to initialize NVML" in output or (status == 0 and "GPU " not in output):
+        failures = (before.failures if before is not None else 0) + 1
+        return ProbeResult(False, f"nvidia-smi says there: {said or 'nothing'}", now, failures)
+    if status == 0:
+        return ProbeResult(True, "it sees its GPUs", now)
+    return ProbeResult(None, f"nvidia-smi exits there with {status}: {said}", now)
 
 
 def _result(

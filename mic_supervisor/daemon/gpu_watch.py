@@ -12,29 +12,19 @@ from typing import TYPE_CHECKING
 from mic_supervisor.daemon.log import LOGGER
 from mic_supervisor.errors import MicError
 from mic_supervisor.gpu.events import (
-    RecoveryAction,
     XidEvent,
     XidRecord,
     XidSeverity,
     counted,
     watcher_of,
 )
+from mic_supervisor.gpu.faults import SAYS
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.gpu import GpuSource
 
 _LEVELS = {XidSeverity.CRITICAL: logging.ERROR}
-_SAYS = {
-    RecoveryAction.NONE: "the driver asks for nothing",
-    RecoveryAction.RESET: "the driver asks for a reset of the GPU",
-    RecoveryAction.REBOOT: "the driver asks for a reboot",
-    RecoveryAction.DRAIN_P2P: "the driver asks for its peers to be drained",
-    RecoveryAction.DRAIN_AND_RESET: "the driver asks for it to be drained and reset",
-    RecoveryAction.RECOVER_IMEX_DOMAIN: "the driver asks for its IMEX domain to be recovered",
-    RecoveryAction.BUS_RESET: "the driver asks for a reset of its bus",
-    RecoveryAction.SYSTEM_REBOOT: "the driver asks for a reboot of the whole system",
-}
 
 
 class GpuWatch:
@@ -93,5 +83,5 @@ class GpuWatch:
             where = f"GPU {self._indices[event.uuid]} ({event.uuid})"
         else:
             where = event.uuid
-        says = _SAYS[event.action] if event.action is not None else "the driver gives no advice"
+        says = SAYS[event.action] if event.action is not None else "the driver gives no advice"
         return f"{where}: Xid {event.xid}, {event.severity.value}; {says}"

@@ -98,6 +98,7 @@ class Supervisor:
         self._converger.resync = min(settings.resync, (self._notifier.watchdog or 1e9) / 3)
         self._converger.released.append(self._count_release)
         self._gpu_watch = GpuWatch(sources.gpus, wake=self._converger.wake, clock=self._clock)
+        self._converger.xids = lambda: self._gpu_watch.records
         self._converger.observers.append(self._gpu_watch.look)
         self._converger.observers.append(self._publish)
         self._settling = Settling(self._converger, self._clock)

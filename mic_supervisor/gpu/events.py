@@ -29,7 +29,7 @@ _PARTIAL = 60.0  # seconds until GPUs that could not be registered are tried aga
 
 _TIMEOUT = 10  # NVML_ERROR_TIMEOUT
 _XID = 0x8  # nvmlEventTypeXidCriticalError
-_RECOVERY_ACTION = 230  # NVML_FI_DEV_GET_GPU_RECOVERY_ACTION
+RECOVERY_ACTION = 230  # NVML_FI_DEV_GET_GPU_RECOVERY_ACTION
 
 # 94 is a contained memory error: the application has to be restarted, the GPU is well.
 _APP = frozenset({13, 31, 43, 45, 68, 94, 109})
@@ -211,7 +211,12 @@ def _address(handle: Any) -> int:
 
 def _recovery_action(nvml: Any, handle: Any) -> RecoveryAction | None:
     try:
-        (value,) = nvml.nvmlDeviceGetFieldValues(handle, [_RECOVERY_ACTION])
+        (value,) = nvml.nvmlDeviceGetFieldValues(handle, [RECOVERY_ACTION])
     except nvml.NVMLError:
         return None
+    return recovery_action(value)
+
+
+def recovery_action(value: Any) -> RecoveryAction | None:
+    """What a nvmlFieldValue_t of RECOVERY_ACTION says; None: this driver does not know it."""
     return _ACTIONS.get(int(value.value.uiVal)) if value.nvmlReturn == 0 else None

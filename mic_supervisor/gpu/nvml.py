@@ -17,6 +17,8 @@ from typing import Any
 
 from mic_supervisor.gpu import telemetry
 from mic_supervisor.gpu.contained import Contained, DidNotReturn
+from mic_supervisor.gpu.events import RECOVERY_ACTION, recovery_action
+from mic_supervisor.gpu.faults import trouble_of
 from mic_supervisor.gpu.guests import Guests
 from mic_supervisor.gpu.nvml_errors import (
     ARGUMENT_VERSION_MISMATCH,
@@ -247,7 +249,9 @@ class NvmlSource:
         self._asked = "the driver"
         nvml.nvmlDeviceGetCount()  # fails where the library as a whole does
         self._codes = {code for code, _ in session.unopened.values()}
-        unopened = {index: error for index, (_, error) in session.unopened.items()}
+        unopened = {
+            index: UnopenedGpu(index, error) for index, (_, error) in session.unopened.items()
+        }
         gpus = []
         names: dict[int, ProcessStat | None] = {}
         for device in session.devices:
@@ -255,13 +259,14 @@ class NvmlSource:
             try:
                 gpus.append(self._read_gpu(nvml, device, names))
             except _Unreadable as error:
-                unopened[device.index] = gpu_error(
-                    f"read {device.uuid} at {device.pci_bus_id or 'an unknown bus id'}", error.code
+                what = f"read {device.uuid} at {device.pci_bus_id or 'an unknown bus id'}"
+                unopened[device.index] = UnopenedGpu(
+                    device.index, gpu_error(what, error.code), device.uuid
                 )
         return GpuInventory(
             source="nvml",
             gpus=tuple(sorted(gpus, key=lambda gpu: gpu.index)),
-            unopened=tuple(UnopenedGpu(index, unopened[index]) for index in sorted(unopened)),
+            unopened=tuple(unopened[index] for index in sorted(unopened)),
             driver=session.driver,
             nvml=session.nvml,
             cuda=session.cuda,
@@ -286,7 +291,22 @@ class NvmlSource:
             utilization=None if rates is None else rates.gpu / 100,
             temperature=self._temperature(nvml, handle),
             telemetry=telemetry.read(nvml, handle, self._get),
+            **self._condition(nvml, handle),
         )
+
+    def _condition(self, nvml: Any, handle: Any) -> dict[str, Any]:
+        """What the driver says of how the GPU is, and its modes."""
+        fields = self._get(nvml.nvmlDeviceGetFieldValues, handle, [RECOVERY_ACTION])
+        action = recovery_action(fields[0]) if fields else None
+        remapped = self._get(nvml.nvmlDeviceGetRemappedRows, handle)
+        persistence = self._get(nvml.nvmlDeviceGetPersistenceMode, handle)
+        mig = self._get(nvml.nvmlDeviceGetMigMode, handle)
+        return {
+            "trouble": trouble_of(action, remapped is not None and bool(remapped[3])),
+            "recovery_action": None if action is None else action.value,
+            "persistence": None if persistence is None else bool(persistence),
+            "mig": None if mig is None else bool(mig[0]),
+        }
 
     def _get(self, function: Callable[..., Any], *args: Any) -> Any:
         """What the function answers; None if this GPU or this driver does not know.

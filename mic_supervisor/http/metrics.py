@@ -41,7 +41,16 @@ _OWNERS = {
     OwnerKind.UNIT: "foreign",
     OwnerKind.ORPHAN: "orphan",
 }
-_GPU_STATES = ("managed", "idle", "kept_empty", "unmanaged", "foreign", "lost", "unknown")
+_GPU_STATES = (
+    "managed",
+    "idle",
+    "kept_empty",
+    "unmanaged",
+    "foreign",
+    "unhealthy",
+    "lost",
+    "unknown",
+)
 _MODEL = ("model", "backend", "mic_instance")
 
 
@@ -209,7 +218,9 @@ def _holders(gpus: Iterable[Gpu]) -> Metric:
 def _states(snapshot: Snapshot) -> Iterator[Metric]:
     """Also of GPUs that the file binds and that are not there: that is what one wants to know."""
     healthy = GaugeMetricFamily(
-        "mic_gpu_healthy", "Whether the GPU is there and answers.", labels=("uuid",)
+        "mic_gpu_healthy",
+        "Whether it is there, and nothing speaks against it.",
+        labels=("uuid",),
     )
     state = GaugeMetricFamily(
         "mic_gpu_state",
@@ -217,7 +228,7 @@ def _states(snapshot: Snapshot) -> Iterator[Metric]:
         labels=("uuid", "state"),
     )
     for row in gpu_rows(snapshot.desired, snapshot.observed):
-        healthy.add_metric((row["uuid"],), float(row["state"] != "lost"))
+        healthy.add_metric((row["uuid"],), float(row["state"] not in ("lost", "unhealthy")))
         for name in _GPU_STATES:
             state.add_metric((row["uuid"], name), float(row["state"] == name))
     unopened = _gauge(

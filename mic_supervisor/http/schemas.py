@@ -126,6 +126,7 @@ class StatusGpu(Shape):
     name: str | None
     instance: str | None
     state: str
+    trouble: str | None = Field(description="what speaks against it; null: nothing")
     holders: list[Holder] | None = Field(description="null: they cannot be read")
 
 

@@ -25,6 +25,7 @@ _UNDER_WAY = frozenset(
 )
 _GPU_TROUBLE = {
     "foreign": "a stranger is on it, and the file keeps it empty",
+    "unhealthy": "it is unhealthy",
     "lost": "the file names it, and it is not there",
     "unknown": "who holds it cannot be read",
 }
@@ -155,7 +156,8 @@ def _problems(published: Published) -> Iterator[Problem]:
         if gpu["state"] in _GPU_TROUBLE and gpu["uuid"] not in told:
             name = gpu_names([gpu["uuid"]], indices)
             hint = "mic-supervisor gpus shows its holders" if gpu["state"] == "foreign" else None
-            yield Problem(Level.BAD, name, _GPU_TROUBLE[gpu["state"]], hint=hint)
+            text = f"it is unhealthy: {gpu['trouble']}" if gpu["trouble"] else None
+            yield Problem(Level.BAD, name, text or _GPU_TROUBLE[gpu["state"]], hint=hint)
 
 
 def _xids(published: Published, at: float, indices: Mapping[str, int]) -> Iterator[Problem]:

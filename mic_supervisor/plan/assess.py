@@ -156,6 +156,20 @@ class Assessment:
             return None
         return f"not alive: {result.reason}"
 
+    @property
+    def blind(self) -> str | None:
+        """Why it has to be made anew: the container does not see its GPUs any more.
+
+        Once may be a driver that is being reset; twice in a row is not.
+        """
+        result = self.health.devices
+        if not self.runs or result is None or result.ok is not False or result.failures < 2:
+            return None
+        return (
+            "it lost its GPU inside the container, as a systemd daemon-reload does in legacy mode: "
+            f"{result.reason}"
+        )
+
     def overdue(self, started_at: float | None, now: float) -> str | None:
         """Why its start counts as failed: the budget is spent, and the startup probe says no.
 

@@ -62,9 +62,12 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
     }
     warnings: list[str] = []
 
+    fallen = {gpu.uuid.lower(): gpu.error for gpu in inventory.unopened if gpu.uuid is not None}
+
     def find(key: GpuKey) -> Gpu | str:
         if key.kind == "uuid":
-            return by_uuid.get(key.value.lower()) or f"{key.value} is not in this machine"
+            uuid = key.value.lower()
+            return by_uuid.get(uuid) or fallen.get(uuid) or f"{key.value} is not in this machine"
         if key.kind == "pci":
             there = by_pci.get(_pci(key.value))
             if there is None:
@@ -74,6 +77,8 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
         if key.value in bindings:
             uuid = bindings[key.value]
             found = by_uuid.get(uuid.lower())
+            if found is None and uuid.lower() in fallen:
+                return fallen[uuid.lower()]
             if found is None:
                 return f"GPU {key.value} is bound to {uuid}, which is not there"
             if found.index != int(key.value):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mic_supervisor.model import Launch, ObservedWorkload, RunState
+from mic_supervisor.model import Gpu, Launch, ObservedWorkload, RunState
 from mic_supervisor.plan.actions import Blocked, ChangeKind, Create, Prepare, Restart, Start, Step
 from mic_supervisor.plan.assess import Assessment, Context, is_alive
 from mic_supervisor.plan.health import ended
@@ -20,7 +20,8 @@ RETRY = "change the file, or: mic-supervisor retry"
 class BringUp:
     """`early` runs while whatever must go still serves; `late` is the start itself.
 
-    `stops` is the instance's own workload where it is alive but unhealthy.
+    `stops` is the instance's own workload where it is alive but unhealthy. `again` is set where it
+    is to be made anew under the same name, so only once it is gone.
     """
 
     kind: ChangeKind
@@ -28,6 +29,7 @@ class BringUp:
     early: tuple[Step, ...]
     late: Start | Restart
     stops: ObservedWorkload | None = None
+    again: Create | None = None
 
     @property
     def target(self) -> str:
@@ -41,8 +43,9 @@ def bring_up(
     unhealthy: str | None,
     around: Surroundings,
     context: Context,
+    blind: str | None = None,
 ) -> BringUp | Blocked:
-    """The way up, or what stands in it."""
+    """The way up, or what stands in it. `blind`: it must be made anew, and that is why."""
     instance, match = assessment.instance, assessment.match
     numbers = around.numbers[instance.id]
     if numbers is None:
@@ -63,6 +66,11 @@ def bring_up(
     if assessment.runtime not in context.creates_ahead:
         start = Start(f"start {target.name}", instance.id, target)
         return BringUp(kind, cause, (_prepare(target, instance.id),), start, stops)
+    if blind is not None:
+        prepare = _prepare(target, instance.id)
+        create = Create(f"create {target.name}", instance.id, target)
+        start = Start(f"start {target.name}", instance.id, target)
+        return BringUp("replace", blind, (prepare,), start, stops, again=create)
     again = [match] if match is not None and dict(match.identity.ports) == numbers else []
     # The name tells specification and ports: what has it already is what would be created.
     again += [workload for workload in assessment.ended if workload.name == target.name]
@@ -119,6 +127,15 @@ def _take_over(
         return BringUp("restart", f"rolled back, and {unhealthy}", early, late, back)
     obstacle = in_the_way(instance, good.runtime, name, numbers, around)
     return obstacle or BringUp("start", f"rollback: {entry.failed_reason}", early, late)
+
+
+def unhealthy_gpu(assessment: Assessment, gpu: Gpu) -> Blocked:
+    """Nothing is started on a GPU that is in trouble: it would fail, again and again."""
+    return blocked(
+        assessment,
+        f"GPU {gpu.index} is unhealthy: {gpu.trouble}",
+        hint=f"stop what uses it, then: nvidia-smi --gpu-reset -i {gpu.index}; or reboot",
+    )
 
 
 def blocked(

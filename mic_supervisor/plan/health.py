@@ -82,12 +82,14 @@ def remember(
     jitter: float,
     busy: Collection[str] = (),
     keep: Collection[str] = (),
+    sick: Collection[str] = (),
 ) -> Memory:
     """Fold what was just observed into the memory. Instances that are gone are forgotten.
 
     Of a `busy` instance nothing is concluded: that it does not run may be our own doing. Nor of one
     to `keep`: the file names it, and for now cannot be followed. The end of a paused one is not
-    counted as a failure, then or later: whoever paused it may have ended it.
+    counted as a failure, then or later: whoever paused it may have ended it. Nor is that of one on
+    a GPU that is `sick`, by its UUID: the GPU may have.
     """
     instances: dict[str, InstanceMemory] = {
         name: entry for name, entry in memory.instances.items() if name in busy or name in keep
@@ -98,12 +100,13 @@ def remember(
             paused = bool(memory.paused) and memory.paused.has(
                 assessment.instance.model, assessment.gpus
             )
-            instances[instance] = _remember(memory.of(instance), assessment, now, jitter, paused)
+            quiet = paused or not {*assessment.gpus}.isdisjoint(sick)
+            instances[instance] = _remember(memory.of(instance), assessment, now, jitter, quiet)
     return replace(memory, instances=instances)
 
 
 def _remember(
-    entry: InstanceMemory, assessment: Assessment, now: float, jitter: float, paused: bool
+    entry: InstanceMemory, assessment: Assessment, now: float, jitter: float, quiet: bool
 ) -> InstanceMemory:
     entry = _in_time(entry, now)
     if entry.attempt not in (None, assessment.hash) or entry.failed not in (None, assessment.hash):
@@ -120,8 +123,8 @@ def _remember(
     if not assessment.readable:
         return entry
     back = fallback(entry, assessment)
-    if paused:
-        entry = _note_end_in_pause(entry, assessment)
+    if quiet:
+        entry = _note_end_quietly(entry, assessment)
     else:
         entry = _note_end(entry, back or assessment, now, jitter)
     if assessment.serves:
@@ -187,7 +190,7 @@ def _note_end(
     return note_failure(replace(entry, started=None), assessment, failure, now, jitter=jitter)
 
 
-def _note_end_in_pause(entry: InstanceMemory, assessment: Assessment) -> InstanceMemory:
+def _note_end_quietly(entry: InstanceMemory, assessment: Assessment) -> InstanceMemory:
     """Forget what ended, so that nobody counts it later; who started it again is no matter."""
     if assessment.running is None:
         return replace(entry, started=None, ready_since=None)

@@ -161,6 +161,7 @@ def warnings(
     out = [*desired.warnings]
     out += [f"GPU {gpu.index} cannot be opened: {gpu.error}" for gpu in observed.inventory.unopened]
     out += [sentence(one, observed) for one in intruders(desired, observed, busy)]
+    out += _of_gpus(desired, observed)
     for view in observed.runtimes:
         out += [
             f"{view.runtime} {stranger.name} looks like ours and is not: {stranger.reason}"
@@ -168,6 +169,27 @@ def warnings(
             if stranger.name.startswith(f"mic-{scope}-") and "scope" not in stranger.reason
         ]
     return sorted(out)
+
+
+def _of_gpus(desired: DesiredState, observed: ObservedState) -> Iterable[str]:
+    """What is amiss with GPUs that the file names, or that something of ours runs on."""
+    named = {uuid: item.id for item in desired.instances for uuid in item.gpus}
+    for gpu in observed.inventory.gpus:
+        if gpu.uuid not in named and gpu.uuid not in desired.kept_empty:
+            continue
+        if gpu.trouble is not None:
+            yield f"GPU {gpu.index} is unhealthy: {gpu.trouble}"
+        if gpu.mig and gpu.uuid in named:
+            yield (
+                f"GPU {gpu.index} has MIG on, which is reported and not managed: "
+                f"{named[gpu.uuid]} gets the whole GPU, or nothing of it"
+            )
+        errors = dict(gpu.telemetry.ecc_errors) if gpu.telemetry is not None else {}
+        if count := errors.get("uncorrected"):
+            yield (
+                f"GPU {gpu.index} has had {count} uncorrected memory error{'s'[: count > 1]} since "
+                "the driver was loaded"
+            )
 
 
 def adoption_warnings(assessments: Iterable[Assessment], key: SpecKey) -> list[str]:

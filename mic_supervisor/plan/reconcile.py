@@ -39,7 +39,7 @@ from mic_supervisor.plan.actions import (
     Step,
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive, workloads
-from mic_supervisor.plan.bring_up import RETRY, BringUp, blocked, bring_up, fall_back
+from mic_supervisor.plan.bring_up import RETRY, BringUp, blocked, bring_up, fall_back, unhealthy_gpu
 from mic_supervisor.plan.departures import Departures, departures, needs
 from mic_supervisor.plan.fallback import fallback
 from mic_supervisor.plan.holds import Holds, left_out, way_out
@@ -332,17 +332,23 @@ class _Round:
         leaving = leaving | self.holds.on(item.instance.gpus, self.held)
         around = Surroundings(self.observed, self.gpus, self.ports, self.numbers, leaving)
         lost = [uuid for uuid in item.instance.gpus if uuid not in self.gpus]
+        sick = [gpu for uuid in item.instance.gpus if (gpu := self.gpus.get(uuid)) and gpu.trouble]
         patient = entry.retry_at is not None and entry.retry_at > self.now
         if (good := fallback(entry, item)) is not None:
             up, why = fall_back(good, entry, around, self.now)
+            if sick and up is not None:
+                return good.match, unhealthy_gpu(item, sick[0])
             self.blocked.append(why)
             return good.match, up
         unhealthy = item.live_failure or item.overdue(entry.started_at, self.now)
         forced = item.instance.id in self.context.forced
-        if item.runs and unhealthy is None and not forced:
+        blind = item.blind if unhealthy is None and not sick else None
+        if item.runs and unhealthy is None and blind is None and not forced:
             return item.match, None
         if lost:
             return item.match, blocked(item, f"{', '.join(lost)} is not there")
+        if sick:
+            return item.match, unhealthy_gpu(item, sick[0])
         canary = self.rolled_back.get(item.instance.model)
         if canary is not None and item.alive and not item.runs:
             reason = f"the new specification failed on {canary}; the earlier one runs"
@@ -350,7 +356,7 @@ class _Round:
         if patient and not forced:
             reason = f"backoff: {entry.reason}"
             return item.match, blocked(item, reason, until=entry.retry_at)
-        return item.match, bring_up(item, entry, unhealthy, around, self.context)
+        return item.match, bring_up(item, entry, unhealthy, around, self.context, blind)
 
     def _instance(
         self,
@@ -406,6 +412,12 @@ class _Round:
             )
             late.append(release)
             before = [release.id]
+        if up.again is not None and item.match is not None:
+            remove = Remove(
+                f"remove {item.match.name}", instance.id, item.match, depends_on=tuple(before)
+            )
+            late += [remove, replace(up.again, depends_on=(remove.id,))]
+            before = [up.again.id]
         start = replace(up.late, depends_on=tuple(before))
         late.append(start)
         for workload in ended:

@@ -141,20 +141,26 @@ def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[dict[str, A
             "name": gpu.name,
             "instance": running.get(gpu.uuid) or wanted.get(gpu.uuid),
             "state": _gpu_state(gpu, desired, wanted, running),
+            "trouble": gpu.trouble,
             "holders": _holders(gpu),
         }
         for gpu in observed.inventory.gpus
     ]
     present = {gpu.uuid for gpu in observed.inventory.gpus}
     state = "unknown" if observed.inventory.error is not None else "lost"
-    for uuid in sorted({u for item in desired.unsatisfiable for u in item.gpus} - present):
+    fallen = {gpu.uuid: gpu.error for gpu in observed.inventory.unopened}
+    missing = {u for item in desired.unsatisfiable for u in item.gpus}
+    if observed.inventory.error is not None:
+        missing |= {*wanted, *desired.kept_empty}
+    for uuid in sorted(missing - present):
         rows.append(
             {
                 "uuid": uuid,
                 "index": None,
                 "name": None,
-                "instance": running.get(uuid),
+                "instance": running.get(uuid) or wanted.get(uuid),
                 "state": state,
+                "trouble": fallen.get(uuid),
                 "holders": None,
             }
         )
@@ -182,6 +188,8 @@ def _holders(gpu: Gpu) -> list[dict[str, Any]] | None:
 def _gpu_state(
     gpu: Gpu, desired: DesiredState, wanted: Mapping[str, str], running: Mapping[str, str]
 ) -> str:
+    if gpu.trouble is not None:
+        return "unhealthy"
     if gpu.uuid in wanted or gpu.uuid in running:
         return "managed"
     if gpu.processes is None:

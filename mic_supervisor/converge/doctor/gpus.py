@@ -36,6 +36,12 @@ def gpus(
         cause, _, mend = lost.error.partition("; ")
         yield fail(f"gpu {lost.index}", cause, mend or None)
     for gpu in inventory.gpus:
+        if gpu.trouble is not None:
+            yield fail(
+                f"gpu {gpu.index}",
+                f"is unhealthy: {gpu.trouble}; nothing is started on it",
+                f"stop what uses it, then: nvidia-smi --gpu-reset -i {gpu.index}; or reboot",
+            )
         if gpu.processes is None:
             yield warn(
                 f"gpu {gpu.index}",

@@ -69,10 +69,32 @@ def test_the_plain_lines() -> None:
         "0\tGPU-a\tNVIDIA A100\t18.0/80.0 GiB\t71/400 W\t37 %\t36 °C\t"
         "1 tritonserver 17.0 GiB 换脸-0; 2 python ? container 3f3f3f3f3f3f; "
         "3 python 0.0 GiB unit comfyui.service; 4 \ufffd[2Jx 0.0 GiB nobody; "
-        "5 ? 0.0 GiB gone; 6 ? 0.0 GiB ?",
+        "5 ? 0.0 GiB gone; 6 ? 0.0 GiB ?\t-",
         "1\t?\tcannot open it: the GPU fell off the bus",
-        "2\tGPU-c\tNVIDIA A100\t?\t?\t?\t?\t?",
+        "2\tGPU-c\tNVIDIA A100\t?\t?\t?\t?\t?\t-",
     ]
+
+
+def test_what_is_amiss_with_a_gpu_is_told_in_every_form(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sick = replace(FULL.gpus[1], trouble="Xid 79; reset it", mig=True, persistence=False)
+    inventory = replace(FULL, gpus=(sick,), unopened=())
+    told = [
+        "unhealthy: Xid 79; reset it",
+        "MIG is on, which is reported and not managed",
+        "persistence mode is off",
+    ]
+
+    assert lines(inventory)[0].endswith("\t?\t" + "; ".join(told))
+    print_tables(inventory)
+    assert capsys.readouterr().out.splitlines()[-3:] == [f"GPU 2: {text}" for text in told]
+    (found,) = document(inventory, "h", None, [])["gpus"]
+    assert (found["trouble"], found["mig"], found["persistence"]) == (
+        "Xid 79; reset it",
+        True,
+        False,
+    )
 
 
 def test_a_table_that_is_too_wide_is_cut_where_it_hurts_least(
@@ -172,6 +194,10 @@ SCHEMA = record(
             power_limit=number(),
             utilization=number(),
             temperature=number(),
+            trouble=MAYBE,
+            recovery_action=MAYBE,
+            mig=number("boolean"),
+            persistence=number("boolean"),
             processes=optional({"type": "array", "items": PROCESS}),
         ),
     },
@@ -260,7 +286,8 @@ def test_simulated_gpus_as_lines(tmp_path: Path) -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        f"{n}\tGPU-5100000{n}-0000-4000-8000-00000000000{n}\tSimulated GPU\t?/24.0 GiB\t?\t?\t?\t-"
+        f"{n}\tGPU-5100000{n}-0000-4000-8000-00000000000{n}\tSimulated GPU\t?/24.0 GiB\t?\t?\t?"
+        "\t-\t-"
         for n in range(2)
     ]
 

@@ -99,6 +99,7 @@ def test_a_gpu_that_is_lost_is_reported_with_its_identity(
             0,
             f"cannot read {mock_uuid(0)} at 00000000:3B:00.0: the GPU fell off the bus; "
             "find the cause with: dmesg | grep -i xid, then reboot",
+            mock_uuid(0),
         ),
     )
 
