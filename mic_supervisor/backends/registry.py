@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from mic_supervisor.errors import MicError
 
@@ -30,7 +30,26 @@ def _installed() -> Iterable[EntryPoint]:
     # command like `check` does, so it waits until a name is not a built-in one.
     from importlib.metadata import entry_points
 
-    return entry_points(group=GROUP)
+    try:
+        return entry_points(group=GROUP)
+    # A package's metadata is text that anybody may have written, and one that cannot be parsed
+    # raises whatever the parser stumbled over. It must not take the backends of others with it.
+    except Exception:  # noqa: BLE001
+        return _readable()
+
+
+def _readable() -> Iterator[EntryPoint]:
+    from importlib.metadata import distributions
+
+    seen: set[str] = set()
+    for package in distributions():
+        try:
+            name, entries = package.metadata["Name"], package.entry_points.select(group=GROUP)
+        except Exception:  # noqa: BLE001 - as above
+            continue
+        if name not in seen:  # the first on the path hides the others, as for an import
+            seen.add(name)
+            yield from entries
 
 
 class Registry:
@@ -38,16 +57,31 @@ class Registry:
 
     def __init__(self, installed: Callable[[], Iterable[EntryPoint]] = _installed) -> None:
         self._installed = cache(lambda: tuple(installed()))
-        self._loaded: dict[str, Backend] = {}
+        self._loaded: dict[str, Backend | MicError] = {}
 
     def names(self) -> tuple[str, ...]:
         """Every name that `get` knows, sorted; a plug-in's too, whether or not it works."""
-        return tuple(sorted({*_BUILT_IN, *(entry.name for entry in self._installed())}))
+        return tuple(sorted({*_BUILT_IN, *self.plug_ins()}))
+
+    def plug_ins(self) -> tuple[str, ...]:
+        """The names that other packages bring, sorted; also where a built-in one has that name."""
+        return tuple(sorted({entry.name for entry in self._installed()}))
+
+    def origin(self, name: str) -> str:
+        """What brings the plug-in of this name: "mic-supervisor-x 1.0 (mic_x:XBackend)"."""
+        from mic_supervisor.backends.plug_ins import source_of
+
+        sources = {source_of(entry) for entry in self._installed() if entry.name == name}
+        return " and ".join(sorted(sources))
+
+    def is_built_in(self, name: str) -> bool:
+        return name in _BUILT_IN
 
     def get(self, name: str) -> Backend | None:
         """The backend of this name; None: nobody has it.
 
-        Raises MicError when it is a plug-in that cannot be used; the others are not concerned.
+        Raises MicError when it is a plug-in that cannot be used; the others are not concerned. It
+        is loaded once, whether or not that works.
         """
         if name not in self._loaded:
             if (target := _BUILT_IN.get(name)) is not None:
@@ -57,46 +91,13 @@ class Registry:
                 entries = [entry for entry in self._installed() if entry.name == name]
                 if not entries:
                     return None
-                self._loaded[name] = _plug_in(name, entries)
-        return self._loaded[name]
+                from mic_supervisor.backends import plug_ins
 
-
-def _plug_in(name: str, entries: list[EntryPoint]) -> Backend:
-    targets = sorted({entry.value for entry in entries})
-    if len(targets) > 1:
-        raise MicError(
-            f"cannot use backend {name}: two packages bring it, as {' and '.join(targets)}",
-            hint="uninstall one of them",
-        )
-    hint = f"upgrade or uninstall the package that brings {targets[0]}"
-    try:
-        made = entries[0].load()
-        backend = made() if isinstance(made, type) else made
-    # Importing a plug-in runs a stranger's code: whatever it raises concerns this plug-in alone.
-    except Exception as error:
-        raise MicError(
-            f"cannot use backend {name}: {targets[0]} does not load: "
-            f"{type(error).__name__}: {error}",
-            hint=hint,
-        ) from error
-    if lacks := _lacks(name, backend):
-        raise MicError(f"cannot use backend {name}: {targets[0]} {lacks}", hint=hint)
-    return cast("Backend", backend)
-
-
-def _lacks(name: str, backend: Any) -> str | None:
-    """What keeps an object from being the backend `name`, as the end of a sentence."""
-    from pydantic import BaseModel
-
-    from mic_supervisor.config.options import ModelOptions
-
-    if getattr(backend, "name", None) != name:
-        return f"calls itself {getattr(backend, 'name', None)!r}"
-    for attribute, base in (("Settings", BaseModel), ("Options", ModelOptions)):
-        value = getattr(backend, attribute, None)
-        if not (isinstance(value, type) and issubclass(value, base)):
-            return f"has no {attribute} that derives from {base.__name__}"
-    for method in ("compile", "placement_state", "load_failure"):
-        if not callable(getattr(backend, method, None)):
-            return f"has no method {method}"
-    return None
+                try:
+                    self._loaded[name] = plug_ins.load(name, entries)
+                except MicError as error:
+                    self._loaded[name] = error
+        found = self._loaded[name]
+        if isinstance(found, MicError):
+            raise MicError(found.message, hint=found.hint) from found.__cause__
+        return found

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,8 @@ def command(as_json: bool) -> int:
     """Look this machine over, and say how to mend what is amiss.
 
     Docker and its NVIDIA side, the driver and the GPUs, systemd and the unit, the daemon, ports,
-    the configuration with its files and images, directories, the clock. Nothing is changed. Each
-    check is on its own, and has 15 seconds.
+    the configuration with its files and images, backends of other packages, directories, the clock.
+    Nothing is changed. Each check is on its own, and has 15 seconds.
 
     Exits with 0 when nothing fails (warnings are no failure), 1 otherwise.
     """
@@ -63,7 +63,16 @@ def checks(found: Settings) -> list[Check]:
     """Every check of this machine, in the order in which they are shown."""
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.config.settings import NO_DOCKER
-    from mic_supervisor.converge.doctor import Check, engine, files, gpus, host, service, warn
+    from mic_supervisor.converge.doctor import (
+        Check,
+        engine,
+        files,
+        gpus,
+        host,
+        plug_ins,
+        service,
+        warn,
+    )
     from mic_supervisor.converge.state import StateDir
     from mic_supervisor.gpu.modes import read_modes
     from mic_supervisor.gpu.source import open_source
@@ -113,6 +122,10 @@ def checks(found: Settings) -> list[Check]:
         Check("settings", lambda: files.settings(found)),
         Check("config", lambda: files.config(found, load)),
         Check("models", lambda: files.models(load, compiled)),
+        *(
+            Check(f"plug-in {name}", partial(plug_ins.plug_in, registry, name))
+            for name in registry.plug_ins()
+        ),
         Check("gpus", lambda: gpus.gpus(inventory, read_modes if real else lambda: ())),
         *docker,
         Check("systemd", service.systemd),

@@ -130,7 +130,7 @@ class Steps:
             return
         deadline = time.monotonic() + step.timeout
         progress("draining")
-        silent = 0
+        silent, told = 0, ""
         while (left := deadline - time.monotonic()) > 0:
             call = replace(step.call, timeout=min(step.call.timeout, left))
             try:
@@ -142,8 +142,14 @@ class Steps:
                     return
             else:
                 silent = 0
-                if backend.is_drained(answer.status, answer.body):
-                    return
+                try:
+                    if backend.is_drained(answer.status, answer.body):
+                        return
+                except MicError as error:
+                    # Whether requests are in flight is unknown, which is not that there are none.
+                    if told != error.message:
+                        told = error.message
+                        progress(f"{told}; waiting")
             if self._ending.wait(0.25):
                 raise StopFailed(
                     f"cannot stop {step.instance}: it was still being drained when this "

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
+from pydantic import BaseModel, ConfigDict
 
 from mic_supervisor.backends import BackendBase, CompileRequest
 from mic_supervisor.backends.registry import GROUP, Registry
 from mic_supervisor.config.options import ModelOptions, Strict
+from mic_supervisor.config.schema import json_schema
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import Instance
 
@@ -45,6 +50,47 @@ class NoCompile(BackendBase):
 class Explodes(Fitting):
     def __init__(self) -> None:
         raise RuntimeError("no licence")
+
+
+class Exits(Fitting):
+    def __init__(self) -> None:
+        sys.exit("wrong machine")
+
+
+class TakesAnything(Fitting):
+    name = "lax"
+    Settings = type("Lax", (BaseModel,), {})  # type: ignore[assignment]
+
+
+class Unspeakable(ModelOptions):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    thing: Callable[[], None]
+
+
+class NoSchema(Fitting):
+    name = "mute"
+    Options = Unspeakable
+
+
+class BadReasons(ModelOptions):
+    unavailable: ClassVar[dict[str, str]] = {"mounts": 1}  # type: ignore[dict-item]
+
+
+class NoReasons(Fitting):
+    name = "gruff"
+    Options = BadReasons
+
+
+class OldMeans:
+    """Fits the protocol as it was, without BackendBase."""
+
+    name = "old"
+    Settings = Strict
+    Options = ModelOptions
+
+    def compile(self, request: CompileRequest) -> Instance:
+        raise NotImplementedError
 
 
 def registry(*entries: tuple[str, str]) -> Registry:
@@ -96,12 +142,14 @@ def test_an_unknown_name_is_none() -> None:
 def test_a_plug_in_is_made_once() -> None:
     made = registry(("fitting", f"{HERE}:Fitting"))
     assert made.get("fitting") is made.get("fitting")
-    assert type(made.get("fitting")) is Fitting
+    found = made.get("fitting")
+    assert found is not None and (found.name, found.Options) == ("fitting", ModelOptions)
 
 
 def test_a_plug_in_cannot_take_a_built_in_name() -> None:
     made = registry(("triton", f"{HERE}:Fitting")).get("triton")
     assert type(made).__module__ == "mic_supervisor.backends.triton"
+    assert registry(("triton", f"{HERE}:Fitting")).plug_ins() == ("triton",)
 
 
 def test_a_broken_plug_in_is_an_error_about_itself_only() -> None:
@@ -121,11 +169,34 @@ def test_a_broken_plug_in_is_an_error_about_itself_only() -> None:
         ("mine", "OtherName", "calls itself 'something else'"),
         ("loose", "LooseOptions", "has no Options that derives from ModelOptions"),
         ("half", "NoCompile", "has no method compile"),
+        ("old", "OldMeans", "has no method placement_state"),
+        ("quits", "Exits", "does not load: SystemExit: wrong machine"),
+        (
+            "absent",
+            "Nowhere",
+            f"does not load: AttributeError: module '{HERE}' has no attribute 'Nowhere'",
+        ),
+        (
+            "lax",
+            "TakesAnything",
+            "has Settings that take unknown keys; derive them from config.options.Strict",
+        ),
+        (
+            "mute",
+            "NoSchema",
+            "has Options that no schema can be made of: "
+            "PydanticInvalidForJsonSchema: Cannot generate a JsonSchema for "
+            "core_schema.CallableSchema",
+        ),
+        ("gruff", "NoReasons", "has Options whose `unavailable` is no map from keys to reasons"),
+        ("a/b", "Fitting", "has a name that no file can use; it takes letters, digits, - and _"),
         ("text", "HERE", "calls itself None"),
     ],
 )
 def test_what_does_not_fit_is_refused(name: str, attribute: str, cause: str) -> None:
-    assert refusal(name, (name, f"{HERE}:{attribute}")) == (
+    said = refusal(name, (name, f"{HERE}:{attribute}"))
+    # pydantic adds an address to its own words.
+    assert said.partition(" For further")[0] == (
         f"cannot use backend {name}: {HERE}:{attribute} {cause}"
     )
 
@@ -136,6 +207,40 @@ def test_two_packages_with_one_name_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert said == (
         f"cannot use backend fitting: two packages bring it, as other:Backend and {HERE}:Fitting"
     )
+
+
+def test_it_is_tried_once_whether_or_not_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(Explodes, "__init__", lambda self: tried.append("x") or sys.exit(3))
+    made = registry(("loud", f"{HERE}:Explodes"))
+    for _ in range(3):
+        with pytest.raises(MicError, match="does not load: SystemExit: 3"):
+            made.get("loud")
+    assert tried == ["x"]
+
+
+def test_a_package_whose_metadata_cannot_be_parsed_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package, text in (
+        ("bad", "[console_scripts]\nno equals sign\n"),
+        ("good", f"[{GROUP}]\nfitting = {HERE}:Fitting\n"),
+    ):
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = Registry()
+    assert made.plug_ins() == ("fitting",)
+    assert made.origin("fitting") == f"good 1.0 ({HERE}:Fitting)"
+    assert made.get("fitting") is not None
+
+
+def test_one_schema_that_cannot_be_made_spoils_no_other() -> None:
+    made = registry(("mute", f"{HERE}:NoSchema"), ("fitting", f"{HERE}:Fitting"))
+    backends = json_schema(made)["properties"]["backends"]["properties"]
+    assert "fitting" in backends and "mute" not in backends
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -16,7 +16,7 @@ import pytest
 from mic_supervisor.backends import BackendBase
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.observe import Sources
-from mic_supervisor.errors import CompileError, StopFailed
+from mic_supervisor.errors import CompileError, MicError, StopFailed
 from mic_supervisor.gpu.none import NoSource
 from mic_supervisor.model import HttpCall
 from mic_supervisor.plan.actions import Drain
@@ -30,6 +30,15 @@ class Counting(BackendBase):
 
     def is_drained(self, status: int, body: str) -> bool:
         return status == 200 and bool(json.loads(body)["left"] == 0)
+
+
+class Baffled(Counting):
+    """Cannot read the first answer."""
+
+    def is_drained(self, status: int, body: str) -> bool:
+        if "left" not in json.loads(body):
+            raise MicError("backend counting cannot tell whether it is drained: KeyError: 'left'")
+        return super().is_drained(status, body)
 
 
 class Server:
@@ -107,6 +116,17 @@ def test_who_is_gone_is_not_waited_for() -> None:
     began = time.monotonic()
     steps_for().run(drain(port), lambda _: None)
     assert time.monotonic() - began < 1.0
+
+
+def test_an_answer_that_the_backend_cannot_read_is_no_idleness(server: Server) -> None:
+    server.script = [{}, {}, BUSY, IDLE]
+    told: list[str] = []
+    steps_for(lambda _: Baffled()).run(drain(server.port), told.append)
+    assert len(server.asked) == 4
+    assert told == [
+        "draining",
+        "backend counting cannot tell whether it is drained: KeyError: 'left'; waiting",
+    ]
 
 
 def test_one_answer_that_is_missing_is_no_idleness(server: Server) -> None:

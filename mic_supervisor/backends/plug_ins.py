@@ -1,0 +1,298 @@
+"""Backends that other packages bring: what one must have, and a guard around what it does.
+
+A plug-in is a stranger's code in this process. Whatever is wrong with one is an error about that
+one: it never keeps another backend from working, nor the plan from being made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel
+
+from mic_supervisor.backends import BackendBase, CompileRequest
+from mic_supervisor.config.options import ModelOptions
+from mic_supervisor.errors import CompileError, MicError
+from mic_supervisor.model import (
+    ContainerSpec,
+    ExecCheck,
+    HttpCheck,
+    Instance,
+    LoadState,
+    Placement,
+    PlacementState,
+    TcpCheck,
+)
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    from mic_supervisor.backends import Backend
+
+DEFECT = (Exception, SystemExit)
+"""What a plug-in may raise without taking this program with it. Ctrl-C is not the plug-in's."""
+
+_METHODS = ("compile", "placement_state", "load_failure", "is_drained")
+# A name is a key of the file, a label, and part of a JSON pointer.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_PLACEHOLDER = re.compile(r"\$\{([^{}]*)\}")
+_DEFAULTS = BackendBase()
+
+
+def source_of(entry: EntryPoint) -> str:
+    """ "mic-supervisor-x 1.0 (mic_x:XBackend)"; without a package only what it names."""
+    dist = getattr(entry, "dist", None)
+    return entry.value if dist is None else f"{dist.name} {dist.version} ({entry.value})"
+
+
+def load(name: str, entries: Sequence[EntryPoint]) -> Backend:
+    """The backend that these entry points, all of one name, bring. Raises MicError."""
+    sources = sorted({source_of(entry) for entry in entries})
+    if len(sources) > 1:
+        raise MicError(
+            f"cannot use backend {name}: two packages bring it, as {' and '.join(sources)}",
+            hint="uninstall one of them",
+        )
+    (source,) = sources
+    hint = f"upgrade or uninstall the package that brings {source}"
+    try:
+        made = entries[0].load()
+        backend = made() if isinstance(made, type) else made
+    except DEFECT as error:
+        raise MicError(
+            f"cannot use backend {name}: {source} does not load: {_words(error)}", hint=hint
+        ) from error
+    try:
+        lacks = _lacks(name, backend)
+    except DEFECT as error:
+        lacks = f"cannot be looked at: {_words(error)}"
+    if lacks:
+        raise MicError(f"cannot use backend {name}: {source} {lacks}", hint=hint)
+    guarded: Any = Guarded(backend, source)
+    found: Backend = guarded
+    return found
+
+
+def _lacks(name: str, backend: Any) -> str | None:
+    """What keeps an object from being the backend `name`, as the end of a sentence."""
+    if not _NAME.fullmatch(name):
+        return "has a name that no file can use; it takes letters, digits, - and _"
+    if getattr(backend, "name", None) != name:
+        return f"calls itself {getattr(backend, 'name', None)!r}"
+    for attribute, base in (("Settings", BaseModel), ("Options", ModelOptions)):
+        value = getattr(backend, attribute, None)
+        if not (isinstance(value, type) and issubclass(value, base)):
+            return f"has no {attribute} that derives from {base.__name__}"
+        if value.model_config.get("extra") != "forbid":
+            return f"has {attribute} that take unknown keys; derive them from config.options.Strict"
+        try:
+            # Otherwise the schema of every backend would fail together with this one's.
+            value.model_json_schema()
+        except DEFECT as error:
+            return f"has {attribute} that no schema can be made of: {_words(error)}"
+    refused = getattr(backend.Options, "unavailable", None)
+    if not isinstance(refused, Mapping) or not all(
+        isinstance(item, str) for pair in refused.items() for item in pair
+    ):
+        return "has Options whose `unavailable` is no map from keys to reasons"
+    for method in _METHODS:
+        if not callable(getattr(backend, method, None)):
+            return f"has no method {method}"
+    return None
+
+
+class Guarded:
+    """A plug-in behind the protocol `Backend`: it fails only in the ways that the protocol names.
+
+    What later versions add to BackendBase is there even for a plug-in that does not derive from it.
+    """
+
+    def __init__(self, backend: Any, source: str) -> None:
+        self.name: str = backend.name
+        self.Settings: type[BaseModel] = backend.Settings
+        self.Options: type[BaseModel] = backend.Options
+        self._backend = backend
+        self._source = source
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is not defined here.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        backend = self._backend
+        return getattr(backend if hasattr(backend, name) else _DEFAULTS, name)
+
+    def compile(self, request: CompileRequest) -> Instance:
+        """As the plug-in does. Raises CompileError, too, where it gives what nobody can run."""
+        try:
+            made = self._backend.compile(request)
+        except CompileError:
+            raise
+        except DEFECT as error:
+            raise self._defect(request, _words(error)) from error
+        if fault := misfit(made, request):
+            raise self._defect(request, fault)
+        instance: Instance = made
+        return instance
+
+    def placement_state(
+        self, placement: Placement, status: int | None, body: str
+    ) -> PlacementState:
+        """Unknown where the plug-in cannot tell."""
+        try:
+            state = self._backend.placement_state(placement, status, body)
+            fault = _type_fault(state, PlacementState, "its answer")
+        except DEFECT as error:
+            fault = _words(error)
+        if fault is None:
+            found: PlacementState = state
+            return found
+        reason = f"backend {self.name} cannot read its server's answer: {fault}"
+        return PlacementState(placement.model, LoadState.UNKNOWN, reason=reason)
+
+    def load_failure(self, answer: str, log: Sequence[str], model: str) -> str:
+        """The server's own words where the plug-in has none."""
+        try:
+            words = self._backend.load_failure(answer, log, model)
+        except DEFECT:
+            words = None  # the failure itself is what the operator needs to hear of
+        return words if isinstance(words, str) else _DEFAULTS.load_failure(answer, log, model)
+
+    def is_drained(self, status: int, body: str) -> bool:
+        """Raises MicError where the plug-in cannot tell."""
+        try:
+            return bool(self._backend.is_drained(status, body))
+        except DEFECT as error:
+            raise MicError(
+                f"backend {self.name} cannot tell whether it is drained: {_words(error)}"
+            ) from error
+
+    def _defect(self, request: CompileRequest, fault: str) -> CompileError:
+        return CompileError(
+            f"backend {self.name} cannot compile {request.model}: {fault}",
+            hint=f"this is a defect of {self._source}; report it there",
+        )
+
+
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# --- What compile gave ------------------------------------------------------------------------
+
+
+def misfit(made: Any, request: CompileRequest) -> str | None:
+    """Why what `compile` gave is not an instance that answers the request; None: it is one.
+
+    Types first: a plan is made of all instances together, and a list where a tuple belongs, or a
+    port that does not exist, must not be met there.
+    """
+    if fault := _type_fault(made, Instance, "the instance"):
+        return fault
+    instance: Instance = made
+    asked = (
+        ("id", instance.id, request.instance),
+        ("model", instance.model, request.model),
+        ("backend", instance.backend, request.options.backend),
+        ("gpus", instance.gpus, tuple(gpu.uuid for gpu in request.gpus)),
+    )
+    for name, found, wanted in asked:
+        if found != wanted:
+            return f"its {name} is {found!r}, and asked for was {wanted!r}"
+    workload = instance.workload
+    if isinstance(workload, ContainerSpec):
+        others = sorted(set(workload.devices) - set(instance.gpus))
+        if others:
+            return f"its devices hold {others[0]}, which is not one of its GPUs"
+    names = [port.name for port in workload.ports]
+    if len(set(names)) < len(names):
+        return "two of its ports have one name"
+    return next(_loose_ends(instance, set(names), {name for name, _ in workload.variables}), None)
+
+
+def _loose_ends(instance: Instance, ports: set[str], variables: set[str]) -> Iterator[str]:
+    """References to what is not there, each as a sentence."""
+    workload, probes = instance.workload, instance.probes
+    checks = [
+        probe.check
+        for probe in (probes.startup, probes.liveness, probes.readiness)
+        if probe is not None
+    ]
+    for check in checks:
+        if isinstance(check, HttpCheck | TcpCheck) and check.port not in ports:
+            yield f"a probe asks port {check.port!r}, which it does not have"
+    if (instance.placements or instance.drain) and "http" not in ports:
+        yield "its server is called on port 'http', which it does not have"
+    texts = [*workload.command, *(value for _, value in workload.env)]
+    if isinstance(workload, ContainerSpec):
+        texts += workload.entrypoint or ()
+    texts += [item for check in checks if isinstance(check, ExecCheck) for item in check.command]
+    for text in texts:
+        for name in _PLACEHOLDER.findall(text):
+            kind, _, argument = name.partition(":")
+            if (kind == "port" and (argument or "http") not in ports) or (
+                kind == "env" and argument not in variables
+            ):
+                yield f"it refers to ${{{name}}}, which has no value"
+
+
+def _type_fault(value: Any, expected: Any, where: str) -> str | None:
+    """Where a value is not of a type of model.py; None: it is, through and through."""
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType):
+        for one in arguments:
+            if isinstance(one, type) and is_dataclass(one) and isinstance(value, one):
+                return _type_fault(value, one, where)
+        fits = any(_type_fault(value, one, where) is None for one in arguments)
+    elif origin is Literal:
+        fits = value in arguments
+    elif origin is tuple:
+        if not isinstance(value, tuple):
+            return f"{where} is {_kind(value)}, not a tuple"
+        if arguments[-1] is Ellipsis:
+            arguments = arguments[:1] * len(value)
+        elif len(arguments) != len(value):
+            return f"{where} has {len(value)} items, not {len(arguments)}"
+        for index, (item, kind) in enumerate(zip(value, arguments, strict=True)):
+            if fault := _type_fault(item, kind, f"{where}[{index}]"):
+                return fault
+        return None
+    elif isinstance(expected, type) and is_dataclass(expected):
+        if not isinstance(value, expected):
+            return f"{where} is {_kind(value)}, not {_named(expected)}"
+        hints = _hints(expected)
+        for one_field in fields(expected):
+            place = f"{where}.{one_field.name}".replace("the instance.", "its ", 1)
+            if fault := _type_fault(getattr(value, one_field.name), hints[one_field.name], place):
+                return fault
+        return None
+    else:
+        fits = _fits(value, origin or expected)
+    return None if fits else f"{where} is {_kind(value)}, not {_named(expected)}"
+
+
+_hints = cache(get_type_hints)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _kind(value: Any) -> str:
+    # Never the value: an environment holds secrets.
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def _named(expected: Any) -> str:
+    if get_origin(expected) in (Union, UnionType):
+        return " or ".join(_named(one) for one in get_args(expected))
+    if expected is NoneType:
+        return "None"
+    return expected.__name__ if isinstance(expected, type) else str(expected)
