@@ -11,6 +11,7 @@ import pytest
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.types import DeviceRequest
 
+from tests.setup import mlserver
 from tests.support import scopes, systemd
 from tests.support.mic import Mic
 from tests.support.ports import PortBlock
@@ -77,6 +78,15 @@ def systemd_machine(engine: docker.APIClient, systemd_image: str) -> Iterator[Sy
         machine.install()
         machine.boot()
         yield machine
+
+
+@pytest.fixture(scope="session")
+def mlserver_program() -> Path:
+    """A real `mlserver`, which serves a model as a host process and needs no GPU."""
+    found = mlserver.program()
+    if found is None:
+        missing("mlserver is not set up")
+    return found
 
 
 @pytest.fixture(scope="session")

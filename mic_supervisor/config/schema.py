@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.config.defaults import Defaults
@@ -46,13 +47,18 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
         ref_template="#/$defs/{model}",
     )
     defs: dict[str, Any] = definitions.get("$defs", {})
-    names = {
-        references[model, "validation"]["$ref"].rpartition("/")[2]: "_".join(filter(None, key))
-        for key, model in classes.items()
-    }
+    names: dict[str, str] = {}
+    for key, model in classes.items():
+        old = references[model, "validation"]["$ref"].rpartition("/")[2]
+        names.setdefault(old, "_".join(filter(None, key)))
     defs = {names.get(old, old): definition for old, definition in defs.items()}
     for definition in defs.values():
         _polish(definition, names)
+    for key, model in classes.items():
+        # Two backends may share a class; what is said of each is its own.
+        old = references[model, "validation"]["$ref"].rpartition("/")[2]
+        if (own := "_".join(filter(None, key))) not in defs:
+            defs[own] = deepcopy(defs[names[old]])
     refs = {key: {"$ref": "#/$defs/" + "_".join(filter(None, key))} for key in classes}
     for (name, kind), model in classes.items():
         target = defs["_".join(filter(None, (name, kind)))]

@@ -1,4 +1,4 @@
-"""Sets this machine up for the integration tests: packages, engine, images.
+"""Sets this machine up for the integration tests: packages, engine, images, a model server.
 
 `python -m tests.setup.machine` does it all and may be called at any time; with `stop` it ends the
 engine that it started. In CI the first component that cannot be had ends it. Elsewhere the rest
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 
-from tests.setup import engine, images, packages
+from tests.setup import engine, images, mlserver, packages
 from tests.setup.steps import IN_CI, Missing, cache_dir, die, locked, say
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     begun = time.monotonic()
     say(f"cache: {cache_dir()}")
     with locked("machine"):
-        for step in (packages.ensure, engine.ensure, images.ensure):
+        for step in (packages.ensure, engine.ensure, images.ensure, mlserver.ensure):
             try:
                 step()
             except Missing as error:

@@ -7,7 +7,9 @@ import re
 import shlex
 import signal
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from fastapi.routing import APIRoute
 from pydantic_core import PydanticUndefined
 
 from mic_supervisor import __version__
+from mic_supervisor.backends import Backend, CompileRequest, common
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import COMMANDS, group
 from mic_supervisor.config import load
@@ -30,6 +33,7 @@ from tests.support.waiting import until
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 REFERENCE = ROOT / "docs" / "config.md"
+PLUG_INS = ROOT / "docs" / "plugins.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
@@ -185,6 +189,23 @@ def test_the_settings_and_options_of_a_backend(name: str) -> None:
         check_table((name, "Option"), own, found.get("required", []))
     else:
         assert (name, "Option") not in reference()
+
+
+def test_the_protocol_of_backends() -> None:
+    found = {(heading, head): rows for heading, head, rows in tables(PLUG_INS.read_text())}
+    members = {row.key for row in found["The class", "Member"]}
+    inherited = {name for name in vars(Backend) if not name.startswith("_")}
+    assert members == {*inherited, *Backend.__annotations__}
+    asked = [
+        key.strip("` ") for row in found["compile", "Of the request"] for key in row.key.split(",")
+    ]
+    assert sorted(asked) == sorted(one.name for one in fields(CompileRequest))
+    for row in found["compile", "Function"]:
+        name, arguments = row.key.rstrip(")").split("(")
+        known = signature(getattr(common, name)).parameters
+        assert {word.strip().partition("=")[0] for word in arguments.split(",")} <= {
+            *known, "texts"
+        }, row  # fmt: skip
 
 
 # --- settings, commands, exit codes ------------------------------------------------------------

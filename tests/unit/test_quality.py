@@ -45,6 +45,10 @@ def test_types_of_the_set_up_hold() -> None:
     _clean("mypy", "--cache-dir", _cache("mypy-tests"), *paths)
 
 
+def test_types_of_the_example_plug_in_hold() -> None:
+    _clean("mypy", "--cache-dir", _cache("mypy-tests"), "examples/plugin/mic_mlserver.py")
+
+
 def test_ci_calls_make_test_and_nothing_cleverer() -> None:
     script = ROOT / ".ci" / "run"
     assert script.read_text() == (

@@ -233,7 +233,7 @@ def test_a_failure_it_has_no_words_for_is_told_in_the_servers(
 def test_a_drain_that_it_cannot_read_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = told(monkeypatch, raising(KeyError("queue")))
     with pytest.raises(
-        MicError, match="^backend told cannot tell whether it is drained: KeyError: 'queue'$"
+        MicError, match=r"^backend told cannot tell whether it is drained: KeyError: 'queue'$"
     ):
         backend.is_drained(200, "{}")
     assert told(monkeypatch, lambda _: 1).is_drained(200, "{}") is True

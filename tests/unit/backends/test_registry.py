@@ -32,6 +32,10 @@ class Fitting(BackendBase):
         raise NotImplementedError
 
 
+class Twin(Fitting):
+    name = "twin"
+
+
 class OtherName(Fitting):
     name = "something else"
 
@@ -241,6 +245,14 @@ def test_one_schema_that_cannot_be_made_spoils_no_other() -> None:
     made = registry(("mute", f"{HERE}:NoSchema"), ("fitting", f"{HERE}:Fitting"))
     backends = json_schema(made)["properties"]["backends"]["properties"]
     assert "fitting" in backends and "mute" not in backends
+
+
+def test_backends_that_share_their_options_have_a_schema_each() -> None:
+    made = registry(("fitting", f"{HERE}:Fitting"), ("twin", f"{HERE}:Twin"))
+    definitions = json_schema(made)["$defs"]
+    for name in ("fitting", "twin"):
+        assert definitions[f"{name}_options"]["properties"]["backend"] == {"const": name}
+        assert definitions[f"{name}_settings"]["properties"] == {}
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
