@@ -61,7 +61,7 @@ class Options(ModelOptions):
     """`args` are ComfyUI's own flags, as in `[--highvram]`."""
 
     unavailable: ClassVar[dict[str, str]] = {
-        **{key: why for key, why in common.NOT_YET.items() if key != "drain_timeout"},
+        "runtime": common.ONE_RUNTIME,
         **dict.fromkeys(("network", "container_port", "shm_size", "mounts"), _CONTAINERS_ONLY),
         "working_dir": "ComfyUI runs in backends.comfyui.path; remove the key",
     }

@@ -32,9 +32,11 @@ from mic_supervisor.records import dataclass
 if TYPE_CHECKING:
     from mic_supervisor.backends import CompileRequest
 
-_NOT_YET = "this version does not act on it yet; remove the key"
-NOT_YET = dict.fromkeys(("drain_timeout", "runtime"), _NOT_YET)
-"""Keys that the schema has and nothing honours: using one is an error, never ignored."""
+NO_DRAIN = (
+    "nothing is known of its requests that could be waited for; remove the key, and raise "
+    "stop_timeout for a server that finishes them after its stop signal"
+)
+ONE_RUNTIME = "there is one way to run it; remove the key"
 
 _PLACEHOLDER = re.compile(r"\$\{([^{}]*)(\}?)")
 _KNOWN = "${port}, ${port:NAME}, ${gpu_uuids}, ${gpu_indices}, ${model}, ${instance}, ${env:NAME}"

@@ -18,7 +18,10 @@ class Settings(Strict):
 class Options(ModelOptions):
     """`args` are appended to `command`; without both, the image's own command runs."""
 
-    unavailable: ClassVar[dict[str, str]] = common.NOT_YET
+    unavailable: ClassVar[dict[str, str]] = {
+        "drain_timeout": common.NO_DRAIN,
+        "runtime": common.ONE_RUNTIME,
+    }
 
     image: Text = Field(description="The image's name, with a tag or a digest.")
     command: list[str] = Field(

@@ -21,7 +21,8 @@ class Options(ModelOptions):
     """`args` are appended to `command`, whose first item is the program's absolute path."""
 
     unavailable: ClassVar[dict[str, str]] = {
-        **common.NOT_YET,
+        "drain_timeout": common.NO_DRAIN,
+        "runtime": common.ONE_RUNTIME,
         **dict.fromkeys(("network", "container_port", "shm_size", "mounts"), _CONTAINERS_ONLY),
     }
 

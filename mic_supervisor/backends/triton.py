@@ -106,7 +106,9 @@ class Options(ModelOptions):
     """`model` is the directory in the repository where that is not the name in the file."""
 
     unavailable: ClassVar[dict[str, str]] = {
-        **common.NOT_YET,
+        "drain_timeout": "Triton finishes its requests after the stop signal; "
+        "use backends.triton.exit_timeout",
+        "runtime": common.ONE_RUNTIME,
         "container_port": "Triton's ports in its container are fixed; use port or ports",
     }
 

@@ -1,4 +1,4 @@
-"""vLLM in a container: one model over all the GPUs of an instance.
+"""vLLM, in a container or as a host process: one model over all the GPUs of an instance.
 
 The image's entrypoint is taken to be `vllm serve`, as in vllm/vllm-openai: the command is a model
 and flags.
@@ -6,45 +6,83 @@ and flags.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Self
+from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, common
 from mic_supervisor.config.options import AbsolutePath, ModelOptions, Strict, Text
 from mic_supervisor.config.types import PositiveDuration, Size
-from mic_supervisor.model import HttpCheck, Instance, Mount, Probe, Probes
+from mic_supervisor.model import (
+    HttpCall,
+    HttpCheck,
+    Instance,
+    Mount,
+    Port,
+    Probe,
+    Probes,
+    Workload,
+)
 
 _CACHE = "/cache"  # inside the container
+_TOKEN = "/run/secrets/hf_token"  # inside the container
 _API_KEY = "VLLM_API_KEY"
+_OWN_FLAGS = {
+    "--host": "use the key listen",
+    "--port": "use the key port",
+    "--model": "use the key model",
+    "--uds": "it is asked over HTTP on its port",
+    "--ssl-keyfile": "it is probed over plain HTTP; let a proxy do TLS",
+    "--ssl-certfile": "it is probed over plain HTTP; let a proxy do TLS",
+}
 # How a model is spread over GPUs, by whoever knows better than one number.
 _PARALLEL = (
     *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
     *("--data-parallel-size", "-dp"),
 )
+_IN_FLIGHT = re.compile(
+    r"^vllm:num_requests_(running|waiting)(?:\{[^}\n]*\})?\s+(\S+)", re.MULTILINE
+)
+_CONTAINERS_ONLY = "a host process has no container; remove the key, or use runtime: docker"
 
 
 class Settings(Strict):
     """`backends.vllm`."""
 
     image: Text = Field(
-        default="vllm/vllm-openai:latest", description="An image whose entrypoint is vllm serve."
+        default="vllm/vllm-openai:latest",
+        description="An image whose entrypoint is vllm serve, for runtime: docker.",
+    )
+    executable: AbsolutePath | None = Field(
+        default=None,
+        description="The program vllm of this host, as in /opt/vllm/bin/vllm, for runtime: "
+        "process.",
     )
     cache: AbsolutePath | None = Field(
         default=None,
         description="A directory of this host for downloaded models (huggingface/) and compiled "
         "kernels (vllm/); without it every new container fetches and compiles anew.",
     )
-    shm_size: Size = Field(default=8 << 30, description="The size of /dev/shm of a server.")
+    hf_token_file: AbsolutePath | None = Field(
+        default=None,
+        description="A file of this host that holds a Hugging Face token and nothing else. Whom "
+        "the server runs as has to be able to read it.",
+    )
+    shm_size: Size = Field(default=8 << 30, description="The size of /dev/shm of a container.")
 
 
 class Options(ModelOptions):
-    """`args` are flags of `vllm serve`. A Hugging Face token belongs into `env_file`."""
+    """`args` are flags of `vllm serve`."""
 
-    unavailable: ClassVar[dict[str, str]] = common.NOT_YET
-
-    model: Text = Field(description="A Hugging Face model, or a path inside the container.")
+    model: Text = Field(description="A Hugging Face model, or a path that the server can read.")
+    runtime: Literal["docker", "process"] | None = Field(
+        default="docker",
+        description="A container of backends.vllm.image, or a process of backends.vllm.executable.",
+    )
     start_timeout: PositiveDuration = Field(
         default=900.0, description="From the start until ready, loading included."
     )
@@ -52,22 +90,42 @@ class Options(ModelOptions):
     @model_validator(mode="after")
     def _own_flags(self) -> Self:
         for arg in self.args:
-            flag = _flag(arg)
-            if flag in ("--host", "--port", "--model"):
-                raise ValueError(f"args: {flag} is set by the supervisor; remove it")
+            if (flag := _flag(arg)) in _OWN_FLAGS:
+                raise ValueError(f"args: {flag} is set by the supervisor: {_OWN_FLAGS[flag]}")
+            if flag == "--disable-log-stats" and self.drain_timeout > 0:
+                raise ValueError(
+                    "drain_timeout: with --disable-log-stats vLLM does not tell what is in "
+                    "flight; remove one of them"
+                )
         return self
 
     @model_validator(mode="after")
-    def _container_port_needs_a_bridge(self) -> Self:
+    def _fits_its_runtime(self) -> Self:
         common.refuse_container_port_on_host(self)
+        if self.runtime == "process":
+            for key in ("container_port", "shm_size", "mounts"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"{key}: {_CONTAINERS_ONLY}")
+            if "network" in self.model_fields_set and self.network == "bridge":
+                raise ValueError("network: a host process has no bridge; remove the key")
+            if any(check.docker for check in common.checks(self)):
+                raise ValueError(
+                    "probe: docker: a host process has no image; use http, tcp or exec"
+                )
         return self
 
 
 class VllmBackend(BackendBase):
-    """It listens only once its model is loaded, so `/health` is enough for the start.
+    """Three things that vLLM does not make easy:
 
-    `/health` misses an engine that hangs, and with an API key `/v1/models` answers 401 to a probe:
-    who needs more gives a `probe:` of his own.
+    1. It listens only once its model is loaded, and two servers may share a port unnoticed
+       (SO_REUSEPORT): ready is that /v1/models lists this model. With an API key that path answers
+       401 to a probe, and /health has to do.
+    2. /health fails only once the engine is dead, and is slow under load. An engine that hangs is
+       seen by a probe of your own.
+    3. Some versions crash on a UUID in CUDA_VISIBLE_DEVICES (vllm-project/vllm #20939, #46132). A
+       container sees its own devices only and needs no such variable; a process gets numbers, in
+       the order of the PCI bus, which is the order that the driver's own numbers have.
     """
 
     name = "vllm"
@@ -75,53 +133,149 @@ class VllmBackend(BackendBase):
     Options = Options
 
     def compile(self, request: CompileRequest) -> Instance:
+        """One server over the GPUs of the instance. Raises CompileError."""
         options: Options = request.options
-        settings: Settings = request.settings
         ports = common.ports(options)
-        own_mounts = []
-        env = dict(options.env)
-        if settings.cache is not None:
-            own_mounts.append(Mount(settings.cache, _CACHE))
-            env = {"HF_HOME": f"{_CACHE}/huggingface", "VLLM_CACHE_ROOT": f"{_CACHE}/vllm", **env}
-        filled = common.texts(
-            request,
-            ports,
-            command=_command(options, len(request.gpus)),
-            env=env,
-            probes=common.probes(options),
+        workload, probes = (_process if options.runtime == "process" else _container)(
+            request, ports, options, request.settings
         )
-        workload = common.container(
-            request,
-            filled,
-            ports,
-            image=settings.image,
-            own_mounts=own_mounts,
-            shm_size=settings.shm_size,
-        )
-        probes = filled.probes
         if options.probe is None:
             keyed = _API_KEY in dict((*workload.env, *workload.file_env)) or any(
                 _flag(arg) == "--api-key" for arg in options.args
             )
-            probes = _probes(keyed)
+            probes = _probes(options, keyed)
+        drain = HttpCall("GET", "/metrics") if options.drain_timeout > 0 else None
         # Source: vLLM's documentation, "Production Metrics": on the port of the API, and asked for
         # no key.
-        return replace(common.instance(request, workload, probes), metrics_path="/metrics")
+        return replace(
+            common.instance(request, workload, probes), drain=drain, metrics_path="/metrics"
+        )
+
+    def is_drained(self, status: int, body: str) -> bool:
+        """Reads the two gauges of `GET /metrics`; there is one of each for every engine."""
+        if status != 200:
+            return False
+        found = _IN_FLIGHT.findall(body)
+        counted = {kind for kind, _ in found}
+        return counted == {"running", "waiting"} and all(_is_zero(value) for _, value in found)
 
 
-def _command(options: Options, gpus: int) -> list[str]:
+def _container(
+    request: CompileRequest, ports: tuple[Port, ...], options: Options, settings: Settings
+) -> tuple[Workload, Probes]:
     bridge = options.network == "bridge"
     port = "${port}" if options.container_port is None else str(options.container_port)
-    command = [options.model, f"--host={'0.0.0.0' if bridge else options.listen}", f"--port={port}"]
+    own_mounts = []
+    env = {}
+    if settings.cache is not None:
+        own_mounts.append(Mount(settings.cache, _CACHE))
+        env = _cache(_CACHE)
+    if settings.hf_token_file is not None:
+        _check_token(request, settings.hf_token_file)
+        own_mounts.append(Mount(settings.hf_token_file, _TOKEN, read_only=True))
+        env["HF_TOKEN_PATH"] = _TOKEN
+    filled = common.texts(
+        request,
+        ports,
+        command=_command(options, request, "0.0.0.0" if bridge else options.listen, port),
+        env={**common.unless_in_file(request, env), **options.env},
+        probes=common.probes(options),
+    )
+    workload = common.container(
+        request,
+        filled,
+        ports,
+        image=settings.image,
+        own_mounts=own_mounts,
+        shm_size=settings.shm_size,
+    )
+    return workload, filled.probes
+
+
+def _process(
+    request: CompileRequest, ports: tuple[Port, ...], options: Options, settings: Settings
+) -> tuple[Workload, Probes]:
+    if settings.executable is None:
+        raise common.cannot(
+            request,
+            "runtime: process needs a program, and backends.vllm.executable names none",
+            "set it, as in /opt/vllm/bin/vllm, or use runtime: docker",
+        )
+    # What vLLM compiles at run time it compiles with the tools of its own environment (ninja).
+    tools = Path(settings.executable).parent
+    env = {"PATH": f"{tools}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+    if common.devices(request):
+        env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "${gpu_indices}"}
+    if settings.cache is not None:
+        env |= _cache(settings.cache.rstrip("/"))
+    if settings.hf_token_file is not None:
+        _check_token(request, settings.hf_token_file)
+        env["HF_TOKEN_PATH"] = settings.hf_token_file
+    filled = common.texts(
+        request,
+        ports,
+        command=[settings.executable, "serve", *_command(options, request, options.listen)],
+        env={**common.unless_in_file(request, env), **options.env},
+        probes=common.probes(options),
+    )
+    return common.process(request, filled, ports), filled.probes
+
+
+def _cache(root: str) -> dict[str, str]:
+    return {"HF_HOME": f"{root}/huggingface", "VLLM_CACHE_ROOT": f"{root}/vllm"}
+
+
+def _check_token(request: CompileRequest, path: str) -> None:
+    """That there is one. It goes to the server by the file's name, and nowhere else.
+
+    Source: huggingface_hub's constants.py, HF_TOKEN_PATH; a variable HF_TOKEN wins over it.
+    """
+    if len(common.read(request, Path(path), "Hugging Face token").split()) != 1:
+        raise common.cannot(
+            request,
+            f"its Hugging Face token {path} does not hold one word",
+            "write the token into it, and nothing else",
+        )
+
+
+def _command(
+    options: Options, request: CompileRequest, host: str, port: str = "${port}"
+) -> list[str]:
+    command = [options.model, f"--host={host}", f"--port={port}"]
+    gpus = len(request.gpus)
     if gpus > 1 and not any(_flag(arg) in _PARALLEL for arg in options.args):
         command.append(f"--tensor-parallel-size={gpus}")
     return [*command, *options.args]
 
 
-def _probes(keyed: bool) -> Probes:
-    health = HttpCheck("/health")
-    ready = health if keyed else HttpCheck("/v1/models", expect=(("object", "list"),))
-    return Probes(startup=Probe(health, period=2.0), liveness=Probe(health), readiness=Probe(ready))
+def _probes(options: Options, keyed: bool) -> Probes:
+    alive = HttpCheck("/health")
+    ready = alive
+    if not keyed:
+        ready = HttpCheck("/v1/models", listed=(("data[].id", _served_name(options)),))
+    # An API server that is busy takes seconds to answer, and a restart costs minutes.
+    return Probes(
+        startup=Probe(ready, period=2.0),
+        liveness=Probe(alive, period=10.0, timeout=10.0),
+        readiness=Probe(ready, timeout=10.0),
+    )
+
+
+def _served_name(options: Options) -> str:
+    """The name under which clients ask for the model; the first, where there are several."""
+    args: Sequence[str] = options.args
+    for index, arg in enumerate(args):
+        if _flag(arg) == "--served-model-name":
+            value = arg.partition("=")[2] or next(iter(args[index + 1 : index + 2]), "")
+            return value or options.model
+    return options.model
+
+
+def _is_zero(value: str) -> bool:
+    try:
+        return float(value) == 0
+    except ValueError:
+        return False
 
 
 def _flag(arg: str) -> str:

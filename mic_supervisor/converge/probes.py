@@ -179,10 +179,16 @@ def _http(target: Target, check: HttpCheck, timeout: float) -> tuple[bool | None
 
 
 def _member(document: Any, place: str) -> Any:
-    """What stands at a dotted path of a JSON document; None where nothing does."""
-    for name in place.split("."):
-        document = document.get(name) if isinstance(document, dict) else None
-    return document
+    """What stands at a path of a JSON document; None where nothing does.
+
+    "system.argv" is a member of a member, "data[].id" the list of that member of each item.
+    """
+    name, _, rest = place.partition(".")
+    each = name.endswith("[]")
+    found = document.get(name.removesuffix("[]")) if isinstance(document, dict) else None
+    if each:
+        return [_member(one, rest) for one in found] if isinstance(found, list) else None
+    return _member(found, rest) if rest else found
 
 
 def _tcp(target: Target, check: TcpCheck, timeout: float) -> tuple[bool | None, str]:

@@ -92,7 +92,7 @@ def test_a_simulated_gpu_hides_nothing() -> None:
         ({"container_port": 80}, "container_port: a host process has no container"),
         ({"shm_size": "1g"}, "shm_size: a host process has no container"),
         ({"mounts": []}, "mounts: a host process has no container"),
-        ({"runtime": "docker"}, "runtime: this version does not act on it yet"),
+        ({"runtime": "docker"}, "runtime: there is one way to run it"),
     ],
 )
 def test_what_a_process_cannot_have_is_refused(options: dict[str, Any], cause: str) -> None:

@@ -216,7 +216,7 @@ def test_settings_that_are_refused(settings: dict[str, Any], cause: str) -> None
         ({"instances_per_gpu": 0}, "greater than or equal to 1"),
         ({"instances_per_gpu": "8"}, "valid integer"),
         ({"container_port": 80}, "Triton's ports in its container are fixed"),
-        ({"drain_timeout": "1s"}, "drain_timeout: this version does not act on it yet"),
+        ({"drain_timeout": "1s"}, "drain_timeout: Triton finishes its requests after"),
         ({"model": "a/b"}, "should match pattern"),
         ({"model": "模型"}, "should match pattern"),
     ],
