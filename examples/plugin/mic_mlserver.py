@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, common
 from mic_supervisor.config.options import AbsolutePath, ModelOptions, Strict
-from mic_supervisor.model import HttpCheck, Instance, Port, Probe, Probes
+from mic_supervisor.model import HttpCheck, Instance, Probe, Probes
 
 _CONTAINERS_ONLY = "MLServer runs as a host process, without a container; remove the key"
 _PORTS = ("http", "grpc", "metrics")
@@ -74,8 +74,7 @@ class MLServerBackend(BackendBase):
         settings: Settings = request.settings
         model = _served_name(request, Path(options.path, "model-settings.json"))
         _refuse_own_ports(request, Path(options.path, "settings.json"))
-        fixed = {port.name: port for port in common.ports(options)}
-        ports = tuple(fixed.get(name, Port(name)) for name in _PORTS)
+        ports = common.ports(options, also=_PORTS)
         filled = common.texts(
             request,
             ports,

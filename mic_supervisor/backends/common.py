@@ -39,6 +39,7 @@ NO_DRAIN = (
 ONE_RUNTIME = "there is one way to run it; remove the key"
 
 _PLACEHOLDER = re.compile(r"\$\{([^{}]*)(\}?)")
+_NAMED_PORT = re.compile(r"\$\{port:(http|grpc|metrics)\}")
 _KNOWN = "${port}, ${port:NAME}, ${gpu_uuids}, ${gpu_indices}, ${model}, ${instance}, ${env:NAME}"
 _ENV_LINE = re.compile(r"([^\s=]+)=(.*)")
 
@@ -206,10 +207,16 @@ def read(request: CompileRequest, path: Path, what: str) -> str:
 # --- Pieces -----------------------------------------------------------------------------------
 
 
-def ports(options: ModelOptions, *, container: Mapping[str, int] | None = None) -> tuple[Port, ...]:
+def ports(
+    options: ModelOptions,
+    *,
+    container: Mapping[str, int] | None = None,
+    also: Iterable[str] = (),
+) -> tuple[Port, ...]:
     """The ports of a model: always "http", and those that the file or the backend names.
 
-    `container` are numbers inside the container, by name, and names that are always there.
+    `container` are numbers inside the container, by name, and names that are always there; `also`
+    are more of those.
     """
     inside = dict(container or {})
     fixed = options.ports.model_dump(exclude_none=True) if options.ports else {}
@@ -217,8 +224,16 @@ def ports(options: ModelOptions, *, container: Mapping[str, int] | None = None) 
         fixed["http"] = options.port
     if options.container_port is not None:
         inside["http"] = options.container_port
-    names = [name for name in ("http", "grpc", "metrics") if name in {"http", *fixed, *inside}]
+    wanted = {"http", *fixed, *inside, *also}
+    names = [name for name in ("http", "grpc", "metrics") if name in wanted]
     return tuple(Port(name, fixed.get(name), inside.get(name)) for name in names)
+
+
+def ports_in(options: ModelOptions, *texts: str) -> set[str]:
+    """The ports that these texts, `env` and exec probes refer to as `${port:NAME}`."""
+    commands = (item for check in checks(options) for item in check.exec or ())
+    found = (*texts, *options.args, *options.env.values(), *commands)
+    return {name for text in found for name in _NAMED_PORT.findall(text)}
 
 
 def probes(options: ModelOptions) -> Probes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, common
-from mic_supervisor.config.options import ModelOptions, Strict, Text
+from mic_supervisor.config.options import AbsolutePath, ModelOptions, Strict, Text
 from mic_supervisor.model import Instance
 
 
@@ -30,6 +31,9 @@ class Options(ModelOptions):
     entrypoint: list[Text] | None = Field(
         default=None, description="Instead of the image's own; [] is none."
     )
+    metrics: AbsolutePath | None = Field(
+        default=None, description="The path of metrics for Prometheus on its port."
+    )
 
     @model_validator(mode="after")
     def _container_port_needs_a_bridge(self) -> Self:
@@ -45,7 +49,8 @@ class ContainerBackend(BackendBase):
     def compile(self, request: CompileRequest) -> Instance:
         """One container with all the GPUs of the instance. Raises CompileError."""
         options: Options = request.options
-        ports = common.ports(options)
+        named = common.ports_in(options, *options.command, *(options.entrypoint or ()))
+        ports = common.ports(options, also=named)
         filled = common.texts(
             request,
             ports,
@@ -55,4 +60,5 @@ class ContainerBackend(BackendBase):
             probes=common.probes(options),
         )
         workload = common.container(request, filled, ports, image=options.image)
-        return common.instance(request, workload, filled.probes)
+        made = common.instance(request, workload, filled.probes)
+        return replace(made, metrics_path=options.metrics)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, common
-from mic_supervisor.config.options import ModelOptions, Strict, Text
+from mic_supervisor.config.options import AbsolutePath, ModelOptions, Strict, Text
 from mic_supervisor.model import Instance, ProcessSpec
 
 _CONTAINERS_ONLY = "a host process has no container; remove the key"
@@ -28,6 +29,9 @@ class Options(ModelOptions):
 
     command: Annotated[list[Text], Field(min_length=1)] = Field(
         description="The program's absolute path and its arguments."
+    )
+    metrics: AbsolutePath | None = Field(
+        default=None, description="The path of metrics for Prometheus on its port."
     )
 
     @model_validator(mode="after")
@@ -55,7 +59,7 @@ class ProcessBackend(BackendBase):
         today; `env` and `env_file` may set it otherwise.
         """
         options: Options = request.options
-        ports = common.ports(options)
+        ports = common.ports(options, also=common.ports_in(options, *options.command))
         filled = common.texts(
             request,
             ports,
@@ -64,4 +68,5 @@ class ProcessBackend(BackendBase):
             probes=common.probes(options),
         )
         workload: ProcessSpec = common.process(request, filled, ports)
-        return common.instance(request, workload, filled.probes)
+        made = common.instance(request, workload, filled.probes)
+        return replace(made, metrics_path=options.metrics)

@@ -182,14 +182,16 @@ def test_a_real_server_is_a_process_like_any_other(
             env:
               MLSERVER_HOST: 127.0.0.1
               MLSERVER_HTTP_PORT: "${{port}}"
-              MLSERVER_GRPC_PORT: "{mic.ports.take()}"
-              MLSERVER_METRICS_PORT: "{mic.ports.take()}"
+              MLSERVER_GRPC_PORT: "${{port:grpc}}"
+              MLSERVER_METRICS_PORT: "${{port:metrics}}"
               MLSERVER_PARALLEL_WORKERS: "0"
             probe: {{http: /v2/models/echo/ready, period: 1s}}
         gpus: {{0: echo}}
         """)
     mic("apply", rc=0)
-    assert asked(rows(mic)[0]["endpoints"]["http"]) == INPUT["data"]
+    endpoints = rows(mic)[0]["endpoints"]
+    assert asked(endpoints["http"]) == INPUT["data"]
+    assert "python_info" in waiting.http(endpoints["metrics"]).text
 
 
 # --- broken ones ------------------------------------------------------------------------------

@@ -77,6 +77,28 @@ def test_what_is_known_is_filled_in_and_the_rest_left_for_the_launch() -> None:
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"command": ["--grpc=${port:grpc}"], "args": ["${port:metrics}"]},
+        {"entrypoint": ["${port:grpc}"], "env": {"A": "x${port:metrics}"}},
+        {"probe": {"exec": ["check", "${port:grpc}", "${port:metrics}"]}},
+    ],
+)
+def test_a_port_that_is_referred_to_is_there(options: dict[str, Any]) -> None:
+    assert spec(options).ports == (Port("http"), Port("grpc"), Port("metrics"))
+
+
+def test_such_a_port_may_be_fixed() -> None:
+    made = spec({"command": ["${port:metrics}"], "ports": {"metrics": 9000}})
+    assert made.ports == (Port("http"), Port("metrics", 9000))
+
+
+def test_metrics_on_the_port_itself() -> None:
+    assert compiled({}).metrics_path is None
+    assert compiled({"metrics": "/metrics"}).metrics_path == "/metrics"
+
+
+@pytest.mark.parametrize(
     ("options", "cause"),
     [
         ({"command": ["a", "${prot}"]}, "command[1] refers to ${prot}, which is unknown"),
@@ -84,8 +106,8 @@ def test_what_is_known_is_filled_in_and_the_rest_left_for_the_launch() -> None:
         ({"entrypoint": ["${HOME}"]}, "entrypoint[0] refers to ${HOME}, which is unknown"),
         ({"env": {"A": "${env:NO}"}}, "env.A refers to ${env:NO}, which has no value"),
         (
-            {"command": ["${port:grpc}"]},
-            "command[0] refers to ${port:grpc}, and its ports are: http",
+            {"command": ["${port:rpc}"]},
+            "command[0] refers to ${port:rpc}, and its ports are: http",
         ),
         ({"command": ["${port"]}, "command[0] has a ${ without its }"),
         (

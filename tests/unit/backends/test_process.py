@@ -64,6 +64,12 @@ def test_a_command_with_its_gpus() -> None:
     )
 
 
+def test_its_ports_and_metrics() -> None:
+    options = {"command": [*COMMAND, "${port:grpc}"], "metrics": "/metrics"}
+    made = BACKEND.compile(request(BACKEND, options))
+    assert (made.workload.ports, made.metrics_path) == ((Port("http"), Port("grpc")), "/metrics")
+
+
 def test_env_decides_over_the_gpus_it_sees() -> None:
     assert env({"env": {"CUDA_VISIBLE_DEVICES": "${gpu_indices}"}}) == {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
