@@ -275,10 +275,12 @@ class HttpCall:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One model on one GPU inside a server. `digest` identifies the configuration to be loaded."""
+    """One model inside a server, on some of the server's GPUs. `digest` identifies the
+    configuration to be loaded.
+    """
 
     model: str
-    gpu: str
+    gpus: tuple[str, ...]
     digest: str
     load: HttpCall = field(repr=False)
     unload: HttpCall = field(repr=False)
@@ -319,6 +321,9 @@ class Instance:
     workload: Workload
     probes: Probes = Probes()
     placements: tuple[Placement, ...] = ()
+    shared: bool = False  # a server of several models: a load that fails is that model's trouble
+    inventory: HttpCall | None = None  # whose answer the backend's `surplus` wants to see first
+    held: tuple[str, ...] = ()  # models in it that are left as they are: their entry is in trouble
     start_timeout: float = 300.0  # seconds; the startup probe's budget
     drain_timeout: float = 0.0  # seconds
     drain: HttpCall | None = None  # asked for until the backend's `is_drained` says so
@@ -459,6 +464,7 @@ class Health:
     readiness: ProbeResult | None = None
     placements: tuple[PlacementState, ...] = ()
     drained: bool | None = None
+    surplus: tuple[Placement, ...] = ()  # what the server has of ours, and nobody asks for
     devices: ProbeResult | None = None  # whether a container sees its GPUs from inside
 
 

@@ -8,14 +8,21 @@ names the backend.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from mic_supervisor.model import Gpu, Instance, LoadState, Placement, PlacementState
+from mic_supervisor.model import (
+    Gpu,
+    HttpCall,
+    Instance,
+    LoadState,
+    Placement,
+    PlacementState,
+)
 from mic_supervisor.records import dataclass
 
 
@@ -37,6 +44,19 @@ class CompileRequest:
     read_text: Callable[[Path], str]
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
     directory: Path = Path("/var/lib/mic/instance_data/default/instance")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One model of a server that has several GPUs. `gpus` are its own, of the server's."""
+
+    model: str
+    options: Any
+    gpus: tuple[Gpu, ...]
+
+
+Ask = Callable[[HttpCall], tuple[int | None, str]]
+"""Sends a call to the running server: (status, body); None: there was no answer."""
 
 
 class Backend(Protocol):
@@ -75,9 +95,49 @@ class Backend(Protocol):
         """Whether the answer to the instance's `drain` call says that nothing is in flight."""
         ...
 
+    # --- servers that entries of the file share; BackendBase has none ---------------------------
+
+    def server_of(self, settings: Any, model: str) -> str | None:
+        """The id of the server in which all entries of `model` are served, perhaps with others.
+
+        None: each entry is an instance of its own. An id ends in nothing that looks like the eight
+        digits of a GPU, with which those end.
+        """
+        ...
+
+    def reserved(self, settings: Any) -> tuple[str | int, ...]:
+        """GPUs, as under `gpus:`, that such a server has whatever is on them now; else none."""
+        ...
+
+    def conflicts(self, settings: Any, given: Iterable[str]) -> dict[str, str]:
+        """Why keys that a model gives mean nothing in such a server, by key."""
+        ...
+
+    def compile_placement(self, request: CompileRequest, member: Member) -> Placement:
+        """One model of the server. `request` is of the server, and so are its `gpus`.
+
+        Raises CompileError, which blocks this model alone.
+        """
+        ...
+
+    def compile_server(
+        self, request: CompileRequest, members: Sequence[Member], placements: Sequence[Placement]
+    ) -> Instance:
+        """The server. `placements` lack those of `members` that could not be compiled."""
+        ...
+
+    def surplus(self, instance: Instance, ask: Ask) -> tuple[Placement, ...]:
+        """What a running server has loaded for us, and `instance` does not name.
+
+        Never what the server loads by itself, nor what somebody else had it load.
+        """
+        ...
+
 
 class BackendBase:
-    """What most backends have in common: no model inside their server is loaded over HTTP."""
+    """What most backends have in common: no model inside their server is loaded over HTTP, and no
+    server is shared.
+    """
 
     def placement_state(
         self,
@@ -98,6 +158,29 @@ class BackendBase:
     def is_drained(self, status: int, body: str) -> bool:  # noqa: ARG002
         """Always: an instance without a `drain` call is never asked."""
         return True
+
+    def server_of(self, settings: Any, model: str) -> str | None:  # noqa: ARG002
+        return None
+
+    def reserved(self, settings: Any) -> tuple[str | int, ...]:  # noqa: ARG002
+        return ()
+
+    def conflicts(self, settings: Any, given: Iterable[str]) -> dict[str, str]:  # noqa: ARG002
+        return {}
+
+    def compile_placement(self, request: CompileRequest, member: Member) -> Placement:
+        raise NotImplementedError(f"{request.model} and {member.model} share no server")
+
+    def compile_server(
+        self,
+        request: CompileRequest,
+        members: Sequence[Member],
+        placements: Sequence[Placement],
+    ) -> Instance:
+        raise NotImplementedError(f"{request.model} is no server of several models")
+
+    def surplus(self, instance: Instance, ask: Ask) -> tuple[Placement, ...]:  # noqa: ARG002
+        return ()
 
 
 def error_text(body: str) -> str:

@@ -1,4 +1,7 @@
-"""Triton Inference Server: one server in a container per GPU, its model loaded over HTTP."""
+"""Triton Inference Server in containers, its models loaded over HTTP.
+
+Three ways: a server on each GPU, one per model over all its GPUs, or one for all models.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,37 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mic_supervisor.backends import BackendBase, CompileRequest, common, error_text
-from mic_supervisor.backends.triton_config import Generated, generate, is_ours
+from mic_supervisor.backends import Ask, BackendBase, CompileRequest, Member, common, error_text
+from mic_supervisor.backends.triton_config import Generated, generate, is_ours, mark_of, places_of
 from mic_supervisor.backends.triton_log import load_failure
+from mic_supervisor.config.gpu_keys import BadKey, parse_gpu_key
 from mic_supervisor.config.options import (
     AbsolutePath,
     CheckOptions,
+    EnvName,
+    LimitOptions,
     ModelOptions,
+    MountOptions,
     PortOptions,
     Strict,
     Text,
 )
-from mic_supervisor.config.types import Duration, Size
+from mic_supervisor.config.types import Duration, ListenAddress, PositiveDuration, Size
 from mic_supervisor.model import (
+    Gpu,
     HttpCall,
     HttpCheck,
     Instance,
     LoadState,
     Mount,
+    Pairs,
     Placement,
     PlacementState,
     Probe,
@@ -38,7 +48,42 @@ from mic_supervisor.model import (
 
 _REPOSITORY = "/models"  # inside the container
 _INSIDE = {"http": 8000, "grpc": 8001, "metrics": 8002}
-_LATER = "a server that several models or GPUs share comes with a later version; remove the key"
+_FIXED = {"http": 8000, "grpc": 8001, "metrics": 8002}  # of a server for all models
+SHARED = "triton-shared"  # the id of that server
+# What only a server for all models has here; with one for each model, the model says it.
+_OF_SHARED = (
+    "gpus",
+    "ports",
+    "args",
+    "env",
+    "env_file",
+    "listen",
+    "mounts",
+    "limits",
+    "start_timeout",
+    "stop_timeout",
+)
+# What a model says of its server, where that is not for all models.
+_OF_SERVER = frozenset(
+    {
+        "args",
+        "env",
+        "env_file",
+        "port",
+        "ports",
+        "listen",
+        "probe",
+        "stop_timeout",
+        "stop_signal",
+        "user",
+        "working_dir",
+        "limits",
+        "mounts",
+        "shm_size",
+        "network",
+        "rollout",
+    }
+)
 # Triton 2.51 takes the name from the URL as it stands, percent signs and all.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _OWN_FLAGS = frozenset(
@@ -82,24 +127,68 @@ class Settings(Strict):
         default="per-gpu", description="Which models and GPUs share a server."
     )
     gpus: list[int | str] | None = Field(
-        default=None, description="The GPUs that a shared server has for itself."
+        default=None,
+        description="The GPUs that a shared server has for itself; else those of its models.",
     )
-    ports: PortOptions | None = Field(default=None, description="The ports of a shared server.")
+    ports: PortOptions | None = Field(
+        default=None, description="The ports of a shared server; 8000, 8001 and 8002 by default."
+    )
+    args: list[str] | None = Field(default=None, description="More flags of a shared server.")
+    env: dict[EnvName, str] | None = Field(
+        default=None, description="The environment of a shared server."
+    )
+    env_file: AbsolutePath | None = Field(
+        default=None, description="A file of KEY=VALUE lines for a shared server."
+    )
+    listen: ListenAddress | None = Field(
+        default=None, description="The address that a shared server serves on."
+    )
+    mounts: list[MountOptions] | None = Field(
+        default=None, description="Paths of the host in a shared server's container."
+    )
+    limits: LimitOptions | None = Field(default=None, description="Bounds of a shared server.")
+    start_timeout: PositiveDuration | None = Field(
+        default=None, description="From the start of a shared server until it answers."
+    )
+    stop_timeout: Duration | None = Field(
+        default=None, description="From a shared server's stop signal until KILL."
+    )
 
-    @field_validator("server")
+    @model_validator(mode="after")
+    def _only_of_a_shared_server(self) -> Self:
+        for key in _OF_SHARED:
+            if getattr(self, key) is not None and self.server != "shared":
+                instead = "remove the key" if key == "gpus" else "give it to the models"
+                raise ValueError(
+                    f"{key}: it is of a server for all models, and this says server: "
+                    f"{self.server}; {instead}, or write server: shared"
+                )
+        return self
+
+    @field_validator("gpus")
     @classmethod
-    def _one_server_per_gpu(cls, value: str) -> str:
-        if value != "per-gpu":
-            raise ValueError(f"{value!r} comes with a later version; this one knows per-gpu")
+    def _gpu_keys(cls, value: list[int | str] | None) -> list[int | str] | None:
+        for key in value or ():
+            try:
+                selection = parse_gpu_key(key)
+            except BadKey as error:
+                raise ValueError(f"{key}: {error}") from error
+            if len(selection.keys) != 1:
+                raise ValueError(f"{key}: name one GPU at a time")
         return value
 
-    @model_validator(mode="before")
+    @field_validator("args")
     @classmethod
-    def _nothing_shared(cls, data: Any) -> Any:
-        for key in ("gpus", "ports"):
-            if isinstance(data, dict) and key in data:
-                raise ValueError(f"{key}: {_LATER}")
-        return data
+    def _own_flags(cls, value: list[str] | None) -> list[str] | None:
+        _refuse_own_flags(value or ())
+        return value
+
+
+def _refuse_own_flags(args: Iterable[str]) -> None:
+    for arg in args:
+        flag = arg.partition("=")[0]
+        if flag in _OWN_FLAGS:
+            raise ValueError(f"args: {flag} is set by the supervisor; remove it")
 
 
 class Options(ModelOptions):
@@ -132,10 +221,7 @@ class Options(ModelOptions):
 
     @model_validator(mode="after")
     def _own_flags(self) -> Self:
-        for arg in self.args:
-            flag = arg.partition("=")[0]
-            if flag in _OWN_FLAGS:
-                raise ValueError(f"args: {flag} is set by the supervisor; remove it")
+        _refuse_own_flags(self.args)
         return self
 
 
@@ -156,47 +242,97 @@ class TritonBackend(BackendBase):
 
     def compile(self, request: CompileRequest) -> Instance:
         options: Options = request.options
-        settings: Settings = request.settings
         model = _model(request)
         if len(request.gpus) != 1:
             raise common.cannot(
                 request,
                 f"server: per-gpu runs one server for one GPU, and this entry has "
                 f"{len(request.gpus)}",
-                'write a range ("3-4") for one server on each',
+                'write a range ("3-4") for one server on each, or server: per-model',
             )
-        exit_timeout = math.ceil(settings.exit_timeout)
-        if options.stop_timeout <= exit_timeout:
-            raise common.cannot(
-                request,
-                f"its stop_timeout, {options.stop_timeout:g}s, would kill Triton before its own "
-                f"exit_timeout, {exit_timeout}s, has passed",
-                "raise the model's stop_timeout or lower backends.triton.exit_timeout",
-            )
+        member = Member(request.model, options, request.gpus)
+        placement = self.compile_placement(request, member)
+        return _instance(request, options, _probes(request.instance, model, options), (placement,))
+
+    # --- a server of several GPUs, perhaps of several models --------------------------------------
+
+    def server_of(self, settings: Any, model: str) -> str | None:
+        if settings.server == "shared":
+            return SHARED
+        return f"{model}-server" if settings.server == "per-model" else None
+
+    def reserved(self, settings: Any) -> tuple[str | int, ...]:
+        return tuple(settings.gpus or ())
+
+    def conflicts(self, settings: Any, given: Iterable[str]) -> dict[str, str]:
+        if settings.server != "shared":
+            return {}
+        why = "all models are in one server, which no model configures; "
+        return {
+            key: why + (f"see backends.triton.{key}" if key in _OF_SHARED else "remove the key")
+            for key in given
+            if key in _OF_SERVER
+        }
+
+    def compile_placement(self, request: CompileRequest, member: Member) -> Placement:
+        settings: Settings = request.settings
+        own = replace(request, model=member.model, options=member.options)
+        model = _model(own)
+        places = tuple(
+            number for number, gpu in enumerate(request.gpus) if gpu.uuid in _uuids(member.gpus)
+        )
+        options: Options = member.options
         generated = generate(
-            request, Path(settings.model_repository), model, options.instances_per_gpu
+            own, Path(settings.model_repository), model, options.instances_per_gpu, places
         )
-        bridge = options.network == "bridge"
-        ports = common.ports(options, container=_INSIDE)
-        if not bridge:
-            ports = tuple(type(port)(port.name, port.host) for port in ports)
-        filled = common.texts(
-            request,
-            ports,
-            command=[*_command(bridge, options.listen, exit_timeout), *options.args],
-            env=options.env,
-            probes=_probes(request.instance, model, options),
+        return _placement(model, _uuids(member.gpus), generated, options, places, request.gpus)
+
+    def compile_server(
+        self, request: CompileRequest, members: Sequence[Member], placements: Sequence[Placement]
+    ) -> Instance:
+        settings: Settings = request.settings
+        shared = settings.server == "shared"
+        compiled = {item.model for item in placements}
+        names = [member.options.model or member.model for member in members]
+        if shared:
+            options = _options_of_shared(request)
+            probes = _probes(request.instance, None, options)
+            request = replace(request, options=options)
+        else:
+            options = members[0].options
+            probes = _probes(request.instance, names[0], options)
+            request = replace(request, options=options, model=members[0].model)
+        made = _instance(request, options, probes, tuple(placements))
+        vram = [item.options.vram for item in members if item.options.vram is not None]
+        strictest = min(
+            (m.options.on_foreign for m in members), key=("block", "wait", "ignore").index
         )
-        workload = common.container(
-            request,
-            filled,
-            ports,
-            image=settings.image,
-            own_mounts=[Mount(settings.model_repository, _REPOSITORY, read_only=True)],
-            shm_size=settings.shm_size,
+        return replace(
+            made,
+            shared=shared,
+            inventory=HttpCall("POST", "/v2/repository/index", '{"ready": true}'),
+            held=tuple(name for name in names if name not in compiled),
+            vram=max(vram, default=None),
+            on_foreign=strictest,
         )
-        placement = _placement(model, request.gpus[0].uuid, generated, options)
-        return common.instance(request, workload, filled.probes, (placement,))
+
+    def surplus(self, instance: Instance, ask: Ask) -> tuple[Placement, ...]:
+        """By the mark in its configuration: what an ensemble brought along, or a person loaded,
+        has none.
+        """
+        assert instance.inventory is not None  # else nobody asks
+        known = {*instance.held, *(item.model for item in instance.placements)}
+        found = []
+        for name in _ready_models(*ask(instance.inventory)):
+            if name in known or not _NAME.fullmatch(name):
+                continue
+            status, body = ask(HttpCall("GET", f"/v2/models/{name}/config"))
+            config = _json(body) if status == 200 else None
+            if isinstance(config, dict) and (mark := mark_of(config, name)) is not None:
+                places = [place for place in places_of(config) if place < len(instance.gpus)]
+                gpus = tuple(instance.gpus[place] for place in places)
+                found.append(_calls(name, gpus, mark, "", 60.0))
+        return tuple(found)
 
     def placement_state(
         self, placement: Placement, status: int | None, body: str
@@ -258,46 +394,143 @@ def _command(bridge: bool, listen: str, exit_timeout: int) -> list[str]:
     ]
 
 
-def _probes(instance: str, model: str, options: Options) -> Probes:
-    # `/v2/health/ready` would be wrong for readiness: it fails while any model loads or unloads.
-    given = common.probes(options)
-    return Probes(
-        startup=Probe(HttpCheck("/v2", expect=(("name", instance),)), period=1.0),
-        liveness=given.liveness or Probe(HttpCheck("/v2/health/live")),
-        readiness=given.readiness or Probe(HttpCheck(f"/v2/models/{model}/ready")),
+def _instance(
+    request: CompileRequest,
+    options: Options,
+    probes: Probes,
+    placements: tuple[Placement, ...],
+) -> Instance:
+    settings: Settings = request.settings
+    exit_timeout = math.ceil(settings.exit_timeout)
+    if options.stop_timeout <= exit_timeout:
+        raise common.cannot(
+            request,
+            f"its stop_timeout, {options.stop_timeout:g}s, would kill Triton before its own "
+            f"exit_timeout, {exit_timeout}s, has passed",
+            "raise the model's stop_timeout or lower backends.triton.exit_timeout",
+        )
+    bridge = options.network == "bridge"
+    ports = common.ports(options, container=_INSIDE)
+    if not bridge:
+        ports = tuple(type(port)(port.name, port.host) for port in ports)
+    filled = common.texts(
+        request,
+        ports,
+        command=[*_command(bridge, options.listen, exit_timeout), *options.args],
+        env=options.env,
+        probes=probes,
+    )
+    workload = common.container(
+        request,
+        filled,
+        ports,
+        image=settings.image,
+        own_mounts=[Mount(settings.model_repository, _REPOSITORY, read_only=True)],
+        shm_size=settings.shm_size,
+    )
+    return common.instance(request, workload, filled.probes, placements)
+
+
+def _options_of_shared(request: CompileRequest) -> Options:
+    """The options that a model would have whose server is like the one for all models."""
+    settings: Settings = request.settings
+    given = {
+        key: value
+        for key in _OF_SHARED
+        if key != "gpus" and (value := getattr(settings, key)) is not None
+    }
+    fixed = settings.ports.model_dump(exclude_none=True) if settings.ports is not None else {}
+    given["ports"] = PortOptions(**{**_FIXED, **fixed})
+    # What was validated as a setting needs no validation as an option, which is of texts.
+    return Options.model_construct(
+        **{
+            **Options.model_validate({"backend": "triton"}).__dict__,
+            **given,
+        }
     )
 
 
-def _placement(model: str, gpu: str, generated: Generated, options: Options) -> Placement:
-    repository = f"/v2/repository/models/{model}"
+def _uuids(gpus: Iterable[Gpu]) -> tuple[str, ...]:
+    return tuple(gpu.uuid for gpu in gpus)
+
+
+def _probes(instance: str, model: str | None, options: Options) -> Probes:
+    # `/v2/health/ready` would be wrong for readiness: it fails while any model loads or unloads.
+    given = common.probes(options)
+    ready = Probe(HttpCheck(f"/v2/models/{model}/ready")) if model is not None else None
+    return Probes(
+        startup=Probe(HttpCheck("/v2", expect=(("name", instance),)), period=1.0),
+        liveness=given.liveness or Probe(HttpCheck("/v2/health/live")),
+        readiness=given.readiness or ready,
+    )
+
+
+def _placement(
+    model: str,
+    gpus: tuple[str, ...],
+    generated: Generated,
+    options: Options,
+    places: Sequence[int],
+    of_server: Sequence[Gpu],
+) -> Placement:
     body = json.dumps({"parameters": {"config": generated.text}}, ensure_ascii=False)
+    made = _calls(model, gpus, generated.digest, body, options.start_timeout)
+    summary = [("instances_per_gpu", str(options.instances_per_gpu))]
+    if len(of_server) > 1:
+        summary.append(("places", _listed(places)))
+    return replace(made, summary=tuple(summary))
+
+
+def _calls(model: str, gpus: tuple[str, ...], digest: str, body: str, timeout: float) -> Placement:
+    repository = f"/v2/repository/models/{model}"
     return Placement(
         model=model,
-        gpu=gpu,
-        digest=generated.digest,
-        load=HttpCall("POST", f"{repository}/load", body, timeout=options.start_timeout),
+        gpus=gpus,
+        digest=digest,
+        load=HttpCall("POST", f"{repository}/load", body, timeout=timeout),
         # The models that only an ensemble uses go with it; for others this changes nothing.
         unload=HttpCall(
             "POST", f"{repository}/unload", '{"parameters": {"unload_dependents": true}}'
         ),
         verify=HttpCall("GET", f"/v2/models/{model}/config"),
-        summary=(("instances_per_gpu", str(options.instances_per_gpu)),),
     )
+
+
+def _listed(places: Iterable[int]) -> str:
+    return ",".join(map(str, sorted(places)))
+
+
+def _ready_models(status: int | None, body: str) -> list[str]:
+    listed = _json(body) if status == 200 else None
+    if not isinstance(listed, list):
+        return []
+    return sorted(
+        {str(item["name"]) for item in listed if isinstance(item, dict) and "name" in item}
+    )
+
+
+def _json(body: str) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
 
 
 def _loaded(placement: Placement, body: str) -> PlacementState:
     model = placement.model
-    try:
-        config = json.loads(body)
-    except ValueError:
-        config = None
+    config = _json(body)
     if not isinstance(config, dict) or config.get("name") != model:
         return PlacementState(
             model, LoadState.UNKNOWN, reason="the answer is not Triton's configuration of it"
         )
     groups = config.get("instance_group") or []
-    count = sum(group.get("count", 0) for group in groups) or 1
-    summary = (("instances_per_gpu", str(count)),)
+    places = places_of(config) if len(dict(placement.summary)) > 1 else ()
+    # A group for each place, where the GPUs are simulated: what is counted is one of them.
+    counted = groups[:1] if places else groups
+    count = sum(group.get("count", 0) for group in counted) or 1
+    summary: Pairs = (("instances_per_gpu", str(count)),)
+    if places:
+        summary = (*summary, ("places", _listed(places)))
     if is_ours(config, model, placement.digest):
         return PlacementState(model, LoadState.LOADED, placement.digest, summary=summary)
     # Any digest but ours: what runs was sent by an earlier generation or by somebody else.

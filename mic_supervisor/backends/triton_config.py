@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +47,16 @@ def group_name(model: str, digest: str) -> str:
     return f"{model}-{digest[:12]}"
 
 
-def generate(request: CompileRequest, repository: Path, model: str, count: int) -> Generated:
-    """The configuration of `model` with `count` instances on the only GPU its server sees.
+def generate(
+    request: CompileRequest,
+    repository: Path,
+    model: str,
+    count: int,
+    places: Sequence[int] = (0,),
+) -> Generated:
+    """The configuration of `model` with `count` instances on each of the GPUs at `places`.
 
+    A place is a position among the GPUs of the server, as the container sees them.
     `config.pbtxt.template` is read if it is there, `config.pbtxt` otherwise. Raises CompileError.
     """
     path, text = _read(request, repository / model)
@@ -65,12 +73,13 @@ def generate(request: CompileRequest, repository: Path, model: str, count: int) 
     if ensemble:
         _refuse_groups(request, path, config, count)
     else:
-        _set_group(request, path, config, count)
+        _set_group(request, path, config, count, places)
     digest = hashlib.sha256(_canonical(config).encode()).hexdigest()
     if ensemble:
         config.parameters[PARAMETER].string_value = digest
     else:
-        config.instance_group[0].name = group_name(model, digest)
+        for group in config.instance_group:
+            group.name = group_name(model, digest) + group.name
     return Generated(_canonical(config), digest)
 
 
@@ -78,9 +87,29 @@ def is_ours(config: dict[str, Any], model: str, digest: str) -> bool:
     """Whether a configuration that Triton answers with is the one that was sent with `digest`."""
     groups = config.get("instance_group") or []
     if groups:
-        return bool(groups[0].get("name") == group_name(model, digest))
+        name, _, _ = str(groups[0].get("name")).partition("@")
+        return name == group_name(model, digest)
     parameter = (config.get("parameters") or {}).get(PARAMETER) or {}
     return bool(parameter.get("string_value") == digest)
+
+
+def mark_of(config: dict[str, Any], model: str) -> str | None:
+    """What in a configuration says that it was sent by us, whatever the digest; None: nothing."""
+    groups = config.get("instance_group") or []
+    name = str(groups[0].get("name")) if groups else ""
+    if re.fullmatch(re.escape(model) + r"-[0-9a-f]{12}(@\d+)?", name):
+        return name
+    parameter = (config.get("parameters") or {}).get(PARAMETER) or {}
+    return parameter.get("string_value")
+
+
+def places_of(config: dict[str, Any]) -> tuple[int, ...]:
+    """The positions of the GPUs that a configuration of ours has instances on."""
+    places: list[int] = []
+    for group in config.get("instance_group") or []:
+        _, at, place = str(group.get("name")).rpartition("@")
+        places += [int(place)] if at and place.isdecimal() else group.get("gpus") or []
+    return tuple(sorted({*places}))
 
 
 def _read(request: CompileRequest, directory: Path) -> tuple[Path, str]:
@@ -115,8 +144,14 @@ def _parse(request: CompileRequest, path: Path, text: str) -> Any:
     return config
 
 
-def _set_group(request: CompileRequest, path: Path, config: Any, count: int) -> None:
-    """Leaves one group: count and GPU are ours, what else the file's groups say is kept."""
+def _set_group(
+    request: CompileRequest, path: Path, config: Any, count: int, places: Sequence[int]
+) -> None:
+    """Count and GPUs are ours, what else the file's groups say is kept.
+
+    Triton makes `count` instances on each GPU of a group. Without GPUs there is nothing in a group
+    to tell them apart by: then each place has a group of its own, and its name says which.
+    """
     others = []
     for group in config.instance_group:
         rest = type(group)()
@@ -131,16 +166,20 @@ def _set_group(request: CompileRequest, path: Path, config: Any, count: int) -> 
             "leave one group, or none; instances_per_gpu says how many instances run",
         )
     del config.instance_group[:]
-    group = config.instance_group.add()
-    if others:
-        group.CopyFrom(others[0])
-    group.count = count
-    if any(gpu.simulated for gpu in request.gpus):
+    simulated = any(gpu.simulated for gpu in request.gpus)
+    for place in places if simulated else places[:1]:
+        group = config.instance_group.add()
+        if others:
+            group.CopyFrom(others[0])
+        group.count = count
+        if not simulated:
+            group.kind = type(group).KIND_GPU
+            # Relative to the container, which sees the GPUs of the server and no other.
+            group.gpus.extend(places)
+            continue
         group.kind = type(group).KIND_CPU
-    else:
-        group.kind = type(group).KIND_GPU
-        # Relative to the container, which sees one device.
-        group.gpus.append(0)
+        if len(request.gpus) > 1:
+            group.name = f"@{place}"
 
 
 def _refuse_groups(request: CompileRequest, path: Path, config: Any, count: int) -> None:

@@ -13,7 +13,7 @@ from mic_supervisor.cli import wiring
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from rich.console import Group
     from rich.table import Table
@@ -121,14 +121,27 @@ def _ask_http(found: Settings) -> dict[str, Any] | None:
 
 
 def _only(model: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    chosen = [row for row in rows if model in (row["model"], row["id"])]
+    chosen = [row for row in rows if model in (row["model"], row["id"], *_inside(row))]
     if not chosen:
-        known = ", ".join(sorted({row["model"] for row in rows}))
+        known = ", ".join(sorted({name for row in rows for name in _inside(row) or [row["model"]]}))
         raise MicError(
             f"cannot show {model}: neither the file nor this machine has an instance of it",
             hint=f"there is {known}" if known else None,
         )
     return chosen
+
+
+def _by_model(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row for each model: of a server of several, one for each that it is to have."""
+    for row in rows:
+        yield from ({**row, **one} for one in row.get("models", ()))
+        if not row.get("models"):
+            yield row
+
+
+def _inside(row: dict[str, Any]) -> list[str]:
+    """The models of a server of several. An older daemon does not list them."""
+    return [one["model"] for one in row.get("models", ())]
 
 
 def look(machine: Machine) -> dict[str, Any]:
@@ -176,7 +189,7 @@ def show(document: dict[str, Any]) -> None:
     for text in _notices(document):
         click.echo(text, err=True)
     if not sys.stdout.isatty():
-        for row in document["instances"]:
+        for row in _by_model(document["instances"]):
             click.echo("\t".join((*_cells(row, document["at"]), row["reason"] or "")))
         return
     from rich.console import Console
@@ -215,7 +228,7 @@ def _table(document: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("GPU", "MODEL", "PHASE", "SYNC", "SINCE", "RST", "ENDPOINT"):
         table.add_column(name, overflow="fold", no_wrap=name in ("PHASE", "ENDPOINT"))
-    for row in document["instances"]:
+    for row in _by_model(document["instances"]):
         cell = _cells(row, document["at"])
         table.add_row(*cell[:2], f"[{_STYLES.get(cell[2], 'red')}]{cell[2]}", *cell[3:])
     return table

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.config.diagnostics import Report, dotted, show
 from mic_supervisor.config.document import GpuEntry, ModelDefinition, Place
 from mic_supervisor.config.merge import NONE, RESERVED, GpuItem, Merged
+from mic_supervisor.config.model_checks import BackendSource
 from mic_supervisor.config.names import composed
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def read_entries(
@@ -63,17 +67,52 @@ def _target(item: GpuItem, listed: Mapping[str, None], report: Report) -> str | 
     return None
 
 
+def shared_servers(
+    models: Mapping[str, ModelDefinition],
+    backends: Mapping[str, BaseModel],
+    registry: BackendSource,
+) -> dict[str, str]:
+    """The server of each model all of whose entries share one, by the model's name."""
+    found: dict[str, str] = {}
+    for name, model in models.items():
+        server_of = getattr(registry.get(model.backend), "server_of", None)
+        if server_of is not None and model.backend in backends:
+            server = server_of(backends[model.backend], name)
+            if server is not None:
+                found[name] = server
+    return found
+
+
+def check_conflicts(
+    merged: Merged,
+    models: Mapping[str, ModelDefinition],
+    backends: Mapping[str, BaseModel],
+    registry: BackendSource,
+    report: Report,
+) -> None:
+    """Keys of a model that mean nothing with the settings of its backend."""
+    for name, model in models.items():
+        conflicts = getattr(registry.get(model.backend), "conflicts", None)
+        if conflicts is None or model.backend not in backends:
+            continue
+        given = merged.sections["models"].entries[name].node.entries
+        for key, why in conflicts(backends[model.backend], [str(key) for key in given]).items():
+            report.add(given[key].place, f"{dotted('models', name)}.{key}", why)
+
+
 def check_ports(
     merged: Merged,
     models: Mapping[str, ModelDefinition],
     entries: Sequence[GpuEntry],
+    servers: Mapping[str, str],
     report: Report,
 ) -> None:
-    """A fixed port serves one instance."""
+    """A fixed port serves one instance. `servers` says which models have one for all entries."""
     running: dict[str, int] = {}
     for entry in entries:
         if entry.model is not None:
-            running[entry.model] = running.get(entry.model, 0) + 1
+            count = running.get(entry.model, 0) + 1
+            running[entry.model] = 1 if entry.model in servers else count
     taken: dict[int, tuple[str, Place]] = {}
     for name in (name for name in models if name in running):
         count = running[name]

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from mic_supervisor.config.diagnostics import Report
 from mic_supervisor.config.document import Config
-from mic_supervisor.config.gpu_checks import check_ports, read_entries
+from mic_supervisor.config.gpu_checks import (
+    check_conflicts,
+    check_ports,
+    read_entries,
+    shared_servers,
+)
 from mic_supervisor.config.merge import read_merged
 from mic_supervisor.config.model_checks import BackendSource, ModelChecker
 
@@ -35,7 +40,9 @@ def load(
     models = checker.models()
     backends = checker.backends()
     entries = read_entries(merged, models, report)
-    check_ports(merged, models, entries, report)
+    servers = shared_servers(models, backends, registry)
+    check_conflicts(merged, models, backends, registry, report)
+    check_ports(merged, models, entries, servers, report)
     if report:
         report.fail()
     document = merged.plain()

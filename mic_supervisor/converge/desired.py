@@ -7,9 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mic_supervisor.backends import Backend, CompileRequest
+from mic_supervisor.backends import Backend
+from mic_supervisor.converge.servers import (
+    Servers,
+    backend_of,
+    called,
+    request_for,
+    unsatisfiable_entry,
+)
 from mic_supervisor.errors import CompileError
-from mic_supervisor.model import DesiredState, GpuInventory, Instance, Unsatisfiable
+from mic_supervisor.model import DesiredState, GpuInventory, Instance
 from mic_supervisor.plan.bind import BoundEntry, bind
 
 if TYPE_CHECKING:
@@ -30,34 +37,29 @@ def desired_state(
     instance may have one of its own. What cannot be compiled blocks its own entry.
     """
     binding = bind(config.entries, inventory, kept)
+    servers = Servers(config, inventory, binding, kept, registry, instance_data)
     instances: list[Instance] = []
-    unsatisfiable = list(binding.unsatisfiable)
-    if inventory.error is not None:
-        unsatisfiable = [replace(item, reason=inventory.error, hint=None) for item in unsatisfiable]
+    unsatisfiable = [item for item in binding.unsatisfiable if not servers.tells_of(item)]
     kept_empty: list[str] = []
     for bound in binding.entries:
         if bound.instance is None:
             kept_empty += [gpu.uuid for gpu in bound.gpus]
-            continue
-        try:
-            instances.append(_compile(config, bound, bound.instance, registry, instance_data))
-        except CompileError as error:
-            indices = ",".join(str(gpu.index) for gpu in bound.gpus)
-            unsatisfiable.append(
-                Unsatisfiable(
-                    subject=f"{bound.entry.model} on GPU {indices}",
-                    reason=error.message,
-                    gpus=tuple(gpu.uuid for gpu in bound.gpus),
-                    instances=(bound.instance,),
-                    model=bound.entry.model,
-                    hint=error.hint,
-                )
-            )
+        elif (trouble := servers.reserves(bound)) is not None:
+            unsatisfiable.append(trouble)
+        elif not servers.takes(bound):
+            try:
+                instances.append(_compile(config, bound, bound.instance, registry, instance_data))
+            except CompileError as error:
+                unsatisfiable.append(unsatisfiable_entry(bound, error, (bound.instance,)))
+    made, troubled = servers.compile()
+    unsatisfiable += troubled
+    if inventory.error is not None:
+        unsatisfiable = [replace(item, reason=inventory.error, hint=None) for item in unsatisfiable]
     return DesiredState(
-        instances=tuple(sorted(instances, key=lambda item: item.id)),
+        instances=tuple(sorted([*instances, *made], key=lambda item: item.id)),
         kept_empty=tuple(kept_empty),
         unsatisfiable=tuple(unsatisfiable),
-        bindings=binding.bindings,
+        bindings=tuple(sorted({*binding.bindings, *servers.bindings})),
         warnings=binding.warnings,
         config_hash=config.hash,
     )
@@ -114,32 +116,15 @@ def _compile(
 ) -> Instance:
     assert bound.entry.model is not None  # `none` has no instance
     definition = config.models[bound.entry.model]
-    backend = registry.get(definition.backend)
-    if backend is None:
-        raise CompileError(f"backend {definition.backend} is not installed any more")
-    request = CompileRequest(
-        model=definition.name,
-        instance=instance,
-        options=definition.options,
-        settings=config.backends[definition.backend],
-        gpus=bound.gpus,
-        read_text=_read_text,
-        variables=config.variables,
-        directory=instance_data / instance,
+    backend = backend_of(registry, definition.backend)
+    request = request_for(
+        config,
+        definition.backend,
+        definition.name,
+        instance,
+        definition.options,
+        bound.gpus,
+        instance_data,
     )
-    try:
-        compiled = backend.compile(request)
-    except CompileError:
-        raise
-    # A backend may be a stranger's plug-in: whatever it raises concerns its own models alone.
-    except Exception as error:
-        raise CompileError(
-            f"backend {definition.backend} cannot compile {definition.name}: "
-            f"{type(error).__name__}: {error}",
-            hint="this is a defect of the backend; report it there",
-        ) from error
+    compiled = called(definition.backend, definition.name, lambda: backend.compile(request))
     return replace(compiled, place=str(bound.entry.place))
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")

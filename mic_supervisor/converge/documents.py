@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.plan import render
-from mic_supervisor.plan.status import InstanceStatus, gpu_rows, status_json
+from mic_supervisor.plan.status import InstanceStatus, by_model, gpu_rows, status_json
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.events import Event
@@ -22,7 +22,7 @@ EXIT_SOME_FAILED = 3
 
 def exit_code(rows: Iterable[InstanceStatus]) -> int:
     """Of an apply: 0 all is as desired, 3 some is and some is not, 1 nothing is."""
-    good = [row.settled_well for row in rows]
+    good = [one.settled_well for row in rows for one in by_model(row)]
     if all(good):
         return 0
     return EXIT_SOME_FAILED if any(good) else EXIT_ALL_FAILED

@@ -46,7 +46,8 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
 from mic_supervisor.plan.fallback import as_it_runs
-from mic_supervisor.plan.health import Phase, note_failure, remember
+from mic_supervisor.plan.health import Phase, note_failure, note_load_failure, remember
+from mic_supervisor.plan.loads import memory_key
 from mic_supervisor.plan.memory import Floor, Memory, Pause
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.release import floor_of
@@ -462,11 +463,26 @@ class Converger:
         began = self._clock()
         owner = {step.id: change for change in changes for step in change.steps}
         failed: set[str] = set()
-        broken: set[str] = set()
+        broken: set[tuple[str, str]] = set()
         for change in changes:
             self._troubles.pop(change.instance, None)
             self._tell("begin", change, change.cause)
+
+        async def attempt(step: Step, change: Change) -> None:
+            try:
+                await self._step(step, change)
+            except MicError as error:
+                failed.add(step.id)
+                broken.add((change.instance, change.model))
+                if isinstance(step, Stop) and isinstance(error, StopFailed):
+                    owner_id = step.workload.identity.instance
+                    self._troubles[owner_id] = Trouble(Phase.STUCK_STOPPING, error.message)
+                elif isinstance(error, ReleaseFailed):
+                    self._troubles[change.instance] = Trouble(Phase.BLOCKED, error.message)
+                self._failed(step, change, error, began)
+
         prepared = False
+        beside: list[asyncio.Task[None]] = []
         for step in in_order([step for change in changes for step in change.steps]):
             change = owner[step.id]
             if not prepared and not isinstance(step, Prepare | Create):
@@ -477,21 +493,15 @@ class Converger:
                 prepared = True
             if failed & set(step.depends_on):
                 failed.add(step.id)
-                broken.add(change.instance)
-                continue
-            try:
-                await self._step(step, change)
-            except MicError as error:
-                failed.add(step.id)
-                broken.add(change.instance)
-                if isinstance(step, Stop) and isinstance(error, StopFailed):
-                    owner_id = step.workload.identity.instance
-                    self._troubles[owner_id] = Trouble(Phase.STUCK_STOPPING, error.message)
-                elif isinstance(error, ReleaseFailed):
-                    self._troubles[change.instance] = Trouble(Phase.BLOCKED, error.message)
-                self._failed(step, change, error, began)
+                broken.add((change.instance, change.model))
+            elif isinstance(step, Load | Unload):
+                # Nothing depends on one, and one that hangs must not hold up the others.
+                beside.append(asyncio.create_task(attempt(step, change)))
+            else:
+                await attempt(step, change)
+        await asyncio.gather(*beside)
         for change in changes:
-            if change.instance not in broken:
+            if (change.instance, change.model) not in broken:
                 self._rest.pop(change.instance, None)
                 self._tell("done", change, change.cause, seconds=self._clock() - began)
 
@@ -545,8 +555,17 @@ class Converger:
 
     def _failed(self, step: Step, change: Change, error: MicError, began: float) -> None:
         now = self._clock()
-        self._let_rest(change.instance)
         item = self._assessments.get(change.instance)
+        if isinstance(step, Load | Unload) and item is not None and item.instance.shared:
+            # It is the model's trouble alone: the server goes on with the others.
+            key = memory_key(change.instance, step.placement.model)
+            entry = note_load_failure(
+                self.memory.of(key), step.placement, error.message, now, random.random()
+            )
+            self.memory = self.memory.with_instance(key, entry)
+            self._tell("failed", change, error.message, seconds=now - began, hint=error.hint)
+            return
+        self._let_rest(change.instance)
         # An engine that is gone says nothing about the instance, nor does an old one that stays.
         if item is not None and not isinstance(
             error, RuntimeUnavailable | StopFailed | ReleaseFailed

@@ -114,7 +114,18 @@ def look(
     devices = before.devices
     if DEVICES in due:
         devices = _devices(target, before.devices, now)
-    return Health(startup, liveness, readiness, placements, devices=devices)
+    surplus = before.surplus
+    if "placements" in due and target.instance.inventory is not None:
+        surplus = target.backend.surplus(target.instance, lambda what: _ask(target, what))
+    return Health(startup, liveness, readiness, placements, surplus=surplus, devices=devices)
+
+
+def _ask(target: Target, what: HttpCall) -> tuple[int | None, str]:
+    try:
+        answer = call(target, what)
+    except NoAnswer:
+        return None, ""
+    return answer.status, answer.body
 
 
 def has_devices(target: Target) -> bool:

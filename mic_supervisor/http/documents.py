@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.http import redact
 from mic_supervisor.http.published import status_of
 from mic_supervisor.plan import render
 from mic_supervisor.plan.assess import is_alive, workloads
-from mic_supervisor.plan.status import gpu_rows
+from mic_supervisor.plan.status import by_model, gpu_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
@@ -104,7 +104,7 @@ def running(snapshot: Snapshot) -> list[dict[str, Any]]:
     indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
     return [
         {
-            "model_name": model,
+            "model_name": row.model,
             "model_type": row.backend,
             "gpu_id": indices.get(uuid),
             "gpu_uuid": uuid,
@@ -112,19 +112,11 @@ def running(snapshot: Snapshot) -> list[dict[str, Any]]:
             "phase": row.phase.value,
             "endpoint": row.endpoints.get("http"),
         }
-        for row in snapshot.statuses
-        if row.ref in alive
-        for model, uuid in placed(snapshot, row)
+        for whole in snapshot.statuses
+        if whole.ref in alive
+        for row in by_model(whole)
+        for uuid in row.gpus
     ]
-
-
-def placed(snapshot: Snapshot, row: InstanceStatus) -> Iterator[tuple[str, str]]:
-    """(model, GPU) of an instance: a shared server has many, any other one per GPU."""
-    for instance in snapshot.desired.instances:
-        if instance.id == row.id and instance.placements:
-            yield from ((item.model, item.gpu) for item in instance.placements)
-            return
-    yield from ((row.model, uuid) for uuid in row.gpus)
 
 
 def _alive(snapshot: Snapshot) -> Mapping[str, ObservedWorkload]:

@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 from mic_supervisor.http import documents
 from mic_supervisor.model import OwnerKind
 from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.status import gpu_rows
+from mic_supervisor.plan.status import by_model, gpu_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
@@ -291,7 +291,7 @@ def _models(snapshot: Snapshot) -> Iterator[Metric]:
         "mic_model_next_retry_timestamp_seconds", "When its start is tried again.", labels=_MODEL
     )
     used = _memory_by_instance(snapshot)
-    for row in snapshot.statuses:
+    for row in (one for whole in snapshot.statuses for one in by_model(whole)):
         key = (row.model, row.backend, row.id)
         unit = row.ref if row.runtime == "systemd" and row.ref is not None else ""
         info.add_metric((*key, ",".join(row.gpus), unit), 1)

@@ -19,7 +19,7 @@ from mic_supervisor.http.redact import Scrubber, config_error
 from mic_supervisor.http.tiles import Context, icon, tile, unopened_tile
 from mic_supervisor.http.verdict import Level, Problem, Verdict, judge
 from mic_supervisor.plan.render import gpu_names, reason
-from mic_supervisor.plan.status import gpu_rows
+from mic_supervisor.plan.status import InstanceStatus, by_model, gpu_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.events import Event
@@ -179,7 +179,7 @@ def _gpus(snapshot: Snapshot, views: Views, context: Context) -> Markup:
         tile(
             state,
             there.get(state["uuid"]),
-            [row for row in snapshot.statuses if state["uuid"] in row.gpus],
+            _on(state["uuid"], snapshot),
             views.samples.of(state["uuid"]),
             context,
         )
@@ -194,6 +194,12 @@ def _gpus(snapshot: Snapshot, views: Views, context: Context) -> Markup:
         id="gpus",
         aria_labelledby="gpus-title",
     )
+
+
+def _on(uuid: str, snapshot: Snapshot) -> list[InstanceStatus]:
+    """What is on a GPU: of a server of several models those there, or itself, if none is."""
+    rows = [row for row in snapshot.statuses if uuid in row.gpus]
+    return [one for row in rows for one in [o for o in by_model(row) if uuid in o.gpus] or [row]]
 
 
 def _plan(snapshot: Snapshot, context: Context) -> Markup:

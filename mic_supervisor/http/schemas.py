@@ -86,6 +86,16 @@ class ConfigInUse(Shape):
     error: str | None
 
 
+class StatusModel(Shape):
+    """One model in a server of several."""
+
+    model: str
+    gpus: list[GpuRef]
+    phase: str
+    reason: str | None
+    next_retry: float | None
+
+
 class StatusInstance(Shape):
     id: str
     origin: str
@@ -106,6 +116,7 @@ class StatusInstance(Shape):
     spec_hash: str | None
     as_desired: bool
     serving: bool | None = Field(description="what its probes say; null: nothing")
+    models: list[StatusModel] = Field(description="of a server of several models; else empty")
 
 
 class Holder(Shape):

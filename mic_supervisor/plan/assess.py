@@ -104,6 +104,18 @@ class Assessment:
         return PlacementState(placement.model, LoadState.UNKNOWN)
 
     @property
+    def lives(self) -> bool:
+        """Its liveness probe passes."""
+        return _passes(self.health.liveness)
+
+    @property
+    def placed_gpus(self) -> set[str]:
+        """The GPUs that have a model: of a server of several models not necessarily all."""
+        if not self.instance.shared:
+            return {*self.instance.gpus}
+        return {uuid for placement in self.instance.placements for uuid in placement.gpus}
+
+    @property
     def serves(self) -> bool:
         """Everything that can be checked is as it should be; of an unprobed one that is little."""
         probes = self.instance.probes

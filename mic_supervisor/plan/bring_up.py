@@ -194,7 +194,10 @@ def _why(
 
 def _drift(assessment: Assessment) -> str:
     paths = [diff.path for diff in assessment.diff]
+    models = [placement.model for placement in assessment.instance.placements]
+    # What is in a server that is replaced is gone until the new one has it loaded.
+    down = f"; {' and '.join(models)} go down with it" if len(models) > 1 else ""
     if paths == ["gpus"]:
-        return "its set of GPUs changed"
+        return f"its set of GPUs changed{down}"
     shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    return f"its specification changed: {shown}"
+    return f"its specification changed: {shown}{down}"

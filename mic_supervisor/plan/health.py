@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from enum import StrEnum
 
-from mic_supervisor.model import LoadState, ObservedWorkload, RunState
+from mic_supervisor.model import LoadState, ObservedWorkload, Placement, RunState
 from mic_supervisor.plan import backoff
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.fallback import fallback, way_back
+from mic_supervisor.plan.loads import memory_key
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.workload_record import recorded
 
@@ -102,6 +103,8 @@ def remember(
             )
             quiet = paused or not {*assessment.gpus}.isdisjoint(sick)
             instances[instance] = _remember(memory.of(instance), assessment, now, jitter, quiet)
+        if assessment.instance.shared:
+            instances |= _remember_loads(memory, assessment)
     return replace(memory, instances=instances)
 
 
@@ -147,6 +150,32 @@ def _remember(
     if backoff.is_stable(entry.ready_since, now, assessment.instance.start_timeout):
         entry = replace(entry, failures=0, reason=None, retry_at=None, attempt=None)
     return entry
+
+
+def _remember_loads(memory: Memory, assessment: Assessment) -> dict[str, InstanceMemory]:
+    """What is still to be known of loads that failed: not what is loaded, nor what has changed."""
+    kept: dict[str, InstanceMemory] = {}
+    for placement in assessment.instance.placements:
+        key = memory_key(assessment.instance.id, placement.model)
+        entry = memory.instances.get(key)
+        same = entry is not None and entry.attempt == placement.digest
+        if entry is not None and same and not assessment.loaded(placement):
+            kept[key] = entry
+    return kept
+
+
+def note_load_failure(
+    entry: InstanceMemory, placement: Placement, reason: str, now: float, jitter: float
+) -> InstanceMemory:
+    """Count one failure to load a model of a shared server. The server said no, and would again."""
+    failures = (entry.failures if entry.attempt == placement.digest else 0) + 1
+    return replace(
+        entry,
+        failures=failures,
+        reason=reason,
+        attempt=placement.digest,
+        retry_at=now + backoff.delay(max(failures, 2), jitter),
+    )
 
 
 def _in_time(entry: InstanceMemory, now: float) -> InstanceMemory:

@@ -1,9 +1,9 @@
-"""What a server that runs should have loaded, and has not."""
+"""What a server that runs should have loaded and has not, and the other way round."""
 
 from __future__ import annotations
 
 from mic_supervisor.model import LoadState, PlacementState
-from mic_supervisor.plan.actions import FieldDiff, Load
+from mic_supervisor.plan.actions import FieldDiff, Load, Unload
 from mic_supervisor.plan.assess import Assessment
 from mic_supervisor.records import dataclass
 
@@ -13,6 +13,31 @@ class DueLoad:
     step: Load
     cause: str
     diff: tuple[FieldDiff, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DueUnload:
+    step: Unload
+    cause: str
+
+
+def unloads(item: Assessment) -> list[DueUnload]:
+    """What a server has loaded for us that the file does not have in it any more."""
+    match = item.match
+    if match is None or not item.started_up or item.alive:
+        return []
+    return [
+        DueUnload(
+            Unload(f"unload {one.model} from {match.name}", item.instance.id, match, one),
+            f"the file no longer has {one.model} in this server",
+        )
+        for one in item.health.surplus
+    ]
+
+
+def memory_key(instance: str, model: str) -> str:
+    """Under what it is remembered how loading a model of a shared server went."""
+    return f"{instance}/{model}"
 
 
 def loads(item: Assessment) -> list[DueLoad]:
@@ -36,6 +61,8 @@ def loads(item: Assessment) -> list[DueLoad]:
             cause = f"{changed} changed"
         else:
             cause = f"the server does not have {placement.model} loaded"
+        if item.instance.shared:
+            cause = f"{placement.model}: {cause}"
         name = f"load {placement.model} into {match.name}"
         out.append(DueLoad(Load(name, item.instance.id, match, placement), cause, diff))
     return out

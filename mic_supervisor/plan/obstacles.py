@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from mic_supervisor.model import DesiredState, Gpu, Instance, ObservedState, OwnerKind
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
-from mic_supervisor.plan.release import lets_go, size
+from mic_supervisor.plan.release import SLACK, lets_go, size
 from mic_supervisor.plan.spec import SpecKey, keys_of
 from mic_supervisor.plan.strangers import (
     belongs,
@@ -190,6 +190,33 @@ def _of_gpus(desired: DesiredState, observed: ObservedState) -> Iterable[str]:
                 f"GPU {gpu.index} has had {count} uncorrected memory error{'s'[: count > 1]} since "
                 "the driver was loaded"
             )
+
+
+def left_behind(assessments: Iterable[Assessment], observed: ObservedState) -> list[str]:
+    """Memory that a server keeps on GPUs where nothing is placed any more: an unload need not give
+    it back, only the end of the process does.
+    """
+    gpus = {gpu.uuid: gpu for gpu in observed.inventory.gpus}
+    out = []
+    for item in assessments:
+        if not item.instance.shared or not item.runs:
+            continue
+        for uuid in item.instance.gpus:
+            gpu = gpus.get(uuid)
+            if gpu is None or uuid in item.placed_gpus:
+                continue
+            count = memory_of(
+                process
+                for process in gpu.processes or ()
+                if process.owner is not None and process.owner.instance == item.instance.id
+            )
+            if count > SLACK:
+                out.append(
+                    f"GPU {gpu.index}: {item.instance.id} still holds {size(count)} there although "
+                    "nothing is placed on it; only its end gives that back: mic-supervisor restart "
+                    f"{item.instance.id}"
+                )
+    return out
 
 
 def adoption_warnings(assessments: Iterable[Assessment], key: SpecKey) -> list[str]:

@@ -33,10 +33,12 @@ from mic_supervisor.plan.actions import (
     Change,
     ChangeKind,
     FieldDiff,
+    Load,
     Plan,
     Release,
     Remove,
     Step,
+    Unload,
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive, workloads
 from mic_supervisor.plan.bring_up import RETRY, BringUp, blocked, bring_up, fall_back, unhealthy_gpu
@@ -45,12 +47,13 @@ from mic_supervisor.plan.fallback import fallback
 from mic_supervisor.plan.holds import Holds, left_out, way_out
 from mic_supervisor.plan.lanes import Lanes
 from mic_supervisor.plan.leftovers import left_over, superseded
-from mic_supervisor.plan.loads import loads
+from mic_supervisor.plan.loads import DueLoad, loads, memory_key, unloads
 from mic_supervisor.plan.memory import InstanceMemory, Memory, Paused
 from mic_supervisor.plan.obstacles import (
     Ports,
     Surroundings,
     adoption_warnings,
+    left_behind,
     warnings,
 )
 from mic_supervisor.plan.ports import assign
@@ -148,7 +151,11 @@ class _Round:
             blocked=tuple(
                 sorted(self.blocked, key=lambda item: (item.instance, item.reason, item.gpus))
             ),
-            warnings=(*notes, *adoption_warnings(self.assessments, self.context.key)),
+            warnings=(
+                *notes,
+                *adoption_warnings(self.assessments, self.context.key),
+                *left_behind(self.assessments, self.observed),
+            ),
             next_wake=min((b.until for b in self.blocked if b.until is not None), default=None),
         )
 
@@ -430,7 +437,9 @@ class _Round:
     def _loads(self, lane: str, item: Assessment, entry: InstanceMemory) -> None:
         """5. Only a server that answers can say what it has loaded."""
         due = loads(item)
-        if due and entry.retry_at is not None and entry.retry_at > self.now:
+        if item.instance.shared:
+            due = self._patient_loads(item, due)
+        elif due and entry.retry_at is not None and entry.retry_at > self.now:
             if not self._is_told(item.instance.id):
                 reason = f"backoff: {entry.reason}"
                 self.blocked.append(blocked(item, reason, until=entry.retry_at))
@@ -441,9 +450,46 @@ class _Round:
             if (pause := self.holds.placement(model)) is not None:  # 8
                 held[model] = f"{model} is {pause}; would load: {load.cause}"
             else:
-                self._change("load", lane, item, load.cause, [load.step], load.diff)
+                self._change("load", lane, item, load.cause, [load.step], load.diff, load.step)
+        self._unloads(lane, item)
         if held and not self._is_told(item.instance.id):
             self.blocked.append(blocked(item, "; ".join(held.values()), hint=way_out(held)))
+
+    def _patient_loads(self, item: Assessment, due: list[DueLoad]) -> list[DueLoad]:
+        """Those whose turn it is: in a shared server each model has a patience of its own."""
+        ready: list[DueLoad] = []
+        waiting: list[tuple[float, str]] = []
+        for load in due:
+            model = load.step.placement.model
+            entry = self.memory.of(memory_key(item.instance.id, model))
+            if entry.retry_at is not None and entry.retry_at > self.now:
+                waiting.append((entry.retry_at, f"{model}: backoff: {entry.reason}"))
+            else:
+                ready.append(load)
+        if waiting and not self._is_told(item.instance.id):
+            reason = "; ".join(text for _, text in waiting)
+            until = min(at for at, _ in waiting)
+            self.blocked.append(blocked(item, reason, until=until))
+        return ready
+
+    def _unloads(self, lane: str, item: Assessment) -> None:
+        named = {uuid for other in self.assessments for uuid in other.placed_gpus}
+        named |= set(self.desired.kept_empty)
+        for unload in unloads(item):
+            one = unload.step.placement
+            if (pause := self.holds.placement(one.model)) is not None:  # 8
+                reason = f"{one.model} is {pause}; would unload: {unload.cause}"
+                self.blocked.append(blocked(item, reason, hint=way_out([one.model])))
+            elif self.context.confirmed or (one.gpus and set(one.gpus) <= named):
+                self._change("unload", lane, item, unload.cause, [unload.step], (), unload.step)
+            elif not self._is_told(item.instance.id):
+                self.blocked.append(
+                    blocked(
+                        item,
+                        f"the file no longer names {one.model}; its removal waits to be confirmed",
+                        hint="confirm with `mic-supervisor apply` or `systemctl reload mic`",
+                    )
+                )
 
     def _is_told(self, instance: str) -> bool:
         """Whether it is blocked already: one reason is enough."""
@@ -534,15 +580,18 @@ class _Round:
         cause: str,
         steps: list[Step],
         diff: tuple[FieldDiff, ...] | None = None,
+        inside: Load | Unload | None = None,
     ) -> None:
+        """`inside`: it concerns one model in a server, which may have others."""
         instance = item.instance
+        one = inside.placement if inside is not None and instance.shared else None
         self.changes.append(
             Change(
                 kind,
                 instance.id,
-                instance.model,
+                instance.model if one is None else one.model,
                 instance.backend,
-                instance.gpus,
+                instance.gpus if one is None else one.gpus,
                 lane,
                 cause,
                 item.diff if diff is None else diff,

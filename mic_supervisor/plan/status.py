@@ -11,6 +11,7 @@ from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
 from mic_supervisor.plan.fallback import as_it_runs, fallback
 from mic_supervisor.plan.health import Phase, phase_of
+from mic_supervisor.plan.loads import memory_key
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.records import dataclass
 
@@ -22,6 +23,17 @@ _HEALTH = {
     Phase.BACKOFF: "unhealthy",
     Phase.STUCK_STOPPING: "unhealthy",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model in a server of several: where it is placed, and how far it is."""
+
+    model: str
+    gpus: tuple[str, ...]
+    phase: Phase
+    reason: str | None = None
+    next_retry: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,7 @@ class InstanceStatus:
     pid: int | None
     spec_hash: str | None
     serving: bool | None = None  # what its probes say, whatever specification runs; None unknown
+    models: tuple[ModelStatus, ...] = ()  # of a server of several
 
     @property
     def settled_well(self) -> bool:
@@ -122,7 +135,36 @@ def status_json(row: InstanceStatus, indices: Mapping[str, int]) -> dict[str, An
         "pid": row.pid,
         "spec_hash": row.spec_hash,
         "serving": row.serving,
+        "models": [
+            {
+                "model": item.model,
+                "gpus": [{"uuid": uuid, "index": indices.get(uuid)} for uuid in item.gpus],
+                "phase": item.phase.value,
+                "reason": item.reason,
+                "next_retry": item.next_retry,
+            }
+            for item in row.models
+        ],
     }
+
+
+def by_model(row: InstanceStatus) -> list[InstanceStatus]:
+    """A row for each model: of a server of several, one for each that it is to have."""
+    if not row.models:
+        return [row]
+    return [
+        replace(
+            row,
+            model=item.model,
+            gpus=item.gpus,
+            phase=item.phase,
+            reason=item.reason,
+            next_retry=item.next_retry,
+            sync="in_sync" if item.phase is Phase.READY else row.sync,
+            models=(),
+        )
+        for item in row.models
+    ]
 
 
 def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[dict[str, Any]]:
@@ -231,6 +273,9 @@ def _desired(
             phase = Phase.BACKOFF
         elif blocked.queued and phase is Phase.BLOCKED:
             phase = Phase.WAITING_VRAM
+        if instance.shared and item.started_up:
+            # A model that does not load is its own trouble; the server has others.
+            phase = Phase.DEGRADED
     if blocked is not None and blocked.paused and activities.get(instance.id) is None:
         troubled = item.runs and phase not in (Phase.READY, Phase.UNPROBED)
         how = f"; it runs, {phase.value}" + (f": {reason}" if reason else "")
@@ -263,7 +308,31 @@ def _desired(
         pid=serving.pid if serving and is_alive(serving) else None,
         spec_hash=item.hash,
         serving=really.serving,
+        models=_models(item, phase, reason, memory),
     )
+
+
+def _models(
+    item: Assessment, phase: Phase, reason: str | None, memory: Memory
+) -> tuple[ModelStatus, ...]:
+    if not item.instance.shared:
+        return ()
+    found: list[ModelStatus] = []
+    for placement in sorted(item.instance.placements, key=lambda one: one.model):
+        entry = memory.of(memory_key(item.instance.id, placement.model))
+        where = (placement.model, placement.gpus)
+        if not item.started_up or phase is Phase.PAUSED:
+            found.append(ModelStatus(*where, phase, reason))
+        elif item.loaded(placement):
+            live = item.instance.probes.liveness is None or item.lives
+            found.append(
+                ModelStatus(*where, Phase.READY if live else phase, None if live else reason)
+            )
+        elif entry.retry_at is not None:
+            found.append(ModelStatus(*where, Phase.BACKOFF, entry.reason, entry.retry_at))
+        else:
+            found.append(ModelStatus(*where, Phase.LOADING, item.placement(placement).reason))
+    return tuple(found)
 
 
 def _how(entry: InstanceMemory, item: Assessment) -> str:

@@ -321,7 +321,7 @@ def test_the_same_request_gives_an_equal_instance() -> None:
 
 def test_the_base_class_knows_of_no_placements_and_quotes_what_there_is() -> None:
     call = HttpCall("GET", "/")
-    placement = Placement("m", "g", "d", call, call, call)
+    placement = Placement("m", ("g",), "d", call, call, call)
     base = BackendBase()
     assert base.placement_state(placement, 200, "").state is LoadState.UNKNOWN
     assert base.load_failure('{"error": "no"}', ["x"], "m") == "no"

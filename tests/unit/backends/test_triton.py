@@ -126,7 +126,7 @@ def test_one_server_for_one_gpu() -> None:
         placements=(
             Placement(
                 model="MAM",
-                gpu=REAL.uuid,
+                gpus=(REAL.uuid,),
                 digest=digest,
                 load=HttpCall(
                     "POST",
@@ -197,11 +197,12 @@ def test_flags_of_the_supervisor_are_refused(flag: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "cause"),
     [
-        ({"server": "shared"}, "'shared' comes with a later version; this one knows per-gpu"),
-        ({"server": "per-model"}, "'per-model' comes with a later version"),
         ({"server": "per-node"}, "Input should be 'per-gpu'"),
-        ({"gpus": [0, 1]}, "gpus: a server that several models or GPUs share comes with a later"),
-        ({"ports": {"http": 8000}}, "ports: a server that several models or GPUs share"),
+        ({"gpus": [0, 1]}, "gpus: it is of a server for all models, and this says server: per-gpu"),
+        ({"ports": {"http": 8000}, "server": "per-model"}, "ports: it is of a server for all mod"),
+        ({"args": ["--id=x"], "server": "shared"}, "args: --id is set by the supervisor"),
+        ({"gpus": ["0-1"], "server": "shared"}, "0-1: name one GPU at a time"),
+        ({"gpus": ["x"], "server": "shared"}, "x: this names no GPU"),
         ({"model_repository": "relative"}, "should match pattern"),
     ],
 )
@@ -229,7 +230,7 @@ def test_options_that_are_refused(options: dict[str, Any], cause: str) -> None:
 def test_one_server_over_two_gpus_is_refused() -> None:
     assert refusal(gpus=(REAL, SECOND)) == (
         "cannot configure MAM: server: per-gpu runs one server for one GPU, and this entry has 2",
-        'write a range ("3-4") for one server on each',
+        'write a range ("3-4") for one server on each, or server: per-model',
     )
 
 
@@ -398,7 +399,7 @@ def answered(name: str = "", **more: Any) -> str:
 
 def test_a_real_answer_is_recognised_by_the_mark_alone() -> None:
     real = ANSWERS["config"]
-    made = Placement("MAM", "g", real["digest"], *(HttpCall("GET", "/"),) * 3)
+    made = Placement("MAM", ("g",), real["digest"], *(HttpCall("GET", "/"),) * 3)
     state = BACKEND.placement_state(made, 200, real["body"])
     assert (state.state, state.digest, state.reason) == (LoadState.LOADED, real["digest"], None)
     assert state.summary == (("instances_per_gpu", "8"),)

@@ -110,7 +110,12 @@ def test_what_does_not_run_is_not_listed_and_what_starts_is() -> None:
 
 def test_a_shared_server_is_listed_once_per_model_and_gpu() -> None:
     server = b.on(
-        "server", 0, 1, backend="server", placements=(b.placement("A", 0), b.placement("B", 1))
+        "server",
+        0,
+        1,
+        backend="server",
+        shared=True,
+        placements=(b.placement("A", 0), b.placement("B", 1)),
     )
     observed = b.observed(b.workload(server))
     found = documents.running(views_of.snapshot(b.desired(server), observed))

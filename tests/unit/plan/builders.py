@@ -121,7 +121,7 @@ def placement(model: str, index: int, count: int = 8) -> Placement:
     call = HttpCall("POST", f"/load/{model}/{count}")
     return Placement(
         model=model,
-        gpu=uuid(index),
+        gpus=(uuid(index),),
         digest=f"digest-{model}-{count}",
         load=call,
         unload=call,

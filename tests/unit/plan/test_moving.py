@@ -305,7 +305,7 @@ def test_the_state_is_the_same_whichever_way_it_is_listed() -> None:
 
 def test_a_placement_is_no_part_of_the_specification() -> None:
     call = HttpCall("GET", "/")
-    item = Placement("MAM", uuid(0), "d", call, call, call)
+    item = Placement("MAM", (uuid(0),), "d", call, call, call)
     assert not [
         change
         for change in plan_for([replace(MAM, placements=(item,))], observed(workload(MAM))).changes

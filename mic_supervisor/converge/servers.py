@@ -1,0 +1,262 @@
+"""Servers that several entries of the file share: one instance for all of them.
+
+Which entries those are, their backend says. The server has the GPUs of its entries, or those that
+are reserved for it, in the order of their places on the bus: so a container counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from mic_supervisor.backends import Backend, CompileRequest, Member
+from mic_supervisor.errors import CompileError
+from mic_supervisor.model import Gpu, GpuInventory, Instance, Placement, Unsatisfiable
+from mic_supervisor.plan.bind import Binding, BoundEntry, bind, safe_name
+from mic_supervisor.records import dataclass
+
+if TYPE_CHECKING:
+    from mic_supervisor.backends.registry import Registry
+    from mic_supervisor.config.document import Config
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Server:
+    """One server, while the entries are gone through. `troubles` keep it from being followed."""
+
+    name: str
+    backend: Backend
+    reserved: list[Gpu] = field(default_factory=list)
+    entries: list[BoundEntry] = field(default_factory=list)
+    troubles: list[Unsatisfiable] = field(default_factory=list)
+
+    @property
+    def instance(self) -> str:
+        return safe_name(self.name)
+
+
+class Servers:
+    """The shared servers of one desired state."""
+
+    def __init__(
+        self,
+        config: Config,
+        inventory: GpuInventory,
+        binding: Binding,
+        kept: Mapping[str, str],
+        registry: Registry,
+        instance_data: Path,
+    ) -> None:
+        self.bindings: list[tuple[str, str]] = []
+        self._config = config
+        self._registry = registry
+        self._instance_data = instance_data
+        self._servers: dict[tuple[str, str], _Server] = {}
+        self._told: list[Unsatisfiable] = []
+        for bound in binding.entries:
+            if (server := self._server(bound.entry.model)) is not None:
+                server.entries.append(bound)
+        for lost in binding.unsatisfiable:
+            if (server := self._server(lost.model)) is not None:
+                server.troubles.append(lost)
+                self._told.append(lost)
+        known = {**kept, **dict(binding.bindings)}
+        for server in self._servers.values():
+            self._reserve(server, inventory, known)
+
+    def takes(self, bound: BoundEntry) -> bool:
+        """Whether an entry is part of a shared server."""
+        return any(bound in server.entries for server in self._servers.values())
+
+    def tells_of(self, trouble: Unsatisfiable) -> bool:
+        """Whether what is wrong with an entry is told of as a trouble of its server."""
+        return trouble in self._told
+
+    def reserves(self, bound: BoundEntry) -> Unsatisfiable | None:
+        """Why an entry cannot have its GPU: a server of others has it for itself."""
+        for server in self._servers.values():
+            taken = {gpu.uuid for gpu in server.reserved} & {gpu.uuid for gpu in bound.gpus}
+            if taken and bound not in server.entries:
+                cause = CompileError(
+                    f"its GPU is reserved for {server.instance}",
+                    hint=f"take it out of `gpus` under backends.{server.backend.name}",
+                )
+                assert bound.instance is not None
+                return unsatisfiable_entry(bound, cause, (bound.instance,))
+        return None
+
+    def compile(self) -> tuple[list[Instance], list[Unsatisfiable]]:
+        """The servers that can be followed, and what of the file cannot be.
+
+        A server that loses a GPU, or an entry to trouble, is frozen as a whole: to start it anew
+        with a smaller set would end everything else in it.
+        """
+        instances: list[Instance] = []
+        troubles: list[Unsatisfiable] = []
+        for _, server in sorted(self._servers.items()):
+            if server.troubles:
+                troubles.append(_frozen(server, server.troubles[0].reason, server.troubles[0].hint))
+                continue
+            if not server.entries:
+                continue
+            try:
+                made, failed = self._compile(server)
+            except CompileError as error:
+                troubles.append(_frozen(server, error.message, error.hint))
+            else:
+                instances.append(made)
+                troubles += failed
+        return instances, troubles
+
+    def _compile(self, server: _Server) -> tuple[Instance, list[Unsatisfiable]]:
+        gpus = _in_bus_order([*server.reserved, *(g for b in server.entries for g in b.gpus)])
+        if server.reserved:
+            own = {gpu.uuid for gpu in server.reserved}
+            if outside := [gpu for gpu in gpus if gpu.uuid not in own]:
+                indices = ", ".join(str(gpu.index) for gpu in outside)
+                raise CompileError(
+                    f"the file has a model of it on GPU {indices}, which is not reserved for it",
+                    hint=f"add it to `gpus` under backends.{server.backend.name}",
+                )
+        members: dict[str, Member] = {}
+        for bound in server.entries:
+            definition = self._config.models[str(bound.entry.model)]
+            before = members[definition.name].gpus if definition.name in members else ()
+            placed = _in_bus_order([*before, *bound.gpus])
+            members[definition.name] = Member(definition.name, definition.options, placed)
+        name = server.backend.name
+        options = next(iter(members.values())).options
+        request = request_for(
+            self._config, name, server.name, server.instance, options, gpus, self._instance_data
+        )
+        placements: list[Placement] = []
+        failed: list[Unsatisfiable] = []
+        for member in members.values():
+            try:
+                make = partial(server.backend.compile_placement, request, member)
+                placements.append(called(name, member.model, make))
+            except CompileError as error:
+                failed += [
+                    unsatisfiable_entry(bound, error, (f"{server.instance}/{member.model}",))
+                    for bound in server.entries
+                    if bound.entry.model == member.model
+                ]
+        made = called(
+            name,
+            server.name,
+            lambda: server.backend.compile_server(request, [*members.values()], placements),
+        )
+        return replace(made, place=str(server.entries[0].entry.place)), failed
+
+    def _server(self, model: str | None) -> _Server | None:
+        if model is None or model not in self._config.models:
+            return None
+        name = self._config.models[model].backend
+        backend = self._registry.get(name)
+        # A plug-in need not know of servers that are shared.
+        if backend is None or not hasattr(backend, "server_of"):
+            return None
+        try:
+            settings = self._config.backends[name]
+            found = called(name, model, lambda: backend.server_of(settings, model))
+        except CompileError:
+            return None  # the same defect will show where the entry itself is compiled
+        if found is None:
+            return None
+        return self._servers.setdefault((name, found), _Server(found, backend))
+
+    def _reserve(self, server: _Server, inventory: GpuInventory, kept: Mapping[str, str]) -> None:
+        from mic_supervisor.config.document import GpuEntry, Place
+        from mic_supervisor.config.gpu_keys import parse_gpu_key
+
+        settings = self._config.backends[server.backend.name]
+        for text in server.backend.reserved(settings):
+            (key,) = parse_gpu_key(text).keys
+            bound = bind([GpuEntry((key,), None, Place("", 0, 0))], inventory, kept)
+            self.bindings += bound.bindings
+            server.troubles += bound.unsatisfiable
+            server.reserved += [gpu for item in bound.entries for gpu in item.gpus]
+
+
+def backend_of(registry: Registry, name: str) -> Backend:
+    backend = registry.get(name)
+    if backend is None:
+        raise CompileError(f"backend {name} is not installed any more")
+    return backend
+
+
+def called(backend: str, what: str, call: Callable[[], T]) -> T:
+    """What a backend answers. Raises CompileError, whatever it raises."""
+    try:
+        return call()
+    except CompileError:
+        raise
+    # A backend may be a stranger's plug-in: whatever it raises concerns its own models alone.
+    except Exception as error:
+        raise CompileError(
+            f"backend {backend} cannot compile {what}: {type(error).__name__}: {error}",
+            hint="this is a defect of the backend; report it there",
+        ) from error
+
+
+def request_for(
+    config: Config,
+    backend: str,
+    model: str,
+    instance: str,
+    options: object,
+    gpus: tuple[Gpu, ...],
+    instance_data: Path,
+) -> CompileRequest:
+    return CompileRequest(
+        model=model,
+        instance=instance,
+        options=options,
+        settings=config.backends[backend],
+        gpus=gpus,
+        read_text=_read_text,
+        variables=config.variables,
+        directory=instance_data / instance,
+    )
+
+
+def unsatisfiable_entry(
+    bound: BoundEntry, error: CompileError, instances: tuple[str, ...]
+) -> Unsatisfiable:
+    indices = ",".join(str(gpu.index) for gpu in bound.gpus)
+    return Unsatisfiable(
+        subject=f"{bound.entry.model} on GPU {indices}",
+        reason=error.message,
+        gpus=tuple(gpu.uuid for gpu in bound.gpus),
+        instances=instances,
+        model=bound.entry.model,
+        hint=error.hint,
+    )
+
+
+def _frozen(server: _Server, reason: str, hint: str | None) -> Unsatisfiable:
+    """A server that cannot be followed is left as it is, with all that it has."""
+    gpus = [*server.reserved, *(gpu for bound in server.entries for gpu in bound.gpus)]
+    uuids = [uuid for trouble in server.troubles for uuid in trouble.gpus]
+    return Unsatisfiable(
+        subject=server.instance,
+        reason=reason,
+        gpus=tuple(dict.fromkeys([*(gpu.uuid for gpu in gpus), *uuids])),
+        instances=(server.instance,),
+        model=server.instance,
+        hint=hint,
+    )
+
+
+def _in_bus_order(gpus: Iterable[Gpu]) -> tuple[Gpu, ...]:
+    unique = {gpu.uuid: gpu for gpu in gpus}.values()
+    return tuple(sorted(unique, key=lambda gpu: ((gpu.pci_bus_id or "").lower(), gpu.index)))
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
