@@ -7,15 +7,15 @@ one: it never keeps another backend from working, nor the plan from being made.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 
-from mic_supervisor.backends import BackendBase, CompileRequest
+from mic_supervisor.backends import Ask, BackendBase, CompileRequest, Member
 from mic_supervisor.config.options import ModelOptions
 from mic_supervisor.errors import CompileError, MicError
 from mic_supervisor.model import (
@@ -170,6 +170,58 @@ class Guarded:
             raise MicError(
                 f"backend {self.name} cannot tell whether it is drained: {_words(error)}"
             ) from error
+
+    # A plug-in that cannot say whether entries share a server has an instance for each.
+
+    def server_of(self, settings: Any, model: str) -> str | None:
+        found = self._safely("server_of", settings, model)
+        return found if isinstance(found, str) and found else None
+
+    def reserved(self, settings: Any) -> tuple[str | int, ...]:
+        found = self._safely("reserved", settings)
+        return found if isinstance(found, tuple) else ()
+
+    def conflicts(self, settings: Any, given: Iterable[str]) -> dict[str, str]:
+        found = self._safely("conflicts", settings, given)
+        return found if isinstance(found, dict) else {}
+
+    def compile_placement(self, request: CompileRequest, member: Member) -> Placement:
+        made = self._made(request, "compile_placement", request, member)
+        if fault := _type_fault(made, Placement, "the placement"):
+            raise self._defect(request, fault)
+        placement: Placement = made
+        return placement
+
+    def compile_server(
+        self, request: CompileRequest, members: Sequence[Member], placements: Sequence[Placement]
+    ) -> Instance:
+        made = self._made(request, "compile_server", request, members, placements)
+        named = replace(request, model=getattr(made, "model", request.model))
+        if fault := misfit(made, named):
+            raise self._defect(request, fault)
+        instance: Instance = made
+        return instance
+
+    def surplus(self, instance: Instance, ask: Ask) -> tuple[Placement, ...]:
+        """Nothing where the plug-in cannot tell: what is not known is not unloaded."""
+        found = self._safely("surplus", instance, ask)
+        wrong = _type_fault(found, tuple[Placement, ...], "its answer")
+        return () if wrong is not None else found
+
+    def _safely(self, method: str, *args: Any) -> Any:
+        """What the plug-in answers; None where it fails."""
+        try:
+            return self.__getattr__(method)(*args)
+        except DEFECT:
+            return None
+
+    def _made(self, request: CompileRequest, method: str, *args: Any) -> Any:
+        try:
+            return self.__getattr__(method)(*args)
+        except CompileError:
+            raise
+        except DEFECT as error:
+            raise self._defect(request, _words(error)) from error
 
     def _defect(self, request: CompileRequest, fault: str) -> CompileError:
         return CompileError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mic_supervisor.backends import Backend, BackendBase, CompileRequest
+from mic_supervisor.backends import Backend, BackendBase, CompileRequest, Member
 from mic_supervisor.backends.plug_ins import load, misfit
 from mic_supervisor.backends.registry import GROUP, Registry
 from mic_supervisor.config.options import ModelOptions, Strict
@@ -38,7 +38,7 @@ from tests.unit.backends.support import REAL, SECOND, request
 
 HERE = __name__
 CALL = HttpCall("GET", "/")
-PLACEMENT = Placement("a", REAL.uuid, "digest", CALL, CALL, CALL)
+PLACEMENT = Placement("a", (REAL.uuid,), "digest", CALL, CALL, CALL)
 
 
 class Told(BackendBase):
@@ -245,6 +245,25 @@ def test_what_the_protocol_gains_later_is_there(monkeypatch: pytest.MonkeyPatch)
     assert (backend.extra(), backend.later()) == ("mine", "the default")
     with pytest.raises(AttributeError):
         backend.never  # noqa: B018
+
+
+@pytest.mark.parametrize("does", [raising(KeyError("x")), lambda *_: 7])
+def test_what_it_says_of_shared_servers_is_only_believed_where_it_is_sound(
+    monkeypatch: pytest.MonkeyPatch, does: Callable[..., Any], asked: CompileRequest
+) -> None:
+    for method in ("server_of", "reserved", "conflicts", "surplus"):
+        monkeypatch.setattr(Told, method, lambda _self, *args: does(*args), raising=False)
+    for method in ("compile_placement", "compile_server"):
+        monkeypatch.setattr(Told, method, lambda _self, *args: does(*args), raising=False)
+    backend = told(monkeypatch, lambda _: None)
+    assert backend.server_of(None, "a") is None
+    assert backend.reserved(None) == ()
+    assert backend.conflicts(None, ["args"]) == {}
+    assert backend.surplus(GOOD, lambda _call: (None, "")) == ()
+    with pytest.raises(CompileError, match="backend told cannot compile MAM: "):
+        backend.compile_placement(asked, Member("a", None, ()))
+    with pytest.raises(CompileError, match="backend told cannot compile MAM: "):
+        backend.compile_server(asked, [], [])
 
 
 # --- doctor -----------------------------------------------------------------------------------
