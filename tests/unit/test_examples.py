@@ -20,7 +20,7 @@ EXAMPLES = ROOT / "examples"
 OTHERS = {"mic.rules.yml", "prometheus.yml"}
 FILES = sorted(p for p in EXAMPLES.iterdir() if p.suffix in (".yaml", ".yml"))
 OURS = [path for path in FILES if path.name not in OTHERS]
-SERVERS = ["llama-cpp", "ollama", "sglang", "tei", "tgi", "vllm"]
+SERVERS = ["llama-cpp", "ollama", "sglang", "tei", "tgi", "triton-shared", "vllm"]
 
 by_name = pytest.mark.parametrize("path", OURS, ids=lambda path: path.name)
 
