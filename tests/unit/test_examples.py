@@ -20,13 +20,14 @@ EXAMPLES = ROOT / "examples"
 OTHERS = {"mic.rules.yml", "prometheus.yml"}
 FILES = sorted(p for p in EXAMPLES.iterdir() if p.suffix in (".yaml", ".yml"))
 OURS = [path for path in FILES if path.name not in OTHERS]
-SERVERS = ["llama-cpp", "ollama", "sglang", "tei", "tgi", "triton-shared", "vllm"]
+SERVERS = ["llama-cpp", "ollama", "sglang", "tei", "tgi", "vllm"]
+SHARED = "triton-shared"
 
 by_name = pytest.mark.parametrize("path", OURS, ids=lambda path: path.name)
 
 
 def test_there_is_one_for_every_server() -> None:
-    assert [path.stem for path in OURS] == sorted(["gpus", *SERVERS])
+    assert [path.stem for path in OURS] == sorted(["gpus", SHARED, *SERVERS])
 
 
 @by_name
@@ -48,6 +49,11 @@ def compiled(path: Path, tmp_path: Path) -> DesiredState:
         there = tmp_path / Path(name).name
         there.write_text("HF_TOKEN=x\n" if name.endswith(".env") else "x\n")
         text = text.replace(name, str(there))
+    repository = tmp_path / "models"
+    for name in ("MAM", "FastFitAll"):
+        (repository / name).mkdir(parents=True, exist_ok=True)
+        (repository / name / "config.pbtxt").touch()
+    text = text.replace("/srv/triton/model_repository", str(repository))
     copy = tmp_path / path.name
     copy.write_text(text)
     registry = Registry()
@@ -66,3 +72,11 @@ def test_every_model_in_it_can_be_run_and_probed(name: str, tmp_path: Path) -> N
         assert None not in (probes.startup, probes.liveness, probes.readiness), one.model
         texts = (*one.workload.command, *(value for _, value in one.workload.env))
         assert any("${port}" in text for text in texts), one.model
+
+
+def test_one_server_has_every_model(tmp_path: Path) -> None:
+    state = compiled(EXAMPLES / f"{SHARED}.yaml", tmp_path)
+    assert state.unsatisfiable == ()
+    (one,) = state.instances
+    assert [item.model for item in one.placements] == ["MAM", "FastFitAll"]
+    assert len(one.gpus) == 4
