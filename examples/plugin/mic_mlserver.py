@@ -6,6 +6,7 @@ Seen with MLServer 1.7.1. It is configured by MLSERVER_* variables; `mlserver st
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 from urllib.parse import quote
@@ -75,6 +76,9 @@ class MLServerBackend(BackendBase):
         model = _served_name(request, Path(options.path, "model-settings.json"))
         _refuse_own_ports(request, Path(options.path, "settings.json"))
         ports = common.ports(options, also=_PORTS)
+        # By default these are where it is started: two servers would count each other's requests,
+        # and a `user` could not make them there.
+        metrics, environments = request.directory / "metrics", request.directory / "environments"
         filled = common.texts(
             request,
             ports,
@@ -84,11 +88,17 @@ class MLServerBackend(BackendBase):
                 **options.env,
                 "MLSERVER_HOST": options.listen,
                 **{f"MLSERVER_{name.upper()}_PORT": f"${{port:{name}}}" for name in _PORTS},
+                "MLSERVER_ENVIRONMENTS_DIR": str(environments),
+                "MLSERVER_METRICS_DIR": str(metrics),
                 "MLSERVER_PARALLEL_WORKERS": str(options.parallel_workers),
             },
             probes=_probes(options, model),
         )
-        return common.instance(request, common.process(request, filled, ports), filled.probes)
+        workload = replace(
+            common.process(request, filled, ports),
+            directories=tuple(map(str, (request.directory, metrics, environments))),
+        )
+        return common.instance(request, workload, filled.probes)
 
 
 def _served_name(request: CompileRequest, path: Path) -> str:

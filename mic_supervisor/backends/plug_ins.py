@@ -182,8 +182,9 @@ class Guarded:
         return found if isinstance(found, tuple) else ()
 
     def conflicts(self, settings: Any, given: Iterable[str]) -> dict[str, str]:
+        given = [*given]
         found = self._safely("conflicts", settings, given)
-        return found if isinstance(found, dict) else {}
+        return {key: str(found[key]) for key in given if isinstance(found, dict) and key in found}
 
     def compile_placement(self, request: CompileRequest, member: Member) -> Placement:
         made = self._made(request, "compile_placement", request, member)

@@ -55,10 +55,14 @@ class GpuEntry:
 
 @dataclass(frozen=True, slots=True)
 class ModelDefinition:
+    """`fault` says why its backend cannot be used, where that was tolerated; `options` is None."""
+
     name: str
     backend: str
-    options: BaseModel  # the backend's Options
+    options: BaseModel | None  # the backend's Options
     place: Place
+    fault: str | None = None
+    hint: str | None = None  # the way out of the fault
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,8 @@ def shared_servers(
     """The server of each model all of whose entries share one, by the model's name."""
     found: dict[str, str] = {}
     for name, model in models.items():
+        if model.fault is not None:
+            continue
         server_of = getattr(registry.get(model.backend), "server_of", None)
         if server_of is not None and model.backend in backends:
             server = server_of(backends[model.backend], name)
@@ -92,6 +94,8 @@ def check_conflicts(
 ) -> None:
     """Keys of a model that mean nothing with the settings of its backend."""
     for name, model in models.items():
+        if model.fault is not None:
+            continue
         conflicts = getattr(registry.get(model.backend), "conflicts", None)
         if conflicts is None or model.backend not in backends:
             continue

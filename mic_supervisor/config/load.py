@@ -25,18 +25,20 @@ def load(
     *,
     environ: Mapping[str, str],
     data: bytes | None = None,
+    tolerant: bool = False,
 ) -> Config:
     """The configuration in `path` and its drop-ins, `path`.d/*.yaml.
 
     `environ` is where `${env:NAME}` is looked up. `data` stands for what is in `path`, as it would
-    be after a change that is only planned. Raises InvalidConfig, a ConfigError, with every
-    error of all files. Reads files and nothing else.
+    be after a change that is only planned. `tolerant`: a backend that cannot be used is the fault
+    of the models that name it, and no error. Raises InvalidConfig, a ConfigError, with every error
+    of all files. Reads files and nothing else.
     """
     report = Report(str(path))
     merged = read_merged(path, report, data)
     if merged is None:
         report.fail()
-    checker = ModelChecker(merged, registry, environ, report)
+    checker = ModelChecker(merged, registry, environ, report, tolerant=tolerant)
     models = checker.models()
     backends = checker.backends()
     entries = read_entries(merged, models, report)

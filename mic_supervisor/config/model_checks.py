@@ -12,6 +12,7 @@ from mic_supervisor.config.names import MAX_NAME, is_model_name
 from mic_supervisor.config.placeholders import check_placeholders
 from mic_supervisor.config.tree import Entry, Node
 from mic_supervisor.errors import MicError
+from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -35,17 +36,37 @@ class BackendSource(Protocol):
     def get(self, name: str) -> BackendTypes | None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """Why a backend cannot be used. `like`: what was written, and what may have been meant."""
+
+    text: str
+    hint: str | None
+    like: tuple[str, list[str]] | None = None
+
+
 class ModelChecker:
-    """Reports what is wrong; `variables` collects what `${env:NAME}` refers to."""
+    """Reports what is wrong; `variables` collects what `${env:NAME}` refers to.
+
+    `tolerant`: a backend that cannot be used is the fault of the models that name it, and no error
+    of the file.
+    """
 
     def __init__(
-        self, merged: Merged, registry: BackendSource, environ: Mapping[str, str], report: Report
+        self,
+        merged: Merged,
+        registry: BackendSource,
+        environ: Mapping[str, str],
+        report: Report,
+        *,
+        tolerant: bool = False,
     ) -> None:
         self.variables: dict[str, str] = {}
         self._merged = merged
         self._registry = registry
         self._environ = environ
         self._report = report
+        self._tolerant = tolerant
         self._used: dict[str, tuple[BackendTypes, Place]] = {}  # and the first model that does
 
     def models(self) -> dict[str, ModelDefinition]:
@@ -68,14 +89,19 @@ class ModelChecker:
             if backend is None:
                 continue
             types = self._get(backend, entry.node.entries["backend"].node.place, f"{path}.backend")
-            if types is None:
+            if isinstance(types, _Fault):
+                if self._tolerant and name is not None:
+                    models[name] = ModelDefinition(
+                        name, backend, None, entry.place, types.text, types.hint
+                    )
                 continue
             self._used.setdefault(backend, (types, entry.place))
             if name is not None:
                 options = self._options(types, entry, path, defaults)
                 if options is not None:
                     models[name] = ModelDefinition(name, backend, options, entry.place)
-        self._check_defaults_act(defaults)
+        if not any(model.fault for model in models.values()):
+            self._check_defaults_act(defaults)
         return models
 
     def _check_defaults_act(self, defaults: Node | None) -> None:
@@ -117,20 +143,21 @@ class ModelChecker:
             return None
         return given.node.value
 
-    def _get(self, name: str, place: Place, path: str) -> BackendTypes | None:
-        """The backend, or None after reporting, at each place that names it, why there is none."""
+    def _get(self, name: str, place: Place, path: str) -> BackendTypes | _Fault:
+        """The backend, or why there is none, reported at each place that names it."""
         try:
             types = self._registry.get(name)
         except MicError as error:
-            self._report.add(place, path, str(error), hint=error.hint)
-            return None
-        if types is None:
+            fault = _Fault(str(error), error.hint)
+        else:
+            if types is not None:
+                return types
             known = list(self._registry.names())
             hint = f"known are {', '.join(known)}"
-            self._report.add(
-                place, path, f"unknown backend {show(name)}", like=(name, known), hint=hint
-            )
-        return types
+            fault = _Fault(f"unknown backend {show(name)}", hint, (name, known))
+        if not self._tolerant:
+            self._report.add(place, path, fault.text, like=fault.like, hint=fault.hint)
+        return fault
 
     def _options(
         self,
@@ -189,7 +216,7 @@ class ModelChecker:
                 continue
             check_placeholders(entry.node, path, self._environ, self._report, self.variables)
             types = self._get(name, entry.place, path)
-            if types is not None:
+            if not isinstance(types, _Fault):
                 settings[name] = self._validate(types.Settings, entry.node, entry.place, path)
         for name, (types, place) in self._used.items():
             if name not in settings:

@@ -116,6 +116,8 @@ def _compile(
 ) -> Instance:
     assert bound.entry.model is not None  # `none` has no instance
     definition = config.models[bound.entry.model]
+    if definition.fault is not None:
+        raise CompileError(definition.fault, hint=definition.hint)
     backend = backend_of(registry, definition.backend)
     request = request_for(
         config,

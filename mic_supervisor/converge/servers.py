@@ -156,6 +156,8 @@ class Servers:
     def _server(self, model: str | None) -> _Server | None:
         if model is None or model not in self._config.models:
             return None
+        if self._config.models[model].fault is not None:
+            return None  # as will show where the entry itself is compiled
         name = self._config.models[model].backend
         backend = self._registry.get(name)
         # A plug-in need not know of servers that are shared.

@@ -86,7 +86,8 @@ class Generations:
         if kept is None:
             return outcome
         try:
-            self.config = load(kept, self._registry, environ=self._environ)
+            # It was valid: a plug-in that is broken since, or gone, blocks its own models alone.
+            self.config = load(kept, self._registry, environ=self._environ, tolerant=True)
         except ConfigError as error:
             self.error = f"{self.error}\nand what ran before cannot be used: {error.rendered}"
             return outcome

@@ -82,7 +82,7 @@ def write(mic: Mic, program: Path, path: Path, gpus: str, more: str = "") -> Non
         version: 1
         backends: {{mlserver: {{executable: {program}}}}}
         models:
-          echo: {{backend: mlserver, path: {path}, parallel_workers: 0, stop_timeout: 10s}}
+          echo: {{backend: mlserver, path: {path}, parallel_workers: 1, stop_timeout: 10s}}
           {more}
         gpus: {{{gpus}}}
         """)
@@ -141,7 +141,9 @@ def test_it_serves_on_two_gpus(mic: Mic, site: Path, echo: Path, mlserver_progra
     assert [(row["phase"], row["backend"]) for row in found.values()] == [("ready", "mlserver")] * 2
     for row in found.values():
         assert asked(row["endpoints"]["http"]) == INPUT["data"]
-        assert "python_info" in waiting.http(row["endpoints"]["metrics"]).text
+    for row in found.values():  # each counts its own request, and not the other one's
+        counted = 'model_infer_request_success_total{model="echo",version="None"} 1.0'
+        assert counted in waiting.http(row["endpoints"]["metrics"]).text
     assert mic("plan", rc=0).stdout.strip() == "No changes."
 
     os.kill(found[1]["pid"], signal.SIGKILL)
@@ -179,6 +181,7 @@ def test_a_real_server_is_a_process_like_any_other(
           echo:
             backend: process
             command: [{mlserver_program}, start, {echo}]
+            working_dir: {echo}
             env:
               MLSERVER_HOST: 127.0.0.1
               MLSERVER_HTTP_PORT: "${{port}}"
@@ -192,6 +195,27 @@ def test_a_real_server_is_a_process_like_any_other(
     endpoints = rows(mic)[0]["endpoints"]
     assert asked(endpoints["http"]) == INPUT["data"]
     assert "python_info" in waiting.http(endpoints["metrics"]).text
+
+
+def test_one_that_is_gone_takes_nothing_of_others_with_it(
+    mic: Mic, site: Path, echo: Path, mlserver_program: Path
+) -> None:
+    """A daemon that starts without the plug-in: what runs with it is left alone."""
+    more = "other: {backend: process, command: [/bin/sleep, '600']}"
+    write(mic, mlserver_program, echo, "0: echo, 1: other", more)
+    daemon = mic.run()
+    until(lambda: rows(mic).get(0, {}).get("phase") == "ready", "the server", timeout=30)
+    before = rows(mic)
+    daemon.stop()
+    del mic.env["PYTHONPATH"]
+    mic.run()
+    status = mic("status", "--json").json()
+    assert "models.echo.backend: unknown backend 'mlserver'" in status["config"]["error"]
+    os.kill(before[1]["pid"], signal.SIGKILL)
+    until(lambda: rows(mic)[1]["restarts"] == 1, "the other one to be restarted")
+    after = rows(mic)
+    assert (after[0]["phase"], after[0]["reason"]) == ("blocked", "unknown backend 'mlserver'")
+    assert asked(before[0]["endpoints"]["http"]) == INPUT["data"]
 
 
 # --- broken ones ------------------------------------------------------------------------------

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from tests.setup.steps import cache_dir, fingerprint, run, say
 
-VERSION = "1.7.1"
+# With uvloop 0.22 and newer, the workers of MLServer 1.7.1 do not start.
+REQUIREMENTS = ("mlserver==1.7.1", "uvloop<0.22")
 _DONE = ".installed"
 
 
 def home() -> Path:
     """Where its virtual environment is, or will be: one for each version and interpreter."""
-    return cache_dir() / f"mlserver-{fingerprint(VERSION, sys.version)}"
+    return cache_dir() / f"mlserver-{fingerprint(REQUIREMENTS, sys.version)}"
 
 
 def program() -> Path | None:
@@ -32,9 +33,9 @@ def ensure() -> None:
         return
     for old in cache_dir().glob("mlserver-*"):
         shutil.rmtree(old)
-    say(f"mlserver: installing {VERSION} into {home()}")
+    say(f"mlserver: installing {' and '.join(REQUIREMENTS)} into {home()}")
     python = home() / "bin" / "python"
     run([sys.executable, "-m", "venv", str(home())], "create a virtual environment for mlserver")
     pip = [str(python), "-m", "pip", "install", "--no-input", "-q"]
-    run([*pip, f"mlserver=={VERSION}"], f"install mlserver {VERSION}")
+    run([*pip, *REQUIREMENTS], f"install {REQUIREMENTS[0]}")
     (home() / _DONE).touch()

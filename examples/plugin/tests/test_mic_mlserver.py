@@ -27,6 +27,7 @@ from mic_supervisor.model import (
 
 BACKEND = MLServerBackend()
 GPU = Gpu("GPU-11111111-2222-3333-4444-555555555555", 0, "NVIDIA H200")
+OWN = "/var/lib/mic/instance_data/flowers"
 MODEL = {"/srv/iris/model-settings.json": json.dumps({"name": "iris", "implementation": "x.Y"})}
 
 
@@ -51,6 +52,7 @@ def compiled(
             settings=BACKEND.Settings.model_validate({"executable": "/opt/mlserver/bin/mlserver"}),
             gpus=(GPU,),
             read_text=read_text,
+            directory=Path(OWN),
         )
     )
 
@@ -68,14 +70,17 @@ def test_one_server() -> None:
                 ("A", "b"),
                 ("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
                 ("CUDA_VISIBLE_DEVICES", GPU.uuid),
+                ("MLSERVER_ENVIRONMENTS_DIR", f"{OWN}/environments"),
                 ("MLSERVER_GRPC_PORT", "${port:grpc}"),
                 ("MLSERVER_HOST", "127.0.0.1"),
                 ("MLSERVER_HTTP_PORT", "${port:http}"),
+                ("MLSERVER_METRICS_DIR", f"{OWN}/metrics"),
                 ("MLSERVER_METRICS_PORT", "${port:metrics}"),
                 ("MLSERVER_PARALLEL_WORKERS", "1"),
             ),
             ports=(Port("http"), Port("grpc", 8081), Port("metrics")),
             stop_timeout=60.0,
+            directories=(OWN, f"{OWN}/metrics", f"{OWN}/environments"),
         ),
         probes=Probes(
             startup=Probe(ready, period=1.0),

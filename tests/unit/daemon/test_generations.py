@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +171,34 @@ def test_a_last_good_one_that_is_bad_too_is_told(files: Files) -> None:
     assert found.config is None
     assert found.error is not None
     assert "and what ran before cannot be used" in found.error
+
+
+def test_of_the_last_good_one_a_lost_plug_in_takes_its_own_models_only(files: Files) -> None:
+    files.start()
+    kept = files.state.path / "last-good" / "gpus.yaml"
+    text = """
+        version: 1
+        defaults: {drain_timeout: 1m}
+        backends: {gone: {path: /opt/gone}}
+        models:
+          a: {backend: process, command: [/bin/sleep, "600"]}
+          b: {backend: gone, anything: 1}
+        gpus: {0: a, 1: b}
+        """
+    for path in (files.path, kept):
+        path.write_text(textwrap.dedent(text))
+    found = files.start()
+    assert found.error is not None and "models.b.backend: unknown backend 'gone'" in found.error
+    assert found.config is not None and set(found.config.models) == {"a", "b"}
+    fault = found.config.models["b"]
+    assert (fault.options, fault.fault) == (None, "unknown backend 'gone'")
+    desired = desired_state(
+        found.config, SimulatedSource(2).observe(), {}, Registry(lambda: ()), files.path.parent
+    )
+    assert [one.model for one in desired.instances] == ["a"]
+    (lost,) = desired.unsatisfiable
+    assert (lost.model, lost.reason, len(lost.gpus)) == ("b", "unknown backend 'gone'", 1)
+    assert str(lost.hint).startswith("known are ")
 
 
 def test_a_crash_between_the_renames_loses_nothing(files: Files) -> None:
