@@ -1,8 +1,8 @@
 """Backends translate a model of the file into a workload. They are pure.
 
 Adding one is a file with a class that fits `Backend` and one line in registry.py, or an entry point
-in the group `mic_supervisor.backends` that names such a class. Nothing outside a backend's file
-names the backend.
+in the group `mic_supervisor.backends` that names such a class, as docs/plugins.md explains. Nothing
+outside a backend's file names the backend.
 """
 
 from __future__ import annotations

@@ -192,7 +192,8 @@ class ModelChecker:
             return validate(model, node, place, path, self._report)
         except MicError as error:
             self._report.add(place, path, str(error), hint=error.hint)
-        except Exception as error:  # noqa: BLE001 - a plug-in's own validators run in here
+        # A plug-in's own validators run in here, and they may even end the program.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             self._report.add(place, path, f"cannot be checked: {type(error).__name__}: {error}")
         return None
 

@@ -256,6 +256,10 @@ BROKEN = {
     "        return replace(made, workload=replace(made.workload, env={'A': 'b'}))",
     "thief": "class Broken(Stub):\n    name = 'thief'\n    def compile(self, request):\n"
     "        return replace(super().compile(request), gpus=('GPU-others',))",
+    "picky": "from pydantic import model_validator\n\n\nclass Picky(ModelOptions):\n"
+    "    @model_validator(mode='after')\n    def _check(self):\n"
+    "        raise {'a': KeyError('size'), 'b': SystemExit(3)}[self.args[0]]\n\n\n"
+    "class Broken(Stub):\n    name = 'picky'\n    Options = Picky",
     "container": "class Broken(Stub):\n    name = 'container'",
 }
 
@@ -311,6 +315,22 @@ def test_broken_ones_are_errors_where_they_are_named_and_nowhere_else(
         "container",
     ]
     assert "brings a backend with the name of a built-in one" in said_of["container"]["text"]
+
+
+def test_a_validator_that_fails_is_an_error_of_that_model(mic: Mic, broken: Path) -> None:
+    mic.write("""
+        version: 1
+        models:
+          good: {backend: works}
+          a: {backend: picky, args: [a]}
+          b: {backend: picky, args: [b]}
+        gpus: {0: good, 1: a, 2: b}
+        """)
+    said = [line for line in mic("check", rc=1).stderr.splitlines() if ": error: " in line]
+    assert [line.partition(": error: ")[2] for line in said] == [
+        "models.a: cannot be checked: KeyError: 'size'",
+        "models.b: cannot be checked: SystemExit: 3",
+    ]
 
 
 def test_what_goes_wrong_while_compiling_blocks_that_model(mic: Mic, broken: Path) -> None:
