@@ -354,6 +354,15 @@ class Unsatisfiable:
 
 
 @dataclass(frozen=True, slots=True)
+class EndpointsHook:
+    """A program that is told which instances serve each model. Times are seconds."""
+
+    command: tuple[str, ...]
+    timeout: float = 30.0
+    settle: float = 1.0  # from its end until what it took out is stopped
+
+
+@dataclass(frozen=True, slots=True)
 class DesiredState:
     """What should run. Instances are sorted by id and own disjoint sets of GPUs."""
 
@@ -363,6 +372,7 @@ class DesiredState:
     bindings: tuple[tuple[str, str], ...] = ()  # index key of the file -> UUID
     warnings: tuple[str, ...] = ()
     config_hash: str = ""
+    hook: EndpointsHook | None = None
 
 
 # --- Observed state ---------------------------------------------------------------------------

@@ -37,6 +37,7 @@ COMMANDS = {
     "history": ("history", "The last transitions, with cause and duration."),
     "run": ("run", "The daemon, as systemd starts it."),
     "reload": ("reload", "Have the daemon read its file again."),
+    "export": ("export", "Upstreams for nginx or HAProxy, from what serves now."),
     "kill": ("kill", "End a process that holds a GPU."),
     "down": ("down", "Remove every managed instance."),
     "schema": ("schema", "Print the JSON Schema of gpus.yaml."),

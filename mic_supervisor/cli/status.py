@@ -11,6 +11,7 @@ import click
 
 from mic_supervisor.cli import wiring
 from mic_supervisor.errors import MicError
+from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mic_supervisor.cli.wiring import Machine
+    from mic_supervisor.config.document import Config
     from mic_supervisor.config.settings import Settings
+    from mic_supervisor.model import DesiredState, ObservedState
+    from mic_supervisor.plan.actions import Plan
+    from mic_supervisor.plan.memory import Memory
+    from mic_supervisor.plan.status import InstanceStatus
 
 EXIT_UNREADABLE = 1
 EXIT_NOT_READY = 3
@@ -144,13 +150,23 @@ def _inside(row: dict[str, Any]) -> list[str]:
     return [one["model"] for one in row.get("models", ())]
 
 
-def look(machine: Machine) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at everything, and what it says."""
+
+    config: Config
+    desired: DesiredState
+    observed: ObservedState
+    statuses: tuple[InstanceStatus, ...]
+    plan: Plan
+    memory: Memory
+
+
+def look_once(machine: Machine) -> Look:
     """Observe and probe everything once, and hold it against the file."""
     from mic_supervisor.converge.desired import FileDesired
-    from mic_supervisor.converge.documents import status_document
     from mic_supervisor.converge.observe import observe, with_health, with_holders
     from mic_supervisor.converge.once import health_of_all
-    from mic_supervisor.converge.state import host_name
     from mic_supervisor.plan.assess import assess
     from mic_supervisor.plan.reconcile import reconcile
     from mic_supervisor.plan.status import instance_statuses
@@ -167,20 +183,30 @@ def look(machine: Machine) -> dict[str, Any]:
     observed = with_health(observed, health)
     assessments = assess(desired, observed, machine.context)
     plan = reconcile(desired, observed, memory, observed.at, machine.context, assessments)
+    statuses = instance_statuses(desired, observed, assessments, plan, memory, {})
+    return Look(config, desired, observed, statuses, plan, memory)
+
+
+def look(machine: Machine) -> dict[str, Any]:
+    """The document of a look."""
+    from mic_supervisor.converge.documents import status_document
+    from mic_supervisor.converge.state import host_name
+
+    seen = look_once(machine)
     return status_document(
         host=host_name(),
         config={
-            "path": str(config.path),
-            "hash": config.hash,
-            "loaded_at": observed.at,
+            "path": str(seen.config.path),
+            "hash": seen.config.hash,
+            "loaded_at": seen.observed.at,
             "last_reload_ok": True,
             "error": None,
         },
-        desired=desired,
-        observed=observed,
-        statuses=instance_statuses(desired, observed, assessments, plan, memory, {}),
-        paused=memory.paused,
-        warnings=plan.warnings,
+        desired=seen.desired,
+        observed=seen.observed,
+        statuses=seen.statuses,
+        paused=seen.memory.paused,
+        warnings=seen.plan.warnings,
     )
 
 

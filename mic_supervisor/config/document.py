@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
+    from mic_supervisor.config.hooks import Hooks
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
@@ -80,4 +82,5 @@ class Config:
     models: Mapping[str, ModelDefinition]
     backends: Mapping[str, BaseModel]
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    hooks: Hooks | None = None
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)  # merged, plain data

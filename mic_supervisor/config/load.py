@@ -41,6 +41,7 @@ def load(
     checker = ModelChecker(merged, registry, environ, report, tolerant=tolerant)
     models = checker.models()
     backends = checker.backends()
+    hooks = checker.hooks()
     entries = read_entries(merged, models, report)
     servers = shared_servers(models, backends, registry)
     check_conflicts(merged, models, backends, registry, report)
@@ -56,6 +57,7 @@ def load(
         entries=entries,
         models=models,
         backends=backends,
+        hooks=hooks,
         variables=dict(sorted(checker.variables.items())),
         document=document,
     )

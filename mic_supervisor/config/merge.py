@@ -14,7 +14,7 @@ from mic_supervisor.config.tree import Node
 from mic_supervisor.config.yaml_reader import Budget, parse
 
 VERSION = 1
-SECTIONS = ("defaults", "backends", "models", "gpus")
+SECTIONS = ("defaults", "backends", "models", "hooks", "gpus")
 NONE = "none"
 """The value under `gpus:` that keeps a GPU empty."""
 
@@ -41,7 +41,7 @@ class GpuItem:
 
 @dataclass(slots=True)
 class Merged:
-    """The document. `sections` holds defaults, backends and models as maps, where they are given;
+    """The document. `sections` holds all but `gpus` as maps, where they are given;
     `gpus` is keyed by the set of GPUs, whatever their order; `refused` are entries whose key was
     reported; `names_gpus` is set if any file has
     something under `gpus:`, be it wrong; `anchor` is where `gpus:` stands, or should."""

@@ -17,6 +17,8 @@ from mic_supervisor.records import dataclass
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from mic_supervisor.config.hooks import Hooks
+
 
 class BackendTypes(Protocol):
     """The part of a backend that the configuration needs: what it lets a file say."""
@@ -205,6 +207,16 @@ class ModelChecker:
             return None
         place = self._merged.section_places["defaults"]
         return node if self._validate(Defaults, node, place, "defaults") is not None else None
+
+    def hooks(self) -> Hooks | None:
+        from mic_supervisor.config.hooks import Hooks
+
+        node = self._merged.sections.get("hooks")
+        if node is None:
+            return None
+        place = self._merged.section_places["hooks"]
+        found = self._validate(Hooks, node, place, "hooks")
+        return found if isinstance(found, Hooks) else None
 
     def backends(self) -> dict[str, BaseModel]:
         """The settings of every backend that the file lists or a model uses; after `models`."""

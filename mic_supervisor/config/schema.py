@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.config.defaults import Defaults
+from mic_supervisor.config.hooks import Hooks
 from mic_supervisor.config.merge import NONE, RESERVED, VERSION
 from mic_supervisor.config.names import MAX_NAME
 from mic_supervisor.config.options import ModelOptions
@@ -38,7 +39,10 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
     from pydantic.json_schema import models_json_schema
 
     backends = dict(_loadable(registry))
-    classes: dict[tuple[str, str], type[BaseModel]] = {("", "defaults"): Defaults}
+    classes: dict[tuple[str, str], type[BaseModel]] = {
+        ("", "defaults"): Defaults,
+        ("", "hooks"): Hooks,
+    }
     for name, types in backends.items():
         classes[name, "settings"] = types.Settings
         classes[name, "options"] = types.Options
@@ -88,6 +92,10 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
                 },
             },
             "models": _models(backends, refs),
+            "hooks": {
+                "anyOf": [refs["", "hooks"], {"type": "null"}],
+                "description": "Programs that are told of what happens.",
+            },
             "gpus": _gpus(),
         },
         "$defs": defs,

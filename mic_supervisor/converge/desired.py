@@ -16,7 +16,7 @@ from mic_supervisor.converge.servers import (
     unsatisfiable_entry,
 )
 from mic_supervisor.errors import CompileError
-from mic_supervisor.model import DesiredState, GpuInventory, Instance
+from mic_supervisor.model import DesiredState, EndpointsHook, GpuInventory, Instance
 from mic_supervisor.plan.bind import BoundEntry, bind
 
 if TYPE_CHECKING:
@@ -62,7 +62,15 @@ def desired_state(
         bindings=tuple(sorted({*binding.bindings, *servers.bindings})),
         warnings=binding.warnings,
         config_hash=config.hash,
+        hook=_hook(config),
     )
+
+
+def _hook(config: Config) -> EndpointsHook | None:
+    hooks = config.hooks
+    if hooks is None or hooks.on_endpoints_change is None:
+        return None
+    return EndpointsHook(tuple(hooks.on_endpoints_change), hooks.timeout, hooks.settle)
 
 
 class FileDesired:

@@ -9,7 +9,17 @@ from typing import Literal
 from mic_supervisor.records import dataclass
 
 EventKind = Literal[
-    "begin", "progress", "warning", "done", "failed", "phase", "config", "adopt", "pause", "gpu"
+    "begin",
+    "progress",
+    "warning",
+    "done",
+    "failed",
+    "phase",
+    "config",
+    "adopt",
+    "pause",
+    "gpu",
+    "hook",
 ]
 
 

@@ -14,11 +14,14 @@ from dataclasses import replace
 
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
+from mic_supervisor.converge.gpu_news import GpuNews
 from mic_supervisor.converge.observe import Sources, combine, with_holders
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Target
+from mic_supervisor.converge.publisher import Publisher
 from mic_supervisor.converge.snapshot import Desired, Snapshot
 from mic_supervisor.converge.sources import read_in
+from mic_supervisor.converge.state import host_name
 from mic_supervisor.errors import (
     LoadFailed,
     MicError,
@@ -28,7 +31,7 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.gpu.events import XidRecord
 from mic_supervisor.gpu.faults import with_xids
-from mic_supervisor.model import DesiredState, Gpu, GpuInventory, ObservedState, ObservedWorkload
+from mic_supervisor.model import DesiredState, EndpointsHook, GpuInventory, ObservedWorkload
 from mic_supervisor.plan.actions import (
     Change,
     Create,
@@ -42,9 +45,11 @@ from mic_supervisor.plan.actions import (
     Step,
     Stop,
     Unload,
+    Withdraw,
     in_order,
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
+from mic_supervisor.plan.endpoints import Endpoints, serving
 from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import Phase, note_failure, note_load_failure, remember
 from mic_supervisor.plan.loads import memory_key
@@ -53,8 +58,6 @@ from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.release import floor_of
 from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.status import InstanceStatus, Trouble, instance_statuses
-from mic_supervisor.plan.strangers import Intruder, describe, intruders
-from mic_supervisor.plan.strangers import sentence as stranger_sentence
 from mic_supervisor.records import dataclass
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke
@@ -65,6 +68,7 @@ _LANE_REST = 1.0  # seconds before a lane in which something failed is tried aga
 _PHASE_OF_STEP: Mapping[type[Step], Phase] = {
     Prepare: Phase.PENDING,
     Create: Phase.PENDING,
+    Withdraw: Phase.STOPPING,
     Drain: Phase.STOPPING,
     Stop: Phase.STOPPING,
     Release: Phase.WAITING_VRAM,
@@ -135,14 +139,18 @@ class Converger:
         self._floors: dict[str, Mapping[str, Floor]] = {}  # by instance, of the release before it
         self._inventory = GpuInventory("none")
         self._readable: GpuInventory | None = None  # the last one that told of GPUs
-        self._strangers: dict[tuple[str, int, int | None], Intruder] = {}
-        self._sick: dict[str, str] = {}  # what was last told of each GPU that is in trouble
-        self._known: dict[str, int] = {}  # the GPUs that were there, by UUID, and their numbers
+        self._gpu_news = GpuNews(events)
+        self._withdrawn: set[str] = set()  # instances that are about to be stopped
+        self._statuses: tuple[InstanceStatus, ...] = ()
+        self._hook: EndpointsHook | None = None
         self.xids: Callable[[], Collection[XidRecord]] = tuple  # that the GPUs reported so far
         self._assessments: dict[str, Assessment] = {}
         self._bound = True  # whether the remembered bindings hold
         self._indices: dict[str, int] = {}
         self._gpus, self._views, self._listeners = read_in(sources, self._pool, self.wake)
+        self._publisher = Publisher(
+            self._pool, clock, self._tell_of_hook, host_name(), memory.published
+        )
 
     def wake(self) -> None:
         """Have a round soon: something may have changed."""
@@ -156,6 +164,8 @@ class Converger:
             for observer in self.observers:
                 observer(snapshot)
             if until is not None and not snapshot.busy and until(snapshot):
+                await self._publisher.finish()
+                await self._keep_published()
                 return snapshot
             try:
                 await asyncio.wait_for(self._wakes.wait(), self._pause(snapshot))
@@ -250,7 +260,13 @@ class Converger:
         self._indices = {gpu.uuid: gpu.index for gpu in there.gpus}
         # Asked of the configuration at hand: another one may have come since it was taken.
         confirmed = self.context.confirmed and self.removal_confirmed(desired.config_hash)
-        context = replace(self.context, busy=busy, confirmed=confirmed)
+        context = replace(
+            self.context,
+            busy=busy,
+            confirmed=confirmed,
+            published=self._known_to_clients(desired),
+            hook_error=self._publisher.state.error,
+        )
         observed = combine(inventory, views, listeners, dict(self._prober.health), now)
         observed = await loop.run_in_executor(
             self._pool, with_holders, observed, desired, self._sources
@@ -270,8 +286,7 @@ class Converger:
         memory = replace(memory, bindings=dict(desired.bindings))
         self._inventory = observed.inventory
         self._tell_adopted(memory, assessments, now)
-        self._tell_strangers(desired, observed, busy)
-        self._tell_troubles(inventory, now)
+        self._gpu_news.look(desired, observed, busy)
         plan = reconcile(desired, observed, memory, now, context, assessments)
         self._dispatch(plan, lanes, now)
         activities |= self.activities
@@ -279,7 +294,9 @@ class Converger:
             desired, observed, assessments, plan, memory, activities, self._troubles
         )
         self.memory, statuses = self._note_phases(memory, statuses, now)
-        await self._save_memory()
+        self._statuses, self._hook = statuses, desired.hook
+        self._publisher.follow(desired.hook, self._endpoints())
+        await self._keep_published()
         self.snapshot = Snapshot(
             at=now,
             desired=desired,
@@ -291,8 +308,42 @@ class Converger:
             failing=frozenset(self._rest),
             round=self.rounds_begun,
             seconds=self._clock() - began,
+            hook=self._publisher.state,
+            endpoints=self._endpoints(),
         )
         return self.snapshot
+
+    # --- who forwards requests ------------------------------------------------------------------
+
+    def _endpoints(self) -> Endpoints:
+        return serving(self._statuses, self._withdrawn, self._publisher.published or {})
+
+    def _known_to_clients(self, desired: DesiredState) -> dict[str, frozenset[str]] | None:
+        """Which instances were published, by model. None where nobody can be waited for."""
+        published = self._publisher.published
+        if desired.hook is None or self._publisher.state.error is not None or published is None:
+            return None
+        return {model: frozenset(instances) for model, instances in published.items()}
+
+    async def _keep_published(self) -> None:
+        self.memory = replace(self.memory, published=self._publisher.published)
+        await self._save_memory()
+
+    async def _withdraw(self, step: Withdraw, change: Change) -> None:
+        """A hook that fails is told of, and stops nothing that somebody asked for."""
+        instance, hook = step.workload.identity.instance, self._hook
+        self._withdrawn.add(instance)
+        if hook is None or not self._publisher.tells_of(instance):
+            return
+        self._tell("progress", change, "withdrawing it from on_endpoints_change")
+        if not await self._publisher.publish(self._endpoints()):
+            self._tell("warning", change, "stopping it although on_endpoints_change failed")
+        await asyncio.sleep(hook.settle)
+
+    def _tell_of_hook(self, text: str, bad: bool) -> None:
+        kind: EventKind = "failed" if bad else "hook"
+        self._events.tell(Event(kind, self._clock(), "endpoints", text, phase="hook"))
+        self.wake()
 
     def _targets(self, assessments: list[Assessment], busy: frozenset[str]) -> dict[str, Target]:
         """What runs, as the file says or by an earlier specification that is as good as known."""
@@ -331,54 +382,6 @@ class Converger:
                 instance = item.instance
                 text = "adopted: it runs already, as the file asks"
                 self._events.tell(Event("adopt", now, name, text, instance.model, instance.gpus))
-
-    def _tell_strangers(
-        self, desired: DesiredState, observed: ObservedState, busy: frozenset[str]
-    ) -> None:
-        """Tell once of each stranger that came to a GPU of ours, and once when it has gone."""
-        if observed.inventory.error is not None or any(v.error for v in observed.runtimes):
-            return  # unknown is not gone
-        found = {one.key: one for one in intruders(desired, observed, busy)}
-        for key, one in found.items():
-            if key not in self._strangers:
-                self._tell_of_gpu(one.gpu, stranger_sentence(one, observed), observed.at)
-        listed = {
-            (gpu.uuid, process.pid, process.start_time)
-            for gpu in observed.inventory.gpus
-            for process in gpu.processes or ()
-        }
-        unread = {gpu.uuid for gpu in observed.inventory.gpus if gpu.processes is None}
-        for key in [key for key in self._strangers if key not in found]:
-            one = self._strangers[key]
-            if key in listed or one.gpu.uuid in unread:
-                found[key] = one  # it is there yet, and only whose GPU it is has changed
-            else:
-                self._tell_of_gpu(one.gpu, f"{describe(one.process)} has left it", observed.at)
-        self._strangers = found
-
-    def _tell_troubles(self, inventory: GpuInventory, at: float) -> None:
-        """Tell once of each GPU that gets into trouble or is gone, and once when it is well."""
-        if inventory.error is not None:
-            return
-        fallen = {gpu.uuid: gpu.error for gpu in inventory.unopened}
-        present = {gpu.uuid: gpu for gpu in inventory.gpus}
-        self._known.update({uuid: gpu.index for uuid, gpu in present.items()})
-        found: dict[str, str] = {}
-        for uuid in self._known:
-            gpu = present.get(uuid)
-            if gpu is None:
-                found[uuid] = f"it is lost: {fallen.get(uuid) or 'the driver lists it no more'}"
-            elif gpu.trouble is not None:
-                found[uuid] = f"it is unhealthy: {gpu.trouble}"
-        for uuid in sorted(found.keys() | self._sick.keys()):
-            text = found.get(uuid, "it is well again")
-            if text != self._sick.get(uuid):
-                name = f"GPU {self._known[uuid]}"
-                self._events.tell(Event("gpu", at, name, text, gpus=(uuid,)))
-        self._sick = found
-
-    def _tell_of_gpu(self, gpu: Gpu, text: str, at: float) -> None:
-        self._events.tell(Event("gpu", at, f"GPU {gpu.index}", text, gpus=(gpu.uuid,)))
 
     def _note_phases(
         self, memory: Memory, statuses: tuple[InstanceStatus, ...], now: float
@@ -453,6 +456,7 @@ class Converger:
         lane = self._lanes.pop(task)
         for name in lane.instances:
             self.activities.pop(name, None)
+        self._withdrawn -= lane.instances
         self.wake()
         if not task.cancelled() and task.exception() is not None:
             for name in lane.instances:
@@ -512,6 +516,9 @@ class Converger:
             # Whatever ends now was asked for, and is no crash.
             self._prober.forget(step.workload.ref)
             self._set(step.workload.identity.instance, started=None)
+        if isinstance(step, Withdraw):
+            await self._withdraw(step, change)
+            return
         progress = _from_thread(loop, lambda text: self._tell("progress", change, text))
         # As it is before the start: afterwards it is the instance's own.
         floors: Mapping[str, Floor] = {}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Protocol
 
 from mic_supervisor.backends import Backend
+from mic_supervisor.converge.publisher import HookState
 from mic_supervisor.model import DesiredState, GpuInventory, ObservedState
 from mic_supervisor.plan.actions import Plan
+from mic_supervisor.plan.endpoints import Endpoints
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.status import InstanceStatus
 from mic_supervisor.records import dataclass
@@ -39,3 +42,5 @@ class Snapshot:
     failing: frozenset[str]  # instances whose last change failed
     round: int = 0
     seconds: float = 0.0  # that the round took
+    hook: HookState = HookState()
+    endpoints: Endpoints = field(default_factory=dict)

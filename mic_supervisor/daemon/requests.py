@@ -20,7 +20,7 @@ from mic_supervisor.daemon.control import Method, Tell
 from mic_supervisor.daemon.settle import Settling
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.http.published import status_of
-from mic_supervisor.plan import render
+from mic_supervisor.plan import endpoints, render
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.pauses import free_of_pauses, to_resume
 from mic_supervisor.plan.reconcile import reconcile
@@ -73,6 +73,7 @@ class Requests:
             "ping": self._ping,
             "status": self._status,
             "plan": self._plan,
+            "endpoints": self._endpoints,
             "reload": self._asked_to_reload,
             "apply": self._apply,
             "edited": self._edited,
@@ -91,6 +92,10 @@ class Requests:
         document = status_of(self._published())
         assert document is not None  # there was a first snapshot
         return document
+
+    async def _endpoints(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
+        snapshot = await self._settling.first()
+        return endpoints.document(snapshot.endpoints, host_name())
 
     async def _plan(self, params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
         """What is still out of sync; nothing is read again for it."""

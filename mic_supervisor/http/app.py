@@ -77,6 +77,7 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
     status_document = document(documents.served_status, "status")
     plan_document = document(documents.served_plan, "plan")
     running_document = document(lambda _, snapshot: documents.running(snapshot), "running")
+    endpoints_document = document(documents.served_endpoints, "endpoints")
     discovery_document = document(lambda _, snapshot: documents.discovery(snapshot), "sd")
     gpus_document = document(lambda _, snapshot: documents.gpus(snapshot), "gpus")
 
@@ -85,6 +86,9 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
 
     async def plan(request: Request) -> Response:
         return plan_document(request)
+
+    async def endpoints(request: Request) -> Response:
+        return endpoints_document(request)
 
     async def sd(request: Request) -> Response:
         return discovery_document(request)
@@ -164,6 +168,7 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
     for path in ("/api/v1/models/start", "/api/v1/models/stop"):
         add(path, command, f"The command for it: {command_for(path)}", schemas.Refusal)
     add("/api/v1/processes/{pid}", command_of, "The command that ends it", schemas.Refusal)
+    add("/api/v1/endpoints", endpoints, "Who serves each model", schemas.ServedBy, unread)
     add("/api/v1/sd", sd, "Prometheus HTTP service discovery", schemas.Targets, unread)
     add("/healthz", healthz, "Whether the loop lives", schemas.Liveness, {503: schemas.Liveness})
     add(

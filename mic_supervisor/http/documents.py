@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.http import redact
 from mic_supervisor.http.published import status_of
-from mic_supervisor.plan import render
+from mic_supervisor.plan import endpoints, render
 from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.status import by_model, gpu_rows
 
@@ -127,6 +127,11 @@ def started_at(snapshot: Snapshot, row: InstanceStatus) -> float | None:
     """When the process or container behind this row began."""
     workload = _alive(snapshot).get(row.ref or "")
     return workload.started_at if workload is not None else None
+
+
+def served_endpoints(published: Published, snapshot: Snapshot) -> dict[str, Any]:
+    """Who serves each model now: what the hook on_endpoints_change is told."""
+    return endpoints.document(snapshot.endpoints, published.host)
 
 
 def discovery(snapshot: Snapshot) -> list[dict[str, Any]]:

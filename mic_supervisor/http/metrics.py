@@ -96,6 +96,7 @@ class SnapshotCollector(Collector):
                 yield from _xids(published)
             yield from _models(snapshot)
             yield from _sources(snapshot)
+            yield from _hook(snapshot)
         yield from _loop(published)
         yield _histogram(
             "mic_gpu_memory_release_seconds",
@@ -364,6 +365,22 @@ def _loop(published: Published) -> Iterator[Metric]:
         )
         family.add_metric((config.hash,), 1)
         yield family
+
+
+def _hook(snapshot: Snapshot) -> Iterator[Metric]:
+    if snapshot.desired.hook is None:
+        return
+    state = snapshot.hook
+    yield _counter("mic_endpoints_hook_runs", "Runs of on_endpoints_change.", state.runs)
+    yield _counter(
+        "mic_endpoints_hook_failures", "Runs of on_endpoints_change that failed.", state.failures
+    )
+    if state.last_success_at is not None:
+        yield _gauge(
+            "mic_endpoints_hook_last_success_timestamp_seconds",
+            "When on_endpoints_change ended well last.",
+            state.last_success_at,
+        )
 
 
 def _sources(snapshot: Snapshot) -> Iterator[Metric]:

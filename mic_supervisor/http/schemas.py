@@ -68,6 +68,19 @@ class RunningModels(RootModel[list[RunningModel]]):
     pass
 
 
+class ServingInstance(Shape):
+    instance: str
+    endpoints: dict[str, str]
+
+
+class ServedBy(Shape):
+    """A model that nobody serves has an empty list."""
+
+    version: Literal[1]
+    host: str
+    models: dict[str, list[ServingInstance]]
+
+
 class SupportedModels(RootModel[dict[str, str]]):
     """Name of the model to its backend."""
 

@@ -63,6 +63,13 @@ class Restart(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class Withdraw(Step):
+    """Have those who forward requests to it stop doing so, and wait until they have."""
+
+    workload: ObservedWorkload
+
+
+@dataclass(frozen=True, slots=True)
 class Drain(Step):
     """Ask `call` until the backend says that nothing is in flight, at most `timeout` seconds.
 

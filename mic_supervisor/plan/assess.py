@@ -42,6 +42,9 @@ class Context:
     creates_ahead: frozenset[str] = frozenset({"docker"})
     busy: frozenset[str] = frozenset()  # instances that steps are being executed for
     forced: frozenset[str] = frozenset()  # instances to restart although nothing is wrong
+    # The instances that were published, by model; None: nobody has to be told, or can be.
+    published: Mapping[str, Collection[str]] | None = None
+    hook_error: str | None = None
     confirmed: bool = True  # whether what the file no longer names may be removed
     targets: Selection | None = None  # None: everything; else the rest is left as it is
 

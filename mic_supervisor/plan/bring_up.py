@@ -123,10 +123,12 @@ def _take_over(
         assert back is not None  # it is what was rolled back to
         name, numbers = back.name, back.identity.ports.values()
         late = Restart(f"restart {name}", instance.id, back)
+    obstacle = in_the_way(instance, good.runtime, name, numbers, around)
+    if obstacle is not None:
+        return obstacle
     if unhealthy is not None:
         return BringUp("restart", f"rolled back, and {unhealthy}", early, late, back)
-    obstacle = in_the_way(instance, good.runtime, name, numbers, around)
-    return obstacle or BringUp("start", f"rollback: {entry.failed_reason}", early, late)
+    return BringUp("start", f"rollback: {entry.failed_reason}", early, late)
 
 
 def unhealthy_gpu(assessment: Assessment, gpu: Gpu) -> Blocked:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.plan import spec as specs
-from mic_supervisor.plan.actions import Drain, Step, Stop
+from mic_supervisor.plan.actions import Drain, Step, Stop, Withdraw
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.bring_up import BringUp, host_ports
 
@@ -43,12 +43,13 @@ def departures(
     ups: Mapping[str, BringUp],
     serving: Mapping[str, ObservedWorkload | None],
     held: Collection[str] = (),
+    withdraws: bool = False,
 ) -> Departures:
     """Every workload that is alive and neither serves nor is waited for by someone.
 
     It is stopped after all that follows on its GPUs was prepared. While one that follows cannot
     start, it stays: a model that runs is worth more than an empty GPU. What instances that are
-    `held` run stays in any case.
+    `held` run stays in any case. `withdraws`: there is somebody to be told before a stop.
     """
     out = Departures()
     owners = {item.instance.id: item for item in wanted}
@@ -73,7 +74,7 @@ def departures(
             and ups[item.instance.id].early
             and needs(item, ups[item.instance.id], workload) is not None
         ]
-        out.add(workload, _stop(workload, owners.get(instance), tuple(early)))
+        out.add(workload, _stop(workload, owners.get(instance), tuple(early), withdraws))
     return out
 
 
@@ -102,9 +103,9 @@ def _alive(workload: ObservedWorkload | None) -> bool:
 
 
 def _stop(
-    workload: ObservedWorkload, owner: Assessment | None, after: tuple[str, ...]
+    workload: ObservedWorkload, owner: Assessment | None, after: tuple[str, ...], withdraws: bool
 ) -> list[Step]:
-    """Drain where the backend knows how, then stop.
+    """Have nobody sent there any more, drain where the backend knows how, then stop.
 
     As the file says now, if it still says something of this instance and of the backend that runs
     it; else as it was recorded at the start.
@@ -118,6 +119,10 @@ def _stop(
         signal, grace = desired.workload.stop_signal, desired.workload.stop_timeout
         drain = (desired.drain, desired.drain_timeout) if desired.drain is not None else None
     steps: list[Step] = []
+    if withdraws:
+        withdraw = Withdraw(f"withdraw {workload.name}", instance, workload, depends_on=after)
+        steps.append(withdraw)
+        after = (withdraw.id,)
     if drain is not None and drain[1] > 0:
         step = Drain(
             f"drain {workload.name}",

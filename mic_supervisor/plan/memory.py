@@ -95,13 +95,14 @@ class Floor:
 @dataclass(frozen=True, slots=True)
 class Memory:
     """`bindings` maps index keys of the file to UUIDs, `floors` UUIDs to what was used on the GPU
-    before the last start of ours.
+    before the last start of ours. `published` are the endpoints that the hook was told of last.
     """
 
     instances: Mapping[str, InstanceMemory] = field(default_factory=dict)
     bindings: Mapping[str, str] = field(default_factory=dict)
     paused: Paused = Paused()
     floors: Mapping[str, Floor] = field(default_factory=dict)
+    published: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None
 
     def of(self, instance: str) -> InstanceMemory:
         return self.instances.get(instance, InstanceMemory())
@@ -122,6 +123,8 @@ class Memory:
             }
         if self.floors:
             out["floors"] = {uuid: asdict(floor) for uuid, floor in sorted(self.floors.items())}
+        if self.published is not None:
+            out["published"] = {model: dict(found) for model, found in self.published.items()}
         return out
 
     @classmethod
@@ -145,6 +148,7 @@ class Memory:
             bindings={str(key): str(uuid) for key, uuid in bindings.items()},
             paused=Paused(_pauses(paused, "models"), _pauses(paused, "gpus")),
             floors=_floors(data.get("floors", {})),
+            published=_published(data.get("published")),
         )
 
 
@@ -205,3 +209,19 @@ def _floors(given: Any) -> dict[str, Floor]:
             raise ValueError(f"floors of {uuid} is {entry!r}")
         out[str(uuid)] = Floor(used, strangers)
     return out
+
+
+def _published(data: Any) -> dict[str, dict[str, dict[str, str]]] | None:
+    if data is None:
+        return None
+    if not isinstance(data, Mapping):
+        raise ValueError("published must be a map")
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for model, instances in data.items():
+        if not isinstance(instances, Mapping):
+            raise ValueError(f"published {model} must be a map")
+        for instance, urls in instances.items():
+            if not isinstance(urls, Mapping) or not all(isinstance(u, str) for u in urls.values()):
+                raise ValueError(f"published {instance} must be a map of texts")
+        found[str(model)] = {str(one): dict(urls) for one, urls in instances.items()}
+    return found

@@ -132,8 +132,6 @@ def _too_small(instance: Instance, around: Surroundings) -> Obstacle | None:
 
 
 def _strangers(instance: Instance, around: Surroundings) -> Obstacle | None:
-    if instance.on_foreign == "ignore":
-        return None
     expected = {instance.id, *around.leaving}
     for uuid in instance.gpus:
         gpu = around.gpus[uuid]
@@ -141,6 +139,8 @@ def _strangers(instance: Instance, around: Surroundings) -> Obstacle | None:
             continue
         if gpu.processes is None:
             return Obstacle(f"the processes on GPU {gpu.index} cannot be read")
+        if instance.on_foreign == "ignore":
+            continue
         for process in sorted(gpu.processes, key=lambda item: item.pid):
             if is_foreign(process, expected, instance.foreign_threshold):
                 whose = belongs(process, around.observed)

@@ -133,7 +133,9 @@ class _Round:
         self.blocked += [
             hold.told(otherwise or Plan()) for hold in self.held.values() if hold.paused
         ]
-        notes = warnings(self.desired, self.observed, self.context.scope, self.context.busy)
+        hook_error = self.context.hook_error
+        notes = [hook_error] if hook_error is not None and self.desired.hook is not None else []
+        notes += warnings(self.desired, self.observed, self.context.scope, self.context.busy)
         if self.observed.inventory.error is not None:  # 1
             reason = self.observed.inventory.error
             self._freeze(*self._free(self.assessments, self._orphans()), reason)
@@ -274,7 +276,9 @@ class _Round:
         unchosen = {hold.instance for hold in self.held.values() if not hold.paused}
         followers = [item for item in wanted if item.instance.id not in unchosen]
         while True:
-            stops = departures(followers, orphans, ups, serving, self.held)
+            stops = departures(
+                followers, orphans, ups, serving, self.held, self.desired.hook is not None
+            )
             stays = [workload for workload in alive if workload not in stops]
             obstructed = {}
             for item in wanted:

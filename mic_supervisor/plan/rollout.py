@@ -8,6 +8,9 @@ from dataclasses import replace
 from mic_supervisor.plan.actions import Change
 from mic_supervisor.plan.assess import Assessment, Context
 
+FOR_THE_HOOK = "on_endpoints_change, which has yet to be told of what serves instead"
+"""What a change waits for that nothing else in the plan brings about, and that is on its way."""
+
 
 def roll(
     changes: Iterable[Change],
@@ -38,7 +41,10 @@ def roll(
             and change.instance not in context.busy
         ):
             model, limit = changed.instance.model, changed.instance.max_unavailable
-            if down[model] >= limit:
+            if _unpublished(by_id.values(), change.instance, model, context):
+                # Else those who forward requests would for a moment know of neither.
+                change = replace(change, waits=FOR_THE_HOOK)
+            elif down[model] >= limit:
                 plural = "s" if limit > 1 else ""
                 waits = f"its turn: {limit} instance{plural} of {model} at a time"
                 change = replace(change, waits=waits)
@@ -46,6 +52,19 @@ def roll(
                 down[model] += 1
         out.append(change)
     return _with_followers(out)
+
+
+def _unpublished(items: Iterable[Assessment], instance: str, model: str, context: Context) -> bool:
+    """Whether another one that serves the model is not known to those who forward requests."""
+    if context.published is None:
+        return False
+    known = context.published.get(model, ())
+    others = [item for item in items if item.instance.model == model]
+    return any(
+        item.ready and item.instance.id not in known
+        for item in others
+        if item.instance.id != instance
+    )
 
 
 def _with_followers(changes: list[Change]) -> tuple[Change, ...]:

@@ -8,6 +8,7 @@ from mic_supervisor.model import DesiredState
 from mic_supervisor.plan.actions import Plan
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.rollout import FOR_THE_HOOK
 from mic_supervisor.plan.status import InstanceStatus
 
 _SLACK = 5.0  # seconds beyond a start's budget, in which the planner says that it is spent
@@ -51,7 +52,11 @@ def settled(
     ):
         return False
     final = {item.instance for item in plan.blocked if not item.queued}
-    final |= {change.instance for change in plan.changes if change.waits is not None}
+    final |= {
+        change.instance
+        for change in plan.changes
+        if change.waits is not None and change.waits != FOR_THE_HOOK
+    }
     final |= set(failing)
     budgets = {item.id: item.start_timeout for item in desired.instances}
     for row in statuses:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.mock_nvml import MockGpu, MockNvml, mock_uuid
+from tests.support import scopes
 from tests.support.mic import Daemon, Mic
 from tests.support.ports import PortBlock
 from tests.support.waiting import http, until
@@ -83,7 +84,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     nvml = MockNvml(home)
     nvml.set([MockGpu() for _ in GPUS])
     with closing(PortBlock()) as ports:
-        mic = Mic(home / "mic", "faults", ports)
+        scope = scopes.new_scope()
+        mic = Mic(home / "mic", scope, ports)
         mic.env |= {
             "MIC_GPU_SOURCE": "nvml",
             "MIC_DOCKER_HOST": "none",
@@ -105,8 +107,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             until(lambda: made.ready(*GPUS), "all four")
             yield made
         finally:
-            mic("down", "--yes")
             mic.close()
+            scopes.end_processes(scope)
 
 
 @pytest.fixture(autouse=True)

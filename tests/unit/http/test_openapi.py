@@ -44,6 +44,7 @@ def test_every_path_that_is_served_is_described() -> None:
     paths = Site(views_of.good())("/openapi.json").json()["paths"]
     assert sorted(paths) == [
         "/",
+        "/api/v1/endpoints",
         "/api/v1/gpus",
         "/api/v1/models/start",
         "/api/v1/models/status",

@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from mic_supervisor.converge.events import Event
+from mic_supervisor.converge.publisher import HookState
 from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http.published import ConfigState, LoopState, Published
 from mic_supervisor.http.views import Views
 from mic_supervisor.model import (
     DesiredState,
+    EndpointsHook,
     Gpu,
     GpuMemory,
     GpuProcess,
@@ -27,6 +29,7 @@ from mic_supervisor.model import (
     UnopenedGpu,
 )
 from mic_supervisor.plan.assess import assess
+from mic_supervisor.plan.endpoints import serving
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.status import instance_statuses
@@ -159,8 +162,14 @@ def good(**values: Any) -> Published:
         observed,
         inventory=replace(observed.inventory, driver="575.57.08", nvml="12.575.57.08", cuda="12.9"),
     )
-    desired = b.desired(mam, qwen, kept_empty=(b.uuid(3),), config_hash="f00d" * 16)
+    hook = EndpointsHook(("/etc/mic/endpoints-changed",))
+    desired = b.desired(mam, qwen, kept_empty=(b.uuid(3),), config_hash="f00d" * 16, hook=hook)
     found = snapshot(desired, observed, remembered(mam.id, qwen.id))
+    found = replace(
+        found,
+        hook=HookState(runs=3, failures=1, last_success_at=NOW - 60),
+        endpoints=serving(found.statuses, (), {}),
+    )
     values.setdefault("history", (event("phase", mam.id, phase="ready", was="starting"),))
     return published(found, **values)
 

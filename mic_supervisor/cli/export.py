@@ -1,0 +1,111 @@
+"""mic-supervisor export"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mic_supervisor.cli import wiring
+from mic_supervisor.errors import MicError
+
+if TYPE_CHECKING:
+    from mic_supervisor.config.settings import Settings
+    from mic_supervisor.plan.endpoints import Endpoints
+
+_FORMATS = ("nginx", "haproxy")
+
+
+@click.command(name="export")
+@click.argument("form", type=click.Choice(_FORMATS))
+@click.option(
+    "--port",
+    type=click.Choice(("http", "grpc", "metrics")),
+    default="http",
+    show_default=True,
+    help="Which port of each instance.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write it there, at once or not at all; an equal file is left alone.",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.File("r"),
+    help="A document as the hook on_endpoints_change gets it; - is standard input.",
+)
+def command(form: str, port: str, output: Path | None, source: Any) -> None:
+    """Print an upstream for each model with the instances that serve it now, for nginx or haproxy.
+
+    A model that nobody serves has an upstream, too, which answers at once that it has none.
+    """
+    from mic_supervisor.plan.export import FORMATS
+
+    found = wiring.settings()
+    endpoints = _given(source) if source is not None else _asked(found)
+    text = FORMATS[form](endpoints, port=port, scope=found.scope)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    changed = _write(output, text)
+    click.echo(f"{output}: {'written' if changed else 'as it was'}", err=True)
+
+
+def _asked(found: Settings) -> Endpoints:
+    """From the daemon; where none runs, from a look of our own."""
+    from mic_supervisor.cli.status import look_once
+    from mic_supervisor.daemon.client import Client
+    from mic_supervisor.plan.endpoints import serving
+
+    client = Client.connect(found.socket)
+    if client is not None:
+        return _parsed(client.call("endpoints", timeout=10.0))
+    seen = look_once(wiring.machine(found, create_key=False))
+    return serving(seen.statuses, (), seen.memory.published or {})
+
+
+def _given(source: Any) -> Endpoints:
+    name = getattr(source, "name", "-")
+    try:
+        return _parsed(json.load(source))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MicError(
+            f"cannot read the endpoints in {name}: it is not what on_endpoints_change is given",
+            hint="give its standard input on, or a copy of /api/v1/endpoints",
+        ) from error
+
+
+def _parsed(document: Any) -> Endpoints:
+    return {
+        str(model): {
+            str(one["instance"]): {str(k): str(v) for k, v in one["endpoints"].items()}
+            for one in instances
+        }
+        for model, instances in document["models"].items()
+    }
+
+
+def _write(path: Path, text: str) -> bool:
+    """Whether the file had to be written. Who reads it sees the old one or the new one."""
+    try:
+        if path.read_text(encoding="utf-8") == text:
+            return False
+    except (OSError, UnicodeDecodeError):
+        pass  # it is written then, and that says what is wrong
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise MicError(
+            f"cannot write {path}: {error.strerror}",
+            hint="below mic.service a directory is writable where ReadWritePaths= names it",
+        ) from error
+    return True

@@ -1,0 +1,174 @@
+"""Tells who forwards requests which instances serve, by running the operator's hook.
+
+One run at a time, always with what is true when it begins: what changes meanwhile is one more run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
+from typing import IO
+
+from mic_supervisor.errors import MicError
+from mic_supervisor.model import EndpointsHook
+from mic_supervisor.plan.endpoints import Endpoints, document
+from mic_supervisor.records import dataclass
+
+_FIRST_REST = 5.0  # seconds before a hook that failed is run again, doubling to the last
+_LAST_REST = 300.0
+_OUTPUT = 2000  # bytes of its output that are quoted
+
+
+@dataclass(frozen=True, slots=True)
+class HookState:
+    """How the hook fared since the program started. Times are seconds since the epoch."""
+
+    runs: int = 0
+    failures: int = 0
+    last_success_at: float | None = None
+    error: str | None = None  # of the last run
+    retry_at: float | None = None
+
+
+class Publisher:
+    """Keeps what the hook was last told in step with what serves. For the event loop's thread.
+
+    `published` is what the last successful run was told; None: no hook ever succeeded. `tell` gets
+    a sentence for the log and whether it is bad news.
+    """
+
+    def __init__(
+        self,
+        pool: Executor,
+        clock: Callable[[], float],
+        tell: Callable[[str, bool], None],
+        host: str,
+        published: Endpoints | None,
+    ) -> None:
+        self.published = published
+        self.state = HookState()
+        self._pool = pool
+        self._clock = clock
+        self._tell = tell
+        self._host = host
+        self._turn = asyncio.Lock()
+        self._task: asyncio.Task[bool] | None = None
+        self._wanted: Endpoints = {}
+        self._hook: EndpointsHook | None = None
+
+    def follow(self, hook: EndpointsHook | None, wanted: Endpoints) -> None:
+        """What is true now, once a round. Starts a run where one is due, and waits for none."""
+        if hook != self._hook:
+            self._hook, self.state = hook, replace(self.state, error=None, retry_at=None)
+        self._wanted = wanted
+        under_way = self._task is not None and not self._task.done()
+        retry_at = self.state.retry_at
+        rests = retry_at is not None and retry_at > self._clock()
+        if hook is None or under_way or rests or wanted == self.published:
+            return
+        self._task = asyncio.create_task(self.publish(wanted))
+
+    def tells_of(self, instance: str) -> bool:
+        """Whether an instance is among those that were published last."""
+        published = self.published or {}
+        return any(instance in instances for instances in published.values())
+
+    async def publish(self, wanted: Endpoints) -> bool:
+        """Have the hook told of this; False: it failed, and `state` says how."""
+        async with self._turn:
+            hook = self._hook
+            if hook is None or wanted == self.published:
+                return True
+            self.state = replace(self.state, runs=self.state.runs + 1)
+            loop = asyncio.get_running_loop()
+            try:
+                await loop.run_in_executor(self._pool, run, hook, document(wanted, self._host))
+            except MicError as error:
+                self._failed(error)
+                return False
+            self.published = wanted
+            self.state = replace(
+                self.state, last_success_at=self._clock(), error=None, retry_at=None
+            )
+            ready = ", ".join(f"{model} {len(ready)}" for model, ready in wanted.items())
+            self._tell(f"on_endpoints_change was told: {ready or 'no models'}", False)
+            return True
+
+    async def finish(self) -> None:
+        """Wait until what is true has been told, or could not be."""
+        if self._task is not None:
+            await asyncio.wait({self._task})
+        if self._hook is not None and self._wanted != self.published:
+            await self.publish(self._wanted)
+
+    def _failed(self, error: MicError) -> None:
+        count = self.state.failures + 1
+        earlier = self.state.error is not None
+        rest = _FIRST_REST
+        if earlier and self.state.retry_at is not None:
+            rest = min(_LAST_REST, _FIRST_REST * 2.0 ** min(count - 1, 6))
+        self.state = replace(
+            self.state,
+            failures=count,
+            error=error.message,
+            retry_at=self._clock() + rest,
+        )
+        self._tell(error.message, True)
+
+
+def run(hook: EndpointsHook, told: Mapping[str, object]) -> None:
+    """Run the hook to its end, with a JSON document on its standard input. Raises MicError.
+
+    It gets PATH and the supervisor's own MIC_ variables, so that `mic-supervisor export` means the
+    same there. Past its time it is killed with everything that it started and that stayed in its
+    session.
+    """
+    program = hook.command[0]
+    env = {key: value for key, value in os.environ.items() if key.startswith("MIC_")}
+    env["PATH"] = os.environ.get("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin")
+    # A file and no pipe: a child that outlives the hook and holds its output is not waited for.
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
+        given.write(json.dumps(told, ensure_ascii=False).encode())
+        given.seek(0)
+        try:
+            process = subprocess.Popen(
+                hook.command,
+                stdin=given,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise MicError(
+                f"cannot run on_endpoints_change, {program}: {error.strerror}",
+                hint="it must be there, and executable, for the supervisor's user",
+            ) from error
+        try:
+            code = process.wait(hook.timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise MicError(
+                f"on_endpoints_change, {program}, took longer than {hook.timeout:g} s and was "
+                f"killed{_said(output)}"
+            ) from None
+        if code != 0:
+            how = f"exits with {code}" if code > 0 else f"was killed by signal {-code}"
+            raise MicError(f"on_endpoints_change, {program}, {how}{_said(output)}")
+
+
+def _said(output: IO[bytes]) -> str:
+    """The last line of what it printed, as the end of a sentence."""
+    size = output.seek(0, 2)
+    output.seek(max(0, size - _OUTPUT))
+    lines = output.read().decode(errors="replace").strip().splitlines()
+    return f": {lines[-1][:300]}" if lines else ""

@@ -1,0 +1,161 @@
+"""The hook, run for real: real programs, and what becomes of those that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from mic_supervisor.converge.publisher import Publisher, run
+from mic_supervisor.errors import MicError
+from mic_supervisor.model import EndpointsHook
+from mic_supervisor.plan.endpoints import Endpoints
+
+ONE: Endpoints = {"MAM": {"MAM-1": {"http": "http://127.0.0.1:1"}}}
+TWO: Endpoints = {"MAM": {}}
+
+
+def script(tmp_path: Path, body: str, timeout: float = 10.0) -> EndpointsHook:
+    path = tmp_path / "hook"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return EndpointsHook((str(path), "an argument", "$HOME; `id`"), timeout, 0.0)
+
+
+def refusal(hook: EndpointsHook) -> str:
+    with pytest.raises(MicError) as caught:
+        run(hook, {})
+    return caught.value.message
+
+
+def test_it_gets_the_document_its_arguments_and_little_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIC_SCOPE", "here")
+    monkeypatch.setenv("SECRET", "x")
+    hook = script(tmp_path, f'cat > {tmp_path}/in; printf "%s|" "$@" > {tmp_path}/args; env > '
+                            f"{tmp_path}/env")  # fmt: skip
+    run(hook, {"models": {"换脸": []}})
+    assert json.loads((tmp_path / "in").read_text()) == {"models": {"换脸": []}}
+    assert (tmp_path / "args").read_text() == "an argument|$HOME; `id`|"
+    env = (tmp_path / "env").read_text()
+    assert "MIC_SCOPE=here\n" in env
+    assert "SECRET" not in env
+
+
+def test_one_that_fails_is_quoted(tmp_path: Path) -> None:
+    hook = script(tmp_path, "echo first; echo 'nginx: no such file' >&2; exit 3")
+    path = hook.command[0]
+    assert refusal(hook) == f"on_endpoints_change, {path}, exits with 3: nginx: no such file"
+    assert refusal(script(tmp_path, "kill -9 $$")).endswith("was killed by signal 9")
+    gone = EndpointsHook((str(tmp_path / "none"),))
+    assert refusal(gone).endswith("none: No such file or directory")
+    (tmp_path / "plain").write_text("")
+    assert refusal(EndpointsHook((str(tmp_path / "plain"),))).endswith("Permission denied")
+
+
+def test_one_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
+    hook = script(tmp_path, f"sleep 600 & echo $! > {tmp_path}/child; wait", timeout=0.3)
+    began = time.monotonic()
+    assert "took longer than 0.3 s and was killed" in refusal(hook)
+    assert time.monotonic() - began < 5
+    child = int((tmp_path / "child").read_text())
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            break
+        if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.02)
+    else:
+        raise AssertionError("the child lives")
+
+
+def test_one_that_prints_without_end_costs_no_memory(tmp_path: Path) -> None:
+    hook = script(tmp_path, "head -c 20000000 /dev/zero | tr '\\0' x; echo; echo the end; exit 1")
+    assert refusal(hook).endswith("exits with 1: the end")
+
+
+def test_a_child_that_stays_holds_nobody_up(tmp_path: Path) -> None:
+    began = time.monotonic()
+    run(script(tmp_path, "sleep 3 &"), {})
+    assert time.monotonic() - began < 2
+
+
+# --- in the loop ------------------------------------------------------------------------------
+
+
+def in_loop(story: Callable[[Publisher, list[tuple[str, bool]]], Awaitable[None]]) -> None:
+    told: list[tuple[str, bool]] = []
+
+    async def main() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            made = Publisher(pool, time.time, lambda *args: told.append(args), "h", None)
+            await story(made, told)
+
+    asyncio.run(main())
+
+
+def runs(tmp_path: Path) -> int:
+    path = tmp_path / "runs"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def test_it_is_run_once_for_each_change_and_never_twice_at_once(tmp_path: Path) -> None:
+    hook = script(
+        tmp_path,
+        f"mkdir {tmp_path}/busy || exit 9; printf x >> {tmp_path}/runs; sleep 0.1; "
+        f"rmdir {tmp_path}/busy",
+    )
+
+    async def story(made: Publisher, told: list[tuple[str, bool]]) -> None:
+        for wanted in (ONE, ONE, TWO, ONE, TWO):  # what changes while it runs is one more run
+            made.follow(hook, wanted)
+            await asyncio.sleep(0.01)
+        await made.finish()
+        assert (made.published, runs(tmp_path)) == (TWO, 2)
+        made.follow(hook, TWO)
+        await made.finish()
+        assert runs(tmp_path) == 2
+        assert await asyncio.gather(made.publish(ONE), made.publish(TWO)) == [True, True]
+        assert told == [("on_endpoints_change was told: MAM 1", False),
+                        ("on_endpoints_change was told: MAM 0", False)] * 2  # fmt: skip
+
+    in_loop(story)
+
+
+def test_one_that_fails_is_told_of_and_rests(tmp_path: Path) -> None:
+    hook = script(tmp_path, f"printf x >> {tmp_path}/runs; test -e {tmp_path}/ok")
+
+    async def story(made: Publisher, told: list[tuple[str, bool]]) -> None:
+        made.follow(hook, ONE)
+        assert made._task is not None
+        assert not await made._task
+        assert (made.published, made.state.failures) == (None, 1)
+        assert made.state.error is not None and "exits with 1" in made.state.error
+        made.follow(hook, ONE)
+        await asyncio.sleep(0.05)
+        assert runs(tmp_path) == 1  # it rests
+        (tmp_path / "ok").touch()
+        assert await made.publish(ONE)  # a stop does not wait for that
+        assert (made.published, made.state.error, made.state.runs) == (ONE, None, 2)
+        assert [bad for _, bad in told] == [True, False]
+
+    in_loop(story)
+
+
+def test_without_a_hook_there_is_nobody_to_tell() -> None:
+    async def story(made: Publisher, told: list[tuple[str, bool]]) -> None:
+        made.follow(None, ONE)
+        await made.finish()
+        assert made.published is None
+        assert told == []
+
+    in_loop(story)
