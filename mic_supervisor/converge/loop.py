@@ -31,7 +31,7 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.gpu.events import XidRecord
 from mic_supervisor.gpu.faults import with_xids
-from mic_supervisor.model import DesiredState, EndpointsHook, GpuInventory, ObservedWorkload
+from mic_supervisor.model import GpuInventory, ObservedWorkload
 from mic_supervisor.plan.actions import (
     Change,
     Create,
@@ -49,7 +49,6 @@ from mic_supervisor.plan.actions import (
     in_order,
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
-from mic_supervisor.plan.endpoints import Endpoints, serving
 from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import Phase, note_failure, note_load_failure, remember
 from mic_supervisor.plan.loads import memory_key
@@ -140,9 +139,6 @@ class Converger:
         self._inventory = GpuInventory("none")
         self._readable: GpuInventory | None = None  # the last one that told of GPUs
         self._gpu_news = GpuNews(events)
-        self._withdrawn: set[str] = set()  # instances that are about to be stopped
-        self._statuses: tuple[InstanceStatus, ...] = ()
-        self._hook: EndpointsHook | None = None
         self.xids: Callable[[], Collection[XidRecord]] = tuple  # that the GPUs reported so far
         self._assessments: dict[str, Assessment] = {}
         self._bound = True  # whether the remembered bindings hold
@@ -264,7 +260,7 @@ class Converger:
             self.context,
             busy=busy,
             confirmed=confirmed,
-            published=self._known_to_clients(desired),
+            published=self._publisher.known(desired.hook),
             hook_error=self._publisher.state.error,
         )
         observed = combine(inventory, views, listeners, dict(self._prober.health), now)
@@ -294,8 +290,7 @@ class Converger:
             desired, observed, assessments, plan, memory, activities, self._troubles
         )
         self.memory, statuses = self._note_phases(memory, statuses, now)
-        self._statuses, self._hook = statuses, desired.hook
-        self._publisher.follow(desired.hook, self._endpoints())
+        self._publisher.follow(desired.hook, statuses)
         await self._keep_published()
         self.snapshot = Snapshot(
             at=now,
@@ -309,36 +304,19 @@ class Converger:
             round=self.rounds_begun,
             seconds=self._clock() - began,
             hook=self._publisher.state,
-            endpoints=self._endpoints(),
+            endpoints=self._publisher.endpoints,
         )
         return self.snapshot
-
-    # --- who forwards requests ------------------------------------------------------------------
-
-    def _endpoints(self) -> Endpoints:
-        return serving(self._statuses, self._withdrawn, self._publisher.published or {})
-
-    def _known_to_clients(self, desired: DesiredState) -> dict[str, frozenset[str]] | None:
-        """Which instances were published, by model. None where nobody can be waited for."""
-        published = self._publisher.published
-        if desired.hook is None or self._publisher.state.error is not None or published is None:
-            return None
-        return {model: frozenset(instances) for model, instances in published.items()}
 
     async def _keep_published(self) -> None:
         self.memory = replace(self.memory, published=self._publisher.published)
         await self._save_memory()
 
     async def _withdraw(self, step: Withdraw, change: Change) -> None:
-        """A hook that fails is told of, and stops nothing that somebody asked for."""
-        instance, hook = step.workload.identity.instance, self._hook
-        self._withdrawn.add(instance)
-        if hook is None or not self._publisher.tells_of(instance):
-            return
-        self._tell("progress", change, "withdrawing it from on_endpoints_change")
-        if not await self._publisher.publish(self._endpoints()):
+        if self._publisher.published:
+            self._tell("progress", change, "withdrawing it from on_endpoints_change")
+        if not await self._publisher.withdraw(step.workload.identity.instance):
             self._tell("warning", change, "stopping it although on_endpoints_change failed")
-        await asyncio.sleep(hook.settle)
 
     def _tell_of_hook(self, text: str, bad: bool) -> None:
         kind: EventKind = "failed" if bad else "hook"
@@ -456,7 +434,7 @@ class Converger:
         lane = self._lanes.pop(task)
         for name in lane.instances:
             self.activities.pop(name, None)
-        self._withdrawn -= lane.instances
+        self._publisher.restore(lane.instances)
         self.wake()
         if not task.cancelled() and task.exception() is not None:
             for name in lane.instances:

@@ -11,14 +11,15 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import IO
 
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import EndpointsHook
-from mic_supervisor.plan.endpoints import Endpoints, document
+from mic_supervisor.plan.endpoints import Endpoints, document, serving
+from mic_supervisor.plan.status import InstanceStatus
 from mic_supervisor.records import dataclass
 
 _FIRST_REST = 5.0  # seconds before a hook that failed is run again, doubling to the last
@@ -32,6 +33,7 @@ class HookState:
 
     runs: int = 0
     failures: int = 0
+    in_a_row: int = 0  # failures since the last success
     last_success_at: float | None = None
     error: str | None = None  # of the last run
     retry_at: float | None = None
@@ -60,30 +62,62 @@ class Publisher:
         self._host = host
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[bool] | None = None
-        self._wanted: Endpoints = {}
         self._hook: EndpointsHook | None = None
+        self._rows: tuple[InstanceStatus, ...] = ()
+        self._withdrawn: set[str] = set()
 
-    def follow(self, hook: EndpointsHook | None, wanted: Endpoints) -> None:
+    @property
+    def endpoints(self) -> Endpoints:
+        """Who serves now, but for what is about to be stopped."""
+        return serving(self._rows, self._withdrawn, self.published or {})
+
+    def follow(self, hook: EndpointsHook | None, rows: tuple[InstanceStatus, ...]) -> None:
         """What is true now, once a round. Starts a run where one is due, and waits for none."""
         if hook != self._hook:
-            self._hook, self.state = hook, replace(self.state, error=None, retry_at=None)
-        self._wanted = wanted
+            self._hook = hook
+            self.state = replace(self.state, error=None, retry_at=None, in_a_row=0)
+        self._rows = rows
         under_way = self._task is not None and not self._task.done()
         retry_at = self.state.retry_at
         rests = retry_at is not None and retry_at > self._clock()
-        if hook is None or under_way or rests or wanted == self.published:
+        if hook is None or under_way or rests or self.endpoints == self.published:
             return
-        self._task = asyncio.create_task(self.publish(wanted))
+        self._task = asyncio.create_task(self._publish())
 
-    def tells_of(self, instance: str) -> bool:
-        """Whether an instance is among those that were published last."""
-        published = self.published or {}
-        return any(instance in instances for instances in published.values())
+    def known(self, hook: EndpointsHook | None) -> dict[str, frozenset[str]] | None:
+        """The instances that were published, by model. None where nobody can be waited for."""
+        if hook is None or self.state.error is not None or self.published is None:
+            return None
+        return {model: frozenset(instances) for model, instances in self.published.items()}
 
-    async def publish(self, wanted: Endpoints) -> bool:
-        """Have the hook told of this; False: it failed, and `state` says how."""
+    async def withdraw(self, instance: str) -> bool:
+        """Have nobody sent there any more, until `restore`. False: the hook failed.
+
+        A hook that fails stops nothing that somebody asked for.
+        """
+        self._withdrawn.add(instance)
+        hook, published = self._hook, self.published or {}
+        if hook is None or not any(instance in found for found in published.values()):
+            return True
+        done = await self._publish()
+        await asyncio.sleep(hook.settle)
+        return done
+
+    def restore(self, instances: Iterable[str]) -> None:
+        """What was withdrawn has been stopped, or will not be."""
+        self._withdrawn.difference_update(instances)
+
+    async def finish(self) -> None:
+        """Wait until what is true has been told, or could not be."""
+        if self._task is not None:
+            await asyncio.wait({self._task})
+        if self.state.error is None:
+            await self._publish()
+
+    async def _publish(self) -> bool:
+        """Have the hook told of what is true when its turn comes; False: it failed."""
         async with self._turn:
-            hook = self._hook
+            hook, wanted = self._hook, self.endpoints
             if hook is None or wanted == self.published:
                 return True
             self.state = replace(self.state, runs=self.state.runs + 1)
@@ -95,28 +129,19 @@ class Publisher:
                 return False
             self.published = wanted
             self.state = replace(
-                self.state, last_success_at=self._clock(), error=None, retry_at=None
+                self.state, last_success_at=self._clock(), error=None, retry_at=None, in_a_row=0
             )
-            ready = ", ".join(f"{model} {len(ready)}" for model, ready in wanted.items())
+            ready = ", ".join(f"{model} {len(found)}" for model, found in wanted.items())
             self._tell(f"on_endpoints_change was told: {ready or 'no models'}", False)
             return True
 
-    async def finish(self) -> None:
-        """Wait until what is true has been told, or could not be."""
-        if self._task is not None:
-            await asyncio.wait({self._task})
-        if self._hook is not None and self._wanted != self.published:
-            await self.publish(self._wanted)
-
     def _failed(self, error: MicError) -> None:
-        count = self.state.failures + 1
-        earlier = self.state.error is not None
-        rest = _FIRST_REST
-        if earlier and self.state.retry_at is not None:
-            rest = min(_LAST_REST, _FIRST_REST * 2.0 ** min(count - 1, 6))
+        state = self.state
+        rest = min(_FIRST_REST * 2.0 ** min(state.in_a_row, 6), _LAST_REST)
         self.state = replace(
-            self.state,
-            failures=count,
+            state,
+            failures=state.failures + 1,
+            in_a_row=state.in_a_row + 1,
             error=error.message,
             retry_at=self._clock() + rest,
         )

@@ -44,10 +44,10 @@ from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive, wo
 from mic_supervisor.plan.bring_up import RETRY, BringUp, blocked, bring_up, fall_back, unhealthy_gpu
 from mic_supervisor.plan.departures import Departures, departures, needs
 from mic_supervisor.plan.fallback import fallback
-from mic_supervisor.plan.holds import Holds, left_out, way_out
+from mic_supervisor.plan.holds import Holds, left_out
+from mic_supervisor.plan.inside import inside
 from mic_supervisor.plan.lanes import Lanes
 from mic_supervisor.plan.leftovers import left_over, superseded
-from mic_supervisor.plan.loads import DueLoad, loads, memory_key, unloads
 from mic_supervisor.plan.memory import InstanceMemory, Memory, Paused
 from mic_supervisor.plan.obstacles import (
     Ports,
@@ -386,7 +386,7 @@ class _Round:
                 self._change("stop", lane, item, cause, steps)
             good = fallback(entry, item)
             if good is not None or not self._is_told(instance.id):
-                self._loads(lane, good or item, entry)
+                self._inside(lane, good or item, entry)
             self._leftovers(lane, item, entry, steps)
             told = {change.instance for change in self.changes}
             told |= {other.instance for other in self.blocked}
@@ -438,62 +438,22 @@ class _Round:
         diff = () if fallback(entry, item) is not None else None
         self._change(up.kind, lane, item, up.cause, [*up.early, *steps, *late], diff)
 
-    def _loads(self, lane: str, item: Assessment, entry: InstanceMemory) -> None:
-        """5. Only a server that answers can say what it has loaded."""
-        due = loads(item)
-        if item.instance.shared:
-            due = self._patient_loads(item, due)
-        elif due and entry.retry_at is not None and entry.retry_at > self.now:
-            if not self._is_told(item.instance.id):
-                reason = f"backoff: {entry.reason}"
-                self.blocked.append(blocked(item, reason, until=entry.retry_at))
-            return
-        held: dict[str, str] = {}
-        for load in due:
-            model = load.step.placement.model
-            if (pause := self.holds.placement(model)) is not None:  # 8
-                held[model] = f"{model} is {pause}; would load: {load.cause}"
-            else:
-                self._change("load", lane, item, load.cause, [load.step], load.diff, load.step)
-        self._unloads(lane, item)
-        if held and not self._is_told(item.instance.id):
-            self.blocked.append(blocked(item, "; ".join(held.values()), hint=way_out(held)))
-
-    def _patient_loads(self, item: Assessment, due: list[DueLoad]) -> list[DueLoad]:
-        """Those whose turn it is: in a shared server each model has a patience of its own."""
-        ready: list[DueLoad] = []
-        waiting: list[tuple[float, str]] = []
-        for load in due:
-            model = load.step.placement.model
-            entry = self.memory.of(memory_key(item.instance.id, model))
-            if entry.retry_at is not None and entry.retry_at > self.now:
-                waiting.append((entry.retry_at, f"{model}: backoff: {entry.reason}"))
-            else:
-                ready.append(load)
-        if waiting and not self._is_told(item.instance.id):
-            reason = "; ".join(text for _, text in waiting)
-            until = min(at for at, _ in waiting)
-            self.blocked.append(blocked(item, reason, until=until))
-        return ready
-
-    def _unloads(self, lane: str, item: Assessment) -> None:
+    def _inside(self, lane: str, item: Assessment, entry: InstanceMemory) -> None:  # 5, 8
         named = {uuid for other in self.assessments for uuid in other.placed_gpus}
-        named |= set(self.desired.kept_empty)
-        for unload in unloads(item):
-            one = unload.step.placement
-            if (pause := self.holds.placement(one.model)) is not None:  # 8
-                reason = f"{one.model} is {pause}; would unload: {unload.cause}"
-                self.blocked.append(blocked(item, reason, hint=way_out([one.model])))
-            elif self.context.confirmed or (one.gpus and set(one.gpus) <= named):
-                self._change("unload", lane, item, unload.cause, [unload.step], (), unload.step)
-            elif not self._is_told(item.instance.id):
-                self.blocked.append(
-                    blocked(
-                        item,
-                        f"the file no longer names {one.model}; its removal waits to be confirmed",
-                        hint="confirm with `mic-supervisor apply` or `systemctl reload mic`",
-                    )
-                )
+        found = inside(
+            item,
+            entry,
+            self.memory,
+            self.holds,
+            self.now,
+            confirmed=self.context.confirmed,
+            named=named | {*self.desired.kept_empty},
+        )
+        for one in found.due:
+            kind: ChangeKind = "load" if isinstance(one.step, Load) else "unload"
+            self._change(kind, lane, item, one.cause, [one.step], one.diff, one.step)
+        if found.why_not is not None and not self._is_told(item.instance.id):
+            self.blocked.append(found.why_not)
 
     def _is_told(self, instance: str) -> bool:
         """Whether it is blocked already: one reason is enough."""

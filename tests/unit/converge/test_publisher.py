@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,34 @@ from mic_supervisor.converge.publisher import Publisher, run
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import EndpointsHook
 from mic_supervisor.plan.endpoints import Endpoints
+from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.status import InstanceStatus
 
 ONE: Endpoints = {"MAM": {"MAM-1": {"http": "http://127.0.0.1:1"}}}
-TWO: Endpoints = {"MAM": {}}
+NONE: Endpoints = {"MAM": {}}
+READY = (
+    InstanceStatus(
+        id="MAM-1",
+        origin="file",
+        model="MAM",
+        backend="process",
+        gpus=(),
+        phase=Phase.READY,
+        sync="in_sync",
+        health="healthy",
+        reason=None,
+        since=None,
+        restarts=0,
+        next_retry=None,
+        endpoints=ONE["MAM"]["MAM-1"],
+        runtime=None,
+        ref=None,
+        pid=None,
+        spec_hash=None,
+        serving=True,
+    ),
+)
+SICK = (replace(READY[0], serving=False),)
 
 
 def script(tmp_path: Path, body: str, timeout: float = 10.0) -> EndpointsHook:
@@ -116,17 +142,42 @@ def test_it_is_run_once_for_each_change_and_never_twice_at_once(tmp_path: Path) 
     )
 
     async def story(made: Publisher, told: list[tuple[str, bool]]) -> None:
-        for wanted in (ONE, ONE, TWO, ONE, TWO):  # what changes while it runs is one more run
-            made.follow(hook, wanted)
+        for rows in (READY, READY, SICK, READY, SICK):  # what changes while it runs is one more run
+            made.follow(hook, rows)
             await asyncio.sleep(0.01)
         await made.finish()
-        assert (made.published, runs(tmp_path)) == (TWO, 2)
-        made.follow(hook, TWO)
+        assert (made.published, runs(tmp_path)) == (NONE, 2)
+        made.follow(hook, SICK)
         await made.finish()
         assert runs(tmp_path) == 2
-        assert await asyncio.gather(made.publish(ONE), made.publish(TWO)) == [True, True]
-        assert told == [("on_endpoints_change was told: MAM 1", False),
-                        ("on_endpoints_change was told: MAM 0", False)] * 2  # fmt: skip
+        assert told == [
+            ("on_endpoints_change was told: MAM 1", False),
+            ("on_endpoints_change was told: MAM 0", False),
+        ]
+
+    in_loop(story)
+
+
+def test_what_is_withdrawn_is_taken_out_until_it_is_over(tmp_path: Path) -> None:
+    hook = replace(script(tmp_path, f"printf x >> {tmp_path}/runs"), settle=0.2)
+
+    async def story(made: Publisher, told: list[tuple[str, bool]]) -> None:
+        made.follow(hook, READY)
+        await made.finish()
+        assert made.published == ONE
+        assert await made.withdraw("other") is True  # nobody was told of that one
+        assert runs(tmp_path) == 1
+        began = time.monotonic()
+        assert await made.withdraw("MAM-1") is True
+        assert time.monotonic() - began >= 0.2
+        assert (made.published, made.endpoints, runs(tmp_path)) == (NONE, NONE, 2)
+        made.follow(hook, READY)  # it still answers, and is not put back
+        await made.finish()
+        assert runs(tmp_path) == 2
+        made.restore(["MAM-1"])
+        made.follow(hook, READY)
+        await made.finish()
+        assert (made.published, len(told)) == (ONE, 3)
 
     in_loop(story)
 
@@ -135,25 +186,33 @@ def test_one_that_fails_is_told_of_and_rests(tmp_path: Path) -> None:
     hook = script(tmp_path, f"printf x >> {tmp_path}/runs; test -e {tmp_path}/ok")
 
     async def story(made: Publisher, told: list[tuple[str, bool]]) -> None:
-        made.follow(hook, ONE)
-        assert made._task is not None
-        assert not await made._task
+        made.follow(hook, READY)
+        await made.finish()
         assert (made.published, made.state.failures) == (None, 1)
         assert made.state.error is not None and "exits with 1" in made.state.error
-        made.follow(hook, ONE)
+        assert made.known(hook) is None
+        made.follow(hook, READY)
         await asyncio.sleep(0.05)
         assert runs(tmp_path) == 1  # it rests
+        made.published = ONE  # by an earlier program
+        assert not await made.withdraw("MAM-1")  # a stop does not wait for its rest
+        assert (runs(tmp_path), made.state.in_a_row) == (2, 2)
         (tmp_path / "ok").touch()
-        assert await made.publish(ONE)  # a stop does not wait for that
-        assert (made.published, made.state.error, made.state.runs) == (ONE, None, 2)
-        assert [bad for _, bad in told] == [True, False]
+        made.restore(["MAM-1"])
+        made.published = None
+        changed = replace(hook, timeout=9.0)  # another hook is tried at once
+        made.follow(changed, READY)
+        await made.finish()
+        assert (made.published, made.state.error, made.state.in_a_row) == (ONE, None, 0)
+        assert made.known(changed) == {"MAM": {"MAM-1"}}
+        assert [bad for _, bad in told] == [True, True, False]
 
     in_loop(story)
 
 
 def test_without_a_hook_there_is_nobody_to_tell() -> None:
     async def story(made: Publisher, told: list[tuple[str, bool]]) -> None:
-        made.follow(None, ONE)
+        made.follow(None, READY)
         await made.finish()
         assert made.published is None
         assert told == []
