@@ -489,7 +489,9 @@ class _Round:
                     Remove(f"remove {workload.name}", instance, workload, depends_on=after)
                 )
             if steps:
-                identity = found[0].identity
+                # What ended earlier may have had other GPUs.
+                last = next((item for item in found if is_alive(item)), found[0])
+                identity = last.identity
                 self.changes.append(
                     Change(
                         "remove",
@@ -498,7 +500,7 @@ class _Round:
                         identity.backend,
                         identity.gpus,
                         lane,
-                        self._why_leaving(found[0], wanted),
+                        self._why_leaving(last, wanted),
                         steps=tuple(steps),
                     )
                 )

@@ -99,6 +99,7 @@ def test_the_plan_as_json(story: Story) -> None:
             for index, instance in enumerate(INSTANCES)
         ],
         "blocked": [],
+        "left_out": [],
         "warnings": [],
     }
 

@@ -189,6 +189,8 @@ def test_status_as_json_field_by_field(ready: World) -> None:
         "endpoints": {"http": ready.url(ID[0])},
         "container_id": run.id,
         "unit": None,
+        "serving": True,
+        "models": [],
         "as_desired": True,
     }
     unprobed = document["instances"][2]
@@ -225,7 +227,7 @@ def test_plan_as_json_for_every_kind_of_change(one: World) -> None:
     one.write({0: "a", 1: "b", 3: "b", 7: "a"}, a=web("env: {STEP: '1'}"))
     document = one.plan_json()
     assert set(document) == {
-        *("version", "host", "config_hash", "changes", "actions", "blocked", "warnings")
+        *("version", "host", "config_hash", "changes", "actions", "blocked", "left_out", "warnings")
     }
     assert (document["version"], document["host"]) == (1, socket.gethostname())
     assert document["changes"] == len(document["actions"]) == 4

@@ -14,6 +14,7 @@ from mic_supervisor.model import (
     ObservedWorkload,
     Placement,
     PlacementState,
+    RunState,
 )
 from mic_supervisor.plan.actions import Plan
 from mic_supervisor.plan.assess import assess
@@ -218,3 +219,13 @@ def test_servers_of_their_own_become_one_and_the_other_way_round() -> None:
     assert [one.split()[0] for one in start.depends_on] == ["release"]
     plan = plan_for([a, b], runs(says(loaded("A"), loaded("B"))))
     assert changes(plan) == [("create", "A-aaaaaaaa"), ("create", "B-bbbbbbbb"), ("remove", ID)]
+
+
+def test_what_goes_is_told_of_by_what_runs_of_it() -> None:
+    """What ended earlier had another set of GPUs, whichever of the two comes first by name."""
+    for first, second in (((0, 1), (0, 2)), ((0, 2), (0, 1))):
+        ended = workload(server(A, gpus=first), RunState.EXITED)
+        it = workload(server(A, gpus=second))
+        plan = plan_for([on("web", 0)], observed(ended, it))
+        (gone,) = [change for change in plan.changes if change.kind == "remove"]
+        assert gone.gpus == it.identity.gpus
