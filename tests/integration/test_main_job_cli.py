@@ -202,6 +202,8 @@ def test_status_as_json_field_by_field(ready: World) -> None:
             "name": "Simulated GPU",
             "instance": ID[index] if index < 3 else None,
             "state": "managed" if index < 3 else "kept_empty",
+            "trouble": None,
+            "holders": [],
         }
         for index in range(4)
     ]
