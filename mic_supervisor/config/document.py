@@ -83,4 +83,5 @@ class Config:
     backends: Mapping[str, BaseModel]
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
     hooks: Hooks | None = None
+    servers: Mapping[str, str] = field(default_factory=dict)  # of models that share one, by name
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)  # merged, plain data

@@ -58,6 +58,7 @@ def load(
         models=models,
         backends=backends,
         hooks=hooks,
+        servers=servers,
         variables=dict(sorted(checker.variables.items())),
         document=document,
     )

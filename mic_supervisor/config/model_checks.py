@@ -209,11 +209,11 @@ class ModelChecker:
         return node if self._validate(Defaults, node, place, "defaults") is not None else None
 
     def hooks(self) -> Hooks | None:
-        from mic_supervisor.config.hooks import Hooks
-
         node = self._merged.sections.get("hooks")
         if node is None:
             return None
+        from mic_supervisor.config.hooks import Hooks
+
         place = self._merged.section_places["hooks"]
         found = self._validate(Hooks, node, place, "hooks")
         return found if isinstance(found, Hooks) else None

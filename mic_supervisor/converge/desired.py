@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mic_supervisor.backends import Backend
-from mic_supervisor.converge.servers import (
-    Servers,
+from mic_supervisor.converge.compiling import (
     backend_of,
     called,
     request_for,
@@ -22,6 +21,7 @@ from mic_supervisor.plan.bind import BoundEntry, bind
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.config.document import Config
+    from mic_supervisor.converge.servers import Servers
 
 
 def desired_state(
@@ -37,29 +37,37 @@ def desired_state(
     instance may have one of its own. What cannot be compiled blocks its own entry.
     """
     binding = bind(config.entries, inventory, kept)
-    servers = Servers(config, inventory, binding, kept, registry, instance_data)
+    servers: Servers | None = None
+    if config.servers:
+        from mic_supervisor.converge.servers import Servers
+
+        servers = Servers(config, inventory, binding, kept, registry, instance_data)
     instances: list[Instance] = []
-    unsatisfiable = [item for item in binding.unsatisfiable if not servers.tells_of(item)]
+    unsatisfiable = [*binding.unsatisfiable]
     kept_empty: list[str] = []
     for bound in binding.entries:
         if bound.instance is None:
             kept_empty += [gpu.uuid for gpu in bound.gpus]
-        elif (trouble := servers.reserves(bound)) is not None:
+        elif servers is not None and (trouble := servers.reserves(bound)) is not None:
             unsatisfiable.append(trouble)
-        elif not servers.takes(bound):
+        elif servers is None or not servers.takes(bound):
             try:
                 instances.append(_compile(config, bound, bound.instance, registry, instance_data))
             except CompileError as error:
                 unsatisfiable.append(unsatisfiable_entry(bound, error, (bound.instance,)))
-    made, troubled = servers.compile()
-    unsatisfiable += troubled
+    bindings = {*binding.bindings}
+    if servers is not None:
+        made, troubled = servers.compile()
+        instances += made
+        unsatisfiable = [item for item in unsatisfiable if not servers.tells_of(item)] + troubled
+        bindings |= {*servers.bindings}
     if inventory.error is not None:
         unsatisfiable = [replace(item, reason=inventory.error, hint=None) for item in unsatisfiable]
     return DesiredState(
-        instances=tuple(sorted([*instances, *made], key=lambda item: item.id)),
+        instances=tuple(sorted(instances, key=lambda item: item.id)),
         kept_empty=tuple(kept_empty),
         unsatisfiable=tuple(unsatisfiable),
-        bindings=tuple(sorted({*binding.bindings, *servers.bindings})),
+        bindings=tuple(sorted(bindings)),
         warnings=binding.warnings,
         config_hash=config.hash,
         hook=_hook(config),

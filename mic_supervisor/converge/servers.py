@@ -6,13 +6,14 @@ are reserved for it, in the order of their places on the bus: so a container cou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mic_supervisor.backends import Backend, CompileRequest, Member
+from mic_supervisor.backends import Backend, Member
+from mic_supervisor.converge.compiling import called, request_for, unsatisfiable_entry
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import Gpu, GpuInventory, Instance, Placement, Unsatisfiable
 from mic_supervisor.plan.bind import Binding, BoundEntry, bind, safe_name
@@ -185,62 +186,6 @@ class Servers:
             server.reserved += [gpu for item in bound.entries for gpu in item.gpus]
 
 
-def backend_of(registry: Registry, name: str) -> Backend:
-    backend = registry.get(name)
-    if backend is None:
-        raise CompileError(f"backend {name} is not installed any more")
-    return backend
-
-
-def called(backend: str, what: str, call: Callable[[], T]) -> T:
-    """What a backend answers. Raises CompileError, whatever it raises."""
-    try:
-        return call()
-    except CompileError:
-        raise
-    # A backend may be a stranger's plug-in: whatever it raises concerns its own models alone.
-    except Exception as error:
-        raise CompileError(
-            f"backend {backend} cannot compile {what}: {type(error).__name__}: {error}",
-            hint="this is a defect of the backend; report it there",
-        ) from error
-
-
-def request_for(
-    config: Config,
-    backend: str,
-    model: str,
-    instance: str,
-    options: object,
-    gpus: tuple[Gpu, ...],
-    instance_data: Path,
-) -> CompileRequest:
-    return CompileRequest(
-        model=model,
-        instance=instance,
-        options=options,
-        settings=config.backends[backend],
-        gpus=gpus,
-        read_text=_read_text,
-        variables=config.variables,
-        directory=instance_data / instance,
-    )
-
-
-def unsatisfiable_entry(
-    bound: BoundEntry, error: CompileError, instances: tuple[str, ...]
-) -> Unsatisfiable:
-    indices = ",".join(str(gpu.index) for gpu in bound.gpus)
-    return Unsatisfiable(
-        subject=f"{bound.entry.model} on GPU {indices}",
-        reason=error.message,
-        gpus=tuple(gpu.uuid for gpu in bound.gpus),
-        instances=instances,
-        model=bound.entry.model,
-        hint=error.hint,
-    )
-
-
 def _frozen(server: _Server, reason: str, hint: str | None) -> Unsatisfiable:
     """A server that cannot be followed is left as it is, with all that it has."""
     gpus = [*server.reserved, *(gpu for bound in server.entries for gpu in bound.gpus)]
@@ -258,7 +203,3 @@ def _frozen(server: _Server, reason: str, hint: str | None) -> Unsatisfiable:
 def _in_bus_order(gpus: Iterable[Gpu]) -> tuple[Gpu, ...]:
     unique = {gpu.uuid: gpu for gpu in gpus}.values()
     return tuple(sorted(unique, key=lambda gpu: ((gpu.pci_bus_id or "").lower(), gpu.index)))
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")

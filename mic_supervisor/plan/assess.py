@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.model import (
     ContainerSpec,
@@ -22,8 +22,10 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import FieldDiff
-from mic_supervisor.plan.selection import Selection
 from mic_supervisor.records import dataclass
+
+if TYPE_CHECKING:
+    from mic_supervisor.plan.selection import Selection
 
 _ALIVE = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.REMOVING, RunState.UNKNOWN})
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
 from mic_supervisor.plan.actions import Blocked, Change, Plan
@@ -20,8 +21,10 @@ from mic_supervisor.plan.assess import Assessment, is_alive, workloads
 from mic_supervisor.plan.memory import Pause, Paused
 from mic_supervisor.plan.render import moment
 from mic_supervisor.plan.render import reason as reason_of
-from mic_supervisor.plan.selection import Selection
 from mic_supervisor.records import dataclass
+
+if TYPE_CHECKING:
+    from mic_supervisor.plan.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from mic_supervisor.model import DesiredState, Gpu, Instance, ObservedState, OwnerKind
+from mic_supervisor.plan.amounts import SLACK, lets_go, size
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
-from mic_supervisor.plan.release import SLACK, lets_go, size
 from mic_supervisor.plan.spec import SpecKey, keys_of
 from mic_supervisor.plan.strangers import (
     belongs,

@@ -40,12 +40,12 @@ from mic_supervisor.plan.actions import (
     Step,
     Unload,
 )
+from mic_supervisor.plan.amounts import lets_go
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive, workloads
 from mic_supervisor.plan.bring_up import RETRY, BringUp, blocked, bring_up, fall_back, unhealthy_gpu
 from mic_supervisor.plan.departures import Departures, departures, needs
 from mic_supervisor.plan.fallback import fallback
 from mic_supervisor.plan.holds import Holds, left_out
-from mic_supervisor.plan.inside import inside
 from mic_supervisor.plan.lanes import Lanes
 from mic_supervisor.plan.leftovers import left_over, superseded
 from mic_supervisor.plan.memory import InstanceMemory, Memory, Paused
@@ -57,7 +57,6 @@ from mic_supervisor.plan.obstacles import (
     warnings,
 )
 from mic_supervisor.plan.ports import assign
-from mic_supervisor.plan.release import lets_go
 from mic_supervisor.plan.rollout import roll
 
 
@@ -439,6 +438,10 @@ class _Round:
         self._change(up.kind, lane, item, up.cause, [*up.early, *steps, *late], diff)
 
     def _inside(self, lane: str, item: Assessment, entry: InstanceMemory) -> None:  # 5, 8
+        if not item.instance.placements and not item.health.surplus:
+            return
+        from mic_supervisor.plan.inside import inside
+
         named = {uuid for other in self.assessments for uuid in other.placed_gpus}
         found = inside(
             item,

@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from mic_supervisor.model import Gpu, GpuInventory, GpuProcess, OwnerKind
+from mic_supervisor.plan.amounts import SLACK, size
 from mic_supervisor.plan.memory import Floor
 from mic_supervisor.records import dataclass
 
 PATIENCE = 30.0  # seconds for each of the two
-SLACK = 512 << 20  # bytes
 UNKNOWN_FLOOR = 1 << 30  # bytes
 
 
@@ -114,19 +114,6 @@ def free_of(gpu: Gpu) -> int | None:
     if memory.free is not None:
         return memory.free
     return None if memory.used is None else memory.total - memory.used
-
-
-def size(count: int) -> str:
-    """ "3.1 GiB", "512 MiB"."""
-    if count < 1 << 30:
-        return f"{-(-count // (1 << 20))} MiB"
-    return f"{count / (1 << 30):.1f} GiB"
-
-
-def lets_go(process: GpuProcess) -> bool:
-    """Whether it has ended, and the driver still has to notice."""
-    owner = process.owner
-    return process.start_time is None and owner is not None and owner.kind is OwnerKind.ORPHAN
 
 
 def _late(verdict: Waiting, waited: float) -> Waiting | Refused:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from mic_supervisor.model import DesiredState, Gpu, GpuProcess, ObservedState, OwnerKind
+from mic_supervisor.plan.amounts import lets_go, size
 from mic_supervisor.plan.assess import is_alive, workloads
-from mic_supervisor.plan.release import lets_go, size
 from mic_supervisor.plan.render import moment
 from mic_supervisor.records import dataclass
 
