@@ -457,12 +457,17 @@ class RuntimeView:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """`ok` None: the prober itself could not tell."""
+    """`ok` None: the prober itself could not tell.
+
+    `failures` in a row lead to something, at a pace that the file sets: two that count are at least
+    a period apart, however often is asked. `counted_at` is when the last of them was.
+    """
 
     ok: bool | None
     reason: str
     at: float
-    failures: int = 0  # in a row, this one included
+    failures: int = 0
+    counted_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 
-from mic_supervisor.converge.probes import ALL_DUE, DEVICES, Target, has_devices, look
+from mic_supervisor.converge.probes import (
+    ALL_DUE,
+    DEVICES,
+    DEVICES_AGAIN,
+    Target,
+    has_devices,
+    look,
+)
+from mic_supervisor.converge.tasks import end, tell_of_death
 from mic_supervisor.model import Health, LoadState, ProbeResult
 
 FIRST_LOOK = 0.05  # seconds after a start
 _DEVICES_PERIOD = 60.0  # seconds between two looks at a container's GPUs from inside
-_DEVICES_AGAIN = 5.0  # seconds after one that did not see them
-_SLOWER = 1.3  # each look at a starting instance comes that much later than the one before
+_SLOWER = 1.3  # each look at what is on its way comes that much later than the one before
 
 
 class Prober:
     """Probes run in `pool`, so that one that hangs holds a thread and nothing else.
 
-    `wake` is called when an answer changed. While an instance starts it is asked in quick
-    succession, slowing down to its own period: a start that takes 3 s should not be seen after 5.
+    `wake` is called when an answer changed.
     """
 
     def __init__(
@@ -33,7 +40,7 @@ class Prober:
         self._targets: dict[str, Target] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._kicks: dict[str, asyncio.Event] = {}
-        self._epochs: dict[str, int] = {}
+        self._epochs: Counter[str] = Counter()  # of looks that nothing older may overwrite
 
     def watch(self, targets: Mapping[str, Target]) -> None:
         """Probe exactly these from now on, keyed by the workload's ref."""
@@ -43,9 +50,11 @@ class Prober:
         for ref, target in targets.items():
             known = self._targets.get(ref)
             self._targets[ref] = target
-            if ref not in self._tasks:
+            if ref not in self._tasks or self._tasks[ref].done():  # it never ends but by a defect
                 self._kicks[ref] = asyncio.Event()
-                self._tasks[ref] = asyncio.create_task(self._keep_looking(ref))
+                task = asyncio.create_task(self._keep_looking(ref), name=f"the prober of {ref}")
+                task.add_done_callback(tell_of_death)
+                self._tasks[ref] = task
             elif known is not None and known.instance != target.instance:
                 self.kick(ref)
 
@@ -55,16 +64,17 @@ class Prober:
             self._kicks[ref].set()
 
     async def look_now(self, ref: str) -> None:
-        """Look, and return when it is known. A look that began earlier does not count any more."""
+        """Look, and return when it is known. A look that began before that does not count."""
         target = self._targets.get(ref)
         if target is None:
             return
-        self._epochs[ref] = self._epochs.get(ref, 0) + 1
+        self._epochs[ref] += 1
         loop = asyncio.get_running_loop()
         before = self.health.get(ref)
-        self.health[ref] = await loop.run_in_executor(
-            self._pool, _look, target, self._clock(), before
-        )
+        health = await loop.run_in_executor(self._pool, _look, target, self._clock(), before)
+        if ref in self._targets:
+            self.health[ref] = health
+            self._epochs[ref] += 1
 
     def forget(self, ref: str) -> None:
         """Drop what is known of a workload: it is about to be stopped or started."""
@@ -80,45 +90,84 @@ class Prober:
         tasks = [*self._tasks.values()]
         for ref in [*self._tasks]:
             self.forget(ref)
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)
 
     async def _keep_looking(self, ref: str) -> None:
         loop = asyncio.get_running_loop()
-        pause = FIRST_LOOK
-        due = dict.fromkeys(ALL_DUE, 0.0)
-        devices_due = self._clock() + _DEVICES_AGAIN
+        schedule = Schedule(self._clock())
         kick = self._kicks[ref]
         while True:
             target, before = self._targets[ref], self.health.get(ref)
             now = self._clock()
-            epoch = self._epochs.get(ref)
-            kinds = tuple(kind for kind, at in due.items() if at <= now)
-            if has_devices(target) and devices_due <= now:
-                kinds = (*kinds, DEVICES)
+            epoch = self._epochs[ref]
+            kinds = schedule.due(target, now)
             health = await loop.run_in_executor(self._pool, _look, target, now, before, kinds)
-            if epoch != self._epochs.get(ref):
+            if epoch != self._epochs[ref]:
                 continue
             self.health[ref] = health
             if before is None or _gist(before) != _gist(health):
                 self._wake()
-            settled = _settled(target, health)
-            periods = _periods(target)
-            pause = FIRST_LOOK if settled else min(pause * _SLOWER, min(periods.values()))
-            now = self._clock()
-            for kind in kinds:
-                if kind == DEVICES:
-                    blind = health.devices is not None and health.devices.ok is False
-                    devices_due = now + (_DEVICES_AGAIN if blind else _DEVICES_PERIOD)
-                else:
-                    due[kind] = now + (periods[kind] if settled else pause)
-            wait = max(min(due.values()) - now, 0.0) if settled else pause
+            schedule.asked(kinds, target, health, self._clock())
             try:
-                await asyncio.wait_for(kick.wait(), wait)
+                async with asyncio.timeout(schedule.wait(target, self._clock())):
+                    await kick.wait()
                 kick.clear()
-                due = dict.fromkeys(due, 0.0)
+                schedule.hurry()
             except TimeoutError:
-                if not settled:
-                    due = dict.fromkeys(due, 0.0)
+                continue
+
+
+class Schedule:
+    """When what is asked of one workload is due next, each kind at a pace of its own.
+
+    Until the startup probe has passed it gates all else, and is asked in quick succession, slowing
+    down to its own period: a start that takes 3 s should not be seen after 5. So are models that
+    are being loaded. Nothing hastens liveness and readiness but a kick. `now` is in seconds.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._due = dict.fromkeys(ALL_DUE, now) | {DEVICES: now + DEVICES_AGAIN}
+        self._pace = FIRST_LOOK
+
+    def due(self, target: Target, now: float) -> tuple[str, ...]:
+        """The kinds to ask for now."""
+        return tuple(kind for kind, at in self._asked_of(target).items() if at <= now)
+
+    def wait(self, target: Target, now: float) -> float:
+        """Seconds until the next kind is due."""
+        return max(min(self._asked_of(target).values()) - now, 0.0)
+
+    def hurry(self) -> None:
+        """Ask for everything now, but for what is too dear."""
+        self._due.update(dict.fromkeys(ALL_DUE, 0.0))
+
+    def asked(self, kinds: Collection[str], target: Target, health: Health, now: float) -> None:
+        """These were asked for, and this is what came of it."""
+        probes = target.instance.probes
+        period = probes.startup.period if probes.startup is not None else 5.0
+        if probes.startup is not None and not _ok(health.startup):
+            self._due.update(dict.fromkeys(kinds, now + self._next_pace(period)))
+            return
+        pauses = {
+            "liveness": probes.liveness.period if probes.liveness is not None else period,
+            "readiness": probes.readiness.period if probes.readiness is not None else period,
+            DEVICES: DEVICES_AGAIN if _fails(health.devices) else _DEVICES_PERIOD,
+        }
+        pauses["placements"] = pauses["liveness"]
+        if "placements" in kinds:
+            if _loaded(target, health):
+                self._pace = FIRST_LOOK
+            else:
+                pauses["placements"] = self._next_pace(pauses["placements"])
+        self._due.update({kind: now + pauses[kind] for kind in kinds})
+
+    def _asked_of(self, target: Target) -> dict[str, float]:
+        without = () if has_devices(target) else (DEVICES,)
+        return {kind: at for kind, at in self._due.items() if kind not in without}
+
+    def _next_pace(self, slowest: float) -> float:
+        self._pace = min(self._pace * _SLOWER, slowest)
+        return self._pace
 
 
 def _look(
@@ -134,30 +183,20 @@ def _look(
         return Health(startup=unknown, liveness=unknown, readiness=unknown)
 
 
-def _periods(target: Target) -> dict[str, float]:
-    probes = target.instance.probes
-    default = probes.startup.period if probes.startup else 5.0
-    liveness = probes.liveness.period if probes.liveness else default
-    readiness = probes.readiness.period if probes.readiness else default
-    return {"liveness": liveness, "readiness": readiness, "placements": liveness}
-
-
-def _settled(target: Target, health: Health) -> bool:
-    """Whether nothing is on its way any more, so that the instance's own periods do."""
-    probes = target.instance.probes
-    wanted = {item.model: item.digest for item in target.instance.placements}
+def _loaded(target: Target, health: Health) -> bool:
+    """Whether every model is loaded as the file says."""
     loaded = {
         item.model: item.digest for item in health.placements if item.state is LoadState.LOADED
     }
-    return (
-        (probes.startup is None or _ok(health.startup))
-        and (probes.readiness is None or _ok(health.readiness))
-        and all(loaded.get(model) == digest for model, digest in wanted.items())
-    )
+    return all(loaded.get(item.model) == item.digest for item in target.instance.placements)
 
 
 def _ok(result: ProbeResult | None) -> bool:
     return result is not None and result.ok is True
+
+
+def _fails(result: ProbeResult | None) -> bool:
+    return result is not None and result.ok is False
 
 
 def _gist(health: Health) -> Health:
@@ -166,7 +205,7 @@ def _gist(health: Health) -> Health:
     def trim(result: ProbeResult | None) -> ProbeResult | None:
         if result is None:
             return None
-        return replace(result, at=0.0, failures=0 if result.ok else min(result.failures, 100))
+        return replace(result, at=0.0, counted_at=None, failures=min(result.failures, 100))
 
     return replace(
         health,

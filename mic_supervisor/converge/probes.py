@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from mic_supervisor.backends import Backend
@@ -32,6 +33,7 @@ ALL_DUE = ("liveness", "readiness", "placements")
 DEVICES = "devices"  # whether a container sees its GPUs: too dear to be asked with every look
 _SEE_GPUS = ("nvidia-smi", "-L")
 _SEE_TIMEOUT = 20.0  # seconds; with persistence mode off it wakes the GPU first
+DEVICES_AGAIN = 5.0  # seconds after a look that did not see them, until another such look counts
 
 Exec = Callable[[ObservedWorkload, tuple[str, ...], float], tuple[int, str]]
 """Runs a command where the workload runs, within so many seconds: (exit status, output)."""
@@ -101,16 +103,16 @@ def look(
     probes = target.instance.probes
     startup = before.startup
     if startup is None or startup.ok is not True:
-        startup = _result(target, probes.startup, before.startup, now)
+        startup = _result(target, _within_budget(target.instance), startup, now)
     if startup is not None and startup.ok is not True:
         return Health(startup=startup)
     liveness, readiness, placements = before.liveness, before.readiness, before.placements
     if "liveness" in due:
-        liveness = _result(target, probes.liveness, before.liveness, now)
+        liveness = _result(target, probes.liveness, liveness, now)
     if "placements" in due:
         placements = tuple(placement_state(target, item) for item in target.instance.placements)
     if "readiness" in due:
-        readiness = _result(target, probes.readiness, before.readiness, now)
+        readiness = _result(target, probes.readiness, readiness, now)
     devices = before.devices
     if DEVICES in due:
         devices = _devices(target, before.devices, now)
@@ -143,14 +145,23 @@ def _devices(target: Target, before: ProbeResult | None, now: float) -> ProbeRes
     try:
         status, output = target.execute(target.workload, _SEE_GPUS, _SEE_TIMEOUT)
     except MicError as error:
-        return ProbeResult(None, error.message, now, before.failures if before else 0)
+        return _counted(None, error.message, now, before, DEVICES_AGAIN)
     said = (output.strip().splitlines() or [""])[-1][:200]
     if "Failed to initialize NVML" in output or (status == 0 and "GPU " not in output):
-        failures = (before.failures if before is not None else 0) + 1
-        return ProbeResult(False, f"nvidia-smi says there: {said or 'nothing'}", now, failures)
+        reason = f"nvidia-smi says there: {said or 'nothing'}"
+        return _counted(False, reason, now, before, DEVICES_AGAIN)
     if status == 0:
-        return ProbeResult(True, "it sees its GPUs", now)
-    return ProbeResult(None, f"nvidia-smi exits there with {status}: {said}", now)
+        return _counted(True, "it sees its GPUs", now, before, DEVICES_AGAIN)
+    reason = f"nvidia-smi exits there with {status}: {said}"
+    return _counted(None, reason, now, before, DEVICES_AGAIN)
+
+
+def _within_budget(instance: Instance) -> Probe | None:
+    """The startup probe, with a period that lets all its failures count within the budget."""
+    found = instance.probes.startup
+    if found is None:
+        return None
+    return replace(found, period=min(found.period, instance.start_timeout / found.failures))
 
 
 def _result(
@@ -159,10 +170,22 @@ def _result(
     if probe_ is None:
         return None
     ok, reason = probe(target, probe_.check, probe_.timeout)
-    failures = before.failures if before is not None else 0
-    if ok is not None:
-        failures = 0 if ok else failures + 1
-    return ProbeResult(ok, reason, now, failures)
+    return _counted(ok, reason, now, before, probe_.period)
+
+
+def _counted(
+    ok: bool | None, reason: str, now: float, before: ProbeResult | None, period: float
+) -> ProbeResult:
+    """A failure counts once a period has passed since the last one that did.
+
+    So whoever asks more often learns more, and hastens nothing that failures in a row lead to.
+    """
+    if ok is True:
+        return ProbeResult(True, reason, now)
+    failures, counted_at = (before.failures, before.counted_at) if before is not None else (0, None)
+    if ok is False and (counted_at is None or now >= counted_at + period):
+        failures, counted_at = failures + 1, now
+    return ProbeResult(ok, reason, now, failures, counted_at)
 
 
 def _http(target: Target, check: HttpCheck, timeout: float) -> tuple[bool | None, str]:
