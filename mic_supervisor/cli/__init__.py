@@ -9,6 +9,7 @@ import contextlib
 import errno
 import gc
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -98,6 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in _BRIEF:
         gc.disable()  # they end before there is anything to collect
+    if arguments and arguments[0] == "run":
+        # Until the daemon is up there is nothing to tidy up. What it holds, the kernel lets go.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     code = run(arguments)
     # Neither the interpreter's tidying up is waited for, a tenth of what a plan takes, nor a call
     # that hangs in a thread: what it was about is found by the next look at the machine.

@@ -39,5 +39,6 @@ def command() -> int:
             )
             await supervisor.run(serve)
 
-        asyncio.run(supervise())
+        # Not asyncio.run, which waits without an end for threads that hang.
+        asyncio.new_event_loop().run_until_complete(supervise())
     return 0

@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 from mic_supervisor.converge.apply import Steps
@@ -163,10 +164,9 @@ class Converger:
                 await self._publisher.finish()
                 await self._keep_published()
                 return snapshot
-            try:
-                await asyncio.wait_for(self._wakes.wait(), self._pause(snapshot))
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._pause(snapshot)):
+                    await self._wakes.wait()
 
     def forgive(self, instances: Collection[str] | None = None) -> set[str]:
         """Try again now what failed before; None is everything. Somebody asked for it.

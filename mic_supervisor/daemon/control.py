@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor.converge.events import Event
+from mic_supervisor.converge.tasks import end
 from mic_supervisor.errors import ConfigError, MicError
 
 VERSION = 1
 _LONGEST_REQUEST = 1 << 16  # bytes
 _REQUEST_TIMEOUT = 10.0  # seconds for a client to say what it wants
+_LOOK = 2.0  # seconds between two looks at whether the socket is still there
 _MOST_UNREAD = 1 << 22  # bytes that are kept for a client that does not read
 
 _SAME_VERSION = "use the command of the version that the daemon is of, or restart the daemon"
@@ -39,6 +41,7 @@ class ControlServer:
         self._methods = methods
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
+        self._inode = 0
 
     async def start(self) -> None:
         """Bind the socket, 0660 and of the group mic where there is one.
@@ -61,14 +64,33 @@ class ControlServer:
             self._serve, sock=listener, limit=_LONGEST_REQUEST
         )
 
-    async def close(self) -> None:
+        self._inode = self._path.stat().st_ino
+
+    async def keep_listening(self) -> None:
+        """Ends when nobody can reach the socket any more. Called again, it binds it anew."""
         if self._server is None:
-            return
-        self._server.close()
-        for task in [*self._clients]:
-            task.cancel()
-        await asyncio.gather(*self._clients, return_exceptions=True)
-        self._path.unlink(missing_ok=True)
+            await self.start()
+        try:
+            while self._server is not None and self._server.is_serving() and self._is_ours():
+                await asyncio.sleep(_LOOK)
+            raise MicError(f"nobody can reach the daemon at {self._path}: the socket is gone")
+        finally:
+            if self._server is not None:
+                self._server.close()
+            self._server = None
+
+    def _is_ours(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self._path.stat().st_ino == self._inode
+        return False
+
+    async def close(self) -> None:
+        """Let go who is still served. One that stays is named in the log and left."""
+        if self._server is not None:
+            self._server.close()
+        await end(self._clients)
+        if self._is_ours():
+            self._path.unlink(missing_ok=True)
 
     def _give_to_group(self) -> None:
         try:
@@ -83,18 +105,22 @@ class ControlServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None  # a server's callback runs in a task
+        task.set_name("the answer to a command")
         self._clients.add(task)
         try:
             await self._answer(reader, writer)
         except (ConnectionError, TimeoutError):
             pass  # the client is gone, or says nothing; there is nobody to tell
+        except asyncio.CancelledError:
+            pass  # by `close` alone; asyncio writes a traceback for a client that was cancelled
         finally:
             self._clients.discard(task)
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            line = await asyncio.wait_for(reader.readline(), _REQUEST_TIMEOUT)
+            async with asyncio.timeout(_REQUEST_TIMEOUT):
+                line = await reader.readline()
             if not line:
                 return
             name, params = _request(line)

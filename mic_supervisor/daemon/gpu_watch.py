@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mic_supervisor.daemon.log import LOGGER
+from mic_supervisor.daemon.parts import in_thread
 from mic_supervisor.errors import MicError
 from mic_supervisor.gpu.events import (
     XidEvent,
@@ -43,18 +44,22 @@ class GpuWatch:
         self._indices: dict[str, int] = {}
         self._outdated = asyncio.Event()
 
-    def start(self, over: threading.Event) -> None:
-        """Follow in a thread until `over` is set. Nothing to follow: nothing is started."""
-        if self._watcher is None:
-            return
-        loop, watcher = asyncio.get_running_loop(), self._watcher
+    @property
+    def follows(self) -> bool:
+        """Whether there is anything to follow."""
+        return self._watcher is not None
 
-        def follow() -> None:
+    async def follow(self, over: threading.Event) -> None:
+        """Follow in a thread until `over` is set."""
+        loop, watcher = asyncio.get_running_loop(), self._watcher
+        assert watcher is not None  # asked before
+
+        def listen() -> None:
             for event in watcher.events(over):
                 with suppress(RuntimeError):  # the loop has ended meanwhile
                     loop.call_soon_threadsafe(self._heard, event)
 
-        threading.Thread(target=follow, name="xid", daemon=True).start()
+        await in_thread("xid", listen)
 
     def look(self, snapshot: Snapshot) -> None:
         """For the observers of the converger."""

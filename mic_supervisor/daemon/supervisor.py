@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from mic_supervisor import __version__
 from mic_supervisor.converge.desired import FileDesired
@@ -22,6 +23,7 @@ from mic_supervisor.daemon.gpu_watch import GpuWatch
 from mic_supervisor.daemon.history import History
 from mic_supervisor.daemon.log import LOGGER, log_event
 from mic_supervisor.daemon.notify import Notifier
+from mic_supervisor.daemon.parts import Parts, in_thread
 from mic_supervisor.daemon.requests import Requests
 from mic_supervisor.daemon.settle import Settling, all_settled
 from mic_supervisor.daemon.summary import sentence
@@ -34,11 +36,13 @@ if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.converge.observe import Sources
+    from mic_supervisor.http.server import HttpServer
     from mic_supervisor.plan.assess import Context
     from mic_supervisor.plan.memory import Memory
     from mic_supervisor.runtimes import Runtime
 
 _STREAM_REST = 1.0  # seconds between two tries to follow a runtime's events
+_LAST_STEPS = 2.5  # seconds for steps under way to end: a daemon is gone 5 s after SIGTERM
 _STOP_NOTICE = 15.0  # seconds for which systemd is asked at a time while instances are stopped
 
 
@@ -104,15 +108,16 @@ class Supervisor:
         self._settling = Settling(self._converger, self._clock)
         self._converger.observers.append(self._settling.look)
         self._stopping = asyncio.Event()
-        self._first = asyncio.Event()
+        self._ready = False  # whether a round was done, and systemd told
+        self._parts = Parts(changed=lambda: self._tell(self.published.snapshot))
         self._reloads = asyncio.Lock()
         self._asked: set[asyncio.Future[Reloaded]] = set()
         self.published = self._view(None)
 
     # --- life -----------------------------------------------------------------------------------
 
-    async def run(self, serve: Callable[[Supervisor], Any] | None = None) -> None:
-        """Until SIGTERM or SIGINT. `serve` starts the HTTP server and returns how to stop it."""
+    async def run(self, serve: Callable[[Supervisor], HttpServer] | None = None) -> None:
+        """Until SIGTERM or SIGINT. `serve` starts the HTTP server."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
@@ -128,42 +133,46 @@ class Supervisor:
         )
         control = ControlServer(self._settings.socket, requests.methods())
         await control.start()
-        stop_serving = serve(self) if serve is not None else None
         streams_over = threading.Event()
-        self._gpu_watch.start(streams_over)
-        tasks = [
-            asyncio.create_task(self._converger.run()),
-            asyncio.create_task(self._gpu_watch.outdated()),
-            asyncio.create_task(
-                watch(self._settings.config, self._generations.differs, self._file_changed)
-            ),
-            *(
-                asyncio.create_task(self._follow(runtime, streams_over))
-                for runtime in self._sources.runtimes.values()
-            ),
-            asyncio.create_task(self._say_ready()),
-        ]
+        keep = self._parts.keep
+        if serve is not None:
+            keep("the HTTP server", lambda: self._serve(serve))
+        keep("the loop", self._converger.run)
+        keep("the control socket", control.keep_listening)
+        keep(
+            "the file watch",
+            lambda: watch(self._settings.config, self._generations.differs, self._file_changed),
+        )
+        for runtime in self._sources.runtimes.values():
+            keep(f"the follower of {runtime.name}", partial(self._follow, runtime, streams_over))
+        if self._gpu_watch.follows:
+            keep("the Xid watch", lambda: self._gpu_watch.follow(streams_over))
+        outdated = asyncio.create_task(self._gpu_watch.outdated())
         stopping = asyncio.create_task(self._stopping.wait())
         try:
-            done, _ = await asyncio.wait({*tasks[:3], stopping}, return_when="FIRST_COMPLETED")
-            for task in done - {stopping}:
-                # By a defect, or under a new driver: either way systemd starts a fresh one.
-                task.result()
+            await asyncio.wait({outdated, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if outdated.done():
+                outdated.result()  # raises: systemd starts a fresh one
         finally:
             self._notifier.stopping()
             self._notifier.status("stopping")
             streams_over.set()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await control.close()
-            if stop_serving is not None:
-                await asyncio.to_thread(stop_serving)
+            outdated.cancel()
+            await asyncio.gather(self._parts.stop(), control.close())
             stops = self._settings.on_stop == "stop" and stopping.done()
             if stops:
                 await self._stop_instances()
-            await self._converger.close()
+            await self._converger.close(_LAST_STEPS)
             LOGGER.info("stopped; instances %s", "stopped" if stops else "keep running")
+
+    async def _serve(self, serve: Callable[[Supervisor], HttpServer]) -> None:
+        """Ends when the HTTP server is not alive any more."""
+        server = serve(self)
+        try:
+            while server.alive:
+                await asyncio.sleep(1.0)
+        finally:
+            await asyncio.to_thread(server.stop)
 
     def _hung_up(self) -> None:
         task = asyncio.ensure_future(self._reload(confirm=True, why="SIGHUP"))
@@ -191,10 +200,6 @@ class Supervisor:
         if found.config is not None:
             return f"started with generation {found.number}, the last good one: the file has errors"
         return "started with nothing: the file has errors, and nothing is started or stopped"
-
-    async def _say_ready(self) -> None:
-        await self._first.wait()
-        self._notifier.ready()
 
     async def _stop_instances(self) -> None:
         """Remove nothing by a file's word: this is the operator's setting MIC_ON_STOP=stop."""
@@ -229,13 +234,9 @@ class Supervisor:
                 loop.call_soon_threadsafe(self._converger.wake)
 
         while not over.is_set():
-            thread_done: asyncio.Future[None] = loop.create_future()
-            threading.Thread(
-                target=_report_end, args=(loop, thread_done, listen), daemon=True
-            ).start()
             self._converger.wake()  # what happened while nobody listened
             try:
-                await thread_done
+                await in_thread(f"follow-{runtime.name}", listen)
                 broken = False
             except RuntimeUnavailable as error:
                 if not broken:
@@ -259,7 +260,7 @@ class Supervisor:
             finally:
                 # Also after a rejection: systemd is told that the reload is over, not that it
                 # was good; that stands in STATUS and in the exit status of ExecReload.
-                if self._first.is_set():
+                if self._ready:
                     self._notifier.ready()
             self._took(outcome, why)
             return outcome
@@ -308,7 +309,9 @@ class Supervisor:
         )
         self._tell(snapshot)
         self._notifier.alive()
-        self._first.set()
+        if not self._ready:
+            self._ready = True
+            self._notifier.ready()
 
     def _tell(self, snapshot: Snapshot | None) -> None:
         self.published = self._view(snapshot)
@@ -359,26 +362,5 @@ class Supervisor:
             snapshot=snapshot,
             history=self._history.newest(),
             xids=self._gpu_watch.records,
+            down=dict(self._parts.down),
         )
-
-
-def _report_end(
-    loop: asyncio.AbstractEventLoop, future: asyncio.Future[None], listen: Callable[[], None]
-) -> None:
-    """Run `listen` in this thread; its end, or its error, becomes the future's."""
-
-    def end(error: MicError | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-    outcome: MicError | None = None
-    try:
-        listen()
-    except MicError as error:
-        outcome = error
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(end, outcome)

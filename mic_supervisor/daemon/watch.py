@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from mic_supervisor.converge.tasks import tell_of_death
+
 POLL = 2.0  # seconds between two looks at the files' content, for what no event tells
 _STEP = 100  # milliseconds between two looks of the listener at what the kernel told it
 _QUIET = 0.25  # seconds without a change until a file counts as written
@@ -22,12 +24,14 @@ async def watch(
     link that is swapped. Events only hasten the look at the content, which decides.
     """
     hints = asyncio.Event()
-    listener = asyncio.create_task(_listen(path, hints))
+    listener = asyncio.create_task(_listen(path, hints), name="the listener for changed files")
+    listener.add_done_callback(tell_of_death)  # the look at the content goes on
     try:
         while True:
             # Where nobody said anything the content is looked at all the same.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(hints.wait(), POLL)
+                async with asyncio.timeout(POLL):
+                    await hints.wait()
             hints.clear()
             if await asyncio.to_thread(differs):
                 await _rest(hints)
@@ -42,7 +46,8 @@ async def _rest(hints: asyncio.Event) -> None:
     deadline = loop.time() + _LONGEST
     while loop.time() < deadline:
         try:
-            await asyncio.wait_for(hints.wait(), _QUIET)
+            async with asyncio.timeout(_QUIET):
+                await hints.wait()
         except TimeoutError:
             return
         hints.clear()

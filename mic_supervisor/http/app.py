@@ -127,12 +127,13 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
         return reply(request, views.once(refusal(f"/api/v1/processes/{pid}")))
 
     async def healthz() -> Response:
-        stalled = views.stalled()
-        state = "ok"
+        stalled, down = views.stalled(), views.down()
+        state = "ok" if down is None else "broken"
         if stalled is not None:
             state = "starting" if views.current().snapshot is None else "stalled"
-        body = {"status": state, "detail": stalled, "age": round(views.age(), 3)}
-        return _live(body, 200 if stalled is None else 503)
+        detail = "; ".join(text for text in (stalled, down) if text is not None) or None
+        body = {"status": state, "detail": detail, "age": round(views.age(), 3)}
+        return _live(body, 200 if detail is None else 503)
 
     async def readyz() -> Response:
         body = documents.readiness(views.current(), views.stalled())
@@ -170,7 +171,7 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
     add("/api/v1/processes/{pid}", command_of, "The command that ends it", schemas.Refusal)
     add("/api/v1/endpoints", endpoints, "Who serves each model", schemas.ServedBy, unread)
     add("/api/v1/sd", sd, "Prometheus HTTP service discovery", schemas.Targets, unread)
-    add("/healthz", healthz, "Whether the loop lives", schemas.Liveness, {503: schemas.Liveness})
+    add("/healthz", healthz, "Whether the daemon lives", schemas.Liveness, {503: schemas.Liveness})
     add(
         "/readyz",
         readyz,

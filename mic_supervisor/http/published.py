@@ -72,7 +72,8 @@ class LoopState:
 class Published:
     """One consistent view. `snapshot` is None until the first round is done.
 
-    `history` is the newest first. `xids` counts since the daemon started.
+    `history` is the newest first. `xids` counts since the daemon started. `down` names the parts of
+    the daemon that are not alive, and says why.
     """
 
     host: str
@@ -82,6 +83,7 @@ class Published:
     snapshot: Snapshot | None = None
     history: tuple[Event, ...] = ()
     xids: tuple[XidRecord, ...] = ()
+    down: Mapping[str, str] = field(default_factory=dict)
 
 
 def status_of(published: Published) -> dict[str, Any] | None:

@@ -227,7 +227,7 @@ class Targets(RootModel[list[Target]]):
 
 
 class Liveness(Shape):
-    status: Literal["ok", "starting", "stalled"]
+    status: Literal["ok", "starting", "stalled", "broken"]
     detail: str | None
     age: float = Field(description="seconds since the last round")
 

@@ -29,14 +29,14 @@ class Publishes(Protocol):
     def published(self) -> Published: ...
 
 
-def serving(settings: Settings) -> Callable[[Publishes], Callable[[], None]]:
-    """What starts the server for a daemon, and returns how to stop it.
+def serving(settings: Settings) -> Callable[[Publishes], HttpServer]:
+    """What starts the server for a daemon.
 
     Raises MicError now, before anything runs, where the settings would serve more than is meant.
     """
     access = access_of(settings)
 
-    def serve(daemon: Publishes) -> Callable[[], None]:
+    def serve(daemon: Publishes) -> HttpServer:
         server = HttpServer(
             settings.listen,
             access,
@@ -44,7 +44,7 @@ def serving(settings: Settings) -> Callable[[Publishes], Callable[[], None]]:
             stall_after=stall_limit(settings.resync),
         )
         server.start()
-        return server.stop
+        return server
 
     return serve
 
@@ -79,6 +79,10 @@ class HttpServer:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """Blocks until the address is free again, a few seconds at most."""
         self._over.set()
@@ -106,8 +110,12 @@ class HttpServer:
             told = False
             try:
                 asyncio.run(self._serve(listener))
+                if not self._over.is_set():
+                    _LOGGER.error("the HTTP server ended by itself; it is started anew")
+                    self._over.wait(self._retry)
             # Whatever goes wrong in here, a defect of ours or of a library, models keep running.
-            except Exception:
+            # uvicorn even calls sys.exit.
+            except (Exception, SystemExit):
                 _LOGGER.exception("the HTTP server ended by a defect; it is started anew")
                 self._over.wait(self._retry)
             finally:

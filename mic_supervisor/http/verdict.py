@@ -134,6 +134,8 @@ def _problems(published: Published) -> Iterator[Problem]:
             config.error_at,
             hint="mic-supervisor check shows every error with its line",
         )
+    for part, why in published.down.items():
+        yield Problem(Level.BAD, "Daemon", f"{part} is not alive: {why}; it is started again")
     if snapshot is None:
         return
     yield from _unreadable(snapshot)

@@ -104,6 +104,11 @@ class Views:
             return "the first round is not done yet"
         return None
 
+    def down(self) -> str | None:
+        """Which parts of the daemon are not alive, and why."""
+        down = self.current().down
+        return "; ".join(f"{name} is not alive: {why}" for name, why in down.items()) or None
+
     def json(self, name: str, make: Callable[[Published], Any]) -> Answer:
         """The document called `name`."""
 

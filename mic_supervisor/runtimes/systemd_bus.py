@@ -181,7 +181,8 @@ class Bus:
         future = asyncio.get_running_loop().create_future()
         self._waiting[path] = future
         try:
-            return str(await asyncio.wait_for(future, timeout))
+            async with asyncio.timeout(timeout):
+                return str(await future)
         except TimeoutError:
             raise Lost(f"systemd did not finish within {timeout:g} s") from None
         finally:
@@ -258,7 +259,8 @@ class Bus:
             connection = MessageBus(
                 bus_address=self._address, bus_type=BusType.SYSTEM, negotiate_unix_fd=True
             )
-            await asyncio.wait_for(connection.connect(), CALL_TIMEOUT)
+            async with asyncio.timeout(CALL_TIMEOUT):
+                await connection.connect()
         except InvalidAddressError as error:
             raise RuntimeUnavailable(f"cannot use the D-Bus address: {error}") from error
         except TimeoutError:
@@ -311,7 +313,8 @@ class Bus:
             unix_fds=list(descriptors),
         )
         try:
-            reply = await asyncio.wait_for(connection.call(message), CALL_TIMEOUT)
+            async with asyncio.timeout(CALL_TIMEOUT):
+                reply = await connection.call(message)
         except TimeoutError:
             raise Lost(f"systemd gave no answer within {CALL_TIMEOUT:g} s") from None
         except (OSError, EOFError) as error:

@@ -132,7 +132,8 @@ class _Output:
     async def rest(self, timeout: float) -> None:
         """Until all was read; what a process outside of the unit holds open is not waited for."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._over.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._over.wait()
 
     def text(self) -> str:
         return self._kept.decode(errors="replace").strip()

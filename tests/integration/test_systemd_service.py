@@ -16,6 +16,7 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.engine
 
 CONFINED = Path(__file__).parent / "systemd" / "confined.py"
+RESTARTS = 20  # raise it to look longer
 DROP_IN = "/etc/systemd/system/mic.service.d"
 
 ENV = """\
@@ -186,6 +187,25 @@ def test_a_killed_daemon_is_back_at_once_and_costs_no_instance(running: SystemdM
         daemon = await_daemon(running)
         running.sh(f"kill -KILL {daemon}")
         await_daemon(running, but=daemon)
+    running.exec("mic-supervisor", "apply")
+    assert pids(running) == before
+
+
+def test_no_restart_of_many_has_to_kill_it(running: SystemdMachine) -> None:
+    """At any moment of its life and of its start. A SIGTERM that is lost would take 5 s, and KILL."""
+    before = pids(running)
+    running.write(f"{DROP_IN}/quick.conf", "[Service]\nTimeoutStopSec=5s\n")
+    running.exec("systemctl", "daemon-reload")
+    running.exec(
+        *("bash", "-c"),
+        f"for turn in $(seq {RESTARTS}); do systemctl $([ $((turn % 2)) = 0 ] || echo --no-block)"
+        " restart mic; sleep 0.$((RANDOM % 6)); done",
+        timeout=60.0 + 7.0 * RESTARTS,
+    )
+    await_daemon(running)
+    said = running.journal("mic")
+    assert not re.findall(r".*(?:timed out|code=killed|status=9|left behind|Traceback).*", said)
+    assert said.count("Stopped mic.service") + said.count("Stopped mic-supervisor") >= RESTARTS / 2
     running.exec("mic-supervisor", "apply")
     assert pids(running) == before
 

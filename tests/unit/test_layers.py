@@ -263,3 +263,19 @@ def test_impure_finds(source: str, found: bool) -> None:
 )
 def test_backends_named_finds(source: str, found: bool) -> None:
     assert bool(backends_named(source, "mic_supervisor.plan.x")) is found
+
+
+def test_nothing_waits_with_what_swallows_a_cancellation() -> None:
+    """asyncio.wait_for of Python 3.11 loses one that comes as its awaitable ends; timeout does not.
+
+    asyncio.run waits without an end for threads that hang, which only a command that runs once may.
+    """
+    found = {
+        f"{path.relative_to(PACKAGE)}: {node.attr}"
+        for path in modules(PACKAGE)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value) == "asyncio"
+        and node.attr in ("wait_for", "run")
+    }
+    assert found == {"cli/apply.py: run", "http/server.py: run"}

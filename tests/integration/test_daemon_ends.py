@@ -1,0 +1,95 @@
+"""SIGTERM ends the daemon, whenever it comes."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.integration.daemon_world import DaemonWorld, daemon_world, process
+from tests.support.mic import Daemon
+
+REPETITIONS = 40  # raise it to look longer: what is lost is lost once in ten or in thirty times
+STARTS = 20
+BOUND = 5.0  # seconds
+LONGEST_START = 1.5  # seconds, in which a start is over on most machines
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[DaemonWorld]:
+    with daemon_world(tmp_path, None) as made:
+        made.write({0: "p", 1: "none"}, p=process())
+        yield made
+
+
+@contextmanager
+def woken_often(world: DaemonWorld) -> Iterator[None]:
+    """Three clients make the loop go round, and the file is written again and again."""
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            world.mic.ask("retry", timeout=1.0, name="p")
+
+    def write() -> None:
+        while not over.is_set():
+            world.write({0: "p", 1: "none"})
+            over.wait(0.05)
+
+    threads = [threading.Thread(target=target) for target in (ask, ask, ask, write)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def ended(daemon: Daemon, what: str) -> None:
+    code = daemon.stop(timeout=BOUND)
+    text = daemon.text()
+    assert code == 0, f"{what}: exit {code}\n{text}"
+    assert "left behind" not in text, f"{what}\n{text}"
+    assert "Traceback" not in text, f"{what}\n{text}"
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_daemon_that_is_woken_often(world: DaemonWorld) -> None:
+    chance = random.Random(7)
+    lost: list[str] = []
+    for turn in range(REPETITIONS):
+        daemon = world.mic.run(http=False)
+        with woken_often(world):
+            time.sleep(chance.uniform(0.0, 0.4))
+            try:
+                ended(daemon, f"turn {turn}")
+            except AssertionError as error:
+                lost.append(str(error))
+    assert not lost, f"{len(lost)} of {REPETITIONS}\n" + "\n".join(lost)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_daemon_that_starts(world: DaemonWorld) -> None:
+    lost: list[str] = []
+    for turn in range(STARTS):
+        daemon = world.mic.start("run")
+        after = LONGEST_START * turn / STARTS
+        time.sleep(after)
+        daemon.process.send_signal(signal.SIGTERM)
+        try:
+            code = daemon.stop(timeout=BOUND)
+        except AssertionError as error:
+            lost.append(f"{after:.2f} s: {error}")
+            continue
+        # Until Python itself is up, nobody but the kernel can answer.
+        if code != 0 and not (code == -signal.SIGTERM and daemon.text() == "" and after < 0.2):
+            lost.append(f"{after:.2f} s: exit {code}\n{daemon.text()}")
+    assert not lost, f"{len(lost)} of {STARTS}\n" + "\n".join(lost)
