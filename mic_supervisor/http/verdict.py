@@ -135,7 +135,7 @@ def _problems(published: Published) -> Iterator[Problem]:
             hint="mic-supervisor check shows every error with its line",
         )
     for part, why in published.down.items():
-        yield Problem(Level.BAD, "Daemon", f"{part} is not alive: {why}; it is started again")
+        yield Problem(Level.BAD, part, f"it is not alive: {why}; it is started again")
     if snapshot is None:
         return
     yield from _unreadable(snapshot)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.converge.sources import PATIENCE
+from mic_supervisor.http.redact import Scrubber
 from mic_supervisor.http.samples import Samples
 from mic_supervisor.http.verdict import judge
 from mic_supervisor.records import dataclass
@@ -106,8 +107,10 @@ class Views:
 
     def down(self) -> str | None:
         """Which parts of the daemon are not alive, and why."""
-        down = self.current().down
-        return "; ".join(f"{name} is not alive: {why}" for name, why in down.items()) or None
+        published = self.current()
+        desired = published.snapshot.desired if published.snapshot is not None else None
+        told = (f"{part} is not alive: {why}" for part, why in published.down.items())
+        return Scrubber(desired).text("; ".join(told)) or None
 
     def json(self, name: str, make: Callable[[Published], Any]) -> Answer:
         """The document called `name`."""

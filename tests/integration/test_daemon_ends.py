@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.daemon_world import DaemonWorld, daemon_world, process
+from tests.integration.daemon_world import DaemonWorld, daemon_world, lines, process
 from tests.support.mic import Daemon
+from tests.support.waiting import http, until
 
 REPETITIONS = 40  # raise it to look longer: what is lost is lost once in ten or in thirty times
 STARTS = 20
@@ -93,3 +94,22 @@ def test_sigterm_ends_a_daemon_that_starts(world: DaemonWorld) -> None:
         if code != 0 and not (code == -signal.SIGTERM and daemon.text() == "" and after < 0.2):
             lost.append(f"{after:.2f} s: exit {code}\n{daemon.text()}")
     assert not lost, f"{len(lost)} of {STARTS}\n" + "\n".join(lost)
+
+
+def test_a_socket_that_somebody_removed_is_bound_again(world: DaemonWorld) -> None:
+    daemon = world.mic.run()
+    world.mic.socket.unlink()
+    health = until(
+        lambda: (found := http(f"{world.mic.url}/healthz")).status == 503 and found.json(),
+        "/healthz to tell",
+    )
+    assert health["status"] == "broken"
+    assert health["detail"] == (
+        "the control socket is not alive: nobody can reach the daemon at "
+        f"{world.mic.socket}: the socket is gone"
+    )
+    until(lambda: "result" in world.mic.ask("ping"), "the socket to be back")
+    until(lambda: http(f"{world.mic.url}/healthz").status == 200, "it to be well again")
+    assert len(lines(daemon, "the control socket is not alive: .* started again in 1 s")) == 1
+    ended(daemon, "afterwards")
+    assert not world.mic.socket.exists()

@@ -16,7 +16,7 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.engine
 
 CONFINED = Path(__file__).parent / "systemd" / "confined.py"
-RESTARTS = 20  # raise it to look longer
+RESTARTS = 50  # raise it to look longer
 DROP_IN = "/etc/systemd/system/mic.service.d"
 
 ENV = """\
@@ -192,8 +192,8 @@ def test_a_killed_daemon_is_back_at_once_and_costs_no_instance(running: SystemdM
 
 
 def test_no_restart_of_many_has_to_kill_it(running: SystemdMachine) -> None:
-    """At any moment of its life and of its start. A SIGTERM that is lost would take 5 s, and KILL."""
-    before = pids(running)
+    """In its life and in its start. One SIGTERM that is lost would take 5 s, and a KILL."""
+    before, heard = pids(running), len(running.journal("mic"))
     running.write(f"{DROP_IN}/quick.conf", "[Service]\nTimeoutStopSec=5s\n")
     running.exec("systemctl", "daemon-reload")
     running.exec(
@@ -203,9 +203,9 @@ def test_no_restart_of_many_has_to_kill_it(running: SystemdMachine) -> None:
         timeout=60.0 + 7.0 * RESTARTS,
     )
     await_daemon(running)
-    said = running.journal("mic")
-    assert not re.findall(r".*(?:timed out|code=killed|status=9|left behind|Traceback).*", said)
-    assert said.count("Stopped mic.service") + said.count("Stopped mic-supervisor") >= RESTARTS / 2
+    said = running.journal("mic")[heard:]
+    assert not re.findall(r".*(?:timed out|code=killed|left behind|Traceback).*", said)
+    assert said.count("Deactivated successfully") >= RESTARTS // 2  # those that came to be ready
     running.exec("mic-supervisor", "apply")
     assert pids(running) == before
 

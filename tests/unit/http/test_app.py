@@ -226,6 +226,27 @@ def test_the_loop_is_alive_until_it_has_been_still_for_too_long() -> None:
     assert "What follows is old: the loop has not finished a round for 75 s" in page
 
 
+def test_a_part_of_the_daemon_that_is_not_alive_is_told_of() -> None:
+    down = {"the file watch": "ZeroDivisionError: a defect", "the Xid watch": "it ended"}
+    site = Site(replace(views_of.good(), down=down))
+    answer = site("/healthz")
+    assert answer.status == 503
+    assert (answer.json()["status"], answer.json()["detail"]) == (
+        "broken",
+        "the file watch is not alive: ZeroDivisionError: a defect; "
+        "the Xid watch is not alive: it ended",
+    )
+    page = site("/", headers={"Accept": "text/html"}).text
+    assert "2 things are not as they should be" in page
+    assert "it is not alive: it ended; it is started again" in page
+    clock = views_of.Clock()
+    still = replace(views_of.good(), down={"the loop": "it ended"})
+    site = Site(views=views_of.views(still, stall_after=60, clock=clock))
+    clock.now = 75
+    assert site("/healthz").json()["status"] == "stalled"
+    assert site("/healthz").json()["detail"].endswith("; the loop is not alive: it ended")
+
+
 def test_ready_is_when_every_instance_is(good: Site) -> None:
     assert good("/readyz").status == 200
     answer = Site(views_of.bad())("/readyz")
