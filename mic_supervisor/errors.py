@@ -47,6 +47,10 @@ class RuntimeRefused(MicError):
     """A runtime answered, and refused the call (image missing, port taken, name in use)."""
 
 
+class WorkloadGone(RuntimeRefused):
+    """What was to be started is not there any more: somebody removed it since the last look."""
+
+
 class PreflightFailed(MicError):
     """Something that a start needs is not there; found before anything was stopped."""
 

@@ -12,13 +12,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
+from mic_supervisor.errors import (
+    MicError,
+    PreflightFailed,
+    RuntimeRefused,
+    RuntimeUnavailable,
+    WorkloadGone,
+)
 from mic_supervisor.model import ContainerSpec, Launch, ObservedWorkload, RuntimeView
 from mic_supervisor.runtimes import Progress
-from mic_supervisor.runtimes.docker_create import CDI_KIND, INSTANCE, container_config, ownership
+from mic_supervisor.runtimes.docker_create import (
+    CDI_KIND,
+    INSTANCE,
+    container_config,
+    ownership,
+)
+from mic_supervisor.runtimes.docker_create import labels as labels_of
 from mic_supervisor.runtimes.docker_endings import Endings, as_ended
 from mic_supervisor.runtimes.docker_engine import Engine, an_object
 from mic_supervisor.runtimes.docker_pull import Puller
+from mic_supervisor.runtimes.docker_rests import Rests
 from mic_supervisor.runtimes.docker_view import detailed, labels_in, split, stranger_reason
 
 if TYPE_CHECKING:
@@ -27,6 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _DEVICES_FOR = 60.0  # seconds for which the engine's list of CDI devices is believed
+_NAME_TAKEN = "is already in use by container"
 _NEVER = "0001-01-01T00:00:00Z"  # the engine's StartedAt of a container that never ran
 
 
@@ -59,6 +73,7 @@ class DockerRuntime:
         self._engine = Engine(base_url, timeout=timeout, patience=patience)
         self._kill_wait = kill_wait
         self._endings = Endings(self._settle)
+        self._rests = Rests(self._look)
         self._puller = Puller(self._engine, docker_config)
         self._devices: tuple[float, frozenset[str]] | None = None
 
@@ -69,7 +84,9 @@ class DockerRuntime:
     # --- Looking ------------------------------------------------------------------------------
 
     def observe(self) -> RuntimeView:
-        """One list call, no inspection: pid, started_at and finished_at stay None."""
+        """One list call: pid, started_at and finished_at stay None. What is listed as at rest is
+        inspected as well, once: see docker_rests.py.
+        """
         what = "cannot list containers"
         endings = self._endings.now()
         try:
@@ -85,7 +102,7 @@ class DockerRuntime:
                 hint="check MIC_DOCKER_HOST",
             )
         workloads, strangers = split(listed, self._scope, self._host)
-        return RuntimeView(self.name, as_ended(workloads, endings), strangers)
+        return RuntimeView(self.name, as_ended(self._rests.sure(workloads), endings), strangers)
 
     def inspect(self, workload: ObservedWorkload) -> ObservedWorkload:
         """The workload with all that one inspection tells: pid, times, error of the engine.
@@ -142,16 +159,29 @@ class DockerRuntime:
         what = f"cannot create container {launch.name}"
         discovered = self._discovered(what) if spec.devices else frozenset()
         config = container_config(launch, spec, discovered)
+        give_up = time.monotonic() + self._engine.patience
+        while True:
+            try:
+                ref = self._call(what, lambda api: _create(api, launch.name, config), patient=True)
+                found = self._inspect(what, ref)
+                break
+            except RuntimeRefused as error:
+                # Who asked for it, or for its removal, may have been killed: that goes on.
+                if _NAME_TAKEN not in error.message:
+                    raise
+                found = self._inspect(what, launch.name)
+                if found is not None and self._is_new(found, launch):
+                    break
+                going = found is None or (self._is(found, launch) and _is_going(found))
+                if not going or time.monotonic() > give_up:
+                    raise self._name_taken(what, launch, found) from error
+                time.sleep(0.05)
+            except RuntimeUnavailable:
+                # It may have been created all the same.
+                self._discard(launch)
+                raise
         try:
-            ref = self._call(what, lambda api: _create(api, launch.name, config), patient=True)
-        except RuntimeRefused as error:
-            raise self._name_taken(what, launch, error) from error
-        except RuntimeUnavailable:
-            # It may have been created all the same.
-            self._discard(launch)
-            raise
-        try:
-            check_program(self._engine, what, self._inspect(what, ref) or {})
+            check_program(self._engine, what, found or {})
         except MicError as error:
             raise self._discarded(launch, error) from error
 
@@ -159,7 +189,7 @@ class DockerRuntime:
         what = f"cannot start container {launch.name}"
         found = self._inspect(what, launch.name)
         if found is None:
-            raise RuntimeRefused(f"{what}: it does not exist", hint="apply again")
+            raise WorkloadGone(f"{what}: it does not exist", hint="apply again")
         if not self._is(found, launch):
             raise RuntimeRefused(
                 f"{what}: the container of that name is not ours ({self._whose(found)})",
@@ -188,6 +218,8 @@ class DockerRuntime:
                     raise
                 return False
             except APIError as error:
+                if "marked for removal" in str(error.explanation):
+                    return False
                 # "cannot start a paused container, try unpause instead"
                 if error.status_code != 409 or "paused" not in str(error.explanation):
                     raise
@@ -196,13 +228,14 @@ class DockerRuntime:
 
         self._endings.starting(ref)
         try:
-            there = self._call(what, ask, patient=True)
+            with self._rests.starting(ref):
+                there = self._call(what, ask, patient=True)
         except MicError:
             self._endings.refused(ref)
             raise
         if not there:
             self._endings.refused(ref)
-            raise RuntimeRefused(f"{what}: it no longer exists", hint="apply again")
+            raise WorkloadGone(f"{what}: it no longer exists", hint="apply again")
         self._endings.runs(ref)
 
     # --- Ending -------------------------------------------------------------------------------
@@ -271,6 +304,14 @@ class DockerRuntime:
         with suppress(MicError):
             self._inspect("cannot inspect a container that ended", ref)
 
+    def _look(self, workload: ObservedWorkload) -> ObservedWorkload | None:
+        """The workload as an inspection without the SDK shows it; None: it is gone."""
+        what = f"cannot inspect container {workload.name}"
+        found = self._engine.peek(what, f"/containers/{workload.ref}/json")
+        if not isinstance(found, Mapping):
+            found = self._inspect(what, workload.ref)
+        return None if found is None else detailed(workload, found)
+
     def _inspect(self, what: str, ref: str) -> dict[str, Any] | None:
         """The engine's description of a container; None: there is none."""
 
@@ -310,14 +351,16 @@ class DockerRuntime:
         reason = stranger_reason(labels, self._scope, self._host)
         return f"{about}: {reason or 'it runs instance ' + labels.get(INSTANCE, 'unknown')}"
 
-    def _name_taken(self, what: str, launch: Launch, error: RuntimeRefused) -> MicError:
-        """A better word for a refusal that is about the name; else the refusal itself."""
-        if "is already in use by container" not in error.message:
-            return error
-        try:
-            found = self._inspect(what, launch.name)
-        except MicError:
-            return error
+    def _is_new(self, found: Mapping[str, Any], launch: Launch) -> bool:
+        """Whether a container is what the launch would create, and was not started yet."""
+        there = labels_in(found.get("Config") or {})  # those of the image, too
+        return (
+            labels_of(launch.identity).items() <= there.items()
+            and _state(found).get("Status") == "created"
+        )
+
+    def _name_taken(self, what: str, launch: Launch, found: Mapping[str, Any] | None) -> MicError:
+        """The engine's refusal in better words."""
         if found is None:
             return RuntimeRefused(
                 f"{what}: another container had its name until just now", hint="apply again"
@@ -368,6 +411,10 @@ def _absent(path: str) -> bool:
 def _state(inspected: Mapping[str, Any]) -> Mapping[str, Any]:
     state = inspected.get("State")
     return state if isinstance(state, Mapping) else {}
+
+
+def _is_going(inspected: Mapping[str, Any]) -> bool:
+    return _state(inspected).get("Status") == "removing"
 
 
 def _cdi_devices(info: Mapping[str, Any]) -> frozenset[str]:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mic_supervisor.errors import (
     RuntimeRefused,
     RuntimeUnavailable,
     StopFailed,
+    WorkloadGone,
 )
 from mic_supervisor.model import (
     ContainerSpec,
@@ -278,6 +280,94 @@ def test_a_stranger_of_the_same_name_is_never_removed(
     }
     fails(lambda: runtime.create(LAUNCH))
     assert fake.asked("DELETE /containers/c1") == 0
+
+
+NAME_TAKEN = 'Conflict. The container name "/mic-mam" is already in use by container "c1".'
+
+
+NO_PATH = {key: value for key, value in OURS.items() if key != "Path"}
+
+
+def conflicts(fake: FakeEngine, *found: object) -> None:
+    """A name that is taken, by what each of `found` says in turn; then it is free."""
+    looks = [*found]
+
+    def create(handler: Handler) -> None:
+        if looks:
+            handler.refuse(409, NAME_TAKEN)
+        else:
+            handler.send(201, b'{"Id": "c2"}')
+
+    def look(handler: Handler) -> None:
+        first = looks.pop(0)
+        if first is None:
+            handler.refuse(404, "No such container: mic-mam")
+        else:
+            reply(first)(handler)
+
+    fake.answers |= {"POST /containers/create": create, "GET /containers/mic-mam/json": look}
+
+
+def test_what_an_earlier_call_created_is_what_was_asked_for(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    """The supervisor was killed, and the engine went on with the create that it had asked for."""
+    of_its_image = {"maintainer": "somebody", **labels(IDENTITY)}
+    conflicts(fake, {**NO_PATH, "Config": {"Labels": of_its_image}}, {})
+    runtime.create(LAUNCH)
+    assert fake.asked("POST /containers/create") == 1
+
+
+@pytest.mark.parametrize("state", ["removing", None])
+def test_a_name_that_is_about_to_be_free_is_waited_for(
+    runtime: DockerRuntime, fake: FakeEngine, state: str | None
+) -> None:
+    going = None if state is None else {**OURS, "State": {"Status": state}}
+    conflicts(fake, going, going)
+    runtime.create(LAUNCH)
+    assert fake.asked("POST /containers/create") == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "spec_hash", "who"),
+    [
+        ("exited", "abc", "it runs instance mam"),
+        ("created", "another", "it runs instance mam"),
+    ],
+)
+def test_what_is_not_what_would_be_created_has_its_name(
+    runtime: DockerRuntime, fake: FakeEngine, status: str, spec_hash: str, who: str
+) -> None:
+    there = labels(replace(IDENTITY, spec_hash=spec_hash))
+    conflicts(fake, {**OURS, "Config": {"Labels": there}, "State": {"Status": status}}, {})
+    error = fails(lambda: runtime.create(LAUNCH))
+    assert isinstance(error, RuntimeRefused)
+    assert "its name is taken by container c1" in str(error)
+    assert str(error).endswith(who)
+
+
+def test_a_name_that_does_not_get_free_is_given_up(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    conflicts(fake, *[None] * 100)
+    assert str(fails(lambda: runtime.create(LAUNCH))) == (
+        "cannot create container mic-mam: another container had its name until just now"
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refuse(404, "No such container: c1"),
+        refuse(409, "container is marked for removal and cannot be started"),
+    ],
+)
+def test_what_is_removed_before_it_starts_is_gone(
+    runtime: DockerRuntime, fake: FakeEngine, answer: Answer
+) -> None:
+    fake.answers["POST /containers/c1/start"] = answer
+    assert isinstance(fails(lambda: runtime.restart(WORKLOAD)), WorkloadGone)
+    assert isinstance(fails(lambda: runtime.start(LAUNCH)), WorkloadGone)
 
 
 def starts(fake: FakeEngine, start: Answer) -> None:

@@ -1,0 +1,203 @@
+"""What the engine lists as created or ended, and whether that is so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mic_supervisor.errors import RuntimeUnavailable
+from mic_supervisor.model import ObservedWorkload, RunState
+from mic_supervisor.runtimes import docker_rests
+from mic_supervisor.runtimes.docker import DockerRuntime
+from mic_supervisor.runtimes.docker_create import labels
+from mic_supervisor.runtimes.docker_rests import Rests
+from tests.support.waiting import until
+from tests.unit.runtimes.engine_fake import (
+    IDENTITY,
+    WORKLOAD,
+    FakeEngine,
+    fails,
+    hang,
+    hang_up,
+    refuse,
+    reply,
+)
+
+CREATED = replace(WORKLOAD, state=RunState.CREATED)
+EXITED = replace(WORKLOAD, state=RunState.EXITED, exit_code=0)
+
+
+class Inspections:
+    """Answers with `found`, or raises it; while `held` is clear, an inspection waits."""
+
+    def __init__(self) -> None:
+        self.found: ObservedWorkload | Exception | None = CREATED
+        self.held = threading.Event()
+        self.held.set()
+        self.count = 0
+
+    def __call__(self, _: ObservedWorkload) -> ObservedWorkload | None:
+        self.count += 1
+        self.held.wait(10)
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+@pytest.fixture
+def engine() -> Iterator[Inspections]:
+    engine = Inspections()
+    yield engine
+    engine.held.set()
+
+
+@pytest.fixture
+def rests(engine: Inspections, monkeypatch: pytest.MonkeyPatch) -> Rests:
+    monkeypatch.setattr(docker_rests, "PATIENCE", 0.1)
+    return Rests(engine)
+
+
+@pytest.mark.parametrize("listed", [CREATED, EXITED])
+def test_a_start_in_flight_counts_as_alive_until_it_has_come_to_an_end(
+    rests: Rests, engine: Inspections, listed: ObservedWorkload
+) -> None:
+    engine.held.clear()
+    engine.found = WORKLOAD
+    for _ in range(2):
+        (seen,) = rests.sure([listed])
+        assert seen.state is RunState.UNKNOWN
+    assert engine.count == 1  # it is not asked for again while it waits
+    engine.held.set()
+    until(lambda: rests.sure([listed])[0].state is RunState.RUNNING, "the end of the start")
+
+
+def test_what_rests_is_inspected_once(rests: Rests, engine: Inspections) -> None:
+    for _ in range(3):
+        assert rests.sure([CREATED]) == (CREATED,)
+    assert engine.count == 1
+
+
+def test_what_ran_by_the_list_is_believed_when_it_ends(rests: Rests, engine: Inspections) -> None:
+    rests.sure([WORKLOAD])
+    assert rests.sure([EXITED]) == (EXITED,)
+    assert engine.count == 0
+
+
+def test_what_the_list_still_has_and_the_engine_has_not_is_absent(
+    rests: Rests, engine: Inspections
+) -> None:
+    engine.found = None
+    assert rests.sure([CREATED]) == ()
+
+
+def test_a_removal_in_flight_is_one(rests: Rests, engine: Inspections) -> None:
+    engine.found = replace(WORKLOAD, state=RunState.REMOVING)
+    assert [item.state for item in rests.sure([EXITED])] == [RunState.REMOVING]
+
+
+@pytest.mark.parametrize("error", [RuntimeUnavailable("it hung up"), KeyError("State")])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_cannot_be_inspected_is_unknown_and_asked_again(
+    rests: Rests, engine: Inspections, error: Exception
+) -> None:
+    engine.found = error
+    assert [item.state for item in rests.sure([CREATED])] == [RunState.UNKNOWN]
+    engine.found = CREATED
+    assert rests.sure([CREATED]) == (CREATED,)
+
+
+def test_nobody_waits_for_a_start_of_our_own_and_its_end_is_looked_at(
+    rests: Rests, engine: Inspections
+) -> None:
+    rests.sure([CREATED])
+    with rests.starting(CREATED.ref):
+        assert rests.sure([CREATED]) == (CREATED,)
+    assert engine.count == 1
+    engine.found = WORKLOAD  # the call was not answered, and the engine went on
+    assert rests.sure([CREATED]) == (WORKLOAD,)
+
+
+def test_one_that_hangs_costs_one_wait_and_hides_no_other(
+    rests: Rests, engine: Inspections
+) -> None:
+    engine.held.clear()
+    runs = replace(WORKLOAD, ref="c2", name="other")
+    resting = [replace(CREATED, ref=f"r{number}") for number in range(20)]
+    seen = rests.sure([runs, *resting])
+    assert seen[0] == runs
+    assert {item.state for item in seen[1:]} == {RunState.UNKNOWN}
+
+
+# --- by the API ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeEngine]:
+    fake = FakeEngine(tmp_path / "d.sock")
+    fake.answers["GET /containers/json"] = reply(
+        [{"Id": "c1", "Names": ["/mic-mam"], "State": "created", "Labels": labels(IDENTITY)}]
+    )
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def runtime(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerRuntime]:
+    monkeypatch.setattr(docker_rests, "PATIENCE", 0.5)
+    made = DockerRuntime("default", "h", base_url=fake.url, docker_config=None, timeout=2.0)
+    yield made
+    made.close()
+
+
+def state(runtime: DockerRuntime) -> list[RunState]:
+    view = runtime.observe()
+    assert view.error is None
+    return [item.state for item in view.workloads]
+
+
+@pytest.mark.parametrize(
+    ("status", "seen"),
+    [
+        ("created", [RunState.CREATED]),
+        ("running", [RunState.RUNNING]),
+        ("removing", [RunState.REMOVING]),
+    ],
+)
+def test_a_look_tells_what_the_inspection_does(
+    runtime: DockerRuntime, fake: FakeEngine, status: str, seen: list[RunState]
+) -> None:
+    fake.answers["GET /containers/c1/json"] = reply({"State": {"Status": status}})
+    assert state(runtime) == seen
+
+
+def test_a_look_without_an_answer_to_the_inspection(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    fake.answers["GET /containers/c1/json"] = hang(1.0)
+    assert state(runtime) == [RunState.UNKNOWN]
+
+
+def test_an_inspection_that_is_refused_is_unknown_and_one_of_nothing_is_absent(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    fake.answers["GET /containers/c1/json"] = refuse(500, "no")
+    assert state(runtime) == [RunState.UNKNOWN]
+    del fake.answers["GET /containers/c1/json"]
+    assert state(runtime) == []
+
+
+def test_after_a_start_without_an_answer_its_container_is_inspected(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    fake.answers["GET /containers/c1/json"] = reply({"State": {"Status": "created"}})
+    assert state(runtime) == state(runtime) == [RunState.CREATED]
+    asked = fake.asked("GET /containers/c1/json")
+    assert asked == 1
+    fake.answers["POST /containers/c1/start"] = hang_up
+    fails(lambda: runtime.restart(CREATED))
+    assert state(runtime) == [RunState.CREATED]
+    assert fake.asked("GET /containers/c1/json") == asked + 1
