@@ -63,7 +63,15 @@ class Unit:
     @property
     def is_over(self) -> bool:
         """Whether its main process has ended and PID 1 has nothing left to do."""
-        return self.active in _ENDED or (self.active, self.sub) == ("active", "exited")
+        if self.active in _ENDED:
+            return not self.has_job
+        return (self.active, self.sub) == ("active", "exited")
+
+    @property
+    def has_job(self) -> bool:
+        """Whether PID 1 has something to do with it yet; of one that is not active, to start it."""
+        found = self.properties.get("Job")
+        return isinstance(found, Sequence) and len(found) == 2 and found[0] != 0
 
     @property
     def main_pid(self) -> int | None:
@@ -145,6 +153,8 @@ def _state(unit: Unit) -> tuple[RunState, str | None]:
         if unit.remains:
             return RunState.RUNNING, remains_text(unit.remains)
         return RunState.EXITED, end_reason(unit)
+    if unit.active in _ENDED:
+        return RunState.RUNNING, "its start is in flight"
     if unit.active not in _HELD:
         return RunState.UNKNOWN, f"systemd says that it is {unit.active or 'in no state'}"
     if unit.main_pid is None and unit.active == "deactivating":

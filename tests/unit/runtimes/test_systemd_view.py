@@ -106,6 +106,15 @@ def test_one_in_between_holds_its_gpu(active: str, sub: str, pid: int) -> None:
     assert (seen.state, seen.pid, seen.error) == (RunState.RUNNING, pid, None)
 
 
+@pytest.mark.parametrize("active", ["inactive", "failed"])
+def test_one_whose_start_is_in_flight_holds_its_gpu(active: str) -> None:
+    """PID 1 has made the unit and taken the job, and has not come to it."""
+    seen = judge(unit(active, "dead", Job=[7, "/org/freedesktop/systemd1/job/7"]))
+    assert (seen.state, seen.pid, seen.error) == (RunState.RUNNING, None, "its start is in flight")
+    over = judge(unit(active, "dead", Job=[0, "/"]))
+    assert over.state is RunState.EXITED
+
+
 def test_one_whose_main_process_has_ended_holds_its_gpu_until_all_is_gone() -> None:
     seen = judge(unit("deactivating", "stop-sigterm", **ended(1, 3)))
     assert (seen.state, seen.pid, seen.exit_code, seen.finished_at, seen.error) == (
