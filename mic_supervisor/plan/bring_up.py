@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mic_supervisor.model import Gpu, Launch, ObservedWorkload, RunState
-from mic_supervisor.plan.actions import Blocked, ChangeKind, Create, Prepare, Restart, Start, Step
+from mic_supervisor.plan.actions import (
+    Blocked,
+    ChangeKind,
+    Create,
+    Prepare,
+    Remove,
+    Restart,
+    Start,
+    Step,
+)
 from mic_supervisor.plan.assess import Assessment, Context, is_alive
 from mic_supervisor.plan.health import ended
 from mic_supervisor.plan.launch import launch
@@ -80,6 +91,24 @@ def bring_up(
         early = (_prepare(target, instance.id),) if assessment.alive else ()
         return BringUp(kind, cause, early, restart, stops)
     return _create(kind, cause, target, instance.id)
+
+
+def cleared(up: BringUp, item: Assessment) -> BringUp:
+    """`up`, after what was created for the instance and is not what it starts is gone.
+
+    A start of it may be in flight, from a supervisor that was killed: it must not come to its end
+    beside another one. A remove waits for it, and then fails, before anything was stopped.
+    """
+    early = [*up.early]
+    for workload in (item.match, *item.ended):
+        if workload is None or workload.state is not RunState.CREATED:
+            continue
+        if workload.name != up.target:
+            after = tuple(step.id for step in early[-1:])
+            early.append(
+                Remove(f"remove {workload.name}", item.instance.id, workload, depends_on=after)
+            )
+    return replace(up, early=tuple(early))
 
 
 def fall_back(

@@ -21,7 +21,7 @@ def left_over(item: Assessment, entry: InstanceMemory) -> list[ObservedWorkload]
 
 
 def superseded(item: Assessment, up: BringUp, entry: InstanceMemory) -> list[ObservedWorkload]:
-    """By a start that is about to be made."""
+    """By a start that is about to be made. What never ran goes before it: see `cleared`."""
     if isinstance(up.late, Restart):
         others = [w for w in item.ended if w is not up.late.workload]
     else:
@@ -33,7 +33,7 @@ def superseded(item: Assessment, up: BringUp, entry: InstanceMemory) -> list[Obs
     if match is not None and not is_alive(match) and not isinstance(up.late, Restart):
         # The start replaces the record of the same name; another name is left behind.
         out += [match] if match.name != up.target else []
-    return out
+    return [workload for workload in out if workload.state is not RunState.CREATED]
 
 
 def _to_keep(ended: Sequence[ObservedWorkload], entry: InstanceMemory) -> ObservedWorkload | None:

@@ -42,7 +42,15 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.amounts import lets_go
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive, workloads
-from mic_supervisor.plan.bring_up import RETRY, BringUp, blocked, bring_up, fall_back, unhealthy_gpu
+from mic_supervisor.plan.bring_up import (
+    RETRY,
+    BringUp,
+    blocked,
+    bring_up,
+    cleared,
+    fall_back,
+    unhealthy_gpu,
+)
 from mic_supervisor.plan.departures import Departures, departures, needs
 from mic_supervisor.plan.fallback import fallback
 from mic_supervisor.plan.holds import Holds, left_out
@@ -221,10 +229,10 @@ class _Round:
             if isinstance(up, Blocked):
                 self.blocked.append(up)
             elif up is not None:
-                ups[item.instance.id] = up
+                ups[item.instance.id] = cleared(up, item)
         stops = self._settle(wanted, orphans, ups, serving)  # 2
         for item in free:
-            self._instance(lane, item, ups.get(item.instance.id), stops)
+            self._instance(lane, item, ups.get(item.instance.id), stops, orphans)
         self._leavers(lane, wanted, orphans, stops)
 
     def _free(
@@ -374,6 +382,7 @@ class _Round:
         item: Assessment,
         up: BringUp | None,
         stops: Departures,
+        orphans: list[ObservedWorkload],
     ) -> None:
         instance, entry = item.instance, self.memory.of(item.instance.id)
         mine = [w for w in (item.match, *item.alive) if w is not None and w in stops]
@@ -394,6 +403,11 @@ class _Round:
             return
         # The start waits for everything that leaves its GPUs and ports, whoever stops it.
         before = [*stops.before(item, up), *(step.id for step in up.early[-1:])]
+        before += [  # whose start may be in flight
+            f"remove {orphan.name}"
+            for orphan in orphans
+            if orphan.state is RunState.CREATED and set(orphan.identity.gpus) & set(instance.gpus)
+        ]
         ended = superseded(item, up, entry)
         if item.runtime not in self.context.creates_ahead:
             # Their name may be the new one's, too: what is removed after the start would be that.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mic_supervisor.model import HttpCall, RunState
-from mic_supervisor.plan.actions import Drain, Stop
+from mic_supervisor.model import HttpCall, Listener, RunState
+from mic_supervisor.plan.actions import Drain, Start, Stop
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.render import to_json
 from tests.unit.plan.builders import (
@@ -272,6 +272,62 @@ def test_a_replacement_that_was_interrupted_goes_on_where_it_was() -> None:
         "release MAM-aaaaaaaa <- stop old, prepare new",
         "restart new <- release MAM-aaaaaaaa",
     ]
+
+
+def test_what_was_created_for_an_earlier_file_goes_before_anything_is_stopped_or_started() -> None:
+    runs, new = workload(MAM), changed(MAM, image="mam:3")
+    made = workload(changed(MAM, image="mam:2"), RunState.CREATED, created_at=200.0)
+    plan = plan_for([new], observed(runs, made), known(runs))
+    assert shortly(plan, runs=runs, made=made) == [
+        "prepare MAM-aaaaaaaa",
+        "create MAM-aaaaaaaa <- prepare MAM-aaaaaaaa",
+        "remove made <- create MAM-aaaaaaaa",
+        "stop runs <- remove made",
+        "release MAM-aaaaaaaa <- stop runs, remove made",
+        "start MAM-aaaaaaaa <- release MAM-aaaaaaaa",
+    ]
+
+
+def test_what_was_created_for_an_earlier_file_goes_before_an_ended_one_is_started_again() -> None:
+    ended = workload(MAM, RunState.EXITED)
+    made = workload(changed(MAM, image="mam:2"), RunState.CREATED, created_at=200.0)
+    plan = plan_for([MAM], observed(ended, made))
+    assert shortly(plan, ended=ended, made=made) == [
+        "remove made",
+        "release MAM-aaaaaaaa <- remove made",
+        "restart ended <- release MAM-aaaaaaaa",
+    ]
+
+
+def test_two_that_were_created_for_one_specification_leave_one_that_is_started() -> None:
+    first = workload(MAM, RunState.CREATED, ports={"http": 20001}, created_at=200.0)
+    second = workload(MAM, RunState.CREATED, ports={"http": 20002}, created_at=100.0)
+    plan = plan_for([MAM], observed(first, second))
+    assert shortly(plan, first=first, second=second) == [
+        "remove second",
+        "restart first <- remove second",
+    ]
+
+
+def test_what_was_created_for_the_model_before_goes_before_the_next_one_starts() -> None:
+    made = workload(on("old", 0), RunState.CREATED)
+    plan = plan_for([MAM], observed(made))
+    assert "start MAM-aaaaaaaa <- create MAM-aaaaaaaa, remove made" in shortly(plan, made=made)
+    elsewhere = workload(on("old", 1), RunState.CREATED)
+    plan = plan_for([MAM], observed(elsewhere))
+    assert "start MAM-aaaaaaaa <- create MAM-aaaaaaaa" in shortly(plan, made=elsewhere)
+
+
+def test_a_start_in_flight_keeps_its_port_and_nothing_is_made_beside_it() -> None:
+    """Its listener is there long before the engine says that it runs."""
+    flying = workload(MAM, RunState.UNKNOWN)
+    (port,) = flying.identity.ports.values()
+    seen = observed(flying, listeners=(Listener(port),))
+    assert plan_for([MAM], seen, known(flying)).empty
+    plan = plan_for([changed(MAM, image="mam:2")], seen, known(flying))
+    assert shortly(plan, old=flying)[2] == "stop old <- create MAM-aaaaaaaa"
+    (start,) = (step for change in plan.changes for step in change.steps if isinstance(step, Start))
+    assert start.launch.identity.ports == flying.identity.ports
 
 
 def test_going_back_to_an_earlier_specification_is_a_replacement_that_reuses_its_container() -> (
