@@ -27,7 +27,6 @@ from mic_supervisor.errors import (
     LoadFailed,
     MicError,
     ReleaseFailed,
-    RuntimeUnavailable,
     StopFailed,
 )
 from mic_supervisor.gpu.events import XidRecord
@@ -51,7 +50,13 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
 from mic_supervisor.plan.fallback import as_it_runs
-from mic_supervisor.plan.health import Phase, note_failure, note_load_failure, remember
+from mic_supervisor.plan.health import (
+    Phase,
+    is_of_the_specification,
+    note_failure,
+    note_load_failure,
+    remember,
+)
 from mic_supervisor.plan.loads import memory_key
 from mic_supervisor.plan.memory import Floor, Memory, Pause
 from mic_supervisor.plan.reconcile import reconcile
@@ -126,6 +131,7 @@ class Converger:
         self._desired = desired
         self._save = save
         self._saved = memory
+        self._saving = asyncio.Lock()
         self._events = events
         self._clock = clock
         self._wakes = asyncio.Event()
@@ -389,10 +395,11 @@ class Converger:
         return memory, tuple(rows)
 
     async def _save_memory(self) -> None:
-        if self.memory == self._saved:
-            return
-        self._saved = self.memory
-        await asyncio.get_running_loop().run_in_executor(self._pool, self._save, self.memory)
+        async with self._saving:  # lanes save, too, and the last one must be the newest
+            if self.memory == self._saved:
+                return
+            self._saved = self.memory
+            await asyncio.get_running_loop().run_in_executor(self._pool, self._save, self.memory)
 
     def _pause(self, snapshot: Snapshot) -> float:
         """Seconds until the next round, unless something wakes the loop before."""
@@ -491,9 +498,11 @@ class Converger:
         loop = asyncio.get_running_loop()
         self.activities[change.instance] = _PHASE_OF_STEP.get(type(step), Phase.PENDING)
         if isinstance(step, Stop | Restart):
-            # Whatever ends now was asked for, and is no crash.
+            # Whatever ends now was asked for, and is no crash: not for our successor either, should
+            # we be killed before the next round.
             self._prober.forget(step.workload.ref)
             self._set(step.workload.identity.instance, started=None)
+            await self._save_memory()
         if isinstance(step, Withdraw):
             await self._withdraw(step, change)
             return
@@ -551,10 +560,7 @@ class Converger:
             self._tell("failed", change, error.message, seconds=now - began, hint=error.hint)
             return
         self._let_rest(change.instance)
-        # An engine that is gone says nothing about the instance, nor does an old one that stays.
-        if item is not None and not isinstance(
-            error, RuntimeUnavailable | StopFailed | ReleaseFailed
-        ):
+        if item is not None and is_of_the_specification(step, error):
             entry = self.memory.of(change.instance)
             entry = note_failure(
                 entry,

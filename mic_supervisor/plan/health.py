@@ -6,8 +6,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from enum import StrEnum
 
+from mic_supervisor.errors import (
+    MicError,
+    ReleaseFailed,
+    RuntimeUnavailable,
+    StopFailed,
+    WorkloadGone,
+)
 from mic_supervisor.model import LoadState, ObservedWorkload, Placement, RunState
 from mic_supervisor.plan import backoff
+from mic_supervisor.plan.actions import Create, Load, Prepare, Restart, Start, Step
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.fallback import fallback, way_back
 from mic_supervisor.plan.loads import memory_key
@@ -208,6 +216,8 @@ def _note_end(
         return entry
     if is_alive(workload):
         failure = assessment.live_failure or assessment.overdue(entry.started_at, now)
+    elif never_ran(workload):
+        return entry  # it was made, and whoever made it did not come to start it
     else:
         failure = ended(workload)
     if failure is None:
@@ -227,6 +237,19 @@ def _note_end_quietly(entry: InstanceMemory, assessment: Assessment) -> Instance
     if assessment.runs and match is not None and entry.started != match.name:
         return replace(entry, started=match.name, started_at=None, ready_since=None)
     return entry
+
+
+def is_of_the_specification(step: Step, error: MicError) -> bool:
+    """Whether a step that failed says something about the specification that is to run.
+
+    Only what makes it run can fail because of it. A remove that finds a container running, a stop
+    or a release say something about what was there before, and an engine that is gone, or a
+    container that somebody removed meanwhile, about nothing.
+    """
+    makes_it_run = isinstance(step, Prepare | Create | Start | Restart | Load)
+    return makes_it_run and not isinstance(
+        error, RuntimeUnavailable | WorkloadGone | StopFailed | ReleaseFailed
+    )
 
 
 def note_failure(
@@ -267,6 +290,13 @@ def note_failure(
         failed_reason=failed_reason,
         ready_since=None,
     )
+
+
+def never_ran(workload: ObservedWorkload) -> bool:
+    """Whether it is at rest because its start was not come to: that is no failure of it."""
+    if is_alive(workload) or workload.exit_code is not None:
+        return False
+    return workload.state is RunState.CREATED or workload.started_at is None
 
 
 def ended(workload: ObservedWorkload) -> str:

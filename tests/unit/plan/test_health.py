@@ -6,17 +6,48 @@ from dataclasses import replace
 
 import pytest
 
+from mic_supervisor.errors import (
+    LoadFailed,
+    MicError,
+    PreflightFailed,
+    ReleaseFailed,
+    RuntimeRefused,
+    RuntimeUnavailable,
+    StopFailed,
+    WorkloadGone,
+)
 from mic_supervisor.model import (
     Health,
     Instance,
+    Launch,
     LoadState,
     ObservedWorkload,
     ProbeResult,
     Probes,
     RunState,
 )
+from mic_supervisor.plan.actions import (
+    Create,
+    Load,
+    Prepare,
+    Release,
+    Remove,
+    Restart,
+    Start,
+    Step,
+    Stop,
+    Unload,
+    Withdraw,
+)
 from mic_supervisor.plan.assess import Assessment
-from mic_supervisor.plan.health import Phase, describe_exit, note_failure, phase_of, remember
+from mic_supervisor.plan.health import (
+    Phase,
+    describe_exit,
+    is_of_the_specification,
+    note_failure,
+    phase_of,
+    remember,
+)
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from tests.unit.plan.builders import (
     assessment,
@@ -96,6 +127,17 @@ def test_the_second_crash_waits_five_seconds_and_the_third_ten() -> None:
 def test_what_was_only_created_did_not_crash() -> None:
     made = workload(MAM, RunState.CREATED)
     assert after(InstanceMemory(), MAM, made).failures == 0
+
+
+def test_what_somebody_had_started_and_is_only_created_did_not_crash() -> None:
+    made = workload(NEW, RunState.CREATED)
+    assert after(seen(made), NEW, made) == seen(made)
+
+
+def test_a_start_that_was_cut_short_is_no_failure_of_the_specification() -> None:
+    cut = replace(GOOD, state=RunState.EXITED, started_at=None, error="its start was cut short")
+    before = seen(ready="then", ready_workload="mic-earlier")
+    assert after(before, MAM, cut) == before
 
 
 def test_a_stop_of_our_own_is_no_crash() -> None:
@@ -414,3 +456,44 @@ def test_an_unprobed_instance_is_never_called_ready() -> None:
 )
 def test_exit_codes_in_words(code: int, words: str) -> None:
     assert describe_exit(code) == words
+
+
+# --- whose failure a step's is ----------------------------------------------------------------
+
+LAUNCH = Launch(GOOD.name, "docker", GOOD.identity, MAM.workload)
+PLACED = placement("MAM", 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        (Prepare("p", MAM.id, LAUNCH), PreflightFailed("no such image")),
+        (Create("c", MAM.id, LAUNCH), RuntimeRefused("no such program")),
+        (Start("s", MAM.id, LAUNCH), RuntimeRefused("the port is taken")),
+        (Restart("r", MAM.id, GOOD), RuntimeRefused("no GPU")),
+        (Load("l", MAM.id, GOOD, PLACED), LoadFailed("no such model")),
+    ],
+)
+def test_what_makes_it_run_fails_because_of_the_specification(step: Step, error: MicError) -> None:
+    assert is_of_the_specification(step, error)
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        (Remove("d", MAM.id, GOOD), RuntimeRefused("it still runs")),
+        (Stop("x", MAM.id, GOOD, "TERM", 1.0), RuntimeRefused("there is no signal TERM")),
+        (Stop("x", MAM.id, GOOD, "TERM", 1.0), StopFailed("it is still there")),
+        (Withdraw("w", MAM.id, GOOD), RuntimeRefused("no")),
+        (Release("f", MAM.id, MAM.gpus, ()), ReleaseFailed("PID 7 has it")),
+        (Unload("u", MAM.id, GOOD, PLACED), LoadFailed("no answer")),
+        (Start("s", MAM.id, LAUNCH), RuntimeUnavailable("no engine")),
+        (Start("s", MAM.id, LAUNCH), StopFailed("what was left of it stays")),
+        (Start("s", MAM.id, LAUNCH), WorkloadGone("it does not exist")),
+        (Restart("r", MAM.id, GOOD), WorkloadGone("it no longer exists")),
+    ],
+)
+def test_what_was_there_before_says_nothing_about_the_specification(
+    step: Step, error: MicError
+) -> None:
+    assert not is_of_the_specification(step, error)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mic_supervisor.model import DesiredState, Instance, Port
-from mic_supervisor.plan.actions import Step
+from mic_supervisor.plan.actions import Restart, Start, Step
 from mic_supervisor.plan.assess import Context
 from mic_supervisor.plan.memory import Memory
 from tests.unit.plan.builders import (
@@ -108,6 +108,8 @@ class Trouble:
 
     def between(self, step: Step) -> None:
         if self.rate and self.chance.random() < self.rate / 4:
+            if isinstance(step, Start | Restart) and self.chance.random() < 0.7:
+                self.world.fly(step)
             raise Killed
         if self.rate and self.chance.random() < self.rate / 4:
             self.hit(self.world.kill)

@@ -55,7 +55,7 @@ from mic_supervisor.plan.actions import (
     Stop,
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess
-from mic_supervisor.plan.health import note_failure, remember
+from mic_supervisor.plan.health import is_of_the_specification, note_failure, remember
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.reconcile import reconcile
 from tests.unit.plan.builders import gpus
@@ -84,6 +84,7 @@ class Box:
     exit_code: int | None = None
     error: str | None = None
     hung: bool = False
+    flying: bool = False  # somebody asked for its start, which has not come to an end
     loaded: dict[str, tuple[str, Pairs]] = field(default_factory=dict)
 
     @property
@@ -104,7 +105,7 @@ class Box:
             name=self.launch.name,
             ref=self.ref,
             identity=self.launch.identity,
-            state=self.state,
+            state=RunState.UNKNOWN if self.flying else self.state,
             pid=self.pid,
             exit_code=self.exit_code,
             created_at=self.created_at,
@@ -230,8 +231,21 @@ class World:
     def pass_time(self, seconds: float) -> None:
         """The driver lets go of what has ended."""
         self.now += seconds
+        for box in [box for box in self.boxes.values() if box.flying]:
+            self._land(box)
         if seconds >= 1.0:
             self._lingering.clear()
+
+    def fly(self, step: Start | Restart) -> None:
+        """The supervisor was killed when it had asked for a start: the engine goes on with that."""
+        name = step.launch.name if isinstance(step, Start) else step.workload.name
+        for box in self._of("docker"):
+            if box.launch.name == name and not box.alive:
+                box.flying = True
+
+    def _land(self, box: Box) -> None:
+        box.flying = False
+        self._run(box)
 
     # --- one round ------------------------------------------------------------------------------
 
@@ -278,7 +292,7 @@ class World:
     def _note(self, step: Step, error: MicError, jitter: float) -> None:
         self.log.append(f"{step.id} failed: {error}")
         item = self._assessments.get(step.instance)
-        if item is None or isinstance(error, StopFailed):
+        if item is None or not is_of_the_specification(step, error):
             return
         entry = note_failure(
             self.memory.of(step.instance),
@@ -365,11 +379,6 @@ class World:
             raise Broken(f"{box.launch.name} is started while it runs")
         if box.instance not in {item.id for item in self.desired.instances}:
             raise Broken(f"{box.instance} is started, and the file does not name it")
-        for other in self.alive():
-            if other.gpus & box.gpus:
-                raise Broken(f"{box.launch.name} is started beside {other.launch.name}")
-            if {*other.launch.identity.ports.values()} & {*box.launch.identity.ports.values()}:
-                raise Broken(f"{box.launch.name} is started on a port of {other.launch.name}")
         for uuid in box.gpus:
             if uuid in self.foreign:
                 raise Broken(f"{box.launch.name} is started beside a stranger")
@@ -378,14 +387,26 @@ class World:
         if reason:
             box.error = reason  # and a process leaves nothing behind
             raise RuntimeRefused(reason)
-        self.boxes[box.ref] = box
-        box.state, box.pid, box.started_at = RunState.RUNNING, next(self._counter), self.now
-        box.exit_code = box.error = None
+        self._run(box)
         if self.dies(box):
             self.kill(box, 1)
 
+    def _run(self, box: Box) -> None:
+        for other in self.boxes.values():
+            if other is box or not (other.alive or other.flying):
+                continue
+            if other.gpus & box.gpus:
+                raise Broken(f"{box.launch.name} is started beside {other.launch.name}")
+            if {*other.launch.identity.ports.values()} & {*box.launch.identity.ports.values()}:
+                raise Broken(f"{box.launch.name} is started on a port of {other.launch.name}")
+        self.boxes[box.ref] = box
+        box.state, box.pid, box.started_at = RunState.RUNNING, next(self._counter), self.now
+        box.exit_code = box.error = None
+
     def _stop(self, step: Stop, reason: str | None) -> None:
         box = self.boxes.get(step.workload.ref)
+        if box is not None and box.flying:
+            self._land(box)
         if box is None or not box.alive:
             return
         if reason:
@@ -398,6 +419,9 @@ class World:
         box = self.boxes.get(step.workload.ref)
         if box is None:
             return
+        if box.flying:
+            self._land(box)
+            raise RuntimeRefused("it still runs")
         if box.alive or box.launch.name != step.workload.name:
             raise Broken(f"{step.workload.name} is removed, and {box.launch.name} runs there")
         if reason:
