@@ -93,10 +93,11 @@ class Assessment:
     @property
     def started_up(self) -> bool:
         """Whether the startup probe has passed; without one, running is all there is to know."""
-        startup = self.health.startup
-        return self.runs and (
-            self.instance.probes.startup is None or (startup is not None and startup.ok is True)
-        )
+        if self.match is None or not self.runs:
+            return False
+        if self.instance.probes.startup is None:
+            return self.match.state in (RunState.RUNNING, RunState.PAUSED)
+        return _passes(self.health.startup)
 
     def loaded(self, placement: Placement) -> bool:
         state = self.placement(placement)

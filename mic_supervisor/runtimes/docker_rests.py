@@ -18,7 +18,7 @@ from dataclasses import replace
 from mic_supervisor.errors import MicError, RuntimeUnavailable
 from mic_supervisor.model import ObservedWorkload, RunState
 
-PATIENCE = 1.0  # seconds that one look at everything waits for inspections, all of them together
+PATIENCE = 1.0  # seconds that a look waits for all the inspections that it begins
 _AT_REST = frozenset({RunState.CREATED, RunState.EXITED})
 
 Look = Callable[[ObservedWorkload], ObservedWorkload | None]
@@ -52,38 +52,43 @@ class Rests:
     def sure(self, listed: Iterable[ObservedWorkload]) -> tuple[ObservedWorkload, ...]:
         """The workloads as they are; what cannot be told in time is in an unknown state."""
         listed = tuple(listed)
-        asked = self._ask(listed)
-        end = time.monotonic() + PATIENCE
-        for one in asked.values():
-            one.done.wait(max(0.0, end - time.monotonic()))
-        found = (self._judge(item, asked.get(item.ref)) for item in listed)
+        self._wait(self._ask(listed))
+        found = (self._judge(item) for item in listed)
         return tuple(item for item in found if item is not None)
 
-    def _ask(self, listed: tuple[ObservedWorkload, ...]) -> dict[str, _Inspection]:
+    def _wait(self, asked: Iterable[_Inspection]) -> None:
+        """One that was waited for before is not again: others would wait with it, look by look."""
+        end = time.monotonic() + PATIENCE
+        for one in asked:
+            one.done.wait(max(0.0, end - time.monotonic()))
+
+    def _ask(self, listed: tuple[ObservedWorkload, ...]) -> list[_Inspection]:
         with self._lock:
             resting = {item.ref: item for item in listed if item.state in _AT_REST}
             there = {item.ref for item in listed}
             # What runs by the list has been started to the end, whoever asked for that.
             self._known = self._known & there | (there - resting.keys())
             self._looks = {ref: one for ref, one in self._looks.items() if ref in resting}
-            for ref in resting.keys() - self._known - self._starting - self._looks.keys():
-                self._looks[ref] = _Inspection(self._look, resting[ref])
-            return dict(self._looks)
+            unknown = resting.keys() - self._known - self._starting - self._looks.keys()
+            fresh = {ref: _Inspection(self._look, resting[ref]) for ref in unknown}
+            self._looks |= fresh
+            return [*fresh.values()]
 
-    def _judge(self, item: ObservedWorkload, asked: _Inspection | None) -> ObservedWorkload | None:
-        if asked is None:
-            return item
-        if not asked.done.is_set():
-            return replace(item, state=RunState.UNKNOWN, error="the engine does not tell its state")
+    def _judge(self, item: ObservedWorkload) -> ObservedWorkload | None:
         with self._lock:
-            self._looks.pop(item.ref, None)
+            asked = self._looks.get(item.ref)
+            if asked is None:
+                return item
+            if not asked.done.is_set():
+                return replace(item, state=RunState.UNKNOWN, error="it is being started or removed")
+            del self._looks[item.ref]
             if asked.error is not None:
                 return replace(item, state=RunState.UNKNOWN, error=asked.error.message)
             if asked.found is not None and asked.found.state in _AT_REST:
                 if item.ref not in self._starting:
                     self._known.add(item.ref)
                 return item
-        return asked.found
+            return asked.found
 
 
 class _Inspection:

@@ -140,6 +140,14 @@ def test_a_start_that_was_cut_short_is_no_failure_of_the_specification() -> None
     assert after(before, MAM, cut) == before
 
 
+@pytest.mark.parametrize("state", [RunState.UNKNOWN, RunState.REMOVING])
+def test_what_no_probe_can_ask_is_not_up_while_its_start_may_be_in_flight(state: RunState) -> None:
+    bare = replace(MAM, probes=Probes())
+    assert phase_of(assessment(bare, GOOD))[0] is Phase.UNPROBED
+    assert phase_of(assessment(bare, replace(GOOD, state=state)))[0] is Phase.STARTING
+    assert after(InstanceMemory(), bare, replace(GOOD, state=state)).ready_workload is None
+
+
 def test_a_stop_of_our_own_is_no_crash() -> None:
     # Whoever stops it forgets `started` first.
     assert after(seen(started=None), MAM, EXITED).failures == 0

@@ -100,14 +100,18 @@ def test_a_removal_in_flight_is_one(rests: Rests, engine: Inspections) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeUnavailable("it hung up"), KeyError("State")])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_what_cannot_be_inspected_is_unknown_and_asked_again(
-    rests: Rests, engine: Inspections, error: Exception
+    rests: Rests, engine: Inspections, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said = threading.Event()  # a defect is: by the hook, with its traceback
+    monkeypatch.setattr(threading, "excepthook", lambda _: said.set())
     engine.found = error
     assert [item.state for item in rests.sure([CREATED])] == [RunState.UNKNOWN]
     engine.found = CREATED
     assert rests.sure([CREATED]) == (CREATED,)
+    assert said.wait(0 if isinstance(error, RuntimeUnavailable) else 10) == isinstance(
+        error, KeyError
+    )
 
 
 def test_nobody_waits_for_a_start_of_our_own_and_its_end_is_looked_at(
