@@ -426,6 +426,7 @@ class ObservedWorkload:
     error: str | None = None  # what the runtime says went wrong
     image_id: str | None = None
     closing: bool = False  # it ended, and its runtime is still tidying up: it has its ports yet
+    keeper: int | None = None  # a running PID that all of its processes stay descendants of
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,6 +439,7 @@ class Stranger:
     ports: tuple[int, ...] = ()  # on the host
     running: bool = True
     reason: str = ""  # "it has no labels of ours", "it belongs to scope demo"
+    claims: str | None = None  # the instance that it names, as only a copy of ours does
 
 
 @dataclass(frozen=True, slots=True)

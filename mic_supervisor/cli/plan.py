@@ -100,7 +100,7 @@ def make_plan(
     provider = FileDesired(config, machine.registry, machine.settings.instance_data)
     desired = provider.state(observed.inventory, memory.bindings)
     observed = with_holders(observed, desired, machine.sources)
-    assessments = assess(desired, observed, machine.context)
+    assessments = assess(desired, observed, machine.context, memory)
     asked = [item for item in assessments if item.instance.placements]
     if asked:
         from mic_supervisor.converge.once import health_of_all
@@ -108,7 +108,7 @@ def make_plan(
         indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
         health = health_of_all(asked, memory, provider, machine.sources, indices, observed.at)
         observed = with_health(observed, health)
-        assessments = assess(desired, observed, machine.context)
+        assessments = assess(desired, observed, machine.context, memory)
     return (
         config,
         desired,

@@ -177,11 +177,11 @@ def look_once(machine: Machine) -> Look:
     provider = FileDesired(config, machine.registry, machine.settings.instance_data)
     desired = provider.state(observed.inventory, memory.bindings)
     observed = with_holders(observed, desired, machine.sources)
-    before = assess(desired, observed, machine.context)
+    before = assess(desired, observed, machine.context, memory)
     indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
     health = health_of_all(before, memory, provider, machine.sources, indices, observed.at)
     observed = with_health(observed, health)
-    assessments = assess(desired, observed, machine.context)
+    assessments = assess(desired, observed, machine.context, memory)
     plan = reconcile(desired, observed, memory, observed.at, machine.context, assessments)
     statuses = instance_statuses(desired, observed, assessments, plan, memory, {})
     return Look(config, desired, observed, statuses, plan, memory)

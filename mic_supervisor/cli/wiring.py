@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.settings import NO_DOCKER, Settings, load_settings
 from mic_supervisor.converge.state import StateDir, host_id
+from mic_supervisor.errors import MicError
 from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
 
     state = StateDir(found.scope_state_dir)
     host = host_id()
-    docker = _docker(found, host)
+    docker = _docker(found, host, state)
     process = _process(found, host)
     return Machine(
         settings=found,
@@ -105,15 +106,25 @@ def targets(
     return select(chosen, there, f"{action} {' '.join(chosen)}")
 
 
-def _docker(found: Settings, host: str) -> Runtime:
+def _docker(found: Settings, host: str, state: StateDir) -> Runtime:
     if found.docker_host == NO_DOCKER:
         from mic_supervisor.runtimes.docker_off import DockerOff
 
         return DockerOff()
+    from mic_supervisor.plan.launch import given_name
     from mic_supervisor.runtimes.docker import DockerRuntime
 
+    try:
+        known = state.memory().known
+    except MicError:
+        known = frozenset()  # who needs the memory says why it cannot be read; names still tell
     return DockerRuntime(
-        found.scope, host, base_url=found.docker_host, docker_config=found.docker_config
+        found.scope,
+        host,
+        base_url=found.docker_host,
+        docker_config=found.docker_config,
+        given_name=given_name,
+        known=known,
     )
 
 
@@ -124,8 +135,13 @@ def _process(found: Settings, host: str) -> Runtime:
 
         if kind == "systemd" or systemd_is_pid1():
             return SystemdRuntime(found.scope, host, directory=found.run_dir)
+    from mic_supervisor.plan.launch import given_name
     from mic_supervisor.runtimes.subprocess import SubprocessRuntime
 
     return SubprocessRuntime(
-        found.scope, host, directory=found.run_dir / "processes" / found.scope, clock=time.time
+        found.scope,
+        host,
+        directory=found.run_dir / "processes" / found.scope,
+        clock=time.time,
+        given_name=given_name,
     )

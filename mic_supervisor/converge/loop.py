@@ -48,7 +48,13 @@ from mic_supervisor.plan.actions import (
     Withdraw,
     in_order,
 )
-from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
+from mic_supervisor.plan.assess import (
+    Assessment,
+    Context,
+    assess,
+    is_alive,
+    with_containers,
+)
 from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import (
     Phase,
@@ -273,7 +279,7 @@ class Converger:
         observed = await loop.run_in_executor(
             self._pool, with_holders, observed, desired, self._sources
         )
-        assessments = assess(desired, observed, context)
+        assessments = assess(desired, observed, context, self.memory)
         self._assessments = {item.instance.id: item for item in assessments}
         self._prober.watch(self._targets(assessments, busy))
         memory = remember(
@@ -286,6 +292,7 @@ class Converger:
             sick={gpu.uuid for gpu in inventory.gpus if gpu.trouble is not None},
         )
         memory = replace(memory, bindings=dict(desired.bindings))
+        memory = with_containers(memory, observed)
         self._inventory = observed.inventory
         self._tell_adopted(memory, assessments, now)
         self._gpu_news.look(desired, observed, busy)

@@ -85,8 +85,8 @@ def managed_refs(views: Iterable[RuntimeView], proc: Path = PROC) -> dict[str, s
     """What `annotate` wants to know of our workloads.
 
     Containers and units go by their `ref` in whatever state they are: what still runs in the group
-    of an ended unit is ours too. A process tree goes by its root while that runs, and by what its
-    runtime puts into the environment of the whole tree.
+    of an ended unit is ours too. A process tree goes by its root and its keeper while they run, and
+    only without a keeper by what its runtime puts into the environment of the whole tree.
     """
     refs = {}
     for view in views:
@@ -95,9 +95,13 @@ def managed_refs(views: Iterable[RuntimeView], proc: Path = PROC) -> dict[str, s
             refs[workload.ref] = instance
             if view.runtime != "subprocess" or workload.state in _ENDED:
                 continue
-            refs[_environment_ref(workload.identity.scope, instance)] = instance
-            if workload.pid is not None and (stat := read_stat(workload.pid, proc)):
-                refs[_process_ref(stat)] = instance
+            kept = False
+            for pid in (workload.pid, workload.keeper):
+                if pid is not None and (stat := read_stat(pid, proc)):
+                    refs[_process_ref(stat)] = instance
+                    kept = pid == workload.keeper
+            if not kept:
+                refs[_environment_ref(workload.identity.scope, instance)] = instance
     return refs
 
 

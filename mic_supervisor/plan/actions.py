@@ -139,6 +139,16 @@ class Change:
     steps: tuple[Step, ...] = ()
     waits: str | None = None
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The names of the workloads that it stops."""
+        return tuple(step.workload.name for step in self.steps if isinstance(step, Stop))
+
+    @property
+    def removes(self) -> tuple[str, ...]:
+        """The names of the workloads of which nothing is left afterwards."""
+        return tuple(step.workload.name for step in self.steps if isinstance(step, Remove))
+
 
 @dataclass(frozen=True, slots=True)
 class Blocked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.model import (
@@ -22,6 +22,7 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import FieldDiff
+from mic_supervisor.plan.memory import Memory
 from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
@@ -210,14 +211,27 @@ def is_alive(workload: ObservedWorkload) -> bool:
     return workload.state in _ALIVE
 
 
-def assess(desired: DesiredState, observed: ObservedState, context: Context) -> list[Assessment]:
+def assess(
+    desired: DesiredState,
+    observed: ObservedState,
+    context: Context,
+    memory: Memory | None = None,
+) -> list[Assessment]:
     """One assessment per desired instance, in the order of their ids."""
+    memory = memory or Memory()
     by_instance: dict[str, list[ObservedWorkload]] = {}
     for workload in workloads(observed):
         by_instance.setdefault(workload.identity.instance, []).append(workload)
     readable = {view.runtime for view in observed.runtimes if view.error is None}
     return [
-        _assess(instance, by_instance.get(instance.id, ()), observed, context, readable)
+        _assess(
+            instance,
+            by_instance.get(instance.id, ()),
+            observed,
+            context,
+            readable,
+            memory.of(instance.id).started,
+        )
         for instance in sorted(desired.instances, key=lambda item: item.id)
     ]
 
@@ -228,18 +242,35 @@ def workloads(observed: ObservedState) -> Iterable[ObservedWorkload]:
     return sorted(found, key=lambda item: (item.identity.instance, item.name, item.ref))
 
 
+def with_containers(memory: Memory, observed: ObservedState) -> Memory:
+    """With the ids of our containers, if they can be read: they are ours whoever renames them."""
+    for view in observed.runtimes:
+        if view.runtime == "docker" and view.error is None and view.off is None:
+            refs = tuple(sorted(workload.ref for workload in view.workloads))
+            return replace(memory, containers=refs)
+    return memory
+
+
 def _assess(
     instance: Instance,
     found: Iterable[ObservedWorkload],
     observed: ObservedState,
     context: Context,
     readable: Collection[str],
+    known: str | None,
 ) -> Assessment:
     spec = specs.of_instance(instance, context.key)
     runtime = context.runtime_of(instance)
-    # Alive first, then the newest: of two workloads with the same specification the one that
-    # serves is the instance, and the other is left over.
-    ordered = sorted(found, key=lambda item: (not is_alive(item), -(item.created_at or 0.0)))
+    # Alive first, then the one that is known to have served, then the newest: of two workloads with
+    # the same specification the one that serves is the instance, and the other is left over.
+    ordered = sorted(
+        found,
+        key=lambda item: (
+            not is_alive(item),
+            not is_alive(item) or item.name != known,
+            -(item.created_at or 0.0),
+        ),
+    )
     match: ObservedWorkload | None = None
     others: list[ObservedWorkload] = []
     diff: tuple[FieldDiff, ...] = ()

@@ -24,31 +24,39 @@ def launch(
 ) -> Launch:
     """What to create for an instance, with these host ports. `indices` maps UUIDs to indices."""
     instance = assessment.instance
-    digest = specs.spec_hash(assessment.spec)
-    # The ports are part of the name: where a port had to be chosen anew, the container that
-    # recorded the old one may still be there.
-    unique = hashlib.sha256(
-        specs.canonical([digest, sorted(ports.items()), list(instance.gpus)]).encode()
-    ).hexdigest()[:8]
     numbers = ",".join(str(indices[uuid]) for uuid in instance.gpus if uuid in indices)
+    identity = Identity(
+        scope=context.scope,
+        host=context.host,
+        instance=instance.id,
+        model=instance.model,
+        backend=instance.backend,
+        gpus=instance.gpus,
+        ports=dict(ports),
+        spec=assessment.spec,
+        spec_hash=specs.spec_hash(assessment.spec),
+        schema=specs.SCHEMA,
+        origin=instance.origin,
+    )
     return Launch(
-        name=f"mic-{context.scope}-{instance.id}-{unique}",
+        name=given_name(identity),
         runtime=assessment.runtime,
-        identity=Identity(
-            scope=context.scope,
-            host=context.host,
-            instance=instance.id,
-            model=instance.model,
-            backend=instance.backend,
-            gpus=instance.gpus,
-            ports=dict(ports),
-            spec=assessment.spec,
-            spec_hash=digest,
-            schema=specs.SCHEMA,
-            origin=instance.origin,
-        ),
+        identity=identity,
         spec=fill(instance.workload, ports, numbers),
     )
+
+
+def given_name(identity: Identity) -> str:
+    """The name that a workload with this identity is created with.
+
+    It follows from what the workload carries, so that a copy is known by having another one. Do not
+    change it: what runs since an earlier version would be taken for a copy.
+    """
+    # The ports are part of the name: where a port had to be chosen anew, the container that
+    # recorded the old one may still be there.
+    parts = [identity.spec_hash, sorted(identity.ports.items()), list(identity.gpus)]
+    unique = hashlib.sha256(specs.canonical(parts).encode()).hexdigest()[:8]
+    return f"mic-{identity.scope}-{identity.instance}-{unique}"
 
 
 def text_of(workload: Workload, value: str, ports: Mapping[str, int], indices: str) -> str:

@@ -96,6 +96,8 @@ class Floor:
 class Memory:
     """`bindings` maps index keys of the file to UUIDs, `floors` UUIDs to what was used on the GPU
     before the last start of ours. `published` are the endpoints that the hook was told of last.
+    `containers` are the ids of all that were ours when the engine was last read; None: an earlier
+    version did not write them down.
     """
 
     instances: Mapping[str, InstanceMemory] = field(default_factory=dict)
@@ -103,6 +105,14 @@ class Memory:
     paused: Paused = Paused()
     floors: Mapping[str, Floor] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None
+    containers: tuple[str, ...] | None = None
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The ids of the containers that are ours under whatever name; else the names they had."""
+        if self.containers is not None:
+            return frozenset(self.containers)
+        return frozenset(entry.started for entry in self.instances.values() if entry.started)
 
     def of(self, instance: str) -> InstanceMemory:
         return self.instances.get(instance, InstanceMemory())
@@ -125,6 +135,8 @@ class Memory:
             out["floors"] = {uuid: asdict(floor) for uuid, floor in sorted(self.floors.items())}
         if self.published is not None:
             out["published"] = {model: dict(found) for model, found in self.published.items()}
+        if self.containers is not None:
+            out["containers"] = [*self.containers]
         return out
 
     @classmethod
@@ -149,6 +161,7 @@ class Memory:
             paused=Paused(_pauses(paused, "models"), _pauses(paused, "gpus")),
             floors=_floors(data.get("floors", {})),
             published=_published(data.get("published")),
+            containers=_containers(data.get("containers")),
         )
 
 
@@ -209,6 +222,14 @@ def _floors(given: Any) -> dict[str, Floor]:
             raise ValueError(f"floors of {uuid} is {entry!r}")
         out[str(uuid)] = Floor(used, strangers)
     return out
+
+
+def _containers(data: Any) -> tuple[str, ...] | None:
+    if data is None:
+        return None
+    if not isinstance(data, list) or not all(isinstance(ref, str) for ref in data):
+        raise ValueError("containers must be a list of texts")
+    return tuple(data)
 
 
 def _published(data: Any) -> dict[str, dict[str, dict[str, str]]] | None:

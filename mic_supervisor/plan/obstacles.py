@@ -166,7 +166,8 @@ def warnings(
         out += [
             f"{view.runtime} {stranger.name} looks like ours and is not: {stranger.reason}"
             for stranger in view.strangers
-            if stranger.name.startswith(f"mic-{scope}-") and "scope" not in stranger.reason
+            if stranger.claims is not None
+            or (stranger.name.startswith(f"mic-{scope}-") and "scope" not in stranger.reason)
         ]
     return sorted(out)
 

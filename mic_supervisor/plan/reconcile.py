@@ -81,7 +81,7 @@ def reconcile(
     Equal arguments give equal plans. `assessments` spares the work where the caller has them.
     """
     if assessments is None:
-        assessments = assess(desired, observed, context)
+        assessments = assess(desired, observed, context, memory)
     decided = _Round(desired, observed, memory, now, context, assessments)
     if not decided.holds.any:
         return decided.plan()

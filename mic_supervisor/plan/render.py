@@ -64,7 +64,8 @@ def to_json(plan: Plan, *, host: str, config_hash: str) -> dict[str, Any]:
 
 
 def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
-    """What `plan` prints: a line per change with its cause, then its field diffs.
+    """What `plan` prints: a line per change with its cause, then its field diffs and the names of
+    what it removes.
 
     `indices` maps UUIDs to the numbers that the driver gives them today.
     """
@@ -78,6 +79,7 @@ def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
             f"{places[change.gpus]:<{place_width}}  {change.cause}"
         )
         lines += [f"    {diff_line(diff)}" for diff in change.diff]
+        lines += [f"    {line}" for line in ending_lines(change)]
         if change.waits is not None:
             lines.append(f"    waits for {change.waits}")
     if plan.blocked:
@@ -97,6 +99,14 @@ def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
     lines += [""] if lines else []
     lines.append(summary(plan))
     return "\n".join(lines) + "\n"
+
+
+def ending_lines(change: Change) -> list[str]:
+    """What is removed, and what is stopped where the instance does not say it: it runs twice."""
+    removed = [f"removes {name}" for name in change.removes]
+    if change.kind == "stop" or len(change.stops) > 1:
+        removed = [*(f"stops {n}" for n in change.stops if n not in change.removes), *removed]
+    return removed
 
 
 def left_out_json(changes: Iterable[Change]) -> list[dict[str, Any]]:

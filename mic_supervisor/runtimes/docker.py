@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,9 +22,11 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.model import ContainerSpec, Launch, ObservedWorkload, RuntimeView
 from mic_supervisor.runtimes import Progress
+from mic_supervisor.runtimes.copies import GivenName
 from mic_supervisor.runtimes.docker_create import (
     CDI_KIND,
     INSTANCE,
+    MADE,
     container_config,
     ownership,
 )
@@ -32,7 +35,13 @@ from mic_supervisor.runtimes.docker_endings import Endings, as_ended
 from mic_supervisor.runtimes.docker_engine import Engine, an_object
 from mic_supervisor.runtimes.docker_pull import Puller
 from mic_supervisor.runtimes.docker_rests import Rests
-from mic_supervisor.runtimes.docker_view import detailed, labels_in, split, stranger_reason
+from mic_supervisor.runtimes.docker_view import (
+    claims_of,
+    detailed,
+    labels_in,
+    split,
+    stranger_reason,
+)
 
 if TYPE_CHECKING:
     from docker import APIClient
@@ -51,7 +60,8 @@ class DockerRuntime:
     registry credentials, None the client's own ($DOCKER_CONFIG, ~/.docker). In seconds,
     `timeout` bounds a plain question, `patience` a call that makes the engine work, and `kill_wait`
     the end of a killed container (freeing GPU memory takes a while). Nothing is opened before the
-    first call.
+    first call. `given_name` tells copies of our containers from ours, and `known` are the ids (or,
+    of earlier versions, the names) of those that were ours before: see copies.py.
     """
 
     name = "docker"
@@ -67,9 +77,14 @@ class DockerRuntime:
         timeout: float = 10.0,
         patience: float = 120.0,
         kill_wait: float = 30.0,
+        given_name: GivenName | None = None,
+        known: Collection[str] = (),
     ) -> None:
         self._scope = scope
         self._host = host
+        self._given_name = given_name
+        self._known = frozenset(known)
+        self._images: dict[str, Mapping[str, str]] = {}  # image id -> its labels
         self._engine = Engine(base_url, timeout=timeout, patience=patience)
         self._kill_wait = kill_wait
         self._endings = Endings(self._settle)
@@ -85,7 +100,8 @@ class DockerRuntime:
 
     def observe(self) -> RuntimeView:
         """One list call: pid, started_at and finished_at stay None. What is listed as at rest is
-        inspected as well, once: see docker_rests.py.
+        inspected as well, once: see docker_rests.py. And one call for each image of a container
+        with our labels, the first time.
         """
         what = "cannot list containers"
         endings = self._endings.now()
@@ -101,8 +117,56 @@ class DockerRuntime:
                 error=f"{what}: what answers at {self._engine.address} is not a Docker Engine",
                 hint="check MIC_DOCKER_HOST",
             )
-        workloads, strangers = split(listed, self._scope, self._host)
+        try:
+            images = self._images_of(listed)
+        except MicError as error:
+            return RuntimeView(self.name, error=error.message, hint=error.hint)
+        workloads, strangers = split(
+            listed,
+            self._scope,
+            self._host,
+            images=images,
+            given_name=self._given_name,
+            known=self._known,
+        )
+        self._known = frozenset(workload.ref for workload in workloads)
         return RuntimeView(self.name, as_ended(self._rests.sure(workloads), endings), strangers)
+
+    def _images_of(self, listed: list[Any]) -> Mapping[str, Mapping[str, str]]:
+        """The labels of the images of those listed containers that carry our labels."""
+        images = {
+            str(item.get("ImageID", ""))
+            for item in listed
+            if isinstance(item, Mapping)
+            and claims_of(labels_in(item), self._scope, self._host) is not None
+        }
+        return {image: self._image_labels(image) for image in images}
+
+    def _image_labels(self, image: str) -> Mapping[str, str]:
+        """The labels of an image, by its id; none where that cannot be looked at. Then a copy is
+        known by its name alone.
+        """
+        if image in self._images:
+            return self._images[image]
+        what = f"cannot inspect image {image}"
+
+        def ask(api: APIClient) -> dict[str, Any] | None:
+            from docker.errors import NotFound
+
+            try:
+                return an_object(api.inspect_image(image))  # type: ignore[no-untyped-call]
+            except NotFound:
+                return None  # removed by force, while a container of it was stopped
+
+        try:
+            found = self._engine.peek(what, f"/images/{image}/json")
+            if not isinstance(found, Mapping):
+                found = self._call(what, ask)
+        except RuntimeRefused:
+            found = None  # a socket proxy that does not let it through
+        config = found.get("Config") if found is not None else None
+        self._images[image] = labels_in(config) if isinstance(config, Mapping) else {}
+        return self._images[image]
 
     def inspect(self, workload: ObservedWorkload) -> ObservedWorkload:
         """The workload with all that one inspection tells: pid, times, error of the engine.
@@ -159,6 +223,7 @@ class DockerRuntime:
         what = f"cannot create container {launch.name}"
         discovered = self._discovered(what) if spec.devices else frozenset()
         config = container_config(launch, spec, discovered)
+        config["Labels"][MADE] = uuid.uuid4().hex
         give_up = time.monotonic() + self._engine.patience
         while True:
             try:
@@ -341,14 +406,20 @@ class DockerRuntime:
     def _is(self, found: Mapping[str, Any], launch: Launch) -> bool:
         """Whether a container is ours and of the launch's instance."""
         labels = labels_in(found.get("Config") or {})
-        ours = stranger_reason(labels, self._scope, self._host) is None
+        ours = self._stranger_reason(found, labels) is None
         return ours and labels.get(INSTANCE) == launch.identity.instance
+
+    def _stranger_reason(self, found: Mapping[str, Any], labels: Mapping[str, str]) -> str | None:
+        image: Mapping[str, str] = {}
+        if claims_of(labels, self._scope, self._host) is not None and found.get("Image"):
+            image = self._image_labels(str(found["Image"]))
+        return stranger_reason(labels, self._scope, self._host, image)
 
     def _whose(self, found: Mapping[str, Any]) -> str:
         config = found.get("Config") or {}
         labels = labels_in(config)
         about = f"{str(found.get('Id', ''))[:12]}, image {config.get('Image', 'unknown')}"
-        reason = stranger_reason(labels, self._scope, self._host)
+        reason = self._stranger_reason(found, labels)
         return f"{about}: {reason or 'it runs instance ' + labels.get(INSTANCE, 'unknown')}"
 
     def _is_new(self, found: Mapping[str, Any], launch: Launch) -> bool:

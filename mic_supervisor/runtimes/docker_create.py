@@ -18,6 +18,8 @@ MANAGED_BY = PREFIX + "managed-by"
 SCOPE = PREFIX + "scope"
 HOST = PREFIX + "host"
 INSTANCE = PREFIX + "instance"
+MADE = PREFIX + "made"
+"""The label that no image can carry: another value for each container."""
 MANAGER = "mic-supervisor"
 
 CDI_KIND = "nvidia.com/gpu="

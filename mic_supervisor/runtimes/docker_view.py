@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
 from mic_supervisor.model import ObservedWorkload, RunState, Stranger
+from mic_supervisor.runtimes.copies import GivenName, copies
 from mic_supervisor.runtimes.docker_create import (
     HOST,
+    INSTANCE,
     MANAGED_BY,
     MANAGER,
+    PREFIX,
     SCOPE,
     identity_of,
+    ownership,
 )
 
 _STATES = {
@@ -36,37 +40,74 @@ _EXIT = re.compile(r"^Exited \((-?\d+)\)")
 _HEALTH = re.compile(r"\((healthy|unhealthy|health: starting)\)")
 _DEAD = "the engine could not remove it completely"
 _FRACTION = re.compile(r"\.(\d{1,6})\d*")
+_NO_LABELS: Mapping[str, str] = {}
 
 
 def split(
-    listed: Sequence[Any], scope: str, host: str
+    listed: Sequence[Any],
+    scope: str,
+    host: str,
+    *,
+    images: Mapping[str, Mapping[str, str]] | None = None,
+    given_name: GivenName | None = None,
+    known: Collection[str] = (),
 ) -> tuple[tuple[ObservedWorkload, ...], tuple[Stranger, ...]]:
-    """The engine's list as ours and strangers, each sorted by name."""
-    ours: list[ObservedWorkload] = []
-    strangers: list[Stranger] = []
-    for item in listed:
-        if not isinstance(item, Mapping):
-            continue
-        reason = stranger_reason(labels_in(item), scope, host)
-        if reason is None:
-            ours.append(_workload(item))
-        else:
-            strangers.append(_stranger(item, reason))
+    """The engine's list as ours and strangers, each sorted by name.
+
+    `images` are the labels of images, by id. For `given_name` and `known` see copies.py; without
+    `given_name` the labels decide.
+    """
+    items = [item for item in listed if isinstance(item, Mapping)]
+    carried = [(images or {}).get(str(item.get("ImageID")), _NO_LABELS) for item in items]
+    reasons = [
+        stranger_reason(labels_in(item), scope, host, image)
+        for item, image in zip(items, carried, strict=True)
+    ]
+    claimed = [
+        _workload(item) for item, reason in zip(items, reasons, strict=True) if reason is None
+    ]
+    copied = copies(claimed, given_name, known) if given_name is not None else {}
+    ours = [workload for workload in claimed if workload.ref not in copied]
+    strangers = [
+        _stranger(item, why, claims_of(labels_in(item), scope, host))
+        for item, reason in zip(items, reasons, strict=True)
+        if (why := reason or copied.get(str(item.get("Id", "")))) is not None
+    ]
     ours.sort(key=lambda w: w.name)
     strangers.sort(key=lambda s: s.name)
     return tuple(ours), tuple(strangers)
 
 
-def stranger_reason(labels: Mapping[str, str], scope: str, host: str) -> str | None:
-    """Why a container is not ours; None: it is."""
-    if any(key.startswith("com.docker.swarm.") for key in labels):
+def claims_of(labels: Mapping[str, str], scope: str, host: str) -> str | None:
+    """The instance that a container says it is of, be that true or copied; None: it says nothing
+    of ours.
+    """
+    if not ownership(scope, host).items() <= labels.items():
+        return None
+    return labels.get(INSTANCE, "")
+
+
+def stranger_reason(
+    labels: Mapping[str, str], scope: str, host: str, image: Mapping[str, str] = _NO_LABELS
+) -> str | None:
+    """Why a container is not ours; None: it is, as far as labels tell.
+
+    The engine lists the labels of the `image` as the container's. They say what the image was made
+    of (`docker commit`), and nothing of the container.
+    """
+    own = {key for key, value in labels.items() if image.get(key) != value}
+    if any(key.startswith("com.docker.swarm.") for key in own):
         return "it belongs to a Docker Swarm service"
+    if "com.docker.compose.container-number" in own:  # what compose builds has others of its labels
+        return "it belongs to a Docker Compose project"
     if labels.get(MANAGED_BY) != MANAGER:
         return "it has no labels of ours"
     if labels.get(SCOPE) != scope:
         return f"it belongs to scope {labels.get(SCOPE) or '(none)'}"
     if labels.get(HOST) != host:
         return "it was made by the supervisor of another machine"
+    if not any(key.startswith(PREFIX) for key in own):
+        return "its labels are those of its image, which was made from a container of ours"
     return None
 
 
@@ -125,7 +166,7 @@ def _workload(item: Mapping[str, Any]) -> ObservedWorkload:
     )
 
 
-def _stranger(item: Mapping[str, Any], reason: str) -> Stranger:
+def _stranger(item: Mapping[str, Any], reason: str, claims: str | None) -> Stranger:
     ports = item.get("Ports")
     published = {
         port.get("PublicPort")
@@ -139,6 +180,7 @@ def _stranger(item: Mapping[str, Any], reason: str) -> Stranger:
         ports=tuple(sorted(port for port in published if isinstance(port, int))),
         running=item.get("State") in ("running", "paused", "restarting"),
         reason=reason,
+        claims=claims,
     )
 
 

@@ -16,6 +16,7 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,14 @@ LOST = "its keeper was killed; exit status lost"
 
 
 class BadRecord(Exception):
-    """A record that cannot be believed: whatever it names is not touched. The text says why."""
+    """A record that cannot be believed: whatever it names is not touched. The text says why.
+
+    `claims` is the instance of which it is a copy.
+    """
+
+    def __init__(self, text: str, claims: str | None = None) -> None:
+        super().__init__(text)
+        self.claims = claims
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +229,9 @@ def members(record: Record, also: Mapping[int, int] | None = None) -> dict[int, 
     Found by descent from keeper and child, by the child's session, and by MIC_RUN_ID in the
     environment, which also finds what has left the tree. `also` is what an earlier look found: it
     counts although its parents may be gone. Only what is certain is in it.
+
+    An environment is copied like any text (`env $(cat …) prog`). While the keeper runs nothing can
+    leave its tree, since it is the subreaper; so what it is no ancestor of is a copy then.
     """
     known = procfs.processes()
     anchors = dict(also or {})
@@ -233,7 +244,11 @@ def members(record: Record, also: Mapping[int, int] | None = None) -> dict[int, 
     found = roots | set(procfs.descendants(roots, known))
     if record.child is not None and record.child.pid in roots:
         found |= {one.pid for one in known.values() if one.session == record.child.pid}
-    found |= set(procfs.with_environ(RUN_ID, [record.run_id]))
+    named = set(procfs.with_environ(RUN_ID, [record.run_id])) - found
+    if record.keeper is not None and record.keeper.runs():
+        # Asked anew: it may have been born, or have lost its parent, since the table was read.
+        named = {pid for pid in named if procfs.ancestors(pid) & roots}
+    found |= named
     found -= {os.getpid(), record.keeper.pid if record.keeper else 0}
     running = {}
     for pid in found:
@@ -278,9 +293,11 @@ def judge(path: Path, record: Record, here: Machine, *, held: bool = False) -> O
         return _settled(path, record, "its start was cut short")
     if record.keeper.runs():
         if record.child.runs():
-            return _observed(record, RunState.RUNNING, pid=record.child.pid)
-        reason = "its main process has ended, and what it left is being ended"
-        return _settled(path, record, reason, RunState.RUNNING)
+            seen = _observed(record, RunState.RUNNING, pid=record.child.pid)
+        else:
+            reason = "its main process has ended, and what it left is being ended"
+            seen = _settled(path, record, reason, RunState.RUNNING)
+        return replace(seen, keeper=record.keeper.pid)
     if record.child.runs():
         reason = "its keeper was killed: its exit status will be lost"
         return _observed(record, RunState.RUNNING, pid=record.child.pid, error=reason)

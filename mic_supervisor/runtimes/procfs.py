@@ -132,6 +132,16 @@ def descendants(roots: Iterable[int], known: Mapping[int, Stat] | None = None) -
     return found
 
 
+def ancestors(pid: int) -> set[int]:
+    """PIDs of its parent and of those above, as far as they can be read."""
+    found: set[int] = set()
+    one = stat(pid)
+    while one is not None and one.ppid > 0 and one.ppid not in found:
+        found.add(one.ppid)
+        one = stat(one.ppid)
+    return found
+
+
 def tree(pid: int) -> list[int]:
     """`pid` and everything below it, parents before children; empty when `pid` does not exist."""
     known = processes()

@@ -42,6 +42,7 @@ from mic_supervisor.runtimes import (
 )
 from mic_supervisor.runtimes import process_checks as checks
 from mic_supervisor.runtimes import process_records as records
+from mic_supervisor.runtimes.copies import GivenName
 from mic_supervisor.runtimes.process_records import BadRecord, Record
 from mic_supervisor.runtimes.process_start import START_TIMEOUT
 from mic_supervisor.runtimes.process_stop import Options
@@ -56,7 +57,8 @@ class SubprocessRuntime:
     `directory` holds a directory per workload and is made when it is first needed. A log is rotated
     at `log_max_size` bytes, `log_files` are kept. `kill_timeout` is how many seconds a tree may
     take to die of KILL: a driver may need long to take a GPU's memory back. What a main process
-    leaves behind when it ends has `remains_grace` seconds between TERM and KILL.
+    leaves behind when it ends has `remains_grace` seconds between TERM and KILL. `given_name` tells
+    copies of records from records: see copies.py.
     """
 
     name = "subprocess"
@@ -74,6 +76,7 @@ class SubprocessRuntime:
         kill_timeout: float = 30.0,
         remains_grace: float = 2.0,
         enclosing_service: Callable[[], str | None] = procfs.enclosing_service,
+        given_name: GivenName | None = None,
     ) -> None:
         self._scope = scope
         self._host = host
@@ -81,6 +84,7 @@ class SubprocessRuntime:
         self._clock = clock
         self._options = Options(log_max_size, log_files, kill_timeout, remains_grace)
         self._enclosing_service = enclosing_service
+        self._given_name = given_name
         self._guard = threading.Lock()
         self._turns: dict[str, threading.Lock] = {}
         self._launches: dict[str, Launch] = {}
@@ -102,18 +106,18 @@ class SubprocessRuntime:
                 except FileNotFoundError:
                     continue  # removed since it was listed
                 except BadRecord as error:
-                    strangers.append(self._stranger(path, str(error)))
+                    strangers.append(self._stranger(path, error))
             strangers += self._find_strays()
         except OSError as error:
             return RuntimeView(self.name, error=f"cannot read the process records: {error}")
         return RuntimeView(self.name, tuple(found), tuple(strangers))
 
-    def _stranger(self, path: Path, reason: str) -> Stranger:
+    def _stranger(self, path: Path, error: BadRecord) -> Stranger:
         try:
             running = records.is_locked(path)
         except OSError:
             running = True  # unknown is never absent
-        return Stranger(self.name, path.name, path.name, (), running, reason)
+        return Stranger(self.name, path.name, path.name, (), running, str(error), error.claims)
 
     def _paths(self) -> list[Path]:
         try:
@@ -129,6 +133,12 @@ class SubprocessRuntime:
             raise BadRecord(f"it belongs to scope {record.identity.scope}")
         if record is not None and record.identity.host != self._host:
             raise BadRecord("it was started on another machine")
+        if record is not None and self._given_name is not None:
+            name = self._given_name(record.identity)
+            if path.name != name:  # `cp -r`: what it names is what the original names
+                raise BadRecord(
+                    f"it is a copy of the record of {name}", claims=record.identity.instance
+                )
         return record
 
     def _find_strays(self) -> tuple[Stranger, ...]:

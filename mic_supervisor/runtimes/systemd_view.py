@@ -12,7 +12,7 @@ from typing import Any
 
 from mic_supervisor.model import ObservedWorkload, RunState, Stranger
 from mic_supervisor.records import dataclass
-from mic_supervisor.runtimes.systemd_unit import identity_of
+from mic_supervisor.runtimes.systemd_unit import identity_of, unit_name
 
 RUNTIME = "systemd"
 
@@ -110,15 +110,23 @@ class Unit:
 
 
 def stranger_reason(unit: Unit, scope: str, host: str) -> str | None:
-    """Why a unit is not ours; None: it is."""
+    """Why a unit is not ours; None: it is.
+
+    An `Environment=` is copied as labels are. A name is not, while the original is there, and a
+    unit of ours never comes from a file.
+    """
     found = identity_of(unit.variables)
     if isinstance(found, str):
         return found
-    _, identity = found
+    name, identity = found
     if identity.scope != scope:
         return f"it belongs to scope {identity.scope or '(none)'}"
     if identity.host != host:
         return "it was made by the supervisor of another machine"
+    if unit.name != unit_name(name):
+        return f"it has the environment of {unit_name(name)}, and another name: it is a copy"
+    if unit.properties.get("Transient") is False:
+        return f"it comes from a unit file, {unit.text('FragmentPath') or 'which ours never do'}"
     return None
 
 
@@ -128,7 +136,10 @@ def judge(unit: Unit, scope: str, host: str) -> ObservedWorkload | Stranger:
     found = identity_of(unit.variables)
     if reason is not None or isinstance(found, str):
         running = not unit.is_over
-        return Stranger(RUNTIME, unit.name, unit.name, (), running, reason or "")
+        claims = None
+        if not isinstance(found, str) and (found[1].scope, found[1].host) == (scope, host):
+            claims = found[1].instance
+        return Stranger(RUNTIME, unit.name, unit.name, (), running, reason or "", claims)
     name, identity = found
     state, error = _state(unit)
     over = state is RunState.EXITED

@@ -302,6 +302,7 @@ def test_what_has_to_leave_the_gpu_of_a_chosen_one_goes() -> None:
     assert text(plan) == (
         "+ create   MAM-aaaaaaaa    GPU 0    nothing runs for it yet\n"
         "- remove   old-aaaaaaaax2  GPU 0,1  the file has MAM on its GPU\n"
+        "    removes mic-test-old-aaaaaaaax2-b5cfe517\n"
         "\n"
         "left out: face-bbbbbbbb (create: nothing runs for it yet)\n"
         "\n"
@@ -318,6 +319,7 @@ def test_none_on_a_chosen_gpu_is_done() -> None:
     )
     assert text(plan) == (
         "- remove   old-aaaaaaaa  GPU 0  its GPU is to be kept empty\n"
+        "    removes mic-test-old-aaaaaaaa-b6761d69\n"
         "\n"
         "left out: old-bbbbbbbb (remove: its GPU is to be kept empty)\n"
         "\n"

@@ -264,7 +264,7 @@ def the_order_in_which_things_are_listed_does_not_matter(case: Case) -> None:
 def what_runs_as_the_file_says_and_is_well_is_not_stopped(case: Case) -> None:
     plan = case.plan
     stopped = {s.workload.ref for s in steps_of(plan).values() if isinstance(s, Stop)}
-    for item in assess(case.desired, case.observed, case.context):
+    for item in assess(case.desired, case.observed, case.context, case.memory):
         entry = case.memory.of(item.instance.id)
         well = item.live_failure is None and item.overdue(None, NOW) is None
         asked = item.instance.id in case.context.forced or entry.failed == item.hash
@@ -352,7 +352,8 @@ def while_one_that_follows_cannot_start_what_runs_stays(case: Case) -> None:
     plan = case.plan
     starting = {instance for instance, _, _ in starts(plan).values()}
     assessed = {
-        item.instance.id: item for item in assess(case.desired, case.observed, case.context)
+        item.instance.id: item
+        for item in assess(case.desired, case.observed, case.context, case.memory)
     }
     for step in steps_of(plan).values():
         if not isinstance(step, Stop):

@@ -39,6 +39,7 @@ def test_a_model_that_moves_is_removed_here_and_created_there() -> None:
     plan = plan_for([on("MAM", 1)], observed(old))
     assert text(plan) == (
         "- remove   MAM-aaaaaaaa  GPU 0  the file no longer names it\n"
+        "    removes mic-test-MAM-aaaaaaaa-5ef7f6c7\n"
         "+ create   MAM-bbbbbbbb  GPU 1  nothing runs for it yet\n"
         "\n"
         "Plan: 1 to create, 1 to remove.\n"
@@ -57,6 +58,7 @@ def test_another_model_on_the_same_gpu_waits_for_the_first_to_be_gone() -> None:
     plan = plan_for([on("face", 0)], observed(old))
     assert text(plan) == (
         "- remove   MAM-aaaaaaaa   GPU 0  the file has face on its GPU\n"
+        "    removes mic-test-MAM-aaaaaaaa-5ef7f6c7\n"
         "+ create   face-aaaaaaaa  GPU 0  nothing runs for it yet\n"
         "\n"
         "Plan: 1 to create, 1 to remove.\n"
@@ -85,7 +87,10 @@ def test_none_empties_the_gpu_at_once() -> None:
     wanted = desired(kept_empty=(uuid(0),))
     plan = plan_for(wanted, observed(old), context=replace(CONTEXT, confirmed=False))
     assert text(plan) == (
-        "- remove   MAM-aaaaaaaa  GPU 0  its GPU is to be kept empty\n\nPlan: 1 to remove.\n"
+        "- remove   MAM-aaaaaaaa  GPU 0  its GPU is to be kept empty\n"
+        "    removes mic-test-MAM-aaaaaaaa-5ef7f6c7\n"
+        "\n"
+        "Plan: 1 to remove.\n"
     )
     assert shortly(plan, old=old) == ["stop old", "remove old <- stop old"]
 
@@ -103,7 +108,10 @@ def test_a_stranger_on_a_gpu_that_is_to_be_kept_empty_is_told_of() -> None:
 def test_what_the_file_no_longer_names_is_removed_once_that_is_confirmed() -> None:
     old = workload(MAM)
     assert text(plan_for([], observed(old))) == (
-        "- remove   MAM-aaaaaaaa  GPU 0  the file no longer names it\n\nPlan: 1 to remove.\n"
+        "- remove   MAM-aaaaaaaa  GPU 0  the file no longer names it\n"
+        "    removes mic-test-MAM-aaaaaaaa-5ef7f6c7\n"
+        "\n"
+        "Plan: 1 to remove.\n"
     )
     held = plan_for([], observed(old), context=replace(CONTEXT, confirmed=False))
     assert text(held) == (
@@ -187,6 +195,7 @@ def test_a_group_falls_apart_into_singles_that_all_wait_for_it() -> None:
         "+ create   MAM-eeeeeeee     GPU 4    nothing runs for it yet\n"
         "+ create   qwen-dddddddd    GPU 3    nothing runs for it yet\n"
         "- remove   qwen-ddddddddx2  GPU 3,4  the file has MAM on its GPU\n"
+        "    removes mic-test-qwen-ddddddddx2-189060af\n"
         "\n"
         "Plan: 2 to create, 1 to remove.\n"
     )
@@ -233,7 +242,12 @@ def test_the_second_of_one_instance_is_stopped() -> None:
     second = workload(changed(MAM, image="mam:0"), created_at=50.0)
     one = workload(MAM)
     plan = plan_for([MAM], observed(one, second), known(one))
-    assert text(plan) == "- stop     MAM-aaaaaaaa  GPU 0  it runs twice\n\nPlan: 1 to stop.\n"
+    assert text(plan) == (
+        "- stop     MAM-aaaaaaaa  GPU 0  it runs twice\n"
+        "    stops mic-test-MAM-aaaaaaaa-770599a3\n"
+        "\n"
+        "Plan: 1 to stop.\n"
+    )
     assert shortly(plan, second=second) == ["stop second"]
 
 
@@ -262,6 +276,8 @@ def test_of_what_ended_the_last_good_one_is_kept() -> None:
     plan = plan_for([MAM], observed(runs, good, bad, never), memory)
     assert text(plan) == (
         "- remove   MAM-aaaaaaaa  GPU 0  left over from an earlier specification\n"
+        "    removes mic-test-MAM-aaaaaaaa-1511c785\n"
+        "    removes mic-test-MAM-aaaaaaaa-fec0092f\n"
         "\n"
         "Plan: 1 to remove.\n"
     )

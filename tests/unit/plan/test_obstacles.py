@@ -91,6 +91,7 @@ def test_a_fixed_port_of_a_predecessor_that_leaves_is_waited_for() -> None:
     plan = plan_for([moved], observed(old, listeners=[Listener(9000, 78, "docker-proxy")]))
     assert text(plan) == (
         "- remove   whisper-aaaaaaaa  GPU 0  the file no longer names it\n"
+        "    removes mic-test-whisper-aaaaaaaa-598dbd60\n"
         "+ create   whisper-bbbbbbbb  GPU 1  nothing runs for it yet\n"
         "\n"
         "Plan: 1 to create, 1 to remove.\n"

@@ -133,6 +133,7 @@ def test_a_failure_leads_back_to_it() -> None:
     plan = plan_for([NEW], observed(BAD), kept)
     assert text(plan) == (
         "+ start    face-aaaaaaaa  GPU 0  rollback: it exited with 1\n"
+        "    removes mic-test-face-aaaaaaaa-30e4675a\n"
         "\n"
         f"! blocked  face-aaaaaaaa on GPU 0: {FAILED}; the last good one runs\n"
         "    hint: change the file, or: mic-supervisor retry\n"

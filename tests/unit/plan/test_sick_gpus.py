@@ -188,6 +188,7 @@ def test_a_container_that_lost_its_gpu_is_made_anew() -> None:
         "~ replace  MAM-aaaaaaaa  GPU 0  it lost its GPU inside the container, as a systemd "
         "daemon-reload does in legacy mode: nvidia-smi says there: Failed to initialize NVML: "
         "Unknown Error\n"
+        "    removes mic-test-MAM-aaaaaaaa-5ef7f6c7\n"
         "\n"
         "Plan: 1 to replace.\n"
     )
