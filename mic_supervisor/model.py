@@ -440,6 +440,7 @@ class Stranger:
     running: bool = True
     reason: str = ""  # "it has no labels of ours", "it belongs to scope demo"
     claims: str | None = None  # the instance that it names, as only a copy of ours does
+    usurps: bool = False  # it has the name, too, that we gave to what it is a copy of
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ def _docker(found: Settings, host: str, state: StateDir) -> Runtime:
     try:
         known = state.memory().known
     except MicError:
-        known = frozenset()  # who needs the memory says why it cannot be read; names still tell
+        known = {}  # who needs the memory says why it cannot be read; names still tell
     return DockerRuntime(
         found.scope,
         host,

@@ -24,6 +24,7 @@ from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import FieldDiff
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.records import dataclass
+from mic_supervisor.runtimes.copies import known_from
 
 if TYPE_CHECKING:
     from mic_supervisor.plan.selection import Selection
@@ -246,8 +247,7 @@ def with_containers(memory: Memory, observed: ObservedState) -> Memory:
     """With the ids of our containers, if they can be read: they are ours whoever renames them."""
     for view in observed.runtimes:
         if view.runtime == "docker" and view.error is None and view.off is None:
-            refs = tuple(sorted(workload.ref for workload in view.workloads))
-            return replace(memory, containers=refs)
+            return replace(memory, containers=known_from(view))
     return memory
 
 

@@ -96,8 +96,8 @@ class Floor:
 class Memory:
     """`bindings` maps index keys of the file to UUIDs, `floors` UUIDs to what was used on the GPU
     before the last start of ours. `published` are the endpoints that the hook was told of last.
-    `containers` are the ids of all that were ours when the engine was last read; None: an earlier
-    version did not write them down.
+    `containers` maps the ids of those that carry our labels and names to whether they are ours;
+    None: an earlier version did not write them down.
     """
 
     instances: Mapping[str, InstanceMemory] = field(default_factory=dict)
@@ -105,14 +105,14 @@ class Memory:
     paused: Paused = Paused()
     floors: Mapping[str, Floor] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None
-    containers: tuple[str, ...] | None = None
+    containers: Mapping[str, bool] | None = None
 
     @property
-    def known(self) -> frozenset[str]:
-        """The ids of the containers that are ours under whatever name; else the names they had."""
+    def known(self) -> Mapping[str, bool]:
+        """Which containers are ours under whatever name, by id; else by the names they had."""
         if self.containers is not None:
-            return frozenset(self.containers)
-        return frozenset(entry.started for entry in self.instances.values() if entry.started)
+            return self.containers
+        return {entry.started: True for entry in self.instances.values() if entry.started}
 
     def of(self, instance: str) -> InstanceMemory:
         return self.instances.get(instance, InstanceMemory())
@@ -136,7 +136,7 @@ class Memory:
         if self.published is not None:
             out["published"] = {model: dict(found) for model, found in self.published.items()}
         if self.containers is not None:
-            out["containers"] = [*self.containers]
+            out["containers"] = dict(sorted(self.containers.items()))
         return out
 
     @classmethod
@@ -224,12 +224,12 @@ def _floors(given: Any) -> dict[str, Floor]:
     return out
 
 
-def _containers(data: Any) -> tuple[str, ...] | None:
+def _containers(data: Any) -> dict[str, bool] | None:
     if data is None:
         return None
-    if not isinstance(data, list) or not all(isinstance(ref, str) for ref in data):
-        raise ValueError("containers must be a list of texts")
-    return tuple(data)
+    if not isinstance(data, Mapping) or not all(isinstance(ours, bool) for ours in data.values()):
+        raise ValueError("containers must be a map of true and false")
+    return {str(ref): ours for ref, ours in data.items()}
 
 
 def _published(data: Any) -> dict[str, dict[str, dict[str, str]]] | None:

@@ -8,30 +8,39 @@ under that name and renamed since.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
-from mic_supervisor.model import Identity, ObservedWorkload
+from mic_supervisor.model import Identity, ObservedWorkload, RuntimeView
 
 GivenName = Callable[[Identity], str]
 """The name that a workload with an identity is created with."""
 
 
 def copies(
-    found: Iterable[ObservedWorkload], given_name: GivenName, known: Collection[str]
+    found: Iterable[ObservedWorkload], given_name: GivenName, known: Mapping[str, bool]
 ) -> dict[str, str]:
-    """Why each copy is one, by its ref. `known` are the refs of what was seen to be ours before.
+    """Why each copy is one, by its ref.
 
-    It may hold names, too: before refs were remembered, names were.
+    `known` maps the refs of what was there before to whether it was ours. It may hold names, too:
+    before refs were remembered, names were.
     """
     found = [*found]
-    renamed = {given_name(one.identity): one.name for one in found if one.ref in known}
+    renamed = {given_name(one.identity): one.name for one in found if known.get(one.ref)}
     out: dict[str, str] = {}
     for one in found:
         name = given_name(one.identity)
-        if one.ref in known or one.name in known:
+        if known.get(one.ref, known.get(one.name)):
             continue
         if one.name != name:
             out[one.ref] = f"it has the labels of {name}, and another name: it is a copy"
         elif name in renamed:
             out[one.ref] = f"it has the former name of {renamed[name]}, which is ours"
+        elif one.ref in known:
+            out[one.ref] = "it took the name of one of ours that was renamed, and is gone"
     return out
+
+
+def known_from(view: RuntimeView) -> dict[str, bool]:
+    """What `copies` has to know next time of what is there now."""
+    ours = {workload.ref: True for workload in view.workloads}
+    return ours | {stranger.ref: False for stranger in view.strangers if stranger.usurps}

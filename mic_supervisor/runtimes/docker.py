@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +22,7 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.model import ContainerSpec, Launch, ObservedWorkload, RuntimeView
 from mic_supervisor.runtimes import Progress
-from mic_supervisor.runtimes.copies import GivenName
+from mic_supervisor.runtimes.copies import GivenName, known_from
 from mic_supervisor.runtimes.docker_create import (
     CDI_KIND,
     INSTANCE,
@@ -60,8 +60,7 @@ class DockerRuntime:
     registry credentials, None the client's own ($DOCKER_CONFIG, ~/.docker). In seconds,
     `timeout` bounds a plain question, `patience` a call that makes the engine work, and `kill_wait`
     the end of a killed container (freeing GPU memory takes a while). Nothing is opened before the
-    first call. `given_name` tells copies of our containers from ours, and `known` are the ids (or,
-    of earlier versions, the names) of those that were ours before: see copies.py.
+    first call. `given_name` and `known` tell copies of our containers from ours: see copies.py.
     """
 
     name = "docker"
@@ -78,12 +77,12 @@ class DockerRuntime:
         patience: float = 120.0,
         kill_wait: float = 30.0,
         given_name: GivenName | None = None,
-        known: Collection[str] = (),
+        known: Mapping[str, bool] | None = None,
     ) -> None:
         self._scope = scope
         self._host = host
         self._given_name = given_name
-        self._known = frozenset(known)
+        self._known = known or {}
         self._images: dict[str, Mapping[str, str]] = {}  # image id -> its labels
         self._engine = Engine(base_url, timeout=timeout, patience=patience)
         self._kill_wait = kill_wait
@@ -129,8 +128,9 @@ class DockerRuntime:
             given_name=self._given_name,
             known=self._known,
         )
-        self._known = frozenset(workload.ref for workload in workloads)
-        return RuntimeView(self.name, as_ended(self._rests.sure(workloads), endings), strangers)
+        view = RuntimeView(self.name, as_ended(self._rests.sure(workloads), endings), strangers)
+        self._known = known_from(view)
+        return view
 
     def _images_of(self, listed: list[Any]) -> Mapping[str, Mapping[str, str]]:
         """The labels of the images of those listed containers that carry our labels."""

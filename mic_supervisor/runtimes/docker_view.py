@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ def split(
     *,
     images: Mapping[str, Mapping[str, str]] | None = None,
     given_name: GivenName | None = None,
-    known: Collection[str] = (),
+    known: Mapping[str, bool] | None = None,
 ) -> tuple[tuple[ObservedWorkload, ...], tuple[Stranger, ...]]:
     """The engine's list as ours and strangers, each sorted by name.
 
@@ -66,10 +66,10 @@ def split(
     claimed = [
         _workload(item) for item, reason in zip(items, reasons, strict=True) if reason is None
     ]
-    copied = copies(claimed, given_name, known) if given_name is not None else {}
+    copied = copies(claimed, given_name, known or {}) if given_name is not None else {}
     ours = [workload for workload in claimed if workload.ref not in copied]
     strangers = [
-        _stranger(item, why, claims_of(labels_in(item), scope, host))
+        _stranger(item, why, claims_of(labels_in(item), scope, host), given_name)
         for item, reason in zip(items, reasons, strict=True)
         if (why := reason or copied.get(str(item.get("Id", "")))) is not None
     ]
@@ -166,7 +166,10 @@ def _workload(item: Mapping[str, Any]) -> ObservedWorkload:
     )
 
 
-def _stranger(item: Mapping[str, Any], reason: str, claims: str | None) -> Stranger:
+def _stranger(
+    item: Mapping[str, Any], reason: str, claims: str | None, given_name: GivenName | None
+) -> Stranger:
+    name = _name(item)
     ports = item.get("Ports")
     published = {
         port.get("PublicPort")
@@ -175,12 +178,15 @@ def _stranger(item: Mapping[str, Any], reason: str, claims: str | None) -> Stran
     }
     return Stranger(
         runtime="docker",
-        name=_name(item),
+        name=name,
         ref=str(item.get("Id", "")),
         ports=tuple(sorted(port for port in published if isinstance(port, int))),
         running=item.get("State") in ("running", "paused", "restarting"),
         reason=reason,
         claims=claims,
+        usurps=claims is not None
+        and given_name is not None
+        and name == given_name(identity_of(labels_in(item), name)),
     )
 
 

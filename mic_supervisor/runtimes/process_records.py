@@ -223,15 +223,17 @@ def write_exit(path: Path, record: Record, error: str, at: float) -> None:
 # --- judging ----------------------------------------------------------------------------------
 
 
-def members(record: Record, also: Mapping[int, int] | None = None) -> dict[int, int]:
-    """PID -> start time of everything that runs of this record's tree, but for the keeper.
+def members(path: Path, record: Record, also: Mapping[int, int] | None = None) -> dict[int, int]:
+    """PID -> start time of everything that runs of the tree of the record in `path`, but for the
+    keeper.
 
     Found by descent from keeper and child, by the child's session, and by MIC_RUN_ID in the
     environment, which also finds what has left the tree. `also` is what an earlier look found: it
     counts although its parents may be gone. Only what is certain is in it.
 
     An environment is copied like any text (`env $(cat …) prog`). While the keeper runs nothing can
-    leave its tree, since it is the subreaper; so what it is no ancestor of is a copy then.
+    leave its tree, since it is the subreaper, and what it is no ancestor of has a copy. Once it has
+    written the exit status nothing is left. So an environment counts where a keeper was killed.
     """
     known = procfs.processes()
     anchors = dict(also or {})
@@ -248,6 +250,8 @@ def members(record: Record, also: Mapping[int, int] | None = None) -> dict[int, 
     if record.keeper is not None and record.keeper.runs():
         # Asked anew: it may have been born, or have lost its parent, since the table was read.
         named = {pid for pid in named if procfs.ancestors(pid) & roots}
+    elif load_exit(path, record.run_id) is not None:
+        named = set()
     found |= named
     found -= {os.getpid(), record.keeper.pid if record.keeper else 0}
     running = {}
@@ -302,7 +306,7 @@ def judge(path: Path, record: Record, here: Machine, *, held: bool = False) -> O
         reason = "its keeper was killed: its exit status will be lost"
         return _observed(record, RunState.RUNNING, pid=record.child.pid, error=reason)
     ended = load_exit(path, record.run_id)
-    remains = members(record) if ended is None else {}
+    remains = members(path, record) if ended is None else {}
     if remains:
         pids = ", ".join(str(pid) for pid in sorted(remains))
         return _observed(record, RunState.EXITED, error=f"{LOST}; PID {pids} of it still run")

@@ -76,7 +76,7 @@ def _undo(path: Path, record: Record, aside: Path | None, options: Options) -> N
     except BadRecord:
         made = None
     if made is not None and made.run_id == record.run_id:
-        process_stop.kill_now(made, options)
+        process_stop.kill_now(path, made, options)
     if aside is None:
         records.discard(path)
         return

@@ -29,7 +29,7 @@ class Options:
     remains_grace: float
 
 
-def end_tree(record: Record, number: int, grace: float, options: Options) -> None:
+def end_tree(path: Path, record: Record, number: int, grace: float, options: Options) -> None:
     """Signal the main process, wait `grace` seconds at most, then kill until nothing is left.
 
     What the main process leaves behind when it ends in time is asked too, and killed after
@@ -37,10 +37,10 @@ def end_tree(record: Record, number: int, grace: float, options: Options) -> Non
     """
     deadline = time.monotonic() + grace
     # Before its parent ends: without a keeper, who its parent was is all that may tell.
-    known = records.members(record)
+    known = records.members(path, record)
     if _ask(record, number, deadline):
         deadline = min(deadline, time.monotonic() + options.remains_grace)
-    _kill(record, deadline, options.kill_timeout, known)
+    _kill(path, record, deadline, options.kill_timeout, known)
 
 
 def end_remains(
@@ -54,7 +54,7 @@ def end_remains(
         return
     here = records.machine()
     if (record.boot_id, record.pid_namespace) == (here.boot, here.namespace):
-        _kill(record, time.monotonic() + options.remains_grace, options.kill_timeout)
+        _kill(path, record, time.monotonic() + options.remains_grace, options.kill_timeout)
     records.write_exit(path, record, seen.error or records.LOST, at)
 
 
@@ -70,12 +70,12 @@ def await_exit_status(path: Path, record: Record, *, at: float) -> None:
         records.write_exit(path, record, records.LOST, at)
 
 
-def kill_now(record: Record, options: Options) -> None:
+def kill_now(path: Path, record: Record, options: Options) -> None:
     """KILL for keeper, child and everything below. Raises StopFailed and OSError."""
     for anchor in (record.child, record.keeper):
         if anchor is not None:
             procfs.send_signal(anchor.pid, anchor.start_time, signal.SIGKILL)
-    _kill(record, time.monotonic(), options.kill_timeout)
+    _kill(path, record, time.monotonic(), options.kill_timeout)
 
 
 def _ask(record: Record, number: int, deadline: float) -> bool:
@@ -103,7 +103,11 @@ def _ask(record: Record, number: int, deadline: float) -> bool:
 
 
 def _kill(
-    record: Record, deadline: float, patience: float, known: dict[int, int] | None = None
+    path: Path,
+    record: Record,
+    deadline: float,
+    patience: float,
+    known: dict[int, int] | None = None,
 ) -> None:
     """TERM once for everything that is left, where no keeper does it, and KILL from `deadline`.
 
@@ -116,7 +120,7 @@ def _kill(
     pause = 0.002
     # Twice: a process that forks and ends while the table is read may be missed once.
     while empty < 2:
-        left = known = records.members(record, known)
+        left = known = records.members(path, record, known)
         if not left:
             empty += 1
             continue

@@ -320,7 +320,7 @@ class SubprocessRuntime:
             if seen.state is RunState.EXITED:
                 self._clear(path, record, seen)
                 return
-            process_stop.end_tree(record, number, grace, self._options)
+            process_stop.end_tree(path, record, number, grace, self._options)
             process_stop.await_exit_status(path, record, at=self._clock())
 
     def _settle(self, path: Path) -> Record | None:

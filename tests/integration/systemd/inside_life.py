@@ -326,3 +326,42 @@ def test_one_that_cannot_be_killed_is_named(world: World) -> None:
         runtime.stop(seen, signal="SIGCONT", grace=0.0)
     assert str(failed.value) == f"cannot stop {seen.ref}: PID {seen.pid} (sleep 300) survived KILL"
     assert failed.value.hint is not None
+
+
+def test_a_copied_unit_is_left_alone(world: World) -> None:
+    """Under another name, and from a unit file under the very name once ours is gone."""
+    seen = world.start("a", sh("exec sleep 300"))
+    shown = run("systemctl", "show", "--property=Environment", "--value", seen.ref).strip()
+    copy = f"mic-{world.scope}-copy.service"
+    path = Path("/run/systemd/system") / seen.ref
+    service = f"[Service]\nExecStart=/bin/sleep 300\nEnvironment={shown}\n"
+    path.with_name(copy).write_text(service)
+    run("systemctl", "daemon-reload")
+    run("systemctl", "start", copy)
+    try:
+        view = world.runtime.observe()
+        assert view.workloads == (seen,)
+        (stranger,) = view.strangers
+        assert (stranger.name, stranger.running, stranger.claims) == (copy, True, "a")
+        assert (
+            stranger.reason
+            == f"it has the environment of {seen.ref}, and another name: it is a copy"
+        )
+        world.runtime.stop(seen, signal="SIGTERM", grace=5)
+        world.runtime.remove(seen)
+        path.write_text(service)
+        run("systemctl", "daemon-reload")
+        run("systemctl", "start", seen.ref)
+        view = world.runtime.observe()
+        assert view.workloads == ()
+        assert {one.name: one.reason for one in view.strangers}[seen.ref] == (
+            f"it comes from a unit file, {path}"
+        )
+        with pytest.raises(StopFailed, match="it comes from a unit file"):
+            world.runtime.stop(seen, signal="SIGTERM", grace=1)
+        assert run("systemctl", "is-active", copy, seen.ref).split() == ["active", "active"]
+    finally:
+        run("systemctl", "stop", copy, seen.ref, rc=None)
+        for name in (copy, seen.ref):
+            path.with_name(name).unlink(missing_ok=True)
+        run("systemctl", "daemon-reload")

@@ -351,3 +351,21 @@ def test_this_process_has_an_owner_that_is_known() -> None:
 
     (annotated,) = found.gpus[0].processes or ()
     assert annotated.owner and annotated.owner.kind in {CONTAINER, UNIT, ORPHAN}
+
+
+def test_an_environment_says_nothing_while_a_keeper_has_the_whole_tree(
+    tree: tuple[int, int],
+) -> None:
+    """It is copied as any text is; and nothing leaves the tree of a subreaper."""
+    root, leaf = tree
+    stat, kept = read_stat(root), read_stat(leaf)
+    assert stat and kept
+    mine = replace(workload(leaf, "record"), keeper=root)
+
+    managed = managed_refs([RuntimeView("subprocess", (mine,))])
+
+    assert managed == {
+        "record": "whisper",
+        f"pid:{leaf}:{kept.start_time}": "whisper",
+        f"pid:{root}:{stat.start_time}": "whisper",
+    }

@@ -25,6 +25,8 @@ from mic_supervisor.model import (
     ProbeResult,
     Probes,
     RunState,
+    RuntimeView,
+    Stranger,
 )
 from mic_supervisor.plan.actions import (
     Create,
@@ -39,7 +41,7 @@ from mic_supervisor.plan.actions import (
     Unload,
     Withdraw,
 )
-from mic_supervisor.plan.assess import Assessment
+from mic_supervisor.plan.assess import Assessment, with_containers
 from mic_supervisor.plan.health import (
     Phase,
     describe_exit,
@@ -54,6 +56,7 @@ from tests.unit.plan.builders import (
     changed,
     failing,
     loaded,
+    observed,
     on,
     passed,
     placement,
@@ -367,10 +370,26 @@ def test_memory_comes_back_from_json_without_what_a_newer_version_added() -> Non
     data = memory.to_json()
     data["instances"][MAM.id]["colour"] = "blue"
     assert Memory.from_json(data) == memory
+    seen = replace(memory, containers={"c1": True, "c2": False})
+    assert Memory.from_json(seen.to_json()) == seen
     with pytest.raises(ValueError, match="must be maps"):
         Memory.from_json({"instances": []})
     with pytest.raises(ValueError, match="every instance must be a map"):
         Memory.from_json({"instances": {"MAM-aaaaaaaa": 3}})
+
+
+def test_containers_are_known_by_id_and_by_name_only_where_no_id_was_written_down() -> None:
+    entry = InstanceMemory(started="renamed")
+    earlier = Memory({MAM.id: entry, "other": InstanceMemory()})
+    assert earlier.known == {"renamed": True}
+    copy = Stranger("docker", "a", "c2", claims=MAM.id, usurps=True)
+    other = Stranger("docker", "b", "c3", claims=MAM.id)
+    state = observed(GOOD, strangers=[copy, other])
+    seen = with_containers(earlier, state)
+    assert seen.known == {GOOD.ref: True, "c2": False}
+    # What cannot be read is not forgotten.
+    unread = replace(state, runtimes=(RuntimeView("docker", error="gone"),))
+    assert with_containers(seen, unread) == seen
 
 
 # --- phases -----------------------------------------------------------------------------------

@@ -251,6 +251,18 @@ def test_the_second_of_one_instance_is_stopped() -> None:
     assert shortly(plan, second=second) == ["stop second"]
 
 
+def test_of_two_as_the_file_says_the_known_one_stays() -> None:
+    """The newer one stays only where nothing is remembered."""
+    one = workload(MAM)
+    old = replace(one, name="mic-test-a", ref="a", created_at=1.0)
+    new = replace(one, name="mic-test-b", ref="b", created_at=2.0)
+    for kept, other in ((old, new), (new, old)):
+        plan = plan_for([MAM], observed(old, new), known(kept))
+        assert [step.id for step in plan.changes[0].steps] == [f"stop {other.name}"]
+    plan = plan_for([MAM], observed(old, new))
+    assert [step.id for step in plan.changes[0].steps] == [f"stop {old.name}"]
+
+
 def test_of_two_that_are_alike_the_newer_one_stays() -> None:
     new, old = workload(MAM, created_at=90.0), workload(MAM, ports={"http": 20001}, created_at=80.0)
     plan = plan_for([MAM], observed(new, old), known(new))

@@ -32,6 +32,7 @@ from tests.unit.plan.builders import (
     container,
     desired,
     gpu,
+    known,
     observed,
     on,
     plan_for,
@@ -46,6 +47,14 @@ WHISPER = on("whisper", 0, workload=container("whisper:1", ports=(Port("http", 9
 
 
 # --- strangers --------------------------------------------------------------------------------
+
+
+def test_a_copy_of_ours_is_named_whatever_its_name_is_and_blocks_nothing() -> None:
+    copy = Stranger("docker", "jupyter", "c1", reason="it is a copy", claims=MAM.id)
+    mine = workload(MAM)
+    assert text(plan_for([MAM], observed(mine, strangers=[copy]), known(mine))) == (
+        "warning: docker jupyter looks like ours and is not: it is a copy\n\nNo changes.\n"
+    )
 
 
 def test_a_stranger_with_our_name_blocks_what_would_have_it() -> None:

@@ -527,3 +527,79 @@ def test_a_removal_that_does_not_end(runtime: DockerRuntime, fake: FakeEngine) -
     assert str(fails(lambda: runtime.remove(WORKLOAD))) == (
         "cannot remove container mic-mam: removal is already in progress"
     )
+
+
+# --- Labels that come from an image ------------------------------------------------------------
+
+LISTED = {
+    "Id": "c1",
+    "Names": ["/mic-mam"],
+    "ImageID": "sha256:a",
+    "Labels": labels(IDENTITY),
+    "State": "running",
+    "Status": "Up 2 minutes",
+}
+COMMITTED = {"Config": {"Labels": labels(IDENTITY)}}
+IMAGE = "GET /images/sha256:a/json"
+
+
+def test_each_image_is_looked_at_once(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    others = {**LISTED, "Id": "c2", "Labels": {}, "ImageID": "sha256:b"}
+    fake.answers |= {"GET /containers/json": reply([LISTED, others]), IMAGE: reply(COMMITTED)}
+    for _ in range(3):
+        view = runtime.observe()
+        assert view.workloads == ()
+        assert [one.ref for one in view.strangers] == ["c1", "c2"]
+    assert fake.asked(IMAGE) == 1
+    assert fake.asked("GET /images/sha256:b/json") == 0  # nothing of ours is said of it
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [refuse(404, "No such image: sha256:a"), refuse(403, "Forbidden"), reply({"Config": None})],
+)
+def test_an_image_that_tells_nothing_takes_no_container_away(
+    runtime: DockerRuntime, fake: FakeEngine, answer: Answer
+) -> None:
+    fake.answers |= {"GET /containers/json": reply([LISTED]), IMAGE: answer}
+    assert [one.ref for one in runtime.observe().workloads] == ["c1"]
+
+
+def test_an_image_that_the_engine_does_not_tell_of_leaves_all_unknown(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    fake.answers |= {"GET /containers/json": reply([LISTED]), IMAGE: hang(1.5)}
+    view = runtime.observe()
+    assert (view.workloads, view.strangers) == ((), ())
+    assert (view.error or "").startswith("cannot inspect image sha256:a")
+    fake.answers[IMAGE] = reply({"Config": {"Labels": None}})
+    assert [one.ref for one in runtime.observe().workloads] == ["c1"]
+
+
+def test_a_copy_under_the_name_is_neither_started_nor_removed(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    fake.answers |= {
+        "POST /containers/create": hang(1.5),
+        "GET /containers/mic-mam/json": reply({**OURS, "Image": "sha256:a"}),
+        "POST /containers/c1/start": lambda h: h.send(204, b""),
+        "DELETE /containers/c1": lambda h: h.send(204, b""),
+        IMAGE: reply(COMMITTED),
+    }
+    fails(lambda: runtime.create(LAUNCH))
+    error = fails(lambda: runtime.start(LAUNCH))
+    assert "its labels are those of its image" in str(error)
+    assert fake.asked("DELETE /containers/c1") == fake.asked("POST /containers/c1/start") == 0
+
+
+def test_no_two_containers_have_the_same_labels(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    made: list[str] = []
+
+    def create(handler: Handler) -> None:
+        made.append(json.loads(handler.body)["Labels"]["io.mic.made"])
+        handler.send(201, b'{"Id": "c1"}')
+
+    fake.answers["POST /containers/create"] = create
+    for _ in range(2):
+        runtime.create(LAUNCH)
+    assert len({*made}) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import uuid
 from collections.abc import Iterator
@@ -284,3 +285,24 @@ def test_a_lock_is_not_had_twice_and_not_on_what_was_removed(tmp_path: Path) -> 
     os.close(handle)
     assert list(tmp_path.iterdir()) == []
     records.discard(path)  # once more is success
+
+
+def test_a_copy_of_a_record_is_named_and_not_touched(world: World) -> None:
+    runtime = world.make(given_name=lambda identity: identity.instance)
+    runtime.start(world.launch("one", ("sleep", "60")))
+    (seen,) = runtime.observe().workloads
+    assert seen.pid is not None
+    copy = world.directory / "backup"
+    shutil.copytree(world.directory / "one", copy)
+    view = runtime.observe()
+    assert view.workloads == (seen,)
+    assert view.strangers == (
+        Stranger("subprocess", "backup", "backup", (), False, "it is a copy of the record of one",
+                 "one"),
+    )  # fmt: skip
+    for call in (lambda: runtime.stop(replace(seen, name="backup"), signal="SIGTERM", grace=1),
+                 lambda: runtime.remove(replace(seen, name="backup"))):  # fmt: skip
+        with pytest.raises((StopFailed, RuntimeRefused), match="it is a copy of the record of one"):
+            call()
+    assert runs(seen.pid)
+    assert copy.is_dir()

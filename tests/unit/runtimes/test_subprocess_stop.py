@@ -339,3 +339,23 @@ def test_what_is_not_there_is_stopped_already(world: World, tmp_path: Path) -> N
     world.await_state("one", "exited")
     world.runtime.remove(seen)
     assert stop(world, seen) < 0.1
+
+
+def copy_of(pid: int, **more: str) -> subprocess.Popen[bytes]:
+    """A process of somebody else, with the environment of `pid`."""
+    return subprocess.Popen(["sleep", "60"], env={**(procfs.environ(pid) or {}), **more})
+
+
+def test_a_copied_environment_makes_nobody_ours(world: World) -> None:
+    """Not while the keeper runs, which keeps the whole tree below itself."""
+    seen = world.start("one", python(STUBBORN + "escape(1)\n" + SLEEP))
+    assert seen.pid is not None
+    until(lambda: len(procfs.tree(world.record("one")["keeper"]["pid"])) >= 4, "the strays")
+    strays = set(procfs.tree(world.record("one")["keeper"]["pid"]))
+    with copy_of(seen.pid) as mine:
+        try:
+            stop(world, seen, grace=0.3)
+            assert mine.poll() is None
+            assert not [pid for pid in strays if runs(pid)]
+        finally:
+            mine.kill()

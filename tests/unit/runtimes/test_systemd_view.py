@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,3 +174,25 @@ def test_processes_are_named_briefly() -> None:
     assert str(LEFT) == "77 (sleep 9)"
     assert str(Process(1, "")) == "1 (?)"
     assert str(Process(1, "x" * 100)) == f"1 ({'x' * 60})"
+
+
+# --- copies -----------------------------------------------------------------------------------
+
+
+def test_a_unit_with_a_copied_environment_is_a_stranger() -> None:
+    copy = replace(unit("active", "running", MainPID=42), name="mic-default-copy.service")
+    assert systemd_view.judge(copy, "default", "h") == Stranger(
+        *("systemd", "mic-default-copy.service", "mic-default-copy.service", (), True),
+        f"it has the environment of {NAME}.service, and another name: it is a copy",
+        "a",
+    )
+
+
+def test_a_unit_of_our_name_from_a_file_is_a_stranger() -> None:
+    path = f"/etc/systemd/system/{NAME}.service"
+    seen = systemd_view.judge(
+        unit("active", "running", Transient=False, FragmentPath=path), "default", "h"
+    )
+    assert isinstance(seen, Stranger)
+    assert (seen.reason, seen.claims) == (f"it comes from a unit file, {path}", "a")
+    assert judge(unit("active", "running", Transient=True)).name == NAME
