@@ -54,7 +54,10 @@ def everything(world: DaemonWorld) -> dict[str, tuple[str, str]]:
     assert world.engine is not None
     found = {}
     for item in scopes.containers(world.engine, world.mic.scope):
-        looked = world.engine.inspect_container(item["Id"])
+        try:
+            looked = world.engine.inspect_container(item["Id"])
+        except docker.errors.NotFound:
+            continue  # removed since it was listed
         if looked["State"]["Running"]:
             found[item["Id"]] = (name_of(item), looked["State"]["StartedAt"])
     return found

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from mic_supervisor.errors import MicError, RuntimeRefused, StopFailed
 from mic_supervisor.model import Limits, RunState
 from mic_supervisor.runtimes import procfs
+from mic_supervisor.runtimes.systemd_unit import identity_variables
 from tests.integration.systemd.world import STUBBORN, World, python, run, sh
 from tests.support.waiting import until
 
@@ -330,11 +332,15 @@ def test_one_that_cannot_be_killed_is_named(world: World) -> None:
 
 def test_a_copied_unit_is_left_alone(world: World) -> None:
     """Under another name, and from a unit file under the very name once ours is gone."""
-    seen = world.start("a", sh("exec sleep 300"))
-    shown = run("systemctl", "show", "--property=Environment", "--value", seen.ref).strip()
+    launch = world.launch("a", sh("exec sleep 300"))
+    launch = replace(launch, identity=replace(launch.identity, spec={}))
+    world.runtime.start(launch)
+    seen = world.look("a")
+    variables = identity_variables(launch).items()
+    shown = "".join(f"Environment='{key}={value}'\n" for key, value in variables)
     copy = f"mic-{world.scope}-copy.service"
     path = Path("/run/systemd/system") / seen.ref
-    service = f"[Service]\nExecStart=/bin/sleep 300\nEnvironment={shown}\n"
+    service = f"[Service]\nExecStart=/bin/sleep 300\n{shown}"
     path.with_name(copy).write_text(service)
     run("systemctl", "daemon-reload")
     run("systemctl", "start", copy)
