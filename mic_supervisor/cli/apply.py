@@ -106,10 +106,12 @@ def _alone(
     from mic_supervisor.converge.documents import apply_document
     from mic_supervisor.converge.lock import writer
     from mic_supervisor.converge.state import host_name
+    from mic_supervisor.daemon.generations import accept
 
     with writer(found.lock_path, "mic-supervisor apply", patience):
         machine = wiring.machine(found, create_key=True)
         targets = wiring.targets(machine, config, names, "apply")
+        accept(machine.state, config, confirmed=targets is None)
         context = replace(machine.context, targets=targets)
         snapshot, errors = converge_once(
             replace(machine, context=context), config, rebind=rebind, quiet=quiet

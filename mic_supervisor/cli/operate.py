@@ -79,7 +79,8 @@ class Opened:
     """The file while nobody else may edit it, and what it says of the GPUs in question.
 
     `entry` holds any of them, None where none is listed; `keys` are the GPUs as the file spells
-    them, `uuids` what is known of their identity.
+    them, `uuids` what is known of their identity. `doubt` says why the file as it is now is not
+    what is followed.
     """
 
     file: LockedFile
@@ -88,6 +89,7 @@ class Opened:
     keys: tuple[GpuKey, ...]
     uuids: tuple[str, ...]
     action: str
+    doubt: str | None
 
     @property
     def model(self) -> str | None:
@@ -96,9 +98,13 @@ class Opened:
 
     def put(self, model: str | None) -> bool:
         """Have the file say so; False where it does already. Raises MicError, changing nothing."""
+        from mic_supervisor.config.doubt import WAY_OUT
         from mic_supervisor.config.edit import assign
 
         path = self.config.path
+        if self.doubt is not None:
+            # With this edit in it, the file would not look cut any more.
+            raise MicError(f"cannot {self.action}: {self.doubt}", hint=WAY_OUT)
         if self.entry is not None and self.entry.place.file != str(path):
             raise MicError(
                 f"cannot {self.action}: {self.entry.place} sets it, and drop-ins win over {path}",
@@ -148,7 +154,8 @@ def opened(found: Settings, keys: tuple[GpuKey, ...], action: str) -> Iterator[O
     with locked(found.config) as file:
         config = _load(found, file.data)
         entry, keys, uuids = _find(found, config, keys, action)
-        yield Opened(file, config, entry, keys, uuids, action)
+        why = wiring.unconfirmed(wiring.machine(found, create_key=False), config)
+        yield Opened(file, config, entry, keys, uuids, action, why)
 
 
 def _load(found: Settings, data: bytes) -> Config:
@@ -261,9 +268,11 @@ def alone(
     With `gpus` only what is on these is changed.
     """
     from mic_supervisor.cli.apply import converge_once
+    from mic_supervisor.config.doubt import WAY_OUT
     from mic_supervisor.converge.documents import apply_document
     from mic_supervisor.converge.lock import writer
     from mic_supervisor.converge.state import host_name
+    from mic_supervisor.daemon.generations import accept
     from mic_supervisor.plan.selection import Selection
 
     with writer(found.lock_path, f"mic-supervisor {command}", 30.0):
@@ -273,6 +282,10 @@ def alone(
             machine.context, confirmed=False, forced=frozenset(force), targets=targets
         )
         config = wiring.load_config(found, None, machine.registry)
+        why = wiring.unconfirmed(machine, config)
+        if why is not None:
+            raise MicError(f"cannot {command}: {why}", hint=WAY_OUT)
+        accept(machine.state, config, confirmed=False)
         snapshot, errors = converge_once(replace(machine, context=context), config, forgive=forgive)
     return apply_document(snapshot, errors, host_name(), targets, snapshot.plan.left_out)
 

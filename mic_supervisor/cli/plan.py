@@ -95,7 +95,12 @@ def make_plan(
     machine = wiring.machine(found, create_key=False)
     config = wiring.load_config(found, file, machine.registry)
     memory = machine.state.memory()
-    context = replace(machine.context, targets=wiring.targets(machine, config, targets, "plan"))
+    own = file is None or file.resolve() == found.config.resolve()
+    context = replace(
+        machine.context,
+        targets=wiring.targets(machine, config, targets, "plan"),
+        unconfirmed=wiring.unconfirmed(machine, config) if own else None,
+    )
     observed = observe(machine.sources, time.time())
     provider = FileDesired(config, machine.registry, machine.settings.instance_data)
     desired = provider.state(observed.inventory, memory.bindings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -182,7 +183,8 @@ def look_once(machine: Machine) -> Look:
     health = health_of_all(before, memory, provider, machine.sources, indices, observed.at)
     observed = with_health(observed, health)
     assessments = assess(desired, observed, machine.context, memory)
-    plan = reconcile(desired, observed, memory, observed.at, machine.context, assessments)
+    context = replace(machine.context, unconfirmed=wiring.unconfirmed(machine, config))
+    plan = reconcile(desired, observed, memory, observed.at, context, assessments)
     statuses = instance_statuses(desired, observed, assessments, plan, memory, {})
     return Look(config, desired, observed, statuses, plan, memory)
 

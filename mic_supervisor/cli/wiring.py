@@ -79,6 +79,20 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
     )
 
 
+def unconfirmed(machine: Machine, config: Config) -> str | None:
+    """Why a daemon does not follow `config` before a person confirms it; None: it does."""
+    from mic_supervisor.daemon import generations
+
+    found = machine.settings
+    return generations.unconfirmed(
+        machine.state,
+        config,
+        machine.registry,
+        found.environ,
+        prune_on_watch=found.prune_on_watch,
+    )
+
+
 def names(machine: Machine, config: Config, kept: Memory) -> Names:
     """What there is to be named: in the file, running, or paused."""
     from mic_supervisor.converge.desired import FileDesired

@@ -85,3 +85,4 @@ class Config:
     hooks: Hooks | None = None
     servers: Mapping[str, str] = field(default_factory=dict)  # of models that share one, by name
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)  # merged, plain data
+    texts: tuple[str, ...] = field(default=(), repr=False)  # of `files`, each line end as "\n"

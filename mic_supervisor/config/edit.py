@@ -50,11 +50,14 @@ def assign(text: str, entry: GpuEntry | None, keys: tuple[GpuKey, ...], model: s
     """`text` with `model` on the GPUs `keys`; None keeps them empty.
 
     `entry` is an entry of this file that has any of these GPUs, as it was loaded from this very
-    text; None: it has none yet. One GPU may be taken out of a range. The text must be valid. Raises
-    MicError for a part of a group, and where the layout defeats this.
+    text; None: it has none yet. One GPU may be taken out of a range. The text must be valid. What
+    changes gets a line end at its end: without one, the file may have been cut. Raises MicError for
+    a part of a group, and where the layout defeats this.
     """
     value = NONE if model is None else model
     after = _splice(text, entry, keys, value)
+    if after is not None and after != text and not after.endswith("\n"):
+        after += _line_end_of(after)
     if after is None or _meaning(after) != {**_meaning(text), frozenset(keys): value}:
         raise MicError(
             "cannot edit the file: the way its `gpus:` is laid out is not understood",

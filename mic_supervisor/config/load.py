@@ -61,4 +61,5 @@ def load(
         servers=servers,
         variables=dict(sorted(checker.variables.items())),
         document=document,
+        texts=tuple("\n".join(report.lines[str(file)]) for file in merged.files),
     )

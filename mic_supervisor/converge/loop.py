@@ -109,7 +109,8 @@ class Converger:
 
     `context` holds what decisions depend on; `save` is called with the memory whenever it changed,
     from a thread. `removal_confirmed` says whether what a configuration, by its hash, no longer
-    names may be removed. All methods belong to the thread of the event loop.
+    names may be removed; `unconfirmed` why the file as it is now is not what is followed. All
+    methods belong to the thread of the event loop.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Converger:
         self.observers: list[Callable[[Snapshot], None]] = []
         self.released: list[Callable[[float], None]] = []  # told how long each release took
         self.removal_confirmed: Callable[[str], bool] = lambda _config_hash: True
+        self.unconfirmed: Callable[[], str | None] = lambda: None
         self._sources = sources
         self._runtimes = sources.runtimes
         self._desired = desired
@@ -274,6 +276,7 @@ class Converger:
             confirmed=confirmed,
             published=self._publisher.known(desired.hook),
             hook_error=self._publisher.state.error,
+            unconfirmed=self.unconfirmed(),
         )
         observed = combine(inventory, views, listeners, dict(self._prober.health), now)
         observed = await loop.run_in_executor(

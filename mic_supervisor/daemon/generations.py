@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mic_supervisor.config.doubt import doubt
 from mic_supervisor.config.load import load
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.records import dataclass
@@ -27,13 +29,15 @@ _RECORD = "generation.json"
 class Reloaded:
     """`error` is the whole report; then nothing was swapped. `changed`: another document runs.
 
-    `warning`: it runs, and may not run again after a restart with a broken file.
+    `warning`: it runs, and may not run again after a restart with a broken file. `unconfirmed`:
+    nothing was swapped, since the file may have been cut; why, and the way out.
     """
 
     changed: bool
     generation: int
     error: str | None = None
     warning: str | None = None
+    unconfirmed: str | None = None
 
 
 class Generations:
@@ -57,6 +61,7 @@ class Generations:
         self.loaded_at: float | None = None
         self.error: str | None = None
         self.error_at: float | None = None
+        self.unconfirmed: str | None = None  # why the file as it is now waits for a person's word
         self._confirmed_hash = ""
         self._registry = registry
         self._environ = environ
@@ -64,11 +69,13 @@ class Generations:
         self._prune_on_watch = prune_on_watch
         self._seen = ""
         self._kept_hash = ""
+        self._accepted: Config | None = None  # that runs, or ran before a restart
 
     def confirms(self, config_hash: str) -> bool:
         """Whether what the document of this hash no longer names may be removed.
 
-        Somebody asked for exactly this document, with `reload` or `apply`. "" is no document.
+        Somebody asked for exactly this document, with `reload` or `apply`, and nothing else was
+        accepted since. "" is no document.
         """
         if not config_hash:
             return False
@@ -76,37 +83,25 @@ class Generations:
 
     def start(self, now: float) -> Reloaded:
         """The file, or else what ran before. Never raises for what is in either."""
-        self._read_record()
-        outcome = self.reload(now, confirm=False)
-        if outcome.error is None:
-            return outcome
-        # A crash between two renames leaves the one before under its other name.
-        places = [self._state.path / name / "gpus.yaml" for name in (_KEPT, f".{_KEPT}.old")]
-        kept = next((path for path in places if path.exists()), None)
-        if kept is None:
-            return outcome
+        self.number, self._kept_hash, self._confirmed_hash = _recorded(self._state)
+        unusable = ""
         try:
-            # It was valid: a plug-in that is broken since, or gone, blocks its own models alone.
-            self.config = load(kept, self._registry, environ=self._environ, tolerant=True)
+            self._accepted = last_good(self._state, self._registry, self._environ)
         except ConfigError as error:
-            self.error = f"{self.error}\nand what ran before cannot be used: {error.rendered}"
+            unusable = f"\nand what ran before cannot be used: {error.rendered}"
+        outcome = self.reload(now, confirm=False)
+        if self.config is not None:
             return outcome
-        self.loaded_at = now
+        if self.error is not None:
+            self.error += unusable
+        if self._accepted is not None:
+            self.config, self.loaded_at = self._accepted, now
         return outcome
 
-    def _read_record(self) -> None:
-        try:
-            record = self._state.read_json(_RECORD)
-            if isinstance(record, dict):
-                self.number = int(record.get("generation", 0))
-                self._kept_hash = str(record.get("hash", ""))
-                self._confirmed_hash = str(record.get("confirmed", ""))
-        except (MicError, TypeError, ValueError):
-            return  # counting starts anew, and a removal has to be confirmed again
-
     def reload(self, now: float, *, confirm: bool) -> Reloaded:
-        """Read the file, and run it if it is valid."""
+        """Read the file, and run it if it is valid and nothing says that it is only a part."""
         self._seen = self._fingerprint()
+        self.unconfirmed = None
         try:
             config = load(self.path, self._registry, environ=self._environ)
         except ConfigError as error:
@@ -114,6 +109,10 @@ class Generations:
             self.error_at = now
             return Reloaded(False, self.number, self.error)
         self.error = self.error_at = None
+        if not confirm and config.hash != self._confirmed_hash:
+            self.unconfirmed = doubt(self._accepted, config, prune=self._prune_on_watch)
+            if self.unconfirmed is not None:
+                return Reloaded(False, self.number, unconfirmed=self.unconfirmed)
         changed = self.config is None or config.hash != self.config.hash
         if changed and (self.config is not None or config.hash != self._kept_hash):
             self.number += 1
@@ -121,11 +120,16 @@ class Generations:
             self.loaded_at = now
         if confirm:
             self._confirmed_hash = config.hash
+        elif config.hash != self._confirmed_hash:
+            # What comes back later may be this one cut short, whatever it is equal to.
+            self._confirmed_hash = ""
         # Even an equal document may stand elsewhere now: diagnostics name its lines.
-        self.config = config
+        self.config = self._accepted = config
         if not (changed or confirm or config.hash != self._kept_hash):
             return Reloaded(changed, self.number)
         try:
+            # First: what may be removed is never said by an older record than the files.
+            record(self._state, self.number, config.hash, self._confirmed_hash)
             self._keep(config)
         except MicError as error:
             # A disk that is full must not end the supervision, nor hold up a change.
@@ -181,13 +185,70 @@ class Generations:
                 f"cannot keep the configuration in {target}: {error.strerror}",
                 hint="make room, or point MIC_STATE_DIR to a directory that can be written",
             ) from error
-        record = {
-            "generation": self.number,
-            "hash": config.hash,
-            "confirmed": self._confirmed_hash,
-        }
-        self._state.write(_RECORD, json.dumps(record))
         self._kept_hash = config.hash
+
+
+def last_good(state: StateDir, registry: Registry, environ: Mapping[str, str]) -> Config | None:
+    """What a daemon accepted last; None where there was none. Raises ConfigError."""
+    # A crash between two renames leaves the one before under its other name.
+    places = [state.path / name / "gpus.yaml" for name in (_KEPT, f".{_KEPT}.old")]
+    kept = next((path for path in places if path.exists()), None)
+    if kept is None:
+        return None
+    # It was valid: a plug-in that is broken since, or gone, blocks its own models alone.
+    return load(kept, registry, environ=environ, tolerant=True)
+
+
+def unconfirmed(
+    state: StateDir,
+    config: Config,
+    registry: Registry,
+    environ: Mapping[str, str],
+    *,
+    prune_on_watch: bool,
+) -> str | None:
+    """Why a daemon does not follow `config` before a person confirms it; None: it does."""
+    if config.hash == _recorded(state)[2]:
+        return None
+    try:
+        accepted = last_good(state, registry, environ)
+    except ConfigError:
+        accepted = None  # then nothing can be compared with it
+    return doubt(accepted, config, prune=prune_on_watch)
+
+
+def accept(state: StateDir, config: Config, *, confirmed: bool) -> None:
+    """Note what a command runs while no daemon does: the next daemon goes by it.
+
+    A confirmation ends with another document here as well. Raises MicError.
+    """
+    number, last, before = _recorded(state)
+    kept = config.hash if confirmed or config.hash == before else ""
+    if (last, before) != (config.hash, kept):
+        record(state, number + (last != config.hash), config.hash, kept)
+
+
+def record(state: StateDir, generation: int, config_hash: str, confirmed: str) -> None:
+    """One that cannot be renewed goes: an old one would confirm what nobody asked for."""
+    content = {"generation": generation, "hash": config_hash, "confirmed": confirmed}
+    try:
+        state.write(_RECORD, json.dumps(content))
+    except MicError:
+        with suppress(OSError):
+            (state.path / _RECORD).unlink(missing_ok=True)
+        raise
+
+
+def _recorded(state: StateDir) -> tuple[int, str, str]:
+    """Generation, hash and confirmed hash; without a record, counting starts anew."""
+    try:
+        found = state.read_json(_RECORD)
+        if isinstance(found, dict):
+            number = int(found.get("generation", 0))
+            return number, str(found.get("hash", "")), str(found.get("confirmed", ""))
+    except (MicError, TypeError, ValueError):
+        pass  # a removal has to be confirmed again
+    return 0, "", ""
 
 
 def _write(path: Path, content: bytes) -> None:

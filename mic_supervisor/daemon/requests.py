@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor import __version__
+from mic_supervisor.config.doubt import WAY_OUT
 from mic_supervisor.config.merge import NONE
 from mic_supervisor.config.names import composed
 from mic_supervisor.converge.documents import apply_document, in_gpu_order, paused_json, row_json
@@ -126,6 +127,8 @@ class Requests:
                 rendered=outcome.error,
                 hint=f"generation {outcome.generation} keeps running",
             )
+        if outcome.unconfirmed is not None:
+            raise MicError(f"cannot follow the file: {outcome.unconfirmed}", hint=WAY_OUT)
         return {"changed": outcome.changed, "generation": outcome.generation}
 
     async def _apply(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:

@@ -36,4 +36,6 @@ def sentence(published: Published) -> str:
     if config.error is not None:
         first = next((line for line in config.error.splitlines() if line.strip()), "")
         parts.append(f"the file has errors and is not used: {first}")
+    if config.unconfirmed is not None:
+        parts.append(f"the file is not used yet: {config.unconfirmed}")
     return "; ".join(parts)

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mic_supervisor import __version__
+from mic_supervisor.config.doubt import WAY_OUT
 from mic_supervisor.converge.desired import FileDesired
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger
@@ -99,6 +100,7 @@ class Supervisor:
             clock=self._clock,
         )
         self._converger.removal_confirmed = self._generations.confirms
+        self._converger.unconfirmed = lambda: self._generations.unconfirmed
         self._converger.resync = min(settings.resync, (self._notifier.watchdog or 1e9) / 3)
         self._converger.released.append(self._count_release)
         self._gpu_watch = GpuWatch(sources.gpus, wake=self._converger.wake, clock=self._clock)
@@ -188,6 +190,8 @@ class Supervisor:
         )
         if self._generations.error is not None:
             LOGGER.error("%s", self._generations.error)
+        if self._generations.unconfirmed is not None:
+            LOGGER.warning("%s: %s", self._generations.unconfirmed, WAY_OUT)
         self._warn(self._started_with)
         self._events.tell(
             Event("config", self._clock(), "configuration", self._origin(), cause="start")
@@ -195,11 +199,14 @@ class Supervisor:
 
     def _origin(self) -> str:
         found = self._generations
-        if found.error is None:
+        why = "the file has errors"
+        if found.unconfirmed is not None:
+            why = "the file waits to be confirmed"
+        elif found.error is None:
             return f"started with generation {found.number}"
         if found.config is not None:
-            return f"started with generation {found.number}, the last good one: the file has errors"
-        return "started with nothing: the file has errors, and nothing is started or stopped"
+            return f"started with generation {found.number}, the last good one: {why}"
+        return f"started with nothing: {why}, and nothing is started or stopped"
 
     async def _stop_instances(self) -> None:
         """Remove nothing by a file's word: this is the operator's setting MIC_ON_STOP=stop."""
@@ -270,13 +277,16 @@ class Supervisor:
         if outcome.error is not None:
             LOGGER.error("%s", outcome.error)
             text = f"rejected ({why}); generation {number} keeps running"
+        elif outcome.unconfirmed is not None:
+            LOGGER.warning("%s: %s", outcome.unconfirmed, WAY_OUT)
+            text = f"waits to be confirmed ({why}); generation {number} keeps running"
         elif outcome.changed:
             text = f"generation {number} accepted ({why})"
         else:
             text = f"generation {number} confirmed ({why})"
         self._warn(outcome)
         self._events.tell(Event("config", now, "configuration", text, cause=why))
-        if outcome.error is None:
+        if outcome.error is None and outcome.unconfirmed is None:
             self._desired.use(self._config())
         # A round may take its time: what is wrong with the file is shown now.
         self._tell(self.published.snapshot)
@@ -356,6 +366,7 @@ class Supervisor:
                 last_reload_ok=found.error is None,
                 error=found.error,
                 error_at=found.error_at,
+                unconfirmed=found.unconfirmed,
                 models={name: model.backend for name, model in models.items()},
             ),
             loop=self._loop_state,

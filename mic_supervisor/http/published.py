@@ -18,6 +18,8 @@ from mic_supervisor.records import dataclass
 class ConfigState:
     """Which configuration runs. `error` is the whole report on the file as it is now, or None.
 
+    `unconfirmed` says why the file as it is now waits until a person confirms it.
+
     `generation` counts accepted configurations, over restarts. `hash` is "" while there is none.
     """
 
@@ -29,6 +31,7 @@ class ConfigState:
     error: str | None
     error_at: float | None
     models: Mapping[str, str] = field(default_factory=dict)  # name -> backend
+    unconfirmed: str | None = None
 
 
 RELEASE_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

@@ -49,6 +49,7 @@ class Context:
     # The instances that were published, by model; None: nobody has to be told, or can be.
     published: Mapping[str, Collection[str]] | None = None
     hook_error: str | None = None
+    unconfirmed: str | None = None  # why the file as it is now is not what is followed
     confirmed: bool = True  # whether what the file no longer names may be removed
     targets: Selection | None = None  # None: everything; else the rest is left as it is
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mic_supervisor.config.doubt import WAY_OUT
 from mic_supervisor.model import (
     DesiredState,
     ObservedState,
@@ -142,6 +143,8 @@ class _Round:
         ]
         hook_error = self.context.hook_error
         notes = [hook_error] if hook_error is not None and self.desired.hook is not None else []
+        if self.context.unconfirmed is not None:
+            notes.append(f"{self.context.unconfirmed}: {WAY_OUT}")
         notes += warnings(self.desired, self.observed, self.context.scope, self.context.busy)
         if self.observed.inventory.error is not None:  # 1
             reason = self.observed.inventory.error

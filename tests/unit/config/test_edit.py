@@ -121,7 +121,7 @@ def test_one_entry_changes(key: str, model: str | None, old: str, new: str) -> N
     ("gpus", "key", "model", "after"),
     [
         ("gpus: {0: MAM}\n", "0", None, "gpus: {0: none}\n"),
-        ("gpus: {0: MAM, 1: face}", "2", "MAM", "gpus: {0: MAM, 1: face, 2: MAM}"),
+        ("gpus: {0: MAM, 1: face}", "2", "MAM", "gpus: {0: MAM, 1: face, 2: MAM}\n"),
         (
             "gpus: {0: MAM,\n       1: face,}\n",
             "2",
@@ -130,9 +130,9 @@ def test_one_entry_changes(key: str, model: str | None, old: str, new: str) -> N
         ),
         ("gpus: {'0-2': MAM}\n", "1", None, "gpus: {0: MAM, 1: none, 2: MAM}\n"),
         ("gpus: {0-3: MAM}\n", "0", None, "gpus: {0: none, 1-3: MAM}\n"),
-        ("gpus: {0: MAM}", UUID, "face", f"gpus: {{0: MAM, {UUID}: face}}"),
-        ("gpus:\n  0: MAM", "1", "face", "gpus:\n  0: MAM\n  1: face"),
-        ("gpus:\n      0: MAM # x", "1", "face", "gpus:\n      0: MAM # x\n      1: face"),
+        ("gpus: {0: MAM}", UUID, "face", f"gpus: {{0: MAM, {UUID}: face}}\n"),
+        ("gpus:\n  0: MAM", "1", "face", "gpus:\n  0: MAM\n  1: face\n"),
+        ("gpus:\n      0: MAM # x", "1", "face", "gpus:\n      0: MAM # x\n      1: face\n"),
         ("gpus:\n  0:\n    MAM\n", "0", None, "gpus:\n  0:\n    none\n"),
         ("gpus:\n  0-1:\n    MAM # x\n", "0", None, "gpus:\n  0:\n    none # x\n  1: MAM\n"),
         ("gpus:\n  ? 0\n  : MAM\n", "0", None, "gpus:\n  ? 0\n  : none\n"),
@@ -164,8 +164,15 @@ def test_a_file_that_is_json_stays_json() -> None:
     head = '{"version": 1, "models": {"MAM": {"backend": "command", "command": ["/a"]}}, "gpus":'
     text = head + ' {"0-2":"MAM"}}'
     after = put(text, "1", None)
-    assert after == head + ' {"0":"MAM", "1":"none", "2":"MAM"}}'
-    assert put(after, "7", "MAM") == after[:-2] + ', "7": "MAM"}}'
+    assert after == head + ' {"0":"MAM", "1":"none", "2":"MAM"}}\n'
+    assert put(after, "7", "MAM") == after[:-3] + ', "7": "MAM"}}\n'
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_text_that_changes_ends_with_a_line_end(end: str) -> None:
+    text = (MODELS + "gpus:\n  0: MAM\n  1: face").replace("\n", end)
+    assert put(text, "0", None) == text.replace("0: MAM", "0: none") + end
+    assert put(text, "0", "MAM") == text
 
 
 def test_line_ends_of_another_world_stay() -> None:
@@ -268,7 +275,9 @@ def test_any_file_keeps_every_line_but_one(
     after = put(text, key, model)
     wanted = meaning(text) | dict.fromkeys(key.split(","), model)
     assert meaning(after) == wanted
-    before, now = text.splitlines(keepends=True), after.splitlines(keepends=True)
+    # What changes ends with a line end; that a last line gets one is no change of it.
+    before, now = text.splitlines(), after.splitlines()
+    assert after.endswith("\n") or after == text
     changes = [
         block
         for block in difflib.SequenceMatcher(None, before, now).get_opcodes()

@@ -14,7 +14,7 @@ from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.load import load
 from mic_supervisor.converge.desired import desired_state
 from mic_supervisor.converge.state import StateDir
-from mic_supervisor.daemon.generations import Generations
+from mic_supervisor.daemon.generations import Generations, Reloaded, accept
 from mic_supervisor.errors import MicError
 from mic_supervisor.gpu.simulated import SimulatedSource
 from mic_supervisor.model import ObservedState, ObservedWorkload, RunState, RuntimeView
@@ -131,8 +131,73 @@ def test_a_word_is_for_one_document(files: Files) -> None:
     files.path.write_text(ORDERS["one line"])
     found.reload(3.0, confirm=False)
     assert not found.confirms(hash_of(found))
-    assert files.start().confirms(first)  # kept over a restart
     assert not files.start().confirms(hash_of(found))
+    assert not files.start().confirms(first)  # another one was accepted since
+    files.path.write_text(ORDERS["GPUs last"])
+    found.reload(4.0, confirm=False)
+    assert hash_of(found) == first
+    assert not found.confirms(first)
+
+
+def test_a_word_outlasts_comments_errors_and_a_restart(files: Files) -> None:
+    found = files.start()
+    found.reload(2.0, confirm=True)
+    for text in ("gpus: [", "# a comment\n" + ORDERS["GPUs first"]):
+        files.path.write_text(text)
+        found.reload(3.0, confirm=False)
+        assert found.confirms(hash_of(found))
+    files.path.write_text("gpus: [")
+    again = files.start()  # what runs is the last good one
+    assert again.confirms(hash_of(again))
+
+
+def test_a_word_ends_on_the_disk_before_the_files_are_kept(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = files.start()
+    found.reload(2.0, confirm=True)
+    first = hash_of(found)
+    files.path.write_text(ORDERS["one line"])
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Generations, "_keep", die)
+        found.reload(3.0, confirm=False)
+    files.path.write_text(ORDERS["GPUs last"])
+    again = files.start()
+    assert (hash_of(again), again.confirms(first)) == (first, False)
+
+
+def test_a_word_ends_although_the_record_cannot_be_written(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = files.start()
+    found.reload(2.0, confirm=True)
+    first = hash_of(found)
+    files.path.write_text(ORDERS["one line"])
+
+    def full(*_: object) -> None:
+        raise MicError("cannot write: no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.state, "write", full)
+        assert found.reload(3.0, confirm=False).warning is not None
+    files.path.write_text(ORDERS["GPUs last"])
+    assert not files.start().confirms(first)
+
+
+def test_a_word_ends_when_another_document_is_applied_without_the_daemon(files: Files) -> None:
+    found = files.start()
+    found.reload(2.0, confirm=True)
+    first = hash_of(found)
+    files.path.write_text(ORDERS["one line"])
+    other = load(files.path, REGISTRY, environ={})
+    accept(files.state, other, confirmed=True)
+    assert files.start().confirms(other.hash)
+    files.path.write_text(ORDERS["GPUs last"])
+    assert not files.start().confirms(first)
 
 
 def test_no_document_is_never_confirmed(files: Files) -> None:
@@ -260,6 +325,127 @@ def test_a_record_that_is_none(files: Files, text: str) -> None:
     assert json.loads((files.state.path / "generation.json").read_text())["generation"] == 1
 
 
+# --- files that may be a part -------------------------------------------------------------------
+
+SWAP = f"version: 1\n{MODELS}  a1: {{backend: process, command: [/bin/sleep, '2']}}\ngpus:\n  0: a1"
+
+
+def test_a_file_without_a_line_end_waits(files: Files) -> None:
+    files.path.write_text(SWAP + "\n")
+    found = files.start()
+    good = hash_of(found)
+    cut = SWAP[:-1]  # `0: a1` says `0: a`
+    files.path.write_text(cut)
+    outcome = found.reload(2.0, confirm=False)
+    why = f"{files.path} does not end with a line end; it may have been cut"
+    assert outcome == Reloaded(False, 1, unconfirmed=why)
+    assert (hash_of(found), found.unconfirmed, found.error) == (good, why, None)
+    again = files.start()
+    assert (hash_of(again), again.unconfirmed, again.number) == (good, why, 1)
+    # Finished, or confirmed, it is used.
+    files.path.write_text(cut + "\n")
+    assert found.reload(3.0, confirm=False).changed
+    assert found.unconfirmed is None
+    files.path.write_text(SWAP)
+    assert not found.reload(4.0, confirm=False).changed
+    assert found.reload(5.0, confirm=True).changed
+    assert (hash_of(found), found.unconfirmed) == (good, None)
+    again = files.start()  # it runs already
+    assert (hash_of(again), again.unconfirmed) == (good, None)
+
+
+def test_without_a_line_end_a_first_file_starts_nothing(files: Files) -> None:
+    files.path.write_text(SWAP)
+    found = files.start()
+    assert found.config is None
+    assert found.unconfirmed is not None
+    accept(files.state, load(files.path, REGISTRY, environ={}), confirmed=True)  # `apply`
+    assert files.start().unconfirmed is None
+
+
+def test_an_error_takes_the_place_of_a_doubt(files: Files) -> None:
+    found = files.start()
+    files.path.write_text(SWAP)
+    assert found.reload(2.0, confirm=False).unconfirmed is not None
+    files.path.write_text("gpus: [")
+    assert found.reload(3.0, confirm=False).error is not None
+    assert found.unconfirmed is None
+
+
+@pytest.mark.parametrize("at_start", [False, True])
+@pytest.mark.parametrize("prune_on_watch", [False, True])
+@pytest.mark.parametrize("way", ["cut", "cut at a line", "empty", "gone", "folder gone"])
+def test_a_drop_in_that_is_cut_or_gone_lets_nothing_else_run(
+    files: Files, way: str, prune_on_watch: bool, at_start: bool
+) -> None:
+    drop_in = files.path.with_name("gpus.yaml.d") / "10.yaml"
+    drop_in.parent.mkdir()
+    drop_in.write_text("gpus:\n  1: a\n  4: b\n")
+    found = files.start(prune_on_watch=prune_on_watch)
+    good = hash_of(found)
+    texts = {"cut": "gpus:\n  1: a", "cut at a line": "gpus:\n  1: a\n", "empty": ""}
+    if way in texts:
+        drop_in.write_text(texts[way])
+    else:
+        drop_in.unlink()
+    if way == "folder gone":
+        drop_in.parent.rmdir()
+    if at_start:
+        found = files.start(prune_on_watch=prune_on_watch)
+    else:
+        found.reload(2.0, confirm=False)
+    if prune_on_watch and way not in ("cut", "empty"):
+        assert hash_of(found) != good
+        return
+    assert hash_of(found) == good
+    assert str(drop_in) in str(found.unconfirmed)
+    found.reload(3.0, confirm=True)
+    assert (hash_of(found) != good, found.unconfirmed) == (True, None)
+
+
+def test_what_the_plan_holds_or_none_is_no_doubt(files: Files) -> None:
+    drop_in = files.path.with_name("gpus.yaml.d") / "10.yaml"
+    drop_in.parent.mkdir()
+    drop_in.write_text("models: {c: {backend: process, command: [/bin/c]}}\ngpus: {6: c, 7: c}\n")
+    found = files.start()
+    drop_in.rename(drop_in.with_name("20.yaml"))
+    found.reload(2.0, confirm=False)
+    assert (found.number, found.unconfirmed) == (1, None)
+    drop_in.with_name("20.yaml").unlink()  # 6 is `none` in the file, 7 is not in it
+    assert found.reload(3.0, confirm=False).changed
+    assert not found.confirms(hash_of(found))
+
+
+def test_the_end_of_a_definition_that_is_gone_is_a_doubt(files: Files) -> None:
+    text = (
+        "version: 1\ngpus: {0: a}\nmodels:\n  a:\n    backend: process\n    command: [/bin/a]\n"
+        "    env:\n      A: b\n      C: d\n"
+    )
+    files.path.write_text(text)
+    found = files.start()
+    files.path.write_text(text.removesuffix("      C: d\n"))
+    outcome = found.reload(2.0, confirm=False)
+    assert outcome.unconfirmed == (
+        f"{files.path} is the beginning of what it was; it may have been cut"
+    )
+    # Somebody who edits changes more than the end, or adds to it.
+    files.path.write_text(text.replace("C: d", "C: e"))
+    assert found.reload(3.0, confirm=False).changed
+
+
+def test_an_older_file_put_back_removes_nothing(files: Files) -> None:
+    older = f"version: 1\n{MODELS}gpus:\n  0: a\n"
+    files.path.write_text(older)
+    found = files.start()
+    found.reload(2.0, confirm=True)
+    files.path.write_text(ORDERS["GPUs last"])
+    found.reload(3.0, confirm=False)
+    files.path.write_text(older)
+    for seen in (found, files.start()):
+        seen.reload(4.0, confirm=False)
+        assert not seen.confirms(hash_of(seen))
+
+
 # --- a file cut short ---------------------------------------------------------------------------
 
 
@@ -308,7 +494,9 @@ def test_cut_short_at_every_byte_it_stops_nothing(files: Files, order: str) -> N
         plan = reconcile(desired, observed, memory, 10.0, context)
         steps = [step for change in plan.changes for step in change.steps]
         assert not [step for step in steps if isinstance(step, Start | Stop | Remove)], data
-        held += any("waits to be confirmed" in item.reason for item in plan.blocked)
+        held += found.unconfirmed is not None or any(
+            "waits to be confirmed" in item.reason for item in plan.blocked
+        )
     if order == "GPUs last":
         assert accepted > 10
         assert held > 10
