@@ -13,7 +13,8 @@ from typing import Any
 from mic_supervisor.config.document import Config
 from mic_supervisor.config.merge import NONE
 
-WAY_OUT = "finish it, or confirm with `mic-supervisor apply` or `systemctl reload mic`"
+CONFIRM = "confirm with `mic-supervisor apply` or `systemctl reload mic`"
+WAY_OUT = f"finish it, or {CONFIRM}"
 
 
 def doubt(accepted: Config | None, found: Config, *, prune: bool = False) -> str | None:

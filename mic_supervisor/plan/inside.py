@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import field
 
+from mic_supervisor.config.doubt import CONFIRM
 from mic_supervisor.plan.actions import Blocked, FieldDiff, Load, Unload
 from mic_supervisor.plan.assess import Assessment
 from mic_supervisor.plan.bring_up import blocked
@@ -79,7 +80,7 @@ def inside(
                 blocked(
                     item,
                     f"the file no longer names {one.model}; its removal waits to be confirmed",
-                    hint="confirm with `mic-supervisor apply` or `systemctl reload mic`",
+                    hint=CONFIRM,
                 )
             )
     if held:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mic_supervisor.config.doubt import WAY_OUT
+from mic_supervisor.config.doubt import CONFIRM, WAY_OUT
 from mic_supervisor.model import (
     DesiredState,
     ObservedState,
@@ -66,6 +66,7 @@ from mic_supervisor.plan.obstacles import (
     warnings,
 )
 from mic_supervisor.plan.ports import assign
+from mic_supervisor.plan.render import gpu_names
 from mic_supervisor.plan.rollout import roll
 
 
@@ -326,9 +327,7 @@ class _Round:
         """
         if self.context.confirmed:
             return orphans
-        named = {uuid for item in self.assessments for uuid in item.instance.gpus}
-        named |= set(self.desired.kept_empty)
-        held = [item for item in orphans if not set(item.identity.gpus) <= named]
+        held = [item for item in orphans if self._unnamed(item)]
         self.unconfirmed |= {item.identity.instance for item in held}
         for workload in {item.identity.instance: item for item in held}.values():
             self.blocked.append(
@@ -337,10 +336,24 @@ class _Round:
                     "the file no longer names it; its removal waits to be confirmed",
                     workload.identity.gpus,
                     workload.identity.model,
-                    "confirm with `mic-supervisor apply` or `systemctl reload mic`",
+                    CONFIRM,
                 )
             )
         return [item for item in orphans if item not in held]
+
+    def _unnamed(self, workload: ObservedWorkload) -> set[str]:
+        """Its GPUs that the file has nothing on, not even `none`."""
+        named = {uuid for item in self.assessments for uuid in item.instance.gpus}
+        return {*workload.identity.gpus} - named - {*self.desired.kept_empty}
+
+    def _shrinks(self, item: Assessment) -> Blocked | None:
+        """A server of several entries would be replaced since one of them is missing."""
+        missing = {uuid for workload in item.alive for uuid in self._unnamed(workload)}
+        if self.context.confirmed or not item.instance.shared or not missing:
+            return None
+        indices = {uuid: gpu.index for uuid, gpu in self.gpus.items()}
+        reason = f"the file no longer names {gpu_names(sorted(missing), indices)} of it"
+        return blocked(item, f"{reason}; its replacement waits to be confirmed", hint=CONFIRM)
 
     # --- one instance -------------------------------------------------------------------------
 
@@ -370,6 +383,8 @@ class _Round:
             return item.match, blocked(item, f"{', '.join(lost)} is not there")
         if sick:
             return item.match, unhealthy_gpu(item, sick[0])
+        if (shrinks := self._shrinks(item)) is not None:
+            return item.match, shrinks
         canary = self.rolled_back.get(item.instance.model)
         if canary is not None and item.alive and not item.runs:
             reason = f"the new specification failed on {canary}; the earlier one runs"

@@ -109,6 +109,27 @@ def test_what_the_file_no_longer_has_is_unloaded_once_that_is_confirmed() -> Non
     assert plan_for(emptied, state, context=watching).count == 1  # `none` acts at once
 
 
+def test_a_server_whose_entry_is_missing_is_replaced_once_that_is_confirmed() -> None:
+    both = server(A, B, gpus=(0, 1))
+    it = workload(both)
+    state = observed(it, health={it.ref: says(loaded("A"), loaded("B"))})
+    smaller = server(A, gpus=(0,))
+    watching = replace(CONTEXT, confirmed=False)
+    assert text(plan_for([smaller], state, context=watching)) == (
+        "! blocked  server-shared on GPU 0: the file no longer names GPU 1 of it; its replacement "
+        "waits to be confirmed\n"
+        "    hint: confirm with `mic-supervisor apply` or `systemctl reload mic`\n"
+        "\n"
+        "No changes; 1 blocked.\n"
+    )
+    assert plan_for([smaller], state).changes[0].kind == "replace"
+    # `none`, and another model there, act at once.
+    emptied = desired(smaller, kept_empty=(uuid(1),))
+    assert plan_for(emptied, state, context=watching).changes[0].kind == "replace"
+    other = plan_for([smaller, on("other", 1)], state, context=watching)
+    assert {change.kind for change in other.changes} == {"replace", "create"}
+
+
 def test_another_set_of_gpus_replaces_the_server_and_names_what_goes_down() -> None:
     plan = plan_for([server(A, B, gpus=(0, 1))], runs(says(loaded("A"), loaded("B"))))
     assert text(plan).splitlines()[0] == (
