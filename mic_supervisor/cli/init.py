@@ -149,21 +149,18 @@ def _checked(
 
 def _refusal(one: Proposal, target: Path, registry: Registry, found: Settings) -> str | None:
     """Why `check` refuses a file with this model alone."""
-    from tempfile import TemporaryDirectory
-
     from mic_supervisor.config.draft import Draft, DraftGpu, DraftModel, render
+    from mic_supervisor.config.load import load
 
     key = ",".join(map(str, one.gpus)) or "0"
     model = DraftModel(one.name, _entry(one, target))
     draft = Draft("", [DraftGpu(key, one.name)], [model], one.settings)
-    with TemporaryDirectory(prefix="mic-init-") as directory:
-        path = Path(directory) / "gpus.yaml"
-        path.write_text(render(draft), encoding="utf-8")
-        try:
-            wiring.load_config(found, path, registry)
-        except ConfigError as error:
-            first = (error.rendered or error.message).split("\n", 1)[0]
-            return first.partition("error: ")[2] or first
+    alone = Path(os.devnull) / "gpus.yaml"  # no drop-ins are beside it
+    try:
+        load(alone, registry, environ=found.environ, data=render(draft).encode())
+    except ConfigError as error:
+        first = (error.rendered or error.message).split("\n", 1)[0]
+        return first.partition("error: ")[2] or first
     return None
 
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
-from typing import IO
 
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import EndpointsHook
 from mic_supervisor.plan.endpoints import Endpoints, document, serving
 from mic_supervisor.plan.status import InstanceStatus
 from mic_supervisor.records import dataclass
+from mic_supervisor.runtimes import programs
 
 _FIRST_REST = 5.0  # seconds before a hook that failed is run again, doubling to the last
 _LAST_REST = 300.0
@@ -158,42 +155,24 @@ def run(hook: EndpointsHook, told: Mapping[str, object]) -> None:
     program = hook.command[0]
     env = {key: value for key, value in os.environ.items() if key.startswith("MIC_")}
     env["PATH"] = os.environ.get("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin")
-    # A file and no pipe: a child that outlives the hook and holds its output is not waited for.
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
-        given.write(json.dumps(told, ensure_ascii=False).encode())
-        given.seek(0)
-        try:
-            process = subprocess.Popen(
-                hook.command,
-                stdin=given,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=env,
-                cwd="/",
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise MicError(
-                f"cannot run on_endpoints_change, {program}: {error.strerror}",
-                hint="it must be there, and executable, for the supervisor's user",
-            ) from error
-        try:
-            code = process.wait(hook.timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise MicError(
-                f"on_endpoints_change, {program}, took longer than {hook.timeout:g} s and was "
-                f"killed{_said(output)}"
-            ) from None
-        if code != 0:
-            how = f"exits with {code}" if code > 0 else f"was killed by signal {-code}"
-            raise MicError(f"on_endpoints_change, {program}, {how}{_said(output)}")
-
-
-def _said(output: IO[bytes]) -> str:
-    """The last line of what it printed, as the end of a sentence."""
-    size = output.seek(0, 2)
-    output.seek(max(0, size - _OUTPUT))
-    lines = output.read().decode(errors="replace").strip().splitlines()
-    return f": {lines[-1][:300]}" if lines else ""
+    document = json.dumps(told, ensure_ascii=False).encode()
+    try:
+        done = programs.run(
+            hook.command, hook.timeout, given=document, env=env, most=_OUTPUT, last=True
+        )
+    except OSError as error:
+        raise MicError(
+            f"cannot run on_endpoints_change, {program}: {error.strerror}",
+            hint="it must be there, and executable, for the supervisor's user",
+        ) from error
+    if done.code is None:
+        how = f"took longer than {hook.timeout:g} s and was killed"
+    elif done.code < 0:
+        how = f"was killed by signal {-done.code}"
+    elif done.code > 0:
+        how = f"exits with {done.code}"
+    else:
+        return
+    lines = done.output.decode(errors="replace").strip().splitlines()
+    said = f": {lines[-1][:300]}" if lines else ""
+    raise MicError(f"on_endpoints_change, {program}, {how}{said}")

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import binascii
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from mic_supervisor.errors import PreflightFailed
+from mic_supervisor.runtimes import programs
 
 _HUB = "docker.io"
 _HUB_SERVER = "https://index.docker.io/v1/"
@@ -67,38 +67,32 @@ def _ask_helper(name: str, registry: str) -> dict[str, str] | None:
     server = _HUB_SERVER if registry == _HUB else registry
     program = f"docker-credential-{name}"
     try:
-        done = subprocess.run(
-            [program, "get"],
-            input=server.encode(),
-            capture_output=True,
-            timeout=_HELPER_TIMEOUT,
-            check=False,
-        )
+        done = programs.run([program, "get"], _HELPER_TIMEOUT, given=server.encode(), apart=True)
     except FileNotFoundError as error:
         raise PreflightFailed(
             f"cannot get credentials for {registry}: there is no program {program}",
             hint="install it on the supervisor's PATH, or remove it from the Docker configuration",
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise PreflightFailed(
-            f"cannot get credentials for {registry}: {program} gives no answer "
-            f"within {_HELPER_TIMEOUT:.0f} s",
-            hint=f"try it by hand: echo {server} | {program} get",
         ) from error
     except OSError as error:
         raise PreflightFailed(
             f"cannot get credentials for {registry}: {program} does not run ({error.strerror})",
             hint=f"try it by hand: echo {server} | {program} get",
         ) from error
-    if done.returncode != 0:
-        if b"credentials not found" in done.stdout + done.stderr:
+    if done.code is None:
+        raise PreflightFailed(
+            f"cannot get credentials for {registry}: {program} gives no answer "
+            f"within {_HELPER_TIMEOUT:.0f} s",
+            hint=f"try it by hand: echo {server} | {program} get",
+        )
+    if done.code != 0:
+        if b"credentials not found" in done.output + done.errors:
             return None
         raise PreflightFailed(
-            f"cannot get credentials for {registry}: {program} exits with {done.returncode}",
+            f"cannot get credentials for {registry}: {program} exits with {done.code}",
             hint=f"try it by hand: echo {server} | {program} get",
         )
     try:
-        answer: Any = json.loads(done.stdout)
+        answer: Any = json.loads(done.output)
         user, secret = str(answer["Username"]), str(answer["Secret"])
     except (ValueError, LookupError, TypeError):
         # The cause is dropped on purpose: it holds the helper's output, that is, the secret.

@@ -7,7 +7,6 @@ import grp
 import os
 import pwd
 import resource
-import selectors
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.model import ProcessSpec
 from mic_supervisor.records import dataclass
-from mic_supervisor.runtimes import procfs
+from mic_supervisor.runtimes import procfs, programs
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TIMED_OUT = 124
@@ -140,18 +139,10 @@ def preflight(spec: ProcessSpec) -> None:
 def _may_use(path: Path, who: Account) -> bool:
     """Whether the account may enter a directory or execute a file, as the kernel sees it."""
     try:
-        done = subprocess.run(
-            ["test", "-x", str(path)],
-            user=who.uid,
-            group=who.gid,
-            extra_groups=who.groups,
-            cwd="/",
-            env={"PATH": DEFAULT_PATH},
-            timeout=10.0,
-        )
-    except (OSError, subprocess.SubprocessError):
+        done = programs.run(["test", "-x", str(path)], 10.0, env={"PATH": DEFAULT_PATH}, **_as(who))
+    except OSError:
         return True  # it could not be asked: the start will tell
-    return done.returncode == 0
+    return done.code in (0, None)
 
 
 def _check_texts(spec: ProcessSpec) -> None:
@@ -239,66 +230,28 @@ def run_check(
     128 and the signal's number for a death by signal, TIMED_OUT at the deadline. Whatever the
     command started is gone when this returns. Raises OSError when it cannot be started.
     """
-    identity: dict[str, Any] = {}
-    if who.switch:
-        identity = {"user": who.uid, "group": who.gid, "extra_groups": who.groups}
     nonce = str(uuid.uuid4())
-    process = subprocess.Popen(
+    done = programs.run(
         command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=directory,
+        timeout,
         env={"PATH": DEFAULT_PATH, "HOME": who.home, "LANG": "C.UTF-8", _CHECK_ID: nonce},
-        start_new_session=True,
-        **identity,
+        cwd=directory,
+        most=_MOST_OUTPUT,
+        end=lambda process: _end_check(process, nonce),
+        **_as(who),
     )
-    try:
-        output, ended = _collect(process, time.monotonic() + timeout)
-    finally:
-        _end_check(process, nonce)
-    text = output.decode(errors="replace").strip()
-    if not ended:
+    text = done.output.decode(errors="replace").strip()
+    if done.code is None:
         said = f": {text}" if text else ""
         return TIMED_OUT, f"it did not end within {timeout:g} s{said}"
-    code = process.returncode
-    return (128 - code if code < 0 else code), text
+    return (128 - done.code if done.code < 0 else done.code), text
 
 
-def _collect(process: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bool]:
-    """Its output, and whether it ended in time. Not until the pipe's end: a child may hold it."""
-    assert process.stdout is not None
-    output = bytearray()
-    pipe = process.stdout.fileno()
-    os.set_blocking(pipe, False)
-    handle = os.pidfd_open(process.pid)
-    try:
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(pipe, selectors.EVENT_READ)
-            waiting.register(handle, selectors.EVENT_READ)
-            while (left := deadline - time.monotonic()) > 0:
-                ready = {key.fd for key, _ in waiting.select(left)}
-                if pipe in ready and not _drain(pipe, output):
-                    waiting.unregister(pipe)
-                if handle in ready:
-                    _drain(pipe, output)
-                    return bytes(output), True
-    finally:
-        os.close(handle)
-    return bytes(output), False
-
-
-def _drain(pipe: int, output: bytearray) -> bool:
-    """Read what is there; False at the end of the pipe. Beyond the bound it is thrown away."""
-    for _ in range(64):  # a command that never stops writing must not keep us here
-        try:
-            part = os.read(pipe, 1 << 16)
-        except BlockingIOError:
-            return True
-        if not part:
-            return False
-        output += part[: max(0, _MOST_OUTPUT - len(output))]
-    return True
+def _as(who: Account) -> dict[str, Any]:
+    """How to run a program as an account."""
+    if not who.switch:
+        return {}
+    return {"user": who.uid, "group": who.gid, "extra_groups": who.groups}
 
 
 def _end_check(process: subprocess.Popen[bytes], nonce: str) -> None:
@@ -315,7 +268,3 @@ def _end_check(process: subprocess.Popen[bytes], nonce: str) -> None:
             with contextlib.suppress(PermissionError):
                 procfs.send_signal(one.pid, one.start_time, signal.SIGKILL)
         time.sleep(0.01)
-    if process.stdout is not None:
-        process.stdout.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(1.0)

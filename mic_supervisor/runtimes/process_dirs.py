@@ -6,14 +6,15 @@ this as a program, `python -I -c PROGRAM USER DIRECTORY…`, before the process 
 
 from __future__ import annotations
 
+import errno
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.model import ProcessSpec
 from mic_supervisor.runtimes import process_checks as checks
+from mic_supervisor.runtimes import programs
 from mic_supervisor.runtimes.process_checks import Account
 
 _PATIENCE = 10.0  # seconds for a command that makes or tries a directory
@@ -51,7 +52,12 @@ def make(spec: ProcessSpec) -> None:
                 f"cannot make the directory {path}: {error.strerror or error}",
                 hint="make room for it, or name another place in the file",
             ) from error
-    useless = _useless(spec.directories, who)
+    try:
+        useless = _useless(spec.directories, who)
+    except OSError as error:
+        raise PreflightFailed(
+            f"cannot try the directories as {spec.user}: {error.strerror or error}"
+        ) from error
     if useless is not None:
         raise PreflightFailed(
             f"cannot use the directory {useless}: {spec.user or 'this user'} may not write there",
@@ -88,34 +94,30 @@ def _make(path: Path, who: Account) -> None:
 
 
 def _make_as(path: Path, who: Account) -> None:
-    done = _run(["mkdir", "-p", "-m", f"{_MODE:o}", "--", str(path)], who)
-    if done.returncode:
-        raise OSError(0, done.stderr.strip().rpartition(": ")[2] or "mkdir failed")
+    code, said = _run(["mkdir", "-p", "-m", f"{_MODE:o}", "--", str(path)], who)
+    if code:
+        raise OSError(0, said.rpartition(": ")[2] or "mkdir failed")
 
 
 def _useless(paths: tuple[str, ...], who: Account) -> str | None:
     """The first directory in which the user cannot work; None: there is none."""
     if not who.switch:
         return next((p for p in paths if not os.access(p, os.R_OK | os.W_OK | os.X_OK)), None)
-    done = _run(["sh", "-c", _TRY, "sh", *paths], who)
-    return done.stdout if done.returncode == 1 and done.stdout else None
+    code, said = _run(["sh", "-c", _TRY, "sh", *paths], who)
+    return said if code == 1 and said else None
 
 
-def _run(command: list[str], who: Account) -> subprocess.CompletedProcess[str]:
-    """Raises OSError, for a command that does not end, too."""
-    try:
-        return subprocess.run(
-            command,
-            user=who.uid,
-            group=who.gid,
-            extra_groups=who.groups,
-            cwd="/",
-            env={"PATH": checks.DEFAULT_PATH, "LC_ALL": "C"},
-            umask=0o022,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PATIENCE,
-        )
-    except subprocess.SubprocessError as error:
-        raise OSError(0, f"{command[0]} does not end") from error
+def _run(command: list[str], who: Account) -> tuple[int, str]:
+    """(exit code, output). Raises OSError, for a command that does not end, too."""
+    done = programs.run(
+        command,
+        _PATIENCE,
+        env={"PATH": checks.DEFAULT_PATH, "LC_ALL": "C"},
+        user=who.uid,
+        group=who.gid,
+        extra_groups=who.groups,
+        umask=0o022,
+    )
+    if done.code is None:
+        raise OSError(errno.ETIMEDOUT, f"{command[0]} does not end")
+    return done.code, done.output.decode(errors="replace").strip()

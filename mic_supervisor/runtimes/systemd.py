@@ -421,6 +421,9 @@ class SystemdRuntime:
             if kind is not None and isinstance(told, RuntimeRefused):
                 told = kind(told.message, hint=told.hint)
             raise told from error.__cause__
+        except OSError as error:  # no descriptor is free, or no memory
+            told = (kind or RuntimeRefused)(f"cannot {action}: {error.strerror or error}")
+            raise told from error
 
     def _turn(self, name: str) -> asyncio.Lock:
         """One task at a time changes a unit. On the bus's thread."""

@@ -9,11 +9,14 @@ import selectors
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mic_supervisor.errors import RuntimeRefused
+from mic_supervisor.runtimes import programs
 
 _PROGRAM = "journalctl"
+_QUIETLY = (_PROGRAM, "--quiet", "--no-pager")
 _SHORT = 10.0  # seconds for a question with a short answer
 _SYNC = 3.0  # seconds for journald to write what it was sent
 _QUIET = 0.5  # seconds without a line until the unit is looked at
@@ -110,17 +113,8 @@ def last_words(invocation: str) -> str | None:
 
 def sync() -> None:
     """Have journald write what it was sent; what it does not do in time is read a moment later."""
-    try:
-        subprocess.run(
-            [_PROGRAM, "--sync"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=_SYNC,
-            check=False,  # only root may ask for it
-        )
-    except (OSError, subprocess.SubprocessError):
-        return
+    with suppress(OSError):  # whoever reads it next will tell
+        programs.run([_PROGRAM, "--sync"], _SYNC)  # only root may ask for it
 
 
 def _may_read() -> bool:
@@ -135,29 +129,30 @@ def _may_read() -> bool:
 def _open(what: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            [_PROGRAM, "--quiet", "--no-pager", *arguments],
+            [*_QUIETLY, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "LC_ALL": "C.UTF-8"},
+            env=_environment(),
         )
     except OSError as error:
         raise RuntimeRefused(f"cannot {what}: {_PROGRAM}: {error.strerror}") from error
 
 
+def _environment() -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C.UTF-8"}
+
+
 def _ask(what: str, *arguments: str) -> str:
-    process = _open(what, arguments)
     try:
-        output, said = process.communicate(timeout=_SHORT)
-    except subprocess.TimeoutExpired:
-        raise RuntimeRefused(f"cannot {what}: the journal gave no answer in {_SHORT:g} s") from None
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-    if process.returncode:
-        raise RuntimeRefused(f"cannot {what}: {_last(said) or f'{_PROGRAM} failed'}")
-    return output.decode(errors="replace")
+        done = programs.run([*_QUIETLY, *arguments], _SHORT, env=_environment(), apart=True)
+    except OSError as error:
+        raise RuntimeRefused(f"cannot {what}: {_PROGRAM}: {error.strerror}") from error
+    if done.code is None:
+        raise RuntimeRefused(f"cannot {what}: the journal gave no answer in {_SHORT:g} s")
+    if done.code:
+        raise RuntimeRefused(f"cannot {what}: {_last(done.errors) or f'{_PROGRAM} failed'}")
+    return done.output.decode(errors="replace")
 
 
 def _has_ended(process: subprocess.Popen[bytes], patience: float) -> bool:

@@ -4,7 +4,7 @@ mic-test/busybox:1  static busybox, 2 MB, starts in a tenth of a second
 mic-test/python:1   Debian with Python 3.11
 mic-test/server:1   the same with tests/support/server as `model-server`
 mic-test/triton:1   the same with a real tritonserver from the wheel nvidia-pytriton
-mic-test/systemd:1  Debian with systemd as PID 1, and what the project needs in /opt/mic
+mic-test/systemd:1  Debian with systemd as PID 1, nginx, and what the project needs in /opt/mic
 
 Each carries a label with the fingerprint of what went in; one that has it is not built again.
 """
@@ -72,6 +72,7 @@ SYSTEMD_DOCKERFILE = """\
 FROM mic-test/systemd-base:1
 RUN python3 -m venv --without-pip /opt/mic \\
     && systemctl mask systemd-firstboot.service console-getty.service getty.target \\
+    && systemctl disable nginx.service \\
     && useradd --create-home alice && useradd --create-home bob
 COPY site/ /opt/mic/lib/python3.11/site-packages/
 ENV container=docker

@@ -12,7 +12,7 @@ from tests.setup.steps import Missing, cache_dir, fingerprint, run, say
 
 SUITE = "bookworm"
 PYTHON = ("python3-minimal", "libpython3.11")
-SYSTEMD = ("systemd", "systemd-sysv", "dbus", "python3")
+SYSTEMD = ("systemd", "systemd-sysv", "dbus", "python3", "nginx-light")
 
 # Nothing that runs reads these; they are more than half of the tree.
 STRIPPED = (

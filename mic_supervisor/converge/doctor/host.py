@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from mic_supervisor.config.settings import Address, PortRange
 from mic_supervisor.converge.doctor import Finding, fail, ok, warn
 from mic_supervisor.converge.holder import lock_holder
 from mic_supervisor.model import Listener
+from mic_supervisor.runtimes import programs
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
@@ -121,9 +121,7 @@ def _mtime(path: Path) -> float:
 def _synchronized() -> str:
     command = ("timedatectl", "show", "--property=NTPSynchronized", "--value")
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PATIENCE, stdin=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = programs.run(command, _PATIENCE, apart=True)
+    except OSError:
         return "unknown"
-    return done.stdout.strip()
+    return done.output.decode(errors="replace").strip()

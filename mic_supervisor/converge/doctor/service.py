@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from mic_supervisor.converge.doctor import Finding, fail, ok, warn
 from mic_supervisor.converge.holder import lock_holder
+from mic_supervisor.errors import MicError
+from mic_supervisor.runtimes import programs
 
 UNIT = "mic.service"
 _SLICE = "mic.slice"
@@ -91,7 +92,10 @@ def _show(program: str, unit: str) -> dict[str, str]:
 
 
 def _ask(*command: str) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_PATIENCE, stdin=subprocess.DEVNULL
-    )
-    return done.stdout
+    try:
+        done = programs.run(command, _PATIENCE, apart=True)
+    except OSError as error:
+        raise MicError(f"cannot ask {command[0]}: {error.strerror}") from error
+    if done.code is None:
+        raise MicError(f"cannot ask {command[0]}: it gives no answer within {_PATIENCE:g} s")
+    return done.output.decode(errors="replace")

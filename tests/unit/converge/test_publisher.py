@@ -86,6 +86,41 @@ def test_one_that_fails_is_quoted(tmp_path: Path) -> None:
     assert refusal(EndpointsHook((str(tmp_path / "plain"),))).endswith("Permission denied")
 
 
+def test_nothing_is_written_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under mic.service, where /tmp is read-only."""
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    run(script(tmp_path, f"cat > {tmp_path}/in"), {"models": {}})
+    assert json.loads((tmp_path / "in").read_text()) == {"models": {}}
+
+
+@pytest.mark.parametrize("call", ["os.memfd_create", "os.pidfd_open", "subprocess.Popen"])
+def test_whatever_keeps_it_from_running_is_its_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    hook = script(tmp_path, f"printf x >> {tmp_path}/runs")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    async def story(made: Publisher, told: list[tuple[str, bool]]) -> None:
+        made.follow(hook, READY)
+        await made.finish()
+        assert made.published == ONE
+        with monkeypatch.context() as patch:
+            patch.setattr(call, full)
+            assert await made.withdraw("MAM-1") is False
+        path = hook.command[0]
+        cause = f"cannot run on_endpoints_change, {path}: Too many open files"
+        assert (made.state.failures, made.state.error, told[-1]) == (1, cause, (cause, True))
+        assert await made.withdraw("MAM-1") is True
+
+    in_loop(story)
+
+
+def test_one_that_cannot_be_a_program_is_its_failure() -> None:
+    assert refusal(EndpointsHook(("a\0b",))).endswith("embedded null byte")
+
+
 def test_one_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     hook = script(tmp_path, f"sleep 600 & echo $! > {tmp_path}/child; wait", timeout=0.3)
     began = time.monotonic()

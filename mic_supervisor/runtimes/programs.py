@@ -1,0 +1,131 @@
+"""Runs a helper to its end: the hook, a check, a credential helper, a question to a system tool.
+
+Its time is bounded, and so is what is kept of its output. Nothing is written to a file system,
+which may be read-only or full. What it leaves behind may hold its output and is not waited for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import IO, Any
+
+from mic_supervisor.records import dataclass
+
+MOST = 64 << 10
+"""Bytes of each stream that are kept, unless told otherwise."""
+
+_REAP = 1.0  # seconds for the kernel to end what was killed
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """`code` is negative for a death by signal, None where it did not end in time."""
+
+    code: int | None
+    output: bytes
+    errors: bytes  # empty where both streams are one
+
+
+def run(
+    command: Sequence[str],
+    timeout: float,
+    *,
+    given: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    cwd: str = "/",
+    apart: bool = False,
+    most: int = MOST,
+    last: bool = False,
+    end: Callable[[subprocess.Popen[bytes]], None] | None = None,
+    **options: Any,
+) -> Ended:
+    """`given` is on its standard input. Past its time it is killed with its session.
+
+    Standard output and error are one stream unless they are to be `apart`; of each the first bytes
+    are kept, or the `last`. `end`, if there is one, is called before the program is reaped, however
+    it ended. `options` are Popen's. Raises OSError, whatever the reason.
+    """
+    try:
+        with ExitStack() as stack:
+            stdin: IO[bytes] | int = subprocess.DEVNULL
+            if given:
+                # No pipe: a program that does not read must not hold us up.
+                stdin = stack.enter_context(os.fdopen(os.memfd_create("given"), "r+b"))
+                stdin.write(given)
+                stdin.seek(0)
+            process = subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if apart else subprocess.STDOUT,
+                env=env,
+                cwd=cwd,
+                start_new_session=True,
+                **options,
+            )
+    except (ValueError, subprocess.SubprocessError) as error:  # a NUL; no such user
+        raise OSError(errno.EINVAL, str(error)) from error
+    streams = [stream for stream in (process.stdout, process.stderr) if stream is not None]
+    kept = {stream.fileno(): bytearray() for stream in streams}
+    ended = False
+    try:
+        ended = _collect(process.pid, kept, time.monotonic() + timeout, -most if last else most)
+    finally:
+        if end is not None:
+            end(process)
+        elif not ended:
+            # Not all of it may be ours to kill: setuid, and a supervisor without CAP_KILL.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_REAP)
+        for stream in streams:
+            stream.close()
+    output, errors, *_ = (*map(bytes, kept.values()), b"")
+    return Ended(process.returncode if ended else None, output, errors)
+
+
+def _collect(pid: int, kept: Mapping[int, bytearray], deadline: float, most: int) -> bool:
+    """Whether it ended in time. Not until the end of a pipe: a child may hold it."""
+    handle = os.pidfd_open(pid)
+    try:
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(handle, selectors.EVENT_READ)
+            for pipe in kept:
+                os.set_blocking(pipe, False)
+                waiting.register(pipe, selectors.EVENT_READ)
+            while (left := deadline - time.monotonic()) > 0:
+                ready = {key.fd for key, _ in waiting.select(left)}
+                over = handle in ready
+                for pipe in kept if over else ready:
+                    if not _drain(pipe, kept[pipe], most) and not over:
+                        waiting.unregister(pipe)
+                if over:
+                    return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _drain(pipe: int, kept: bytearray, most: int) -> bool:
+    """Read what is there; False at the end of the pipe. Beyond the bound it is thrown away."""
+    for _ in range(64):  # a program that never stops writing must not keep us here
+        try:
+            part = os.read(pipe, 1 << 16)
+        except BlockingIOError:
+            return True
+        if not part:
+            return False
+        kept += part
+        if most < 0:
+            del kept[:most]
+        else:
+            del kept[most:]
+    return True
