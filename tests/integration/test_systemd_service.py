@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.setup.steps import CHECKOUT
 from tests.support.systemd import SystemdMachine
 from tests.support.waiting import until
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.engine
 
 CONFINED = Path(__file__).parent / "systemd" / "confined.py"
 RESTARTS = 50  # raise it to look longer
+HOOK = CHECKOUT / "examples" / "endpoints-changed"
 DROP_IN = "/etc/systemd/system/mic.service.d"
 
 ENV = """\
@@ -117,6 +119,71 @@ def test_it_can_do_its_work_and_nothing_else(systemd_machine: SystemdMachine) ->
     }
     assert machine.show("victim.service", "ActiveState") == "active"
     machine.sh("systemctl stop victim; groupdel mic")
+
+
+# --- the hook, and nginx ----------------------------------------------------------------------
+
+SERVED = """\
+version: 1
+hooks: {on_endpoints_change: [/etc/mic/endpoints-changed], settle: 500ms}
+models:
+  web:
+    backend: process
+    command: [/usr/bin/python3, -m, http.server, --bind, 127.0.0.1, "${port}"]
+    probe: {http: /, period: 500ms}
+gpus: {0: web, 1: web}
+"""
+ELSEWHERE = "/etc/nginx/mic"
+
+
+@pytest.mark.parametrize("place", ["/var/lib/mic", ELSEWHERE], ids=["as shipped", "drop-in"])
+def test_the_hook_of_the_example_has_nginx_follow(
+    systemd_machine: SystemdMachine, place: str
+) -> None:
+    machine = systemd_machine
+    if place == ELSEWHERE:
+        machine.sh(f"mkdir -p {ELSEWHERE}")
+        machine.write(f"{DROP_IN}/proxy.conf", f"[Service]\nReadWritePaths={ELSEWHERE}\n")
+        machine.exec("systemctl", "daemon-reload")
+    machine.write("/etc/mic/mic.env", ENV)
+    machine.write("/etc/mic/gpus.yaml", SERVED)
+    machine.write(
+        "/etc/mic/endpoints-changed", HOOK.read_text().replace("/var/lib/mic", place), 0o755
+    )
+    machine.write(
+        "/etc/nginx/conf.d/mic.conf",
+        f"include {place}/upstreams*.conf;\n"
+        "server { listen 127.0.0.1:8088; location / { proxy_pass http://mic_web; } }\n",
+    )
+
+    def status() -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(
+            machine.exec("mic-supervisor", "status", "--json", rc=None).stdout
+        )
+        return document
+
+    machine.exec("systemctl", "start", "mic")
+    try:
+        # Nobody is there to be told yet: that is said, and tried again.
+        until(lambda: "nginx.service" in str(status()["warnings"]), "a warning", timeout=60)
+        machine.exec("systemctl", "start", "nginx")
+        until(lambda: not status()["warnings"], "the hook to work", timeout=60)
+        assert machine.exec("cat", f"{place}/upstreams.conf").stdout.count("max_fails=0") == 2
+        ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8088/').status)"
+        assert machine.exec("python3", "-c", ask).stdout == "200\n"
+        machine.write("/etc/mic/gpus.yaml", SERVED.replace("1: web", "1: none"))
+        until(lambda: len(status()["instances"]) == 1, "one to be gone", timeout=60)
+        assert machine.exec("cat", f"{place}/upstreams.conf").stdout.count("max_fails=0") == 1
+        assert machine.exec("python3", "-c", ask).stdout == "200\n"
+        said = machine.journal("mic.service")
+        begun, told, gone = (
+            said.rindex(text)
+            for text in ("remove: its GPU", "on_endpoints_change was told: web 1", "remove done")
+        )
+        assert begun < told < gone, said
+        assert "although on_endpoints_change failed" not in said
+    finally:
+        machine.sh(f"systemctl stop nginx; rm -rf {ELSEWHERE} /etc/nginx/conf.d/mic.conf")
 
 
 # --- with the daemon itself -------------------------------------------------------------------

@@ -432,3 +432,72 @@ def test_a_next_try_from_a_clock_that_was_wrong(fresh: DaemonWorld) -> None:
     assert row["since"] <= time.time() + 1
     fresh.mic("apply", rc=0)
     fresh.settled(identity("p", 0))
+
+
+# --- files that may be cut ----------------------------------------------------------------------
+
+
+def test_a_file_that_may_be_cut_swaps_nothing_until_a_word(fresh: DaemonWorld) -> None:
+    fresh.write({0: "p10"}, p1=process(), p10=process())
+    run(fresh)
+    fresh.settled(identity("p10", 0))
+    before, config = fresh.marks(), fresh.mic.config
+    config.write_text(fresh.text({0: "p10"}).removesuffix("0\n"))
+    why = f"{config} does not end with a line end; it may have been cut"
+    way_out = "finish it, or confirm with `mic-supervisor apply` or `systemctl reload mic`"
+    for start in (False, True):  # over a restart, too
+        if start:
+            assert fresh.mic.daemons[-1].stop() == 0
+            run(fresh)
+        until(lambda: f"{why}: {way_out}" in fresh.status()["warnings"], "a warning")
+        fresh.settled(identity("p10", 0))
+        assert (fresh.marks(), fresh.generation) == (before, 1)
+        assert why in fresh.mic("status", rc=0).stderr
+        plan = fresh.mic("plan", rc=0).stdout
+        assert f"warning: {why}: {way_out}" in plan
+        assert identity("p1", 0) in plan  # what it would do
+        for command in (["stop", "--gpu", "0"], ["apply", "--target", "0"]):
+            refused = fresh.mic(*command, rc=1).stderr
+            assert why in refused and way_out in refused
+        assert fresh.marks() == before
+    assert "waits to be confirmed (the file changed); generation 1" in "".join(
+        daemon.text() for daemon in fresh.mic.daemons
+    )
+    fresh.mic("reload", "--wait", rc=0)
+    fresh.settled(identity("p1", 0))
+    assert fresh.status()["warnings"] == []
+    fresh.mic("stop", "--gpu", "0", rc=None)  # our own edit ends it
+    assert config.read_text().endswith("none\n")
+
+
+def test_a_word_for_an_earlier_document_removes_nothing_later(fresh: DaemonWorld) -> None:
+    fresh.write({0: "p"})
+    run(fresh)
+    fresh.settled(identity("p", 0))
+    fresh.mic("reload", "--wait", rc=0)
+    both = [identity("p", 0), identity("q", 1)]
+    fresh.write({0: "p", 1: "q"})
+    fresh.settled(*both)
+    before = fresh.marks()
+    fresh.write({0: "p"})  # cut at a line
+    until(lambda: fresh.phases().get(both[1]) == "blocked", "it to be held")
+    assert fresh.mic.daemons[-1].stop() == 0
+    run(fresh)
+    until(lambda: fresh.phases().get(both[1]) == "blocked", "it to be held")
+    assert fresh.marks() == before
+
+
+def test_without_the_daemon_a_word_is_kept_for_it(fresh: DaemonWorld) -> None:
+    fresh.write({0: "p"})
+    run(fresh)
+    fresh.mic("reload", "--wait", rc=0)
+    assert fresh.mic.daemons[-1].stop() == 0
+    both = [identity("p", 0), identity("q", 1)]
+    fresh.write({0: "p", 1: "q"})
+    fresh.mic("apply", rc=None)
+    before = fresh.marks()
+    assert sorted(before) == both
+    fresh.write({0: "p"})
+    run(fresh)
+    until(lambda: fresh.phases().get(both[1]) == "blocked", "it to be held")
+    assert fresh.marks() == before
