@@ -1,7 +1,8 @@
 """The nouns of the program: frozen data that every layer shares, and no behaviour.
 
 Units are in the names or the comments: bytes, seconds, watts, degrees Celsius, ratios from 0 to 1.
-Times are seconds since the epoch. An unknown number is None, never 0.
+Times are seconds since the epoch, unless they are said to be steady: seconds since the boot, which
+is what decisions are made of (see clocks.py). An unknown number is None, never 0.
 """
 
 from __future__ import annotations
@@ -420,6 +421,7 @@ class ObservedWorkload:
     exit_code: int | None = None
     created_at: float | None = None
     started_at: float | None = None
+    running_since: float | None = None  # steady; None: its runtime does not tell
     finished_at: float | None = None
     address: str | None = None  # the container's own, on its bridge
     engine_health: Literal["starting", "healthy", "unhealthy"] | None = None
@@ -468,9 +470,9 @@ class ProbeResult:
 
     ok: bool | None
     reason: str
-    at: float
+    at: float  # steady
     failures: int = 0
-    counted_at: float | None = None
+    counted_at: float | None = None  # steady
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,7 +508,7 @@ class ObservedState:
     runtimes: tuple[RuntimeView, ...]
     health: Mapping[str, Health] = field(default_factory=dict)
     listeners: tuple[Listener, ...] | None = None
-    at: float = 0.0
+    at: float = 0.0  # since the epoch, as all that is told
 
 
 # --- Launches: a workload with everything filled in -------------------------------------------

@@ -131,11 +131,12 @@ def converge_once(
 
     What failed before is not held against the instances to `forgive`; None is all of them.
     """
+    from mic_supervisor import clocks
     from mic_supervisor.cli.progress import follow
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.events import Events
 
-    began = time.time()
+    began = clocks.steady()
     memory = machine.state.memory()
     provider = FileDesired(config, machine.registry, machine.settings.instance_data)
     inventory = machine.sources.gpus.observe()
@@ -157,7 +158,7 @@ def converge_once(
         if event.kind == "failed":
             errors[event.instance] = event
 
-    with follow(indices, began, quiet=quiet) as shown:
+    with follow(indices, time.time(), quiet=quiet) as shown:
         events = Events([note, shown])
         snapshot = asyncio.run(_converge(machine, provider, memory, events, began))
     return snapshot, errors
@@ -170,6 +171,7 @@ async def _converge(
     events: Events,
     began: float,
 ) -> Snapshot:
+    from mic_supervisor.clocks import Clock
     from mic_supervisor.converge.loop import Converger
     from mic_supervisor.plan.settled import settled
 
@@ -180,7 +182,7 @@ async def _converge(
         memory=memory,
         save=machine.state.save_memory,
         events=events,
-        clock=time.time,
+        clock=Clock(),
     )
 
     def done(snapshot: Snapshot) -> bool:
@@ -194,7 +196,7 @@ async def _converge(
             snapshot.memory,
             failing=snapshot.failing,
             began=began,
-            now=snapshot.at,
+            now=snapshot.now,
             only=only,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +85,7 @@ def make_plan(
     file: Path | None, targets: tuple[str, ...] = ()
 ) -> tuple[Config, DesiredState, ObservedState, Plan]:
     """Load, observe, ask the servers what they have loaded, and reconcile. Changes nothing."""
+    from mic_supervisor.clocks import Clock
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.observe import observe, with_health, with_holders
     from mic_supervisor.plan.assess import assess
@@ -101,7 +101,8 @@ def make_plan(
         targets=wiring.targets(machine, config, targets, "plan"),
         unconfirmed=wiring.unconfirmed(machine, config) if own else None,
     )
-    observed = observe(machine.sources, time.time())
+    clock = Clock()
+    observed = observe(machine.sources, clock.wall())
     provider = FileDesired(config, machine.registry, machine.settings.instance_data)
     desired = provider.state(observed.inventory, memory.bindings)
     observed = with_holders(observed, desired, machine.sources)
@@ -111,12 +112,13 @@ def make_plan(
         from mic_supervisor.converge.once import health_of_all
 
         indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
-        health = health_of_all(asked, memory, provider, machine.sources, indices, observed.at)
+        health = health_of_all(asked, memory, provider, machine.sources, indices, clock.steady())
         observed = with_health(observed, health)
         assessments = assess(desired, observed, machine.context, memory)
+    plan = reconcile(desired, observed, memory, clock.steady(), context, assessments)
     return (
         config,
         desired,
         observed,
-        reconcile(desired, observed, memory, observed.at, context, assessments),
+        plan.in_wall(clock.offset()),
     )

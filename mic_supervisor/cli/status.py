@@ -165,6 +165,7 @@ class Look:
 
 def look_once(machine: Machine) -> Look:
     """Observe and probe everything once, and hold it against the file."""
+    from mic_supervisor.clocks import Clock
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.observe import observe, with_health, with_holders
     from mic_supervisor.converge.once import health_of_all
@@ -174,19 +175,22 @@ def look_once(machine: Machine) -> Look:
 
     config = wiring.load_config(machine.settings, None, machine.registry)
     memory = machine.state.memory()
-    observed = observe(machine.sources, time.time())
+    clock = Clock()
+    observed = observe(machine.sources, clock.wall())
     provider = FileDesired(config, machine.registry, machine.settings.instance_data)
     desired = provider.state(observed.inventory, memory.bindings)
     observed = with_holders(observed, desired, machine.sources)
     before = assess(desired, observed, machine.context, memory)
     indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
-    health = health_of_all(before, memory, provider, machine.sources, indices, observed.at)
+    health = health_of_all(before, memory, provider, machine.sources, indices, clock.steady())
     observed = with_health(observed, health)
     assessments = assess(desired, observed, machine.context, memory)
     context = replace(machine.context, unconfirmed=wiring.unconfirmed(machine, config))
-    plan = reconcile(desired, observed, memory, observed.at, context, assessments)
+    plan = reconcile(desired, observed, memory, clock.steady(), context, assessments)
     statuses = instance_statuses(desired, observed, assessments, plan, memory, {})
-    return Look(config, desired, observed, statuses, plan, memory)
+    offset = clock.offset()
+    statuses = tuple(row.in_wall(offset) for row in statuses)
+    return Look(config, desired, observed, statuses, plan.in_wall(offset), memory)
 
 
 def look(machine: Machine) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
+from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
 from mic_supervisor.converge.gpu_news import GpuNews
@@ -122,7 +123,7 @@ class Converger:
         memory: Memory,
         save: Callable[[Memory], None],
         events: Events,
-        clock: Callable[[], float],
+        clock: Clock,
     ) -> None:
         self.context = context
         self.memory = memory
@@ -142,10 +143,11 @@ class Converger:
         self._saving = asyncio.Lock()
         self._events = events
         self._clock = clock
+        self._now = clock.steady
         self._wakes = asyncio.Event()
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="mic-work")
         self._probe_pool = ThreadPoolExecutor(64, thread_name_prefix="mic-probe")
-        self._prober = Prober(self._probe_pool, self.wake, clock)
+        self._prober = Prober(self._probe_pool, self.wake, clock.steady)
         self._steps = Steps(sources, self._target_of, desired.backend)
         self._lanes: dict[asyncio.Task[None], _Lane] = {}
         self._rest: dict[str, tuple[int, float]] = {}  # instance -> failures in a row, until
@@ -156,11 +158,12 @@ class Converger:
         self._gpu_news = GpuNews(events)
         self.xids: Callable[[], Collection[XidRecord]] = tuple  # that the GPUs reported so far
         self._assessments: dict[str, Assessment] = {}
+        self._next_wake: float | None = None  # when what waits may go on by time alone
         self._bound = True  # whether the remembered bindings hold
         self._indices: dict[str, int] = {}
         self._gpus, self._views, self._listeners = read_in(sources, self._pool, self.wake)
         self._publisher = Publisher(
-            self._pool, clock, self._tell_of_hook, host_name(), memory.published
+            self._pool, clock.steady, self._tell_of_hook, host_name(), memory.published
         )
 
     def wake(self) -> None:
@@ -207,7 +210,7 @@ class Converger:
 
     def pause(self, chosen: Selection, reason: str | None) -> None:
         """Leave these as they are from now on. A lane that is past its preparations goes on."""
-        pause = Pause(self._clock(), reason)
+        pause = Pause(self._clock.wall(), reason)
         paused = self.memory.paused.including(chosen.models, chosen.gpus, pause)
         self.memory = replace(self.memory, paused=paused)
         self._tell_pause(chosen, f"paused: {reason}" if reason else "paused")
@@ -219,7 +222,7 @@ class Converger:
         self._tell_pause(chosen, "resumed")
 
     def _tell_pause(self, chosen: Selection, text: str) -> None:
-        now = self._clock()
+        now = self._clock.wall()
         for model in sorted(chosen.models):
             self._events.tell(Event("pause", now, model, text, model))
         for uuid in sorted(chosen.gpus):
@@ -247,7 +250,7 @@ class Converger:
         # What is busy now may end while the machine is being read, and what was read of it would
         # then be old: it stays out of this round.
         self.rounds_begun += 1
-        began = self._clock()
+        began = self._now()
         lanes = [*self._lanes.values()]
         busy = frozenset(name for lane in lanes for name in lane.instances)
         activities = dict(self.activities)
@@ -265,7 +268,8 @@ class Converger:
         # what the file asks for, and is probed: GPUs that cannot be read are not absent.
         there = self._readable or inventory
         desired = await loop.run_in_executor(self._pool, self._desired.state, there, bindings)
-        now = self._clock()
+        now = self._now()
+        offset = self._clock.offset()
         inventory = with_xids(inventory, self.xids(), now)
         self._indices = {gpu.uuid: gpu.index for gpu in there.gpus}
         # Asked of the configuration at hand: another one may have come since it was taken.
@@ -278,7 +282,7 @@ class Converger:
             hook_error=self._publisher.state.error,
             unconfirmed=self.unconfirmed(),
         )
-        observed = combine(inventory, views, listeners, dict(self._prober.health), now)
+        observed = combine(inventory, views, listeners, dict(self._prober.health), now + offset)
         observed = await loop.run_in_executor(
             self._pool, with_holders, observed, desired, self._sources
         )
@@ -297,7 +301,7 @@ class Converger:
         memory = replace(memory, bindings=dict(desired.bindings))
         memory = with_containers(memory, observed)
         self._inventory = observed.inventory
-        self._tell_adopted(memory, assessments, now)
+        self._tell_adopted(memory, assessments)
         self._gpu_news.look(desired, observed, busy)
         plan = reconcile(desired, observed, memory, now, context, assessments)
         self._dispatch(plan, lanes, now)
@@ -305,21 +309,23 @@ class Converger:
         statuses = instance_statuses(
             desired, observed, assessments, plan, memory, activities, self._troubles
         )
+        self._next_wake = plan.next_wake
         self.memory, statuses = self._note_phases(memory, statuses, now)
         self._publisher.follow(desired.hook, statuses)
         await self._keep_published()
         self.snapshot = Snapshot(
-            at=now,
+            at=now + offset,
+            offset=offset,
             desired=desired,
             observed=observed,
             memory=self.memory,
-            plan=plan,
-            statuses=statuses,
+            plan=plan.in_wall(offset),
+            statuses=tuple(row.in_wall(offset) for row in statuses),
             busy=busy | {name for lane in self._lanes.values() for name in lane.instances},
             failing=frozenset(self._rest),
             round=self.rounds_begun,
-            seconds=self._clock() - began,
-            hook=self._publisher.state,
+            seconds=self._now() - began,
+            hook=self._publisher.state.in_wall(offset),
             endpoints=self._publisher.endpoints,
         )
         return self.snapshot
@@ -336,7 +342,7 @@ class Converger:
 
     def _tell_of_hook(self, text: str, bad: bool) -> None:
         kind: EventKind = "failed" if bad else "hook"
-        self._events.tell(Event(kind, self._clock(), "endpoints", text, phase="hook"))
+        self._events.tell(Event(kind, self._clock.wall(), "endpoints", text, phase="hook"))
         self.wake()
 
     def _targets(self, assessments: list[Assessment], busy: frozenset[str]) -> dict[str, Target]:
@@ -367,15 +373,16 @@ class Converger:
             raise LoadFailed(f"cannot change {step.instance}: the file no longer names it")
         return self._target(step.workload, as_it_runs(self.memory.of(step.instance), item))
 
-    def _tell_adopted(self, memory: Memory, assessments: list[Assessment], now: float) -> None:
+    def _tell_adopted(self, memory: Memory, assessments: list[Assessment]) -> None:
         """An instance that runs as it should, and that nothing is remembered of, is taken over."""
         for item in assessments:
             name = item.instance.id
             known = self.memory.of(name).started is not None
             if item.runs and not known and memory.of(name).started is not None:
                 instance = item.instance
+                at = self._clock.wall()
                 text = "adopted: it runs already, as the file asks"
-                self._events.tell(Event("adopt", now, name, text, instance.model, instance.gpus))
+                self._events.tell(Event("adopt", at, name, text, instance.model, instance.gpus))
 
     def _note_phases(
         self, memory: Memory, statuses: tuple[InstanceStatus, ...], now: float
@@ -389,7 +396,7 @@ class Converger:
                 continue
             event = Event(
                 "phase",
-                now,
+                self._clock.wall(),
                 row.id,
                 row.reason or "",
                 row.model,
@@ -419,9 +426,9 @@ class Converger:
         elif any(row.phase is Phase.WAITING_VRAM for row in snapshot.statuses):
             pause = min(pause, QUEUE_WATCH)
         times = [until for _, until in self._rest.values()]
-        if snapshot.plan.next_wake is not None:
-            times.append(snapshot.plan.next_wake)
-        now = self._clock()
+        if self._next_wake is not None:
+            times.append(self._next_wake)
+        now = self._now()
         return max(0.01, min([pause, *(at - now for at in times if at > now)]))
 
     # --- lanes --------------------------------------------------------------------------------
@@ -459,7 +466,7 @@ class Converger:
             task.result()  # a defect: the event loop's exception handler writes it down
 
     async def _execute(self, changes: list[Change]) -> None:
-        began = self._clock()
+        began = self._now()
         owner = {step.id: change for change in changes for step in change.steps}
         failed: set[str] = set()
         broken: set[tuple[str, str]] = set()
@@ -502,7 +509,7 @@ class Converger:
         for change in changes:
             if (change.instance, change.model) not in broken:
                 self._rest.pop(change.instance, None)
-                self._tell("done", change, change.cause, seconds=self._clock() - began)
+                self._tell("done", change, change.cause, seconds=self._now() - began)
 
     async def _step(self, step: Step, change: Change) -> None:
         loop = asyncio.get_running_loop()
@@ -522,12 +529,12 @@ class Converger:
         if isinstance(step, Start | Restart):
             seen = {g.uuid: f for g in self._inventory.gpus if (f := floor_of(g)) is not None}
             floors = self._floors.pop(change.instance, seen)
-        began = self._clock()
+        began = self._now()
         found = await loop.run_in_executor(self._pool, self._steps.run, step, progress)
         if found is not None:
             self._floors[change.instance] = found.floors
             for listener in self.released:
-                listener(self._clock() - began)
+                listener(self._now() - began)
             if found.warning is not None:
                 self._tell("warning", change, found.warning)
         if isinstance(step, Start | Restart):
@@ -538,7 +545,7 @@ class Converger:
             self._set(
                 change.instance,
                 started=name,
-                started_at=self._clock(),
+                started_at=self._now(),
                 restarts=entry.restarts + again,
             )
         elif isinstance(step, Load | Unload):
@@ -558,7 +565,7 @@ class Converger:
         self.memory = replace(self.memory, floors={**others, **own})
 
     def _failed(self, step: Step, change: Change, error: MicError, began: float) -> None:
-        now = self._clock()
+        now = self._now()
         item = self._assessments.get(change.instance)
         if isinstance(step, Load | Unload) and item is not None and item.instance.shared:
             # It is the model's trouble alone: the server goes on with the others.
@@ -588,7 +595,7 @@ class Converger:
         """Try nothing for the instance for a while: 1 s, doubling with each failure to 60 s."""
         count = self._rest.get(instance, (0, 0.0))[0] + 1
         pause = min(_LANE_REST * 2.0 ** min(count - 1, 6), 60.0)
-        self._rest[instance] = (count, self._clock() + pause)
+        self._rest[instance] = (count, self._now() + pause)
 
     def _set(self, instance: str, **values: object) -> None:
         entry = self.memory.instances.get(instance)
@@ -608,7 +615,7 @@ class Converger:
         self._events.tell(
             Event(
                 kind,
-                self._clock(),
+                self._clock.wall(),
                 change.instance,
                 text,
                 change.model,

@@ -35,14 +35,17 @@ class Sources:
     listener_owner: Callable[[int], Listener | None] = lambda _port: None
 
 
-def observe(sources: Sources, now: float) -> ObservedState:
-    """Everything, one source after the other, without health. For commands that run once."""
+def observe(sources: Sources, at: float) -> ObservedState:
+    """Everything, one source after the other, without health. For commands that run once.
+
+    `at` is when, in wall time.
+    """
     return combine(
         sources.gpus.observe(),
         [runtime.observe() for runtime in sources.runtimes.values()],
         sources.listeners(),
         {},
-        now,
+        at,
     )
 
 
@@ -51,16 +54,16 @@ def combine(
     views: Iterable[RuntimeView],
     listeners: tuple[Listener, ...] | None,
     health: Mapping[str, Health],
-    now: float,
+    at: float,
 ) -> ObservedState:
-    """One state from the parts, with every GPU process mapped to its owner."""
+    """One state from the parts, with every GPU process mapped to its owner. `at` is wall time."""
     views = tuple(views)
     return ObservedState(
         inventory=_with_owners(inventory, views),
         runtimes=views,
         health=health,
         listeners=listeners,
-        at=now,
+        at=at,
     )
 
 

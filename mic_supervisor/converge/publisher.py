@@ -26,7 +26,7 @@ _OUTPUT = 2000  # bytes of its output that are quoted
 
 @dataclass(frozen=True, slots=True)
 class HookState:
-    """How the hook fared since the program started. Times are seconds since the epoch."""
+    """How the hook fared since the program started. Times are steady until `in_wall`."""
 
     runs: int = 0
     failures: int = 0
@@ -34,6 +34,14 @@ class HookState:
     last_success_at: float | None = None
     error: str | None = None  # of the last run
     retry_at: float | None = None
+
+    def in_wall(self, offset: float) -> HookState:
+        """For people: with the clocks' offset added to every time."""
+        return replace(
+            self,
+            last_success_at=None if self.last_success_at is None else self.last_success_at + offset,
+            retry_at=None if self.retry_at is None else self.retry_at + offset,
+        )
 
 
 class Publisher:

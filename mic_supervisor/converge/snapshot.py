@@ -30,7 +30,11 @@ class Desired(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One round's view of everything, immutable: what status, HTTP and metrics show."""
+    """One round's view of everything, immutable: what status, HTTP and metrics show.
+
+    Plan, statuses and hook are told to people, so their times are the wall clock's, as `at` is. The
+    memory's are steady, as `now` is, the same moment; `offset` is what lies between the two.
+    """
 
     at: float
     desired: DesiredState
@@ -44,3 +48,8 @@ class Snapshot:
     seconds: float = 0.0  # that the round took
     hook: HookState = HookState()
     endpoints: Endpoints = field(default_factory=dict)
+    offset: float = 0.0
+
+    @property
+    def now(self) -> float:
+        return self.at - self.offset

@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from mic_supervisor.clocks import Clock, boot_id
 from mic_supervisor.errors import MicError
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.spec import SpecKey
@@ -19,24 +22,39 @@ _MOVE_AWAY = "move it away: only backoff counters, GPU bindings and pauses are l
 class StateDir:
     """One scope's directory under MIC_STATE_DIR. Files are 0600, the directory is 0700."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Clock | None = None, boot: str | None = None) -> None:
         self.path = path
+        self._clock = clock or Clock()
+        self._boot = _boot() if boot is None else boot
 
     def memory(self) -> Memory:
-        """What was remembered, or nothing yet. Raises MicError when it is there and unreadable."""
+        """What was remembered, or nothing yet. Raises MicError when it is there and unreadable.
+
+        On disk times are the wall clock's, beside the offset that made them so. In the same boot
+        they become exactly what they were, however the clock was set since; after a reboot, and of
+        a version that wrote no offset, they are what the wall clock makes of them now.
+        """
         data = self.read_json("memory.json")
         if data is None:
             return Memory()
         try:
-            return Memory.from_json(data)
+            memory = Memory.from_json(data)
+            boot, offset = _written_by(data)
         except (TypeError, ValueError, AttributeError) as error:
             raise MicError(
                 f"cannot use {self.path / 'memory.json'}: {error}",
                 hint=_MOVE_AWAY,
             ) from error
+        now = self._clock.steady()
+        if offset is None or boot != self._boot:
+            offset = self._clock.wall() - now
+        return memory.moved(-offset).in_time(now, rebooted=boot not in (None, self._boot))
 
     def save_memory(self, memory: Memory) -> None:
-        self.write("memory.json", json.dumps(memory.to_json(), indent=1))
+        offset = self._clock.wall() - self._clock.steady()
+        clock = {"boot_id": self._boot, "offset": offset}
+        document = {**memory.moved(offset).to_json(), "clock": clock}
+        self.write("memory.json", json.dumps(document, indent=1))
 
     def key(self, *, create: bool) -> SpecKey:
         """The key that secrets in labels are digested with.
@@ -88,6 +106,25 @@ class StateDir:
                 f"cannot read {path}: {error}",
                 hint=_MOVE_AWAY,
             ) from error
+
+
+def _boot() -> str:
+    """ "" where the kernel does not tell: times are then taken as those of another boot."""
+    try:
+        return boot_id()
+    except OSError:
+        return ""
+
+
+def _written_by(data: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """The boot that times were written down in, and the clocks' offset; None: it does not say."""
+    clock = data.get("clock")
+    if not isinstance(clock, Mapping):
+        return None, None
+    boot, offset = clock.get("boot_id"), clock.get("offset")
+    if not isinstance(boot, str) or type(offset) is not float or not isfinite(offset):
+        return None, None
+    return boot, offset if boot else None
 
 
 def host_id() -> str:

@@ -58,7 +58,7 @@ class Generations:
         self.path = path
         self.config: Config | None = None
         self.number = 0
-        self.loaded_at: float | None = None
+        self.loaded_at: float | None = None  # steady, as `error_at` is
         self.error: str | None = None
         self.error_at: float | None = None
         self.unconfirmed: str | None = None  # why the file as it is now waits for a person's word

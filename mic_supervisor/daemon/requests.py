@@ -265,7 +265,10 @@ class Requests:
         context = replace(
             self._converger.context, targets=targets, busy=snapshot.busy, confirmed=True
         )
-        return reconcile(snapshot.desired, snapshot.observed, snapshot.memory, snapshot.at, context)
+        plan = reconcile(
+            snapshot.desired, snapshot.observed, snapshot.memory, snapshot.now, context
+        )
+        return plan.in_wall(snapshot.offset)
 
     async def _history(self, params: Mapping[str, Any], _tell: Tell) -> list[dict[str, Any]]:
         name = params.get("name")

@@ -87,6 +87,6 @@ def all_settled(snapshot: Snapshot, began: float, targets: Selection | None = No
         snapshot.memory,
         failing=snapshot.failing,
         began=began,
-        now=snapshot.at,
+        now=snapshot.now,
         only=only,
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from mic_supervisor import __version__
+from mic_supervisor.clocks import Clock
 from mic_supervisor.config.doubt import WAY_OUT
 from mic_supervisor.converge.desired import FileDesired
 from mic_supervisor.converge.events import Event, Events
@@ -47,19 +47,6 @@ _LAST_STEPS = 2.5  # seconds for steps under way to end: a daemon is gone 5 s af
 _STOP_NOTICE = 15.0  # seconds for which systemd is asked at a time while instances are stopped
 
 
-class SteadyClock:
-    """Wall-clock time that never jumps: it is read once, and goes on with the monotonic clock.
-
-    A clock that is set while the daemon runs must neither end nor prolong a backoff.
-    """
-
-    def __init__(self) -> None:
-        self._base = time.time() - time.monotonic()
-
-    def __call__(self) -> float:
-        return self._base + time.monotonic()
-
-
 class Supervisor:
     """Everything that lives as long as the daemon does."""
 
@@ -74,7 +61,7 @@ class Supervisor:
     ) -> None:
         self._settings = settings
         self._sources = sources
-        self._clock = SteadyClock()
+        self._clock = Clock()
         self._generations = Generations(
             settings.config,
             registry,
@@ -87,8 +74,8 @@ class Supervisor:
         self._events = Events([log_event, self._record, self._count])
         self._state = state
         self._complaints: set[str] = set()
-        self._loop_state = LoopState(started_at=self._clock())
-        self._started_with = self._generations.start(self._clock())
+        self._loop_state = LoopState(started_at=self._clock.wall())
+        self._started_with = self._generations.start(self._clock.steady())
         self._desired = FileDesired(self._config(), registry, settings.instance_data)
         self._converger = Converger(
             sources=sources,
@@ -103,11 +90,13 @@ class Supervisor:
         self._converger.unconfirmed = lambda: self._generations.unconfirmed
         self._converger.resync = min(settings.resync, (self._notifier.watchdog or 1e9) / 3)
         self._converger.released.append(self._count_release)
-        self._gpu_watch = GpuWatch(sources.gpus, wake=self._converger.wake, clock=self._clock)
+        self._gpu_watch = GpuWatch(
+            sources.gpus, wake=self._converger.wake, clock=self._clock.steady
+        )
         self._converger.xids = lambda: self._gpu_watch.records
         self._converger.observers.append(self._gpu_watch.look)
         self._converger.observers.append(self._publish)
-        self._settling = Settling(self._converger, self._clock)
+        self._settling = Settling(self._converger, self._clock.steady)
         self._converger.observers.append(self._settling.look)
         self._stopping = asyncio.Event()
         self._ready = False  # whether a round was done, and systemd told
@@ -194,7 +183,7 @@ class Supervisor:
             LOGGER.warning("%s: %s", self._generations.unconfirmed, WAY_OUT)
         self._warn(self._started_with)
         self._events.tell(
-            Event("config", self._clock(), "configuration", self._origin(), cause="start")
+            Event("config", self._clock.wall(), "configuration", self._origin(), cause="start")
         )
 
     def _origin(self) -> str:
@@ -216,7 +205,7 @@ class Supervisor:
         self._desired.use(nothing)
         self._converger.removal_confirmed = lambda _hash: True
         notice = asyncio.create_task(self._ask_for_time())
-        began = self._clock()
+        began = self._clock.steady()
         try:
             await self._converger.run(until=lambda snapshot: all_settled(snapshot, began))
         finally:
@@ -262,7 +251,7 @@ class Supervisor:
             self._notifier.reloading()
             try:
                 outcome = await asyncio.to_thread(
-                    self._generations.reload, self._clock(), confirm=confirm
+                    self._generations.reload, self._clock.steady(), confirm=confirm
                 )
             finally:
                 # Also after a rejection: systemd is told that the reload is over, not that it
@@ -273,7 +262,7 @@ class Supervisor:
             return outcome
 
     def _took(self, outcome: Reloaded, why: str) -> None:
-        now, number = self._clock(), self._generations.number
+        now, number = self._clock.wall(), self._generations.number
         if outcome.error is not None:
             LOGGER.error("%s", outcome.error)
             text = f"rejected ({why}); generation {number} keeps running"
@@ -355,6 +344,8 @@ class Supervisor:
     def _view(self, snapshot: Snapshot | None) -> Published:
         found = self._generations
         models = found.config.models if found.config is not None else {}
+        # One offset for all that is shown together.
+        offset = self._clock.offset() if snapshot is None else snapshot.offset
         return Published(
             host=host_name(),
             version=__version__,
@@ -362,16 +353,19 @@ class Supervisor:
                 path=str(self._settings.config),
                 hash=found.config.hash if found.config is not None else "",
                 generation=found.number,
-                loaded_at=found.loaded_at,
+                loaded_at=None if found.loaded_at is None else found.loaded_at + offset,
                 last_reload_ok=found.error is None,
                 error=found.error,
-                error_at=found.error_at,
+                error_at=None if found.error_at is None else found.error_at + offset,
                 unconfirmed=found.unconfirmed,
                 models={name: model.backend for name, model in models.items()},
             ),
             loop=self._loop_state,
             snapshot=snapshot,
+            offset=offset,
             history=self._history.newest(),
-            xids=self._gpu_watch.records,
+            xids=tuple(
+                replace(one, last_at=one.last_at + offset) for one in self._gpu_watch.records
+            ),
             down=dict(self._parts.down),
         )

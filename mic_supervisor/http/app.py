@@ -208,7 +208,7 @@ def _fresh(request: Request, made: Answer) -> bool:
     if since is None:
         return False
     try:
-        return int(made.modified) <= parsedate_to_datetime(since).timestamp()
+        return int(made.modified) == parsedate_to_datetime(since).timestamp()
     except (ValueError, OverflowError):
         return False  # RFC 9110, 13.1.3: an invalid date is ignored
 

@@ -77,6 +77,7 @@ class Published:
 
     `history` is the newest first. `xids` counts since the daemon started. `down` names the parts of
     the daemon that are not alive, and says why.
+    All times are the wall clock's as it is set now; less `offset` they are steady.
     """
 
     host: str
@@ -84,6 +85,7 @@ class Published:
     config: ConfigState
     loop: LoopState
     snapshot: Snapshot | None = None
+    offset: float = 0.0
     history: tuple[Event, ...] = ()
     xids: tuple[XidRecord, ...] = ()
     down: Mapping[str, str] = field(default_factory=dict)

@@ -18,7 +18,7 @@ SPACING = 9.0  # seconds between two samples at least: 90 of them are a quarter 
 class Sample:
     """`memory` is a ratio, `power` is in watts; None was unknown then."""
 
-    at: float
+    at: float  # steady
     memory: float | None
     power: float | None
 

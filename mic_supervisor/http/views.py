@@ -54,7 +54,7 @@ class Views:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.samples = Samples()
-        self.firsts: dict[tuple[int, str], float] = {}
+        self._firsts: dict[tuple[int, str], float] = {}  # steady
         self._look = look
         self._clock = clock
         self._wall = wall
@@ -79,10 +79,16 @@ class Views:
     def _note(self, published: Published) -> None:
         """Remember what a single view does not tell: what was measured, and what began when."""
         if published.snapshot is not None:
-            self.samples.add(published.snapshot.at, published.snapshot.observed.inventory)
+            self.samples.add(published.snapshot.now, published.snapshot.observed.inventory)
         at = published.snapshot.at if published.snapshot is not None else self._wall()
         keys = [problem.key for problem in judge(published, None).problems]
-        self.firsts = {key: self.firsts.get(key, at) for key in keys}
+        self._firsts = {key: self._firsts.get(key, at - published.offset) for key in keys}
+
+    @property
+    def firsts(self) -> dict[tuple[int, str], float]:
+        """Since when each problem that does not tell itself has been seen."""
+        offset = self.current().offset
+        return {key: at + offset for key, at in self._firsts.items()}
 
     def age(self) -> float:
         """Seconds since the last round, or since the start while there was none."""

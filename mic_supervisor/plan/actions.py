@@ -8,7 +8,7 @@ depend on each other within a lane: the old model is stopped only after the new 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any, Literal
 
 from mic_supervisor.model import HttpCall, Launch, ObservedWorkload, Placement
@@ -159,7 +159,7 @@ class Blocked:
     gpus: tuple[str, ...] = ()
     model: str | None = None
     hint: str | None = None
-    until: float | None = None  # when the passing of time alone may end it
+    until: float | None = None  # when the passing of time alone may end it; steady while deciding
     paused: bool = False  # somebody asked for it to be left as it is, be there anything due or not
     queued: bool = False  # the file says to wait for it: a stranger has the GPU
 
@@ -178,6 +178,17 @@ class Plan:
     warnings: tuple[str, ...] = ()
     next_wake: float | None = None
     left_out: tuple[Change, ...] = ()
+
+    def in_wall(self, offset: float) -> Plan:
+        """For people: steady times made times since the epoch by the clocks' offset."""
+        return replace(
+            self,
+            blocked=tuple(
+                item if item.until is None else replace(item, until=item.until + offset)
+                for item in self.blocked
+            ),
+            next_wake=None if self.next_wake is None else self.next_wake + offset,
+        )
 
     @property
     def count(self) -> int:

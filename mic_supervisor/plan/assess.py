@@ -194,11 +194,14 @@ class Assessment:
     def overdue(self, started_at: float | None, now: float) -> str | None:
         """Why its start counts as failed: the budget is spent, and the startup probe says no.
 
+        `started_at`, when we started it, and `now` are steady.
+
         An adopted instance spent its budget long ago. So what was not asked yet, or could not
         tell, says nothing, nor does the first failure of a probe that is allowed several.
         """
         probe, result = self.instance.probes.startup, self.health.startup
-        started = (self.match.started_at if self.match else None) or started_at
+        began = self.match.running_since if self.match else None
+        started = began if began is not None else started_at
         if not self.runs or probe is None or result is None or result.ok is not False:
             return None
         if started is None or now - started < self.instance.start_timeout:

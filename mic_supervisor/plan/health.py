@@ -119,7 +119,6 @@ def remember(
 def _remember(
     entry: InstanceMemory, assessment: Assessment, now: float, jitter: float, quiet: bool
 ) -> InstanceMemory:
-    entry = _in_time(entry, now)
     if entry.attempt not in (None, assessment.hash) or entry.failed not in (None, assessment.hash):
         # The file asks for something else now: what failed before says nothing about it.
         entry = replace(
@@ -183,22 +182,6 @@ def note_load_failure(
         reason=reason,
         attempt=placement.digest,
         retry_at=now + backoff.delay(max(failures, 2), jitter),
-    )
-
-
-def _in_time(entry: InstanceMemory, now: float) -> InstanceMemory:
-    """Without times that cannot be: the clock was set back since they were written down."""
-    if entry.retry_at is not None and entry.retry_at > now + backoff.FARTHEST:
-        entry = replace(entry, retry_at=now + backoff.FARTHEST)
-
-    def past(at: float | None) -> float | None:
-        return at if at is None else min(at, now)
-
-    return replace(
-        entry,
-        started_at=past(entry.started_at),
-        ready_since=past(entry.ready_since),
-        since=past(entry.since),
     )
 
 

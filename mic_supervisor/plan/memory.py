@@ -5,19 +5,19 @@ Nothing here is needed to be right about what runs, only to be patient about wha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, field, fields, replace
 from typing import Any
 
 from mic_supervisor.model import Probes
-from mic_supervisor.plan import probe_record, workload_record
+from mic_supervisor.plan import backoff, probe_record, workload_record
 from mic_supervisor.plan.workload_record import Recorded
 from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceMemory:
-    """Of one instance. A specification is named by Assessment.hash."""
+    """Of one instance. A specification is named by Assessment.hash. All times are steady."""
 
     failures: int = 0  # since the last reset
     reason: str | None = None  # of the last failure
@@ -44,7 +44,10 @@ class InstanceMemory:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Since when something is to be left as it is, and what was given as the reason."""
+    """Since when something is to be left as it is, and what was given as the reason.
+
+    `since` is told and decides nothing. A pause outlasts boots, so it is the wall clock's.
+    """
 
     since: float
     reason: str | None = None
@@ -119,6 +122,47 @@ class Memory:
 
     def with_instance(self, instance: str, entry: InstanceMemory) -> Memory:
         return replace(self, instances={**self.instances, instance: entry})
+
+    def moved(self, seconds: float) -> Memory:
+        """With the times of instances on another clock, which says that much more."""
+
+        def one(at: float | None) -> float | None:
+            return None if at is None else at + seconds
+
+        return self._with_times(
+            lambda entry: replace(
+                entry,
+                retry_at=one(entry.retry_at),
+                started_at=one(entry.started_at),
+                ready_since=one(entry.ready_since),
+                since=one(entry.since),
+            )
+        )
+
+    def in_time(self, now: float, *, rebooted: bool = False) -> Memory:
+        """Without times that cannot be.
+
+        A wait is never longer than the whole of it was, and what has happened is in the past: the
+        clock that the times were taken by may have been set. After a reboot nothing is ready yet.
+        """
+
+        def past(at: float | None) -> float | None:
+            return None if at is None else min(at, now)
+
+        def bounded(entry: InstanceMemory) -> InstanceMemory:
+            latest = now + backoff.delay(max(entry.failures, 2), jitter=1.0)
+            return replace(
+                entry,
+                retry_at=None if entry.retry_at is None else min(entry.retry_at, latest),
+                started_at=past(entry.started_at),
+                ready_since=None if rebooted else past(entry.ready_since),
+                since=past(entry.since),
+            )
+
+        return self._with_times(bounded)
+
+    def _with_times(self, change: Callable[[InstanceMemory], InstanceMemory]) -> Memory:
+        return replace(self, instances={k: change(one) for k, one in self.instances.items()})
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {

@@ -120,7 +120,7 @@ class _Round:
         self.ports = Ports(observed)
         self.numbers = assign(assessments, self.ports.taken, context.port_range)
         self.lanes = self._join_lanes()
-        self.holds = Holds(desired, observed, memory.paused, context.targets, now)
+        self.holds = Holds(desired, observed, memory.paused, context.targets, observed.at)
         self.held = self.holds.find(assessments, self._orphans())  # 8
         self.unconfirmed: set[str] = set()
         # By model, an instance that the new specification failed on: it is not tried on another.

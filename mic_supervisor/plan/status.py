@@ -38,7 +38,11 @@ class ModelStatus:
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """One instance. Times are seconds since the epoch; endpoints are URLs by port name."""
+    """One instance. Endpoints are URLs by port name.
+
+    Times are steady, as decisions are; `in_wall` makes them seconds since the epoch, as all who
+    show them need them.
+    """
 
     id: str
     origin: str
@@ -59,6 +63,19 @@ class InstanceStatus:
     spec_hash: str | None
     serving: bool | None = None  # what its probes say, whatever specification runs; None unknown
     models: tuple[ModelStatus, ...] = ()  # of a server of several
+
+    def in_wall(self, offset: float) -> InstanceStatus:
+        """For people: with the clocks' offset added to every time."""
+
+        def wall(at: float | None) -> float | None:
+            return None if at is None else at + offset
+
+        return replace(
+            self,
+            since=wall(self.since),
+            next_retry=wall(self.next_retry),
+            models=tuple(replace(one, next_retry=wall(one.next_retry)) for one in self.models),
+        )
 
     @property
     def settled_well(self) -> bool:

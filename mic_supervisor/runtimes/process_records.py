@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mic_supervisor import clocks
 from mic_supervisor.model import Identity, ObservedWorkload, RunState
 from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes import procfs
@@ -273,7 +274,7 @@ class Machine:
 
 def machine() -> Machine:
     """This boot and this PID namespace. Raises OSError."""
-    return Machine(procfs.boot_id(), procfs.pid_namespace())
+    return Machine(clocks.boot_id(), procfs.pid_namespace())
 
 
 def judge(path: Path, record: Record, here: Machine, *, held: bool = False) -> ObservedWorkload:
@@ -331,6 +332,9 @@ def _observed(
     pid: int | None = None,
     error: str | None = None,
 ) -> ObservedWorkload:
+    # Times of a run that goes on are the kernel's: the wall clock may have been set since.
+    running = state is RunState.RUNNING and record.child is not None
+    began = clocks.from_ticks(record.child.start_time) if running and record.child else None
     return ObservedWorkload(
         runtime="subprocess",
         name=record.name,
@@ -340,7 +344,8 @@ def _observed(
         pid=pid,
         exit_code=ended.code if ended else None,
         created_at=record.created_at,
-        started_at=record.started_at,
+        started_at=record.started_at if began is None else clocks.in_wall(began, record.started_at),
+        running_since=began,
         finished_at=ended.finished_at if ended else None,
         error=ended.reason if ended else error,
     )

@@ -207,11 +207,6 @@ def send_signal(pid: int, started: int, number: int) -> bool:
     return True
 
 
-def boot_id() -> str:
-    """Another one after each boot of the kernel, see random(4)."""
-    return (PROC / "sys/kernel/random/boot_id").read_text().strip()
-
-
 def pid_namespace() -> str:
     """ "pid:[4026531836]": PIDs can be compared only within one."""
     return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - a magic link, not a path

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mic_supervisor import clocks
 from mic_supervisor.errors import (
     MicError,
     PreflightFailed,
@@ -70,7 +71,8 @@ class SubprocessRuntime:
         host: str,
         *,
         directory: Path,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = clocks.wall,
+        steady: Callable[[], float] = clocks.steady,
         log_max_size: int = 50 << 20,
         log_files: int = 3,
         kill_timeout: float = 30.0,
@@ -81,7 +83,8 @@ class SubprocessRuntime:
         self._scope = scope
         self._host = host
         self._directory = directory
-        self._clock = clock
+        self._clock = clock  # for what is told
+        self._steady = steady
         self._options = Options(log_max_size, log_files, kill_timeout, remains_grace)
         self._enclosing_service = enclosing_service
         self._given_name = given_name
@@ -143,8 +146,8 @@ class SubprocessRuntime:
 
     def _find_strays(self) -> tuple[Stranger, ...]:
         """Processes that carry our scope, and a run that no record names any more."""
-        now = self._clock()
-        if self._strays is not None and 0 <= now - self._strays[0] < _STRAY_PAUSE:
+        now = self._steady()
+        if self._strays is not None and now - self._strays[0] < _STRAY_PAUSE:
             return self._strays[1]
         found: dict[str, tuple[int, str]] = {}
         for pid in sorted(procfs.with_environ("MIC_SCOPE", [self._scope])):

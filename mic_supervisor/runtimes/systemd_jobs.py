@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mic_supervisor import clocks
 from mic_supervisor.errors import RuntimeRefused, RuntimeUnavailable, StopFailed
 from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes.systemd_bus import Bus, Refused, variants
@@ -254,6 +254,9 @@ def write_secret(path: Path, text: str) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            # A clock that is set makes no file of a start under way stale: see _sweep.
+            os.utime(descriptor, (clocks.steady(), clocks.steady()))
     except OSError as error:
         raise RuntimeUnavailable(
             f"cannot write {path}: {error.strerror}",
@@ -262,10 +265,9 @@ def write_secret(path: Path, text: str) -> None:
 
 
 def _sweep(directory: Path) -> None:
-    """Delete what starts that were cut short have left."""
-    old = time.time() - _STALE
+    """Delete what starts that were cut short have left. Their times are steady."""
     for entry in directory.iterdir():
-        if entry.stat().st_mtime < old:
+        if not 0.0 <= clocks.steady() - entry.stat().st_mtime <= _STALE:
             entry.unlink(missing_ok=True)
 
 

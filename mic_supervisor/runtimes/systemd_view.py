@@ -1,7 +1,7 @@
 """What PID 1 says of a unit, as a workload of ours or a stranger. Pure, and never surprised.
 
 The properties are those of org.freedesktop.systemd1(5); times there are microseconds since the
-epoch, and 0 is never.
+epoch, or on the monotonic clock, and 0 is never.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mic_supervisor import clocks
 from mic_supervisor.model import ObservedWorkload, RunState, Stranger
 from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes.systemd_unit import identity_of, unit_name
@@ -143,6 +144,9 @@ def judge(unit: Unit, scope: str, host: str) -> ObservedWorkload | Stranger:
     name, identity = found
     state, error = _state(unit)
     over = state is RunState.EXITED
+    started = unit.seconds("ExecMainStartTimestamp")
+    monotonic = None if over else unit.seconds("ExecMainStartTimestampMonotonic")
+    began = None if monotonic is None else clocks.from_monotonic(monotonic)
     return ObservedWorkload(
         runtime=RUNTIME,
         name=name,
@@ -152,7 +156,8 @@ def judge(unit: Unit, scope: str, host: str) -> ObservedWorkload | Stranger:
         pid=None if over else unit.main_pid,
         exit_code=exit_code(unit) if over else None,
         created_at=unit.begun,
-        started_at=unit.seconds("ExecMainStartTimestamp"),
+        started_at=started if began is None else clocks.in_wall(began, started),
+        running_since=began,
         finished_at=unit.seconds("ExecMainExitTimestamp") if over else None,
         error=error,
     )

@@ -1,4 +1,4 @@
-"""The daemon's clock, its word to systemd, its history and its log."""
+"""The daemon's word to systemd, its history and its log."""
 
 from __future__ import annotations
 
@@ -13,53 +13,7 @@ from mic_supervisor.converge.events import Event
 from mic_supervisor.daemon import history
 from mic_supervisor.daemon.history import History, read
 from mic_supervisor.daemon.notify import Notifier
-from mic_supervisor.daemon.supervisor import SteadyClock
 from mic_supervisor.errors import MicError
-from mic_supervisor.plan import backoff
-from mic_supervisor.plan.health import remember
-from mic_supervisor.plan.memory import InstanceMemory, Memory
-from tests.unit.plan.builders import CONTEXT, desired, observed, on, workload
-
-# --- time ---------------------------------------------------------------------------------------
-
-
-def test_a_clock_that_is_set_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    steady = [1000.0]
-    monkeypatch.setattr(time, "time", lambda: 5_000_000.0)
-    monkeypatch.setattr(time, "monotonic", lambda: steady[0])
-    clock = SteadyClock()
-    assert clock() == 5_000_000.0
-    for jump in (-3600.0, 86400.0 * 365, 0.0):
-        monkeypatch.setattr(time, "time", lambda jump=jump: 5_000_000.0 + jump)
-        steady[0] += 10
-        assert clock() == 5_000_000.0 + steady[0] - 1000.0
-
-
-def test_times_of_a_clock_that_was_set_back_since_are_none_of_the_future() -> None:
-    from mic_supervisor.plan.assess import assess
-
-    item = on("MAM", 0)
-    state = desired(item)
-    seen = observed(workload(item))
-    found = assess(state, seen, CONTEXT)
-    far = 1e9
-    entry = InstanceMemory(
-        failures=4,
-        reason="it ended",
-        attempt=found[0].hash,
-        retry_at=far,
-        started_at=far,
-        ready_since=far,
-        since=far,
-        started=found[0].match.name if found[0].match else None,
-    )
-    after = remember(Memory({item.id: entry}), found, 1000.0, jitter=0.0).of(item.id)
-    assert after.retry_at == 1000.0 + backoff.FARTHEST
-    assert (after.started_at, after.since) == (1000.0, 1000.0)
-    near = InstanceMemory(failures=4, retry_at=1000.0 + backoff.LONGEST, started_at=900.0)
-    kept = remember(Memory({item.id: near}), found, 1000.0, jitter=0.0).of(item.id)
-    assert kept.retry_at == near.retry_at
-
 
 # --- systemd ------------------------------------------------------------------------------------
 

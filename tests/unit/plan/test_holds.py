@@ -84,7 +84,8 @@ def test_a_paused_model_is_not_replaced_and_the_plan_says_what_would_be() -> Non
 
 
 def test_a_pause_of_another_day_has_its_date() -> None:
-    plan = plan_for([MAM], observed(), paused(models=("MAM",)), now=NOW + 86400)
+    later = replace(observed(), at=NOW + 86400)
+    plan = plan_for([MAM], later, paused(models=("MAM",)))
     assert [item.reason for item in plan.blocked] == [
         "paused since 1970-01-01 00:10:00; would create: nothing runs for it yet"
     ]

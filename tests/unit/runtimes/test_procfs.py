@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mic_supervisor import clocks
 from mic_supervisor.model import Listener
 from mic_supervisor.runtimes import procfs
 from tests.support.waiting import until
@@ -172,7 +173,7 @@ def test_outside_of_systemd_there_is_no_service(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_boot_and_namespace_have_names() -> None:
-    assert len(procfs.boot_id()) == 36
+    assert len(clocks.boot_id()) == 36
     assert procfs.pid_namespace().startswith("pid:[")
 
 

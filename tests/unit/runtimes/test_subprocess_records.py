@@ -196,7 +196,7 @@ def test_the_exit_of_an_earlier_run_is_not_this_ones(world: World) -> None:
 def test_a_process_without_a_record_is_a_stranger(world: World) -> None:
     now = [1000.0]
     seen = world.start("one", ("sleep", "60"))
-    runtime = world.make(clock=lambda: now[0])
+    runtime = world.make(steady=lambda: now[0])
     assert runtime.observe().strangers == ()
     (world.directory / "one").rename(world.directory / ".gone")
     assert runtime.observe().strangers == ()  # it does not look every time
