@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -87,9 +86,8 @@ def _through_daemon(
 ) -> dict[str, Any]:
     from mic_supervisor.cli.progress import follow
 
-    began = time.time()
     params = {"path": str(config.path), "hash": config.hash, **asked}
-    with follow(indices, began, quiet=quiet) as shown:
+    with follow(indices, quiet=quiet) as shown:
         document: dict[str, Any] = client.call("apply", params, tell=shown)
     return document
 
@@ -158,7 +156,7 @@ def converge_once(
         if event.kind == "failed":
             errors[event.instance] = event
 
-    with follow(indices, time.time(), quiet=quiet) as shown:
+    with follow(indices, quiet=quiet) as shown:
         events = Events([note, shown])
         snapshot = asyncio.run(_converge(machine, provider, memory, events, began))
     return snapshot, errors

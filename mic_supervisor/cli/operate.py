@@ -250,7 +250,7 @@ def ask(found: Settings, client: Client, method: str, params: dict[str, Any]) ->
     from mic_supervisor.cli.apply import indices_of
     from mic_supervisor.cli.progress import follow
 
-    with follow(indices_of(found), time.time(), quiet=False) as told:
+    with follow(indices_of(found), quiet=False) as told:
         document: dict[str, Any] = client.call(method, params, tell=told)
     return document
 

@@ -24,9 +24,9 @@ _GOOD = frozenset({Phase.STARTING, Phase.LOADING, Phase.READY, Phase.UNPROBED})
 class Lines:
     """One line per event, for pipes and logs."""
 
-    def __init__(self, indices: dict[str, int], began: float) -> None:
+    def __init__(self, indices: dict[str, int]) -> None:
         self._indices = indices
-        self._began = began
+        self._began = time.monotonic()
         self._changed: set[str] = set()
 
     def __enter__(self) -> Lines:
@@ -39,15 +39,15 @@ class Lines:
         text = line_of(event, self._changed)
         if text is not None:
             place = place_of(event.gpus, self._indices)
-            click.echo(f"{event.at - self._began:6.1f} s  {place:<7}  {event.instance}: {text}")
+            passed = time.monotonic() - self._began
+            click.echo(f"{passed:6.1f} s  {place:<7}  {event.instance}: {text}")
 
 
 class Table:
     """One row per instance, redrawn in place, for a terminal."""
 
-    def __init__(self, indices: dict[str, int], began: float) -> None:
+    def __init__(self, indices: dict[str, int]) -> None:
         self._indices = indices
-        self._began = began
         self._changed: set[str] = set()
         self._rows: dict[str, tuple[str, str, str, float]] = {}
         self._live: Live | None = None
@@ -69,7 +69,7 @@ class Table:
             return
         place = place_of(event.gpus, self._indices)
         phase = event.phase or "" if event.kind == "phase" else event.kind
-        self._rows[event.instance] = (place, phase, text, event.at)
+        self._rows[event.instance] = (place, phase, text, time.monotonic())
 
     def _draw(self) -> Any:
         from rich.table import Table as RichTable
@@ -78,7 +78,7 @@ class Table:
         for name in ("GPU", "INSTANCE", "", "FOR"):
             table.add_column(name, no_wrap=True, overflow="ellipsis")
         for instance, (place, _, text, at) in sorted(self._rows.items()):
-            table.add_row(place, instance, text, f"{max(0.0, time.time() - at):.0f} s")
+            table.add_row(place, instance, text, f"{max(0.0, time.monotonic() - at):.0f} s")
         return table
 
 
@@ -95,11 +95,11 @@ class Silence:
         return None
 
 
-def follow(indices: dict[str, int], began: float, *, quiet: bool) -> Lines | Table | Silence:
+def follow(indices: dict[str, int], *, quiet: bool) -> Lines | Table | Silence:
     """The right one for where the output goes."""
     if quiet:
         return Silence()
-    return Table(indices, began) if sys.stdout.isatty() else Lines(indices, began)
+    return Table(indices) if sys.stdout.isatty() else Lines(indices)
 
 
 def line_of(event: Event, changed: set[str]) -> str | None:

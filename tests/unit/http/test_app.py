@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from email.utils import formatdate, parsedate_to_datetime
 
 import pytest
 
@@ -111,6 +112,14 @@ def test_before_the_first_round_nothing_is_made_up() -> None:
     assert site("/healthz").json()["status"] == "starting"
     assert site("/metrics").status == 200
     assert "Looking at the machine" in site("/", headers={"Accept": "text/html"}).text
+
+
+def test_a_document_of_after_the_clock_was_set_back_is_no_old_one(good: Site) -> None:
+    first = good("/api/v1/status")
+    modified = first.headers["last-modified"]
+    assert good("/api/v1/status", headers={"If-Modified-Since": modified}).status == 304
+    hour_ahead = formatdate(parsedate_to_datetime(modified).timestamp() + 3600, usegmt=True)
+    assert good("/api/v1/status", headers={"If-Modified-Since": hour_ahead}).status == 200
 
 
 # --- nothing can be changed ---------------------------------------------------------------------

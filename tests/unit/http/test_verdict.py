@@ -137,6 +137,18 @@ def test_since_when_is_known_of_what_does_not_tell_itself() -> None:
     assert problems["GPU 3"].since == NOW + 100  # it was well in between
 
 
+def test_since_when_is_told_by_the_clock_as_it_is_set_now() -> None:
+    before = views_of.bad()
+    assert before.snapshot is not None
+    # 100 s later, and the clock was set an hour back.
+    at, offset = NOW + 100 - 3600, -3600.0
+    later = replace(before, snapshot=replace(before.snapshot, at=at, offset=offset), offset=offset)
+    views = views_of.views(before, later)
+    problems = {one.subject: one for one in judge(later, None, views.firsts).problems}
+    assert problems["GPU 3"].since == NOW - 3600
+    assert len(views.samples.of(b.uuid(0))) == 2  # and measuring goes on
+
+
 def test_a_first_start_with_a_broken_file() -> None:
     found = by_subject(
         views_of.published(None, config={"error": "gpus.yaml: error: x", "generation": 0})

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mic_supervisor import clocks
 from mic_supervisor.errors import RuntimeRefused, StopFailed
 from mic_supervisor.model import Identity, RunState, Stranger
 from mic_supervisor.runtimes import process_records as records
@@ -130,6 +132,15 @@ def test_what_belongs_to_others_is_a_stranger(
             call()
         assert reason in str(raised.value)
     assert seen.pid is not None and runs(seen.pid)
+
+
+def test_it_runs_since_the_kernel_started_it_whatever_its_record_says(world: World) -> None:
+    world.start("one", ("sleep", "60"))
+    change(world, "one", started_at=time.time() - 3600)  # the clock was set an hour forward since
+    seen = world.look("one")
+    assert seen.running_since is not None and seen.started_at is not None
+    assert 0 <= clocks.steady() - seen.running_since < 60
+    assert abs(time.time() - seen.started_at) < 60
 
 
 def test_after_a_reboot_nothing_runs(world: World) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mic_supervisor import clocks
 from mic_supervisor.model import Identity, Launch, ObservedWorkload, ProcessSpec, RunState, Stranger
 from mic_supervisor.runtimes import systemd_unit, systemd_view
 from mic_supervisor.runtimes.systemd_view import Process, Unit
@@ -63,6 +64,15 @@ def test_one_that_runs() -> None:
         created_at=2.0,
         started_at=2.0,
     )
+
+
+def test_a_unit_runs_since_what_the_monotonic_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clocks, "from_monotonic", lambda stamp: stamp + 10.0)
+    monkeypatch.setattr(clocks, "in_wall", lambda at, noted: 1e9 + at)
+    seen = judge(unit("active", "running", MainPID=42, ExecMainStartTimestampMonotonic=7_000_000))
+    assert (seen.running_since, seen.started_at) == (17.0, 1e9 + 17.0)
+    over = judge(unit("failed", "failed", ExecMainStartTimestampMonotonic=7_000_000, **ended(1, 3)))
+    assert (over.running_since, over.started_at) == (None, 2.0)
 
 
 @pytest.mark.parametrize(
