@@ -37,9 +37,8 @@ class Diagnostic:
     @property
     def headline(self) -> str:
         """One line: "gpus.yaml:7:3: error: models.MAM: unknown backend 'tritn'"."""
-        where = str(self.place) if self.place.line else self.place.file
         path = f"{self.path}: " if self.path else ""
-        return f"{where}: error: {path}{self.message}"
+        return f"{self.place}: error: {path}{self.message}"
 
     def render(self) -> str:
         lines = [self.headline]
@@ -62,10 +61,11 @@ class InvalidConfig(ConfigError):
 
 @dataclass(slots=True)
 class Report:
-    """Collects diagnostics. `lines` holds the source of every file read, in the order of reading,
-    which is also the order in which files are reported."""
+    """Collects diagnostics. `purpose` is what cannot be done, "load gpus.yaml". `lines` holds the
+    source of every file read, in the order of reading, which is also the order in which files are
+    reported."""
 
-    subject: str
+    purpose: str
     lines: dict[str, list[str]] = field(default_factory=dict)
     _found: dict[tuple[Place, str, str], Diagnostic] = field(default_factory=dict)
     _suggestions: int = 0
@@ -116,7 +116,7 @@ class Report:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         first = found[0].headline.replace(": error: ", ": ", 1)
         raise InvalidConfig(
-            f"cannot load {self.subject}: {first}{more}",
+            f"cannot {self.purpose}: {first}{more}",
             rendered="\n".join(blocks) + "\n",
             diagnostics=found,
         )

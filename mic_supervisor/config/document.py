@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """Where something stands; line and column count from 1."""
+    """Where something stands; line and column count from 1, and 0 is the whole file or line."""
 
     file: str
     line: int
     column: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
+        return ":".join(str(part) for part in (self.file, self.line, self.column) if part != 0)
 
 
 @dataclass(frozen=True, slots=True)

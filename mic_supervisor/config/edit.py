@@ -238,7 +238,7 @@ def _skip(event: Any, events: Any) -> None:
 
 def _meaning(text: str) -> Mapping[frozenset[GpuKey], Any]:
     """What `gpus:` says, ranges expanded; empty where it cannot be read."""
-    report = Report("gpus.yaml")
+    report = Report("load gpus.yaml")
     report.lines["gpus.yaml"] = text.split("\n")
     root = parse(text, "gpus.yaml", report, Budget())
     found: dict[frozenset[GpuKey], Any] = {}

@@ -34,7 +34,7 @@ def load(
     of the models that name it, and no error. Raises InvalidConfig, a ConfigError, with every error
     of all files. Reads files and nothing else.
     """
-    report = Report(str(path))
+    report = Report(f"load {path}")
     merged = read_merged(path, report, data)
     if merged is None:
         report.fail()

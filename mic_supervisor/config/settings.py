@@ -9,10 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import Field, PlainValidator, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
-from mic_supervisor.config.diagnostics import InvalidConfig, closest, printable, show
-from mic_supervisor.config.env_file import parse_env_file
+from mic_supervisor.config.diagnostics import Report, closest, show
+from mic_supervisor.config.document import Place
+from mic_supervisor.config.env_file import Assignment, parse_env_file
 from mic_supervisor.config.types import PositiveDuration
 from mic_supervisor.records import dataclass
 
@@ -24,12 +32,8 @@ NOT_SETTINGS = frozenset(
 )
 """What a runtime puts into the environment of an instance; a shell inside one has them."""
 
-_SCOPE = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
-_SIMULATED = re.compile(r"simulated:([0-9]{1,3})")
-_PORTS = re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
 MAX_SIMULATED = 64
 NO_DOCKER = "none"
-_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class Address(NamedTuple):
 def _gpu_source(text: Any) -> GpuSourceSetting:
     if text in ("nvml", "none"):
         return GpuSourceSetting(text)
-    match = _SIMULATED.fullmatch(text)
+    match = re.fullmatch(r"simulated:([0-9]{1,3})", text)
     if match is None or not 1 <= int(match[1]) <= MAX_SIMULATED:
         raise ValueError(
             f"{show(text)} is no source of GPUs: write nvml, none, or simulated:N "
@@ -73,90 +77,84 @@ def _gpu_source(text: Any) -> GpuSourceSetting:
     return GpuSourceSetting("simulated", int(match[1]))
 
 
-def _port_range(text: Any) -> PortRange:
-    match = _PORTS.fullmatch(text)
-    ends = (int(match[1]), int(match[2])) if match is not None else (0, 0)
-    if not 1 <= ends[0] <= ends[1] <= 65535:
+def _port_range(text: str) -> PortRange:
+    match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 65535:
         raise ValueError(
             f"{show(text)} is no range of ports: write the first and the last, as in 20000-20999"
         )
-    return PortRange(*ends)
+    return PortRange(int(match[1]), int(match[2]))
 
 
-def _address(text: Any) -> Address:
-    host, _, port = text.rpartition(":")
+def _address(text: str) -> Address:
+    match = re.fullmatch(r"(?:\[(?P<v6>.+)\]|(?P<v4>[0-9.]+)):(?P<port>[0-9]{1,5})", text)
     try:
-        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        # ip_address() would take a bare IPv6 address without its brackets, and misread the port.
-        if (":" in bare) != host.startswith("[") or not re.fullmatch(r"[0-9]{1,5}", port):
+        if match is None or not 1 <= int(match["port"]) <= 65535:
             raise ValueError
-        ipaddress.ip_address(bare)
-        if not 1 <= int(port) <= 65535:
-            raise ValueError
+        if match["v6"]:
+            ipaddress.IPv6Address(match["v6"])
+        else:
+            ipaddress.IPv4Address(match["v4"])
     except ValueError:
         raise ValueError(
             f"{show(text)} is no address and port: write them as in 127.0.0.1:6004 or [::1]:6004"
         ) from None
-    return Address(bare, int(port))
+    return Address(match["v6"] or match["v4"], int(match["port"]))
 
 
-def _scope(text: Any) -> str:
-    if not _SCOPE.fullmatch(text):
-        raise ValueError(
-            f"{show(text)} is no scope: write a to z, 0 to 9 and -, at most 31 of them, "
-            "and begin with no -"
-        )
-    return str(text)
-
-
-def _path(text: Any) -> Path:
+def _absolute(text: str) -> Path:
     path = Path(text)
     if not path.is_absolute():
         raise ValueError(f"{show(text)} is not an absolute path: begin it with /")
     return path
 
 
-def _config_path(text: Any) -> Path:
+def _from_here(text: str) -> Path:
     # From a shell, a relative path is meant relative to where one stands.
-    return Path(os.path.abspath(_nonempty(text)))  # noqa: PTH100 - a symlink stays as it is
-
-
-def _nonempty(text: Any) -> str:
     if not text:
         raise ValueError("is empty: give it a value, or remove it")
-    return str(text)
+    return Path(os.path.abspath(text))  # noqa: PTH100 - a symlink stays as it is
 
 
-def _boolean(text: Any) -> bool:
-    value = _BOOLEANS.get(text.lower())
-    if value is None:
-        raise ValueError(f"{show(text)} is neither true nor false")
-    return value
+def _scope(text: str) -> str:
+    if not re.fullmatch("[a-z0-9][a-z0-9-]{0,30}", text):
+        raise ValueError(
+            f"{show(text)} is no scope: write a to z, 0 to 9 and -, at most 31 of them, "
+            "and begin with no -"
+        )
+    return text
 
 
-def _docker_host(text: Any) -> str:
+def _docker_host(text: str) -> str:
     if not re.fullmatch(rf"{NO_DOCKER}|(unix:///|tcp://|ssh://|https?://).+", text):
         raise ValueError(
             f"{show(text)} is no address of an engine: write it as in unix:///run/docker.sock, "
             f"or {NO_DOCKER} for a machine that is to be used without Docker"
         )
-    return str(text)
+    return text
 
 
-AbsolutePath = Annotated[Path, PlainValidator(_path)]
+AbsolutePath = Annotated[Path, PlainValidator(_absolute)]
 
 
-class Settings(BaseModel):
+class Settings(BaseSettings):
     """One attribute for each MIC_* variable; the lower-case name without the prefix.
 
-    `environ` is the environment to look `${env:NAME}` up in: the process's own, on top of what the
-    env file sets. `unread` says why the env file could not be read, None if it could or is not
-    there: a plain user may run `check` beside a file that only root may read.
+    `environ` is where the variables are read, and where `${env:NAME}` is looked up: the process's
+    own environment, on top of what the env file sets. `unread` says why the env file could not be
+    read, None if it could or is not there: a plain user may run `check` beside a file that only
+    root may read.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        enable_decoding=False,  # no value is JSON
+        extra="forbid",
+        frozen=True,
+        validate_default=False,
+    )
 
-    config: Annotated[Path, PlainValidator(_config_path)] = Path("/etc/mic/gpus.yaml")
+    config: Annotated[Path, PlainValidator(_from_here)] = Path("/etc/mic/gpus.yaml")
     listen: Annotated[Address, PlainValidator(_address)] = Address("127.0.0.1", 6004)
     socket: AbsolutePath = Path("/run/mic/mic.sock")
     state_dir: AbsolutePath = Path("/var/lib/mic")
@@ -170,13 +168,29 @@ class Settings(BaseModel):
     on_stop: Literal["keep", "stop"] = "keep"
     docker_config: AbsolutePath | None = None
     http_token_file: AbsolutePath | None = None
-    http_open: Annotated[bool, PlainValidator(_boolean)] = False
-    prune_on_watch: Annotated[bool, PlainValidator(_boolean)] = False
+    http_open: bool = False
+    prune_on_watch: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
 
     environ: Mapping[str, str] = Field(default_factory=dict, repr=False, exclude=True)
     unread: str | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """An unknown variable is handed on under its whole name, so that the model forbids it."""
+        environ = init_settings().get("environ", {})
+        names = {name for name in environ if name.startswith(PREFIX)} - NOT_SETTINGS
+        known = EnvSettingsSource(settings_cls)
+        known.env_vars = {name.lower(): environ[name] for name in names.intersection(VARIABLES)}
+        unknown = {name: environ[name] for name in names.difference(VARIABLES)}
+        return init_settings, known, InitSettingsSource(settings_cls, unknown)
 
     @property
     def scope_state_dir(self) -> Path:
@@ -195,9 +209,8 @@ class Settings(BaseModel):
         return self.run_dir / f"{self.scope}.lock"
 
 
-_INTERNAL = frozenset({"environ", "unread"})
 VARIABLES = tuple(
-    f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name not in _INTERNAL
+    f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name not in ("environ", "unread")
 )
 """Every variable that there is."""
 
@@ -208,51 +221,27 @@ def load_settings(environ: Mapping[str, str], env_file: Path = ENV_FILE) -> Sett
     Raises InvalidConfig, a ConfigError, with one sentence for each variable that is unknown or has
     an invalid value.
     """
-    errors: list[_Error] = []
-    from_file, unread = _read(env_file, errors)
-    origins = {name: (str(env_file), line) for name, (_, line) in from_file.items()}
-    merged = {name: value for name, (value, _) in from_file.items()} | dict(environ)
-    origins |= dict.fromkeys(environ, ("environment", 0))
-    given: dict[str, Any] = {}
-    for name, value in sorted(merged.items()):
-        if name in VARIABLES:
-            given[name.removeprefix(PREFIX).lower()] = value
-        elif name.startswith(PREFIX) and name not in NOT_SETTINGS:
-            errors.append(_Error(*origins[name], name, _unknown(name)))
-    settings = None
+    report = Report("read the settings", lines={str(env_file): [], "environment": []})
+    from_file, unread = _read(env_file, report)
+    merged = {name: one.value for name, one in from_file.items()} | dict(environ)
     try:
-        settings = Settings.model_validate({**given, "environ": merged, "unread": unread})
+        settings = Settings(environ=merged, unread=unread)
     except ValidationError as error:
         for fault in error.errors(include_url=False):
-            name = f"{PREFIX}{fault['loc'][0]}".upper()
-            errors.append(_Error(*origins[name], name, _words(fault, merged[name])))
-    if errors or settings is None:
-        errors.sort()
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise InvalidConfig(
-            f"cannot read the settings: {errors[0].place}: {errors[0].sentence}{more}",
-            rendered="".join(f"{one.place}: error: {one.sentence}\n" for one in errors),
-        )
+            name = str(fault["loc"][0])
+            if name in Settings.model_fields:
+                name = f"{PREFIX}{name.upper()}"
+            place = Place("environment", 0, 0)
+            if name not in environ:
+                place = Place(str(env_file), from_file[name].line, 0)
+            report.add(place, name, _words(fault, name, merged[name]))
+    if report:
+        report.fail()
     return settings
 
 
-class _Error(NamedTuple):
-    origin: str
-    line: int
-    name: str
-    message: str
-
-    @property
-    def place(self) -> str:
-        return f"{self.origin}:{self.line}" if self.line else self.origin
-
-    @property
-    def sentence(self) -> str:
-        return f"{self.name}: {self.message}" if self.name else self.message
-
-
-def _read(path: Path, errors: list[_Error]) -> tuple[dict[str, tuple[str, int]], str | None]:
-    """name -> (value, line), and why the file could not be read."""
+def _read(path: Path, report: Report) -> tuple[dict[str, Assignment], str | None]:
+    """What the file sets, by name, and why it could not be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -261,24 +250,25 @@ def _read(path: Path, errors: list[_Error]) -> tuple[dict[str, tuple[str, int]],
         cause = (error.strerror or str(error)).lower()
         return {}, f"cannot read {path}: {cause}"
     except UnicodeDecodeError as error:
-        errors.append(
-            _Error(str(path), 0, "", f"cannot read the file: byte {error.start} is not UTF-8")
-        )
+        message = f"cannot read the file: byte {error.start} is not UTF-8"
+        report.add(Place(str(path), 0, 0), "", message)
         return {}, None
     found, bad = parse_env_file(text)
-    errors += [_Error(str(path), one.line, "", printable(str(one))) for one in bad]
-    return {one.name: (one.value, one.line) for one in found}, None
+    for line in bad:
+        report.add(Place(str(path), line.line, 0), "", str(line))
+    return {one.name: one for one in found}, None
 
 
-def _unknown(name: str) -> str:
-    near = closest(name, VARIABLES)
-    return "there is no such setting" + (f"; did you mean {near}?" if near is not None else "")
-
-
-def _words(fault: Any, value: str) -> str:
-    if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
-    if fault["type"] == "literal_error":
-        expected = str(fault["ctx"]["expected"]).replace("'", "")
-        return f"{show(value)} is not known: write {expected}"
+def _words(fault: Any, name: str, value: str) -> str:
+    match fault["type"]:
+        case "value_error":
+            return str(fault["ctx"]["error"])
+        case "literal_error":
+            expected = str(fault["ctx"]["expected"]).replace("'", "")
+            return f"{show(value)} is not known: write {expected}"
+        case "bool_parsing":
+            return f"{show(value)} is neither true nor false"
+        case "extra_forbidden":
+            near = closest(name, VARIABLES)
+            return "there is no such setting" + (f"; did you mean {near}?" if near else "")
     return f"{show(value)} is not valid: {fault['msg']}"

@@ -136,6 +136,19 @@ def test_an_unknown_name_is_an_error_with_a_guess(tmp_path: Path) -> None:
     ]
 
 
+def test_only_the_exact_name_is_a_setting(tmp_path: Path) -> None:
+    assert load_settings({"mic_scope": "a", "scope": "b"}, tmp_path / "none").scope == "default"
+    assert errors({"MIC_scope": "a", "MIC_UNREAD": "b"}, tmp_path / "none") == [
+        "environment: error: MIC_UNREAD: there is no such setting; did you mean MIC_RUN_DIR?",
+        "environment: error: MIC_scope: there is no such setting; did you mean MIC_SCOPE?",
+    ]
+
+
+def test_no_value_is_read_as_json(tmp_path: Path) -> None:
+    (line,) = errors({"MIC_LISTEN": '["127.0.0.1", 80]'}, tmp_path / "none")
+    assert "is no address and port" in line
+
+
 def test_a_shell_inside_an_instance_is_no_mistake(tmp_path: Path) -> None:
     load_settings({"MIC_INSTANCE": "a", "MIC_RUN_ID": "b"}, tmp_path / "none")
 
