@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mic_supervisor.config.env_file import parse_env_file
 from mic_supervisor.config.options import CheckOptions, ModelOptions
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import (
@@ -41,7 +42,7 @@ ONE_RUNTIME = "there is one way to run it; remove the key"
 _PLACEHOLDER = re.compile(r"\$\{([^{}]*)(\}?)")
 _NAMED_PORT = re.compile(r"\$\{port:(http|grpc|metrics)\}")
 _KNOWN = "${port}, ${port:NAME}, ${gpu_uuids}, ${gpu_indices}, ${model}, ${instance}, ${env:NAME}"
-_ENV_LINE = re.compile(r"([^\s=]+)=(.*)")
+_ENV_NAME = re.compile(r"[^\s=]+")  # a container may have names that systemd would not take
 
 
 def refuse_container_port_on_host(options: ModelOptions) -> None:
@@ -152,39 +153,22 @@ def _known_hint() -> str:
 
 
 def file_env(request: CompileRequest) -> Pairs:
-    """What `env_file` holds, sorted by name.
-
-    One KEY=VALUE a line, taken as it stands: no quotes, no escapes, no `export`. Lines that are
-    empty or begin with # are skipped. Raises CompileError with the line, never with a value.
-    """
+    """What `env_file` holds, sorted by name. Raises CompileError with the line, never its text."""
     path = request.options.env_file
     if path is None:
         return ()
-    text = read(request, Path(path), "env_file")
+    found, bad = parse_env_file(read(request, Path(path), "env_file"), _ENV_NAME)
+    if bad:
+        raise cannot(
+            request,
+            f"{path}:{bad[0].line} is not KEY=VALUE",
+            "write one KEY=VALUE a line, without `export`, and close every quote",
+        )
     out: dict[str, str] = {}
-    # Not splitlines(): a value may hold a character that Unicode takes for a line's end.
-    for number, raw in enumerate(text.split("\n"), 1):
-        line = raw.removesuffix("\r")
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = _ENV_LINE.fullmatch(line)
-        if match is None or "\0" in line:
-            raise cannot(
-                request,
-                f"{path}:{number} is not KEY=VALUE",
-                "write one KEY=VALUE a line, without `export` and without spaces around the =",
-            )
-        name, value = match[1], match[2]
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
-            raise cannot(
-                request,
-                f"{path}:{number} has quotes around the value of {name}, and they would be part "
-                "of it",
-                "remove the quotes",
-            )
-        if name in out:
-            raise cannot(request, f"{path}:{number} sets {name} a second time")
-        out[name] = value
+    for one in found:
+        if one.name in out:
+            raise cannot(request, f"{path}:{one.line} sets {one.name} a second time")
+        out[one.name] = one.value
     return tuple(sorted(out.items()))
 
 

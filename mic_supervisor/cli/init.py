@@ -78,10 +78,11 @@ def command(from_running: bool, output: Path | None, force: bool) -> int:
         for path, _ in secrets:
             _must_be_new(path)
     from mic_supervisor.config.draft import render
+    from mic_supervisor.config.env_file import format_env_file
 
     text = render(draft)
     for path, pairs in secrets:
-        _write(path, "".join(f"{k}={v}\n" for k, v in pairs), _SECRET, force=force)
+        _write(path, format_env_file(dict(pairs)), _SECRET, force=force)
     _write(target, text, _MODE, force=force)
     _tell(target, proposals, placed, found, registry)
     return 0

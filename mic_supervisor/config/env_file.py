@@ -1,18 +1,34 @@
-"""systemd's EnvironmentFile format, read strictly: what systemd would skip in silence is an error.
+r"""Env files, `mic.env` and `env_file` of a model: one syntax, that of systemd's EnvironmentFile.
 
+It is read strictly: what systemd would skip in silence is an error.
 Source: systemd.exec(5), EnvironmentFile=, and parse_env_file_internal() in systemd 252.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 from mic_supervisor.records import dataclass
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_BLANKS = " \t"
-_LINE_ENDS = "\n\r"
+SYSTEMD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+_LINE = re.compile(
+    r"""
+    (?P<before> (?: [ \t\n\r] | [#;] (?: \\.? | [^\\\n\r] )*+ )*+ )
+    (?P<name> [^=\n\r]*+ )
+    (?:
+        =
+        (?P<quoted> (?: [ \t]*+ (?: '[^']*+' | "(?: \\. | [^"\\] )*+" ) )*+ ) [ \t]*+
+        (?P<plain> (?: \\.? | [^\\ \t\n\r] | [ \t]++ (?! [\n\r] | \Z ) )*+ ) [ \t]*+
+    )?
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_QUOTED = re.compile(r"""'([^']*)' | "((?:\\.|[^"\\])*)" """, re.VERBOSE | re.DOTALL)
+_ESCAPE_IN_QUOTES = re.compile(r'\\(?:(["\\`$])|\n)')
+_ESCAPE = re.compile(r"\\(?:[\n\r]|(.?))", re.DOTALL)
+_NEEDS_NO_QUOTES = re.compile(r"[A-Za-z0-9_.,:;/@%+=-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,122 +46,55 @@ class BadLine(ValueError):
         self.line = line
 
 
-def parse_env_file(text: str) -> tuple[list[Assignment], list[BadLine]]:
+def parse_env_file(
+    text: str, names: re.Pattern[str] = SYSTEMD_NAME
+) -> tuple[list[Assignment], list[BadLine]]:
     """The assignments in the order of the file, a later one wins, and the lines that are none.
 
     Comments begin with # or ; and take a whole line. A backslash at the end continues a line.
     Double quotes know the escapes of a shell, single quotes none; blanks around a value are cut.
+    Quotes count at the beginning of a value and right after another quoted part.
     """
     found: list[Assignment] = []
     bad: list[BadLine] = []
-    for number, line in _logical_lines(text):
-        name, equals, rest = line.partition("=")
-        name = name.strip(_BLANKS)
-        if not equals:
-            bad.append(BadLine(number, "is not NAME=VALUE"))
-        elif not _NAME.fullmatch(name):
+    number = 1
+    for match in _LINE.finditer(text):
+        number += match["before"].count("\n")
+        name, plain = match["name"].strip(" \t"), match["plain"]
+        if plain is None:
+            if name:  # else it is the end of the file
+                bad.append(BadLine(number, "is not NAME=VALUE"))
+        elif plain.startswith(("'", '"')):
+            bad.append(BadLine(number, "has a quote that is not closed"))
+            break  # it takes in the rest of the file
+        elif not names.fullmatch(name):
             problem = "cannot be the name of a variable"
             if name.startswith("export "):
                 problem = "begins with export, which systemd does not know: remove it"
             bad.append(BadLine(number, f"{name[:64]!r} {problem}"))
+        elif "\0" in match[0]:
+            bad.append(BadLine(number, "holds a NUL, which no variable can"))
         else:
-            try:
-                found.append(Assignment(name, _value(rest), number))
-            except ValueError as error:
-                bad.append(BadLine(number, str(error)))
+            value = _unquoted(match["quoted"]) + _ESCAPE.sub(r"\1", plain)
+            found.append(Assignment(name, value, number))
+        number += text.count("\n", match.end("before"), match.end())
     return found, bad
 
 
-def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines with their number; a quoted line end and one after a backslash do not end a line."""
-    position, number = 0, 1
-    while position < len(text):
-        start = number
-        char = text[position]
-        if char in _BLANKS + _LINE_ENDS:
-            number += char == "\n"
-            position += 1
-            continue
-        comment = char in "#;"
-        begin = position
-        quote = ""
-        in_value = fresh = False
-        while position < len(text):
-            char = text[position]
-            if char == "\\" and quote != "'":
-                number += text[position + 1 : position + 2] == "\n"
-                position += 2
-                fresh = False
-                continue
-            if char in _LINE_ENDS and not quote:
-                break
-            number += char == "\n"
-            if quote:
-                if char == quote:
-                    quote, fresh = "", True
-            elif not comment and char == "=" and not in_value:
-                in_value = fresh = True
-            elif in_value and fresh and char in "\"'":
-                quote = char
-            elif char not in _BLANKS:
-                fresh = False
-            position += 1
-        if not comment:
-            yield start, text[begin:position]
+def _unquoted(quoted: str) -> str:
+    parts = _QUOTED.finditer(quoted)
+    return "".join(part[1] or _ESCAPE_IN_QUOTES.sub(r"\1", part[2] or "") for part in parts)
 
 
-def _value(rest: str) -> str:
-    """What stands right of the =, unquoted. Raises ValueError for a quote that is not closed.
+def format_env_file(variables: Mapping[str, str]) -> str:
+    r"""The text that `parse_env_file` and systemd read back, with quotes where they are needed.
 
-    Quotes count at the beginning of a value and right after another quoted part, as in systemd.
+    Between double quotes only " \ ` and $ are special, and line ends stand for themselves.
     """
-    out: list[str] = []
-    kept = 0  # blanks after this length of `out` are cut
-    position = 0
-    fresh = True
-    while position < len(rest):
-        char = rest[position]
-        if fresh and char in "\"'":
-            end, part = _quoted(rest, position)
-            out += part
-            kept = len(out)
-            position = end
-            continue
-        if fresh and char in _BLANKS:
-            position += 1
-            continue
-        fresh = False
-        if char == "\\":
-            following = rest[position + 1 : position + 2]
-            if following not in _LINE_ENDS:
-                out.append(following)
-            kept = len(out)
-            position += 2
-            continue
-        out.append(char)
-        if char not in _BLANKS:
-            kept = len(out)
-        position += 1
-    return "".join(out[:kept])
+    return "".join(f"{name}={_shown(value)}\n" for name, value in variables.items())
 
 
-def _quoted(rest: str, position: int) -> tuple[int, list[str]]:
-    """The characters of the quoted part at `position`, and where it has ended."""
-    quote = rest[position]
-    out: list[str] = []
-    position += 1
-    while position < len(rest) and rest[position] != quote:
-        char = rest[position]
-        if char == "\\" and quote == '"':
-            following = rest[position + 1 : position + 2]
-            if following in ('"', "\\", "`", "$"):
-                out.append(following)
-            elif following != "\n":
-                out += [char, following]
-            position += 2
-        else:
-            out.append(char)
-            position += 1
-    if position >= len(rest):
-        raise ValueError("has a quote that is not closed")
-    return position + 1, out
+def _shown(value: str) -> str:
+    if _NEEDS_NO_QUOTES.fullmatch(value):
+        return value
+    return '"' + re.sub(r'["\\`$]', r"\\\g<0>", value) + '"'

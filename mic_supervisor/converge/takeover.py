@@ -7,6 +7,7 @@ from dataclasses import field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from mic_supervisor.config.env_file import SYSTEMD_NAME
 from mic_supervisor.config.names import is_model_name
 from mic_supervisor.model import Pairs
 from mic_supervisor.records import dataclass
@@ -56,9 +57,7 @@ def for_env_file(pairs: Iterable[tuple[str, str]]) -> tuple[Pairs, tuple[str, ..
     """What an env_file can hold, sorted, and the names of what it cannot."""
     kept, lost = [], []
     for name, value in sorted(pairs):
-        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-        plain = name.isascii() and name.replace("_", "a").isalnum()
-        if plain and not quoted and not {"\n", "\r", "\0"} & set(value):
+        if SYSTEMD_NAME.fullmatch(name) and "\0" not in value:
             kept.append((name, value))
         else:
             lost.append(name)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mic_supervisor.config.env_file import format_env_file
 from mic_supervisor.errors import (
     MicError,
     PreflightFailed,
@@ -174,7 +175,7 @@ class SystemdRuntime:
         properties = systemd_unit.properties(
             launch, spec, _program(spec, variables["PATH"]), number, glob.escape(str(path))
         )
-        secret = path, systemd_unit.environment_file(variables)
+        secret = path, format_env_file(variables)
         timeout = systemd_unit.START_TIMEOUT + self._remains_grace + self._kill_timeout + 30.0
         failed = self._do(action, self._start(name, properties, secret, action), timeout)
         if failed is not None:

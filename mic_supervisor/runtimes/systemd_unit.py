@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from mic_supervisor.config.env_file import SYSTEMD_NAME
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.model import Identity, Launch, ProcessSpec
 from mic_supervisor.runtimes import process_dirs
@@ -35,8 +36,6 @@ _PATHS = "/org/freedesktop/systemd1/unit/"
 _SUFFIX = ".service"
 _LONGEST = 255  # bytes of a unit's name, see systemd.unit(5)
 _PLAIN = re.compile(r"[A-Za-z0-9:_.-]")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SPECIAL = re.compile(r'["\\`$]')
 _UNLIMITED = (1 << 64) - 1
 
 
@@ -157,7 +156,7 @@ def identity_of(variables: Mapping[str, str]) -> tuple[str, Identity] | str:
 def check_variables(variables: Mapping[str, str]) -> None:
     """Raises PreflightFailed for what PID 1 would leave out without failing, see env-util.c."""
     for name, value in variables.items():
-        if not _VARIABLE.fullmatch(name):
+        if not SYSTEMD_NAME.fullmatch(name):
             raise PreflightFailed(
                 f"cannot set the variable {name!r}: "
                 "systemd takes letters, digits and _ only, and no digit first"
@@ -179,15 +178,6 @@ def check_texts(arguments: tuple[str, ...]) -> None:
             raise PreflightFailed(
                 f"cannot run {arguments[0]!r}: systemd takes only UTF-8 as its arguments"
             ) from None
-
-
-def environment_file(variables: Mapping[str, str]) -> str:
-    r"""The text of an EnvironmentFile, see systemd.exec(5).
-
-    Between double quotes only " \ ` and $ are special, and line ends stand for themselves.
-    """
-    quoted = {name: _SPECIAL.sub(r"\\\g<0>", value) for name, value in variables.items()}
-    return "".join(f'{name}="{value}"\n' for name, value in quoted.items())
 
 
 # --- properties -------------------------------------------------------------------------------

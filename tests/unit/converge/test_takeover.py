@@ -80,7 +80,7 @@ def test_everything_that_was_set() -> None:
         inspected(
             {
                 "Cmd": ["--model", "x"],
-                "Env": ["PATH=/bin", "TOKEN=s3cret", "QUOTED='x'", "NVIDIA_VISIBLE_DEVICES=0"],
+                "Env": ["PATH=/bin", "TOKEN=s3cret", "ODD-NAME=x", "NVIDIA_VISIBLE_DEVICES=0"],
                 "User": "1000",
                 "StopSignal": "SIGINT",
                 "StopTimeout": 60,
@@ -140,7 +140,7 @@ def test_everything_that_was_set() -> None:
         "/v is the volume v, by its path on this host.",
         "The tmpfs mount at /scratch is not carried over.",
         "Not carried over: privileged.",
-        "An env_file cannot hold QUOTED: put it under env.",
+        "An env_file cannot hold ODD-NAME: put it under env.",
         "It may see GPU 0, 1, 2, and uses these only.",
     )
 
@@ -181,8 +181,8 @@ def test_names() -> None:
 def test_env_files() -> None:
     pairs = [("B", "2"), ("A", "x y=z"), ("L", "a\nb"), ("Q", '"q"'), ("ODD-NAME", "1"), ("E", "")]
     assert for_env_file(pairs) == (
-        (("A", "x y=z"), ("B", "2"), ("E", "")),
-        ("L", "ODD-NAME", "Q"),
+        (("A", "x y=z"), ("B", "2"), ("E", ""), ("L", "a\nb"), ("Q", '"q"')),
+        ("ODD-NAME",),
     )
 
 

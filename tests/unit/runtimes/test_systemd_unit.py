@@ -140,40 +140,6 @@ def test_a_specification_that_cannot_be_read_is_unknown() -> None:
 # --- the environment --------------------------------------------------------------------------
 
 
-def parse(text: str) -> dict[str, str]:
-    """The states of systemd's own parser (src/basic/env-file.c) that quoted values lead through."""
-    found: dict[str, str] = {}
-    rest = text
-    while rest:
-        name, _, rest = rest.partition("=")
-        assert rest[0] == '"'
-        value, at = "", 1
-        while rest[at] != '"':
-            if rest[at] == "\\":
-                at += 1
-                if rest[at] not in '"\\`$':
-                    value += "" if rest[at] == "\n" else "\\" + rest[at]
-                    at += 1
-                    continue
-            value += rest[at]
-            at += 1
-        assert rest[at + 1] == "\n"
-        found[name] = value
-        rest = rest[at + 2 :]
-    return found
-
-
-@given(st.dictionaries(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*", fullmatch=True), TEXTS))
-def test_values_come_back_from_the_environment_file(variables: dict[str, str]) -> None:
-    units.check_variables(variables)
-    assert parse(units.environment_file(variables)) == variables
-
-
-def test_the_environment_file_is_quoted() -> None:
-    text = units.environment_file({"A": "x \"y\" $z `w` \\ 'v'\nnext # no", "B": ""})
-    assert text == 'A="x \\"y\\" \\$z \\`w\\` \\\\ \'v\'\nnext # no"\nB=""\n'
-
-
 @pytest.mark.parametrize("name", ["", "1A", "A-B", "A.B", "A B", "Ä"])
 def test_names_that_systemd_would_drop_are_refused(name: str) -> None:
     with pytest.raises(PreflightFailed) as failed:
