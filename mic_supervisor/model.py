@@ -483,7 +483,6 @@ class Health:
     liveness: ProbeResult | None = None
     readiness: ProbeResult | None = None
     placements: tuple[PlacementState, ...] = ()
-    drained: bool | None = None
     surplus: tuple[Placement, ...] = ()  # what the server has of ours, and nobody asks for
     devices: ProbeResult | None = None  # whether a container sees its GPUs from inside
 

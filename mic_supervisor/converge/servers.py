@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from mic_supervisor.backends import Backend, Member
 from mic_supervisor.converge.compiling import called, request_for, unsatisfiable_entry
@@ -22,8 +22,6 @@ from mic_supervisor.records import dataclass
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.config.document import Config
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)

@@ -32,7 +32,6 @@ class Connections:
         limit: int = MAX_CONNECTIONS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.dropped = 0
         self._limit = limit
         self._patience = patience
         self._clock = clock
@@ -76,7 +75,6 @@ class Connections:
 
     def _drop(self, connection: Connection) -> None:
         self._open.pop(connection, None)
-        self.dropped += 1
         connection.drop()
 
 

@@ -173,10 +173,5 @@ def diff_line(diff: FieldDiff) -> str:
     return f"{diff.path}: {_value(diff.before)} -> {_value(diff.after)}"
 
 
-def change_line(change: Change, indices: Mapping[str, int]) -> str:
-    """One line about a change, for logs and progress."""
-    return f"{change.kind} {change.instance} ({gpu_names(change.gpus, indices)}): {change.cause}"
-
-
 def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)

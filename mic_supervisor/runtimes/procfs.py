@@ -93,12 +93,6 @@ def stat(pid: int) -> Stat | None:
     )
 
 
-def start_time(pid: int) -> int | None:
-    """Clock ticks since boot; None when there is no such process."""
-    found = stat(pid)
-    return found.start_time if found else None
-
-
 def is_running(pid: int, started: int) -> bool:
     """Whether the process that `pid` and `started` name still runs (a zombie does not)."""
     found = stat(pid)
@@ -140,12 +134,6 @@ def ancestors(pid: int) -> set[int]:
         found.add(one.ppid)
         one = stat(one.ppid)
     return found
-
-
-def tree(pid: int) -> list[int]:
-    """`pid` and everything below it, parents before children; empty when `pid` does not exist."""
-    known = processes()
-    return [pid, *descendants([pid], known)] if pid in known else []
 
 
 def environ(pid: int) -> dict[str, str] | None:

@@ -29,6 +29,12 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
+def start_time(pid: int) -> int:
+    found = procfs.stat(pid)
+    assert found is not None
+    return found.start_time
+
+
 def test_a_process_is_its_pid_and_its_start_time(sleeper: subprocess.Popen[bytes]) -> None:
     found = procfs.stat(sleeper.pid)
     assert found is not None
@@ -37,19 +43,16 @@ def test_a_process_is_its_pid_and_its_start_time(sleeper: subprocess.Popen[bytes
     ticks = os.sysconf("SC_CLK_TCK")
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     assert 0 <= uptime - found.start_time / ticks < 30
-    assert procfs.start_time(sleeper.pid) == found.start_time
     assert procfs.is_running(sleeper.pid, found.start_time)
     assert not procfs.is_running(sleeper.pid, found.start_time + 1)
 
 
 def test_a_zombie_has_a_start_time_and_does_not_run(sleeper: subprocess.Popen[bytes]) -> None:
-    started = procfs.start_time(sleeper.pid)
-    assert started is not None
+    started = start_time(sleeper.pid)
     sleeper.kill()
     until(lambda: not procfs.is_running(sleeper.pid, started), "the end")
-    assert procfs.start_time(sleeper.pid) == started  # nobody has waited for it
+    assert start_time(sleeper.pid) == started  # nobody has waited for it
     sleeper.wait()
-    assert procfs.start_time(sleeper.pid) is None
     assert procfs.stat(sleeper.pid) is None
 
 
@@ -90,20 +93,18 @@ def test_names_may_hold_brackets_and_spaces() -> None:
         process.communicate()
 
 
-def test_a_tree_has_its_parents_first() -> None:
+def test_descendants_have_their_parents_first() -> None:
     process = subprocess.Popen(["sh", "-c", "sh -c 'sleep 60 & wait' & wait"])
     try:
-        until(lambda: len(procfs.tree(process.pid)) == 3, "three processes")
-        tree = procfs.tree(process.pid)
-        assert tree[0] == process.pid
-        assert procfs.descendants([process.pid]) == tree[1:]
-        parents = [procfs.processes()[pid].ppid for pid in tree[1:]]
-        assert parents == tree[:2]
+        until(lambda: len(procfs.descendants([process.pid])) == 2, "three processes")
+        below = procfs.descendants([process.pid])
+        parents = [procfs.processes()[pid].ppid for pid in below]
+        assert parents == [process.pid, below[0]]
     finally:
-        for pid in reversed(procfs.tree(process.pid)):
+        for pid in [*reversed(procfs.descendants([process.pid])), process.pid]:
             os.kill(pid, signal.SIGKILL)
         process.wait()
-    assert procfs.tree(process.pid) == []
+    assert procfs.descendants([process.pid]) == []
 
 
 def test_descendants_survive_a_loop_in_what_was_read() -> None:
@@ -121,8 +122,7 @@ def test_processes_are_found_by_their_environment(sleeper: subprocess.Popen[byte
 
 
 def test_a_signal_reaches_the_process_that_is_meant(sleeper: subprocess.Popen[bytes]) -> None:
-    started = procfs.start_time(sleeper.pid)
-    assert started is not None
+    started = start_time(sleeper.pid)
     assert not procfs.send_signal(sleeper.pid, started - 1, signal.SIGKILL)
     assert procfs.is_running(sleeper.pid, started)
     assert procfs.send_signal(sleeper.pid, started, signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_a_thread_is_not_signalled() -> None:
     thread.start()
     try:
         until(lambda: idents, "the thread")
-        started = procfs.start_time(idents[0]) or 0
+        started = start_time(idents[0])
         assert not procfs.send_signal(idents[0], started, signal.SIGKILL)
     finally:
         release.set()

@@ -186,8 +186,9 @@ def test_without_its_keeper_the_tree_is_known_by_descent(world: World) -> None:
     seen = world.start("one", sh(f"{forgetful} exec sleep 63"))
     world.await_lines("one", 1)
     assert seen.pid is not None
-    until(lambda: len(procfs.tree(seen.pid or 0)) == 4, "all of them")
-    tree = procfs.tree(seen.pid)
+    root = seen.pid
+    until(lambda: len(procfs.descendants([root])) == 3, "all of them")
+    tree = [root, *procfs.descendants([root])]
     world.kill_keeper("one")
     stop(world, seen, grace=1.0)
     assert [pid for pid in tree if runs(pid)] == []
@@ -199,7 +200,7 @@ def test_without_its_keeper_the_tree_is_known_by_its_session(world: World) -> No
     seen = world.start("one", sh(f"{forgetful}; exec sleep 63"))
     (pid,) = map(int, world.await_lines("one", 1))
     world.kill_keeper("one")
-    assert pid not in procfs.tree(seen.pid or 0) and runs(pid)
+    assert pid not in procfs.descendants([seen.pid or 0]) and runs(pid)
     stop(world, seen, grace=1.0)
     assert not runs(pid)
 
@@ -276,6 +277,12 @@ def forge(world: World, who: str, pid: int, start_time: int) -> None:
     path.write_text(json.dumps(record))
 
 
+def start_time_of(process: subprocess.Popen[bytes]) -> int:
+    found = procfs.stat(process.pid)
+    assert found is not None
+    return found.start_time
+
+
 @pytest.mark.parametrize("who", ["keeper", "child"])
 def test_a_pid_that_was_used_again_is_not_touched(
     world: World, stranger: subprocess.Popen[bytes], who: str
@@ -285,14 +292,12 @@ def test_a_pid_that_was_used_again_is_not_touched(
     world.kill_keeper("one")
     os.kill(record["child"]["pid"], signal.SIGKILL)
     until(lambda: not world.alive(), "the end")
-    started = procfs.start_time(stranger.pid)
-    assert started is not None
-    forge(world, who, stranger.pid, started - 1)
+    forge(world, who, stranger.pid, start_time_of(stranger) - 1)
     assert world.look("one").state is RunState.EXITED
     stop(world, seen)
     world.start("one", ("true",))
     ended = world.await_state("one", "exited")
-    forge(world, who, stranger.pid, started - 1)
+    forge(world, who, stranger.pid, start_time_of(stranger) - 1)
     world.runtime.remove(ended)
     assert stranger.poll() is None
 
