@@ -135,9 +135,10 @@ class DockerRuntime:
     def _images_of(self, listed: list[Any]) -> Mapping[str, Mapping[str, str]]:
         """The labels of the images of those listed containers that carry our labels."""
         images = {
-            str(item.get("ImageID", ""))
+            str(item["ImageID"])
             for item in listed
             if isinstance(item, Mapping)
+            and item.get("ImageID")
             and claims_of(labels_in(item), self._scope, self._host) is not None
         }
         return {image: self._image_labels(image) for image in images}

@@ -249,7 +249,7 @@ def test_a_start_has_its_whole_budget_and_no_more(
     probes = replace(ALL, startup=Probe(UP, period=period, failures=failures))
     item = on("m", 0, workload=program(), probes=probes, start_timeout=budget)
     model = Model(item, {"up": never})
-    model.workload = replace(model.workload, started_at=model.now)
+    model.workload = replace(model.workload, running_since=model.now)
     took = model.until(lambda seen: seen.overdue(None, model.now))
     assert budget <= took <= budget + 2 * period
 

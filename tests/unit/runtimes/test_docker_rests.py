@@ -143,7 +143,15 @@ def test_one_that_hangs_costs_one_wait_and_hides_no_other(
 def fake(tmp_path: Path) -> Iterator[FakeEngine]:
     fake = FakeEngine(tmp_path / "d.sock")
     fake.answers["GET /containers/json"] = reply(
-        [{"Id": "c1", "Names": ["/mic-mam"], "State": "created", "Labels": labels(IDENTITY)}]
+        [
+            {
+                "Id": "c1",
+                "Names": ["/mic-mam"],
+                "State": "created",
+                "Labels": labels(IDENTITY),
+                "ImageID": "sha256:i",
+            }
+        ]
     )
     yield fake
     fake.close()

@@ -355,8 +355,9 @@ def test_a_copied_environment_makes_nobody_ours(world: World) -> None:
     """Not while the keeper runs, which keeps the whole tree below itself."""
     seen = world.start("one", python(STUBBORN + "escape(1)\n" + SLEEP))
     assert seen.pid is not None
-    until(lambda: len(procfs.tree(world.record("one")["keeper"]["pid"])) >= 4, "the strays")
-    strays = set(procfs.tree(world.record("one")["keeper"]["pid"]))
+    keeper = world.record("one")["keeper"]["pid"]
+    until(lambda: len(procfs.descendants([keeper])) >= 3, "the strays")
+    strays = {keeper, *procfs.descendants([keeper])}
     with copy_of(seen.pid) as mine:
         try:
             stop(world, seen, grace=0.3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.events import Events
 from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.observe import Sources
@@ -48,7 +49,7 @@ def converger(runtime: Runtime, memory: Memory, saved: list[Memory]) -> Converge
         memory=memory,
         save=saved.append,
         events=Events(),
-        clock=lambda: 1000.0,
+        clock=Clock(lambda: 1000.0),
     )
 
 
