@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 
 import docker
@@ -45,6 +46,8 @@ def test_a_model_moves_to_another_gpu(two: World) -> None:
         "\n"
         "Plan: 1 to create, 1 to remove.\n"
     )
+    named = re.findall(r"^    removes (\S+)$", two.mic("plan", rc=0).stdout, re.MULTILINE)
+    assert sorted(named) == sorted(item["Name"][1:] for item in two.all("a-51000000"))
     two.apply()
     assert two.all("a-51000000") == []
     assert set(two.runs()) == {"a-51000002", "b-51000001"}
@@ -325,7 +328,7 @@ def test_what_the_engine_was_told_by_hand_is_not_compared(two: World) -> None:
     container = two.one("a-51000000")
     labels = [key.removeprefix(LABEL) for key in container["Config"]["Labels"]]
     assert sorted(key for key in labels if not key.startswith("test.")) == [
-        *("backend", "gpus", "host", "instance", "managed-by", "model", "origin", "ports"),
+        *("backend", "gpus", "host", "instance", "made", "managed-by", "model", "origin", "ports"),
         *("schema", "scope", "spec", "spec-hash"),
     ]
     two.engine.update_container(container["Id"], mem_limit="64m", memswap_limit="64m")

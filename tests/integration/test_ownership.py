@@ -82,6 +82,13 @@ def labels_of(item: dict[str, Any]) -> list[str]:
     return [f"--label={key}={value}" for key, value in item["Labels"].items()]
 
 
+def planned_for_none(world: DaemonWorld) -> str:
+    """The plan for a file that the daemon does not watch: it would act at once."""
+    path = world.mic.home / "other.yaml"
+    path.write_text(world.text({0: "none"}))
+    return world.mic("plan", path, rc=0).stdout
+
+
 def warnings(world: DaemonWorld) -> list[str]:
     found: list[str] = world.mic("plan", "--json", rc=0).json()["warnings"]
     return found
@@ -107,10 +114,10 @@ def test_a_committed_copy_is_named_and_nothing_else(world: DaemonWorld) -> None:
         assert "No changes" in plan
         assert copy not in world.mic("gpus", "--json", rc=0).stdout
         # The operator's own container outlives the entry.
-        world.write({0: "none"})
-        planned = world.mic("plan", world.mic.config, rc=0).stdout
+        planned = planned_for_none(world)
         assert f"    removes {name_of(original)}\n" in planned
         assert "-copy\n" not in planned
+        world.write({0: "none"})
         world.mic("apply", rc=0)
         rounds(world)
         assert everything(world) == {copy: before[copy]}
@@ -188,9 +195,9 @@ def test_what_somebody_renames_is_still_ours(world: DaemonWorld) -> None:
     ) in warnings(world)
     assert copy in before
     # What the plan removes stands in it by its name of today.
-    world.write({0: "none"})
-    planned = world.mic("plan", world.mic.config, rc=0).stdout
+    planned = planned_for_none(world)
     assert f"    removes {world.mic.scope}-renamed\n" in planned
+    world.write({0: "none"})
     world.mic("apply", rc=0)
     assert everything(world) == {copy: before[copy]}
 
