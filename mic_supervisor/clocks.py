@@ -59,7 +59,8 @@ def from_ticks(ticks: int) -> float:
 
 def from_monotonic(stamp: float) -> float:
     """The steady time of a CLOCK_MONOTONIC stamp, which leaves out the time asleep."""
-    return stamp + steady() - time.monotonic()
+    # The time asleep, as a number that two looks agree on.
+    return stamp + round(steady() - time.monotonic(), 1)
 
 
 def in_wall(at: float, noted: float | None = None) -> float:
@@ -68,7 +69,7 @@ def in_wall(at: float, noted: float | None = None) -> float:
     `noted` is what the wall clock said then. It is finer than ticks, and wrong once the clock was
     set.
     """
-    found = at + wall() - steady()
+    found = at + round(wall() - steady(), 1)
     return noted if noted is not None and abs(found - noted) < 1.0 else found
 
 
