@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mic_supervisor import clocks
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable, StopFailed
 from mic_supervisor.model import Limits, RunState, Stranger
 from mic_supervisor.runtimes import procfs
@@ -151,7 +152,7 @@ def test_what_a_start_that_was_cut_short_left_is_deleted(world: World) -> None:
     directory.mkdir(parents=True)
     for name, age in (("old", 3600), ("new", 1)):
         (directory / name).write_text("KEY=secret\n")
-        os.utime(directory / name, (time.time() - age,) * 2)
+        os.utime(directory / name, (clocks.steady() - age,) * 2)
     world.start("a", sh("exec sleep 300"))
     assert [path.name for path in world.environment_files()] == ["new"]
 
