@@ -17,7 +17,7 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.engine
 
 CONFINED = Path(__file__).parent / "systemd" / "confined.py"
-RESTARTS = 50  # raise it to look longer
+RESTARTS = 20  # raise it to look longer
 HOOK = CHECKOUT / "examples" / "endpoints-changed"
 DROP_IN = "/etc/systemd/system/mic.service.d"
 
