@@ -114,6 +114,11 @@ class GpuInventory:
     nvml: str | None = None  # version of the management library
     cuda: str | None = None  # the newest that the driver supports: "12.8"
 
+    @property
+    def indices(self) -> dict[str, int]:
+        """UUID to the number that the driver gives the GPU today."""
+        return {gpu.uuid: gpu.index for gpu in self.gpus}
+
 
 # --- Workloads: what an instance runs ---------------------------------------------------------
 #

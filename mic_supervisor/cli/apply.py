@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Collection, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +101,10 @@ def _alone(
     quiet: bool,
     patience: float,
 ) -> dict[str, Any]:
-    from mic_supervisor.converge.documents import apply_document
     from mic_supervisor.converge.lock import writer
     from mic_supervisor.converge.state import host_name
     from mic_supervisor.daemon.generations import accept
+    from mic_supervisor.views.apply import apply_document
 
     with writer(found.lock_path, "mic-supervisor apply", patience):
         machine = wiring.machine(found, create_key=True)
@@ -114,7 +114,8 @@ def _alone(
         snapshot, errors = converge_once(
             replace(machine, context=context), config, rebind=rebind, quiet=quiet
         )
-    return apply_document(snapshot, errors, host_name(), targets, snapshot.plan.left_out)
+    document = apply_document(snapshot, errors, host_name(), targets, snapshot.plan.left_out)
+    return asdict(document)
 
 
 def converge_once(
@@ -205,12 +206,12 @@ async def _converge(
 
 
 def _report(document: dict[str, Any], *, limited: bool) -> None:
-    from mic_supervisor.plan.render import left_out_lines
+    from mic_supervisor.plan.render import left_out_line
 
     rows = document["instances"]
     show_rows(rows, document)
-    for text in left_out_lines(document["left_out"]):
-        click.echo(text)
+    for item in document["left_out"]:
+        click.echo(left_out_line(item["instance"], item["action"], item["cause"]))
     if limited and document["through_daemon"]:
         click.echo("The daemon converges everything else as well; --target chose what to wait for.")
     for text in document["remaining"]["warnings"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -269,11 +269,11 @@ def alone(
     """
     from mic_supervisor.cli.apply import converge_once
     from mic_supervisor.config.doubt import WAY_OUT
-    from mic_supervisor.converge.documents import apply_document
     from mic_supervisor.converge.lock import writer
     from mic_supervisor.converge.state import host_name
     from mic_supervisor.daemon.generations import accept
     from mic_supervisor.plan.selection import Selection
+    from mic_supervisor.views.apply import apply_document
 
     with writer(found.lock_path, f"mic-supervisor {command}", 30.0):
         machine = wiring.machine(found, create_key=True)
@@ -287,7 +287,8 @@ def alone(
             raise MicError(f"cannot {command}: {why}", hint=WAY_OUT)
         accept(machine.state, config, confirmed=False)
         snapshot, errors = converge_once(replace(machine, context=context), config, forgive=forgive)
-    return apply_document(snapshot, errors, host_name(), targets, snapshot.plan.left_out)
+    document = apply_document(snapshot, errors, host_name(), targets, snapshot.plan.left_out)
+    return asdict(document)
 
 
 @dataclass(slots=True)
@@ -375,10 +376,10 @@ def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:
 
 def tell_left_out(document: dict[str, Any]) -> None:
     """What else the file asks for; a daemon sees to that by itself."""
-    from mic_supervisor.plan.render import left_out_lines
+    from mic_supervisor.plan.render import left_out_line
 
-    for text in left_out_lines(document["left_out"]):
-        click.echo(text)
+    for item in document["left_out"]:
+        click.echo(left_out_line(item["instance"], item["action"], item["cause"]))
 
 
 def told_edit(path: Path, where: str, before: str | None, after: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,6 @@ def command(
     Where the daemon runs it is asked, so that backoff and work in flight count. FILE is compared
     instead of the configured file, and nothing else changes by that. --target as for apply.
     """
-    from mic_supervisor.converge.state import host_name
-    from mic_supervisor.plan import render
-
     answer = _ask_daemon(file, targets)
     if answer is not None:
         if as_json:
@@ -54,11 +51,15 @@ def command(
         return EXIT_CHANGES if detailed_exitcode and not answer["empty"] else 0
     _, desired, observed, plan = make_plan(file, targets)
     if as_json:
-        document = render.to_json(plan, host=host_name(), config_hash=desired.config_hash)
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        from mic_supervisor.converge.state import host_name
+        from mic_supervisor.views.plan import plan_document
+
+        document = plan_document(plan, host=host_name(), config_hash=desired.config_hash)
+        click.echo(json.dumps(asdict(document), indent=2, ensure_ascii=False))
     else:
-        indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
-        click.echo(render.to_text(plan, indices), nl=False)
+        from mic_supervisor.plan.render import to_text
+
+        click.echo(to_text(plan, observed.inventory.indices), nl=False)
     return EXIT_CHANGES if detailed_exitcode and not plan.empty else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -195,25 +195,27 @@ def look_once(machine: Machine) -> Look:
 
 def look(machine: Machine) -> dict[str, Any]:
     """The document of a look."""
-    from mic_supervisor.converge.documents import status_document
     from mic_supervisor.converge.state import host_name
+    from mic_supervisor.views.status import ConfigInUse, status_document
 
     seen = look_once(machine)
-    return status_document(
+    document = status_document(
         host=host_name(),
-        config={
-            "path": str(seen.config.path),
-            "hash": seen.config.hash,
-            "loaded_at": seen.observed.at,
-            "last_reload_ok": True,
-            "error": None,
-        },
+        config=ConfigInUse(
+            path=str(seen.config.path),
+            hash=seen.config.hash,
+            generation=None,
+            loaded_at=seen.observed.at,
+            last_reload_ok=True,
+            error=None,
+        ),
         desired=seen.desired,
         observed=seen.observed,
         statuses=seen.statuses,
         paused=seen.memory.paused,
         warnings=seen.plan.warnings,
     )
+    return asdict(document)
 
 
 def show(document: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from mic_supervisor import __version__
 from mic_supervisor.config.doubt import WAY_OUT
 from mic_supervisor.config.merge import NONE
 from mic_supervisor.config.names import composed
-from mic_supervisor.converge.documents import apply_document, in_gpu_order, paused_json, row_json
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.state import host_name
 from mic_supervisor.daemon.control import Method, Tell
@@ -27,6 +26,9 @@ from mic_supervisor.plan.pauses import free_of_pauses, to_resume
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.selection import Names, Selection, select
 from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.views.apply import apply_document
+from mic_supervisor.views.plan import plan_document
+from mic_supervisor.views.status import instances, pauses
 
 if TYPE_CHECKING:
     from mic_supervisor.config.settings import Settings
@@ -92,7 +94,7 @@ class Requests:
         await self._settling.first()
         document = status_of(self._published())
         assert document is not None  # there was a first snapshot
-        return document
+        return asdict(document)
 
     async def _endpoints(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
         snapshot = await self._settling.first()
@@ -107,8 +109,8 @@ class Requests:
             plan = self._limited(snapshot, targets)
             busy &= {row.id for row in targets.rows(snapshot.desired, snapshot.statuses)}
         return {
-            "document": render.to_json(
-                plan, host=host_name(), config_hash=snapshot.desired.config_hash
+            "document": asdict(
+                plan_document(plan, host=host_name(), config_hash=snapshot.desired.config_hash)
             ),
             "text": render.to_text(plan, indices_of(snapshot)),
             "empty": plan.empty and not busy,
@@ -146,7 +148,7 @@ class Requests:
             if not limited:
                 self._converger.forgive()
                 self._tell_what_is_under_way(tell)
-                return apply_document(await self._settling.settled(), errors, host_name())
+                return asdict(apply_document(await self._settling.settled(), errors, host_name()))
             snapshot = await self._settling.next()
             targets = self._targets(params, snapshot, "apply")
             assert targets is not None  # there are some
@@ -156,7 +158,7 @@ class Requests:
             snapshot = await self._settling.settled(targets)
         left_out = self._limited(snapshot, targets).left_out
         removals = [change for change in left_out if change.kind == "remove"]
-        return apply_document(snapshot, errors, host_name(), targets, removals)
+        return asdict(apply_document(snapshot, errors, host_name(), targets, removals))
 
     def _tell_what_is_under_way(self, tell: Tell, only: Collection[str] | None = None) -> None:
         """The watcher is often faster than the command: what it began is waited for as well."""
@@ -182,7 +184,7 @@ class Requests:
             await self._read_file(confirm=False)
             targets = self._targets(params, await self._settling.next(), "follow the file on")
             snapshot = await self._settling.settled(targets)
-        return apply_document(snapshot, errors, host_name(), targets)
+        return asdict(apply_document(snapshot, errors, host_name(), targets))
 
     def _check_path(self, params: Mapping[str, Any]) -> None:
         path = Path(str(params.get("path", self._settings.config)))
@@ -198,14 +200,15 @@ class Requests:
             self._converger.forgive(names)
             self._converger.force(names)
             snapshot = await self._settling.settled()
-        return apply_document(snapshot, errors, host_name())
+        return asdict(apply_document(snapshot, errors, host_name()))
 
     async def _retry(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         names = await self._named(str(params.get("name", "")), "retry")
         with self._listening(tell) as errors:
             failed = self._converger.forgive(names)
             snapshot = await self._settling.settled()
-        return apply_document(snapshot, errors, host_name()) | {"failed_before": sorted(failed)}
+        document = asdict(apply_document(snapshot, errors, host_name()))
+        return document | {"failed_before": sorted(failed)}
 
     async def _pause(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         """Returns when nothing is done any more for what is paused."""
@@ -229,7 +232,7 @@ class Requests:
             self._converger.resume(chosen)
             snapshot = await self._settling.settled(chosen)
         ids = {row.id for row in _concerned(chosen, snapshot)}
-        document = apply_document(snapshot, errors, host_name())
+        document = asdict(apply_document(snapshot, errors, host_name()))
         rows = [row for row in document["instances"] if row["id"] in ids]
         resumed = chosen.called(indices_of(snapshot))
         return document | {"instances": rows, "resumed": resumed}
@@ -237,12 +240,9 @@ class Requests:
     def _paused(self, snapshot: Snapshot, chosen: Selection) -> dict[str, Any]:
         indices = indices_of(snapshot)
         return {
-            "paused": paused_json(snapshot.memory.paused, indices),
+            "paused": [asdict(one) for one in pauses(snapshot.memory.paused, indices)],
             "named": chosen.called(indices),
-            "instances": [
-                row_json(row, indices)
-                for row in in_gpu_order(_concerned(chosen, snapshot), indices)
-            ],
+            "instances": [asdict(row) for row in instances(_concerned(chosen, snapshot), indices)],
         }
 
     def _names(self, snapshot: Snapshot) -> Names:
@@ -314,7 +314,7 @@ class Requests:
 
 
 def indices_of(snapshot: Snapshot) -> dict[str, int]:
-    return {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
+    return snapshot.observed.inventory.indices
 
 
 def _concerned(chosen: Selection, snapshot: Snapshot) -> list[InstanceStatus]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from email.utils import formatdate, parsedate_to_datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 
 from mic_supervisor import __version__
-from mic_supervisor.http import documents, metrics, page, schemas
+from mic_supervisor.http import documents, metrics, page
 from mic_supervisor.http.accept import wants_html
+from mic_supervisor.http.documents import LivenessStatus
 from mic_supervisor.http.readonly import UNGUARDED, ReadOnly, command_for, refusal
-from mic_supervisor.http.views import JSON, Answer, Views
+from mic_supervisor.http.views import JSON, Answer, Views, encode
+from mic_supervisor.plan.endpoints import EndpointsDocument
+from mic_supervisor.views.plan import PlanDocument
+from mic_supervisor.views.status import StatusDocument
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
@@ -22,9 +26,8 @@ if TYPE_CHECKING:
     from mic_supervisor.http.published import Published
     from mic_supervisor.http.readonly import App
 
-_HTML = "text/html; charset=utf-8"
-_TEXT = "text/plain"
-Handler = Callable[..., Awaitable[Any]]
+_UNREAD = {503: "nothing was read yet"}
+Handler = Callable[..., Awaitable[Response]]
 
 
 def asgi(views: Views, access: Access) -> App:
@@ -43,55 +46,27 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
         redoc_url=None,
     )
 
-    def document(
-        make: Callable[[Published, Snapshot], Any], name: str
-    ) -> Callable[[Request], Response]:
-        def answer(request: Request) -> Response:
+    def document(name: str, make: Callable[[Published, Snapshot], Any]) -> Handler:
+        def made_from(published: Published) -> Any:
+            assert published.snapshot is not None  # asked before
+            return make(published, published.snapshot)
+
+        async def answer(request: Request) -> Response:
             if views.current().snapshot is None:
                 raise HTTPException(503, "the first round is not done yet", {"Retry-After": "1"})
-            made = views.json(name, lambda published: make(published, _snapshot(published)))
-            return reply(request, made)
+            return _reply(request, views.json(name, made_from))
 
         return answer
 
-    def reply(request: Request, made: Answer, **headers: str) -> Response:
-        """200, or 304 where the client has it already (RFC 9110, section 13)."""
-        headers = {
-            "ETag": made.etag,
-            "Last-Modified": formatdate(made.modified, usegmt=True),
-            "Cache-Control": "no-cache",
-            **headers,
-        }
-        if _fresh(request, made):
-            return Response(status_code=304, headers=headers)
-        return Response(made.body, media_type=made.media, headers=headers)
-
     async def root(request: Request) -> Response:
         if wants_html(request.headers.get("accept")):
-            shown = page.serve(views)
-            return reply(request, shown, **page.headers(), Vary="Accept")
+            return _reply(request, page.serve(views), **page.headers(), Vary="Accept")
         message = f"mic-supervisor {__version__} runs; see /api/v1/status"
-        made = views.json("root", lambda _published: {"status": "ok", "message": message})
-        return reply(request, made, Vary="Accept")
+        made = views.json("root", lambda _published: documents.Root("ok", message))
+        return _reply(request, made, Vary="Accept")
 
-    status_document = document(documents.served_status, "status")
-    plan_document = document(documents.served_plan, "plan")
-    running_document = document(lambda _, snapshot: documents.running(snapshot), "running")
-    endpoints_document = document(documents.served_endpoints, "endpoints")
-    discovery_document = document(lambda _, snapshot: documents.discovery(snapshot), "sd")
-    gpus_document = document(lambda _, snapshot: documents.gpus(snapshot), "gpus")
-
-    async def status(request: Request) -> Response:
-        return status_document(request)
-
-    async def plan(request: Request) -> Response:
-        return plan_document(request)
-
-    async def endpoints(request: Request) -> Response:
-        return endpoints_document(request)
-
-    async def sd(request: Request) -> Response:
-        return discovery_document(request)
+    gpus_document = document("gpus", lambda _, snapshot: documents.gpus(snapshot))
+    running = document("running", lambda _, snapshot: documents.running(snapshot))
 
     async def gpus(request: Request) -> Response:
         snapshot = views.current().snapshot
@@ -99,40 +74,37 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
             trouble = documents.why_no_gpus(snapshot.observed.inventory)
             if trouble is not None:
                 raise HTTPException(501, trouble)
-        return gpus_document(request)
-
-    async def running(request: Request) -> Response:
-        return running_document(request)
+        return await gpus_document(request)
 
     async def running_one(request: Request, model_name: str) -> Response:
         published = views.current()
         snapshot = published.snapshot
         if snapshot is None:
-            return running_document(request)
-        chosen = [row for row in documents.running(snapshot) if row["model_name"] == model_name]
+            return await running(request)
+        chosen = [row for row in documents.running(snapshot) if row.model_name == model_name]
         if not chosen:
             known = model_name in published.config.models
             why = "it does not run" if known else "the file has no model of this name"
             raise HTTPException(404, f"cannot show {model_name}: {why}")
         # Names come from the client, so these are not kept.
-        return reply(request, views.once(chosen))
+        return _reply(request, views.once(chosen))
 
     async def supported(request: Request) -> Response:
-        return reply(request, views.json("supported", lambda seen: dict(seen.config.models)))
+        return _reply(request, views.json("supported", lambda seen: dict(seen.config.models)))
 
     async def command(request: Request) -> Response:
-        return reply(request, views.once(refusal(request.url.path)))
+        return _reply(request, views.once(refusal(request.url.path)))
 
     async def command_of(request: Request, pid: str) -> Response:
-        return reply(request, views.once(refusal(f"/api/v1/processes/{pid}")))
+        return _reply(request, views.once(refusal(f"/api/v1/processes/{pid}")))
 
     async def healthz() -> Response:
         stalled, down = views.stalled(), views.down()
-        state = "ok" if down is None else "broken"
+        state: LivenessStatus = "ok" if down is None else "broken"
         if stalled is not None:
             state = "starting" if views.current().snapshot is None else "stalled"
         detail = "; ".join(text for text in (stalled, down) if text is not None) or None
-        body = {"status": state, "detail": detail, "age": round(views.age(), 3)}
+        body = documents.Liveness(state, detail, round(views.age(), 3))
         return _live(body, 200 if detail is None else 503)
 
     async def readyz() -> Response:
@@ -144,59 +116,65 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
         headers = {"Cache-Control": "no-store", "Vary": "Accept"}
         return Response(made.body, media_type=made.media, headers=headers)
 
-    add = _Adder(app)
-    html = {_HTML.partition(";")[0]: {"schema": {"type": "string"}}}
-    add("/", root, "The page for a browser, else that the daemon is there", schemas.Root, also=html)
-    unread = {503: "nothing was read yet"}
-    add("/api/v1/status", status, "Desired against actual", schemas.Status, unread)
-    add("/api/v1/plan", plan, "What is still out of sync, and why", schemas.Plan, unread)
+    add = partial(_add, app)
+    add("/", root, "The page for a browser, else that the daemon is there", documents.Root)
+    status, plan = (
+        document("status", documents.served_status),
+        document("plan", documents.served_plan),
+    )
+    add("/api/v1/status", status, "Desired against actual", StatusDocument, _UNREAD)
+    add("/api/v1/plan", plan, "What is still out of sync, and why", PlanDocument, _UNREAD)
     add(
         "/api/v1/gpus",
         gpus,
         "Memory, power and holders of each GPU",
-        schemas.Gpus,
-        {501: "there is no NVML", **unread},
+        list[documents.GpuUse],
+        {501: "there is no NVML", **_UNREAD},
     )
-    add("/api/v1/models/status", running, "What runs, and where", schemas.RunningModels, unread)
+    models = list[documents.RunningModel]
+    add("/api/v1/models/status", running, "What runs, and where", models, _UNREAD)
     add(
         "/api/v1/models/status/{model_name}",
         running_one,
         "Where one model runs",
-        schemas.RunningModels,
-        {404: "it does not run", **unread},
+        models,
+        {404: "it does not run", **_UNREAD},
     )
-    add("/api/v1/models/supported", supported, "What may run", schemas.SupportedModels)
+    add("/api/v1/models/supported", supported, "The backend of what may run", dict[str, str])
     for path in ("/api/v1/models/start", "/api/v1/models/stop"):
-        add(path, command, f"The command for it: {command_for(path)}", schemas.Refusal)
-    add("/api/v1/processes/{pid}", command_of, "The command that ends it", schemas.Refusal)
-    add("/api/v1/endpoints", endpoints, "Who serves each model", schemas.ServedBy, unread)
-    add("/api/v1/sd", sd, "Prometheus HTTP service discovery", schemas.Targets, unread)
-    add("/healthz", healthz, "Whether the daemon lives", schemas.Liveness, {503: schemas.Liveness})
-    add(
-        "/readyz",
-        readyz,
-        "Whether every instance is as the file says",
-        schemas.Readiness,
-        {503: schemas.Readiness},
-    )
+        add(path, command, f"The command for it: {command_for(path)}", documents.Refusal)
+    add("/api/v1/processes/{pid}", command_of, "The command that ends it", documents.Refusal)
+    endpoints = document("endpoints", documents.served_endpoints)
+    add("/api/v1/endpoints", endpoints, "Who serves each model", EndpointsDocument, _UNREAD)
+    sd = document("sd", lambda _, snapshot: documents.discovery(snapshot))
+    add("/api/v1/sd", sd, "Prometheus HTTP service discovery", list[documents.Target], _UNREAD)
+    for path, handler, asked, model in (
+        ("/healthz", healthz, "Whether the daemon lives", documents.Liveness),
+        ("/readyz", readyz, "Whether every instance is as the file says", documents.Readiness),
+    ):
+        add(path, handler, asked, model, {503: model})
     add("/metrics", metrics_text, "Metrics for Prometheus", None)
     if guarded:
         _declare_token(app)
     return app
 
 
-def _snapshot(published: Published) -> Snapshot:
-    assert published.snapshot is not None  # asked before
-    return published.snapshot
+def _reply(request: Request, made: Answer, **headers: str) -> Response:
+    """200, or 304 where the client has it already (RFC 9110, section 13)."""
+    headers = {
+        "ETag": made.etag,
+        "Last-Modified": formatdate(made.modified, usegmt=True),
+        "Cache-Control": "no-cache",
+        **headers,
+    }
+    if _fresh(request, made):
+        return Response(status_code=304, headers=headers)
+    return Response(made.body, media_type=made.media, headers=headers)
 
 
-def _live(body: dict[str, Any], status: int) -> Response:
-    return Response(
-        json.dumps(body, ensure_ascii=False).encode("utf-8", errors="replace"),
-        status_code=status,
-        media_type=JSON,
-        headers={"Cache-Control": "no-store"},
-    )
+def _live(document: Any, status: int) -> Response:
+    headers = {"Cache-Control": "no-store"}
+    return Response(encode(document), status, headers, media_type=JSON)
 
 
 def _fresh(request: Request, made: Answer) -> bool:
@@ -213,53 +191,47 @@ def _fresh(request: Request, made: Answer) -> bool:
         return False  # RFC 9110, 13.1.3: an invalid date is ignored
 
 
-class _Adder:
-    """Registers a path for GET and for HEAD, and describes both truly."""
+def _add(
+    app: FastAPI,
+    path: str,
+    handler: Handler,
+    summary: str,
+    model: Any,
+    errors: Mapping[int, Any] | None = None,
+) -> None:
+    """Register a path for GET and for HEAD, and describe both truly.
 
-    def __init__(self, app: FastAPI) -> None:
-        self._app = app
-
-    def __call__(
-        self,
-        path: str,
-        handler: Handler,
-        summary: str,
-        model: Any,
-        errors: dict[int, Any] | None = None,
-        also: dict[str, Any] | None = None,
-    ) -> None:
-        ok: dict[str, Any] = {"description": summary}
-        if model is None:
-            ok["content"] = {_TEXT: {"schema": {"type": "string"}}}
-        else:
-            ok["model"] = model
-        if also is not None:
-            ok["content"] = also
-        conditional = path not in ("/healthz", "/readyz", "/metrics")
-        responses: dict[int | str, dict[str, Any]] = {200: ok}
-        if conditional:
-            responses[304] = {"description": "The client has it already"}
-        for code, what in (errors or {}).items():
-            described = isinstance(what, str)
-            responses[code] = {
-                "description": what if described else "It is not",
-                "model": schemas.Problem if described else what,
-            }
-        name = re.sub(r"\W+", "_", path).strip("_") or "root"
-        bare = {
-            code: {"description": response["description"]} for code, response in responses.items()
-        }
-        for method, shown in (("GET", responses), ("HEAD", bare)):
-            self._app.add_api_route(
-                path,
-                handler,
-                methods=[method],
-                summary=summary,
-                operation_id=f"{method.lower()}_{name}",
-                responses=shown,
-                response_class=Response,
-                response_model=None,
-            )
+    An error is described by a sentence, or by the model of its document. No model: it is text.
+    """
+    responses: dict[int | str, dict[str, Any]] = {200: {"description": summary}}
+    text = {"schema": {"type": "string"}}
+    if model is None:
+        responses[200]["content"] = {"text/plain": text}
+    else:
+        responses[200]["model"] = model
+    if path == "/":
+        responses[200]["content"] = {"text/html": text}
+    if path not in ("/healthz", "/readyz", "/metrics"):
+        responses[304] = {"description": "The client has it already"}
+    for code, what in (errors or {}).items():
+        responses[code] = (
+            {"description": what, "model": documents.Problem}
+            if isinstance(what, str)
+            else {"description": "It is not", "model": what}
+        )
+    bare = {code: {"description": one["description"]} for code, one in responses.items()}
+    name = re.sub(r"\W+", "_", path).strip("_") or "root"
+    for method, shown in (("GET", responses), ("HEAD", bare)):
+        app.add_api_route(
+            path,
+            handler,
+            methods=[method],
+            summary=summary,
+            operation_id=f"{method.lower()}_{name}",
+            responses=shown,
+            response_class=Response,
+            response_model=None,
+        )
 
 
 def _declare_token(app: FastAPI) -> None:

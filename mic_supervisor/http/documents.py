@@ -1,43 +1,147 @@
-"""The JSON documents that are served, made from what was published. Nothing is asked for them."""
+"""The JSON documents of HTTP, made from what was published. Nothing is asked for them.
+
+Those that HTTP alone has are defined here, as in `mic_supervisor.views`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field
 
 from mic_supervisor.http import redact
 from mic_supervisor.http.published import status_of
-from mic_supervisor.plan import endpoints, render
+from mic_supervisor.model import Gpu, OwnerKind
+from mic_supervisor.plan import endpoints
 from mic_supervisor.plan.assess import is_alive, workloads
-from mic_supervisor.plan.status import by_model, gpu_rows
+from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.status import by_model
+from mic_supervisor.records import dataclass
+from mic_supervisor.views.plan import plan_document
+from mic_supervisor.views.status import GpuState, StatusGpu, gpu_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.http.published import Published
-    from mic_supervisor.model import Gpu, GpuInventory, ObservedWorkload
+    from mic_supervisor.model import GpuInventory, ObservedWorkload
     from mic_supervisor.plan.status import InstanceStatus
 
 MIB = 1 << 20
 
+Mib = Annotated[int | None, Field(description="MiB")]
+Watts = Annotated[float | None, Field(description="watts")]
+Percent = Annotated[float | None, Field(description="percent")]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    detail: str
+    command: Annotated[str, Field(description="the command line that does it")]
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    status: Literal["ok"]
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    pid: int
+    name: str | None
+    gpu_memory_usage: Mib
+    owner: OwnerKind
+    instance: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUse:
+    """Null is unknown, never 0.
+
+    The clients of the former service read `id`, `memory_usage`, `power_draw` and `processes`.
+    """
+
+    id: Annotated[int, Field(description="the driver's index of today")]
+    memory_usage: Percent
+    power_draw: Watts
+    processes: Annotated[list[GpuProcess] | None, Field(description="null: they cannot be read")]
+    uuid: str
+    name: str
+    memory_used: Mib
+    memory_total: Mib
+    power_limit: Watts
+    utilization: Percent
+    temperature: Annotated[float | None, Field(description="degrees Celsius")]
+    state: GpuState
+    instance: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunningModel:
+    model_name: str
+    model_type: Annotated[str, Field(description="the backend")]
+    gpu_id: Annotated[int | None, Field(description="null: the GPU is not there now")]
+    gpu_uuid: str
+    instance: str
+    phase: Phase
+    endpoint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    targets: list[str]
+    labels: dict[str, str]
+
+
+LivenessStatus = Literal["ok", "starting", "stalled", "broken"]
+
+
+@dataclass(frozen=True, slots=True)
+class Liveness:
+    status: LivenessStatus
+    detail: str | None
+    age: Annotated[float, Field(description="seconds since the last round")]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    instance: str
+    phase: Phase
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    status: Literal["ready", "not ready"]
+    reason: str | None
+    waiting: list[Waiting]
+
 
 def served_status(published: Published, snapshot: Snapshot) -> dict[str, Any]:
     """The document of `status --json`, without what is confidential."""
-    document = status_of(published)
-    assert document is not None  # there is a snapshot
-    config = {**document["config"], "error": redact.config_error(published.config.error)}
-    scrubbed: dict[str, Any] = redact.Scrubber(snapshot.desired).document(
-        {**document, "config": config}
-    )
+    status = status_of(published)
+    assert status is not None  # there is a snapshot
+    document = asdict(status)
+    document["config"]["error"] = redact.config_error(published.config.error)
+    scrubbed: dict[str, Any] = redact.Scrubber(snapshot.desired).document(document)
     return scrubbed
 
 
 def served_plan(published: Published, snapshot: Snapshot) -> dict[str, Any]:
     """The document of `plan --json` for what is still out of sync, without what is confidential."""
-    document = render.to_json(
+    document = plan_document(
         snapshot.plan, host=published.host, config_hash=snapshot.desired.config_hash
     )
     scrubbed: dict[str, Any] = redact.Scrubber(snapshot.desired).document(
-        redact.plan_document(document)
+        redact.plan_document(asdict(document))
     )
     return scrubbed
 
@@ -49,69 +153,60 @@ def why_no_gpus(inventory: GpuInventory) -> str | None:
     return inventory.error
 
 
-def gpus(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """One entry per GPU that can be read, by index: percent, watts, MiB, degrees Celsius.
-
-    Null is unknown, never 0. `id`, `memory_usage`, `power_draw` and `processes` are what the
-    clients of the former service read.
-    """
-    states = {row["uuid"]: row for row in gpu_rows(snapshot.desired, snapshot.observed)}
-    return [_gpu(gpu, states[gpu.uuid]) for gpu in snapshot.observed.inventory.gpus]
+def gpus(snapshot: Snapshot) -> list[GpuUse]:
+    """One entry per GPU that can be read, by index."""
+    rows = {row.uuid: row for row in gpu_rows(snapshot.desired, snapshot.observed)}
+    return [_gpu(gpu, rows[gpu.uuid]) for gpu in snapshot.observed.inventory.gpus]
 
 
-def _gpu(gpu: Gpu, row: Mapping[str, Any]) -> dict[str, Any]:
+def _gpu(gpu: Gpu, row: StatusGpu) -> GpuUse:
     memory = gpu.memory
     used = memory.used if memory is not None else None
     total = memory.total if memory is not None else None
-    return {
-        "id": gpu.index,
-        "memory_usage": round(100 * used / total, 2) if used is not None and total else None,
-        "power_draw": gpu.power_draw,
-        "processes": None
-        if gpu.processes is None
-        else [
-            {
-                "pid": process.pid,
-                "name": process.name,
-                "gpu_memory_usage": _mib(process.used_memory),
-                "owner": process.owner.kind.value if process.owner is not None else "unknown",
-                "instance": process.owner.instance if process.owner is not None else None,
-            }
-            for process in gpu.processes
-        ],
-        "uuid": gpu.uuid,
-        "name": gpu.name,
-        "memory_used": _mib(used),
-        "memory_total": _mib(total),
-        "power_limit": gpu.power_limit,
-        "utilization": None if gpu.utilization is None else round(100 * gpu.utilization, 2),
-        "temperature": gpu.temperature,
-        "state": row["state"],
-        "instance": row["instance"],
-    }
+    processes = None
+    if row.holders is not None:
+        processes = [
+            GpuProcess(one.pid, one.name, _mib(one.used_memory), one.owner, one.instance)
+            for one in row.holders
+        ]
+    return GpuUse(
+        id=gpu.index,
+        memory_usage=round(100 * used / total, 2) if used is not None and total else None,
+        power_draw=gpu.power_draw,
+        processes=processes,
+        uuid=gpu.uuid,
+        name=gpu.name,
+        memory_used=_mib(used),
+        memory_total=_mib(total),
+        power_limit=gpu.power_limit,
+        utilization=None if gpu.utilization is None else round(100 * gpu.utilization, 2),
+        temperature=gpu.temperature,
+        state=row.state,
+        instance=row.instance,
+    )
 
 
 def _mib(count: int | None) -> int | None:
     return None if count is None else count // MIB
 
 
-def running(snapshot: Snapshot) -> list[dict[str, Any]]:
+def running(snapshot: Snapshot) -> list[RunningModel]:
     """One entry per model that runs and GPU that it runs on, by instance.
 
     It runs as soon as its process does; `phase` says how far it is.
     """
     alive = _alive(snapshot)
-    indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
+    indices = snapshot.observed.inventory.indices
     return [
-        {
-            "model_name": row.model,
-            "model_type": row.backend,
-            "gpu_id": indices.get(uuid),
-            "gpu_uuid": uuid,
-            "instance": row.id,
-            "phase": row.phase.value,
-            "endpoint": row.endpoints.get("http"),
-        }
+        RunningModel(
+            model_name=row.model,
+            model_type=row.backend,
+            gpu_id=indices.get(uuid),
+            gpu_uuid=uuid,
+            instance=row.id,
+            phase=row.phase,
+            endpoint=row.endpoints.get("http"),
+        )
         for whole in snapshot.statuses
         if whole.ref in alive
         for row in by_model(whole)
@@ -134,48 +229,40 @@ def served_endpoints(published: Published, snapshot: Snapshot) -> dict[str, Any]
     return endpoints.document(snapshot.endpoints, published.host)
 
 
-def discovery(snapshot: Snapshot) -> list[dict[str, Any]]:
+def discovery(snapshot: Snapshot) -> list[Target]:
     """Prometheus HTTP service discovery: a target per instance with metrics of its own.
 
     The labels begin with mic_: `model` and `instance` are the targets' own and Prometheus'.
     Source: https://prometheus.io/docs/prometheus/latest/http_sd/
     """
-    from urllib.parse import urlsplit
-
-    targets = []
-    for row in snapshot.statuses:
-        url = urlsplit(row.endpoints.get("metrics", ""))
-        if not url.netloc:
-            continue
-        targets.append(
-            {
-                "targets": [url.netloc],
-                "labels": {
-                    "__scheme__": url.scheme,
-                    "__metrics_path__": url.path,
-                    "mic_model": row.model,
-                    "mic_backend": row.backend,
-                    "mic_instance": row.id,
-                    "mic_gpu_uuids": ",".join(row.gpus),
-                },
-            }
+    urls = [(row, urlsplit(row.endpoints.get("metrics", ""))) for row in snapshot.statuses]
+    return [
+        Target(
+            targets=[url.netloc],
+            labels={
+                "__scheme__": url.scheme,
+                "__metrics_path__": url.path,
+                "mic_model": row.model,
+                "mic_backend": row.backend,
+                "mic_instance": row.id,
+                "mic_gpu_uuids": ",".join(row.gpus),
+            },
         )
-    return targets
+        for row, url in urls
+        if url.netloc
+    ]
 
 
 def readiness(published: Published, stalled: str | None) -> dict[str, Any]:
     """Whether every instance is as the file says, and which are not."""
     snapshot = published.snapshot
     waiting = [
-        {"instance": row.id, "phase": row.phase.value, "reason": row.reason}
+        Waiting(row.id, row.phase, row.reason)
         for row in (snapshot.statuses if snapshot is not None else ())
         if not row.settled_well
     ]
+    document = Readiness("not ready" if stalled or waiting else "ready", stalled, waiting)
     scrubbed: dict[str, Any] = redact.Scrubber(snapshot.desired if snapshot else None).document(
-        {
-            "status": "not ready" if stalled or waiting else "ready",
-            "reason": stalled,
-            "waiting": waiting,
-        }
+        asdict(document)
     )
     return scrubbed

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 from prometheus_client.core import (
@@ -26,7 +26,8 @@ from prometheus_client.registry import Collector
 from mic_supervisor.http import documents
 from mic_supervisor.model import OwnerKind
 from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.status import by_model, gpu_rows
+from mic_supervisor.plan.status import by_model
+from mic_supervisor.views.status import GpuState, gpu_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
@@ -41,16 +42,6 @@ _OWNERS = {
     OwnerKind.UNIT: "foreign",
     OwnerKind.ORPHAN: "orphan",
 }
-_GPU_STATES = (
-    "managed",
-    "idle",
-    "kept_empty",
-    "unmanaged",
-    "foreign",
-    "unhealthy",
-    "lost",
-    "unknown",
-)
 _MODEL = ("model", "backend", "mic_instance")
 
 
@@ -229,9 +220,9 @@ def _states(snapshot: Snapshot) -> Iterator[Metric]:
         labels=("uuid", "state"),
     )
     for row in gpu_rows(snapshot.desired, snapshot.observed):
-        healthy.add_metric((row["uuid"],), float(row["state"] not in ("lost", "unhealthy")))
-        for name in _GPU_STATES:
-            state.add_metric((row["uuid"], name), float(row["state"] == name))
+        healthy.add_metric((row.uuid,), float(row.state not in ("lost", "unhealthy")))
+        for name in get_args(GpuState):
+            state.add_metric((row.uuid, name), float(row.state == name))
     unopened = _gauge(
         "mic_gpus_unopened",
         "GPUs that the driver counts and does not open.",

@@ -19,7 +19,8 @@ from mic_supervisor.http.redact import Scrubber, config_error
 from mic_supervisor.http.tiles import Context, icon, tile, unopened_tile
 from mic_supervisor.http.verdict import Level, Problem, Verdict, judge
 from mic_supervisor.plan.render import gpu_names, reason
-from mic_supervisor.plan.status import InstanceStatus, by_model, gpu_rows
+from mic_supervisor.plan.status import InstanceStatus, by_model
+from mic_supervisor.views.status import gpu_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.events import Event
@@ -178,9 +179,9 @@ def _gpus(snapshot: Snapshot, views: Views, context: Context) -> Markup:
     tiles = [
         tile(
             state,
-            there.get(state["uuid"]),
-            _on(state["uuid"], snapshot),
-            views.samples.of(state["uuid"]),
+            there.get(state.uuid),
+            _on(state.uuid, snapshot),
+            views.samples.of(state.uuid),
             context,
         )
         for state in gpu_rows(snapshot.desired, snapshot.observed)

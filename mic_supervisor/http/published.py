@@ -5,13 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import field, replace
-from typing import Any
 
-from mic_supervisor.converge.documents import status_document
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.gpu.events import XidRecord
 from mic_supervisor.records import dataclass
+from mic_supervisor.views.status import ConfigInUse, StatusDocument, status_document
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +90,21 @@ class Published:
     down: Mapping[str, str] = field(default_factory=dict)
 
 
-def status_of(published: Published) -> dict[str, Any] | None:
+def status_of(published: Published) -> StatusDocument | None:
     """The document of `status --json`; None until the first round is done."""
     config, snapshot = published.config, published.snapshot
     if snapshot is None:
         return None
     return status_document(
         host=published.host,
-        config={
-            "path": config.path,
-            "hash": config.hash,
-            "generation": config.generation,
-            "loaded_at": config.loaded_at,
-            "last_reload_ok": config.last_reload_ok,
-            "error": config.error,
-        },
+        config=ConfigInUse(
+            path=config.path,
+            hash=config.hash,
+            generation=config.generation,
+            loaded_at=config.loaded_at,
+            last_reload_ok=config.last_reload_ok,
+            error=config.error,
+        ),
         desired=snapshot.desired,
         observed=snapshot.observed,
         statuses=snapshot.statuses,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from mic_supervisor.http.documents import Problem, Refusal
 
 if TYPE_CHECKING:
     from mic_supervisor.http.access import Access
@@ -42,14 +45,13 @@ def command_for(path: str) -> str | None:
     return None
 
 
-def refusal(path: str) -> dict[str, str]:
+def refusal(path: str) -> Refusal:
     command = command_for(path)
     if command is None:
-        return {
-            "detail": f"this interface only reads: edit gpus.yaml and run `{OTHERWISE}`",
-            "command": OTHERWISE,
-        }
-    return {"detail": f"this interface only reads: run `{command}`", "command": command}
+        return Refusal(
+            f"this interface only reads: edit gpus.yaml and run `{OTHERWISE}`", OTHERWISE
+        )
+    return Refusal(f"this interface only reads: run `{command}`", command)
 
 
 class ReadOnly:
@@ -71,7 +73,7 @@ class ReadOnly:
 
         path = scope["path"]
         if path not in UNGUARDED and not self._access.admits(_authorization(scope)):
-            document = {"detail": "send the token of MIC_HTTP_TOKEN_FILE as a bearer token"}
+            document = Problem("send the token of MIC_HTTP_TOKEN_FILE as a bearer token")
             extra = (b"www-authenticate", b'Bearer realm="mic-supervisor"')
             await _answer(send_with_headers, 401, document, extra)
         elif scope["method"] not in ALLOWED:
@@ -89,9 +91,9 @@ def _authorization(scope: Scope) -> str | None:
 
 
 async def _answer(
-    send: Send, status: int, document: dict[str, str], *extra: tuple[bytes, bytes]
+    send: Send, status: int, document: Problem | Refusal, *extra: tuple[bytes, bytes]
 ) -> None:
-    body = json.dumps(document, ensure_ascii=False).encode()
+    body = json.dumps(asdict(document), ensure_ascii=False).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mic_supervisor.http.markup import Markup, at, for_how_long, join, tag
 from mic_supervisor.http.sparkline import sparkline
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mic_supervisor.http.samples import Sample
     from mic_supervisor.model import Gpu, GpuProcess, UnopenedGpu
     from mic_supervisor.plan.status import InstanceStatus
+    from mic_supervisor.views.status import StatusGpu
 
 _GIB = 1 << 30
 _MOST_HOLDERS = 8
@@ -53,7 +54,7 @@ def icon(level: Level | None) -> Markup:
 
 
 def tile(
-    state: Mapping[str, Any],
+    state: StatusGpu,
     gpu: Gpu | None,
     rows: Iterable[InstanceStatus],
     samples: tuple[Sample, ...],
@@ -61,20 +62,20 @@ def tile(
 ) -> Markup:
     """`state` is the GPU's row of `status --json`; `gpu` None: it is not there."""
     rows = tuple(rows)
-    uuid = str(state["uuid"])
-    title = f"GPU {state['index']}" if state["index"] is not None else "GPU"
+    uuid = state.uuid
+    title = f"GPU {state.index}" if state.index is not None else "GPU"
     name = f"gpu-{uuid}"
     if rows:
         levels = {level_of(row) for row in rows}
         level: Level | None = next(item for item in _WORST_FIRST if item in levels)
         parts = [_instance(row, uuid, context) for row in rows]
     else:
-        level, word, sentence = _STATES[state["state"]]
+        level, word, sentence = _STATES[state.state]
         parts = [
             tag("p", icon(level), tag("span", word, class_="word"), class_="phase"),
             tag("p", sentence, class_="reason"),
         ]
-    if state["state"] == "lost" and rows:
+    if state.state == "lost" and rows:
         parts.append(tag("p", _STATES["lost"][2], class_="reason"))
     models = ", ".join(dict.fromkeys(row.model for row in rows))
     return tag(

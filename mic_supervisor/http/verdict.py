@@ -12,8 +12,8 @@ from mic_supervisor.http import documents
 from mic_supervisor.http.redact import Scrubber, config_error
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.render import gpu_names
-from mic_supervisor.plan.status import gpu_rows
 from mic_supervisor.records import dataclass
+from mic_supervisor.views.status import gpu_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
@@ -139,7 +139,7 @@ def _problems(published: Published) -> Iterator[Problem]:
     if snapshot is None:
         return
     yield from _unreadable(snapshot)
-    indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
+    indices = snapshot.observed.inventory.indices
     yield from _xids(published, snapshot.at, indices)
     hints = {item.instance: item.hint for item in snapshot.plan.blocked}
     told: set[str] = set()
@@ -155,11 +155,11 @@ def _problems(published: Published) -> Iterator[Problem]:
                 Level.BAD, item.instance, item.reason, next_try=item.until, hint=item.hint
             )
     for gpu in gpu_rows(snapshot.desired, snapshot.observed):
-        if gpu["state"] in _GPU_TROUBLE and gpu["uuid"] not in told:
-            name = gpu_names([gpu["uuid"]], indices)
-            hint = "mic-supervisor gpus shows its holders" if gpu["state"] == "foreign" else None
-            text = f"it is unhealthy: {gpu['trouble']}" if gpu["trouble"] else None
-            yield Problem(Level.BAD, name, text or _GPU_TROUBLE[gpu["state"]], hint=hint)
+        if gpu.state in _GPU_TROUBLE and gpu.uuid not in told:
+            name = gpu_names([gpu.uuid], indices)
+            hint = "mic-supervisor gpus shows its holders" if gpu.state == "foreign" else None
+            text = f"it is unhealthy: {gpu.trouble}" if gpu.trouble else None
+            yield Problem(Level.BAD, name, text or _GPU_TROUBLE[gpu.state], hint=hint)
 
 
 def _xids(published: Published, at: float, indices: Mapping[str, int]) -> Iterator[Problem]:

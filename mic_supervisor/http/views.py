@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.converge.sources import PATIENCE
@@ -121,14 +122,14 @@ class Views:
     def json(self, name: str, make: Callable[[Published], Any]) -> Answer:
         """The document called `name`."""
 
-        def encode(published: Published) -> tuple[bytes, bytes]:
+        def both(published: Published) -> tuple[bytes, bytes]:
             document = make(published)
-            body = _dump(document)
+            body = encode(document)
             if isinstance(document, dict) and "at" in document:
-                return body, _dump({**document, "at": None})
+                return body, encode({**document, "at": None})
             return body, body
 
-        return self.answer(name, JSON, encode)
+        return self.answer(name, JSON, both)
 
     def answer(
         self, name: str, media: str, make: Callable[[Published], tuple[bytes, bytes]]
@@ -147,7 +148,7 @@ class Views:
 
     def once(self, document: Any) -> Answer:
         """A document that depends on the request, and so is not kept."""
-        body = _dump(document)
+        body = encode(document)
         return Answer(body, JSON, _etag(body), self._wall())
 
 
@@ -155,7 +156,7 @@ def _etag(meant: bytes) -> str:
     return f'W/"{hashlib.sha256(meant).hexdigest()[:24]}"'
 
 
-def _dump(document: Any) -> bytes:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(
-        "utf-8", errors="replace"
-    )
+def encode(document: Any) -> bytes:
+    """As JSON. A name that is no UTF-8 must not keep the rest from being served."""
+    text = json.dumps(document, default=asdict, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", errors="replace")

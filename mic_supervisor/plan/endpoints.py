@@ -8,7 +8,8 @@ then it stays what it was last said to be, or every restart of the supervisor wo
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from mic_supervisor.plan.health import Phase
@@ -59,19 +60,30 @@ def addresses(endpoints: Mapping[str, Mapping[str, str]], port: str) -> list[Add
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class ServingInstance:
+    instance: str
+    endpoints: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointsDocument:
+    """A model that nobody serves has an empty list."""
+
+    version: Literal[1]
+    host: str
+    models: dict[str, list[ServingInstance]]
+
+
 def document(endpoints: Endpoints, host: str) -> dict[str, Any]:
     """What `/api/v1/endpoints` answers, and what the hook gets on its standard input."""
-    return {
-        "version": 1,
-        "host": host,
-        "models": {
-            model: [
-                {"instance": instance, "endpoints": dict(urls)}
-                for instance, urls in sorted(instances.items())
-            ]
-            for model, instances in sorted(endpoints.items())
-        },
+    models = {
+        model: [
+            ServingInstance(instance, dict(urls)) for instance, urls in sorted(instances.items())
+        ]
+        for model, instances in sorted(endpoints.items())
     }
+    return asdict(EndpointsDocument(version=1, host=host, models=models))
 
 
 def _serves(row: InstanceStatus) -> bool:

@@ -22,47 +22,6 @@ _MARKS = {
 }
 
 
-def to_json(plan: Plan, *, host: str, config_hash: str) -> dict[str, Any]:
-    """The document of `plan --json`."""
-    return {
-        "version": 1,
-        "host": host,
-        "config_hash": config_hash,
-        "changes": plan.count,
-        "actions": [
-            {
-                "action": change.kind,
-                "instance": change.instance,
-                "model": change.model,
-                "backend": change.backend,
-                "gpus": list(change.gpus),
-                "cause": change.cause,
-                "waits": change.waits,
-                "diff": [
-                    {"path": diff.path, "before": diff.before, "after": diff.after}
-                    for diff in change.diff
-                ],
-                "steps": [step.id for step in change.steps],
-            }
-            for change in plan.changes
-        ],
-        "blocked": [
-            {
-                "instance": item.instance,
-                "model": item.model,
-                "gpus": list(item.gpus),
-                "reason": reason(item),
-                "hint": item.hint,
-                "until": item.until,
-                "paused": item.paused,
-            }
-            for item in plan.blocked
-        ],
-        "left_out": left_out_json(plan.left_out),
-        "warnings": list(plan.warnings),
-    }
-
-
 def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
     """What `plan` prints: a line per change with its cause, then its field diffs and the names of
     what it removes.
@@ -92,7 +51,9 @@ def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
                 lines.append(f"    hint: {item.hint}")
     if plan.left_out:
         lines += [""] if lines else []
-        lines += left_out_lines(left_out_json(plan.left_out))
+        lines += [
+            left_out_line(change.instance, change.kind, change.cause) for change in plan.left_out
+        ]
     if plan.warnings:
         lines += [""] if lines else []
         lines += [f"warning: {text}" for text in plan.warnings]
@@ -109,24 +70,9 @@ def ending_lines(change: Change) -> list[str]:
     return removed
 
 
-def left_out_json(changes: Iterable[Change]) -> list[dict[str, Any]]:
-    """What is due and was not chosen, as `left_out` in the documents of `plan` and `apply`."""
-    return [
-        {
-            "instance": change.instance,
-            "model": change.model,
-            "gpus": list(change.gpus),
-            "action": change.kind,
-            "cause": change.cause,
-        }
-        for change in changes
-    ]
-
-
-def left_out_lines(left_out: Iterable[Mapping[str, Any]]) -> list[str]:
-    return [
-        f"left out: {item['instance']} ({item['action']}: {item['cause']})" for item in left_out
-    ]
+def left_out_line(instance: str, action: str, cause: str) -> str:
+    """What is due and was not chosen."""
+    return f"left out: {instance} ({action}: {cause})"
 
 
 def summary(plan: Plan) -> str:

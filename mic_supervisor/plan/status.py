@@ -1,12 +1,12 @@
-"""Desired against actual, one row per instance and one per GPU: what `status` and HTTP show."""
+"""Desired against actual, one row per instance: what `status` and HTTP show."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Literal
 
-from mic_supervisor.model import DesiredState, Gpu, ObservedState, ObservedWorkload, OwnerKind
+from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
 from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
 from mic_supervisor.plan.fallback import as_it_runs, fallback
@@ -14,6 +14,8 @@ from mic_supervisor.plan.health import Phase, phase_of
 from mic_supervisor.plan.loads import memory_key
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.records import dataclass
+
+Sync = Literal["in_sync", "out_of_sync", "unknown"]
 
 _HEALTH = {
     Phase.READY: "healthy",
@@ -50,7 +52,7 @@ class InstanceStatus:
     backend: str
     gpus: tuple[str, ...]
     phase: Phase
-    sync: str  # in_sync, out_of_sync, unknown
+    sync: Sync
     health: str  # healthy, progressing, degraded, unhealthy, suspended, missing, unknown
     reason: str | None
     since: float | None
@@ -131,40 +133,6 @@ def instance_statuses(
     return tuple(sorted(rows, key=lambda row: row.id))
 
 
-def status_json(row: InstanceStatus, indices: Mapping[str, int]) -> dict[str, Any]:
-    """One entry of `instances` in `status --json`."""
-    return {
-        "id": row.id,
-        "origin": row.origin,
-        "model": row.model,
-        "backend": row.backend,
-        "gpus": [{"uuid": uuid, "index": indices.get(uuid)} for uuid in row.gpus],
-        "phase": row.phase.value,
-        "sync": row.sync,
-        "health": row.health,
-        "reason": row.reason,
-        "since": row.since,
-        "restarts": row.restarts,
-        "next_retry": row.next_retry,
-        "endpoints": dict(row.endpoints),
-        "container_id": row.ref if row.runtime == "docker" else None,
-        "unit": row.ref if row.runtime == "systemd" else None,
-        "pid": row.pid,
-        "spec_hash": row.spec_hash,
-        "serving": row.serving,
-        "models": [
-            {
-                "model": item.model,
-                "gpus": [{"uuid": uuid, "index": indices.get(uuid)} for uuid in item.gpus],
-                "phase": item.phase.value,
-                "reason": item.reason,
-                "next_retry": item.next_retry,
-            }
-            for item in row.models
-        ],
-    }
-
-
 def by_model(row: InstanceStatus) -> list[InstanceStatus]:
     """A row for each model: of a server of several, one for each that it is to have."""
     if not row.models:
@@ -182,86 +150,6 @@ def by_model(row: InstanceStatus) -> list[InstanceStatus]:
         )
         for item in row.models
     ]
-
-
-def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[dict[str, Any]]:
-    """`gpus` in `status --json`, in the driver's order; bound GPUs that are not there come last."""
-    wanted = {uuid: item.id for item in desired.instances for uuid in item.gpus}
-    running = {
-        uuid: workload.identity.instance
-        for workload in workloads(observed)
-        if is_alive(workload)
-        for uuid in workload.identity.gpus
-    }
-    rows = [
-        {
-            "uuid": gpu.uuid,
-            "index": gpu.index,
-            "name": gpu.name,
-            "instance": running.get(gpu.uuid) or wanted.get(gpu.uuid),
-            "state": _gpu_state(gpu, desired, wanted, running),
-            "trouble": gpu.trouble,
-            "holders": _holders(gpu),
-        }
-        for gpu in observed.inventory.gpus
-    ]
-    present = {gpu.uuid for gpu in observed.inventory.gpus}
-    state = "unknown" if observed.inventory.error is not None else "lost"
-    fallen = {gpu.uuid: gpu.error for gpu in observed.inventory.unopened}
-    missing = {u for item in desired.unsatisfiable for u in item.gpus}
-    if observed.inventory.error is not None:
-        missing |= {*wanted, *desired.kept_empty}
-    for uuid in sorted(missing - present):
-        rows.append(
-            {
-                "uuid": uuid,
-                "index": None,
-                "name": None,
-                "instance": running.get(uuid) or wanted.get(uuid),
-                "state": state,
-                "trouble": fallen.get(uuid),
-                "holders": None,
-            }
-        )
-    return rows
-
-
-def _holders(gpu: Gpu) -> list[dict[str, Any]] | None:
-    """Who has the GPU, by PID, and whose they are; memory in bytes. None: it cannot be read."""
-    if gpu.processes is None:
-        return None
-    return [
-        {
-            "pid": process.pid,
-            "name": process.name,
-            "used_memory": process.used_memory,
-            "since": process.started_at,
-            "owner": process.owner.kind.value if process.owner is not None else "unknown",
-            "ref": process.owner.ref if process.owner is not None else None,
-            "instance": process.owner.instance if process.owner is not None else None,
-        }
-        for process in gpu.processes
-    ]
-
-
-def _gpu_state(
-    gpu: Gpu, desired: DesiredState, wanted: Mapping[str, str], running: Mapping[str, str]
-) -> str:
-    if gpu.trouble is not None:
-        return "unhealthy"
-    if gpu.uuid in wanted or gpu.uuid in running:
-        return "managed"
-    if gpu.processes is None:
-        return "unknown"
-    foreign = any(
-        process.owner is None or process.owner.kind is not OwnerKind.MANAGED
-        for process in gpu.processes
-    )
-    if gpu.uuid in desired.kept_empty:
-        return "foreign" if foreign else "kept_empty"
-    if any(gpu.uuid in item.gpus for item in desired.unsatisfiable):
-        return "managed"
-    return "unmanaged" if foreign else "idle"
 
 
 def _desired(

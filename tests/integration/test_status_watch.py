@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
+from mic_supervisor.views.status import StatusDocument
 from tests.support.mic import PROGRAM, Mic
 from tests.support.waiting import http, until
 
@@ -176,6 +178,17 @@ def test_in_a_pipe_it_is_a_document_a_line(world: Mic, daemon: bool) -> None:
         process.wait()
         process.stdout.close()
         process.stderr.close()
+
+
+@pytest.mark.parametrize("daemon", [True, False])
+def test_its_document_has_every_field_with_a_daemon_and_without(world: Mic, daemon: bool) -> None:
+    if daemon:
+        world.run()
+    document = json.loads(world("status", "--json", rc=3).stdout)
+    adapter = TypeAdapter(StatusDocument)
+    read = adapter.validate_json(json.dumps(document), strict=True)
+    assert adapter.dump_python(read, mode="json") == document
+    assert document["config"]["generation"] == (1 if daemon else None)
 
 
 def test_a_reader_that_goes_ends_it(world: Mic) -> None:

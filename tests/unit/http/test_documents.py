@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http import documents
 from mic_supervisor.http.published import Published
+from mic_supervisor.http.views import encode
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, RunState
 from tests.unit.http import views_of
 from tests.unit.plan import builders as b
@@ -15,14 +19,29 @@ def only(*gpus: Gpu) -> Published:
     return views_of.published(views_of.snapshot(b.desired(), b.observed(gpus=gpus)))
 
 
-def shown(published: Published) -> object:
+def plain(document: object) -> Any:
+    """As a client reads it."""
+    return json.loads(encode(document))
+
+
+def gpus(published: Published) -> Any:
     assert published.snapshot is not None
-    return documents.gpus(published.snapshot)
+    return plain(documents.gpus(published.snapshot))
+
+
+def running(snapshot: Snapshot | None) -> Any:
+    assert snapshot is not None
+    return plain(documents.running(snapshot))
+
+
+def discovery(snapshot: Snapshot | None) -> Any:
+    assert snapshot is not None
+    return plain(documents.discovery(snapshot))
 
 
 def test_a_gpu_in_percent_watts_and_mib() -> None:
-    gpus = documents.gpus(views_of.good().snapshot)  # type: ignore[arg-type]
-    assert gpus[0] == {
+    found = gpus(views_of.good())
+    assert found[0] == {
         "id": 0,
         "memory_usage": 22.75,
         "power_draw": 71.3,
@@ -45,13 +64,13 @@ def test_a_gpu_in_percent_watts_and_mib() -> None:
         "state": "managed",
         "instance": "MAM-aaaaaaaa",
     }
-    assert [gpu["id"] for gpu in gpus] == [0, 1, 2, 3, 4]
-    assert [gpu["state"] for gpu in gpus[3:]] == ["kept_empty", "idle"]
+    assert [gpu["id"] for gpu in found] == [0, 1, 2, 3, 4]
+    assert [gpu["state"] for gpu in found[3:]] == ["kept_empty", "idle"]
 
 
 def test_unknown_is_null_and_never_zero() -> None:
     bare = Gpu(uuid=b.uuid(0), index=0, name="Simulated GPU", processes=None)
-    assert shown(only(bare)) == [
+    assert gpus(only(bare)) == [
         {
             "id": 0,
             "memory_usage": None,
@@ -76,20 +95,20 @@ def test_memory_that_is_not_measured_or_not_there() -> None:
         (GpuMemory(0, 0, 0), None),
         (GpuMemory(24 << 30, 0, 24 << 30), 0.0),
     ):
-        (gpu,) = documents.gpus(only(views_of.gpu(0, memory=memory)).snapshot)  # type: ignore[arg-type]
+        (gpu,) = gpus(only(views_of.gpu(0, memory=memory)))
         assert gpu["memory_usage"] == usage
 
 
 def test_a_process_that_does_not_tell_its_memory_or_name() -> None:
     process = replace(views_of.holder(7, 1), used_memory=None, name=None, owner=None)
-    (gpu,) = documents.gpus(only(views_of.gpu(0, processes=(process,))).snapshot)  # type: ignore[arg-type]
+    (gpu,) = gpus(only(views_of.gpu(0, processes=(process,))))
     assert gpu["processes"] == [
         {"pid": 7, "name": None, "gpu_memory_usage": None, "owner": "unknown", "instance": None}
     ]
 
 
 def test_one_entry_per_running_model_and_gpu() -> None:
-    found = documents.running(views_of.good().snapshot)  # type: ignore[arg-type]
+    found = running(views_of.good().snapshot)
     legacy = [(row["model_name"], row["model_type"], row["gpu_id"]) for row in found]
     assert legacy == [("MAM", "triton", 0), ("qwen", "vllm", 1), ("qwen", "vllm", 2)]
     assert found[0] == {
@@ -104,7 +123,7 @@ def test_one_entry_per_running_model_and_gpu() -> None:
 
 
 def test_what_does_not_run_is_not_listed_and_what_starts_is() -> None:
-    found = documents.running(views_of.bad().snapshot)  # type: ignore[arg-type]
+    found = running(views_of.bad().snapshot)
     assert [(row["model_name"], row["phase"]) for row in found] == [("slow", "starting")]
 
 
@@ -118,19 +137,19 @@ def test_a_shared_server_is_listed_once_per_model_and_gpu() -> None:
         placements=(b.placement("A", 0), b.placement("B", 1)),
     )
     observed = b.observed(b.workload(server))
-    found = documents.running(views_of.snapshot(b.desired(server), observed))
+    found = running(views_of.snapshot(b.desired(server), observed))
     assert [(row["model_name"], row["gpu_id"]) for row in found] == [("A", 0), ("B", 1)]
 
 
 def test_a_gpu_that_dropped_off_has_no_index() -> None:
     model = b.on("m", 0)
     observed = b.observed(b.workload(model), gpus=())
-    (row,) = documents.running(views_of.snapshot(b.desired(model), observed))
+    (row,) = running(views_of.snapshot(b.desired(model), observed))
     assert (row["gpu_id"], row["gpu_uuid"]) == (None, b.uuid(0))
 
 
 def test_discovery_names_metrics_endpoints_and_nothing_that_collides() -> None:
-    (target,) = documents.discovery(views_of.good().snapshot)  # type: ignore[arg-type]
+    (target,) = discovery(views_of.good().snapshot)
     assert target == {
         "targets": ["127.0.0.1:20002"],
         "labels": {
@@ -147,7 +166,7 @@ def test_discovery_names_metrics_endpoints_and_nothing_that_collides() -> None:
 def test_what_has_ended_is_not_discovered() -> None:
     model = b.on("m", 0, workload=b.container(ports=views_of.PORTS))
     ended = b.workload(model, RunState.EXITED, ports={"http": 20000, "metrics": 20001})
-    assert documents.discovery(views_of.snapshot(b.desired(model), b.observed(ended))) == []
+    assert discovery(views_of.snapshot(b.desired(model), b.observed(ended))) == []
 
 
 def test_readiness_names_what_is_missing() -> None:
@@ -188,6 +207,6 @@ def test_the_status_shows_no_line_of_the_file_and_the_socket_does() -> None:
 def test_metrics_on_the_port_of_the_model_itself_are_discovered() -> None:
     model = b.on("m", 0, metrics_path="/metrics", workload=b.container(listen="::1"))
     observed = b.observed(b.workload(model, ports={"http": 20000}))
-    (target,) = documents.discovery(views_of.snapshot(b.desired(model), observed))
+    (target,) = discovery(views_of.snapshot(b.desired(model), observed))
     assert target["targets"] == ["[::1]:20000"]
     assert target["labels"]["__metrics_path__"] == "/metrics"

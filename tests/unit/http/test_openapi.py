@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import TypeAdapter
 
-from mic_supervisor.http import schemas
+from mic_supervisor.http import documents
 from mic_supervisor.http.published import Published
+from mic_supervisor.plan.endpoints import EndpointsDocument
+from mic_supervisor.views.plan import PlanDocument
+from mic_supervisor.views.status import StatusDocument
 from tests.unit.http import views_of
 from tests.unit.http.ask import Site
 
@@ -19,25 +22,27 @@ from tests.unit.http.ask import Site
 @pytest.mark.parametrize(
     ("path", "shape"),
     [
-        ("/", schemas.Root),
-        ("/api/v1/status", schemas.Status),
-        ("/api/v1/plan", schemas.Plan),
-        ("/api/v1/gpus", schemas.Gpus),
-        ("/api/v1/models/status", schemas.RunningModels),
-        ("/api/v1/models/supported", schemas.SupportedModels),
-        ("/api/v1/sd", schemas.Targets),
-        ("/healthz", schemas.Liveness),
-        ("/readyz", schemas.Readiness),
+        ("/", documents.Root),
+        ("/api/v1/status", StatusDocument),
+        ("/api/v1/plan", PlanDocument),
+        ("/api/v1/gpus", list[documents.GpuUse]),
+        ("/api/v1/models/status", list[documents.RunningModel]),
+        ("/api/v1/models/supported", dict[str, str]),
+        ("/api/v1/endpoints", EndpointsDocument),
+        ("/api/v1/sd", list[documents.Target]),
+        ("/healthz", documents.Liveness),
+        ("/readyz", documents.Readiness),
     ],
 )
 @pytest.mark.parametrize("published", [views_of.good(), views_of.bad()], ids=["good", "bad"])
-def test_documents_have_the_shape_that_is_described(
-    path: str, shape: type[BaseModel], published: Published
+def test_documents_hold_what_their_shape_says_and_nothing_else(
+    path: str, shape: Any, published: Published
 ) -> None:
-    """Served documents may say more than the shapes do; each member that they name is there."""
-    document: Any = Site(published)(path).json()
-    read = shape.model_validate(document, strict=True).model_dump(mode="json")
-    assert read == document
+    """Data classes do not check what they are given, and redacting works on plain documents."""
+    told = Site(published)(path)
+    adapter = TypeAdapter(shape)
+    read = adapter.dump_python(adapter.validate_json(told.body, strict=True), mode="json")
+    assert read == told.json()
 
 
 def test_every_path_that_is_served_is_described() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from mic_supervisor.model import HttpCall, Listener, RunState
 from mic_supervisor.plan.actions import Drain, Start, Stop
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.plan.render import to_json
+from mic_supervisor.views.plan import plan_document
 from tests.unit.plan.builders import (
     changed,
     gpu,
@@ -81,8 +81,8 @@ def test_what_is_to_be_replaced_is_not_adopted() -> None:
 
 def test_a_plan_is_one_json_document() -> None:
     plan = plan_for([changed(MAM, image="mam:2")], observed(workload(MAM)))
-    document = to_json(plan, host="gpu-1", config_hash="c0ffee")
-    assert document == {
+    document = plan_document(plan, host="gpu-1", config_hash="c0ffee")
+    assert asdict(document) == {
         "version": 1,
         "host": "gpu-1",
         "config_hash": "c0ffee",
@@ -196,7 +196,7 @@ def test_a_changed_container_is_prepared_and_created_before_the_old_one_stops() 
         "release MAM-aaaaaaaa <- stop old, create MAM-aaaaaaaa",
         "start MAM-aaaaaaaa <- release MAM-aaaaaaaa",
     ]
-    whole = text(plan) + str(to_json(plan, host="", config_hash="")) + repr(plan)
+    whole = text(plan) + str(plan_document(plan, host="", config_hash="")) + repr(plan)
     assert "s3cret" not in whole
     assert "0ther" not in whole
 

@@ -19,7 +19,7 @@ from mic_supervisor.model import (
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.health import remember
 from mic_supervisor.plan.memory import InstanceMemory
-from mic_supervisor.plan.status import gpu_rows
+from mic_supervisor.views.status import gpu_rows
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,
@@ -105,7 +105,7 @@ def test_its_state_says_so_wherever_it_stands_in_the_file() -> None:
     gpus = (*SICK, gpu(2, trouble="x"), gpu(3))
     state = observed(workload(MAM), gpus=gpus)
     rows = gpu_rows(desired(MAM, kept_empty=(uuid(3),)), state)
-    assert [(row["state"], row["trouble"]) for row in rows] == [
+    assert [(row.state, row.trouble) for row in rows] == [
         ("unhealthy", TROUBLE),
         ("idle", None),
         ("unhealthy", "x"),

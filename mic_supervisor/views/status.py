@@ -1,0 +1,301 @@
+"""The document of `status --json`, and the rows of it that other documents have as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mic_supervisor.model import DesiredState, Gpu, ObservedState, OwnerKind
+from mic_supervisor.plan.assess import is_alive, workloads
+from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.memory import Paused
+from mic_supervisor.plan.status import InstanceStatus, Sync
+from mic_supervisor.records import dataclass
+
+GpuState = Literal[
+    "managed", "idle", "kept_empty", "unmanaged", "foreign", "unhealthy", "lost", "unknown"
+]
+_NOT_THERE = 1 << 16  # sorts behind every index
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRef:
+    """`index` is null for a GPU that is not there."""
+
+    uuid: str
+    index: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigInUse:
+    """`hash` is "" while there is no configuration."""
+
+    path: str
+    hash: str
+    generation: Annotated[
+        int | None,
+        Field(description="counts accepted configurations; null: no daemon has accepted this one"),
+    ]
+    loaded_at: float | None
+    last_reload_ok: bool
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StatusModel:
+    """One model in a server of several."""
+
+    model: str
+    gpus: list[GpuRef]
+    phase: Phase
+    reason: str | None
+    next_retry: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StatusInstance:
+    id: str
+    origin: str
+    model: str
+    backend: str
+    gpus: list[GpuRef]
+    phase: Phase
+    sync: Sync
+    health: str
+    reason: str | None
+    since: float | None
+    restarts: int
+    next_retry: float | None
+    endpoints: dict[str, str]
+    container_id: str | None
+    unit: str | None
+    pid: int | None
+    spec_hash: str | None
+    serving: Annotated[bool | None, Field(description="what its probes say; null: nothing")]
+    models: Annotated[
+        list[StatusModel], Field(description="of a server of several models; else empty")
+    ]
+    as_desired: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process on a GPU, and whose it is."""
+
+    pid: int
+    name: str | None
+    used_memory: Annotated[int | None, Field(description="bytes")]
+    since: Annotated[
+        float | None, Field(description="when it was started, seconds since the epoch")
+    ]
+    owner: OwnerKind
+    ref: Annotated[str | None, Field(description="the container's id, or the unit's name")]
+    instance: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StatusGpu:
+    uuid: str
+    index: int | None
+    name: str | None
+    instance: str | None
+    state: GpuState
+    trouble: Annotated[str | None, Field(description="what speaks against it; null: nothing")]
+    holders: Annotated[list[Holder] | None, Field(description="null: they cannot be read")]
+
+
+@dataclass(frozen=True, slots=True)
+class PauseEntry:
+    """Of a model, or of a GPU; the other one is null."""
+
+    model: str | None
+    gpu: GpuRef | None
+    since: float
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StatusDocument:
+    version: Literal[1]
+    host: str
+    at: Annotated[
+        float, Field(description="when the machine was looked at, seconds since the epoch")
+    ]
+    config: ConfigInUse
+    instances: list[StatusInstance]
+    gpus: list[StatusGpu]
+    paused: list[PauseEntry]
+    unreadable: list[str]
+    warnings: list[str]
+
+
+def status_document(
+    *,
+    host: str,
+    config: ConfigInUse,
+    desired: DesiredState,
+    observed: ObservedState,
+    statuses: Iterable[InstanceStatus],
+    paused: Paused,
+    warnings: Iterable[str] = (),
+) -> StatusDocument:
+    """What `status --json` prints and `/api/v1/status` answers."""
+    indices = observed.inventory.indices
+    unreadable = [
+        f"{view.runtime} cannot be read: {view.error}"
+        for view in observed.runtimes
+        if view.error is not None
+    ]
+    if observed.inventory.error is not None:
+        unreadable.append(observed.inventory.error)
+    return StatusDocument(
+        version=1,
+        host=host,
+        at=observed.at,
+        config=config,
+        instances=instances(statuses, indices),
+        gpus=gpu_rows(desired, observed),
+        paused=pauses(paused, indices),
+        unreadable=unreadable,
+        warnings=[*warnings],
+    )
+
+
+def instances(rows: Iterable[InstanceStatus], indices: Mapping[str, int]) -> list[StatusInstance]:
+    """In the order in which the driver counts the GPUs; what has none that is there comes last."""
+
+    def order(row: InstanceStatus) -> tuple[int, str]:
+        numbers = [indices.get(uuid, _NOT_THERE) for uuid in row.gpus]
+        return min(numbers, default=_NOT_THERE + 1), row.id
+
+    return [_instance(row, indices) for row in sorted(rows, key=order)]
+
+
+def _instance(row: InstanceStatus, indices: Mapping[str, int]) -> StatusInstance:
+    return StatusInstance(
+        id=row.id,
+        origin=row.origin,
+        model=row.model,
+        backend=row.backend,
+        gpus=_refs(row.gpus, indices),
+        phase=row.phase,
+        sync=row.sync,
+        health=row.health,
+        reason=row.reason,
+        since=row.since,
+        restarts=row.restarts,
+        next_retry=row.next_retry,
+        endpoints={**row.endpoints},
+        container_id=row.ref if row.runtime == "docker" else None,
+        unit=row.ref if row.runtime == "systemd" else None,
+        pid=row.pid,
+        spec_hash=row.spec_hash,
+        serving=row.serving,
+        models=[
+            StatusModel(
+                model=item.model,
+                gpus=_refs(item.gpus, indices),
+                phase=item.phase,
+                reason=item.reason,
+                next_retry=item.next_retry,
+            )
+            for item in row.models
+        ],
+        as_desired=row.settled_well,
+    )
+
+
+def _refs(uuids: Iterable[str], indices: Mapping[str, int]) -> list[GpuRef]:
+    return [GpuRef(uuid, indices.get(uuid)) for uuid in uuids]
+
+
+def pauses(paused: Paused, indices: Mapping[str, int]) -> list[PauseEntry]:
+    """Models first, then GPUs as the driver counts them."""
+    models = [
+        PauseEntry(name, None, pause.since, pause.reason)
+        for name, pause in sorted(paused.models.items())
+    ]
+    gpus = sorted(paused.gpus.items(), key=lambda item: (indices.get(item[0], _NOT_THERE), item[0]))
+    return models + [
+        PauseEntry(None, GpuRef(uuid, indices.get(uuid)), pause.since, pause.reason)
+        for uuid, pause in gpus
+    ]
+
+
+def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[StatusGpu]:
+    """In the driver's order; bound GPUs that are not there come last."""
+    wanted = {uuid: item.id for item in desired.instances for uuid in item.gpus}
+    running = {
+        uuid: workload.identity.instance
+        for workload in workloads(observed)
+        if is_alive(workload)
+        for uuid in workload.identity.gpus
+    }
+    rows = [
+        StatusGpu(
+            uuid=gpu.uuid,
+            index=gpu.index,
+            name=gpu.name,
+            instance=running.get(gpu.uuid) or wanted.get(gpu.uuid),
+            state=_gpu_state(gpu, desired, wanted, running),
+            trouble=gpu.trouble,
+            holders=_holders(gpu),
+        )
+        for gpu in observed.inventory.gpus
+    ]
+    present = {gpu.uuid for gpu in observed.inventory.gpus}
+    fallen = {gpu.uuid: gpu.error for gpu in observed.inventory.unopened}
+    missing = {u for item in desired.unsatisfiable for u in item.gpus}
+    if observed.inventory.error is not None:
+        missing |= {*wanted, *desired.kept_empty}
+    return rows + [
+        StatusGpu(
+            uuid=uuid,
+            index=None,
+            name=None,
+            instance=running.get(uuid) or wanted.get(uuid),
+            state="unknown" if observed.inventory.error is not None else "lost",
+            trouble=fallen.get(uuid),
+            holders=None,
+        )
+        for uuid in sorted(missing - present)
+    ]
+
+
+def _holders(gpu: Gpu) -> list[Holder] | None:
+    if gpu.processes is None:
+        return None
+    return [
+        Holder(
+            pid=process.pid,
+            name=process.name,
+            used_memory=process.used_memory,
+            since=process.started_at,
+            owner=process.owner.kind if process.owner is not None else OwnerKind.UNKNOWN,
+            ref=process.owner.ref if process.owner is not None else None,
+            instance=process.owner.instance if process.owner is not None else None,
+        )
+        for process in gpu.processes
+    ]
+
+
+def _gpu_state(
+    gpu: Gpu, desired: DesiredState, wanted: Mapping[str, str], running: Mapping[str, str]
+) -> GpuState:
+    if gpu.trouble is not None:
+        return "unhealthy"
+    if gpu.uuid in wanted or gpu.uuid in running:
+        return "managed"
+    if gpu.processes is None:
+        return "unknown"
+    foreign = any(
+        process.owner is None or process.owner.kind is not OwnerKind.MANAGED
+        for process in gpu.processes
+    )
+    if gpu.uuid in desired.kept_empty:
+        return "foreign" if foreign else "kept_empty"
+    if any(gpu.uuid in item.gpus for item in desired.unsatisfiable):
+        return "managed"
+    return "unmanaged" if foreign else "idle"
