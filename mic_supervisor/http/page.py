@@ -1,41 +1,65 @@
 """The page at `/`: is everything as it should be, and if not, what and since when.
 
-It is complete as it is sent. The script fetches it again and swaps what changed; without one the
-browser reloads it. Nothing comes from another host, and nothing inline runs but what is hashed.
+`page.html.j2` is the page; this prepares what it shows. It is complete as it is sent. The script
+fetches it again and swaps what changed; without one the browser reloads it. Nothing comes from
+another host, and nothing inline runs but what is hashed.
 """
 
 from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from mic_supervisor.http import documents
-from mic_supervisor.http.markup import Markup, at, for_how_long, join, tag
+from mic_supervisor.http.documents import why_no_gpus
 from mic_supervisor.http.redact import Scrubber, config_error
-from mic_supervisor.http.tiles import Context, icon, tile, unopened_tile
-from mic_supervisor.http.verdict import Level, Problem, Verdict, judge
+from mic_supervisor.http.verdict import Level, Verdict, judge, level_of
+from mic_supervisor.model import OwnerKind
 from mic_supervisor.plan.render import gpu_names, reason
 from mic_supervisor.plan.status import InstanceStatus, by_model
-from mic_supervisor.views.status import gpu_rows
+from mic_supervisor.records import dataclass
+from mic_supervisor.views.status import GpuState, Holder, gpu_rows
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from mic_supervisor.converge.events import Event
     from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.http.published import Published
+    from mic_supervisor.http.samples import Sample
     from mic_supervisor.http.views import Answer, Views
+    from mic_supervisor.model import Gpu
 
 MEDIA = "text/html; charset=utf-8"
 _EVENTS = 12
+_MOST_HOLDERS = 8
 _RELOAD = "10"  # seconds, where there is no script
+_GIB = 1 << 30
+_WIDTH, _HEIGHT, _PAD = 120, 24, 2  # of a sparkline
+
 _COLOURS = {
     Level.GOOD: "#1a7f4b",
     Level.BUSY: "#8a6100",
     Level.BAD: "#b3261e",
     Level.UNKNOWN: "#5b6470",
+}
+_SIGNS = {Level.GOOD: "✓", Level.BUSY: "…", Level.BAD: "!", Level.UNKNOWN: "?", None: "–"}
+
+# What a GPU without an instance is, in a word and in a sentence.
+_STATES: dict[GpuState, tuple[Level | None, str, str]] = {
+    "idle": (None, "not in the file", "The file does not list it; it is left alone."),
+    "unmanaged": (None, "not in the file", "Others use it; it is left alone."),
+    "kept_empty": (Level.GOOD, "kept empty", "The file keeps it empty, and it is."),
+    "foreign": (Level.BAD, "kept empty", "The file keeps it empty, and a stranger is on it."),
+    "unhealthy": (Level.BAD, "unhealthy", "The driver says that it needs help."),
+    "lost": (Level.BAD, "not there", "The file names it, and the driver does not know it."),
+    "unknown": (Level.UNKNOWN, "unknown", "It cannot be read who is on it."),
+    "managed": (Level.BUSY, "waiting", "Nothing runs on it yet."),
 }
 
 
@@ -51,150 +75,148 @@ def serve(views: Views) -> Answer:
     return views.answer("page" if stalled is None else "page, stalled", MEDIA, make)
 
 
-@cache
-def _asset(name: str) -> Markup:
-    return Markup(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-
-
-@cache
 def headers() -> dict[str, str]:
     """What keeps the page to itself, whatever a name or a reason in it holds."""
-    return {
-        "Content-Security-Policy": "; ".join(
-            (
-                "default-src 'none'",
-                f"script-src {_hash('page.js')}",
-                f"style-src {_hash('page.css')}",
-                "connect-src 'self'",
-                "img-src data:",
-                "base-uri 'none'",
-                "form-action 'none'",
-                "frame-ancestors 'none'",
-            )
-        )
-    }
+    policy = (
+        "default-src 'none'",
+        f"script-src {_hash('page.js')}",
+        f"style-src {_hash('page.css')}",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+    return {"Content-Security-Policy": "; ".join(policy)}
 
 
+@cache
+def _asset(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+@cache
 def _hash(name: str) -> str:
     digest = hashlib.sha256(_asset(name).encode()).digest()
     return f"'sha256-{b64encode(digest).decode()}'"
 
 
+@cache
+def _template() -> Template:
+    import jinja2  # nobody may ever ask for the page
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "clock": clock,
+        "css": lambda level: "none" if level is None else level.name.lower(),
+        "duration": duration,
+        "favicon": _favicon,
+        "full": lambda moment: _local(moment).strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "gib": lambda count, digits=1: f"{count / _GIB:.{digits}f}",
+        "gpus": gpu_names,
+        "iso": lambda moment: _local(moment).isoformat(timespec="seconds"),
+        "level": level_of,
+        "number": lambda value: f"{value:.0f}",
+        "public": config_error,
+        "reason": reason,
+        "whose": _whose,
+        "words": lambda phase: phase.replace("_", " "),
+    }
+    return environment.from_string(_asset("page.html.j2"))
+
+
 def render(published: Published, verdict: Verdict, views: Views) -> str:
-    snapshot, now = published.snapshot, views.now()
+    snapshot = published.snapshot
     scrubber = Scrubber(snapshot.desired if snapshot is not None else None)
-    indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus} if snapshot else {}
-    context = Context(now, indices, scrubber)
-    main = [_verdict(verdict, context, snapshot)]
+    shown: dict[str, Any] = {
+        "host": published.host,
+        "version": published.version,
+        "config": published.config,
+        "snapshot": snapshot,
+        "now": views.now(),
+        "verdict": verdict,
+        "counts": None,
+        "events": [_shown(event, scrubber) for event in published.history[:_EVENTS]],
+        "bad": Level.BAD,
+        "signs": _SIGNS,
+        "most_holders": _MOST_HOLDERS,
+        "reload": _RELOAD,
+        "css": _asset("page.css"),
+        "js": _asset("page.js"),
+        "scrub": scrubber.text,
+    }
     if snapshot is not None:
-        main += [_gpus(snapshot, views, context), _plan(snapshot, context)]
-    main += [_configuration(published, context), _history(published, context)]
-    return "<!doctype html>\n" + tag(
-        "html",
-        _head(published, verdict),
-        tag(
-            "body",
-            tag(
-                "header",
-                tag("h1", published.host),
-                tag("p", "models on GPUs, kept by mic-supervisor"),
-            ),
-            tag("p", "", id="lost", role="alert", hidden=True),
-            tag("main", *main, id="main"),
-            _footer(published, snapshot, context),
-            tag("p", "", id="said", class_="unseen", role="status", aria_live="polite"),
-            tag("script", _asset("page.js")),
-        ),
-        lang="en",
-        data_now=f"{now:.0f}",
-    )
+        shown["indices"] = snapshot.observed.inventory.indices
+        shown["tiles"] = [*_tiles(snapshot, views)]
+        shown["no_gpus"] = why_no_gpus(snapshot.observed.inventory)
+        if verdict.level is Level.GOOD and snapshot.statuses:
+            shown["counts"] = _counts(snapshot)
+    return _template().render(shown)
 
 
-def _head(published: Published, verdict: Verdict) -> Markup:
-    colour = _COLOURS[verdict.level]
-    dot = (
-        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
-        f"<circle cx='8' cy='8' r='7' fill='{colour}'/></svg>"
-    )
-    return tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", name="robots", content="noindex"),
-        tag("title", f"{verdict.sentence} · {published.host}"),
-        tag("link", rel="icon", href=f"data:image/svg+xml,{quote(dot)}", id="favicon"),
-        tag("noscript", tag("meta", http_equiv="refresh", content=_RELOAD)),
-        tag("style", _asset("page.css")),
-    )
+def _counts(snapshot: Snapshot) -> str:
+    unprobed = sum(row.phase.value == "unprobed" for row in snapshot.statuses)
+    ready = len(snapshot.statuses) - unprobed
+    parts = [f"{ready} ready"] if ready else []
+    parts += [f"{unprobed} running without a probe"] if unprobed else []
+    return ", ".join(parts)
 
 
-def _verdict(verdict: Verdict, context: Context, snapshot: Snapshot | None) -> Markup:
-    below = None
-    if snapshot is not None and verdict.level is Level.GOOD and snapshot.statuses:
-        unprobed = sum(row.phase.value == "unprobed" for row in snapshot.statuses)
-        ready = len(snapshot.statuses) - unprobed
-        text = f"{ready} ready" if ready else ""
-        if unprobed:
-            text = f"{text}, " if text else ""
-            text += f"{unprobed} running without a probe"
-        below = tag("p", text)
-    return tag(
-        "section",
-        tag("h2", icon(verdict.level), tag("span", verdict.sentence), id="verdict-title"),
-        below,
-        tag("ul", *(_problem(item, context) for item in verdict.problems), class_="problems")
-        if verdict.problems
-        else None,
-        id="verdict",
-        class_=f"verdict {verdict.level.name.lower()}",
-        aria_labelledby="verdict-title",
-    )
+@dataclass(frozen=True, slots=True)
+class Sparkline:
+    """A line of the last measurements. `path` is drawn in a box of `box`; `label` is read out."""
+
+    path: str
+    label: str
+    box: str = f"0 0 {_WIDTH} {_HEIGHT}"
 
 
-def _problem(problem: Problem, context: Context) -> Markup:
-    times: list[str] = []
-    if problem.since is not None:
-        times.append(for_how_long(problem.since, context.now))
-    if problem.next_try is not None:
-        times.append(join("next try at ", at(problem.next_try, context.now)))
-    return tag(
-        "li",
-        icon(problem.level),
-        tag(
-            "div",
-            tag("p", tag("strong", problem.subject), " ", problem.text),
-            tag("p", *_spaced(times, " · "), class_="times") if times else None,
-            tag("p", problem.hint, class_="hint") if problem.hint else None,
-        ),
-    )
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One GPU. `rows` are on it; `word` and `sentence` say what it is. `gpu` None: not there."""
+
+    id: str
+    title: str
+    level: Level | None
+    word: str | None
+    sentence: str | None
+    uuid: str | None = None
+    rows: Sequence[InstanceStatus] = ()
+    models: str = ""
+    gpu: Gpu | None = None
+    memory: Sparkline | None = None
+    power: Sparkline | None = None
+    load: str = ""
+    holders: list[Holder] | None = None
 
 
-def _spaced(items: list[str], between: str) -> list[str]:
-    return [part for item in items for part in (between, item)][1:]
-
-
-def _gpus(snapshot: Snapshot, views: Views, context: Context) -> Markup:
-    there = {gpu.uuid: gpu for gpu in snapshot.observed.inventory.gpus}
-    tiles = [
-        tile(
-            state,
-            there.get(state.uuid),
-            _on(state.uuid, snapshot),
-            views.samples.of(state.uuid),
-            context,
+def _tiles(snapshot: Snapshot, views: Views) -> Iterator[Tile]:
+    inventory = snapshot.observed.inventory
+    there = {gpu.uuid: gpu for gpu in inventory.gpus}
+    for state in gpu_rows(snapshot.desired, snapshot.observed):
+        uuid = state.uuid
+        gpu, rows, samples = there.get(uuid), _on(uuid, snapshot), views.samples.of(uuid)
+        level, word, sentence = _STATES[state.state]
+        yield Tile(
+            id=f"gpu-{uuid}",
+            title="GPU" if state.index is None else f"GPU {state.index}",
+            level=max(map(level_of, rows)) if rows else level,
+            word=None if rows else word,
+            sentence=sentence if not rows or state.state == "lost" else None,
+            uuid=uuid,
+            rows=rows,
+            models=", ".join(dict.fromkeys(row.model for row in rows)),
+            gpu=gpu,
+            memory=_memory(samples),
+            power=_power(gpu, samples) if gpu is not None else None,
+            load=_load(gpu) if gpu is not None else "",
+            holders=state.holders,
         )
-        for state in gpu_rows(snapshot.desired, snapshot.observed)
-    ]
-    tiles += [unopened_tile(gpu) for gpu in snapshot.observed.inventory.unopened]
-    nothing = documents.why_no_gpus(snapshot.observed.inventory) or "This machine has no GPU."
-    return tag(
-        "section",
-        tag("h2", "GPUs", id="gpus-title"),
-        tag("ul", *tiles, class_="tiles") if tiles else tag("p", nothing),
-        id="gpus",
-        aria_labelledby="gpus-title",
-    )
+    for fallen in inventory.unopened:  # the driver counts it, and it has not even a UUID
+        name, title = f"unopened-{fallen.index}", f"GPU {fallen.index}"
+        yield Tile(name, title, Level.BAD, "does not answer", fallen.error)
 
 
 def _on(uuid: str, snapshot: Snapshot) -> list[InstanceStatus]:
@@ -203,123 +225,105 @@ def _on(uuid: str, snapshot: Snapshot) -> list[InstanceStatus]:
     return [one for row in rows for one in [o for o in by_model(row) if uuid in o.gpus] or [row]]
 
 
-def _plan(snapshot: Snapshot, context: Context) -> Markup:
-    plan = snapshot.plan
-    due = [change for change in plan.changes if change.kind != "adopt"]
-    items = [
-        tag(
-            "li",
-            tag("strong", f"{change.kind} {change.instance}"),
-            f" ({gpu_names(change.gpus, context.indices)}): ",
-            context.scrubber.text(change.cause),
-            f"; waits for {context.scrubber.text(change.waits)}" if change.waits else None,
-        )
-        for change in due
-    ]
-    items += [
-        tag(
-            "li",
-            tag("strong", f"blocked {item.instance}"),
-            f": {context.scrubber.text(reason(item))}",
-        )
-        for item in plan.blocked
-    ]
-    notes = [tag("li", context.scrubber.text(text)) for text in plan.warnings]
-    return tag(
-        "section",
-        tag("h2", "Pending changes", id="plan-title"),
-        tag("ul", *items) if items else tag("p", "None: what runs is what the file says."),
-        tag("h3", "Notes") if notes else None,
-        tag("ul", *notes) if notes else None,
-        id="plan",
-        aria_labelledby="plan-title",
+def _memory(samples: Sequence[Sample]) -> Sparkline | None:
+    history = [(item.at, None if item.memory is None else 100 * item.memory) for item in samples]
+    return sparkline(history, 100, "Memory", "%")
+
+
+def _power(gpu: Gpu, samples: Sequence[Sample]) -> Sparkline | None:
+    known = [item.power for item in samples if item.power is not None]
+    top = gpu.power_limit or max(known, default=0.0)
+    return sparkline([(item.at, item.power) for item in samples], top, "Power", "W")
+
+
+def sparkline(
+    values: Sequence[tuple[float, float | None]], top: float, label: str, unit: str
+) -> Sparkline | None:
+    """`values` are (time, value), oldest first; None is a gap. `top` is the upper end of the scale.
+
+    None with fewer than two values: that is no history.
+    """
+    known = [value for _, value in values if value is not None]
+    if len(known) < 2 or top <= 0:
+        return None
+    first, last = values[0][0], values[-1][0]
+    runs: list[list[str]] = [[]]
+    for moment, value in values:
+        if value is None:
+            runs.append([])
+            continue
+        x = (moment - first) / max(last - first, 1.0) * _WIDTH
+        y = _HEIGHT - _PAD - min(value / top, 1.0) * (_HEIGHT - 2 * _PAD)
+        runs[-1].append(f"{x:.1f} {y:.1f}")
+    # A single point is a line of no length, which a round cap makes visible.
+    path = " ".join("M" + " L".join(run if len(run) > 1 else run * 2) for run in runs if run)
+    described = (
+        f"{label} over the last {duration(last - first)}: "
+        f"{min(known):.0f} to {max(known):.0f} {unit}, now {known[-1]:.0f} {unit}"
     )
+    return Sparkline(path, described)
 
 
-def _configuration(published: Published, context: Context) -> Markup:
-    config = published.config
-    loaded = at(config.loaded_at, context.now) if config.loaded_at is not None else None
-    facts: list[tuple[str, str]] = [("File", tag("code", config.path))]
-    if config.generation:
-        facts.append(("Running", join(f"generation {config.generation}, loaded at ", loaded)))
-        facts.append(("Hash", tag("code", config.hash[:12])))
-    else:
-        facts.append(("Running", "no configuration was accepted yet"))
-    error = None
-    if config.error is not None:
-        since = for_how_long(config.error_at, context.now) if config.error_at is not None else None
-        error = tag(
-            "div",
-            tag("p", icon(Level.BAD), "The file has errors and is not used ", since),
-            # A box that scrolls has to be reachable by keyboard.
-            tag("pre", config_error(config.error), tabindex="0", aria_label="Errors of the file"),
-            class_="error",
-        )
-    return tag(
-        "section",
-        tag("h2", "Configuration", id="config-title"),
-        error,
-        tag(
-            "dl",
-            *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts),
-            class_="facts",
-        ),
-        id="config",
-        aria_labelledby="config-title",
-    )
+def _load(gpu: Gpu) -> str:
+    parts = [] if gpu.utilization is None else [f"{100 * gpu.utilization:.0f} %"]
+    parts += [] if gpu.temperature is None else [f"{gpu.temperature:.0f} °C"]
+    return ", ".join(parts)
 
 
-def _history(published: Published, context: Context) -> Markup:
-    events = [_event(event, context) for event in published.history[:_EVENTS]]
-    return tag(
-        "section",
-        tag("h2", "Last changes", id="history-title"),
-        tag("ol", *events, class_="events") if events else tag("p", "None yet."),
-        id="history",
-        aria_labelledby="history-title",
-    )
+def _whose(holder: Holder) -> str:
+    ref = holder.ref or ""
+    return {
+        OwnerKind.MANAGED: "ours",
+        OwnerKind.CONTAINER: f"not ours: container {ref[:12]}",
+        OwnerKind.UNIT: f"not ours: {ref}",
+        OwnerKind.ORPHAN: "nobody's",
+        OwnerKind.UNKNOWN: "whose is unknown",
+    }[holder.owner]
 
 
-def _event(event: Event, context: Context) -> Markup:
+def _shown(event: Event, scrubber: Scrubber) -> dict[str, Any]:
+    """An event of the history, and what happened in a line."""
     if event.kind == "phase":
         what = f"{event.was} to {event.phase}" if event.was else f"{event.phase}"
         what = what.replace("_", " ")
-    elif event.kind == "failed":
-        what = f"{event.phase} failed"
     elif event.kind in ("config", "adopt", "pause"):
         what = ""
     else:
-        what = f"{event.phase} {'begins' if event.kind == 'begin' else event.kind}"
-    text = context.scrubber.text(event.text)
+        verb = {"begin": "begins"}.get(event.kind, event.kind)
+        what = f"{event.phase} {verb}"
+    text = scrubber.text(event.text)
     # A rejected file's report shows its lines; the first says enough, and the place is above.
     text = (config_error(text) or "").split("\n", 1)[0] if event.kind == "config" else text
-    return tag(
-        "li",
-        at(event.at, context.now),
-        " ",
-        tag("strong", event.instance),
-        " ",
-        what,
-        ": " if what and text else None,
-        text,
-        class_="bad" if event.kind == "failed" else None,
-    )
+    return {
+        "at": event.at,
+        "instance": event.instance,
+        "text": ": ".join(part for part in (what, text) if part),
+        "failed": event.kind == "failed",
+    }
 
 
-def _footer(published: Published, snapshot: Snapshot | None, context: Context) -> Markup:
-    looked = join("As of ", at(snapshot.at, context.now), " · ") if snapshot is not None else None
-    links = (
-        ("/api/v1/status", "status"),
-        ("/api/v1/plan", "plan"),
-        ("/metrics", "metrics"),
-        ("/openapi.json", "API"),
+def _favicon(level: Level) -> str:
+    dot = (
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
+        f"<circle cx='8' cy='8' r='7' fill='{_COLOURS[level]}'/></svg>"
     )
-    return tag(
-        "footer",
-        tag("p", looked, f"mic-supervisor {published.version}", id="asof"),
-        tag(
-            "nav",
-            *_spaced([tag("a", text, href=path) for path, text in links], " "),
-            aria_label="The same for programs",
-        ),
-    )
+    return f"data:image/svg+xml,{quote(dot)}"
+
+
+def clock(moment: float, now: float) -> str:
+    """ "12:04:10", with the day where that is not today's."""
+    local, today = _local(moment), _local(now)
+    return local.strftime("%H:%M:%S" if local.date() == today.date() else "%Y-%m-%d %H:%M")
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "12 min", "3 h", "5 d": the largest unit only."""
+    whole = max(0, int(seconds))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if whole >= size:
+            return f"{whole // size} {unit}"
+    return f"{whole} s"
+
+
+def _local(moment: float) -> datetime:
+    return datetime.fromtimestamp(moment).astimezone()

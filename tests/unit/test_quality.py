@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("docker", "fastapi", "pynvml", "requests", "tritonclient", "google.protobuf")
+HEAVY = ("docker", "fastapi", "jinja2", "pynvml", "requests", "tritonclient", "google.protobuf")
 
 
 def _cache(name: str) -> str:
@@ -47,6 +48,17 @@ def test_types_of_the_set_up_hold() -> None:
 
 def test_types_of_the_example_plug_in_hold() -> None:
     _clean("mypy", "--cache-dir", _cache("mypy-tests"), "examples/plugin/mic_mlserver.py")
+
+
+def test_every_file_that_is_no_module_is_packaged() -> None:
+    package = ROOT / "mic_supervisor"
+    files = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert files == {*project["tool"]["setuptools"]["package-data"]["mic_supervisor"]}
 
 
 def test_ci_calls_make_test_and_nothing_cleverer() -> None:

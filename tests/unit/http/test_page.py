@@ -5,24 +5,29 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.http import page
-from mic_supervisor.http.markup import VOID, Markup, duration, join, tag
+from mic_supervisor.http.page import Sparkline, duration, sparkline
 from mic_supervisor.http.published import Published
 from mic_supervisor.http.samples import KEPT, Sample, Samples
-from mic_supervisor.http.sparkline import sparkline
 from mic_supervisor.model import GpuInventory
+from mic_supervisor.views.status import GpuState
 from tests.unit.http import views_of
 from tests.unit.http.views_of import NOW
 from tests.unit.plan import builders as b
+
+VOID = frozenset({"meta", "link", "br"})
 
 
 class Outline(HTMLParser):
@@ -232,29 +237,49 @@ def test_no_name_or_reason_becomes_markup() -> None:
     assert outline.text.count("<script>alert(1)</script>") > 8
 
 
-@given(st.text(), st.text())
-def test_text_and_attributes_are_escaped(text: str, value: str) -> None:
-    class One(HTMLParser):
-        got: tuple[str | None, str] = (None, "")
-
-        def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
-            self.got = dict(attributes)["title"], self.got[1]
-
-        def handle_data(self, data: str) -> None:
-            self.got = self.got[0], self.got[1] + data
-
-    parser = One()
-    parser.feed(tag("p", text, title=value))
-    parser.close()
-    assert parser.got == (value, text)
-
-
-def test_markup_is_not_escaped_twice_and_nothing_leaves_nothing() -> None:
-    assert tag("p", Markup("<b>x</b>"), None, "<", hidden=True, class_="a", title=None) == (
-        '<p hidden class="a"><b>x</b>&lt;</p>'
+def named(name: str) -> Outline:
+    """The page where everything that has a name has this one."""
+    return shown(
+        replace(
+            views_of.published(
+                views_of.snapshot(b.desired(b.on(name, 0), warnings=(name,)), b.observed()),
+                config={"path": name, "error": name},
+                history=(views_of.event("done", name, text=name, phase="start"),),
+            ),
+            host=name,
+        )
     )
-    assert join() == ""
-    assert tag("meta", charset="utf-8") == '<meta charset="utf-8">'
+
+
+@given(st.text("<>&\"'/=;!-- {}%#aé\n", min_size=1).filter(str.strip))
+def test_no_name_changes_the_elements(name: str) -> None:
+    def skeleton(outline: Outline) -> list[tuple[str, list[str]]]:
+        return [(element, sorted(attributes)) for element, attributes in outline.elements]
+
+    assert skeleton(named(name)) == skeleton(named("plain"))
+
+
+def test_nothing_but_style_and_script_goes_in_unescaped() -> None:
+    template = page._asset("page.html.j2")
+    assert re.findall(r"([^{}]*)\|\s*safe", template) == [" css ", " js "]
+    assert not re.search(r"autoescape|Markup", template)
+
+
+def test_every_state_of_a_gpu_has_its_words() -> None:
+    assert set(page._STATES) == set(get_args(GpuState))
+
+
+def test_a_process_that_is_no_utf8_is_shown() -> None:
+    odd = replace(views_of.holder(7, 1), name=b"caf\xe9".decode(errors="surrogateescape"))
+    observed = b.observed(gpus=(views_of.gpu(0, processes=(odd,)),))
+    text = shown(views_of.published(views_of.snapshot(b.desired(), observed))).text
+    assert "caf? (7), 1.0 GiB, nobody's" in text
+
+
+def test_the_template_engine_is_not_loaded_before_the_page_is_asked_for() -> None:
+    code = "import sys, mic_supervisor.http.app; print('jinja2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 @pytest.mark.parametrize(
@@ -268,20 +293,18 @@ def test_durations(seconds: float, text: str) -> None:
 # --- sparklines -----------------------------------------------------------------------------------
 
 
-def points(svg: str | None) -> list[list[tuple[float, float]]]:
-    found = re.search(r' d="([^"]*)"', svg or "")
-    assert found is not None
+def points(line: Sparkline) -> list[list[tuple[float, float]]]:
     return [
         [(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", part)]
-        for part in found[1].split("M")[1:]
+        for part in line.path.split("M")[1:]
     ]
 
 
 def test_a_sparkline_goes_from_left_to_right_and_breaks_where_nothing_was_known() -> None:
-    svg = sparkline([(0, 0.0), (10, 50.0), (20, None), (30, 100.0)], 100, "Memory", "%")
-    assert points(svg) == [[(0, 22), (40, 12)], [(120, 2), (120, 2)]]
-    assert svg is not None
-    assert 'aria-label="Memory over the last 30 s: 0 to 100 %, now 100 %"' in svg
+    line = sparkline([(0, 0.0), (10, 50.0), (20, None), (30, 100.0)], 100, "Memory", "%")
+    assert line is not None
+    assert points(line) == [[(0, 22), (40, 12)], [(120, 2), (120, 2)]]
+    assert line.label == "Memory over the last 30 s: 0 to 100 %, now 100 %"
 
 
 @pytest.mark.parametrize("values", [[], [(0, 1.0)], [(0, None), (1, None)], [(0, 1.0), (1, None)]])
@@ -294,9 +317,9 @@ def test_one_value_is_no_history(values: list[tuple[float, float | None]]) -> No
     st.floats(0, 1e5),
 )
 def test_a_sparkline_stays_inside_its_box(values: list[float | None], top: float) -> None:
-    svg = sparkline([(10.0 * i, v) for i, v in enumerate(values)], top, "x", "y")
-    if svg is not None:
-        assert all(0 <= x <= 120 and 0 <= y <= 24 for run in points(svg) for x, y in run)
+    line = sparkline([(10.0 * i, v) for i, v in enumerate(values)], top, "x", "y")
+    if line is not None:
+        assert all(0 <= x <= 120 and 0 <= y <= 24 for run in points(line) for x, y in run)
 
 
 def looks(count: int, **values: object) -> Iterator[tuple[float, GpuInventory]]:
