@@ -8,7 +8,8 @@ from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response, Security
+from fastapi.security import HTTPBearer
 
 from mic_supervisor import __version__
 from mic_supervisor.http import documents, metrics, page
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.http.access import Access
     from mic_supervisor.http.published import Published
-    from mic_supervisor.http.readonly import App
 
+# It describes: who may ask is decided in readonly.py, before anything else is looked at.
+_TOKEN = HTTPBearer(scheme_name="token", auto_error=False)
 _UNREAD = {503: "nothing was read yet"}
 Handler = Callable[..., Awaitable[Response]]
 
 
-def asgi(views: Views, access: Access) -> App:
+def asgi(views: Views, access: Access) -> ReadOnly:
     """All that is served, guarded."""
-    app: Any = build(views, guarded=access.token is not None)
-    return ReadOnly(app, access)
+    return ReadOnly(build(views, guarded=access.token is not None), access)
 
 
 def build(views: Views, *, guarded: bool) -> FastAPI:
@@ -116,12 +117,10 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
         headers = {"Cache-Control": "no-store", "Vary": "Accept"}
         return Response(made.body, media_type=made.media, headers=headers)
 
-    add = partial(_add, app)
+    add = partial(_add, app, guarded)
     add("/", root, "The page for a browser, else that the daemon is there", documents.Root)
-    status, plan = (
-        document("status", documents.served_status),
-        document("plan", documents.served_plan),
-    )
+    status = document("status", documents.served_status)
+    plan = document("plan", documents.served_plan)
     add("/api/v1/status", status, "Desired against actual", StatusDocument, _UNREAD)
     add("/api/v1/plan", plan, "What is still out of sync, and why", PlanDocument, _UNREAD)
     add(
@@ -154,8 +153,6 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
     ):
         add(path, handler, asked, model, {503: model})
     add("/metrics", metrics_text, "Metrics for Prometheus", None)
-    if guarded:
-        _declare_token(app)
     return app
 
 
@@ -193,6 +190,7 @@ def _fresh(request: Request, made: Answer) -> bool:
 
 def _add(
     app: FastAPI,
+    guarded: bool,
     path: str,
     handler: Handler,
     summary: str,
@@ -219,6 +217,9 @@ def _add(
             if isinstance(what, str)
             else {"description": "It is not", "model": what}
         )
+    asked = guarded and path not in UNGUARDED
+    if asked:
+        responses[401] = {"description": "The token is missing or wrong"}
     bare = {code: {"description": one["description"]} for code, one in responses.items()}
     name = re.sub(r"\W+", "_", path).strip("_") or "root"
     for method, shown in (("GET", responses), ("HEAD", bare)):
@@ -229,25 +230,8 @@ def _add(
             summary=summary,
             operation_id=f"{method.lower()}_{name}",
             responses=shown,
+            dependencies=[Security(_TOKEN)] if asked else None,
+            openapi_extra={"security": []} if guarded and not asked else None,
             response_class=Response,
             response_model=None,
         )
-
-
-def _declare_token(app: FastAPI) -> None:
-    """Say in the description that a bearer token is asked for, and where not."""
-    plain = app.openapi
-
-    def described() -> dict[str, Any]:
-        document = plain()
-        document.setdefault("components", {})["securitySchemes"] = {
-            "token": {"type": "http", "scheme": "bearer"}
-        }
-        for path, item in document["paths"].items():
-            for operation in item.values():
-                operation["security"] = [] if path in UNGUARDED else [{"token": []}]
-                if path not in UNGUARDED:
-                    operation["responses"]["401"] = {"description": "The token is missing or wrong"}
-        return document
-
-    app.openapi = described  # type: ignore[method-assign]

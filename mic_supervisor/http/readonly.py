@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mic_supervisor.http.documents import Problem, Refusal
 
@@ -15,11 +17,6 @@ if TYPE_CHECKING:
 
 ALLOWED = ("GET", "HEAD")
 UNGUARDED = frozenset({"/healthz"})  # says nothing but whether the loop lives
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # What the former service did over HTTP, and the command that does it now.
 COMMANDS = (
@@ -57,7 +54,7 @@ def refusal(path: str) -> Refusal:
 class ReadOnly:
     """Answers what is not allowed before it reaches the application; reads no body for it."""
 
-    def __init__(self, app: App, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
         self._access = access
 
@@ -66,39 +63,21 @@ class ReadOnly:
             await self._app(scope, receive, send)
             return
 
-        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
-        path = scope["path"]
-        if path not in UNGUARDED and not self._access.admits(_authorization(scope)):
+        path, authorization = scope["path"], Headers(scope=scope).get("authorization")
+        document: Problem | Refusal
+        if path not in UNGUARDED and not self._access.admits(authorization):
             document = Problem("send the token of MIC_HTTP_TOKEN_FILE as a bearer token")
-            extra = (b"www-authenticate", b'Bearer realm="mic-supervisor"')
-            await _answer(send_with_headers, 401, document, extra)
+            status, extra = 401, {"WWW-Authenticate": 'Bearer realm="mic-supervisor"'}
         elif scope["method"] not in ALLOWED:
-            extra = (b"allow", ", ".join(ALLOWED).encode())
-            await _answer(send_with_headers, 405, refusal(path), extra)
+            document = refusal(path)
+            status, extra = 405, {"Allow": ", ".join(ALLOWED)}
         else:
             await self._app(scope, receive, send_with_headers)
-
-
-def _authorization(scope: Scope) -> str | None:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            return str(value.decode("latin-1"))
-    return None
-
-
-async def _answer(
-    send: Send, status: int, document: Problem | Refusal, *extra: tuple[bytes, bytes]
-) -> None:
-    body = json.dumps(asdict(document), ensure_ascii=False).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"cache-control", b"no-store"),
-        *extra,
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+            return
+        answer = JSONResponse(asdict(document), status, {"Cache-Control": "no-store", **extra})
+        await answer(scope, receive, send_with_headers)
