@@ -196,6 +196,7 @@ def look_once(machine: Machine) -> Look:
 def look(machine: Machine) -> dict[str, Any]:
     """The document of a look."""
     from mic_supervisor.converge.state import host_name
+    from mic_supervisor.daemon.generations import number_of
     from mic_supervisor.views.status import ConfigInUse, status_document
 
     seen = look_once(machine)
@@ -204,7 +205,7 @@ def look(machine: Machine) -> dict[str, Any]:
         config=ConfigInUse(
             path=str(seen.config.path),
             hash=seen.config.hash,
-            generation=None,
+            generation=number_of(machine.state, seen.config.hash),
             loaded_at=seen.observed.at,
             last_reload_ok=True,
             error=None,

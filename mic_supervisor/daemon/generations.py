@@ -228,6 +228,12 @@ def accept(state: StateDir, config: Config, *, confirmed: bool) -> None:
         record(state, number + (last != config.hash), config.hash, kept)
 
 
+def number_of(state: StateDir, config_hash: str) -> int | None:
+    """The generation as which this document was accepted last; None: another one was, or none."""
+    number, last, _ = _recorded(state)
+    return number if last == config_hash else None
+
+
 def record(state: StateDir, generation: int, config_hash: str, confirmed: str) -> None:
     """One that cannot be renewed goes: an old one would confirm what nobody asked for."""
     content = {"generation": generation, "hash": config_hash, "confirmed": confirmed}

@@ -36,7 +36,7 @@ class ConfigInUse:
     hash: str
     generation: Annotated[
         int | None,
-        Field(description="counts accepted configurations; null: no daemon has accepted this one"),
+        Field(description="counts accepted configurations; null: this one was not accepted"),
     ]
     loaded_at: float | None
     last_reload_ok: bool

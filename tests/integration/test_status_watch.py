@@ -189,6 +189,9 @@ def test_its_document_has_every_field_with_a_daemon_and_without(world: Mic, daem
     read = adapter.validate_json(json.dumps(document), strict=True)
     assert adapter.dump_python(read, mode="json") == document
     assert document["config"]["generation"] == (1 if daemon else None)
+    if not daemon:
+        world("apply", rc=3)
+        assert json.loads(world("status", "--json", rc=3).stdout)["config"]["generation"] == 1
 
 
 def test_a_reader_that_goes_ends_it(world: Mic) -> None:
