@@ -154,8 +154,15 @@ def opened(found: Settings, keys: tuple[GpuKey, ...], action: str) -> Iterator[O
     with locked(found.config) as file:
         config = _load(found, file.data)
         entry, keys, uuids = _find(found, config, keys, action)
-        why = wiring.unconfirmed(wiring.machine(found, create_key=False), config)
+        why = _doubt(wiring.machine(found, create_key=False), config)
         yield Opened(file, config, entry, keys, uuids, action, why)
+
+
+def _doubt(machine: wiring.Machine, config: Config) -> str | None:
+    """Why the file is not to be followed as it is. A first file has nothing to lose."""
+    from mic_supervisor.daemon.generations import has_accepted
+
+    return wiring.unconfirmed(machine, config) if has_accepted(machine.state) else None
 
 
 def _load(found: Settings, data: bytes) -> Config:
@@ -282,7 +289,7 @@ def alone(
             machine.context, confirmed=False, forced=frozenset(force), targets=targets
         )
         config = wiring.load_config(found, None, machine.registry)
-        why = wiring.unconfirmed(machine, config)
+        why = _doubt(machine, config)
         if why is not None:
             raise MicError(f"cannot {command}: {why}", hint=WAY_OUT)
         accept(machine.state, config, confirmed=False)

@@ -199,6 +199,11 @@ def last_good(state: StateDir, registry: Registry, environ: Mapping[str, str]) -
     return load(kept, registry, environ=environ, tolerant=True)
 
 
+def has_accepted(state: StateDir) -> bool:
+    """Whether a daemon or a command has ever followed a file in this scope."""
+    return _recorded(state)[1] != "" or (state.path / _KEPT).exists()
+
+
 def unconfirmed(
     state: StateDir,
     config: Config,
