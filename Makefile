@@ -1,12 +1,8 @@
-# make test   everything: sets this machine up (root, Debian 12), then lint, types, unit, integration
-# make check  lint, types and unit tests but the slow ones: under a minute, no root, no Docker
-# make bench  measurements on this machine as make test set it up; a few minutes
-# make demo   the supervisor on simulated GPUs; options in DEMO_ARGS
-# make clean  what was made in this checkout; what is slow to make stays in the cache
-# make engine-stop  ends the Docker Engine that make test started, if it did
+# The targets are told by `make help`. Variables:
 #
 # PYTHON          the interpreter .venv is made with, 3.11 or newer
 # PYTEST_ARGS     more arguments for pytest
+# DEMO_ARGS       arguments of the demo: --once plays the tour and ends
 # MIC_TEST_CACHE  where packages, images and the engine's data are kept,
 #                 else $XDG_CACHE_HOME/mic-supervisor-tests or ~/.cache/mic-supervisor-tests
 
@@ -20,29 +16,33 @@ RERUNS ?= --reruns 1 -raR
 VENV := .venv/bin
 PYTEST := $(VENV)/python -m pytest $(PYTEST_ARGS)
 
-.PHONY: test check bench demo clean engine-stop venv-test venv
+.DEFAULT_GOAL := help
+.PHONY: help test check bench demo clean engine-stop venv-test venv
 
-test: venv-test
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+test: venv-test  ## everything: sets this machine up (root, Debian 12), then lint, types, unit, integration
 	$(VENV)/python -m tests.setup.machine
 	$(PYTEST) -n 2 $(RERUNS) tests/unit
 	$(PYTEST) -n 2 $(RERUNS) --dist loadscope tests/integration
 
-check: venv-test
+check: venv-test  ## lint, types and unit tests but the slow ones: under a minute, no root, no Docker
 	$(PYTEST) -n 2 -m "not slow" tests/unit
 
-bench: venv-test
+bench: venv-test  ## measurements on this machine as `make test` set it up; a few minutes
 	@for file in benchmarks/[a-z]*.py; do \
 		$(VENV)/python -m benchmarks.$$(basename $$file .py) || exit 1; \
 	done
 
-demo: venv
+demo: venv  ## the supervisor on simulated GPUs; options in DEMO_ARGS
 	$(VENV)/mic-supervisor demo $(DEMO_ARGS)
 
-clean:
+clean:  ## removes what was made in this checkout; what is slow to make stays in the cache
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-engine-stop: venv-test
+engine-stop: venv-test  ## ends the Docker Engine that `make test` started, if it did
 	$(VENV)/python -m tests.setup.machine stop
 
 venv-test:

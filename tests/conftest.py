@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from tests.support.ports import PortBlock
 from tests.support.require import missing
 from tests.support.systemd import SystemdMachine
 from tests.support.triton import TritonRepository
+
+# A background job of a script ignores SIGINT, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

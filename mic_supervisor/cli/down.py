@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mic_supervisor.cli import wiring
-from mic_supervisor.cli.apply import converge_once
+from mic_supervisor.cli.session import order
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ def command(yes: bool) -> int:
 
     Exits with 0 when nothing of ours is left, 1 otherwise.
     """
-    from mic_supervisor.converge.lock import writer
     from mic_supervisor.converge.observe import observe
     from mic_supervisor.daemon.client import Client
     from mic_supervisor.plan.assess import workloads
@@ -53,14 +51,12 @@ def command(yes: bool) -> int:
         if not sys.stdin.isatty():
             raise MicError("cannot ask whether to go on: this is no terminal", hint="say --yes")
         click.confirm("Remove them?", abort=True)
-    with writer(found.lock_path, "mic-supervisor down", 30.0):
-        machine = wiring.machine(found, create_key=True)
-        snapshot, errors = converge_once(machine, _nothing(found.config))
-        machine.state.save_memory(replace(snapshot.memory, instances={}))
-    left = sorted({item.identity.instance for item in workloads(snapshot.observed)})
-    for name in left:
-        event = errors.get(name)
-        click.echo(f"error: {event.text if event else f'{name} is still there'}", err=True)
+    document = order(found, "apply", {}, command="down", config=_nothing(found.config))
+    left = {row["id"] for row in document["instances"]}
+    left |= {item["instance"] for item in document["remaining"]["actions"]}
+    errors = {item["instance"]: item["reason"] for item in document["failures"]}
+    for name in sorted(left):
+        click.echo(f"error: {errors.get(name, f'{name} is still there')}", err=True)
     if not left:
         click.echo(f"Removed {len(names)}.")
     return 1 if left else 0

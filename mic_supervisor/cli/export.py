@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.session import ask
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
-    from mic_supervisor.config.settings import Settings
     from mic_supervisor.plan.endpoints import Endpoints
 
 _FORMATS = ("nginx", "haproxy")
@@ -47,26 +47,13 @@ def command(form: str, port: str, output: Path | None, source: Any) -> None:
     from mic_supervisor.plan.export import FORMATS
 
     found = wiring.settings()
-    endpoints = _given(source) if source is not None else _asked(found)
+    endpoints = _given(source) if source is not None else _parsed(ask(found, "endpoints"))
     text = FORMATS[form](endpoints, port=port, scope=found.scope)
     if output is None:
         click.echo(text, nl=False)
         return
     changed = _write(output, text)
     click.echo(f"{output}: {'written' if changed else 'as it was'}", err=True)
-
-
-def _asked(found: Settings) -> Endpoints:
-    """From the daemon; where none runs, from a look of our own."""
-    from mic_supervisor.cli.status import look_once
-    from mic_supervisor.daemon.client import Client
-    from mic_supervisor.plan.endpoints import serving
-
-    client = Client.connect(found.socket)
-    if client is not None:
-        return _parsed(client.call("endpoints", timeout=10.0))
-    seen = look_once(wiring.machine(found, create_key=False))
-    return serving(seen.statuses, (), seen.memory.published or {})
 
 
 def _given(source: Any) -> Endpoints:

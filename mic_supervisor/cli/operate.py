@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import click
 
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.session import order
 from mic_supervisor.errors import ConfigError, LockHeld, MicError
 from mic_supervisor.records import dataclass
 
@@ -20,12 +20,7 @@ if TYPE_CHECKING:
     from mic_supervisor.config.document import Config, GpuEntry, GpuKey
     from mic_supervisor.config.edit_file import LockedFile
     from mic_supervisor.config.settings import Settings
-    from mic_supervisor.daemon.client import Client
     from mic_supervisor.model import GpuInventory
-    from mic_supervisor.plan.memory import Paused
-    from mic_supervisor.plan.selection import Names
-
-_ASK_TIMEOUT = 10.0  # seconds for the daemon to answer a question
 
 
 class GpuParameter(click.ParamType["tuple[GpuKey, ...]"]):
@@ -220,142 +215,19 @@ def _uuid(key: GpuKey, inventory: GpuInventory, kept: Any, action: str) -> str:
 # --- the machine --------------------------------------------------------------------------------
 
 
-def daemon(found: Settings) -> Client | None:
-    from mic_supervisor.daemon.client import Client
-
-    return Client.connect(found.socket)
-
-
-def check_daemon(found: Settings) -> bool:
-    """Whether one runs. Before the file is edited: one that cannot be asked is an error."""
-    client = daemon(found)
-    if client is not None:
-        client.call("ping", timeout=_ASK_TIMEOUT)
-    return client is not None
-
-
 def apply_edit(found: Settings, command: str, uuids: Collection[str]) -> dict[str, Any]:
     """Have the machine follow the edited file on these GPUs: the document of `apply`.
 
     Confirms no removal. What else the file asks for is left to `apply`, or to the daemon, which
     does it anyhow. Where it is not known which GPUs these are, the whole file is followed.
     """
-    client = daemon(found)
-    if client is not None:
-        params = {"path": str(found.config), "targets": [*uuids]}
-        return ask(found, client, "edited", params)
+    params = {"path": str(found.config), "targets": [*uuids]}
     try:
-        return alone(found, command, forgive=(), gpus=uuids)
+        return order(found, "edited", params, command=command)
     except LockHeld as error:
         raise LockHeld(
             error.message, hint="the file is edited; when that is over: mic-supervisor apply"
         ) from error
-
-
-def ask(found: Settings, client: Client, method: str, params: dict[str, Any]) -> dict[str, Any]:
-    """Through the daemon, with progress."""
-    from mic_supervisor.cli.apply import indices_of
-    from mic_supervisor.cli.progress import follow
-
-    with follow(indices_of(found), quiet=False) as told:
-        document: dict[str, Any] = client.call(method, params, tell=told)
-    return document
-
-
-def alone(
-    found: Settings,
-    command: str,
-    *,
-    forgive: Collection[str],
-    force: Collection[str] = (),
-    gpus: Collection[str] = (),
-) -> dict[str, Any]:
-    """Without a daemon. `force` are instances to restart, `forgive` those to be tried anew.
-
-    With `gpus` only what is on these is changed.
-    """
-    from mic_supervisor.cli.apply import converge_once
-    from mic_supervisor.config.doubt import WAY_OUT
-    from mic_supervisor.converge.lock import writer
-    from mic_supervisor.converge.state import host_name
-    from mic_supervisor.daemon.generations import accept
-    from mic_supervisor.plan.selection import Selection
-    from mic_supervisor.views.apply import apply_document
-
-    with writer(found.lock_path, f"mic-supervisor {command}", 30.0):
-        machine = wiring.machine(found, create_key=True)
-        targets = Selection(gpus=frozenset(gpus)) if gpus else None
-        context = replace(
-            machine.context, confirmed=False, forced=frozenset(force), targets=targets
-        )
-        config = wiring.load_config(found, None, machine.registry)
-        why = _doubt(machine, config)
-        if why is not None:
-            raise MicError(f"cannot {command}: {why}", hint=WAY_OUT)
-        accept(machine.state, config, confirmed=False)
-        snapshot, errors = converge_once(replace(machine, context=context), config, forgive=forgive)
-    document = apply_document(snapshot, errors, host_name(), targets, snapshot.plan.left_out)
-    return asdict(document)
-
-
-@dataclass(slots=True)
-class Kept:
-    """What is paused, to be changed, and what there is to be named."""
-
-    paused: Paused
-    names: Names
-    indices: dict[str, int]
-
-
-@contextmanager
-def memory(found: Settings, command: str) -> Iterator[Kept]:
-    """Change what is paused, without a daemon: for as long as nobody else may converge."""
-    from mic_supervisor.converge.lock import writer
-
-    with writer(found.lock_path, command, 30.0):
-        machine = wiring.machine(found, create_key=True)
-        before = machine.state.memory()
-        names = wiring.names(machine, wiring.load_config(found, None, machine.registry), before)
-        indices = {gpu.uuid: gpu.index for gpu in names.inventory.gpus}
-        kept = Kept(before.paused, names, indices)
-        yield kept
-        if kept.paused != before.paused:
-            machine.state.save_memory(replace(before, paused=kept.paused))
-
-
-def instances(found: Settings, name: str, action: str) -> list[str]:
-    """The ids of the instances that the file has under this name or id, but for paused ones.
-
-    Raises MicError; also where all of them are paused.
-    """
-    from mic_supervisor.config.names import composed
-    from mic_supervisor.converge.desired import FileDesired
-    from mic_supervisor.plan.pauses import free_of_pauses
-
-    machine = wiring.machine(found, create_key=False)
-    config = wiring.load_config(found, None, machine.registry)
-    provider = FileDesired(config, machine.registry, found.instance_data)
-    kept, inventory = machine.state.memory(), machine.sources.gpus.observe()
-    state = provider.state(inventory, kept.bindings)
-    chosen = [
-        (item.id, item.model, item.gpus)
-        for item in state.instances
-        if composed(name) in (item.id, item.model)
-    ]
-    if not chosen:
-        known = ", ".join(item.id for item in state.instances)
-        raise MicError(
-            f"cannot {action}: there is no instance {name!r}",
-            hint=f"there is {known}" if known else None,
-        )
-    indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
-    return free_of_pauses(chosen, kept.paused, action, indices, time.time())
-
-
-def failed(found: Settings, chosen: Collection[str]) -> list[str]:
-    """Those of these instances that failed since they were last well for long."""
-    kept = wiring.machine(found, create_key=False).state.memory()
-    return [name for name in chosen if kept.of(name).troubled]
 
 
 def on(document: dict[str, Any], uuids: Collection[str]) -> list[dict[str, Any]]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import click
 
 from mic_supervisor.cli import operate, wiring
-
-if TYPE_CHECKING:
-    from mic_supervisor.config.settings import Settings
+from mic_supervisor.cli.session import order
 
 
 @click.command(name="pause")
@@ -23,30 +19,11 @@ def command(name: str, reason: str | None) -> int:
     index, UUID or PCI bus id; 3,4 and 0-3 name several. What is being done for it is finished first
     where something was stopped for it already; this command waits for that.
     """
-    found = wiring.settings()
-    client = operate.daemon(found)
-    if client is not None:
-        params = {"names": [name], "reason": reason}
-        document = operate.ask(found, client, "pause", params)
-    else:
-        document = _alone(found, name, reason)
+    params = {"names": [name], "reason": reason}
+    document = order(wiring.settings(), "pause", params, command=f"pause {name}")
     for called in document["named"]:
         click.echo(
             f"{called} is paused, until: mic-supervisor resume {called.removeprefix('GPU ')}"
         )
     operate.show(document["instances"], document | {"failures": [], "remaining": {"blocked": []}})
     return 0
-
-
-def _alone(found: Settings, name: str, reason: str | None) -> dict[str, Any]:
-    """Without a daemon there is nobody to tell: it is noted down for whoever converges next."""
-    import time
-
-    from mic_supervisor.plan.memory import Pause
-    from mic_supervisor.plan.selection import select
-
-    with operate.memory(found, f"mic-supervisor pause {name}") as kept:
-        chosen = select([name], kept.names, f"pause {name}")
-        pause = Pause(time.time(), reason)
-        kept.paused = kept.paused.including(chosen.models, chosen.gpus, pause)
-    return {"named": chosen.called(kept.indices), "instances": []}

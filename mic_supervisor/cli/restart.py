@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from mic_supervisor.cli import operate, wiring
+from mic_supervisor.cli.session import order
 
 
 @click.command(name="restart")
@@ -15,11 +16,5 @@ def command(name: str) -> int:
     Clears their backoff and what failed before. Exits with 0 when all are ready again, 3 when some
     are not, 1 when none is.
     """
-    found = wiring.settings()
-    client = operate.daemon(found)
-    if client is not None:
-        document = operate.ask(found, client, "restart", {"name": name})
-    else:
-        chosen = operate.instances(found, name, f"restart {name}")
-        document = operate.alone(found, f"restart {name}", forgive=chosen, force=chosen)
+    document = order(wiring.settings(), "restart", {"name": name}, command=f"restart {name}")
     return operate.show(operate.named(document, name), document)

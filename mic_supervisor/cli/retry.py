@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from mic_supervisor.cli import operate, wiring
+from mic_supervisor.cli.session import order
 
 
 @click.command(name="retry")
@@ -15,15 +16,7 @@ def command(name: str) -> int:
     What is ready is left alone. INSTANCE may be a model, for all of its instances. Exits with 0
     when they are ready, 3 when some are not, 1 when none is.
     """
-    found = wiring.settings()
-    client = operate.daemon(found)
-    if client is not None:
-        document = operate.ask(found, client, "retry", {"name": name})
-        failed = document["failed_before"]
-    else:
-        chosen = operate.instances(found, name, f"retry {name}")
-        failed = operate.failed(found, chosen)
-        document = operate.alone(found, f"retry {name}", forgive=chosen)
-    if not failed:
+    document = order(wiring.settings(), "retry", {"name": name}, command=f"retry {name}")
+    if not document["failed_before"]:
         click.echo(f"Nothing of {name} had failed: there was nothing to try again.")
     return operate.show(operate.named(document, name), document)

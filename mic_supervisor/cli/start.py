@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mic_supervisor.cli import operate, wiring
+from mic_supervisor.cli.session import ask, reach
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def command(model: str, keys: tuple[GpuKey, ...]) -> int:
 
     found = wiring.settings()
     model, where = composed(model), operate.shown(keys)
-    has_daemon = operate.check_daemon(found)
+    reach(found)
     with operate.opened(found, keys, f"start {model} on {where}") as file:
         _check_model(file, model)
         _check_free(file, model, where)
@@ -38,7 +39,7 @@ def command(model: str, keys: tuple[GpuKey, ...]) -> int:
         if file.model == model:
             click.echo(f"{found.config}: {where} is {model} already.")
         else:
-            _check_unlisted(found, file, model, where, has_daemon=has_daemon)
+            _check_unlisted(found, file, model, where)
             file.put(model)
             operate.told_edit(found.config, where, before, model)
     document = operate.apply_edit(found, f"start {model}", file.uuids)
@@ -73,34 +74,13 @@ def _check_free(file: Opened, model: str, where: str) -> None:
     )
 
 
-def _check_unlisted(
-    found: Settings, file: Opened, model: str, where: str, *, has_daemon: bool
-) -> None:
+def _check_unlisted(found: Settings, file: Opened, model: str, where: str) -> None:
     """What runs there and the file no longer names would be stopped: that is for `stop` to say."""
-    for instance, runs in _running(found, file.uuids, has_daemon=has_daemon):
-        if runs != model and file.entry is None:
+    for row in operate.on(ask(found, "status"), file.uuids):
+        alive = row["container_id"] or row["unit"] or row["pid"]
+        if alive and row["model"] != model and file.entry is None:
             raise MicError(
-                f"cannot {file.action}: {where} is taken by {runs} ({instance}), "
+                f"cannot {file.action}: {where} is taken by {row['model']} ({row['id']}), "
                 "which the file no longer names",
                 hint=operate.way_out(file.keys),
             )
-
-
-def _running(found: Settings, uuids: tuple[str, ...], *, has_daemon: bool) -> list[tuple[str, str]]:
-    """(instance, model) of everything of ours that is alive on these GPUs."""
-    import time
-
-    from mic_supervisor.converge.observe import observe
-    from mic_supervisor.plan.assess import is_alive, workloads
-
-    client = operate.daemon(found) if has_daemon else None
-    if client is not None:
-        rows = operate.on(client.call("status", timeout=10.0), uuids)
-        alive = ("container_id", "unit", "pid")
-        return [(row["id"], row["model"]) for row in rows if any(row[key] for key in alive)]
-    machine = wiring.machine(found, create_key=False)
-    return [
-        (item.identity.instance, item.identity.model)
-        for item in workloads(observe(machine.sources, time.time()))
-        if is_alive(item) and set(item.identity.gpus) & set(uuids)
-    ]

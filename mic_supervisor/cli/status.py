@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.session import Alone
+from mic_supervisor.daemon.client import Client
 from mic_supervisor.errors import MicError
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -20,13 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from mic_supervisor.cli.wiring import Machine
-    from mic_supervisor.config.document import Config
     from mic_supervisor.config.settings import Settings
-    from mic_supervisor.model import DesiredState, ObservedState
-    from mic_supervisor.plan.actions import Plan
-    from mic_supervisor.plan.memory import Memory
-    from mic_supervisor.plan.status import InstanceStatus
 
 EXIT_UNREADABLE = 1
 EXIT_NOT_READY = 3
@@ -72,14 +66,10 @@ def command(model: str | None, as_json: bool, watch: bool) -> int:
 def _reader(model: str | None) -> Callable[[], dict[str, Any]]:
     """What reads the document once more each time it is called, for this model or for all."""
     found = wiring.settings()
-    machine: list[Machine] = []  # made when it is first looked at, and kept: it holds NVML open
+    alone = Alone(found)
 
     def read() -> dict[str, Any]:
-        document = _ask(found)
-        if document is None:
-            if not machine:
-                machine.append(wiring.machine(found, create_key=False))
-            document = look(machine[0])
+        document = _ask(found) or alone.call("status")
         if model is not None:
             rows = document["instances"] = _only(model, document["instances"])
             models = {row["model"] for row in rows}
@@ -91,8 +81,6 @@ def _reader(model: str | None) -> Callable[[], dict[str, Any]]:
 
 def _ask(found: Settings) -> dict[str, Any] | None:
     """The daemon's document; None where none runs. HTTP is for who may not use the socket."""
-    from mic_supervisor.daemon.client import Client
-
     try:
         client = Client.connect(found.socket)
         if client is None:
@@ -149,74 +137,6 @@ def _by_model(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _inside(row: dict[str, Any]) -> list[str]:
     """The models of a server of several. An older daemon does not list them."""
     return [one["model"] for one in row.get("models", ())]
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """One look at everything, and what it says."""
-
-    config: Config
-    desired: DesiredState
-    observed: ObservedState
-    statuses: tuple[InstanceStatus, ...]
-    plan: Plan
-    memory: Memory
-
-
-def look_once(machine: Machine) -> Look:
-    """Observe and probe everything once, and hold it against the file."""
-    from mic_supervisor.clocks import Clock
-    from mic_supervisor.converge.desired import FileDesired
-    from mic_supervisor.converge.observe import observe, with_health, with_holders
-    from mic_supervisor.converge.once import health_of_all
-    from mic_supervisor.plan.assess import assess
-    from mic_supervisor.plan.reconcile import reconcile
-    from mic_supervisor.plan.status import instance_statuses
-
-    config = wiring.load_config(machine.settings, None, machine.registry)
-    memory = machine.state.memory()
-    clock = Clock()
-    observed = observe(machine.sources, clock.wall())
-    provider = FileDesired(config, machine.registry, machine.settings.instance_data)
-    desired = provider.state(observed.inventory, memory.bindings)
-    observed = with_holders(observed, desired, machine.sources)
-    before = assess(desired, observed, machine.context, memory)
-    indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
-    health = health_of_all(before, memory, provider, machine.sources, indices, clock.steady())
-    observed = with_health(observed, health)
-    assessments = assess(desired, observed, machine.context, memory)
-    context = replace(machine.context, unconfirmed=wiring.unconfirmed(machine, config))
-    plan = reconcile(desired, observed, memory, clock.steady(), context, assessments)
-    statuses = instance_statuses(desired, observed, assessments, plan, memory, {})
-    offset = clock.offset()
-    statuses = tuple(row.in_wall(offset) for row in statuses)
-    return Look(config, desired, observed, statuses, plan.in_wall(offset), memory)
-
-
-def look(machine: Machine) -> dict[str, Any]:
-    """The document of a look."""
-    from mic_supervisor.converge.state import host_name
-    from mic_supervisor.daemon.generations import number_of
-    from mic_supervisor.views.status import ConfigInUse, status_document
-
-    seen = look_once(machine)
-    document = status_document(
-        host=host_name(),
-        config=ConfigInUse(
-            path=str(seen.config.path),
-            hash=seen.config.hash,
-            generation=number_of(machine.state, seen.config.hash),
-            loaded_at=seen.observed.at,
-            last_reload_ok=True,
-            error=None,
-        ),
-        desired=seen.desired,
-        observed=seen.observed,
-        statuses=seen.statuses,
-        paused=seen.memory.paused,
-        warnings=seen.plan.warnings,
-    )
-    return asdict(document)
 
 
 def show(document: dict[str, Any]) -> None:

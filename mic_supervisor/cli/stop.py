@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mic_supervisor.cli import operate, wiring
+from mic_supervisor.cli.session import reach
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def command(model: str | None, keys: tuple[GpuKey, ...]) -> int:
     found = wiring.settings()
     where = operate.shown(keys)
     what = f"stop {model} on {where}" if model else f"stop what is on {where}"
-    operate.check_daemon(found)
+    reach(found)
     with operate.opened(found, keys, what) as file:
         if model is not None and composed(model) != file.model:
             has = file.model or ("none" if file.entry is not None else "no entry")

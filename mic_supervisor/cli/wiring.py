@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
     from mic_supervisor.converge.observe import Sources
     from mic_supervisor.plan.assess import Context
-    from mic_supervisor.plan.memory import Memory
-    from mic_supervisor.plan.selection import Names, Selection
     from mic_supervisor.runtimes import Runtime
 
 
@@ -91,33 +89,6 @@ def unconfirmed(machine: Machine, config: Config) -> str | None:
         found.environ,
         prune_on_watch=found.prune_on_watch,
     )
-
-
-def names(machine: Machine, config: Config, kept: Memory) -> Names:
-    """What there is to be named: in the file, running, or paused."""
-    from mic_supervisor.converge.desired import FileDesired
-    from mic_supervisor.converge.observe import observe
-    from mic_supervisor.plan.assess import workloads
-    from mic_supervisor.plan.selection import Names
-
-    observed = observe(machine.sources, time.time())
-    provider = FileDesired(config, machine.registry, machine.settings.instance_data)
-    desired = provider.state(observed.inventory, kept.bindings)
-    running = {item.identity.model for item in workloads(observed)}
-    models = {*config.models, *running, *kept.paused.models}
-    return Names.of(desired, models, observed.inventory, kept.paused.gpus)
-
-
-def targets(
-    machine: Machine, config: Config, chosen: tuple[str, ...], action: str
-) -> Selection | None:
-    """What --target names; None without it. Raises MicError for what is not there."""
-    if not chosen:
-        return None
-    from mic_supervisor.plan.selection import select
-
-    there = names(machine, config, machine.state.memory())
-    return select(chosen, there, f"{action} {' '.join(chosen)}")
 
 
 def _docker(found: Settings, host: str, state: StateDir) -> Runtime:

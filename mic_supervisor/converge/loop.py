@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.apply import Steps
@@ -32,7 +32,7 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.gpu.events import XidRecord
 from mic_supervisor.gpu.faults import with_xids
-from mic_supervisor.model import GpuInventory, ObservedWorkload
+from mic_supervisor.model import DesiredState, GpuInventory, ObservedState, ObservedWorkload
 from mic_supervisor.plan.actions import (
     Change,
     Create,
@@ -49,27 +49,20 @@ from mic_supervisor.plan.actions import (
     Withdraw,
     in_order,
 )
-from mic_supervisor.plan.assess import (
-    Assessment,
-    Context,
-    assess,
-    is_alive,
-    with_containers,
-)
+from mic_supervisor.plan.assess import Assessment, Context, is_alive
 from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import (
     Phase,
     is_of_the_specification,
     note_failure,
     note_load_failure,
-    remember,
 )
 from mic_supervisor.plan.loads import memory_key
+from mic_supervisor.plan.look import Look, look
 from mic_supervisor.plan.memory import Floor, Memory, Pause
-from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.release import floor_of
 from mic_supervisor.plan.selection import Selection
-from mic_supervisor.plan.status import InstanceStatus, Trouble, instance_statuses
+from mic_supervisor.plan.status import InstanceStatus, Trouble
 from mic_supervisor.records import dataclass
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke
@@ -110,8 +103,9 @@ class Converger:
 
     `context` holds what decisions depend on; `save` is called with the memory whenever it changed,
     from a thread. `removal_confirmed` says whether what a configuration, by its hash, no longer
-    names may be removed; `unconfirmed` why the file as it is now is not what is followed. All
-    methods belong to the thread of the event loop.
+    names may be removed; `unconfirmed` why the file as it is now is not what is followed. Until
+    `act` is called it only looks: it asks each probe once a round, and starts and stops nothing.
+    All methods belong to the thread of the event loop.
     """
 
     def __init__(
@@ -144,6 +138,7 @@ class Converger:
         self._events = events
         self._clock = clock
         self._now = clock.steady
+        self._acts = False
         self._wakes = asyncio.Event()
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="mic-work")
         self._probe_pool = ThreadPoolExecutor(64, thread_name_prefix="mic-probe")
@@ -166,20 +161,29 @@ class Converger:
             self._pool, clock.steady, self._tell_of_hook, host_name(), memory.published
         )
 
+    def act(self, targets: Selection | None = None) -> None:
+        """Carry out plans from now on; with `targets` for these models and GPUs alone."""
+        self._acts = True
+        self.context = replace(self.context, targets=targets)
+        self.wake()
+
     def wake(self) -> None:
         """Have a round soon: something may have changed."""
         self._wakes.set()
 
     async def run(self, until: Callable[[Snapshot], bool] | None = None) -> Snapshot:
-        """Converge until `until` says that it is enough; without it, until cancelled."""
+        """Converge until `until` says that it is enough; without it, until cancelled.
+
+        The first round begins when somebody wants one.
+        """
+        await self._wakes.wait()
         while True:
             self._wakes.clear()
             snapshot = await self._round()
             for observer in self.observers:
                 observer(snapshot)
             if until is not None and not snapshot.busy and until(snapshot):
-                await self._publisher.finish()
-                await self._keep_published()
+                await self.finish()
                 return snapshot
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._pause(snapshot)):
@@ -230,6 +234,11 @@ class Converger:
             self._events.tell(Event("pause", now, name, text, gpus=(uuid,)))
         self.wake()
 
+    async def finish(self) -> None:
+        """Let the hook be told of what is true, and keep what is remembered."""
+        await self._publisher.finish()
+        await self._keep_published()
+
     async def close(self, patience: float = 5.0) -> None:
         """Stop looking. Steps under way may end within `patience` seconds.
 
@@ -252,8 +261,30 @@ class Converger:
         self.rounds_begun += 1
         began = self._now()
         lanes = [*self._lanes.values()]
-        busy = frozenset(name for lane in lanes for name in lane.instances)
         activities = dict(self.activities)
+        desired, observed, context = await self._observe(lanes)
+        seen = self._look(desired, observed, context)
+        if self._acts:
+            seen = self._act(seen, lanes, activities)
+            await self._keep_published()
+        else:
+            answers = await self._prober.ask_once(self._targets(seen))
+            seen = self._look(desired, replace(observed, health=answers), context)
+            self._publisher.follow(None, seen.statuses)
+        told = seen.in_wall()
+        self.snapshot = Snapshot(
+            **{field.name: getattr(told, field.name) for field in fields(Look)},
+            busy=context.busy | {name for lane in self._lanes.values() for name in lane.instances},
+            failing=frozenset(self._rest),
+            round=self.rounds_begun,
+            seconds=self._now() - began,
+            hook=self._publisher.state.in_wall(seen.offset),
+            endpoints=self._publisher.endpoints,
+        )
+        return self.snapshot
+
+    async def _observe(self, lanes: list[_Lane]) -> tuple[DesiredState, ObservedState, Context]:
+        """What should run, what does, and what else decisions depend on now."""
         inventory, views = await asyncio.gather(
             self._gpus.get(), asyncio.gather(*(view.get() for view in self._views))
         )
@@ -268,67 +299,44 @@ class Converger:
         # what the file asks for, and is probed: GPUs that cannot be read are not absent.
         there = self._readable or inventory
         desired = await loop.run_in_executor(self._pool, self._desired.state, there, bindings)
-        now = self._now()
         offset = self._clock.offset()
-        inventory = with_xids(inventory, self.xids(), now)
         self._indices = {gpu.uuid: gpu.index for gpu in there.gpus}
-        # Asked of the configuration at hand: another one may have come since it was taken.
-        confirmed = self.context.confirmed and self.removal_confirmed(desired.config_hash)
-        context = replace(
-            self.context,
-            busy=busy,
-            confirmed=confirmed,
-            published=self._publisher.known(desired.hook),
-            hook_error=self._publisher.state.error,
-            unconfirmed=self.unconfirmed(),
-        )
+        now = self._now()
+        inventory = with_xids(inventory, self.xids(), now)
         observed = combine(inventory, views, listeners, dict(self._prober.health), now + offset)
         observed = await loop.run_in_executor(
             self._pool, with_holders, observed, desired, self._sources
         )
-        assessments = assess(desired, observed, context, self.memory)
-        self._assessments = {item.instance.id: item for item in assessments}
-        self._prober.watch(self._targets(assessments, busy))
-        memory = remember(
-            self.memory,
-            assessments,
-            now,
-            jitter=random.random(),
-            busy=busy,
-            keep={name for entry in desired.unsatisfiable for name in entry.instances},
-            sick={gpu.uuid for gpu in inventory.gpus if gpu.trouble is not None},
+        context = replace(
+            self.context,
+            busy=frozenset(name for lane in lanes for name in lane.instances),
+            # Asked of the configuration at hand: another one may have come since it was taken.
+            confirmed=self.context.confirmed and self.removal_confirmed(desired.config_hash),
+            published=self._publisher.known(desired.hook),
+            hook_error=self._publisher.state.error,
+            unconfirmed=self.unconfirmed(),
         )
-        memory = replace(memory, bindings=dict(desired.bindings))
-        memory = with_containers(memory, observed)
-        self._inventory = observed.inventory
-        self._tell_adopted(memory, assessments)
-        self._gpu_news.look(desired, observed, busy)
-        plan = reconcile(desired, observed, memory, now, context, assessments)
-        self._dispatch(plan, lanes, now)
-        activities |= self.activities
-        statuses = instance_statuses(
-            desired, observed, assessments, plan, memory, activities, self._troubles
-        )
-        self._next_wake = plan.next_wake
-        self.memory, statuses = self._note_phases(memory, statuses, now)
-        self._publisher.follow(desired.hook, statuses)
-        await self._keep_published()
-        self.snapshot = Snapshot(
-            at=now + offset,
-            offset=offset,
-            desired=desired,
-            observed=observed,
-            memory=self.memory,
-            plan=plan.in_wall(offset),
-            statuses=tuple(row.in_wall(offset) for row in statuses),
-            busy=busy | {name for lane in self._lanes.values() for name in lane.instances},
-            failing=frozenset(self._rest),
-            round=self.rounds_begun,
-            seconds=self._now() - began,
-            hook=self._publisher.state.in_wall(offset),
-            endpoints=self._publisher.endpoints,
-        )
-        return self.snapshot
+        return desired, observed, context
+
+    def _look(self, desired: DesiredState, observed: ObservedState, context: Context) -> Look:
+        offset = self._clock.offset()
+        now = observed.at - offset
+        jitter = random.random()
+        return look(desired, observed, self.memory, now, context, jitter=jitter, offset=offset)
+
+    def _act(self, seen: Look, lanes: list[_Lane], activities: dict[str, Phase]) -> Look:
+        """Carry out what the look concludes; the same look, with what that began."""
+        self._assessments = {item.instance.id: item for item in seen.assessments}
+        self._inventory = seen.observed.inventory
+        self._prober.watch(self._targets(seen))
+        self._tell_adopted(seen)
+        self._gpu_news.look(seen.desired, seen.observed, seen.context.busy)
+        self._dispatch(seen.plan, lanes, seen.now)
+        seen = self._note_phases(seen.doing(activities | self.activities, self._troubles))
+        self.memory = seen.memory
+        self._next_wake = seen.plan.next_wake
+        self._publisher.follow(seen.desired.hook, seen.statuses)
+        return seen
 
     async def _keep_published(self) -> None:
         self.memory = replace(self.memory, published=self._publisher.published)
@@ -345,15 +353,15 @@ class Converger:
         self._events.tell(Event(kind, self._clock.wall(), "endpoints", text, phase="hook"))
         self.wake()
 
-    def _targets(self, assessments: list[Assessment], busy: frozenset[str]) -> dict[str, Target]:
+    def _targets(self, seen: Look) -> dict[str, Target]:
         """What runs, as the file says or by an earlier specification that is as good as known."""
-        as_they_are = (as_it_runs(self.memory.of(item.instance.id), item) for item in assessments)
+        as_they_are = (as_it_runs(seen.memory.of(one.instance.id), one) for one in seen.assessments)
         return {
             item.match.ref: self._target(item.match, item)
             for item in as_they_are
             if item.match is not None
             and is_alive(item.match)
-            and (item.instance.id not in busy or item.match.ref in self._prober.health)
+            and (item.instance.id not in seen.context.busy or item.match.ref in self._prober.health)
         }
 
     def _target(self, workload: ObservedWorkload, item: Assessment) -> Target:
@@ -373,23 +381,22 @@ class Converger:
             raise LoadFailed(f"cannot change {step.instance}: the file no longer names it")
         return self._target(step.workload, as_it_runs(self.memory.of(step.instance), item))
 
-    def _tell_adopted(self, memory: Memory, assessments: list[Assessment]) -> None:
+    def _tell_adopted(self, seen: Look) -> None:
         """An instance that runs as it should, and that nothing is remembered of, is taken over."""
-        for item in assessments:
+        for item in seen.assessments:
             name = item.instance.id
-            known = self.memory.of(name).started is not None
-            if item.runs and not known and memory.of(name).started is not None:
+            known = seen.before.of(name).started is not None
+            if item.runs and not known and seen.memory.of(name).started is not None:
                 instance = item.instance
                 at = self._clock.wall()
                 text = "adopted: it runs already, as the file asks"
                 self._events.tell(Event("adopt", at, name, text, instance.model, instance.gpus))
 
-    def _note_phases(
-        self, memory: Memory, statuses: tuple[InstanceStatus, ...], now: float
-    ) -> tuple[Memory, tuple[InstanceStatus, ...]]:
+    def _note_phases(self, seen: Look) -> Look:
         """Tell of every phase that an instance entered, and remember since when it is in it."""
         rows: list[InstanceStatus] = []
-        for row in statuses:
+        memory, now = seen.memory, seen.now
+        for row in seen.statuses:
             entry = memory.instances.get(row.id)
             if entry is None or entry.phase == row.phase.value:
                 rows.append(row)
@@ -409,7 +416,7 @@ class Converger:
             entry = replace(entry, phase=row.phase.value, since=now)
             memory = memory.with_instance(row.id, entry)
             rows.append(replace(row, since=now))
-        return memory, tuple(rows)
+        return replace(seen, memory=memory, statuses=tuple(rows))
 
     async def _save_memory(self) -> None:
         async with self._saving:  # lanes save, too, and the last one must be the newest

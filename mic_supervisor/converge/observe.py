@@ -102,7 +102,3 @@ def with_holders(observed: ObservedState, desired: DesiredState, sources: Source
         for item in observed.listeners
     )
     return replace(observed, listeners=named)
-
-
-def with_health(observed: ObservedState, health: Mapping[str, Health]) -> ObservedState:
-    return replace(observed, health=health)

@@ -8,12 +8,11 @@ from typing import Protocol
 
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.publisher import HookState
-from mic_supervisor.model import DesiredState, GpuInventory, ObservedState
-from mic_supervisor.plan.actions import Plan
+from mic_supervisor.model import DesiredState, GpuInventory
 from mic_supervisor.plan.endpoints import Endpoints
-from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.plan.look import Look
 from mic_supervisor.records import dataclass
+from mic_supervisor.views.status import ConfigInUse
 
 
 class Desired(Protocol):
@@ -29,27 +28,58 @@ class Desired(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One round's view of everything, immutable: what status, HTTP and metrics show.
+class ConfigState:
+    """Which configuration runs. `error` is the whole report on the file as it is now, or None.
 
-    Plan, statuses and hook are told to people, so their times are the wall clock's, as `at` is. The
-    memory's are steady, as `now` is, the same moment; `offset` is what lies between the two.
+    `unconfirmed` says why the file as it is now waits until a person confirms it. `generation`
+    counts accepted configurations, over restarts; None: this one was not accepted. `hash` is ""
+    while there is none.
     """
 
-    at: float
-    desired: DesiredState
-    observed: ObservedState
-    memory: Memory
-    plan: Plan
-    statuses: tuple[InstanceStatus, ...]
+    path: str
+    hash: str
+    generation: int | None
+    loaded_at: float | None
+    last_reload_ok: bool
+    error: str | None
+    error_at: float | None
+    models: Mapping[str, str] = field(default_factory=dict)  # name -> backend
+    unconfirmed: str | None = None
+
+    @property
+    def in_use(self) -> ConfigInUse:
+        """As `status --json` tells it."""
+        return ConfigInUse(
+            self.path, self.hash, self.generation, self.loaded_at, self.last_reload_ok, self.error
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """`error` is the whole report; then nothing was swapped. `changed`: another document runs.
+
+    `warning`: it runs, and may not run again after a restart with a broken file. `unconfirmed`:
+    nothing was swapped, since the file may have been cut; why, and the way out.
+    """
+
+    changed: bool
+    generation: int
+    error: str | None = None
+    warning: str | None = None
+    unconfirmed: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot(Look):
+    """One round's look, and what the loop knows besides: what status, HTTP and metrics show.
+
+    Plan, statuses and hook are told to people, so their times are the wall clock's, as `at` is. The
+    memory's are steady, as `now` is, the same moment.
+    """
+
     busy: frozenset[str]  # instances that steps are being executed for
     failing: frozenset[str]  # instances whose last change failed
     round: int = 0
     seconds: float = 0.0  # that the round took
     hook: HookState = HookState()
     endpoints: Endpoints = field(default_factory=dict)
-    offset: float = 0.0
-
-    @property
-    def now(self) -> float:
-        return self.at - self.offset

@@ -12,12 +12,12 @@ import grp
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mic_supervisor.converge.events import Event
+from mic_supervisor.converge.session import Method
 from mic_supervisor.converge.tasks import end
 from mic_supervisor.errors import ConfigError, MicError
 
@@ -28,9 +28,6 @@ _LOOK = 2.0  # seconds between two looks at whether the socket is still there
 _MOST_UNREAD = 1 << 22  # bytes that are kept for a client that does not read
 
 _SAME_VERSION = "use the command of the version that the daemon is of, or restart the daemon"
-
-Tell = Callable[[Event], None]
-Method = Callable[[Mapping[str, Any], Tell], Awaitable[Any]]
 
 
 class ControlServer:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from mic_supervisor.config.doubt import doubt
 from mic_supervisor.config.load import load
+from mic_supervisor.converge.snapshot import Reloaded
 from mic_supervisor.errors import ConfigError, MicError
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry
@@ -23,21 +23,6 @@ if TYPE_CHECKING:
 
 _KEPT = "last-good"
 _RECORD = "generation.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Reloaded:
-    """`error` is the whole report; then nothing was swapped. `changed`: another document runs.
-
-    `warning`: it runs, and may not run again after a restart with a broken file. `unconfirmed`:
-    nothing was swapped, since the file may have been cut; why, and the way out.
-    """
-
-    changed: bool
-    generation: int
-    error: str | None = None
-    warning: str | None = None
-    unconfirmed: str | None = None
 
 
 class Generations:

@@ -16,21 +16,21 @@ from mic_supervisor.config.doubt import WAY_OUT
 from mic_supervisor.converge.desired import FileDesired
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger
-from mic_supervisor.converge.snapshot import Snapshot
+from mic_supervisor.converge.session import Session
+from mic_supervisor.converge.settle import Settling, all_settled
+from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.converge.state import StateDir, host_name
 from mic_supervisor.daemon.control import ControlServer
-from mic_supervisor.daemon.generations import Generations, Reloaded
+from mic_supervisor.daemon.generations import Generations
 from mic_supervisor.daemon.gpu_watch import GpuWatch
 from mic_supervisor.daemon.history import History
 from mic_supervisor.daemon.log import LOGGER, log_event
 from mic_supervisor.daemon.notify import Notifier
 from mic_supervisor.daemon.parts import Parts, in_thread
-from mic_supervisor.daemon.requests import Requests
-from mic_supervisor.daemon.settle import Settling, all_settled
 from mic_supervisor.daemon.summary import sentence
 from mic_supervisor.daemon.watch import watch
 from mic_supervisor.errors import MicError, RuntimeUnavailable
-from mic_supervisor.http.published import ConfigState, LoopState, Published
+from mic_supervisor.http.published import LoopState, Published
 
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry
@@ -86,6 +86,7 @@ class Supervisor:
             events=self._events,
             clock=self._clock,
         )
+        self._converger.act()
         self._converger.removal_confirmed = self._generations.confirms
         self._converger.unconfirmed = lambda: self._generations.unconfirmed
         self._converger.resync = min(settings.resync, (self._notifier.watchdog or 1e9) / 3)
@@ -114,15 +115,17 @@ class Supervisor:
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._hung_up)
         self._announce_start()
-        requests = Requests(
-            settings=self._settings,
+        session = Session(
+            scope=self._settings.scope,
+            path=self._settings.config,
             converger=self._converger,
             events=self._events,
             settling=self._settling,
-            published=lambda: self.published,
+            config=lambda: self.published.config,
+            history=lambda: self.published.history,
             reload=self._asked_to_reload,
         )
-        control = ControlServer(self._settings.socket, requests.methods())
+        control = ControlServer(self._settings.socket, session.methods())
         await control.start()
         streams_over = threading.Event()
         keep = self._parts.keep
@@ -206,6 +209,7 @@ class Supervisor:
         self._converger.removal_confirmed = lambda _hash: True
         notice = asyncio.create_task(self._ask_for_time())
         began = self._clock.steady()
+        self._converger.wake()
         try:
             await self._converger.run(until=lambda snapshot: all_settled(snapshot, began))
         finally:

@@ -7,31 +7,10 @@ from collections.abc import Mapping
 from dataclasses import field, replace
 
 from mic_supervisor.converge.events import Event
-from mic_supervisor.converge.snapshot import Snapshot
+from mic_supervisor.converge.snapshot import ConfigState, Snapshot
 from mic_supervisor.gpu.events import XidRecord
 from mic_supervisor.records import dataclass
-from mic_supervisor.views.status import ConfigInUse, StatusDocument, status_document
-
-
-@dataclass(frozen=True, slots=True)
-class ConfigState:
-    """Which configuration runs. `error` is the whole report on the file as it is now, or None.
-
-    `unconfirmed` says why the file as it is now waits until a person confirms it.
-
-    `generation` counts accepted configurations, over restarts. `hash` is "" while there is none.
-    """
-
-    path: str
-    hash: str
-    generation: int
-    loaded_at: float | None
-    last_reload_ok: bool
-    error: str | None
-    error_at: float | None
-    models: Mapping[str, str] = field(default_factory=dict)  # name -> backend
-    unconfirmed: str | None = None
-
+from mic_supervisor.views.status import StatusDocument, status_document
 
 RELEASE_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -92,22 +71,6 @@ class Published:
 
 def status_of(published: Published) -> StatusDocument | None:
     """The document of `status --json`; None until the first round is done."""
-    config, snapshot = published.config, published.snapshot
-    if snapshot is None:
+    if published.snapshot is None:
         return None
-    return status_document(
-        host=published.host,
-        config=ConfigInUse(
-            path=config.path,
-            hash=config.hash,
-            generation=config.generation,
-            loaded_at=config.loaded_at,
-            last_reload_ok=config.last_reload_ok,
-            error=config.error,
-        ),
-        desired=snapshot.desired,
-        observed=snapshot.observed,
-        statuses=snapshot.statuses,
-        paused=snapshot.memory.paused,
-        warnings=snapshot.plan.warnings,
-    )
+    return status_document(published.snapshot, published.config.in_use, published.host)

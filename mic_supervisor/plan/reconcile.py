@@ -20,6 +20,7 @@ How a lane is decided, in this order; the numbers stand again in the code:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mic_supervisor.config.doubt import CONFIRM, WAY_OUT
@@ -76,7 +77,7 @@ def reconcile(
     memory: Memory,
     now: float,
     context: Context,
-    assessments: list[Assessment] | None = None,
+    assessments: Sequence[Assessment] | None = None,
 ) -> Plan:
     """The plan that takes the machine one round nearer to the desired state.
 
@@ -108,7 +109,7 @@ class _Round:
         memory: Memory,
         now: float,
         context: Context,
-        assessments: list[Assessment],
+        assessments: Sequence[Assessment],
     ) -> None:
         self.desired = desired
         self.observed = observed
@@ -240,7 +241,7 @@ class _Round:
         self._leavers(lane, wanted, orphans, stops)
 
     def _free(
-        self, wanted: list[Assessment], orphans: list[ObservedWorkload]
+        self, wanted: Sequence[Assessment], orphans: list[ObservedWorkload]
     ) -> tuple[list[Assessment], list[ObservedWorkload]]:
         """Those that something may be done about."""  # 8
         return (

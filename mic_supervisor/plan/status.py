@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -96,7 +96,7 @@ class Trouble:
 def instance_statuses(
     desired: DesiredState,
     observed: ObservedState,
-    assessments: list[Assessment],
+    assessments: Sequence[Assessment],
     plan: Plan,
     memory: Memory,
     activities: Mapping[str, Phase],

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable
+from typing import Literal
 
+from mic_supervisor.plan.actions import Change
+from mic_supervisor.plan.look import Look
+from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.status import InstanceStatus, by_model
 from mic_supervisor.records import dataclass
 from mic_supervisor.views.plan import LeftOut, PlanDocument, left_out, plan_document
 from mic_supervisor.views.status import StatusInstance, instances
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.events import Event
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.plan.actions import Change
-    from mic_supervisor.plan.selection import Selection
 
 EXIT_ALL_FAILED = 1
 EXIT_SOME_FAILED = 3
@@ -48,29 +45,29 @@ def exit_code(rows: Iterable[InstanceStatus]) -> int:
 
 
 def apply_document(
-    snapshot: Snapshot,
-    errors: Mapping[str, Event],
+    look: Look,
+    failures: Iterable[Failure],
     host: str,
     targets: Selection | None = None,
     not_chosen: Iterable[Change] = (),
 ) -> ApplyDocument:
-    """`errors` holds the last failure of each instance.
+    """`failures` holds the last one of each instance, `look` is as it is told.
 
     Of `targets`, where there are any, it tells alone, and what was left out for them.
     """
-    rows = [*snapshot.statuses]
+    rows = [*look.statuses]
     if targets is not None:
-        rows = targets.rows(snapshot.desired, rows)
-        chosen = {row.id for row in rows} | {change.instance for change in snapshot.plan.changes}
-        errors = {name: event for name, event in errors.items() if name in chosen}
-    config_hash = snapshot.desired.config_hash
+        rows = targets.rows(look.desired, rows)
+        chosen = {row.id for row in rows} | {change.instance for change in look.plan.changes}
+        failures = [one for one in failures if one.instance in chosen]
+    config_hash = look.desired.config_hash
     return ApplyDocument(
         version=1,
         host=host,
         config_hash=config_hash,
         exit_code=exit_code(rows),
-        instances=instances(rows, snapshot.observed.inventory.indices),
+        instances=instances(rows, look.indices),
         left_out=left_out(not_chosen),
-        failures=[Failure(name, event.text, event.hint) for name, event in sorted(errors.items())],
-        remaining=plan_document(snapshot.plan, host=host, config_hash=config_hash),
+        failures=sorted(failures, key=lambda one: one.instance),
+        remaining=plan_document(look.plan, host=host, config_hash=config_hash),
     )

@@ -10,6 +10,7 @@ from pydantic import Field
 from mic_supervisor.model import DesiredState, Gpu, ObservedState, OwnerKind
 from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.look import Look
 from mic_supervisor.plan.memory import Paused
 from mic_supervisor.plan.status import InstanceStatus, Sync
 from mic_supervisor.records import dataclass
@@ -131,18 +132,9 @@ class StatusDocument:
     warnings: list[str]
 
 
-def status_document(
-    *,
-    host: str,
-    config: ConfigInUse,
-    desired: DesiredState,
-    observed: ObservedState,
-    statuses: Iterable[InstanceStatus],
-    paused: Paused,
-    warnings: Iterable[str] = (),
-) -> StatusDocument:
-    """What `status --json` prints and `/api/v1/status` answers."""
-    indices = observed.inventory.indices
+def status_document(look: Look, config: ConfigInUse, host: str) -> StatusDocument:
+    """What `status --json` prints and `/api/v1/status` answers. `look` is as it is told."""
+    observed = look.observed
     unreadable = [
         f"{view.runtime} cannot be read: {view.error}"
         for view in observed.runtimes
@@ -155,11 +147,11 @@ def status_document(
         host=host,
         at=observed.at,
         config=config,
-        instances=instances(statuses, indices),
-        gpus=gpu_rows(desired, observed),
-        paused=pauses(paused, indices),
+        instances=instances(look.statuses, look.indices),
+        gpus=gpu_rows(look.desired, observed),
+        paused=pauses(look.memory.paused, look.indices),
         unreadable=unreadable,
-        warnings=[*warnings],
+        warnings=[*look.plan.warnings],
     )
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mic_supervisor"
 
 # From the top down: a layer may import what stands below it, and itself.
 LAYERS = (
-    *("cli", "daemon", "http", "views", "converge", "plan", "backends", "runtimes", "gpu"),
+    *("cli", "daemon", "http", "converge", "views", "plan", "backends", "runtimes", "gpu"),
     *("config", "model", "errors", "records", "clocks"),
 )
 
@@ -212,7 +212,7 @@ def test_nothing_outside_the_backends_names_one() -> None:
             "",
             [
                 "mic_supervisor.utils belongs to no layer; the layers are cli, daemon, http, "
-                "views, converge, plan, backends, runtimes, gpu, config, model, errors, records, "
+                "converge, views, plan, backends, runtimes, gpu, config, model, errors, records, "
                 "clocks"
             ],
         ),
@@ -279,4 +279,4 @@ def test_nothing_waits_with_what_swallows_a_cancellation() -> None:
         and ast.unparse(node.value) == "asyncio"
         and node.attr in ("wait_for", "run")
     }
-    assert found == {"cli/apply.py: run", "http/server.py: run"}
+    assert found == {"cli/session.py: run", "http/server.py: run"}

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from mic_supervisor.converge.events import Event
+from mic_supervisor.converge.session import Method, Tell
 from mic_supervisor.daemon import control
 from mic_supervisor.daemon.client import Client
-from mic_supervisor.daemon.control import ControlServer, Method, Tell
+from mic_supervisor.daemon.control import ControlServer
 from mic_supervisor.errors import ConfigError, MicError
 
 EVENT = Event("progress", 1.0, "mam", "x" * 1000, gpus=("GPU-1",))

@@ -201,7 +201,7 @@ def test_a_date_does_for_clients_that_know_no_tags(good: Site) -> None:
 def test_a_round_that_changed_nothing_keeps_the_tag_and_one_that_did_does_not() -> None:
     before = views_of.good()
     assert before.snapshot is not None
-    later = replace(before, snapshot=replace(before.snapshot, at=views_of.NOW + 10))
+    later = replace(before, snapshot=replace(before.snapshot, now=views_of.NOW + 10))
     same = Site(before)("/api/v1/status").headers["etag"]
     assert Site(before, later)("/api/v1/status").headers["etag"] == same
     assert Site(before, views_of.bad())("/api/v1/status").headers["etag"] != same

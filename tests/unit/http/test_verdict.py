@@ -127,7 +127,7 @@ def test_what_a_gpu_complained_of(
 def test_since_when_is_known_of_what_does_not_tell_itself() -> None:
     before = views_of.bad()
     assert before.snapshot is not None
-    later = replace(before, snapshot=replace(before.snapshot, at=NOW + 100))
+    later = replace(before, snapshot=replace(before.snapshot, now=NOW + 100))
     views = views_of.views(views_of.good(), before, later)
     problems = {one.subject: one for one in judge(later, None, views.firsts).problems}
     assert problems["GPU 3"].since == NOW
@@ -142,7 +142,9 @@ def test_since_when_is_told_by_the_clock_as_it_is_set_now() -> None:
     assert before.snapshot is not None
     # 100 s later, and the clock was set an hour back.
     at, offset = NOW + 100 - 3600, -3600.0
-    later = replace(before, snapshot=replace(before.snapshot, at=at, offset=offset), offset=offset)
+    later = replace(
+        before, snapshot=replace(before.snapshot, now=at - offset, offset=offset), offset=offset
+    )
     views = views_of.views(before, later)
     problems = {one.subject: one for one in judge(later, None, views.firsts).problems}
     assert problems["GPU 3"].since == NOW - 3600

@@ -89,12 +89,16 @@ def snapshot(
     context = b.CONTEXT
     memory = Memory() if memory is None else memory
     observed = replace(observed, at=at)
-    assessments = assess(desired, observed, context)
+    assessments = tuple(assess(desired, observed, context))
     plan = reconcile(desired, observed, memory, at, context, assessments)
     return Snapshot(
-        at=at,
+        now=at,
+        offset=0.0,
         desired=desired,
         observed=observed,
+        context=context,
+        before=memory,
+        assessments=assessments,
         memory=memory,
         plan=plan,
         statuses=instance_statuses(desired, observed, assessments, plan, memory, {}),
@@ -286,5 +290,5 @@ def measured(count: int = 40) -> Iterable[Published]:
         )
         inventory = replace(last.snapshot.observed.inventory, gpus=gpus)
         observed = replace(last.snapshot.observed, inventory=inventory, at=at)
-        yield replace(last, snapshot=replace(last.snapshot, observed=observed, at=at))
+        yield replace(last, snapshot=replace(last.snapshot, observed=observed, now=at))
     yield last

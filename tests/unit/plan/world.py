@@ -54,10 +54,10 @@ from mic_supervisor.plan.actions import (
     Step,
     Stop,
 )
-from mic_supervisor.plan.assess import Assessment, Context, assess
-from mic_supervisor.plan.health import is_of_the_specification, note_failure, remember
+from mic_supervisor.plan.assess import Assessment, Context
+from mic_supervisor.plan.health import is_of_the_specification, note_failure
+from mic_supervisor.plan.look import look
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.plan.reconcile import reconcile
 from tests.unit.plan.builders import gpus
 
 BOOT = 20.0  # seconds from a start until the startup probe passes
@@ -251,12 +251,12 @@ class World:
 
     def look(self, jitter: float = 0.0) -> Plan:
         """Observe, remember and decide, as the converger does."""
-        observed = self.observe()
-        assessments = assess(self.desired, observed, self.context)
-        self._assessments = {item.instance.id: item for item in assessments}
-        known = self.memory
-        self.memory = remember(known, assessments, self.now, jitter=jitter)
-        return reconcile(self.desired, observed, self.memory, self.now, self.context, assessments)
+        seen = look(
+            self.desired, self.observe(), self.memory, self.now, self.context, jitter=jitter
+        )
+        self._assessments = {item.instance.id: item for item in seen.assessments}
+        self.memory = seen.memory
+        return seen.plan
 
     def round(self, chance: Random) -> Plan:
         """Look, and carry out the plan: lanes at the same time, the order of steps by chance."""

@@ -1,12 +1,16 @@
-"""What may be asked of the daemon over its socket."""
+"""All that can be asked of a converger, and all that it can be told to do.
+
+The daemon serves one session on its socket. Where no daemon runs, a command has a session of its
+own, in its own process: the same methods, and so the same answers.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,29 +19,21 @@ from mic_supervisor.config.doubt import WAY_OUT
 from mic_supervisor.config.merge import NONE
 from mic_supervisor.config.names import composed
 from mic_supervisor.converge.events import Event, Events
+from mic_supervisor.converge.settle import Settling
 from mic_supervisor.converge.state import host_name
-from mic_supervisor.daemon.control import Method, Tell
-from mic_supervisor.daemon.settle import Settling
 from mic_supervisor.errors import ConfigError, MicError
-from mic_supervisor.http.published import status_of
 from mic_supervisor.plan import endpoints, render
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.pauses import free_of_pauses, to_resume
-from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.selection import Names, Selection, select
 from mic_supervisor.plan.status import InstanceStatus
-from mic_supervisor.views.apply import apply_document
+from mic_supervisor.views.apply import Failure, apply_document
 from mic_supervisor.views.plan import plan_document
-from mic_supervisor.views.status import instances, pauses
+from mic_supervisor.views.status import instances, pauses, status_document
 
 if TYPE_CHECKING:
-    from mic_supervisor.config.settings import Settings
     from mic_supervisor.converge.loop import Converger
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.daemon.generations import Reloaded
-    from mic_supervisor.http.published import Published
-    from mic_supervisor.plan.actions import Plan
-
+    from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 
 _ON_ITS_WAY = (
     Phase.PENDING,
@@ -47,29 +43,43 @@ _ON_ITS_WAY = (
     Phase.LOADING,
 )
 
+Tell = Callable[[Event], None]
+Method = Callable[[Mapping[str, Any], Tell], Awaitable[Any]]
 
-class Requests:
-    """The methods of the socket. Questions are answered from what was published last.
+QUESTIONS = frozenset({"ping", "status", "plan", "endpoints", "history"})
+"""Methods that change nothing. They need no lock."""
 
-    `reload` reads the file; with its argument, with the word of a person behind it.
+
+class Session:
+    """The methods by name. Questions are answered from the last snapshot.
+
+    `config` tells which configuration runs. `reload` reads the file; with its argument, with the
+    word of a person behind it. `own`: the converger is this command's own, which acts only when and
+    as far as it is told to; a daemon's follows the whole file all the time.
     """
 
     def __init__(
         self,
         *,
-        settings: Settings,
+        scope: str,
+        path: Path,
         converger: Converger,
         events: Events,
         settling: Settling,
-        published: Callable[[], Published],
-        reload: Callable[[bool], Any],
+        config: Callable[[], ConfigState],
+        history: Callable[[], Iterable[Event]],
+        reload: Callable[[bool], Awaitable[Reloaded]],
+        own: bool = False,
     ) -> None:
-        self._settings = settings
+        self._scope = scope
+        self._path = path
         self._converger = converger
         self._events = events
         self._settling = settling
-        self._published = published
+        self._config = config
+        self._history = history
         self._reload = reload
+        self._own = own
 
     def methods(self) -> dict[str, Method]:
         return {
@@ -84,17 +94,17 @@ class Requests:
             "retry": self._retry,
             "pause": self._pause,
             "resume": self._resume,
-            "history": self._history,
+            "history": self._past,
         }
 
+    # --- questions ------------------------------------------------------------------------------
+
     async def _ping(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        return {"version": __version__, "scope": self._settings.scope}
+        return {"version": __version__, "scope": self._scope}
 
     async def _status(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        await self._settling.first()
-        document = status_of(self._published())
-        assert document is not None  # there was a first snapshot
-        return asdict(document)
+        snapshot = await self._settling.first()
+        return asdict(status_document(snapshot, self._config().in_use, host_name()))
 
     async def _endpoints(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
         snapshot = await self._settling.first()
@@ -106,23 +116,33 @@ class Requests:
         targets = self._targets(params, snapshot, "plan")
         plan, busy = snapshot.plan, snapshot.busy
         if targets is not None:
-            plan = self._limited(snapshot, targets)
+            plan = snapshot.limited(targets)
             busy &= {row.id for row in targets.rows(snapshot.desired, snapshot.statuses)}
         return {
             "document": asdict(
                 plan_document(plan, host=host_name(), config_hash=snapshot.desired.config_hash)
             ),
-            "text": render.to_text(plan, indices_of(snapshot)),
+            "text": render.to_text(plan, snapshot.indices),
             "empty": plan.empty and not busy,
             "busy": sorted(busy),
         }
+
+    async def _past(self, params: Mapping[str, Any], _tell: Tell) -> list[dict[str, Any]]:
+        name = params.get("name")
+        return [
+            asdict(event)
+            for event in reversed([*self._history()])
+            if name in (None, event.instance, event.model)
+        ]
+
+    # --- orders ---------------------------------------------------------------------------------
 
     async def _asked_to_reload(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
         return await self._read_file(confirm=True)
 
     async def _read_file(self, *, confirm: bool) -> dict[str, Any]:
         # Whoever asked may be gone already; what was begun is finished.
-        outcome: Reloaded = await asyncio.shield(self._reload(confirm))
+        outcome = await asyncio.shield(asyncio.ensure_future(self._reload(confirm)))
         if outcome.error is not None:
             raise ConfigError(
                 "the configuration has errors",
@@ -136,78 +156,55 @@ class Requests:
     async def _apply(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         """Reload, try everything again, and wait until there is nothing left to wait for.
 
-        With targets it waits for those alone, and neither confirms nor forgives anything else. The
-        loop converges the rest all the same: it knows of no half of a file.
+        With targets it waits for those alone, and neither confirms nor forgives anything else. A
+        daemon converges the rest all the same: it knows of no half of a file.
         """
         self._check_path(params)
-        limited = bool(params.get("targets"))
         with self._listening(tell) as errors:
-            await self._read_file(confirm=not limited)
+            await self._read_file(confirm=not params.get("targets"))
             if params.get("rebind"):
                 self._converger.rebind()
-            if not limited:
-                self._converger.forgive()
-                self._tell_what_is_under_way(tell)
-                return asdict(apply_document(await self._settling.settled(), errors, host_name()))
-            snapshot = await self._settling.next()
-            targets = self._targets(params, snapshot, "apply")
-            assert targets is not None  # there are some
-            rows = targets.rows(snapshot.desired, snapshot.statuses)
-            self._converger.forgive([row.id for row in rows])
-            self._tell_what_is_under_way(tell, {row.id for row in rows})
+            targets, only = await self._chosen(params, "apply")
+            self._converger.forgive(only)
+            self._begin(targets)
+            self._tell_what_is_under_way(tell, only)
             snapshot = await self._settling.settled(targets)
-        left_out = self._limited(snapshot, targets).left_out
-        removals = [change for change in left_out if change.kind == "remove"]
-        return asdict(apply_document(snapshot, errors, host_name(), targets, removals))
-
-    def _tell_what_is_under_way(self, tell: Tell, only: Collection[str] | None = None) -> None:
-        """The watcher is often faster than the command: what it began is waited for as well."""
-        snapshot = self._converger.snapshot
-        for row in snapshot.statuses if snapshot is not None else ():
-            if row.phase in _ON_ITS_WAY and (only is None or row.id in only):
-                tell(
-                    Event(
-                        "begin",
-                        time.time(),
-                        row.id,
-                        row.reason or "under way already",
-                        row.model,
-                        row.gpus,
-                        phase=row.phase.value,
-                    )
-                )
+        if targets is None:
+            return asdict(apply_document(snapshot, errors.values(), host_name()))
+        left_out = snapshot.limited(targets).left_out
+        if not self._own:  # of what else is due, a daemon leaves only removals
+            left_out = tuple(change for change in left_out if change.kind == "remove")
+        return asdict(apply_document(snapshot, errors.values(), host_name(), targets, left_out))
 
     async def _edited(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         """As apply, after one entry was edited: no removal is confirmed, nothing is forgiven."""
         self._check_path(params)
         with self._listening(tell) as errors:
             await self._read_file(confirm=False)
-            targets = self._targets(params, await self._settling.next(), "follow the file on")
+            targets, _ = await self._chosen(params, "follow the file on")
+            self._begin(targets)
             snapshot = await self._settling.settled(targets)
-        return asdict(apply_document(snapshot, errors, host_name(), targets))
-
-    def _check_path(self, params: Mapping[str, Any]) -> None:
-        path = Path(str(params.get("path", self._settings.config)))
-        if path.resolve() != self._settings.config.resolve():
-            raise MicError(
-                f"cannot apply {path}: the daemon runs {self._settings.config}",
-                hint="edit that file; `mic-supervisor plan FILE` compares another one",
-            )
+        left_out = () if targets is None or not self._own else snapshot.limited(targets).left_out
+        return asdict(apply_document(snapshot, errors.values(), host_name(), targets, left_out))
 
     async def _restart(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         names = await self._named(str(params.get("name", "")), "restart")
         with self._listening(tell) as errors:
+            await self._check_file()
             self._converger.forgive(names)
             self._converger.force(names)
+            self._begin(None)
             snapshot = await self._settling.settled()
-        return asdict(apply_document(snapshot, errors, host_name()))
+        return asdict(apply_document(snapshot, errors.values(), host_name()))
 
     async def _retry(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         names = await self._named(str(params.get("name", "")), "retry")
         with self._listening(tell) as errors:
+            await self._check_file()
             failed = self._converger.forgive(names)
+            self._begin(None)
             snapshot = await self._settling.settled()
-        document = asdict(apply_document(snapshot, errors, host_name()))
+        document = asdict(apply_document(snapshot, errors.values(), host_name()))
         return document | {"failed_before": sorted(failed)}
 
     async def _pause(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
@@ -221,34 +218,84 @@ class Requests:
             snapshot = await self._settling.seen(
                 lambda seen: not seen.busy & {row.id for row in _concerned(chosen, seen)}
             )
-        return self._paused(snapshot, chosen)
-
-    async def _resume(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        """Returns when what is not paused any more has nothing left to wait for."""
-        snapshot = await self._settling.first()
-        names = [str(name) for name in params.get("names", ())]
-        chosen = to_resume(names, self._names(snapshot), self._converger.memory.paused)
-        with self._listening(tell) as errors:
-            self._converger.resume(chosen)
-            snapshot = await self._settling.settled(chosen)
-        ids = {row.id for row in _concerned(chosen, snapshot)}
-        document = asdict(apply_document(snapshot, errors, host_name()))
-        rows = [row for row in document["instances"] if row["id"] in ids]
-        resumed = chosen.called(indices_of(snapshot))
-        return document | {"instances": rows, "resumed": resumed}
-
-    def _paused(self, snapshot: Snapshot, chosen: Selection) -> dict[str, Any]:
-        indices = indices_of(snapshot)
+        indices = snapshot.indices
         return {
             "paused": [asdict(one) for one in pauses(snapshot.memory.paused, indices)],
             "named": chosen.called(indices),
             "instances": [asdict(row) for row in instances(_concerned(chosen, snapshot), indices)],
         }
 
+    async def _resume(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+        """Returns when what is not paused any more has nothing left to wait for.
+
+        A command of its own starts nothing for it: the next apply does.
+        """
+        snapshot = await self._settling.first()
+        names = [str(name) for name in params.get("names", ())]
+        chosen = to_resume(names, self._names(snapshot), self._converger.memory.paused)
+        with self._listening(tell) as errors:
+            self._converger.resume(chosen)
+            if not self._own:
+                snapshot = await self._settling.settled(chosen)
+        ids = {row.id for row in _concerned(chosen, snapshot)}
+        document = asdict(apply_document(snapshot, errors.values(), host_name()))
+        rows = [row for row in document["instances"] if row["id"] in ids]
+        return document | {"instances": rows, "resumed": chosen.called(snapshot.indices)}
+
+    # --- what several have in common ------------------------------------------------------------
+
+    async def _check_file(self) -> None:
+        """A command of its own follows the file that it has just read; a daemon already does."""
+        if self._own:
+            await self._read_file(confirm=False)
+
+    def _begin(self, targets: Selection | None) -> None:
+        """Have a converger of one's own act, on these alone."""
+        if self._own:
+            self._converger.act(targets)
+
+    async def _chosen(
+        self, params: Mapping[str, Any], action: str
+    ) -> tuple[Selection | None, set[str] | None]:
+        """The targets, and the ids of their instances; None, None: everything."""
+        if not params.get("targets"):
+            return None, None
+        snapshot = await self._settling.next()
+        targets = self._targets(params, snapshot, action)
+        assert targets is not None  # there are some
+        return targets, {row.id for row in targets.rows(snapshot.desired, snapshot.statuses)}
+
+    def _tell_what_is_under_way(self, tell: Tell, only: Collection[str] | None = None) -> None:
+        """The watcher is often faster than the command: what it began is waited for as well."""
+        snapshot = self._converger.snapshot
+        if self._own or snapshot is None:
+            return
+        for row in snapshot.statuses:
+            if row.phase in _ON_ITS_WAY and (only is None or row.id in only):
+                tell(
+                    Event(
+                        "begin",
+                        time.time(),
+                        row.id,
+                        row.reason or "under way already",
+                        row.model,
+                        row.gpus,
+                        phase=row.phase.value,
+                    )
+                )
+
+    def _check_path(self, params: Mapping[str, Any]) -> None:
+        path = Path(str(params.get("path", self._path)))
+        if path.resolve() != self._path.resolve():
+            raise MicError(
+                f"cannot apply {path}: the daemon runs {self._path}",
+                hint="edit that file; `mic-supervisor plan FILE` compares another one",
+            )
+
     def _names(self, snapshot: Snapshot) -> Names:
         """What there is to be named: in the file, running, or paused."""
         paused = snapshot.memory.paused
-        models = {*self._published().config.models, *paused.models}
+        models = {*self._config().models, *paused.models}
         models |= {row.model for row in snapshot.statuses if row.model != NONE}
         return Names.of(snapshot.desired, models, snapshot.observed.inventory, paused.gpus)
 
@@ -259,24 +306,6 @@ class Requests:
         return (
             select(names, self._names(snapshot), f"{action} {' '.join(names)}") if names else None
         )
-
-    def _limited(self, snapshot: Snapshot, targets: Selection) -> Plan:
-        """What an apply of these alone would still have to do, and what it would leave out."""
-        context = replace(
-            self._converger.context, targets=targets, busy=snapshot.busy, confirmed=True
-        )
-        plan = reconcile(
-            snapshot.desired, snapshot.observed, snapshot.memory, snapshot.now, context
-        )
-        return plan.in_wall(snapshot.offset)
-
-    async def _history(self, params: Mapping[str, Any], _tell: Tell) -> list[dict[str, Any]]:
-        name = params.get("name")
-        return [
-            asdict(event)
-            for event in reversed(self._published().history)
-            if name in (None, event.instance, event.model)
-        ]
 
     async def _named(self, name: str, action: str) -> list[str]:
         """The instances of a name, but for those that are paused; all paused is an error."""
@@ -292,18 +321,18 @@ class Requests:
             [(row.id, row.model, row.gpus) for row in found],
             snapshot.memory.paused,
             f"{action} {name}",
-            indices_of(snapshot),
+            snapshot.indices,
             snapshot.at,
         )
 
     @contextmanager
-    def _listening(self, tell: Tell) -> Iterator[dict[str, Event]]:
+    def _listening(self, tell: Tell) -> Iterator[dict[str, Failure]]:
         """Pass events on meanwhile, and keep the last failure of each instance."""
-        errors: dict[str, Event] = {}
+        errors: dict[str, Failure] = {}
 
         def listen(event: Event) -> None:
             if event.kind == "failed":
-                errors[event.instance] = event
+                errors[event.instance] = Failure(event.instance, event.text, event.hint)
             tell(event)
 
         self._events.listeners.append(listen)
@@ -311,10 +340,6 @@ class Requests:
             yield errors
         finally:
             self._events.listeners.remove(listen)
-
-
-def indices_of(snapshot: Snapshot) -> dict[str, int]:
-    return snapshot.observed.inventory.indices
 
 
 def _concerned(chosen: Selection, snapshot: Snapshot) -> list[InstanceStatus]:

@@ -10,8 +10,8 @@ from mic_supervisor.plan.settled import settled
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.loop import Converger
+    from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.plan.selection import Selection
-from mic_supervisor.converge.snapshot import Snapshot
 
 
 class Settling:
@@ -33,6 +33,8 @@ class Settling:
 
     async def first(self) -> Snapshot:
         """The last snapshot, once there is one."""
+        if self._last is None:
+            self._converger.wake()
         await self._seen.wait()
         assert self._last is not None  # set before the event
         return self._last

@@ -1,0 +1,197 @@
+"""Where what a command asks and orders goes: to the daemon, or to a session of this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mic_supervisor.cli import wiring
+from mic_supervisor.daemon.client import Client
+
+if TYPE_CHECKING:
+    from mic_supervisor.cli.wiring import Machine
+    from mic_supervisor.config.document import Config
+    from mic_supervisor.config.settings import Settings
+    from mic_supervisor.converge.events import Event
+
+_ASK_TIMEOUT = 10.0  # seconds for the daemon to answer a question
+
+
+class Alone:
+    """A session in this process, for a machine without a daemon.
+
+    `config` replaces the file. What changes anything holds the scope's lock, under the name
+    `command`, which is waited for for `patience` seconds.
+    """
+
+    def __init__(
+        self,
+        found: Settings,
+        *,
+        file: Path | None = None,
+        config: Config | None = None,
+        command: str = "",
+        patience: float = 30.0,
+    ) -> None:
+        self._found = found
+        self._file = file
+        self._config = config
+        self._command = f"mic-supervisor {command}"
+        self._patience = patience
+        self._machine: Machine | None = None  # kept between questions: it holds NVML open
+
+    def machine(self) -> Machine:
+        if self._machine is None:
+            self._machine = wiring.machine(self._found, create_key=False)
+        return self._machine
+
+    def call(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        tell: Callable[[Event], None] = lambda _event: None,
+        timeout: float | None = None,  # noqa: ARG002 - as a daemon's client has it
+    ) -> Any:
+        """The method's result, as from a daemon. Raises MicError."""
+        from mic_supervisor.converge.lock import writer
+        from mic_supervisor.converge.session import QUESTIONS
+
+        orders = method not in QUESTIONS
+        lock = writer(self._found.lock_path, self._command, self._patience)
+        with lock if orders else nullcontext():
+            machine = self.machine()
+            if orders:
+                machine = wiring.machine(self._found, create_key=True)
+            config = self._config or wiring.load_config(self._found, self._file, machine.registry)
+            doubt = None
+            if config.path.resolve() == self._found.config.resolve() and config.hash:
+                doubt = wiring.unconfirmed(machine, config)
+            return asyncio.run(_call(machine, config, doubt, method, params or {}, tell, orders))
+
+
+async def _call(
+    machine: Machine,
+    config: Config,
+    doubt: str | None,
+    method: str,
+    params: Mapping[str, Any],
+    tell: Callable[[Event], None],
+    orders: bool,
+) -> Any:
+    from mic_supervisor.clocks import Clock
+    from mic_supervisor.converge.desired import FileDesired
+    from mic_supervisor.converge.events import Events
+    from mic_supervisor.converge.loop import Converger
+    from mic_supervisor.converge.session import Session
+    from mic_supervisor.converge.settle import Settling
+    from mic_supervisor.converge.snapshot import ConfigState, Reloaded
+    from mic_supervisor.daemon.generations import accept, has_accepted, number_of
+
+    clock, events = Clock(), Events()
+    converger = Converger(
+        sources=machine.sources,
+        desired=FileDesired(config, machine.registry, machine.settings.instance_data),
+        context=machine.context,
+        memory=machine.state.memory(),
+        save=machine.state.save_memory if orders else lambda _memory: None,
+        events=events,
+        clock=clock,
+    )
+    converger.unconfirmed = lambda: doubt
+    confirmed = False
+    converger.removal_confirmed = lambda _hash: confirmed or not orders
+    settling = Settling(converger, clock.steady)
+    converger.observers.append(settling.look)
+    state = ConfigState(
+        path=str(config.path),
+        hash=config.hash,
+        generation=number_of(machine.state, config.hash),
+        loaded_at=clock.wall(),
+        last_reload_ok=True,
+        error=None,
+        error_at=None,
+        unconfirmed=doubt,
+        models={name: model.backend for name, model in config.models.items()},
+    )
+
+    async def reload(confirm: bool) -> Reloaded:
+        nonlocal confirmed
+        # A first file has nothing to lose.
+        if doubt is not None and not confirm and has_accepted(machine.state):
+            return Reloaded(changed=False, generation=0, unconfirmed=doubt)
+        if config.hash:
+            accept(machine.state, config, confirmed=confirm)
+        confirmed = confirm
+        return Reloaded(changed=False, generation=0)
+
+    session = Session(
+        scope=machine.settings.scope,
+        path=config.path,
+        converger=converger,
+        events=events,
+        settling=settling,
+        config=lambda: state,
+        history=tuple,
+        reload=reload,
+        own=True,
+    )
+    answer = asyncio.ensure_future(session.methods()[method](params, tell))
+    rounds = asyncio.create_task(converger.run())
+    try:
+        await asyncio.wait({answer, rounds}, return_when=asyncio.FIRST_COMPLETED)
+        if rounds.done():
+            rounds.result()  # a defect
+        result = await answer
+        if orders:
+            await converger.finish()
+        return result
+    finally:
+        answer.cancel()
+        rounds.cancel()
+        await converger.close()
+
+
+def ask(found: Settings, method: str, params: Mapping[str, Any] | None = None) -> Any:
+    """What the daemon answers to a question; without one, what this machine shows."""
+    return (Client.connect(found.socket) or Alone(found)).call(method, params, timeout=_ASK_TIMEOUT)
+
+
+def reach(found: Settings) -> None:
+    """Before a file is edited: a daemon that runs and cannot be asked is an error."""
+    if (client := Client.connect(found.socket)) is not None:
+        client.call("ping", timeout=_ASK_TIMEOUT)
+
+
+def order(
+    found: Settings,
+    method: str,
+    params: Mapping[str, Any],
+    *,
+    command: str,
+    file: Path | None = None,
+    config: Config | None = None,
+    patience: float = 30.0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Have something done, with progress. `through_daemon` in the answer says who did it."""
+    from mic_supervisor.cli.progress import follow
+
+    client = Client.connect(found.socket)
+    alone = Alone(found, file=file, config=config, command=command, patience=patience)
+    indices = {} if quiet else _indices(found, client, alone)
+    with follow(indices, quiet=quiet) as shown:
+        document: dict[str, Any] = (client or alone).call(method, params, tell=shown)
+    return document | {"through_daemon": client is not None}
+
+
+def _indices(found: Settings, client: Client | None, alone: Alone) -> dict[str, int]:
+    """What the GPUs are called. The daemon has one answer per connection, and may go meanwhile."""
+    if client is None:
+        return {gpu.uuid: gpu.index for gpu in alone.machine().sources.gpus.observe().gpus}
+    again = Client.connect(found.socket)
+    gpus = again.call("status", timeout=_ASK_TIMEOUT)["gpus"] if again is not None else ()
+    return {gpu["uuid"]: gpu["index"] for gpu in gpus if gpu["index"] is not None}

@@ -1,0 +1,111 @@
+"""One immutable picture of everything: desired, observed, and what follows from the two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mic_supervisor.model import DesiredState, ObservedState
+from mic_supervisor.plan.actions import Plan
+from mic_supervisor.plan.assess import Assessment, Context, assess, with_containers
+from mic_supervisor.plan.health import Phase, remember
+from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.reconcile import reconcile
+from mic_supervisor.plan.selection import Selection
+from mic_supervisor.plan.status import InstanceStatus, Trouble, instance_statuses
+from mic_supervisor.records import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one round knows and concludes. Whoever shows or decides anything reads it from here.
+
+    `memory` is what was remembered before, with what this look adds; `before` is without. Decisions
+    are made of steady times: `now` is one, and `offset` makes them the wall clock's, see clocks.py.
+    """
+
+    now: float
+    offset: float
+    desired: DesiredState
+    observed: ObservedState
+    context: Context
+    before: Memory
+    assessments: tuple[Assessment, ...]
+    memory: Memory
+    plan: Plan
+    statuses: tuple[InstanceStatus, ...]
+
+    @property
+    def at(self) -> float:
+        """The same moment by the wall clock: seconds since the epoch."""
+        return self.now + self.offset
+
+    @property
+    def indices(self) -> dict[str, int]:
+        """The numbers that the driver gives the GPUs today, by UUID."""
+        return {gpu.uuid: gpu.index for gpu in self.observed.inventory.gpus}
+
+    def doing(self, activities: Mapping[str, Phase], troubles: Mapping[str, Trouble]) -> Look:
+        """The same look, once more is being carried out."""
+        return replace(
+            self,
+            statuses=instance_statuses(
+                self.desired,
+                self.observed,
+                self.assessments,
+                self.plan,
+                self.memory,
+                activities,
+                troubles,
+            ),
+        )
+
+    def in_wall(self) -> Look:
+        """As it is told to people: plan and statuses in times of the wall clock."""
+        return replace(
+            self,
+            plan=self.plan.in_wall(self.offset),
+            statuses=tuple(row.in_wall(self.offset) for row in self.statuses),
+        )
+
+    def limited(self, targets: Selection) -> Plan:
+        """The plan for these models and GPUs alone, and what it leaves out, as it is told."""
+        context = replace(self.context, targets=targets, confirmed=True)
+        plan = reconcile(self.desired, self.observed, self.memory, self.now, context)
+        return plan.in_wall(self.offset)
+
+
+def look(
+    desired: DesiredState,
+    observed: ObservedState,
+    memory: Memory,
+    now: float,
+    context: Context,
+    *,
+    jitter: float = 0.0,
+    offset: float = 0.0,
+    activities: Mapping[str, Phase] | None = None,
+    troubles: Mapping[str, Trouble] | None = None,
+) -> Look:
+    """Hold desired against observed state. Equal arguments give equal looks.
+
+    `now` is steady, and `offset` what makes it the wall clock's. `jitter` from 0 to 1 spreads the
+    next tries. `activities` is what is being carried out for an
+    instance, `troubles` what its last change failed with, both by the instance's id.
+    """
+    assessments = tuple(assess(desired, observed, context, memory))
+    known = remember(
+        memory,
+        assessments,
+        now,
+        jitter=jitter,
+        busy=context.busy,
+        keep={name for entry in desired.unsatisfiable for name in entry.instances},
+        sick={gpu.uuid for gpu in observed.inventory.gpus if gpu.trouble is not None},
+    )
+    known = with_containers(replace(known, bindings=dict(desired.bindings)), observed)
+    plan = reconcile(desired, observed, known, now, context, assessments)
+    statuses = instance_statuses(
+        desired, observed, assessments, plan, known, activities or {}, troubles or {}
+    )
+    return Look(now, offset, desired, observed, context, memory, assessments, known, plan, statuses)
