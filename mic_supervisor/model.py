@@ -8,11 +8,9 @@ is what decisions are made of (see clocks.py). An unknown number is None, never 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
-
-from mic_supervisor.records import dataclass
 
 # --- GPUs -------------------------------------------------------------------------------------
 

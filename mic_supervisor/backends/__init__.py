@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ from mic_supervisor.model import (
     Placement,
     PlacementState,
 )
-from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,6 @@ from mic_supervisor.model import (
     TcpCheck,
     Workload,
 )
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.backends import CompileRequest

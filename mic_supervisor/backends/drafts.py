@@ -7,11 +7,9 @@ without an example.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
-
-from mic_supervisor.records import dataclass
 
 EXAMPLES: dict[str, tuple[str, str]] = {
     "triton": (

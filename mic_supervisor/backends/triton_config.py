@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from mic_supervisor.backends import CompileRequest
 from mic_supervisor.backends.common import cannot, read
 from mic_supervisor.errors import CompileError
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.session import order
 from mic_supervisor.errors import ConfigError, LockHeld, MicError
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config, GpuEntry, GpuKey

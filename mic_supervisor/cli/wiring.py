@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,6 @@ from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.settings import NO_DOCKER, Settings, load_settings
 from mic_supervisor.converge.state import StateDir, host_id
 from mic_supervisor.errors import MicError
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from mic_supervisor.config.document import Place
 from mic_supervisor.errors import ConfigError
-from mic_supervisor.records import dataclass
 
 MAX_SHOWN = 100
 """Diagnostics that are rendered; the rest is counted. A broken file may hold thousands."""

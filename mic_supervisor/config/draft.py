@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
-
-from mic_supervisor.records import dataclass
 
 _WIDTH = 96
 # What every YAML reader takes for this very text. Whatever else there is goes into quotes.

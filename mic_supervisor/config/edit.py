@@ -8,7 +8,7 @@ and must say what was meant, or nothing is done: a layout that is not understood
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mic_supervisor.config.diagnostics import Report
@@ -18,7 +18,6 @@ from mic_supervisor.config.merge import NONE
 from mic_supervisor.config.scalars import resolve
 from mic_supervisor.config.yaml_reader import Budget, parse
 from mic_supervisor.errors import MicError
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import GpuEntry

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-
-from mic_supervisor.records import dataclass
+from dataclasses import dataclass
 
 SYSTEMD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

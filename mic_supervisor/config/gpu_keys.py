@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from mic_supervisor.config.document import GpuKey
-from mic_supervisor.records import dataclass
 
 MAX_INDEX = 127
 """No machine has more GPUs than this; a larger number is a slip of the hand."""

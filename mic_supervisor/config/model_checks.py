@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from mic_supervisor.config.diagnostics import Report, dotted, show
@@ -12,7 +13,6 @@ from mic_supervisor.config.names import MAX_NAME, is_model_name
 from mic_supervisor.config.placeholders import check_placeholders
 from mic_supervisor.config.tree import Entry, Node
 from mic_supervisor.errors import MicError
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,7 +23,6 @@ from mic_supervisor.config.diagnostics import Report, closest, show
 from mic_supervisor.config.document import Place
 from mic_supervisor.config.env_file import Assignment, parse_env_file
 from mic_supervisor.config.types import PositiveDuration
-from mic_supervisor.records import dataclass
 
 PREFIX = "MIC_"
 ENV_FILE = Path("/etc/mic/mic.env")

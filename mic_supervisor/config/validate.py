@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from mic_supervisor.config.diagnostics import Report, dotted, show
 from mic_supervisor.config.document import Place
 from mic_supervisor.config.tree import Node
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

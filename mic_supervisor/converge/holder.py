@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-
-from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,8 @@ import http.client
 import json
 import socket
 import threading
+from dataclasses import dataclass
 from typing import Any
-
-from mic_supervisor.records import dataclass
 
 _MOST = 4 << 20  # bytes of an answer that are read
 

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mic_supervisor.gpu.owners import (
@@ -29,7 +29,6 @@ from mic_supervisor.model import (
     OwnerKind,
     RuntimeView,
 )
-from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes import procfs
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.apply import Steps
@@ -63,7 +63,6 @@ from mic_supervisor.plan.memory import Floor, Memory, Pause
 from mic_supervisor.plan.release import floor_of
 from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.status import InstanceStatus, Trouble
-from mic_supervisor.records import dataclass
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke
 CRASH_WATCH = 0.5  # seconds between two rounds while something starts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mic_supervisor.gpu import GpuSource
@@ -16,7 +16,6 @@ from mic_supervisor.model import (
     RunState,
     RuntimeView,
 )
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.runtimes import Runtime

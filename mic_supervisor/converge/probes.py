@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mic_supervisor.backends import Backend
@@ -27,7 +27,6 @@ from mic_supervisor.model import (
     TcpCheck,
 )
 from mic_supervisor.plan.launch import text_of
-from mic_supervisor.records import dataclass
 
 ALL_DUE = ("liveness", "readiness", "placements")
 DEVICES = "devices"  # whether a container sees its GPUs: too dear to be asked with every look

@@ -10,13 +10,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import EndpointsHook
 from mic_supervisor.plan.endpoints import Endpoints, document, serving
 from mic_supervisor.plan.status import InstanceStatus
-from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes import programs
 
 _FIRST_REST = 5.0  # seconds before a hook that failed is run again, doubling to the last

@@ -7,7 +7,7 @@ are reserved for it, in the order of their places on the bus: so a container cou
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,6 @@ from mic_supervisor.converge.compiling import called, request_for, unsatisfiable
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import Gpu, GpuInventory, Instance, Placement, Unsatisfiable
 from mic_supervisor.plan.bind import Binding, BoundEntry, bind, safe_name
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry

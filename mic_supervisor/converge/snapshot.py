@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mic_supervisor.backends import Backend
@@ -11,7 +11,6 @@ from mic_supervisor.converge.publisher import HookState
 from mic_supervisor.model import DesiredState, GpuInventory
 from mic_supervisor.plan.endpoints import Endpoints
 from mic_supervisor.plan.look import Look
-from mic_supervisor.records import dataclass
 from mic_supervisor.views.status import ConfigInUse
 
 
@@ -81,5 +80,5 @@ class Snapshot(Look):
     failing: frozenset[str]  # instances whose last change failed
     round: int = 0
     seconds: float = 0.0  # that the round took
-    hook: HookState = HookState()
+    hook: HookState = field(default_factory=HookState)
     endpoints: Endpoints = field(default_factory=dict)

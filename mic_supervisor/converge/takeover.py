@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from mic_supervisor.config.env_file import SYSTEMD_NAME
 from mic_supervisor.config.names import is_model_name
 from mic_supervisor.model import Pairs
-from mic_supervisor.records import dataclass
 
 RESERVED = frozenset({"none", "fleet"})
 

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.gpu.guests import Guests
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.gpu import GpuSource

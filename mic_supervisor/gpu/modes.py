@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
-
-from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

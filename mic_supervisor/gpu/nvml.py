@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from mic_supervisor.gpu.nvml_errors import (
 )
 from mic_supervisor.gpu.proc import PROC, ProcessStat, boot_time, read_stat, started_at
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
-from mic_supervisor.records import dataclass
 
 FIRST_RETRY = 10.0  # seconds
 LAST_RETRY = 300.0

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-
-from mic_supervisor.records import dataclass
 
 PROC = Path("/proc")
 

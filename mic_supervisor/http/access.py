@@ -5,12 +5,11 @@ from __future__ import annotations
 import hmac
 import re
 import stat
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mic_supervisor.errors import MicError
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.config.settings import Settings

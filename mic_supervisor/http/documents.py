@@ -6,7 +6,7 @@ Those that HTTP alone has are defined here, as in `mic_supervisor.views`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -19,7 +19,6 @@ from mic_supervisor.plan import endpoints
 from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import by_model
-from mic_supervisor.records import dataclass
 from mic_supervisor.views.plan import plan_document
 from mic_supervisor.views.status import GpuState, StatusGpu, gpu_rows
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,6 @@ from mic_supervisor.http.verdict import Level, Verdict, judge, level_of
 from mic_supervisor.model import OwnerKind
 from mic_supervisor.plan.render import gpu_names, reason
 from mic_supervisor.plan.status import InstanceStatus, by_model
-from mic_supervisor.records import dataclass
 from mic_supervisor.views.status import GpuState, Holder, gpu_rows
 
 if TYPE_CHECKING:

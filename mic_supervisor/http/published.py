@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.snapshot import ConfigState, Snapshot
 from mic_supervisor.gpu.events import XidRecord
-from mic_supervisor.records import dataclass
 from mic_supervisor.views.status import StatusDocument, status_document
 
 RELEASE_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

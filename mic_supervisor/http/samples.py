@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.model import GpuInventory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,6 @@ from mic_supervisor.http import documents
 from mic_supervisor.http.redact import Scrubber, config_error
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.render import gpu_names
-from mic_supervisor.records import dataclass
 from mic_supervisor.views.status import gpu_rows
 
 if TYPE_CHECKING:

@@ -6,14 +6,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.converge.sources import PATIENCE
 from mic_supervisor.http.redact import Scrubber
 from mic_supervisor.http.samples import Samples
 from mic_supervisor.http.verdict import judge
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.http.published import Published

@@ -8,12 +8,11 @@ depend on each other within a lane: the old model is stopped only after the new 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mic_supervisor.model import HttpCall, Launch, ObservedWorkload, Placement
 from mic_supervisor.plan.memory import Floor
-from mic_supervisor.records import dataclass
 
 ChangeKind = Literal[
     "create", "start", "restart", "stop", "remove", "replace", "load", "unload", "adopt"

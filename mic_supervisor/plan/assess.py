@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.model import (
@@ -23,7 +23,6 @@ from mic_supervisor.model import (
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import FieldDiff
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes.copies import known_from
 
 if TYPE_CHECKING:

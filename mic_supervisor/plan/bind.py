@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mic_supervisor.model import Gpu, GpuInventory, Unsatisfiable
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import GpuEntry, GpuKey

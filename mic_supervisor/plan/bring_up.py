@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mic_supervisor.model import Gpu, Launch, ObservedWorkload, RunState
 from mic_supervisor.plan.actions import (
@@ -22,7 +22,6 @@ from mic_supervisor.plan.loads import loads
 from mic_supervisor.plan.memory import InstanceMemory
 from mic_supervisor.plan.obstacles import Obstacle, Surroundings, in_the_way
 from mic_supervisor.plan.rebuild import rebuilt, relaunch
-from mic_supervisor.records import dataclass
 
 RETRY = "change the file, or: mic-supervisor retry"
 

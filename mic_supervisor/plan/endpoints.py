@@ -8,13 +8,12 @@ then it stays what it was last said to be, or every restart of the supervisor wo
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import InstanceStatus, by_model
-from mic_supervisor.records import dataclass
 
 Endpoints = Mapping[str, Mapping[str, Mapping[str, str]]]
 """Model to instance to URLs by the port's name. A model that nobody serves has no instances."""

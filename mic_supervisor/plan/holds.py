@@ -12,7 +12,7 @@ names is left alone: to limit a plan is no word on that.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
@@ -21,7 +21,6 @@ from mic_supervisor.plan.assess import Assessment, is_alive, workloads
 from mic_supervisor.plan.memory import Pause, Paused
 from mic_supervisor.plan.render import moment
 from mic_supervisor.plan.render import reason as reason_of
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.plan.selection import Selection

@@ -7,7 +7,7 @@ its unloads. What merely is missing from the file is unloaded only when that is 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from mic_supervisor.config.doubt import CONFIRM
 from mic_supervisor.plan.actions import Blocked, FieldDiff, Load, Unload
@@ -16,7 +16,6 @@ from mic_supervisor.plan.bring_up import blocked
 from mic_supervisor.plan.holds import Holds, way_out
 from mic_supervisor.plan.loads import DueLoad, loads, memory_key, unloads
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mic_supervisor.model import LoadState, PlacementState
 from mic_supervisor.plan.actions import FieldDiff, Load, Unload
 from mic_supervisor.plan.assess import Assessment
-from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mic_supervisor.model import DesiredState, ObservedState
 from mic_supervisor.plan.actions import Plan
@@ -13,7 +13,6 @@ from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.status import InstanceStatus, Trouble, instance_statuses
-from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

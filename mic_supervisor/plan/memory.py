@@ -6,13 +6,12 @@ Nothing here is needed to be right about what runs, only to be patient about wha
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mic_supervisor.model import Probes
 from mic_supervisor.plan import backoff, probe_record, workload_record
 from mic_supervisor.plan.workload_record import Recorded
-from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

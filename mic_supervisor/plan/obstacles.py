@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from mic_supervisor.model import DesiredState, Gpu, Instance, ObservedState, OwnerKind
 from mic_supervisor.plan.amounts import SLACK, lets_go, size
@@ -16,7 +17,6 @@ from mic_supervisor.plan.strangers import (
     memory_of,
     sentence,
 )
-from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,11 @@ Memory that cannot be read says nothing: the processes alone decide.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from mic_supervisor.model import Gpu, GpuInventory, GpuProcess, OwnerKind
 from mic_supervisor.plan.amounts import SLACK, size
 from mic_supervisor.plan.memory import Floor
-from mic_supervisor.records import dataclass
 
 PATIENCE = 30.0  # seconds for each of the two
 UNKNOWN_FLOOR = 1 << 30  # bytes

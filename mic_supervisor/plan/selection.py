@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import DesiredState, GpuInventory, Instance
 from mic_supervisor.plan.bind import bind
-from mic_supervisor.records import dataclass
 
 if TYPE_CHECKING:
     from mic_supervisor.plan.status import InstanceStatus

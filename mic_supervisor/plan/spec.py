@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from mic_supervisor.model import (
@@ -25,7 +25,6 @@ from mic_supervisor.model import (
     Workload,
 )
 from mic_supervisor.plan.actions import FieldDiff
-from mic_supervisor.records import dataclass
 
 SCHEMA = 1
 HIDDEN = "(hidden)"

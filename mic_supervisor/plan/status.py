@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
@@ -13,7 +13,6 @@ from mic_supervisor.plan.fallback import as_it_runs, fallback
 from mic_supervisor.plan.health import Phase, phase_of
 from mic_supervisor.plan.loads import memory_key
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.records import dataclass
 
 Sync = Literal["in_sync", "out_of_sync", "unknown"]
 

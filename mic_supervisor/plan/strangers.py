@@ -7,12 +7,12 @@ it has little memory: `foreign_threshold` says how little.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from mic_supervisor.model import DesiredState, Gpu, GpuProcess, ObservedState, OwnerKind
 from mic_supervisor.plan.amounts import lets_go, size
 from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.render import moment
-from mic_supervisor.records import dataclass
 
 THRESHOLD = 512 << 20  # bytes, of who only draws on a GPU that is to be kept empty
 

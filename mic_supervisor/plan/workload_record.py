@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mic_supervisor.model import Identity, ObservedWorkload
-from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

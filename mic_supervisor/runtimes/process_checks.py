@@ -12,12 +12,12 @@ import signal
 import subprocess
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.model import ProcessSpec
-from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes import procfs, programs
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -16,13 +16,12 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mic_supervisor import clocks
 from mic_supervisor.model import Identity, ObservedWorkload, RunState
-from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes import procfs
 from mic_supervisor.runtimes.keeper import EXIT, RECORD, write_json
 

@@ -6,11 +6,11 @@ import os
 import select
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from mic_supervisor.errors import StopFailed
 from mic_supervisor.model import ObservedWorkload
-from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes import process_records as records
 from mic_supervisor.runtimes import procfs
 from mic_supervisor.runtimes.process_records import Record

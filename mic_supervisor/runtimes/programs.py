@@ -14,9 +14,8 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import IO, Any
-
-from mic_supervisor.records import dataclass
 
 MOST = 64 << 10
 """Bytes of each stream that are kept, unless told otherwise."""

@@ -6,11 +6,11 @@ import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mic_supervisor import clocks
 from mic_supervisor.errors import RuntimeRefused, RuntimeUnavailable, StopFailed
-from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes.systemd_bus import Bus, Refused, variants
 from mic_supervisor.runtimes.systemd_errors import job_reason
 from mic_supervisor.runtimes.systemd_unit import START_TIMEOUT, Property

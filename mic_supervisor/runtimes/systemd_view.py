@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mic_supervisor import clocks
 from mic_supervisor.model import ObservedWorkload, RunState, Stranger
-from mic_supervisor.records import dataclass
 from mic_supervisor.runtimes.systemd_unit import identity_of, unit_name
 
 RUNTIME = "systemd"

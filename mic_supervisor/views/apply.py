@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 from mic_supervisor.plan.actions import Change
 from mic_supervisor.plan.look import Look
 from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.status import InstanceStatus, by_model
-from mic_supervisor.records import dataclass
 from mic_supervisor.views.plan import LeftOut, PlanDocument, left_out, plan_document
 from mic_supervisor.views.status import StatusInstance, instances
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 from mic_supervisor.plan.actions import Change, ChangeKind, FieldDiff, Plan
 from mic_supervisor.plan.render import reason
-from mic_supervisor.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -13,7 +14,6 @@ from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.look import Look
 from mic_supervisor.plan.memory import Paused
 from mic_supervisor.plan.status import InstanceStatus, Sync
-from mic_supervisor.records import dataclass
 
 GpuState = Literal[
     "managed", "idle", "kept_empty", "unmanaged", "foreign", "unhealthy", "lost", "unknown"

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mic_supervisor"
 # From the top down: a layer may import what stands below it, and itself.
 LAYERS = (
     *("cli", "daemon", "http", "converge", "views", "plan", "backends", "runtimes", "gpu"),
-    *("config", "model", "errors", "records", "clocks"),
+    *("config", "model", "errors", "clocks"),
 )
 
 STRANGERS = {("backends", "runtimes"), ("runtimes", "backends")}

@@ -8,10 +8,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from mic_supervisor.errors import MicError
-from mic_supervisor.records import dataclass
 
 BOUND = 15.0  # seconds for all checks together; they run side by side
 
