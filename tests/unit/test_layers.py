@@ -212,8 +212,7 @@ def test_nothing_outside_the_backends_names_one() -> None:
             "",
             [
                 "mic_supervisor.utils belongs to no layer; the layers are cli, daemon, http, "
-                "converge, views, plan, backends, runtimes, gpu, config, model, errors, records, "
-                "clocks"
+                "converge, views, plan, backends, runtimes, gpu, config, model, errors, clocks"
             ],
         ),
     ],
