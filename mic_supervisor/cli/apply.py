@@ -45,7 +45,6 @@ def command(
     config = wiring.load_config(found, file, Registry())
     params = {"path": str(config.path), "targets": targets, "rebind": rebind}
     document = order(
-        found,
         "apply",
         params,
         command="apply",

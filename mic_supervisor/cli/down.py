@@ -51,7 +51,7 @@ def command(yes: bool) -> int:
         if not sys.stdin.isatty():
             raise MicError("cannot ask whether to go on: this is no terminal", hint="say --yes")
         click.confirm("Remove them?", abort=True)
-    document = order(found, "apply", {}, command="down", config=_nothing(found.config))
+    document = order("apply", {}, command="down", config=_nothing(found.config))
     left = {row["id"] for row in document["instances"]}
     left |= {item["instance"] for item in document["remaining"]["actions"]}
     errors = {item["instance"]: item["reason"] for item in document["failures"]}

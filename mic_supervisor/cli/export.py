@@ -47,7 +47,7 @@ def command(form: str, port: str, output: Path | None, source: Any) -> None:
     from mic_supervisor.plan.export import FORMATS
 
     found = wiring.settings()
-    endpoints = _given(source) if source is not None else _parsed(ask(found, "endpoints"))
+    endpoints = _given(source) if source is not None else _parsed(ask("endpoints"))
     text = FORMATS[form](endpoints, port=port, scope=found.scope)
     if output is None:
         click.echo(text, nl=False)

@@ -223,7 +223,7 @@ def apply_edit(found: Settings, command: str, uuids: Collection[str]) -> dict[st
     """
     params = {"path": str(found.config), "targets": [*uuids]}
     try:
-        return order(found, "edited", params, command=command)
+        return order("edited", params, command=command)
     except LockHeld as error:
         raise LockHeld(
             error.message, hint="the file is edited; when that is over: mic-supervisor apply"

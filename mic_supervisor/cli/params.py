@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import click
 
-from mic_supervisor.config.types import parse_duration
-
 targets_option = click.option(
     "--target",
     "targets",
@@ -23,6 +21,8 @@ class Duration(click.ParamType[float]):
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
+        from mic_supervisor.config.types import parse_duration
+
         if isinstance(value, float):
             return value
         try:

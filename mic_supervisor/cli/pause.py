@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mic_supervisor.cli import operate, wiring
+from mic_supervisor.cli import operate
 from mic_supervisor.cli.session import order
 
 
@@ -20,7 +20,7 @@ def command(name: str, reason: str | None) -> int:
     where something was stopped for it already; this command waits for that.
     """
     params = {"names": [name], "reason": reason}
-    document = order(wiring.settings(), "pause", params, command=f"pause {name}")
+    document = order("pause", params, command=f"pause {name}")
     for called in document["named"]:
         click.echo(
             f"{called} is paused, until: mic-supervisor resume {called.removeprefix('GPU ')}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mic_supervisor.cli import operate, wiring
+from mic_supervisor.cli import operate
 from mic_supervisor.cli.session import order
 
 
@@ -16,5 +16,5 @@ def command(name: str) -> int:
     Clears their backoff and what failed before. Exits with 0 when all are ready again, 3 when some
     are not, 1 when none is.
     """
-    document = order(wiring.settings(), "restart", {"name": name}, command=f"restart {name}")
+    document = order("restart", {"name": name}, command=f"restart {name}")
     return operate.show(operate.named(document, name), document)

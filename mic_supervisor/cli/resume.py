@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mic_supervisor.cli import operate, wiring
+from mic_supervisor.cli import operate
 from mic_supervisor.cli.session import order
 from mic_supervisor.errors import MicError
 
@@ -21,7 +21,7 @@ def command(name: str | None, everything: bool) -> int:
     if (name is None) is not everything:
         raise click.UsageError("name a model or a GPU, or say --all; `status` tells what is paused")
     names = [name] if name is not None else []
-    document = order(wiring.settings(), "resume", {"names": names}, command="resume")
+    document = order("resume", {"names": names}, command="resume")
     resumed = document["resumed"]
     if not resumed:
         raise MicError("cannot resume: nothing is paused")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mic_supervisor.cli import operate, wiring
+from mic_supervisor.cli import operate
 from mic_supervisor.cli.session import order
 
 
@@ -16,7 +16,7 @@ def command(name: str) -> int:
     What is ready is left alone. INSTANCE may be a model, for all of its instances. Exits with 0
     when they are ready, 3 when some are not, 1 when none is.
     """
-    document = order(wiring.settings(), "retry", {"name": name}, command=f"retry {name}")
+    document = order("retry", {"name": name}, command=f"retry {name}")
     if not document["failed_before"]:
         click.echo(f"Nothing of {name} had failed: there was nothing to try again.")
     return operate.show(operate.named(document, name), document)

@@ -1,20 +1,23 @@
-"""Where what a command asks and orders goes: to the daemon, or to a session of this process."""
+"""Where what a command asks and orders goes: to the daemon, or to a session of this process.
+
+The daemon is looked for first. What is needed without one is imported only then: most of what a
+command costs is imports.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mic_supervisor.cli import wiring
+from mic_supervisor.config.env_file import SOCKET, setting
 from mic_supervisor.daemon.client import Client
 
 if TYPE_CHECKING:
     from mic_supervisor.cli.wiring import Machine
     from mic_supervisor.config.document import Config
-    from mic_supervisor.config.settings import Settings
     from mic_supervisor.converge.events import Event
 
 _ASK_TIMEOUT = 10.0  # seconds for the daemon to answer a question
@@ -23,20 +26,18 @@ _ASK_TIMEOUT = 10.0  # seconds for the daemon to answer a question
 class Alone:
     """A session in this process, for a machine without a daemon.
 
-    `config` replaces the file. What changes anything holds the scope's lock, under the name
-    `command`, which is waited for for `patience` seconds.
+    `file` or `config` replace the configured file. What changes anything holds the scope's lock,
+    under the name `command`, which is waited for for `patience` seconds.
     """
 
     def __init__(
         self,
-        found: Settings,
         *,
         file: Path | None = None,
         config: Config | None = None,
         command: str = "",
         patience: float = 30.0,
     ) -> None:
-        self._found = found
         self._file = file
         self._config = config
         self._command = f"mic-supervisor {command}"
@@ -44,8 +45,10 @@ class Alone:
         self._machine: Machine | None = None  # kept between questions: it holds NVML open
 
     def machine(self) -> Machine:
+        from mic_supervisor.cli import wiring
+
         if self._machine is None:
-            self._machine = wiring.machine(self._found, create_key=False)
+            self._machine = wiring.machine(wiring.settings(), create_key=False)
         return self._machine
 
     def call(
@@ -57,18 +60,20 @@ class Alone:
         timeout: float | None = None,  # noqa: ARG002 - as a daemon's client has it
     ) -> Any:
         """The method's result, as from a daemon. Raises MicError."""
+        import asyncio
+
+        from mic_supervisor.cli import wiring
         from mic_supervisor.converge.lock import writer
         from mic_supervisor.converge.session import QUESTIONS
 
         orders = method not in QUESTIONS
-        lock = writer(self._found.lock_path, self._command, self._patience)
+        found = self.machine().settings
+        lock = writer(found.lock_path, self._command, self._patience)
         with lock if orders else nullcontext():
-            machine = self.machine()
-            if orders:
-                machine = wiring.machine(self._found, create_key=True)
-            config = self._config or wiring.load_config(self._found, self._file, machine.registry)
+            machine = wiring.machine(found, create_key=True) if orders else self.machine()
+            config = self._config or wiring.load_config(found, self._file, machine.registry)
             doubt = None
-            if config.path.resolve() == self._found.config.resolve() and config.hash:
+            if config.path.resolve() == found.config.resolve() and config.hash:
                 doubt = wiring.unconfirmed(machine, config)
             return asyncio.run(_call(machine, config, doubt, method, params or {}, tell, orders))
 
@@ -82,6 +87,8 @@ async def _call(
     tell: Callable[[Event], None],
     orders: bool,
 ) -> Any:
+    import asyncio
+
     from mic_supervisor.clocks import Clock
     from mic_supervisor.converge.desired import FileDesired
     from mic_supervisor.converge.events import Events
@@ -155,24 +162,27 @@ async def _call(
         await converger.close()
 
 
-def ask(found: Settings, method: str, params: Mapping[str, Any] | None = None) -> Any:
+def daemon() -> Client | None:
+    """One request to the daemon; None: none runs."""
+    return Client.connect(Path(setting("MIC_SOCKET", SOCKET, os.environ)))
+
+
+def ask(method: str, params: Mapping[str, Any] | None = None) -> Any:
     """What the daemon answers to a question; without one, what this machine shows."""
-    return (Client.connect(found.socket) or Alone(found)).call(method, params, timeout=_ASK_TIMEOUT)
+    return (daemon() or Alone()).call(method, params, timeout=_ASK_TIMEOUT)
 
 
-def reach(found: Settings) -> None:
+def reach() -> None:
     """Before a file is edited: a daemon that runs and cannot be asked is an error."""
-    if (client := Client.connect(found.socket)) is not None:
+    if (client := daemon()) is not None:
         client.call("ping", timeout=_ASK_TIMEOUT)
 
 
 def order(
-    found: Settings,
     method: str,
     params: Mapping[str, Any],
     *,
     command: str,
-    file: Path | None = None,
     config: Config | None = None,
     patience: float = 30.0,
     quiet: bool = False,
@@ -180,18 +190,18 @@ def order(
     """Have something done, with progress. `through_daemon` in the answer says who did it."""
     from mic_supervisor.cli.progress import follow
 
-    client = Client.connect(found.socket)
-    alone = Alone(found, file=file, config=config, command=command, patience=patience)
-    indices = {} if quiet else _indices(found, client, alone)
+    client = daemon()
+    alone = Alone(config=config, command=command, patience=patience)
+    indices = {} if quiet else _indices(client, alone)
     with follow(indices, quiet=quiet) as shown:
         document: dict[str, Any] = (client or alone).call(method, params, tell=shown)
     return document | {"through_daemon": client is not None}
 
 
-def _indices(found: Settings, client: Client | None, alone: Alone) -> dict[str, int]:
+def _indices(client: Client | None, alone: Alone) -> dict[str, int]:
     """What the GPUs are called. The daemon has one answer per connection, and may go meanwhile."""
     if client is None:
         return {gpu.uuid: gpu.index for gpu in alone.machine().sources.gpus.observe().gpus}
-    again = Client.connect(found.socket)
+    again = daemon()
     gpus = again.call("status", timeout=_ASK_TIMEOUT)["gpus"] if again is not None else ()
     return {gpu["uuid"]: gpu["index"] for gpu in gpus if gpu["index"] is not None}

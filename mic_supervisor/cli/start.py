@@ -13,7 +13,6 @@ from mic_supervisor.errors import MicError
 if TYPE_CHECKING:
     from mic_supervisor.cli.operate import Opened
     from mic_supervisor.config.document import GpuKey
-    from mic_supervisor.config.settings import Settings
 
 
 @click.command(name="start")
@@ -30,7 +29,7 @@ def command(model: str, keys: tuple[GpuKey, ...]) -> int:
 
     found = wiring.settings()
     model, where = composed(model), operate.shown(keys)
-    reach(found)
+    reach()
     with operate.opened(found, keys, f"start {model} on {where}") as file:
         _check_model(file, model)
         _check_free(file, model, where)
@@ -39,7 +38,7 @@ def command(model: str, keys: tuple[GpuKey, ...]) -> int:
         if file.model == model:
             click.echo(f"{found.config}: {where} is {model} already.")
         else:
-            _check_unlisted(found, file, model, where)
+            _check_unlisted(file, model, where)
             file.put(model)
             operate.told_edit(found.config, where, before, model)
     document = operate.apply_edit(found, f"start {model}", file.uuids)
@@ -74,9 +73,9 @@ def _check_free(file: Opened, model: str, where: str) -> None:
     )
 
 
-def _check_unlisted(found: Settings, file: Opened, model: str, where: str) -> None:
+def _check_unlisted(file: Opened, model: str, where: str) -> None:
     """What runs there and the file no longer names would be stopped: that is for `stop` to say."""
-    for row in operate.on(ask(found, "status"), file.uuids):
+    for row in operate.on(ask("status"), file.uuids):
         alive = row["container_id"] or row["unit"] or row["pid"]
         if alive and row["model"] != model and file.entry is None:
             raise MicError(

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mic_supervisor.cli import wiring
-from mic_supervisor.cli.session import Alone
-from mic_supervisor.daemon.client import Client
+from mic_supervisor.cli.session import Alone, daemon
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
 
     from rich.console import Group
     from rich.table import Table
-
-    from mic_supervisor.config.settings import Settings
 
 EXIT_UNREADABLE = 1
 EXIT_NOT_READY = 3
@@ -65,11 +61,10 @@ def command(model: str | None, as_json: bool, watch: bool) -> int:
 
 def _reader(model: str | None) -> Callable[[], dict[str, Any]]:
     """What reads the document once more each time it is called, for this model or for all."""
-    found = wiring.settings()
-    alone = Alone(found)
+    alone = Alone()
 
     def read() -> dict[str, Any]:
-        document = _ask(found) or alone.call("status")
+        document = _ask() or alone.call("status")
         if model is not None:
             rows = document["instances"] = _only(model, document["instances"])
             models = {row["model"] for row in rows}
@@ -79,28 +74,31 @@ def _reader(model: str | None) -> Callable[[], dict[str, Any]]:
     return read
 
 
-def _ask(found: Settings) -> dict[str, Any] | None:
+def _ask() -> dict[str, Any] | None:
     """The daemon's document; None where none runs. HTTP is for who may not use the socket."""
     try:
-        client = Client.connect(found.socket)
+        client = daemon()
         if client is None:
             return None
         document: dict[str, Any] = client.call("status", timeout=10.0)
     except MicError as error:
         if not isinstance(error.__cause__, PermissionError):
             raise
-        over_http = _ask_http(found)
+        over_http = _ask_http()
         if over_http is None:
             raise
         return over_http
     return document
 
 
-def _ask_http(found: Settings) -> dict[str, Any] | None:
+def _ask_http() -> dict[str, Any] | None:
     """The document that the daemon serves on MIC_LISTEN; None where nobody gives one."""
     from urllib.error import URLError
     from urllib.request import ProxyHandler, Request, build_opener
 
+    from mic_supervisor.cli import wiring
+
+    found = wiring.settings()
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(found.listen.host, found.listen.host)
     request = Request(f"http://{found.listen._replace(host=host)}/api/v1/status")
     try:

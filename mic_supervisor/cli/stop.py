@@ -28,7 +28,7 @@ def command(model: str | None, keys: tuple[GpuKey, ...]) -> int:
     found = wiring.settings()
     where = operate.shown(keys)
     what = f"stop {model} on {where}" if model else f"stop what is on {where}"
-    reach(found)
+    reach()
     with operate.opened(found, keys, what) as file:
         if model is not None and composed(model) != file.model:
             has = file.model or ("none" if file.entry is not None else "no entry")

@@ -9,6 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+ENV_FILE = Path("/etc/mic/mic.env")
+SOCKET = "/run/mic/mic.sock"
 
 SYSTEMD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -97,3 +101,17 @@ def _shown(value: str) -> str:
     if _NEEDS_NO_QUOTES.fullmatch(value):
         return value
     return '"' + re.sub(r'["\\`$]', r"\\\g<0>", value) + '"'
+
+
+def setting(name: str, default: str, environ: Mapping[str, str], env_file: Path = ENV_FILE) -> str:
+    """One setting as it is written, for who cannot wait until all of them are read and checked.
+
+    What is wrong with `mic.env` is told by who reads it in full.
+    """
+    if name in environ:
+        return environ[name]
+    try:
+        found, _ = parse_env_file(env_file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return default
+    return next((one.value for one in reversed(found) if one.name == name), default)

@@ -21,11 +21,10 @@ from pydantic_settings import (
 
 from mic_supervisor.config.diagnostics import Report, closest, show
 from mic_supervisor.config.document import Place
-from mic_supervisor.config.env_file import Assignment, parse_env_file
+from mic_supervisor.config.env_file import ENV_FILE, SOCKET, Assignment, parse_env_file
 from mic_supervisor.config.types import PositiveDuration
 
 PREFIX = "MIC_"
-ENV_FILE = Path("/etc/mic/mic.env")
 
 NOT_SETTINGS = frozenset(
     {"MIC_INSTANCE", "MIC_IDENTITY", "MIC_RUN_ID", "MIC_CHECK_ID", "MIC_SPEC_HASH"}
@@ -156,7 +155,7 @@ class Settings(BaseSettings):
 
     config: Annotated[Path, PlainValidator(_from_here)] = Path("/etc/mic/gpus.yaml")
     listen: Annotated[Address, PlainValidator(_address)] = Address("127.0.0.1", 6004)
-    socket: AbsolutePath = Path("/run/mic/mic.sock")
+    socket: AbsolutePath = Path(SOCKET)
     state_dir: AbsolutePath = Path("/var/lib/mic")
     run_dir: AbsolutePath = Path("/run/mic")
     docker_host: Annotated[str, PlainValidator(_docker_host)] | None = None

@@ -53,9 +53,10 @@ QUESTIONS = frozenset({"ping", "status", "plan", "endpoints", "history"})
 class Session:
     """The methods by name. Questions are answered from the last snapshot.
 
-    `config` tells which configuration runs. `reload` reads the file; with its argument, with the
-    word of a person behind it. `own`: the converger is this command's own, which acts only when and
-    as far as it is told to; a daemon's follows the whole file all the time.
+    `config` tells which configuration runs, `follows` whether that is the file as it is now.
+    `reload` reads the file; with its argument, with the word of a person behind it. `own`: the
+    converger is this command's own, which acts only when and as far as it is told to; a daemon's
+    follows the whole file all the time.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Session:
         config: Callable[[], ConfigState],
         history: Callable[[], Iterable[Event]],
         reload: Callable[[bool], Awaitable[Reloaded]],
+        follows: Callable[[], bool] = lambda: True,
         own: bool = False,
     ) -> None:
         self._scope = scope
@@ -79,6 +81,7 @@ class Session:
         self._config = config
         self._history = history
         self._reload = reload
+        self._follows = follows
         self._own = own
 
     def methods(self) -> dict[str, Method]:
@@ -110,8 +113,16 @@ class Session:
         snapshot = await self._settling.first()
         return endpoints.document(snapshot.endpoints, host_name())
 
-    async def _plan(self, params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        """What is still out of sync; nothing is read again for it."""
+    async def _plan(self, params: Mapping[str, Any], _tell: Tell) -> dict[str, Any] | None:
+        """What is still out of sync; nothing is read again for it.
+
+        None: that would not be about the file at `path`, as it is now.
+        """
+        path = params.get("path")
+        if not self._own and path is not None and Path(path).resolve() != self._path.resolve():
+            return None
+        if not await asyncio.to_thread(self._follows):
+            return None
         snapshot = await self._settling.first()
         targets = self._targets(params, snapshot, "plan")
         plan, busy = snapshot.plan, snapshot.busy

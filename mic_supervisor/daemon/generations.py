@@ -121,6 +121,10 @@ class Generations:
             return Reloaded(changed, self.number, warning=error.message)
         return Reloaded(changed, self.number)
 
+    def follows(self) -> bool:
+        """Whether what runs is what the files say now."""
+        return self.error is None and self.unconfirmed is None and not self.differs()
+
     def differs(self) -> bool:
         """Whether the files are not as they were when they were last read. Cheap."""
         return self._fingerprint() != self._seen

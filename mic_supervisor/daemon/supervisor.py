@@ -124,6 +124,7 @@ class Supervisor:
             config=lambda: self.published.config,
             history=lambda: self.published.history,
             reload=self._asked_to_reload,
+            follows=self._generations.follows,
         )
         control = ControlServer(self._settings.socket, session.methods())
         await control.start()
