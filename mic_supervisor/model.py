@@ -412,6 +412,14 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class Doubt:
+    """Why what a workload is cannot be told for certain, by its PID where that is known."""
+
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
 class ObservedWorkload:
     """One container, unit or process tree that is ours."""
 
@@ -432,6 +440,7 @@ class ObservedWorkload:
     image_id: str | None = None
     closing: bool = False  # it ended, and its runtime is still tidying up: it has its ports yet
     keeper: int | None = None  # a running PID that all of its processes stay descendants of
+    doubt: Doubt | None = None  # it and its GPUs are left as they are; without any, those unknown
 
 
 @dataclass(frozen=True, slots=True)

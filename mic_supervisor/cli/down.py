@@ -55,8 +55,14 @@ def command(yes: bool) -> int:
     left = {row["id"] for row in document["instances"]}
     left |= {item["instance"] for item in document["remaining"]["actions"]}
     errors = {item["instance"]: item["reason"] for item in document["failures"]}
+    blocked = {item["instance"]: item for item in document["remaining"]["blocked"]}
     for name in sorted(left):
-        click.echo(f"error: {errors.get(name, f'{name} is still there')}", err=True)
+        reason, hint = f"{name} is still there", None
+        if name in blocked:
+            reason, hint = f"cannot remove {name}: {blocked[name]['reason']}", blocked[name]["hint"]
+        click.echo(f"error: {errors.get(name, reason)}", err=True)
+        if hint is not None:
+            click.echo(f"hint: {hint}", err=True)
     if not left:
         click.echo(f"Removed {len(names)}.")
     return 1 if left else 0

@@ -44,7 +44,9 @@ def load_config(found: Settings, path: Path | None, registry: Registry) -> Confi
 
 
 def machine(found: Settings, *, create_key: bool) -> Machine:
-    """`create_key`: whether this command writes labels, and so needs a key that is kept."""
+    """`create_key`: whether this command writes labels and records, under the scope's lock, and so
+    needs a key that is kept.
+    """
     from mic_supervisor.converge.observe import Sources
     from mic_supervisor.gpu.source import open_source
     from mic_supervisor.plan.assess import Context
@@ -53,7 +55,7 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
     state = StateDir(found.scope_state_dir)
     host = host_id()
     docker = _docker(found, host, state)
-    process = _process(found, host)
+    process = _process(found, host, mends=create_key)
     return Machine(
         settings=found,
         registry=Registry(),
@@ -113,7 +115,7 @@ def _docker(found: Settings, host: str, state: StateDir) -> Runtime:
     )
 
 
-def _process(found: Settings, host: str) -> Runtime:
+def _process(found: Settings, host: str, *, mends: bool) -> Runtime:
     kind = found.process_runtime
     if kind != "subprocess":
         from mic_supervisor.runtimes.systemd import SystemdRuntime, systemd_is_pid1
@@ -129,4 +131,5 @@ def _process(found: Settings, host: str) -> Runtime:
         directory=found.run_dir / "processes" / found.scope,
         clock=time.time,
         given_name=given_name,
+        mends=mends,
     )

@@ -27,7 +27,7 @@ from mic_supervisor.config.types import PositiveDuration
 PREFIX = "MIC_"
 
 NOT_SETTINGS = frozenset(
-    {"MIC_INSTANCE", "MIC_IDENTITY", "MIC_RUN_ID", "MIC_CHECK_ID", "MIC_SPEC_HASH"}
+    {"MIC_INSTANCE", "MIC_IDENTITY", "MIC_MAIN", "MIC_RUN_ID", "MIC_CHECK_ID", "MIC_SPEC_HASH"}
 )
 """What a runtime puts into the environment of an instance; a shell inside one has them."""
 

@@ -13,6 +13,7 @@ from mic_supervisor.model import (
     Health,
     Listener,
     ObservedState,
+    ObservedWorkload,
     RunState,
     RuntimeView,
 )
@@ -56,7 +57,7 @@ def combine(
     at: float,
 ) -> ObservedState:
     """One state from the parts, with every GPU process mapped to its owner. `at` is wall time."""
-    views = tuple(views)
+    views = tuple(_with_doubtful_gpus(view, inventory) for view in views)
     return ObservedState(
         inventory=_with_owners(inventory, views),
         runtimes=views,
@@ -64,6 +65,25 @@ def combine(
         listeners=listeners,
         at=at,
     )
+
+
+def _with_doubtful_gpus(view: RuntimeView, inventory: GpuInventory) -> RuntimeView:
+    """What is in doubt and names no GPU has the one of its id, else any that has no other owner."""
+    if all(item.doubt is None or item.identity.gpus for item in view.workloads):
+        return view
+    known = {uuid for item in view.workloads for uuid in item.identity.gpus}
+    rest = tuple(gpu.uuid for gpu in inventory.gpus if gpu.uuid not in known)
+
+    def placed(item: ObservedWorkload) -> ObservedWorkload:
+        if item.doubt is None or item.identity.gpus:
+            return item
+        ends = item.identity.instance.rpartition("-")[2]
+        named = tuple(
+            gpu.uuid for gpu in inventory.gpus if gpu.uuid.lower().startswith(f"gpu-{ends}-")
+        )
+        return replace(item, identity=replace(item.identity, gpus=named or rest))
+
+    return replace(view, workloads=tuple(placed(item) for item in view.workloads))
 
 
 def _with_owners(inventory: GpuInventory, views: tuple[RuntimeView, ...]) -> GpuInventory:

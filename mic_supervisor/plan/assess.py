@@ -270,6 +270,7 @@ def _assess(
         found,
         key=lambda item: (
             not is_alive(item),
+            item.doubt is not None,
             not is_alive(item) or item.name != known,
             -(item.created_at or 0.0),
         ),
@@ -307,6 +308,8 @@ def _diff(
     identity = workload.identity
     if workload.runtime != runtime:
         return (FieldDiff("runtime", workload.runtime, runtime),)
+    if workload.doubt is not None:
+        return ()  # nor over one whose record is to be written again first
     if identity.gpus != instance.gpus:
         return (FieldDiff("gpus", list(identity.gpus), list(instance.gpus)),)
     if identity.spec is None:

@@ -61,6 +61,8 @@ def phase_of(
         return (Phase.BLOCKED if blocked else Phase.PENDING), None
     match = assessment.match
     assert match is not None  # implied by `runs`
+    if match.doubt is not None:
+        return Phase.DEGRADED, match.doubt.reason
     if match.state is RunState.PAUSED:
         return Phase.DEGRADED, "it was paused by hand"
     if not assessment.started_up:

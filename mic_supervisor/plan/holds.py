@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """One instance that is left as it is. `reason` completes "it is …", `hint` is the way out."""
+    """One instance that is left as it is. `reason` completes "it is …", `hint` is the way out.
+
+    Neither `paused` nor `doubted`: it was not chosen. If it is doubted, `reason` is a sentence.
+    """
 
     instance: str
     model: str
@@ -36,9 +39,16 @@ class Hold:
     reason: str
     hint: str
     paused: bool
+    doubted: bool = False
+
+    @property
+    def unchosen(self) -> bool:
+        return not self.paused and not self.doubted
 
     def told(self, otherwise: Plan) -> Blocked:
         """That it is paused, and what would be done for it if it were not: see `otherwise`."""
+        if self.doubted:
+            return Blocked(self.instance, self.reason, self.gpus, self.model, self.hint)
         due = [
             f"would {change.kind}: {change.cause}"
             for change in otherwise.changes
@@ -82,8 +92,9 @@ class Holds:
         self, assessments: Iterable[Assessment], orphans: Iterable[ObservedWorkload]
     ) -> dict[str, Hold]:
         """What is held, by instance: of the file, and of what no desired instance has the id of."""
+        doubts = doubted(self._observed)
         if not self.any:
-            return {}
+            return doubts
         found: list[Hold | None] = []
         for item in assessments:
             instance = item.instance
@@ -99,7 +110,7 @@ class Holds:
             held = {uuid for item in alive for uuid in item.identity.gpus}
             free = self._targets is None or bool(held & self._needed)
             found.append(self._hold(one.instance, one.model, one.gpus, held, free))
-        return {hold.instance: hold for hold in found if hold is not None}
+        return {hold.instance: hold for hold in found if hold is not None} | doubts
 
     def placement(self, model: str) -> str | None:
         """Why a model inside a server is neither loaded nor unloaded; None: it may be."""
@@ -137,9 +148,26 @@ class Holds:
         return Hold(instance, model, gpus, reason, way_out(names), True)
 
 
+def doubted(observed: ObservedState) -> dict[str, Hold]:
+    """What runs, and cannot be told for certain: nothing is done with it, nor on its GPUs."""
+    return {
+        item.identity.instance: Hold(
+            item.identity.instance,
+            item.identity.model,
+            item.identity.gpus,
+            item.doubt.reason,
+            item.doubt.hint,
+            paused=False,
+            doubted=True,
+        )
+        for item in workloads(observed)
+        if item.doubt is not None and is_alive(item)
+    }
+
+
 def left_out(whole: Plan, held: Iterable[Hold]) -> tuple[Change, ...]:
     """What of the whole plan is due, and was not chosen."""
-    unchosen = {hold.instance for hold in held if not hold.paused}
+    unchosen = {hold.instance for hold in held if hold.unchosen}
     return tuple(
         replace(change, steps=(), waits=None)
         for change in whole.changes

@@ -15,7 +15,7 @@ How a lane is decided, in this order; the numbers stand again in the code:
 6. Of one model, no more instances change at a time than its rollout allows, and none after one was
    rolled back.
 7. What ended and is neither a match nor the predecessor to roll back to is removed.
-8. What is paused, or was not chosen, is left as it is: see plan/holds.py.
+8. What is paused, in doubt, or was not chosen, is left as it is: see plan/holds.py.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class _Round:
             name = entry.instances[0] if entry.instances else entry.subject
             self.blocked.append(Blocked(name, entry.reason, entry.gpus, entry.model, entry.hint))
         self.blocked += [
-            hold.told(otherwise or Plan()) for hold in self.held.values() if hold.paused
+            hold.told(otherwise or Plan()) for hold in self.held.values() if not hold.unchosen
         ]
         hook_error = self.context.hook_error
         notes = [hook_error] if hook_error is not None and self.desired.hook is not None else []
@@ -285,7 +285,7 @@ class _Round:
         """
         alive = [workload for workload in workloads(self.observed) if is_alive(workload)]
         # What was not chosen does not keep a GPU from those that were.
-        unchosen = {hold.instance for hold in self.held.values() if not hold.paused}
+        unchosen = {hold.instance for hold in self.held.values() if hold.unchosen}
         followers = [item for item in wanted if item.instance.id not in unchosen]
         while True:
             stops = departures(
@@ -310,7 +310,8 @@ class _Round:
         name = f"GPU {self.gpus[what].index}" if what in self.gpus else what
         instance = workload.identity.instance
         if (hold := self.held.get(instance)) is not None:
-            reason = f"{name} is still held by {instance}, {hold.reason}"
+            joint = ":" if hold.doubted else ","
+            reason = f"{name} is still held by {instance}{joint} {hold.reason}"
             return blocked(item, reason, hint=hold.hint)
         if any(workload is other.match for other in self.assessments):
             why = "which is to keep it"

@@ -32,6 +32,11 @@ from typing import Any
 RECORD = "record.json"
 EXIT = "exit.json"
 LOG = "log"
+NAME = "mic-keeper"
+MAIN = "MIC_MAIN"
+"""Variable "PID:TICKS:PID:TICKS" of a main process: itself and its keeper, each by PID and start
+time. Whoever copied the environment, or inherited it, is not who it names.
+"""
 
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -162,7 +167,9 @@ class Keeper:
             self._set_up()
             if os.read(barrier, 1):
                 command = self.payload["command"]
-                os.execvpe(command[0], command, self.payload["env"])
+                names = [f"{pid}:{start_time(pid)}" for pid in (os.getpid(), os.getppid())]
+                environment = {**self.payload["env"], MAIN: ":".join(names)}
+                os.execvpe(command[0], command, environment)
         except Exception as error:  # noqa: BLE001 - whatever it is, only the pipe can tell of it
             os.write(report, str(error).encode()[:4000])
         finally:
@@ -278,7 +285,11 @@ class Keeper:
             "error": error,
         }
         try:
-            write_json(self.directory, EXIT, document)
+            try:
+                write_json(self.directory, EXIT, document)
+            except FileNotFoundError:  # it was deleted; there may be another one in its place
+                self.directory = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                write_json(self.directory, EXIT, document)
         except OSError as problem:
             sys.stderr.write(f"mic keeper: cannot write {EXIT}: {problem}\n")
 
@@ -293,7 +304,7 @@ def _become_subreaper() -> None:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_NAME, b"mic-keeper", 0, 0, 0)
+    libc.prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 

@@ -21,10 +21,11 @@ def watch(paths: Callable[[], Iterable[Path]], stop: threading.Event) -> Iterato
 
     A process that starts and ends between two looks is told of as well; what had ended before the
     first look is not. Where a keeper is killed, its record is told of, and again when its child
-    ends.
+    ends. So is a record that cannot be read any more, or is gone, while its process ran.
     """
     watched: dict[str, tuple[str, int]] = {}  # run -> (name, pidfd)
     known: set[str] | None = None  # runs that were told of, or had ended at the first look
+    before: dict[str, str] = {}  # what ran at the last look
     poll = select.poll()
     try:
         while not stop.is_set():
@@ -34,6 +35,9 @@ def watch(paths: Callable[[], Iterable[Path]], stop: threading.Event) -> Iterato
             )
             known = set(over)
             yield from (over[run] for run in fresh)
+            lost = (before.keys() & watched.keys()) - {*running, *over}  # and not told of as ended
+            yield from (before[run] for run in lost)
+            before = {run: name for run, (name, _) in running.items()}
             for run, (name, pid) in running.items():
                 if run not in watched and (handle := _open(pid)) is not None:
                     watched[run] = (name, handle)
@@ -73,7 +77,7 @@ def _look(paths: Iterable[Path]) -> tuple[dict[str, tuple[str, int]], dict[str, 
 
 def _pid(path: Path, record: Record) -> int | None:
     """Whose end is the end: the keeper's, which comes after the exit status is written."""
-    if records.load_exit(path, record.run_id) is None:
+    if records.read_exit(path, record.run_id)[0] is None:
         for anchor in (record.keeper, record.child):
             if anchor is not None and anchor.runs():
                 return anchor.pid

@@ -11,24 +11,29 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
+import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mic_supervisor import clocks
 from mic_supervisor.model import Identity, ObservedWorkload, RunState
 from mic_supervisor.runtimes import procfs
 from mic_supervisor.runtimes.keeper import EXIT, RECORD, write_json
 
+T = TypeVar("T")
+
 VERSION = 1
 PREVIOUS = "previous"
 RUN_ID = "MIC_RUN_ID"
 LOST = "its keeper was killed; exit status lost"
+_LARGEST = 1 << 20  # bytes of a file that is read
 
 
 class BadRecord(Exception):
@@ -133,19 +138,30 @@ def _plain(value: Any) -> Any:
 
 def _document(path: Path) -> dict[str, Any] | None:
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # Without waiting: a pipe has no writer.
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BadRecord(f"{path.name} cannot be read: {error.strerror}") from error
-    with os.fdopen(handle, "rb") as file:
+    try:
+        there = os.fstat(handle)
+        if not stat.S_ISREG(there.st_mode):
+            raise BadRecord(f"{path.name} is not a regular file")
         # What anybody else could have written names whatever they like.
-        if os.fstat(handle).st_uid not in (0, os.geteuid()):
+        if there.st_uid not in (0, os.geteuid()):
             raise BadRecord(f"{path.name} belongs to another user")
-        try:
-            document = json.loads(file.read())
-        except ValueError as error:
-            raise BadRecord(f"{path.name} is not JSON: {error}") from error
+        text = os.read(handle, _LARGEST + 1)
+    except OSError as error:
+        raise BadRecord(f"{path.name} cannot be read: {error.strerror}") from error
+    finally:
+        os.close(handle)
+    if len(text) > _LARGEST:
+        raise BadRecord(f"{path.name} has more than {_LARGEST} bytes")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{path.name} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise BadRecord(f"{path.name} is not a JSON object")
     return document
@@ -159,33 +175,65 @@ def load(path: Path) -> Record | None:
     if document.get("version") != VERSION:
         raise BadRecord(f"{RECORD} has version {document.get('version')!r}, not {VERSION}")
     try:
-        identity = document["identity"]
         return Record(
             name=path.name,
-            identity=Identity(
-                **{**identity, "gpus": tuple(identity["gpus"]), "ports": dict(identity["ports"])}
-            ),
-            run_id=str(document["run_id"]),
-            boot_id=document["boot_id"],
-            pid_namespace=document["pid_namespace"],
-            created_at=float(document["created_at"]),
+            identity=_identity(_a(dict, document["identity"])),
+            run_id=_a(str, document["run_id"]),
+            boot_id=_a(str, document["boot_id"]),
+            pid_namespace=_a(str, document["pid_namespace"]),
+            created_at=_number(document["created_at"]),
             keeper=_anchor(document.get("keeper")),
             child=_anchor(document.get("child")),
-            started_at=document.get("started_at"),
-            user=document.get("user"),
-            working_dir=document["working_dir"],
+            started_at=_or_none(_number, document.get("started_at")),
+            user=_or_none(_string, document.get("user")),
+            working_dir=_a(str, document["working_dir"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BadRecord(f"{RECORD} is incomplete: {error!r}") from error
 
 
+def _identity(document: dict[str, Any]) -> Identity:
+    texts = ("scope", "host", "instance", "model", "backend", "spec_hash", "origin")
+    return Identity(
+        gpus=tuple(_a(str, gpu) for gpu in _a(list, document["gpus"])),
+        ports={name: _a(int, port) for name, port in _a(dict, document["ports"]).items()},
+        spec=_or_none(lambda spec: _a(dict, spec), document["spec"]),
+        schema=_a(int, document["schema"]),
+        **{name: _a(str, document[name]) for name in texts},
+    )
+
+
 def _anchor(document: Any) -> Anchor | None:
     if document is None:
         return None
-    pid, start_time = int(document["pid"]), int(document["start_time"])
+    pid, start_time = _a(int, document["pid"]), _a(int, document["start_time"])
     if pid <= 1:
         raise ValueError(f"PID {pid}")
     return Anchor(pid, start_time)
+
+
+def _a(kind: type[T], value: Any) -> T:
+    """The value, which is of that kind. Raises TypeError."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} instead of {kind.__name__}")
+    return value
+
+
+def _string(value: Any) -> str:
+    return _a(str, value)
+
+
+def _number(value: Any) -> float:
+    """Raises TypeError, and ValueError for what is not finite."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{value!r} instead of a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def _or_none(read: Callable[[Any], T], value: Any) -> T | None:
+    return None if value is None else read(value)
 
 
 def load_exit(path: Path, run_id: str) -> Exit | None:
@@ -193,31 +241,56 @@ def load_exit(path: Path, run_id: str) -> Exit | None:
     document = _document(path / EXIT)
     if document is None or document.get("run_id") != run_id:
         return None
-    return Exit(
-        document.get("exit_code"),
-        document.get("signal"),
-        document.get("finished_at"),
-        document.get("error"),
-    )
+    try:
+        return Exit(
+            _or_none(lambda code: _a(int, code), document.get("exit_code")),
+            _or_none(lambda number: _a(int, number), document.get("signal")),
+            _or_none(_number, document.get("finished_at")),
+            _or_none(_string, document.get("error")),
+        )
+    except (TypeError, ValueError) as error:
+        raise BadRecord(f"{EXIT} is incomplete: {error!r}") from error
+
+
+def read_exit(path: Path, run_id: str) -> tuple[Exit | None, str | None]:
+    """As `load_exit`, and why it cannot be read: a damaged exit status says nothing of the rest."""
+    try:
+        return load_exit(path, run_id), None
+    except BadRecord as error:
+        return None, f"its exit status is lost: {error}"
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a record anew, in a directory that is made if need be. Raises OSError."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    document = record.document()
+    for name, anchor in (("keeper", record.keeper), ("child", record.child)):
+        if anchor is not None:
+            document[name] = {"pid": anchor.pid, "start_time": anchor.start_time}
+    _write(path, RECORD, {**document, "started_at": record.started_at})
+
+
+def _write(path: Path, name: str, document: dict[str, Any]) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if (path / name).is_dir() and not (path / name).is_symlink():
+            # Nothing can be renamed over a directory.
+            (path / name).rename(path / f".{name}.{time.monotonic_ns()}")
+        write_json(handle, name, document)
+    finally:
+        os.close(handle)
 
 
 def write_exit(path: Path, record: Record, error: str, at: float) -> None:
     """For a run whose keeper could not do it. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        write_json(
-            handle,
-            EXIT,
-            {
-                "run_id": record.run_id,
-                "exit_code": None,
-                "signal": None,
-                "finished_at": at,
-                "error": error,
-            },
-        )
-    finally:
-        os.close(handle)
+    document = {
+        "run_id": record.run_id,
+        "exit_code": None,
+        "signal": None,
+        "finished_at": at,
+        "error": error,
+    }
+    _write(path, EXIT, document)
 
 
 # --- judging ----------------------------------------------------------------------------------
@@ -250,7 +323,7 @@ def members(path: Path, record: Record, also: Mapping[int, int] | None = None) -
     if record.keeper is not None and record.keeper.runs():
         # Asked anew: it may have been born, or have lost its parent, since the table was read.
         named = {pid for pid in named if procfs.ancestors(pid) & roots}
-    elif load_exit(path, record.run_id) is not None:
+    elif read_exit(path, record.run_id)[0] is not None:
         named = set()
     found |= named
     found -= {os.getpid(), record.keeper.pid if record.keeper else 0}
@@ -281,7 +354,7 @@ def judge(path: Path, record: Record, here: Machine, *, held: bool = False) -> O
 
     Raises BadRecord, and OSError when /proc cannot be read.
     """
-    ended = load_exit(path, record.run_id)
+    ended, unread = read_exit(path, record.run_id)
     if ended is not None:
         return _observed(record, RunState.EXITED, ended)
     if record.boot_id != here.boot:
@@ -305,19 +378,25 @@ def judge(path: Path, record: Record, here: Machine, *, held: bool = False) -> O
     if record.child.runs():
         reason = "its keeper was killed: its exit status will be lost"
         return _observed(record, RunState.RUNNING, pid=record.child.pid, error=reason)
-    ended = load_exit(path, record.run_id)
+    if not held and is_locked(path):
+        ended, _ = read_exit(path, record.run_id)
+        if ended is not None:
+            return _observed(record, RunState.EXITED, ended)
+        raise BadRecord(f"{RECORD} names a run that is over, and another one holds its directory")
+    lost = unread or LOST
+    ended, _ = read_exit(path, record.run_id)
     remains = members(path, record) if ended is None else {}
     if remains:
         pids = ", ".join(str(pid) for pid in sorted(remains))
-        return _observed(record, RunState.EXITED, error=f"{LOST}; PID {pids} of it still run")
-    return _settled(path, record, LOST)
+        return _observed(record, RunState.EXITED, error=f"{lost}; PID {pids} of it still run")
+    return _settled(path, record, lost)
 
 
 def _settled(
     path: Path, record: Record, error: str, state: RunState = RunState.EXITED
 ) -> ObservedWorkload:
     """Look for the exit status once more: it may have been written between two looks."""
-    ended = load_exit(path, record.run_id)
+    ended, _ = read_exit(path, record.run_id)
     if ended is not None:
         return _observed(record, RunState.EXITED, ended)
     return _observed(record, state, error=error)

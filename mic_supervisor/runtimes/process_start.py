@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor.errors import RuntimeRefused
-from mic_supervisor.model import ProcessSpec
+from mic_supervisor.model import Launch, ProcessSpec
 from mic_supervisor.runtimes import keeper, process_stop, procfs
 from mic_supervisor.runtimes import process_checks as checks
 from mic_supervisor.runtimes import process_records as records
 from mic_supervisor.runtimes.process_records import BadRecord, Record
 from mic_supervisor.runtimes.process_stop import Options
+from mic_supervisor.runtimes.systemd_unit import IDENTITY, identity_variables
 
 START_TIMEOUT = 30.0
 """Seconds after which a start that gives no answer has failed."""
@@ -95,9 +96,7 @@ def _payload(record: Record, spec: ProcessSpec, options: Options) -> dict[str, A
         "command": list(spec.command),
         "env": {
             **checks.environment(spec, who),
-            "MIC_SCOPE": record.identity.scope,
-            "MIC_INSTANCE": record.identity.instance,
-            "MIC_SPEC_HASH": record.identity.spec_hash,
+            **_variables(record, spec),
             records.RUN_ID: record.run_id,
         },
         "working_dir": record.working_dir,
@@ -111,6 +110,10 @@ def _payload(record: Record, spec: ProcessSpec, options: Options) -> dict[str, A
     }
 
 
+def _variables(record: Record, spec: ProcessSpec) -> dict[str, str]:
+    return identity_variables(Launch(record.name, "subprocess", record.identity, spec))
+
+
 def _spawn(path: Path, record: Record, spec: ProcessSpec, handle: int, options: Options) -> None:
     payload = json.dumps(_payload(record, spec, options)).encode()
     process = subprocess.Popen(
@@ -120,7 +123,13 @@ def _spawn(path: Path, record: Record, spec: ProcessSpec, handle: int, options: 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         pass_fds=(handle,),
-        env={"PATH": checks.DEFAULT_PATH, "LANG": "C.UTF-8"},
+        env={
+            "PATH": checks.DEFAULT_PATH,
+            "LANG": "C.UTF-8",
+            # Whose it is, should the record be lost.
+            IDENTITY: _variables(record, spec)[IDENTITY],
+            records.RUN_ID: record.run_id,
+        },
         cwd="/",
         start_new_session=True,
     )

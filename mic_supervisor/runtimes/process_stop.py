@@ -50,7 +50,7 @@ def end_remains(
 
     TERM, then KILL after `remains_grace`, as a keeper does. Raises StopFailed, OSError, BadRecord.
     """
-    if records.load_exit(path, record.run_id) is not None:
+    if records.read_exit(path, record.run_id)[0] is not None:
         return
     here = records.machine()
     if (record.boot_id, record.pid_namespace) == (here.boot, here.namespace):
@@ -66,7 +66,7 @@ def await_exit_status(path: Path, record: Record, *, at: float) -> None:
             procfs.send_signal(record.keeper.pid, record.keeper.start_time, signal.SIGKILL)
             break
         time.sleep(0.005)
-    if path.exists() and records.load_exit(path, record.run_id) is None:
+    if path.exists() and records.read_exit(path, record.run_id)[0] is None:
         records.write_exit(path, record, records.LOST, at)
 
 

@@ -172,6 +172,23 @@ def with_environ(name: str, values: Collection[str]) -> dict[int, str]:
     return found
 
 
+def command_line(pid: int) -> list[str]:
+    """The arguments of `pid`; empty when it is gone, or is a zombie."""
+    text = _read(f"/proc/{pid}/cmdline") or b""
+    return [os.fsdecode(item) for item in text.split(b"\0")[:-1]]
+
+
+def user_ids(pid: int) -> set[int]:
+    """The real, effective, saved and file system user of `pid`; empty when it is gone.
+
+    All four: a set-user-ID program has the environment that whoever started it has made.
+    """
+    for line in (_read(f"/proc/{pid}/status") or b"").splitlines():
+        if line.startswith(b"Uid:"):
+            return {int(field) for field in line.split()[1:]}
+    return set()
+
+
 def send_signal(pid: int, started: int, number: int) -> bool:
     """Signal exactly the process that `pid` and `started` name; False when it no longer runs.
 
@@ -195,9 +212,9 @@ def send_signal(pid: int, started: int, number: int) -> bool:
     return True
 
 
-def pid_namespace() -> str:
-    """ "pid:[4026531836]": PIDs can be compared only within one."""
-    return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - a magic link, not a path
+def pid_namespace(pid: int | str = "self") -> str:
+    """ "pid:[4026531836]": PIDs can be compared only within one. Raises OSError."""
+    return os.readlink(f"/proc/{pid}/ns/pid")  # noqa: PTH115 - a magic link, not a path
 
 
 def service_of(cgroup: str) -> str | None:

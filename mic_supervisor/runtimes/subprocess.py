@@ -30,7 +30,6 @@ from mic_supervisor.model import (
     ProcessSpec,
     RunState,
     RuntimeView,
-    Stranger,
 )
 from mic_supervisor.runtimes import (
     Progress,
@@ -47,9 +46,9 @@ from mic_supervisor.runtimes.copies import GivenName
 from mic_supervisor.runtimes.process_records import BadRecord, Record
 from mic_supervisor.runtimes.process_start import START_TIMEOUT
 from mic_supervisor.runtimes.process_stop import Options
+from mic_supervisor.runtimes.process_view import ProcessView
 
 _REMOVE_PATIENCE = 3.0  # seconds for a keeper that has written the exit status to be gone
-_STRAY_PAUSE = 10.0  # seconds between two walks through every environment
 
 
 class SubprocessRuntime:
@@ -59,7 +58,8 @@ class SubprocessRuntime:
     at `log_max_size` bytes, `log_files` are kept. `kill_timeout` is how many seconds a tree may
     take to die of KILL: a driver may need long to take a GPU's memory back. What a main process
     leaves behind when it ends has `remains_grace` seconds between TERM and KILL. `given_name` tells
-    copies of records from records: see copies.py.
+    copies of records from records: see copies.py. `mends`: records that were damaged or lost
+    are written again, which is for who has the scope's lock.
     """
 
     name = "subprocess"
@@ -77,11 +77,10 @@ class SubprocessRuntime:
         log_files: int = 3,
         kill_timeout: float = 30.0,
         remains_grace: float = 2.0,
+        mends: bool = False,
         enclosing_service: Callable[[], str | None] = procfs.enclosing_service,
         given_name: GivenName | None = None,
     ) -> None:
-        self._scope = scope
-        self._host = host
         self._directory = directory
         self._clock = clock  # for what is told
         self._steady = steady
@@ -91,95 +90,25 @@ class SubprocessRuntime:
         self._guard = threading.Lock()
         self._turns: dict[str, threading.Lock] = {}
         self._launches: dict[str, Launch] = {}
-        self._strays: tuple[float, tuple[Stranger, ...]] | None = None
+        self._view = ProcessView(
+            scope,
+            host,
+            directory,
+            steady,
+            mends=mends,
+            given_name=given_name,
+            turn=self._turn_of,
+        )
 
     # --- what runs ------------------------------------------------------------------------
 
     def observe(self) -> RuntimeView:
         """Everything that the records name, and processes of this scope that no record names."""
-        found: list[ObservedWorkload] = []
-        strangers: list[Stranger] = []
         try:
-            here = records.machine()
-            for path in self._paths():
-                try:
-                    record = self._load_ours(path)
-                    if record is not None:  # else: cut short before it could write anything
-                        found.append(records.judge(path, record, here))
-                except FileNotFoundError:
-                    continue  # removed since it was listed
-                except BadRecord as error:
-                    strangers.append(self._stranger(path, error))
-            strangers += self._find_strays()
+            workloads, strangers = self._view.look()
         except OSError as error:
             return RuntimeView(self.name, error=f"cannot read the process records: {error}")
-        return RuntimeView(self.name, tuple(found), tuple(strangers))
-
-    def _stranger(self, path: Path, error: BadRecord) -> Stranger:
-        try:
-            running = records.is_locked(path)
-        except OSError:
-            running = True  # unknown is never absent
-        return Stranger(self.name, path.name, path.name, (), running, str(error), error.claims)
-
-    def _paths(self) -> list[Path]:
-        try:
-            paths = sorted(self._directory.iterdir())
-        except FileNotFoundError:
-            return []
-        return [path for path in paths if not path.name.startswith(".") and path.is_dir()]
-
-    def _load_ours(self, path: Path) -> Record | None:
-        """The record in `path`; None when there is none. Raises BadRecord for another's, too."""
-        record = records.load(path)
-        if record is not None and record.identity.scope != self._scope:
-            raise BadRecord(f"it belongs to scope {record.identity.scope}")
-        if record is not None and record.identity.host != self._host:
-            raise BadRecord("it was started on another machine")
-        if record is not None and self._given_name is not None:
-            name = self._given_name(record.identity)
-            if path.name != name:  # `cp -r`: what it names is what the original names
-                raise BadRecord(
-                    f"it is a copy of the record of {name}", claims=record.identity.instance
-                )
-        return record
-
-    def _find_strays(self) -> tuple[Stranger, ...]:
-        """Processes that carry our scope, and a run that no record names any more."""
-        now = self._steady()
-        if self._strays is not None and now - self._strays[0] < _STRAY_PAUSE:
-            return self._strays[1]
-        found: dict[str, tuple[int, str]] = {}
-        for pid in sorted(procfs.with_environ("MIC_SCOPE", [self._scope])):
-            variables = procfs.environ(pid) or {}
-            run = variables.get(records.RUN_ID)
-            if run is not None and run not in found:
-                found[run] = (pid, variables.get("MIC_INSTANCE", "?"))
-        # After the processes: a record is older than all that carries its run.
-        runs = self._runs() if found else set()
-        strays = tuple(
-            Stranger(
-                self.name,
-                instance,
-                f"PID {pid}",
-                reason=f"it was started for {instance}, and its record is gone",
-            )
-            for run, (pid, instance) in found.items()
-            if run not in runs and procfs.stat(pid) is not None
-        )
-        self._strays = (now, strays)
-        return strays
-
-    def _runs(self) -> set[str]:
-        found = set()
-        for path in self._paths():
-            try:
-                record = records.load(path)
-            except BadRecord:
-                continue
-            if record is not None:
-                found.add(record.run_id)
-        return found
+        return RuntimeView(self.name, workloads, strangers)
 
     # --- starting -------------------------------------------------------------------------
 
@@ -217,6 +146,12 @@ class SubprocessRuntime:
         try:
             process_dirs.make(spec)
             with self._turn(launch.name):
+                twin = self._view.twin(launch, spec)
+                if twin is not None:
+                    raise RuntimeRefused(
+                        f"cannot start {launch.name}: {twin}",
+                        hint="see `mic-supervisor status`, which tells what to do",
+                    )
                 handle = self._lock_for_start(path, launch)
                 if handle is None:
                     return
@@ -261,7 +196,7 @@ class SubprocessRuntime:
         `held`: the lock on the record is ours.
         """
         try:
-            record = self._load_ours(path)
+            record = self._view.load(path)
             if record is None:
                 return False
             seen = records.judge(path, record, records.machine(), held=held)
@@ -330,7 +265,7 @@ class SubprocessRuntime:
         """The record, once a start that is under way has come to its end; None when it is gone."""
         give_up = time.monotonic() + START_TIMEOUT
         while True:
-            record = self._load_ours(path)
+            record = self._view.load(path)
             if record is None or record.child is not None or not records.is_locked(path):
                 return record
             if time.monotonic() >= give_up:
@@ -338,6 +273,8 @@ class SubprocessRuntime:
             time.sleep(0.02)
 
     def _clear(self, path: Path, record: Record, seen: ObservedWorkload) -> None:
+        if records.read_exit(path, record.run_id)[0] is None:
+            self._view.refuse_to_end(record)
         process_stop.end_remains(path, record, seen, self._options, at=self._clock())
 
     def remove(self, workload: ObservedWorkload) -> None:
@@ -347,7 +284,7 @@ class SubprocessRuntime:
         with self._turn(workload.name), self._explained(action, RuntimeRefused):
             if not path.exists():
                 return
-            record = self._load_ours(path)
+            record = self._view.load(path)
             if record is not None:
                 seen = records.judge(path, record, records.machine())
                 if seen.state is not RunState.EXITED:
@@ -415,16 +352,16 @@ class SubprocessRuntime:
         RuntimeUnavailable when the records cannot be listed.
         """
         with self._explained("watch the process records", RuntimeUnavailable):
-            for path in self._paths():
+            for path in self._view.paths():
                 self._finish(path)
-            for name in process_events.watch(self._paths, stop):
+            for name in process_events.watch(self._view.paths, stop):
                 self._finish(self._directory / name)
                 yield name
 
     def _finish(self, path: Path) -> None:
         # A failure is told of by `observe`, and by `start` and `stop`, which try again.
         with self._turn(path.name), suppress(MicError, BadRecord, OSError):
-            record = self._load_ours(path)
+            record = self._view.load(path)
             if record is not None and record.child is not None:
                 seen = records.judge(path, record, records.machine())
                 if seen.state is RunState.EXITED:
@@ -435,10 +372,12 @@ class SubprocessRuntime:
     @contextmanager
     def _turn(self, name: str) -> Iterator[None]:
         """One thread at a time changes a record."""
-        with self._guard:
-            turn = self._turns.setdefault(name, threading.Lock())
-        with turn:
+        with self._turn_of(name):
             yield
+
+    def _turn_of(self, name: str) -> threading.Lock:
+        with self._guard:
+            return self._turns.setdefault(name, threading.Lock())
 
     @contextmanager
     def _explained(self, action: str, kind: type[MicError]) -> Iterator[None]:

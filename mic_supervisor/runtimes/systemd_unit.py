@@ -94,7 +94,7 @@ def name_of(path: str) -> str:
 
 
 def identity_variables(launch: Launch) -> dict[str, str]:
-    """What tells a unit, and every process in it, whose it is. Holds no secret."""
+    """What tells a workload, and every process in it, whose it is. Holds no secret."""
     identity = launch.identity
     document = {
         "version": VERSION,
@@ -148,6 +148,12 @@ def identity_of(variables: Mapping[str, str]) -> tuple[str, Identity] | str:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {IDENTITY} cannot be read: {error!r}"
+
+
+def unknown_identity(scope: str, host: str, instance: str, spec_hash: str = "") -> Identity:
+    """Of what no more is known of than whose it is: its model is what the id says."""
+    model = instance.rpartition("-")[0] or instance
+    return Identity(scope, host, instance, model, "", (), {}, None, spec_hash)
 
 
 # --- the environment --------------------------------------------------------------------------

@@ -6,16 +6,18 @@ epoch, or on the monotonic clock, and 0 is never.
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mic_supervisor import clocks
-from mic_supervisor.model import ObservedWorkload, RunState, Stranger
-from mic_supervisor.runtimes.systemd_unit import identity_of, unit_name
+from mic_supervisor.model import Doubt, ObservedWorkload, RunState, Stranger
+from mic_supervisor.runtimes.systemd_unit import SLICE, identity_of, unit_name, unknown_identity
 
 RUNTIME = "systemd"
+_NAMED = re.compile(r"-[0-9a-f]{8}$")  # how the name of every workload ends, see plan/launch.py
 
 # "refreshing" and whatever later versions add is left UNKNOWN.
 _HELD = frozenset({"active", "reloading", "activating", "deactivating"})
@@ -135,6 +137,8 @@ def judge(unit: Unit, scope: str, host: str) -> ObservedWorkload | Stranger:
     """What a unit is to us."""
     reason = stranger_reason(unit, scope, host)
     found = identity_of(unit.variables)
+    if isinstance(found, str) and (doubted := _doubted(unit, scope, host, found)) is not None:
+        return doubted
     if reason is not None or isinstance(found, str):
         running = not unit.is_over
         claims = None
@@ -160,6 +164,40 @@ def judge(unit: Unit, scope: str, host: str) -> ObservedWorkload | Stranger:
         running_since=began,
         finished_at=unit.seconds("ExecMainExitTimestamp") if over else None,
         error=error,
+    )
+
+
+def _doubted(unit: Unit, scope: str, host: str, why: str) -> ObservedWorkload | None:
+    """A unit that nobody else can have made, runs, and does not tell what it is; else None.
+
+    PID 1 says that it is transient and in our slice, and only root can have told it to make it so.
+    """
+    name = unit.name.removesuffix(".service")
+    instance = name.removeprefix(f"mic-{scope}-")
+    ours = unit.properties.get("Transient") is True and (
+        unit.text("Slice") == SLICE or _NAMED.search(name) is not None
+    )
+    if not ours or instance == name or (unit.is_over and not unit.remains):
+        return None
+    variables = unit.variables
+    if variables.get("MIC_SCOPE", scope) != scope:
+        return None
+    instance = variables.get("MIC_INSTANCE") or _NAMED.sub("", instance)
+    pid = unit.main_pid or (unit.remains[0].pid if unit.remains else None)
+    who = f"PID {pid}" if pid is not None else "it"
+    reason = f"what it is cannot be told: {why}; {who} runs, and is left as it is"
+    hint = f"see `systemctl status {unit.name}`; when it is not wanted: systemctl stop {unit.name}"
+    return ObservedWorkload(
+        runtime=RUNTIME,
+        name=name,
+        ref=unit.name,
+        identity=unknown_identity(scope, host, instance),
+        state=RunState.UNKNOWN,
+        pid=pid,
+        created_at=unit.begun,
+        started_at=unit.seconds("ExecMainStartTimestamp"),
+        error=reason,
+        doubt=Doubt(reason, hint),
     )
 
 

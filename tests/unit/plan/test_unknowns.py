@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mic_supervisor.model import (
+    Doubt,
     RunState,
     UnopenedGpu,
 )
+from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.spec import SpecKey
 from tests.unit.plan.builders import (
     CONTEXT,
@@ -95,6 +97,39 @@ def test_a_workload_whose_state_cannot_be_read_counts_as_holding_its_gpu() -> No
     old = workload(on("face", 0), RunState.UNKNOWN)
     plan = plan_for([MAM], observed(old))
     assert "release MAM-aaaaaaaa <- stop old, create MAM-aaaaaaaa" in shortly(plan, old=old)
+
+
+DOUBT = Doubt("its record is gone; PID 7 runs, and is left as it is", "kill 7")
+
+
+def test_what_is_in_doubt_is_left_as_it_is_with_its_gpus() -> None:
+    mine = replace(workload(changed(MAM, image="mam:0"), RunState.UNKNOWN), doubt=DOUBT)
+    assert text(plan_for([MAM], observed(mine))) == (
+        f"! blocked  MAM-aaaaaaaa on GPU 0: {DOUBT.reason}\n"
+        "    hint: kill 7\n"
+        "\n"
+        "No changes; 1 blocked.\n"
+    )
+
+
+def test_what_is_in_doubt_keeps_another_model_from_its_gpu_and_from_no_other() -> None:
+    old = replace(workload(on("face", 0), RunState.UNKNOWN), doubt=DOUBT)
+    plan = plan_for([MAM, on("MAM", 1)], observed(old))
+    told = {item.instance: item.reason for item in plan.blocked}
+    assert told == {
+        "face-aaaaaaaa": DOUBT.reason,
+        "MAM-aaaaaaaa": f"GPU 0 is still held by face-aaaaaaaa: {DOUBT.reason}",
+    }
+    assert [change.instance for change in plan.changes] == ["MAM-bbbbbbbb"]
+
+
+def test_of_two_the_one_that_is_in_no_doubt_is_the_instance() -> None:
+    sure = workload(MAM)
+    other = replace(workload(MAM, RunState.UNKNOWN), name="other", doubt=DOUBT, created_at=9e9)
+    plan = plan_for([MAM], observed(sure, other))
+    assert plan.count == 0
+    (item,) = assess(desired(MAM), observed(sure, other), CONTEXT)
+    assert item.match is sure
 
 
 def test_an_earlier_one_whose_label_names_no_gpu_is_taken_to_hold_the_instances() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import getpass
+import json
 import os
 import pwd
 import signal
@@ -57,12 +58,16 @@ def test_the_environment_is_exact(world: World, monkeypatch: pytest.MonkeyPatch)
     world.await_state("one", "exited")
     text = (world.directory / "one" / "log").read_text()
     found = dict(item.split("=", 1) for item in text.split("\0") if item)
+    main, its_keeper = world.record("one")["child"], world.record("one")["keeper"]
+    assert json.loads(found["MIC_IDENTITY"])["gpus"] == ["GPU-1", "GPU-2"]
     assert found == {
         "B": "2=3\n4",
         "HOME": pwd.getpwuid(os.geteuid()).pw_dir,
         "LANG": "de_DE.UTF-8",
         "LEER": "",
+        "MIC_IDENTITY": found["MIC_IDENTITY"],
         "MIC_INSTANCE": "one",
+        "MIC_MAIN": "{}:{}:{}:{}".format(*main.values(), *its_keeper.values()),
         "MIC_RUN_ID": world.record("one")["run_id"],
         "MIC_SCOPE": world.scope,
         "MIC_SPEC_HASH": "0badcafe",

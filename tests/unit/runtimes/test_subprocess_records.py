@@ -25,8 +25,9 @@ from mic_supervisor.errors import RuntimeRefused, StopFailed
 from mic_supervisor.model import Identity, RunState, Stranger
 from mic_supervisor.runtimes import process_records as records
 from mic_supervisor.runtimes.process_records import BadRecord, Exit, Record
+from mic_supervisor.runtimes.subprocess import SubprocessRuntime
 from tests.support.waiting import until
-from tests.unit.runtimes.process_world import World, runs
+from tests.unit.runtimes.process_world import HOST, World, runs, sh
 
 
 def change(world: World, name: str, **members: Any) -> None:
@@ -62,11 +63,13 @@ def test_a_record_that_cannot_be_read_is_reported_and_not_touched(
     record = world.directory / "one" / "record.json"
     before = record.read_text()
     record.write_text(text)
-    view = world.make().observe()
-    assert [one.name for one in view.workloads] == ["two"]
-    stranger = view.strangers[0]
-    assert (stranger.name, stranger.running) == ("one", True)
-    assert stranger.reason.startswith(reason)
+    found = {one.name: one for one in world.make().observe().workloads}
+    assert sorted(found) == ["one", "two"]
+    doubt = found["one"].doubt
+    assert (found["one"].state, found["two"].doubt) == (RunState.UNKNOWN, None)
+    assert doubt is not None
+    assert doubt.reason.startswith(f"its record cannot be believed: {reason}")
+    assert doubt.reason.endswith(f"; PID {seen.pid} runs, and is left as it is")
     with pytest.raises(StopFailed, match="its record is not to be trusted"):
         world.runtime.stop(seen, signal="SIGTERM", grace=1)
     with pytest.raises(RuntimeRefused, match="its record is not to be trusted"):
@@ -93,8 +96,9 @@ def test_a_record_in_the_way_is_not_replaced(world: World) -> None:
 def test_a_record_that_another_user_wrote_is_not_believed(world: World) -> None:
     seen = world.start("one", ("sleep", "60"))
     os.chown(world.directory / "one" / "record.json", 12345, 12345)
-    (stranger,) = world.make().observe().strangers[:1]
-    assert stranger.reason == "record.json belongs to another user"
+    (found,) = world.make().observe().workloads
+    assert found.doubt is not None
+    assert "record.json belongs to another user; PID" in found.doubt.reason
     assert seen.pid is not None and runs(seen.pid)
 
 
@@ -118,11 +122,21 @@ def test_a_record_is_not_read_through_a_link(world: World) -> None:
 def test_what_belongs_to_others_is_a_stranger(
     world: World, member: str, value: str, reason: str
 ) -> None:
-    seen = world.start("one", ("sleep", "60"))
-    change(world, "one", identity={**world.record("one")["identity"], member: value})
+    mine = {"scope": world.scope, "host": HOST, member: value}
+    theirs = SubprocessRuntime(
+        mine["scope"], mine["host"], directory=world.directory, enclosing_service=lambda: None
+    )
+    launch = world.launch("one", ("sleep", "60"))
+    theirs.start(replace(launch, identity=replace(launch.identity, **{member: value})))
+    (seen,) = theirs.observe().workloads
     view = world.make().observe()
-    assert view.workloads == ()
-    assert view.strangers[0] == Stranger("subprocess", "one", "one", (), True, reason)
+    if member == "scope":
+        assert view.workloads == ()
+        assert view.strangers[0] == Stranger("subprocess", "one", "one", (), True, reason)
+    else:  # the machine's id may have changed since: the process runs here
+        (found,) = view.workloads
+        assert found.doubt is not None
+        assert found.doubt.reason.startswith("it was started under another machine id; PID ")
     for call in (
         lambda: world.runtime.stop(seen, signal="SIGTERM", grace=1),
         lambda: world.runtime.remove(seen),
@@ -130,8 +144,9 @@ def test_what_belongs_to_others_is_a_stranger(
     ):
         with pytest.raises((StopFailed, RuntimeRefused)) as raised:
             call()
-        assert reason in str(raised.value)
+        assert reason in str(raised.value) or f"PID {seen.pid} runs" in str(raised.value)
     assert seen.pid is not None and runs(seen.pid)
+    theirs.stop(seen, signal="SIGTERM", grace=5)
 
 
 def test_it_runs_since_the_kernel_started_it_whatever_its_record_says(world: World) -> None:
@@ -204,19 +219,24 @@ def test_the_exit_of_an_earlier_run_is_not_this_ones(world: World) -> None:
     assert world.look("one").state is RunState.RUNNING
 
 
-def test_a_process_without_a_record_is_a_stranger(world: World) -> None:
+def test_what_is_left_of_a_run_without_a_record_is_a_stranger(world: World) -> None:
     now = [1000.0]
-    seen = world.start("one", ("sleep", "60"))
+    seen = world.start("one", sh("sleep 61 & wait"))
     runtime = world.make(steady=lambda: now[0])
     assert runtime.observe().strangers == ()
-    (world.directory / "one").rename(world.directory / ".gone")
-    assert runtime.observe().strangers == ()  # it does not look every time
-    now[0] += 11
-    reason = "it was started for one, and its record is gone"
-    expected = (Stranger("subprocess", "one", f"PID {seen.pid}", (), True, reason),)
-    assert runtime.observe().strangers == expected
-    assert seen.pid is not None and runs(seen.pid)
+    until(lambda: len(world.alive()) == 2, "its child")
+    (left,) = {*world.alive()} - {seen.pid}
+    world.kill_keeper("one")
+    assert seen.pid is not None
     os.kill(seen.pid, signal.SIGKILL)
+    until(lambda: world.alive() == [left], "the end of the main process")
+    (world.directory / "one").rename(world.directory / ".gone")
+    reason = "it was started for one, and its record is gone"
+    expected = (Stranger("subprocess", "one", f"PID {left}", (), True, reason),)
+    now[0] += 11
+    view = runtime.observe()
+    assert (view.workloads, view.strangers) == ((), expected)
+    os.kill(left, signal.SIGKILL)
     until(lambda: not world.alive(), "the end")
     now[0] += 11
     assert runtime.observe().strangers == ()

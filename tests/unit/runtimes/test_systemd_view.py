@@ -140,6 +140,46 @@ def test_one_whose_main_process_has_ended_holds_its_gpu_until_all_is_gone() -> N
         )
 
 
+MADE = {"Transient": True, "Slice": "mic.slice", "MainPID": 7}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        [],
+        None,
+        "no list",
+        ["MIC_IDENTITY={"],
+        ['MIC_IDENTITY={"managed_by": "mic-supervisor"}'],
+        ["MIC_SCOPE=default", "MIC_INSTANCE=a"],
+    ],
+)
+def test_one_that_only_we_can_have_made_and_that_tells_nothing_is_in_doubt(
+    environment: Any,
+) -> None:
+    seen = judge(unit("active", "running", environment=environment, **MADE))
+    assert (seen.state, seen.pid, seen.identity.spec) == (RunState.UNKNOWN, 7, None)
+    assert seen.identity.instance in ("a", "a-00")
+    assert seen.doubt is not None
+    assert seen.doubt.reason.startswith("what it is cannot be told: its ")
+    assert seen.doubt.reason.endswith("; PID 7 runs, and is left as it is")
+    assert f"systemctl stop {NAME}.service" in seen.doubt.hint
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"Transient": False},  # somebody's own unit file
+        {"Slice": "system.slice"},  # systemd-run
+        {"environment": ["MIC_SCOPE=default-a"]},
+        {"ActiveState": "inactive"},
+    ],
+)
+def test_one_that_others_can_have_made_or_that_is_over_is_a_stranger(more: dict[str, Any]) -> None:
+    found = unit("active", "running", **{"environment": [], **MADE, **more})
+    assert isinstance(systemd_view.judge(found, "default", "h"), Stranger)
+
+
 @pytest.mark.parametrize("active", ["maintenance", "refreshing", ""])
 def test_a_state_that_nobody_knows_is_unknown(active: str) -> None:
     seen = judge(unit(active, "x"))
