@@ -61,6 +61,7 @@ def run(
     purpose: str,
     *,
     env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
     timeout: float = 1800,
 ) -> str:
     """Runs a command with no standard input and returns what it printed on both streams.
@@ -71,6 +72,7 @@ def run(
         done = subprocess.run(
             argv,
             env={**os.environ, **(env or {})},
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
