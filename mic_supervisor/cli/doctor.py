@@ -146,8 +146,8 @@ def _unless_away(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 def _engine(found: Settings) -> tuple[Callable[[], Any], Callable[[str], bool]]:
     """What the engine tells of itself, and whether it has an image."""
-    from mic_supervisor.runtimes.docker import DockerRuntime
-    from mic_supervisor.runtimes.docker_engine import Engine
+    from mic_supervisor.runtimes.docker.engine import Engine
+    from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 
     runtime = DockerRuntime(
         found.scope, "", base_url=found.docker_host, docker_config=None, timeout=10.0

@@ -92,7 +92,7 @@ def _running(found: Settings) -> tuple[GpuInventory, list[Proposal], list[str]]:
     from mic_supervisor.config.settings import NO_DOCKER
     from mic_supervisor.converge.kill import survey
     from mic_supervisor.converge.takeover_look import running
-    from mic_supervisor.runtimes.docker_engine import Engine
+    from mic_supervisor.runtimes.docker.engine import Engine
 
     machine = wiring.machine(found, create_key=False)
     try:

@@ -95,11 +95,11 @@ def unconfirmed(machine: Machine, config: Config) -> str | None:
 
 def _docker(found: Settings, host: str, state: StateDir) -> Runtime:
     if found.docker_host == NO_DOCKER:
-        from mic_supervisor.runtimes.docker_off import DockerOff
+        from mic_supervisor.runtimes.docker.off import DockerOff
 
         return DockerOff()
     from mic_supervisor.plan.launch import given_name
-    from mic_supervisor.runtimes.docker import DockerRuntime
+    from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 
     try:
         known = state.memory().known

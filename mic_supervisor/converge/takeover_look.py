@@ -13,7 +13,7 @@ from mic_supervisor.model import OwnerKind
 from mic_supervisor.runtimes import procfs
 
 if TYPE_CHECKING:
-    from mic_supervisor.runtimes.docker_engine import Engine
+    from mic_supervisor.runtimes.docker.engine import Engine
 
 
 def running(look: Survey, engine: Engine | None) -> tuple[list[Proposal], list[str]]:

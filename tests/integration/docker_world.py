@@ -12,7 +12,7 @@ import pytest
 
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import ContainerSpec, Identity, Launch, ObservedWorkload
-from mic_supervisor.runtimes.docker import DockerRuntime
+from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.support.waiting import until
 
 IMAGE = "mic-test/busybox:1"

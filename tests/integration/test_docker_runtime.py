@@ -24,7 +24,7 @@ from mic_supervisor.model import (
     RunState,
 )
 from mic_supervisor.runtimes import Runtime
-from mic_supervisor.runtimes.docker import DockerRuntime
+from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.integration.docker_world import (
     GPU,
     IGNORES_TERM,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mic_supervisor.runtimes.docker_streams import documents, frames, lines
+from mic_supervisor.runtimes.docker.streams import documents, frames, lines
 
 
 def frame(number: int, data: bytes) -> bytes:

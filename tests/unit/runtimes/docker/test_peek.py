@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mic_supervisor.runtimes.docker import DockerRuntime
-from mic_supervisor.runtimes.docker_peek import peek
-from tests.unit.runtimes.engine_fake import (
+from mic_supervisor.runtimes.docker.peek import peek
+from mic_supervisor.runtimes.docker.runtime import DockerRuntime
+from tests.unit.runtimes.docker.engine_fake import (
     Answer,
     FakeEngine,
     Handler,
@@ -118,7 +118,7 @@ def test_a_silent_engine_is_not_asked_a_second_time(fake: FakeEngine) -> None:
 def test_who_only_looks_does_not_import_the_sdk(fake: FakeEngine) -> None:
     code = (
         "import sys\n"
-        "from mic_supervisor.runtimes.docker import DockerRuntime\n"
+        "from mic_supervisor.runtimes.docker.runtime import DockerRuntime\n"
         "view = DockerRuntime('s', 'h', base_url=sys.argv[1], docker_config=None).observe()\n"
         "assert view.error is None, view\n"
         "print(sorted({'docker', 'requests', 'urllib3', 'http.client'} & sys.modules.keys()))\n"

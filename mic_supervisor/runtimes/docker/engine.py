@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mic_supervisor.errors import RuntimeUnavailable
-from mic_supervisor.runtimes.docker_errors import engine_errors, explain, other_version
+from mic_supervisor.runtimes.docker.errors import engine_errors, explain, other_version
 
 if TYPE_CHECKING:
     from docker import APIClient
@@ -89,7 +89,7 @@ class Engine:
         """
         if not self.local:
             return None
-        from mic_supervisor.runtimes.docker_peek import accepts, peek
+        from mic_supervisor.runtimes.docker.peek import accepts, peek
 
         try:
             answer, self._version = peek(

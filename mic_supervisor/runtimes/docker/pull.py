@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.runtimes import Progress
-from mic_supervisor.runtimes.docker_engine import Engine
-from mic_supervisor.runtimes.docker_errors import (
+from mic_supervisor.runtimes.docker.engine import Engine
+from mic_supervisor.runtimes.docker.errors import (
     is_read_timeout,
     other_version,
     said,
     tidy,
 )
-from mic_supervisor.runtimes.docker_streams import documents
+from mic_supervisor.runtimes.docker.streams import documents
 
 if TYPE_CHECKING:
     from docker import APIClient
@@ -95,7 +95,7 @@ class _Pull:
 class Puller:
     """Pulls images through one engine.
 
-    `config` is where registry credentials are, see docker_auth.registry_header. A pull fails after
+    `config` is where registry credentials are, see auth.registry_header. A pull fails after
     `silence` seconds without a word: the engine reports each layer several times a second, while it
     unpacks as well.
     """
@@ -190,7 +190,7 @@ class Puller:
     def _stream(self, what: str, image: str, show: Progress) -> None:
         from docker.utils import parse_repository_tag
 
-        from mic_supervisor.runtimes.docker_auth import registry_header
+        from mic_supervisor.runtimes.docker.auth import registry_header
 
         repository, tag = parse_repository_tag(image)
         registry = registry_of(image)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from mic_supervisor.model import Identity, ObservedWorkload, RunState
-from mic_supervisor.runtimes.docker_endings import Endings, as_ended
+from mic_supervisor.runtimes.docker.endings import Endings, as_ended
 from tests.support.waiting import until
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from mic_supervisor.model import ObservedWorkload, RunState, Stranger
 from mic_supervisor.runtimes.copies import GivenName, copies
-from mic_supervisor.runtimes.docker_create import (
+from mic_supervisor.runtimes.docker.create import (
     HOST,
     INSTANCE,
     MANAGED_BY,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.model import Identity, ObservedWorkload, RunState, Stranger
-from mic_supervisor.runtimes.docker_create import labels
-from mic_supervisor.runtimes.docker_view import detailed, split, stranger_reason
+from mic_supervisor.runtimes.docker.create import labels
+from mic_supervisor.runtimes.docker.view import detailed, split, stranger_reason
 
 IDENTITY = Identity("default", "h", "mam", "MAM", "triton", ("GPU-1",), {}, {}, "abc")
 OURS = labels(IDENTITY)

@@ -14,9 +14,9 @@ import pytest
 from mic_supervisor.errors import (
     RuntimeUnavailable,
 )
-from mic_supervisor.runtimes.docker import DockerRuntime
+from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.support.waiting import until
-from tests.unit.runtimes.engine_fake import (
+from tests.unit.runtimes.docker.engine_fake import (
     WORKLOAD,
     FakeEngine,
     Handler,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.errors import RuntimeUnavailable
 from mic_supervisor.model import ObservedWorkload
-from mic_supervisor.runtimes.docker_engine import Engine
-from mic_supervisor.runtimes.docker_errors import engine_errors
-from mic_supervisor.runtimes.docker_streams import documents, frames, lines
+from mic_supervisor.runtimes.docker.engine import Engine
+from mic_supervisor.runtimes.docker.errors import engine_errors
+from mic_supervisor.runtimes.docker.streams import documents, frames, lines
 
 if TYPE_CHECKING:
     from requests import Response

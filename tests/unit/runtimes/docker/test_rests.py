@@ -11,12 +11,12 @@ import pytest
 
 from mic_supervisor.errors import RuntimeUnavailable
 from mic_supervisor.model import ObservedWorkload, RunState
-from mic_supervisor.runtimes import docker_rests
-from mic_supervisor.runtimes.docker import DockerRuntime
-from mic_supervisor.runtimes.docker_create import labels
-from mic_supervisor.runtimes.docker_rests import Rests
+from mic_supervisor.runtimes.docker import rests as docker_rests
+from mic_supervisor.runtimes.docker.create import labels
+from mic_supervisor.runtimes.docker.rests import Rests
+from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.support.waiting import until
-from tests.unit.runtimes.engine_fake import (
+from tests.unit.runtimes.docker.engine_fake import (
     IDENTITY,
     WORKLOAD,
     FakeEngine,

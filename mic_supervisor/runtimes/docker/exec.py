@@ -10,9 +10,9 @@ from typing import Any
 
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import ObservedWorkload
-from mic_supervisor.runtimes.docker_engine import Engine
-from mic_supervisor.runtimes.docker_errors import engine_errors, explain, is_read_timeout
-from mic_supervisor.runtimes.docker_streams import frames, lines
+from mic_supervisor.runtimes.docker.engine import Engine
+from mic_supervisor.runtimes.docker.errors import engine_errors, explain, is_read_timeout
+from mic_supervisor.runtimes.docker.streams import frames, lines
 
 TIMED_OUT = 124  # what timeout(1) exits with
 _MOST = 64 << 10  # bytes of output that are kept

@@ -11,7 +11,7 @@ import socket
 import time
 from typing import Any
 
-from mic_supervisor.runtimes.docker_errors import asked_for
+from mic_supervisor.runtimes.docker.errors import asked_for
 
 _MOST = 256 << 20  # bytes of an answer
 

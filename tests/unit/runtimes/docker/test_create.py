@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.model import ContainerSpec, Identity, Launch, Limits, Mount, Port
-from mic_supervisor.runtimes.docker_create import container_config, identity_of, labels
+from mic_supervisor.runtimes.docker.create import container_config, identity_of, labels
 
 GPU = "GPU-f15ae561-7b5c-4a0c-8ab1-3a1e0c2d9f10"
 OTHER = "GPU-00000000-0000-0000-0000-000000000001"

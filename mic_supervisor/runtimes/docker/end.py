@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.errors import RuntimeRefused, StopFailed
 from mic_supervisor.model import ObservedWorkload, RunState
-from mic_supervisor.runtimes.docker_engine import Engine
-from mic_supervisor.runtimes.docker_errors import engine_errors, is_read_timeout, said
+from mic_supervisor.runtimes.docker.engine import Engine
+from mic_supervisor.runtimes.docker.errors import engine_errors, is_read_timeout, said
 
 if TYPE_CHECKING:
     from docker import APIClient

@@ -22,9 +22,9 @@ from mic_supervisor.model import (
     ContainerSpec,
     Launch,
 )
-from mic_supervisor.runtimes.docker import DockerRuntime
-from mic_supervisor.runtimes.docker_create import labels
-from tests.unit.runtimes.engine_fake import (
+from mic_supervisor.runtimes.docker.create import labels
+from mic_supervisor.runtimes.docker.runtime import DockerRuntime
+from tests.unit.runtimes.docker.engine_fake import (
     IDENTITY,
     LAUNCH,
     WORKLOAD,

@@ -15,9 +15,9 @@ from mic_supervisor.errors import (
     PreflightFailed,
     RuntimeUnavailable,
 )
-from mic_supervisor.runtimes.docker_engine import Engine
-from mic_supervisor.runtimes.docker_pull import Puller
-from tests.unit.runtimes.engine_fake import (
+from mic_supervisor.runtimes.docker.engine import Engine
+from mic_supervisor.runtimes.docker.pull import Puller
+from tests.unit.runtimes.docker.engine_fake import (
     Answer,
     FakeEngine,
     Handler,

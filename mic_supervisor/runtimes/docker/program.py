@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mic_supervisor.errors import RuntimeRefused
-from mic_supervisor.runtimes.docker_engine import Engine
+from mic_supervisor.runtimes.docker.engine import Engine
 
 # What runc falls back to when neither the image nor the specification sets PATH.
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -10,8 +10,8 @@ import requests
 import urllib3
 
 from mic_supervisor.errors import MicError, RuntimeUnavailable
-from mic_supervisor.runtimes.docker_errors import START_HINT, explain, refusal, tidy
-from mic_supervisor.runtimes.docker_pull import failure
+from mic_supervisor.runtimes.docker.errors import START_HINT, explain, refusal, tidy
+from mic_supervisor.runtimes.docker.pull import failure
 
 RUNC = "OCI runtime create failed: runc create failed: unable to start container process: "
 ENDPOINT = "driver failed programming external connectivity on endpoint mic-a (a0ade7edeee2e7e): "

@@ -23,19 +23,19 @@ from mic_supervisor.errors import (
 from mic_supervisor.model import ContainerSpec, Launch, ObservedWorkload, RuntimeView
 from mic_supervisor.runtimes import Progress
 from mic_supervisor.runtimes.copies import GivenName, known_from
-from mic_supervisor.runtimes.docker_create import (
+from mic_supervisor.runtimes.docker.create import (
     CDI_KIND,
     INSTANCE,
     MADE,
     container_config,
     ownership,
 )
-from mic_supervisor.runtimes.docker_create import labels as labels_of
-from mic_supervisor.runtimes.docker_endings import Endings, as_ended
-from mic_supervisor.runtimes.docker_engine import Engine, an_object
-from mic_supervisor.runtimes.docker_pull import Puller
-from mic_supervisor.runtimes.docker_rests import Rests
-from mic_supervisor.runtimes.docker_view import (
+from mic_supervisor.runtimes.docker.create import labels as labels_of
+from mic_supervisor.runtimes.docker.endings import Endings, as_ended
+from mic_supervisor.runtimes.docker.engine import Engine, an_object
+from mic_supervisor.runtimes.docker.pull import Puller
+from mic_supervisor.runtimes.docker.rests import Rests
+from mic_supervisor.runtimes.docker.view import (
     claims_of,
     detailed,
     labels_in,
@@ -99,7 +99,7 @@ class DockerRuntime:
 
     def observe(self) -> RuntimeView:
         """One list call: pid, started_at and finished_at stay None. What is listed as at rest is
-        inspected as well, once: see docker_rests.py. And one call for each image of a container
+        inspected as well, once: see rests.py. And one call for each image of a container
         with our labels, the first time.
         """
         what = "cannot list containers"
@@ -218,7 +218,7 @@ class DockerRuntime:
         self._puller.ensure(spec.image, progress)
 
     def create(self, launch: Launch) -> None:
-        from mic_supervisor.runtimes.docker_program import check_program
+        from mic_supervisor.runtimes.docker.program import check_program
 
         spec = _container(launch, "create")
         what = f"cannot create container {launch.name}"
@@ -307,12 +307,12 @@ class DockerRuntime:
     # --- Ending -------------------------------------------------------------------------------
 
     def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
-        from mic_supervisor.runtimes.docker_end import stop
+        from mic_supervisor.runtimes.docker.end import stop
 
         stop(self._engine, workload, signal, grace, self._kill_wait)
 
     def remove(self, workload: ObservedWorkload) -> None:
-        from mic_supervisor.runtimes.docker_end import remove
+        from mic_supervisor.runtimes.docker.end import remove
 
         remove(self._engine, f"cannot remove container {workload.name}", workload.ref)
 
@@ -322,7 +322,7 @@ class DockerRuntime:
         self, workload: ObservedWorkload, *, tail: int | None = None, follow: bool = False
     ) -> Iterator[str]:
         """Opened by the first `next`; a followed log ends with the container."""
-        from mic_supervisor.runtimes.docker_follow import log_lines
+        from mic_supervisor.runtimes.docker.follow import log_lines
 
         return log_lines(self._engine, workload, tail, follow)
 
@@ -344,7 +344,7 @@ class DockerRuntime:
         The first line says that events are being listened for: whoever wants to miss nothing looks
         at everything once then. RuntimeUnavailable when the stream breaks.
         """
-        from mic_supervisor.runtimes.docker_follow import event_lines
+        from mic_supervisor.runtimes.docker.follow import event_lines
 
         labels, endings = ownership(self._scope, self._host), self._endings
         return event_lines(self._engine, labels, stop, endings.started, endings.ended)
@@ -354,9 +354,9 @@ class DockerRuntime:
     ) -> tuple[int, str]:
         """Run a command inside the container: (exit code, output), 124 when it takes too long.
 
-        RuntimeRefused when the container does not run. See docker_exec.run_check.
+        RuntimeRefused when the container does not run. See exec.run_check.
         """
-        from mic_supervisor.runtimes.docker_exec import run_check
+        from mic_supervisor.runtimes.docker.exec import run_check
 
         return run_check(self._engine, workload, command, timeout)
 
@@ -444,7 +444,7 @@ class DockerRuntime:
 
     def _discard(self, launch: Launch) -> str | None:
         """Remove what a failed create or first start left; the reason when that fails too."""
-        from mic_supervisor.runtimes.docker_end import remove
+        from mic_supervisor.runtimes.docker.end import remove
 
         what = f"cannot remove container {launch.name}"
         try:

@@ -1,0 +1,1 @@
+"""Containers of a Docker Engine. `runtime.DockerRuntime` is what the rest uses."""
