@@ -438,7 +438,6 @@ class ObservedWorkload:
     engine_health: Literal["starting", "healthy", "unhealthy"] | None = None
     error: str | None = None  # what the runtime says went wrong
     image_id: str | None = None
-    closing: bool = False  # it ended, and its runtime is still tidying up: it has its ports yet
     keeper: int | None = None  # a running PID that all of its processes stay descendants of
     doubt: Doubt | None = None  # it and its GPUs are left as they are; without any, those unknown
 

@@ -155,18 +155,7 @@ def _engine(found: Settings) -> tuple[Callable[[], Any], Callable[[str], bool]]:
     images = Engine(found.docker_host, timeout=10.0, patience=10.0)
 
     def present(image: str) -> bool:
-        def ask(client: Any) -> bool:
-            from docker.errors import APIError
-
-            try:
-                client.inspect_image(image)
-            except APIError as error:
-                if error.status_code != 404:
-                    raise
-                return False
-            return True
-
-        return images.call(f"cannot look for the image {image}", ask)
+        return images.image(f"cannot look for the image {image}", image) is not None
 
     return cache(runtime.version), present
 

@@ -125,10 +125,13 @@ def _scope(text: str) -> str:
 
 
 def _docker_host(text: str) -> str:
-    if not re.fullmatch(rf"{NO_DOCKER}|(unix:///|tcp://|ssh://|https?://).+", text):
+    if not re.fullmatch(rf"{NO_DOCKER}|(unix:///|tcp://).+", text):
+        why = "is no address of an engine"
+        if text.startswith(("ssh://", "http://", "https://")):
+            why += " that is used (GPUs and processes are looked at on this machine alone)"
         raise ValueError(
-            f"{show(text)} is no address of an engine: write it as in unix:///run/docker.sock, "
-            f"or {NO_DOCKER} for a machine that is to be used without Docker"
+            f"{show(text)} {why}: write it as in unix:///run/docker.sock or "
+            f"tcp://127.0.0.1:2375, or {NO_DOCKER} for a machine that is to be used without Docker"
         )
     return text
 

@@ -69,13 +69,9 @@ def _inspect(engine: Engine, ref: str) -> dict[str, Any]:
 
 def _image(engine: Engine, ref: str) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = engine.call(
-            f"cannot inspect image {ref}",
-            lambda api: api.inspect_image(ref),  # type: ignore[no-untyped-call]
-        )
+        return engine.image(f"cannot inspect image {ref}", ref)
     except RuntimeRefused:
         return None
-    return found
 
 
 def _held(look: Survey, container: str) -> list[int]:

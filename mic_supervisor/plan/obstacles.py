@@ -37,7 +37,7 @@ class Ports:
         for workload in workloads(observed):
             for number in workload.identity.ports.values():
                 self._ours.setdefault(number, set()).add(workload.identity.instance)
-                if is_alive(workload) or workload.closing:
+                if is_alive(workload):
                     self._serving.add(number)
         self._strangers: dict[int, str] = {}
         for listener in observed.listeners or ():

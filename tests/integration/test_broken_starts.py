@@ -61,6 +61,17 @@ def test_a_container_that_exits_at_once(good: World) -> None:
     assert good.mic("logs", "a-51000000", rc=0).stdout.count("exiting with 7\n") == 2
 
 
+def test_a_container_that_is_killed_for_its_memory_says_so(good: World) -> None:
+    hungry = web("limits: {memory: 8m}").replace("mkdir -p /w", "sleep 0.2; tail /dev/zero")
+    good.write({0: "a", 3: "good"}, a=hungry)
+    done = good.mic("apply", rc=3)
+    cause = "it used more memory than its limit and was killed"
+    assert outcome(done.stdout) == (
+        f"backoff    a-51000000  GPU 0  backoff: {cause}\n{GOOD}Apply: 1 as desired, 1 not.\n"
+    )
+    assert progress(done.stdout).count(f"a-51000000: start: {cause}") == 1
+
+
 def test_the_time_of_the_next_try(good: World) -> None:
     good.write({0: "a", 3: "good"}, a=server(EXIT_UNLESS="/never", EXIT_CODE=7))
     document = good.mic("apply", "--json", rc=3).json()

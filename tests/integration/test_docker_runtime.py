@@ -392,9 +392,9 @@ def test_a_container_killed_for_its_memory_says_so(world: World) -> None:
         command=("sh", "-c", "sleep 0.2; tail /dev/zero"), limits=Limits(memory=8 << 20)
     )
     until(lambda: world.one().state is RunState.EXITED, "the kill for memory", timeout=20)
-    seen = world.runtime.inspect(workload)
-    assert seen.error == "it used more memory than its limit and was killed"
-    assert seen.exit_code == 137
+    for seen in (world.one(), world.runtime.inspect(workload)):
+        assert seen.error == "it used more memory than its limit and was killed"
+        assert seen.exit_code == 137
 
 
 # --- An engine that is not there -----------------------------------------------------------------

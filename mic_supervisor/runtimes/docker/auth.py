@@ -12,6 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from docker.auth import AuthConfig, load_config
+from docker.errors import DockerException
+from docker.utils.config import find_config_file
+
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.runtimes import programs
 
@@ -21,21 +25,17 @@ _TOKEN_USER = "<token>"  # a helper's way to say that the secret is an identity 
 _HELPER_TIMEOUT = 30.0  # seconds
 
 
-def registry_header(config: Path | None, registry: str) -> bytes | None:
-    """X-Registry-Auth for a registry; None when there are no credentials for it.
+def credentials(config: Path | None, registry: str) -> dict[str, Any]:
+    """What the SDK calls `auth_config` for a registry; empty when there are no credentials for it.
 
     `config` is a directory with a config.json, or such a file; None is the client's own place
     ($DOCKER_CONFIG, else ~/.docker). PreflightFailed when what is there cannot be used.
     """
-    from docker.auth import AuthConfig, encode_header, load_config
-    from docker.errors import DockerException
-    from docker.utils.config import find_config_file
-
     path = config / "config.json" if config is not None and config.is_dir() else config
     if path is None:
         found = find_config_file()
         if found is None:
-            return None
+            return {}
         path = Path(str(found))
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -54,9 +54,8 @@ def registry_header(config: Path | None, registry: str) -> bytes | None:
         raise _unusable(path, "an entry is malformed") from error
     store = known.get_credential_store(registry)
     if store is not None and (found_there := _ask_helper(str(store), registry)):
-        return bytes(encode_header(found_there))
-    entry = AuthConfig({"auths": dict(known.auths)}).resolve_authconfig(registry)
-    return bytes(encode_header(entry)) if entry else None
+        return found_there
+    return AuthConfig({"auths": dict(known.auths)}).resolve_authconfig(registry) or {}
 
 
 def _ask_helper(name: str, registry: str) -> dict[str, str] | None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
+
+from docker import APIClient
+from docker.errors import APIError, NotFound
 
 from mic_supervisor.errors import RuntimeRefused, StopFailed
 from mic_supervisor.model import ObservedWorkload, RunState
 from mic_supervisor.runtimes.docker.engine import Engine
-from mic_supervisor.runtimes.docker.errors import engine_errors, is_read_timeout, said
+from mic_supervisor.runtimes.docker.errors import ERRORS, is_read_timeout, refused
 
-if TYPE_CHECKING:
-    from docker import APIClient
+_GONE = "o such container"  # "No", or "no" behind "Cannot kill container"
 
 
 def stop(
@@ -23,16 +26,16 @@ def stop(
     the container was created with. KILL of a container's first process ends all of them: they live
     in its PID namespace.
     """
-    what = f"cannot stop container {workload.name}"
+    what, ref = f"cannot stop container {workload.name}", workload.ref
     if workload.state is RunState.PAUSED:
-        _unpause(engine, what, workload.ref)
-    if not _signal(engine, what, workload.ref, signal):
+        _unless(engine, what, lambda api: api.unpause(ref), "not paused", _GONE)
+    if not _unless(engine, what, lambda api: api.kill(ref, signal), "is not running", _GONE):
         return
-    if grace > 0 and _ends_within(engine, what, workload.ref, grace):
+    if grace > 0 and _ends_within(engine, what, ref, grace):
         return
-    if not _signal(engine, what, workload.ref, "SIGKILL"):
+    if not _unless(engine, what, lambda api: api.kill(ref, "SIGKILL"), "is not running", _GONE):
         return
-    if not _ends_within(engine, what, workload.ref, kill_wait):
+    if not _ends_within(engine, what, ref, kill_wait):
         raise StopFailed(
             f"{what}: it is still there {kill_wait:g} s after SIGKILL",
             hint="a process in it hangs in the kernel, often in the GPU driver; see: "
@@ -44,8 +47,6 @@ def remove(engine: Engine, what: str, ref: str, *, force: bool = False) -> None:
     """Remove a container and its anonymous volumes; one that is not there is success."""
 
     def ask(api: APIClient) -> None:
-        from docker.errors import APIError, NotFound
-
         deadline = time.monotonic() + engine.patience
         while True:
             try:
@@ -53,7 +54,7 @@ def remove(engine: Engine, what: str, ref: str, *, force: bool = False) -> None:
             except NotFound:
                 return None
             except APIError as error:
-                if "already in progress" not in said(error) or time.monotonic() > deadline:
+                if "already in progress" not in refused(error)[1] or time.monotonic() > deadline:
                     raise
             time.sleep(0.05)
 
@@ -66,18 +67,16 @@ def remove(engine: Engine, what: str, ref: str, *, force: bool = False) -> None:
         raise
 
 
-def _signal(engine: Engine, what: str, ref: str, signal: str) -> bool:
-    """Whether there was anything to signal."""
+def _unless(engine: Engine, what: str, act: Callable[[APIClient], object], *refusals: str) -> bool:
+    """Act; False where the engine's refusal holds one of these texts."""
 
     def ask(api: APIClient) -> bool:
-        from docker.errors import APIError
-
         try:
-            api.kill(ref, signal)
+            act(api)
         except APIError as error:
-            if "is not running" in said(error) or "no such container" in said(error).lower():
-                return False
-            raise
+            if not any(text in refused(error)[1] for text in refusals):
+                raise
+            return False
         return True
 
     return engine.call(what, ask)
@@ -85,31 +84,16 @@ def _signal(engine: Engine, what: str, ref: str, signal: str) -> bool:
 
 def _ends_within(engine: Engine, what: str, ref: str, seconds: float) -> bool:
     def ask(api: APIClient) -> bool:
-        from docker.errors import NotFound
-
         # The stub says int; requests takes (connect, read) as well.
         bounds: Any = (engine.timeout, seconds)
         try:
             answer = api.wait(ref, timeout=bounds, condition="not-running")
         except NotFound:
             return True
-        except engine_errors() as error:
+        except ERRORS as error:
             if is_read_timeout(error):
                 return False
             raise
         return not answer.get("Error")
 
     return engine.call(what, ask)
-
-
-def _unpause(engine: Engine, what: str, ref: str) -> None:
-    def ask(api: APIClient) -> None:
-        from docker.errors import APIError
-
-        try:
-            api.unpause(ref)
-        except APIError as error:
-            if "not paused" not in said(error) and "no such container" not in said(error).lower():
-                raise
-
-    engine.call(what, ask)

@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 import errno
-import functools
+import http.client
 import re
-from collections.abc import Iterator
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+
+import requests
+import urllib3
+from docker.errors import APIError, DockerException, InvalidConfigFile, StreamParseError
 
 from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable
+
+# Everything that a call through the SDK raises when the other side fails. KeyError, TypeError and
+# the like are among them because the SDK takes the shape of an answer for granted, so that a
+# stranger behind the address breaks it in those ways.
+ODD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError)
+ERRORS: tuple[type[Exception], ...] = (
+    DockerException,
+    StreamParseError,
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+    EOFError,
+    struct.error,
+    *ODD_ANSWERS,
+)
 
 START_HINT = (
     "start it with: systemctl start docker (MIC_DOCKER_HOST names another socket or address)"
 )
+ADDRESS_HINT = "check MIC_DOCKER_HOST"
+NO_ENGINE = "what answers at {address} is not a Docker Engine"
 LOOK_HINT = "see what it says: systemctl status docker; journalctl -u docker"
 
-# What an engine says when it refuses, as patterns over its message, the first match counts.
-# Wording seen on Engine 20.10 and read in moby for later ones. Groups fill in the sentence and
-# the hint.
-_REFUSALS: tuple[tuple[str, str, str | None], ...] = (
+DISK_FULL = (
+    r"no space left on device",
+    "the engine's disk is full",
+    "see what takes it: docker system df; free some with: docker image prune",
+)
+
+Table = Iterable[tuple[str, str, str]]
+"""(pattern over what was said, cause, hint). The first match counts; its groups, and other words,
+fill in the cause and the hint.
+"""
+
+# What an engine says when it refuses. Wording seen on Engine 20.10 and read in moby for later ones.
+_REFUSALS: Table = (
     (
         r'exec: "docker-init"',
         "the engine has no docker-init, which every container of ours starts with",
@@ -55,12 +88,8 @@ _REFUSALS: tuple[tuple[str, str, str | None], ...] = (
         "see which: docker ps --filter publish={port}",
     ),
     (
-        r"listen \w+ (?P<host>\S+):(?P<port>\d+): bind: address already in use",
-        "port {port} on {host} is already taken",
-        "see by whom: ss -ltnp 'sport = :{port}'",
-    ),
-    (
-        r"failed to bind host port (?:for )?(?P<host>\S+?):(?P<port>\d+)\b.*address already in use",
+        r"(?:listen \w+|failed to bind host port(?: for)?) (?P<host>\S+?):(?P<port>\d+)\b.*"
+        r"address already in use",
         "port {port} on {host} is already taken",
         "see by whom: ss -ltnp 'sport = :{port}'",
     ),
@@ -104,11 +133,7 @@ _REFUSALS: tuple[tuple[str, str, str | None], ...] = (
         "the image {image} is not on this machine",
         "pull it with: docker pull {image}",
     ),
-    (
-        r"no space left on device",
-        "the engine's disk is full",
-        "see what takes it: docker system df; free some with: docker image prune",
-    ),
+    DISK_FULL,
     (
         r"cannot allocate memory",
         "the machine has no memory left",
@@ -116,55 +141,83 @@ _REFUSALS: tuple[tuple[str, str, str | None], ...] = (
     ),
 )
 
-# Texts, not compiled: a command that goes well needs none of them.
+_BROKEN: tuple[type[Exception], ...] = (
+    ConnectionResetError,
+    BrokenPipeError,
+    EOFError,
+    http.client.IncompleteRead,
+    requests.exceptions.ChunkedEncodingError,
+)
+
+# When there was no answer, or none that an engine gives: kinds of errors, or their numbers, one of
+# which is among all that the error was made from. The first match counts.
+_NO_ANSWER: tuple[tuple[tuple[type[Exception] | int, ...], str, str], ...] = (
+    (
+        (FileNotFoundError, NotADirectoryError),
+        "there is no Docker socket at {address}",
+        START_HINT,
+    ),
+    (
+        (PermissionError,),
+        "access to {address} is denied",
+        "run as root, or add the user to the group docker: usermod -aG docker USER",
+    ),
+    ((ConnectionRefusedError,), "no Docker Engine listens at {address}", START_HINT),
+    (
+        (socket.gaierror, urllib3.exceptions.NameResolutionError),
+        "the host name in {address} cannot be resolved",
+        ADDRESS_HINT,
+    ),
+    (
+        _BROKEN,
+        "the engine at {address} hung up in the middle of the call",
+        LOOK_HINT,
+    ),
+    (
+        (TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError),
+        "the engine at {address} does not answer in time",
+        LOOK_HINT,
+    ),
+    (
+        (InvalidConfigFile,),
+        "the Docker client configuration cannot be read ({said})",
+        "mend or remove config.json in $DOCKER_CONFIG or ~/.docker",
+    ),
+    (
+        (requests.exceptions.JSONDecodeError, http.client.BadStatusLine),
+        NO_ENGINE,
+        ADDRESS_HINT,
+    ),
+    (
+        (errno.EMFILE, errno.ENFILE),
+        "too many files are open",
+        "raise LimitNOFILE of mic.service",
+    ),
+    ((errno.EHOSTUNREACH, errno.ENETUNREACH), "there is no route to {address}", ADDRESS_HINT),
+    (
+        (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema),
+        "{address} is not an address of an engine",
+        ADDRESS_HINT,
+    ),
+    (
+        (requests.ConnectionError, urllib3.exceptions.ProtocolError, http.client.HTTPException),
+        "the connection to {address} fails ({said})",
+        LOOK_HINT,
+    ),
+    ((Exception,), "the engine at {address} cannot be used ({said})", ADDRESS_HINT),
+)
+
 _CONTAINERD = r"containerd\.sock.*(?:connection refused|no such file)"
 _WRAPPINGS = (
-    r"^driver failed programming external connectivity on endpoint \S+ \(\w+\): ",
-    r"^failed to set up container networking: ",
-    r"^failed to create (?:shim )?task(?: for container)?: ",
-    r"^OCI runtime \w+ failed: ",
-    r"^runc \w+ failed: ",
-    r"^exec failed: ",
-    r"^unable to start container process: ",
-    r"^error during container init: ",
+    r"^(driver failed programming external connectivity on endpoint \S+ \(\w+\)"
+    r"|failed to set up container networking|failed to create (?:shim )?task(?: for container)?"
+    r"|OCI runtime \w+ failed|runc \w+ failed|exec failed|unable to start container process"
+    r"|error during container init): "
 )
-_VERSION = (
-    r"client version \S+ is too (?:new\. Maximum|old\. Minimum) supported API version is "
-    r"(?P<version>\d+\.\d+)"
-)
+_VERSION = r"client version \S+ is too (?:new\. Maximum|old\. Minimum) supported API version"
 
 
-@functools.cache
-def engine_errors() -> tuple[type[Exception], ...]:
-    """Everything that a call through the SDK raises when the other side fails.
-
-    KeyError, TypeError and the like are among them because the SDK takes the shape of an answer for
-    granted, so that a stranger behind the address breaks it in those ways.
-    """
-    import http.client
-    import struct
-
-    import requests
-    import urllib3
-    from docker.errors import DockerException, StreamParseError
-
-    return (
-        DockerException,
-        StreamParseError,
-        requests.RequestException,
-        urllib3.exceptions.HTTPError,
-        http.client.HTTPException,
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        struct.error,
-    )
-
-
-def chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
     """The error and all it was made from; requests and urllib3 keep causes in `args` as well."""
     seen: set[int] = set()
     queue: list[object] = [error]
@@ -177,57 +230,44 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         queue += [*item.args, getattr(item, "reason", None), item.__cause__, item.__context__]
 
 
-def is_read_timeout(error: BaseException) -> bool:
+def is_read_timeout(error: BaseException | None) -> bool:
     """Whether the engine took the call and was silent for longer than we waited."""
-    import requests
-    import urllib3
-
     kinds = (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError)
-    return any(isinstance(item, kinds) for item in chain(error))
+    return isinstance(error, TimeoutError) or any(isinstance(item, kinds) for item in chain(error))
 
 
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status of an answer of the engine, None for all other errors."""
-    from docker.errors import APIError
-
-    return error.status_code if isinstance(error, APIError) else None
-
-
-def said(error: BaseException | None) -> str:
-    """The engine's own message, "" when there is none."""
-    return str(getattr(error, "explanation", None) or "")
+def refused(error: BaseException | None) -> tuple[int | None, str]:
+    """(HTTP status, the engine's own message) of an answer; (None, "") for all other errors."""
+    answer = next((item for item in chain(error) if isinstance(item, APIError)), None)
+    return (answer.status_code, str(answer.explanation or "")) if answer else (None, "")
 
 
-def other_version(error: BaseException) -> str | None:
-    """The API version that the engine would rather speak, from its refusal of ours."""
-    return asked_for(said(error)) if status_of(error) == 400 else None
-
-
-def asked_for(message: str) -> str | None:
-    """The API version that a refusal of another one names."""
-    match = re.search(_VERSION, message)
-    return match["version"] if match else None
+def other_version(error: BaseException) -> bool:
+    """Whether the engine refuses because it speaks another version of the API."""
+    status, message = refused(error)
+    return status == 400 and re.search(_VERSION, message) is not None
 
 
 def tidy(message: str) -> str:
     """The engine's message without the layers that passed it on."""
-    lines = message.strip().splitlines()
-    text = lines[0].strip() if lines else ""
-    before = None
-    while before != text:
-        before = text
-        for wrapping in _WRAPPINGS:
-            text = re.sub(wrapping, "", text)
+    text, found = (message.strip().splitlines() or [""])[0].strip(), 1
+    while found:
+        text, found = re.subn(_WRAPPINGS, "", text)
     return text.removesuffix(": unknown").rstrip(".") or "the engine gives no reason"
+
+
+def in_words(table: Table, message: str, **words: str) -> tuple[str, str | None]:
+    """What was said as (cause, hint)."""
+    for pattern, cause, hint in table:
+        if match := re.search(pattern, message, re.IGNORECASE):
+            words |= match.groupdict()
+            return cause.format(**words), hint.format(**words)
+    return tidy(message), None
 
 
 def refusal(message: str) -> tuple[str, str | None]:
     """A refusal of the engine as (cause, hint)."""
-    for pattern, cause, hint in _REFUSALS:
-        if match := re.search(pattern, message, re.IGNORECASE):
-            words = match.groupdict()
-            return cause.format(**words), hint and hint.format(**words)
-    return tidy(message), None
+    return in_words(_REFUSALS, message)
 
 
 def explain(what: str, error: Exception, address: str) -> MicError:
@@ -237,89 +277,44 @@ def explain(what: str, error: Exception, address: str) -> MicError:
     """
     if isinstance(error, MicError):
         return error
-    status = status_of(error)
+    status, message = refused(error)
     if status is None:
         cause, hint = _unreachable(error, address)
-        return RuntimeUnavailable(f"{what}: {cause}", hint=hint)
-    message = said(error)
-    if other_version(error) is not None:
-        return RuntimeUnavailable(
-            f"{what}: {tidy(message)}", hint="use a Docker Engine of 20.10 or later"
-        )
-    if re.search(_CONTAINERD, message):
-        return RuntimeUnavailable(
-            f"{what}: the engine cannot reach containerd",
-            hint="see what it says: systemctl status containerd; journalctl -u containerd",
-        )
-    if status in (502, 503, 504):
-        return RuntimeUnavailable(
-            f"{what}: the engine at {address} is not ready ({tidy(message)})", hint=LOOK_HINT
-        )
-    if status in (401, 403):
+    elif other_version(error):
+        cause, hint = tidy(message), "use a Docker Engine of 20.10 or later"
+    elif re.search(_CONTAINERD, message):
+        cause = "the engine cannot reach containerd"
+        hint = "see what it says: systemctl status containerd; journalctl -u containerd"
+    elif status in (502, 503, 504):
+        cause, hint = f"the engine at {address} is not ready ({tidy(message)})", LOOK_HINT
+    elif status in (401, 403):
         return RuntimeRefused(
             f"{what}: {address} does not allow the call ({tidy(message)})",
             hint="an authorisation plugin or socket proxy is in the way: allow containers, "
             "images, exec and events there",
         )
-    cause, hint = refusal(message)
-    return RuntimeRefused(f"{what}: {cause}", hint=hint)
+    else:
+        cause, way_out = refusal(message)
+        return RuntimeRefused(f"{what}: {cause}", hint=way_out)
+    return RuntimeUnavailable(f"{what}: {cause}", hint=hint)
 
 
-def _unreachable(error: Exception, address: str) -> tuple[str, str | None]:
+def _unreachable(error: Exception, address: str) -> tuple[str, str]:
     """The cause and the way out when there was no answer, or none that an engine gives."""
-    import http.client
-    import socket
-
-    import requests
-    import urllib3
-    from docker.errors import DockerException, InvalidConfigFile
-
+    if isinstance(error, ODD_ANSWERS) and not isinstance(
+        error, (DockerException, requests.RequestException)
+    ):
+        return NO_ENGINE.format(address=address), ADDRESS_HINT
     items = tuple(chain(error))
-
-    def has(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(item, kinds) for item in items)
-
-    numbers = {item.errno for item in items if isinstance(item, OSError)}
-    if has(FileNotFoundError, NotADirectoryError):
-        return f"there is no Docker socket at {address}", START_HINT
-    if has(PermissionError):
-        return (
-            f"access to {address} is denied",
-            "run as root, or add the user to the group docker: usermod -aG docker USER",
-        )
-    if has(ConnectionRefusedError):
-        return f"no Docker Engine listens at {address}", START_HINT
-    if has(socket.gaierror, urllib3.exceptions.NameResolutionError):
-        return f"the host name in {address} cannot be resolved", "check MIC_DOCKER_HOST"
-    if has(ConnectionResetError, BrokenPipeError, http.client.IncompleteRead) or has(
-        http.client.RemoteDisconnected, requests.exceptions.ChunkedEncodingError, EOFError
-    ):
-        return f"the engine at {address} hung up in the middle of the call", LOOK_HINT
-    if has(TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError):
-        return f"the engine at {address} does not answer in time", LOOK_HINT
-    if has(requests.exceptions.SSLError, urllib3.exceptions.SSLError):
-        return f"the TLS connection to {address} fails ({_first(error)})", "check MIC_DOCKER_HOST"
-    if has(InvalidConfigFile):
-        return (
-            f"the Docker client configuration cannot be read ({_first(error)})",
-            "mend or remove config.json in $DOCKER_CONFIG or ~/.docker",
-        )
-    if has(requests.exceptions.JSONDecodeError, http.client.BadStatusLine) or (
-        isinstance(error, (ValueError, LookupError, TypeError, AttributeError))
-        and not isinstance(error, (DockerException, requests.RequestException))
-    ):
-        return f"what answers at {address} is not a Docker Engine", "check MIC_DOCKER_HOST"
-    if errno.EMFILE in numbers or errno.ENFILE in numbers:
-        return "too many files are open", "raise LimitNOFILE of mic.service"
-    if numbers & {errno.EHOSTUNREACH, errno.ENETUNREACH}:
-        return f"there is no route to {address}", "check MIC_DOCKER_HOST"
-    if has(requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):
-        return f"{address} is not an address of an engine", "check MIC_DOCKER_HOST"
-    if has(requests.ConnectionError, urllib3.exceptions.ProtocolError, http.client.HTTPException):
-        return f"the connection to {address} fails ({_first(error)})", LOOK_HINT
-    return f"the engine at {address} cannot be used ({_first(error)})", "check MIC_DOCKER_HOST"
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return next(
+        (cause.format(address=address, said=said), hint)
+        for kinds, cause, hint in _NO_ANSWER
+        if any(_is(item, kind) for item in items for kind in kinds)
+    )
 
 
-def _first(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _is(item: BaseException, kind: type[Exception] | int) -> bool:
+    if isinstance(kind, int):
+        return getattr(item, "errno", None) == kind
+    return isinstance(item, kind)

@@ -1,21 +1,31 @@
-"""One command inside a running container, with a deadline that also ends the command."""
+"""One command inside a running container, with a deadline that also ends the command.
+
+The answer is read here, because the SDK loses what comes before it has read the head: see
+test_the_sdk_loses_what_a_command_says_before_it_is_read in tests/integration/test_docker_follow.py.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import struct
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from mic_supervisor.errors import MicError
+import requests
+from docker import APIClient
+from docker.errors import create_api_error_from_http_exception
+
 from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.runtimes.docker.engine import Engine
-from mic_supervisor.runtimes.docker.errors import engine_errors, explain, is_read_timeout
-from mic_supervisor.runtimes.docker.streams import frames, lines
+from mic_supervisor.runtimes.docker.errors import ERRORS, is_read_timeout
+from mic_supervisor.runtimes.docker.follow import lines
 
 TIMED_OUT = 124  # what timeout(1) exits with
 _MOST = 64 << 10  # bytes of output that are kept
+_HEADER = 8  # bytes: the stream's number, three of nothing, the length as big-endian 32 bits
 
 
 def run_check(
@@ -29,80 +39,61 @@ def run_check(
     """
     what = f"cannot run {command[0] if command else 'a check'} in container {workload.name}"
     deadline = time.monotonic() + timeout
-    exec_id = engine.call(what, lambda api: str(api.exec_create(workload.ref, list(command))["Id"]))
-    try:
-        output = _output(engine, what, exec_id, deadline)
-    except _Late as late:
-        _kill(engine, what, exec_id, workload.ref)
-        said = f": {late.output}" if late.output else ""
-        return TIMED_OUT, f"no end within {timeout:g} s{said}"
-    code = engine.call(what, lambda api: api.exec_inspect(exec_id).get("ExitCode"))
-    # None: the command closed its output and runs on.
-    while code is None:
-        if time.monotonic() > deadline:
-            _kill(engine, what, exec_id, workload.ref)
-            return TIMED_OUT, f"no end within {timeout:g} s: {output}"
-        time.sleep(0.02)
-        code = engine.call(what, lambda api: api.exec_inspect(exec_id).get("ExitCode"))
-    return int(code), output
+
+    def ask(api: APIClient) -> tuple[int, str]:
+        exec_id = str(api.exec_create(workload.ref, list(command))["Id"])
+        said, late, code = bytearray(), False, None
+        try:
+            # A command that keeps talking is ended by the clock, one that falls silent by the
+            # socket, at the latest after twice the time.
+            for data in _output(api, exec_id, max(deadline - time.monotonic(), 0.05)):
+                said += data[: _MOST - len(said)]
+                if late := time.monotonic() > deadline:
+                    break
+        except ERRORS as error:
+            if not is_read_timeout(error):
+                raise
+            late = True
+        # None: the command closed its output and runs on.
+        while not late and (code := api.exec_inspect(exec_id).get("ExitCode")) is None:
+            time.sleep(0.02)
+            late = time.monotonic() > deadline
+        output = "\n".join(lines([bytes(said)]))
+        if code is not None:
+            return int(code), output
+        if engine.local:
+            with suppress(*ERRORS):  # gone, or not to be seen from here
+                _kill(api, exec_id, workload.ref)
+        return TIMED_OUT, f"no end within {timeout:g} s" + (f": {output}" if output else "")
+
+    return engine.call(what, ask)
 
 
-class _Late(Exception):
-    def __init__(self, output: str) -> None:
-        super().__init__(output)
-        self.output = output
+def _output(api: APIClient, exec_id: str, silence: float) -> Iterator[bytes]:
+    """What a command says, as it comes. Engine API reference, ContainerAttach, "Stream format"."""
+    url = f"{api.base_url}/v{api.api_version}/exec/{exec_id}/start"
+    bounds = (api.timeout, silence)
+    with api.post(url, json={"Detach": False, "Tty": False}, stream=True, timeout=bounds) as answer:
+        try:
+            answer.raise_for_status()
+        except requests.HTTPError as error:
+            create_api_error_from_http_exception(error)
+        while header := answer.raw.read(_HEADER):
+            length = struct.unpack(">xxxxL", header)[0]
+            data = answer.raw.read(length)
+            if len(data) < length:
+                raise EOFError("the stream ends in the middle of a frame")
+            yield data
 
 
-def _output(engine: Engine, what: str, exec_id: str, deadline: float) -> str:
-    parts: list[tuple[int, bytes]] = []
-    kept = 0
-    # One read may wait for the whole time that is left at its beginning, and each frame begins a
-    # new one: a command that keeps talking is ended by the clock below, one that falls silent by
-    # the socket, at the latest after twice the time.
-    left = max(deadline - time.monotonic(), 0.05)
-    try:
-        response = engine.open(
-            what,
-            "POST",
-            f"/exec/{exec_id}/start",
-            body={"Detach": False, "Tty": False},
-            silence=left,
-        )
-    except MicError as error:
-        if error.__cause__ is not None and is_read_timeout(error.__cause__):
-            raise _Late("") from error
-        raise
-    try:
-        with response:
-            for number, data in frames(response.raw.read):
-                if kept < _MOST:
-                    parts.append((number, data[: _MOST - kept]))
-                    kept += len(data)
-                if time.monotonic() > deadline:
-                    raise _Late("\n".join(lines(parts)))
-    except engine_errors() as error:
-        if is_read_timeout(error):
-            raise _Late("\n".join(lines(parts))) from error
-        raise explain(what, error, engine.address) from error
-    return "\n".join(lines(parts))
-
-
-def _kill(engine: Engine, what: str, exec_id: str, container: str) -> None:
+def _kill(api: APIClient, exec_id: str, container: str) -> None:
     """End a command that ran too long, so that checks do not pile up in the container.
 
     Only a process whose cgroup names the container is touched.
     """
-    if not engine.local:
-        return
-    try:
-        answer: Any = engine.call(what, lambda api: api.exec_inspect(exec_id))
-    except MicError:
-        return
+    answer = api.exec_inspect(exec_id)
     pid = answer.get("Pid")
     if not answer.get("Running") or not isinstance(pid, int) or pid <= 1:
         return
-    try:
-        if container in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8"):
-            os.kill(pid, signal.SIGKILL)
-    except OSError:
-        return  # gone, or not to be seen from here
+    if container in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8"):
+        os.kill(pid, signal.SIGKILL)

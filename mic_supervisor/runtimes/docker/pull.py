@@ -6,31 +6,28 @@ import re
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from docker import APIClient
 
 from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.runtimes import Progress
+from mic_supervisor.runtimes.docker.auth import credentials
 from mic_supervisor.runtimes.docker.engine import Engine
 from mic_supervisor.runtimes.docker.errors import (
+    DISK_FULL,
+    Table,
+    in_words,
     is_read_timeout,
-    other_version,
-    said,
+    refused,
     tidy,
 )
-from mic_supervisor.runtimes.docker.streams import documents
-
-if TYPE_CHECKING:
-    from docker import APIClient
 
 _LOGIN = "log in with: docker login {registry} (MIC_DOCKER_CONFIG names the configuration to use)"
 
-# Over what the registry or the engine says, the first match counts.
-_FAILURES: tuple[tuple[str, str, str], ...] = (
-    (
-        r"no space left on device",
-        "the engine's disk is full",
-        "see what takes it: docker system df; free some with: docker image prune",
-    ),
+# Over what the registry or the engine says.
+_FAILURES: Table = (
+    DISK_FULL,
     (
         r"toomanyrequests|too many requests|rate limit",
         "{registry} limits how often this machine may pull",
@@ -95,7 +92,7 @@ class _Pull:
 class Puller:
     """Pulls images through one engine.
 
-    `config` is where registry credentials are, see auth.registry_header. A pull fails after
+    `config` is where registry credentials are, see auth.credentials. A pull fails after
     `silence` seconds without a word: the engine reports each layer several times a second, while it
     unpacks as well.
     """
@@ -150,19 +147,12 @@ class Puller:
             raise type(pull.error)(pull.error.message, hint=pull.error.hint)
 
     def _present(self, image: str) -> bool:
-        def ask(client: APIClient) -> bool:
-            from docker.errors import APIError
-
-            try:
-                client.inspect_image(image)  # type: ignore[no-untyped-call]
-            except APIError as error:
-                # 400: not the name of an image, which the pull says better; or the API version.
-                if error.status_code not in (400, 404) or other_version(error):
-                    raise
+        try:
+            return self._engine.image(f"cannot look for the image {image}", image) is not None
+        except RuntimeRefused as error:
+            if refused(error)[0] == 400:  # not the name of an image, which the pull says better
                 return False
-            return True
-
-        return self._engine.call(f"cannot look for the image {image}", ask)
+            raise
 
     def _pull(self, image: str, pull: _Pull, progress: Progress) -> None:
         what = f"cannot pull {image}"
@@ -176,46 +166,29 @@ class Puller:
             pull.line = line
             progress(line)
 
-        show(f"pulling {image}")
-        try:
-            self._stream(what, image, show)
-        except RuntimeRefused as error:
-            raise failure(image, said(error.__cause__) or error.message) from error
-        except RuntimeUnavailable as error:
-            if error.__cause__ is not None and is_read_timeout(error.__cause__):
-                raise self._stuck(what) from error
-            raise
-        show(f"pulled {image}")
-
-    def _stream(self, what: str, image: str, show: Progress) -> None:
-        from docker.utils import parse_repository_tag
-
-        from mic_supervisor.runtimes.docker.auth import registry_header
-
-        repository, tag = parse_repository_tag(image)
-        registry = registry_of(image)
-        auth = registry_header(self._config, registry)
-        response = self._engine.open(
-            what,
-            "POST",
-            "/images/create",
-            params={"fromImage": repository, "tag": tag or "latest"},
-            headers={"X-Registry-Auth": auth} if auth else {},
-            silence=self._silence,
-        )
-        layers = _Layers(image)
-        with response:
-            for item in self._engine.reading(what, documents(response.iter_lines())):
+        def ask(api: APIClient) -> None:
+            layers = _Layers(image)
+            for item in api.pull(image, stream=True, decode=True, auth_config=auth):
                 if "error" in item:
                     raise failure(image, str(item["error"]))
                 if line := layers.line(item):
                     show(line)
 
-    def _stuck(self, what: str) -> PreflightFailed:
-        return PreflightFailed(
-            f"{what}: nothing came for {self._silence:g} s",
-            hint="check the network and the engine's proxy, and see: journalctl -u docker",
-        )
+        show(f"pulling {image}")
+        # With none of ours, the SDK would look for some, and wait for a helper without end.
+        auth = credentials(self._config, registry_of(image))
+        try:
+            self._engine.call(what, ask, silence=self._silence)
+        except RuntimeRefused as error:
+            raise failure(image, refused(error)[1] or error.message) from error
+        except RuntimeUnavailable as error:
+            if not is_read_timeout(error):
+                raise
+            raise PreflightFailed(
+                f"{what}: nothing came for {self._silence:g} s",
+                hint="check the network and the engine's proxy, and see: journalctl -u docker",
+            ) from error
+        show(f"pulled {image}")
 
 
 class _Layers:
@@ -263,11 +236,5 @@ def registry_of(image: str) -> str:
 
 def failure(image: str, message: str) -> PreflightFailed:
     """A failed pull in words, from what the registry or the engine says."""
-    registry = registry_of(image)
-    words = {"registry": registry, "said": tidy(message)}
-    for pattern, cause, hint in _FAILURES:
-        if re.search(pattern, message, re.IGNORECASE):
-            return PreflightFailed(
-                f"cannot pull {image}: {cause.format(**words)}", hint=hint.format(**words)
-            )
-    return PreflightFailed(f"cannot pull {image}: {words['said']}", hint=None)
+    cause, hint = in_words(_FAILURES, message, registry=registry_of(image), said=tidy(message))
+    return PreflightFailed(f"cannot pull {image}: {cause}", hint=hint)

@@ -1,17 +1,16 @@
-"""Containers of a Docker Engine, by its API.
-
-What only acts is imported where it acts: `plan` and `status` look, and pay for every import.
-"""
+"""Containers of a Docker Engine, by the Docker SDK."""
 
 from __future__ import annotations
 
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
+
+from docker import APIClient
+from docker.errors import APIError
 
 from mic_supervisor.errors import (
     MicError,
@@ -31,8 +30,12 @@ from mic_supervisor.runtimes.docker.create import (
     ownership,
 )
 from mic_supervisor.runtimes.docker.create import labels as labels_of
-from mic_supervisor.runtimes.docker.endings import Endings, as_ended
-from mic_supervisor.runtimes.docker.engine import Engine, an_object
+from mic_supervisor.runtimes.docker.end import remove, stop
+from mic_supervisor.runtimes.docker.engine import Engine
+from mic_supervisor.runtimes.docker.errors import ADDRESS_HINT, NO_ENGINE, refused
+from mic_supervisor.runtimes.docker.exec import run_check
+from mic_supervisor.runtimes.docker.follow import event_lines, log_lines
+from mic_supervisor.runtimes.docker.program import check_program
 from mic_supervisor.runtimes.docker.pull import Puller
 from mic_supervisor.runtimes.docker.rests import Rests
 from mic_supervisor.runtimes.docker.view import (
@@ -42,11 +45,6 @@ from mic_supervisor.runtimes.docker.view import (
     split,
     stranger_reason,
 )
-
-if TYPE_CHECKING:
-    from docker import APIClient
-
-T = TypeVar("T")
 
 _DEVICES_FOR = 60.0  # seconds for which the engine's list of CDI devices is believed
 _NAME_TAKEN = "is already in use by container"
@@ -86,37 +84,27 @@ class DockerRuntime:
         self._images: dict[str, Mapping[str, str]] = {}  # image id -> its labels
         self._engine = Engine(base_url, timeout=timeout, patience=patience)
         self._kill_wait = kill_wait
-        self._endings = Endings(self._settle)
-        self._rests = Rests(self._look)
+        self._rests = Rests(self.inspect)
         self._puller = Puller(self._engine, docker_config)
         self._devices: tuple[float, frozenset[str]] | None = None
 
     def close(self) -> None:
-        """Drop pooled connections. Idempotent; a later call opens new ones."""
+        """Idempotent; a later call connects anew."""
         self._engine.close()
 
     # --- Looking ------------------------------------------------------------------------------
 
     def observe(self) -> RuntimeView:
         """One list call: pid, started_at and finished_at stay None. What is listed as at rest is
-        inspected as well, once: see rests.py. And one call for each image of a container
-        with our labels, the first time.
+        inspected as well, once: see rests.py. And one call for each image of a container with our
+        labels, the first time.
         """
         what = "cannot list containers"
-        endings = self._endings.now()
         try:
-            listed = self._engine.peek(what, "/containers/json?all=1")
-            if listed is None:
-                listed = self._call(what, lambda api: api.containers(all=True))
-        except MicError as error:
-            return RuntimeView(self.name, error=error.message, hint=error.hint)
-        if not isinstance(listed, list):
-            return RuntimeView(
-                self.name,
-                error=f"{what}: what answers at {self._engine.address} is not a Docker Engine",
-                hint="check MIC_DOCKER_HOST",
-            )
-        try:
+            listed = self._engine.call(what, lambda api: api.containers(all=True))
+            if not isinstance(listed, list):
+                cause = NO_ENGINE.format(address=self._engine.address)
+                raise RuntimeUnavailable(f"{what}: {cause}", hint=ADDRESS_HINT)
             images = self._images_of(listed)
         except MicError as error:
             return RuntimeView(self.name, error=error.message, hint=error.hint)
@@ -128,7 +116,7 @@ class DockerRuntime:
             given_name=self._given_name,
             known=self._known,
         )
-        view = RuntimeView(self.name, as_ended(self._rests.sure(workloads), endings), strangers)
+        view = RuntimeView(self.name, self._rests.sure(workloads), strangers)
         self._known = known_from(view)
         return view
 
@@ -147,37 +135,24 @@ class DockerRuntime:
         """The labels of an image, by its id; none where that cannot be looked at. Then a copy is
         known by its name alone.
         """
-        if image in self._images:
-            return self._images[image]
-        what = f"cannot inspect image {image}"
-
-        def ask(api: APIClient) -> dict[str, Any] | None:
-            from docker.errors import NotFound
-
+        if image not in self._images:
             try:
-                return an_object(api.inspect_image(image))  # type: ignore[no-untyped-call]
-            except NotFound:
-                return None  # removed by force, while a container of it was stopped
-
-        try:
-            found = self._engine.peek(what, f"/images/{image}/json")
-            if not isinstance(found, Mapping):
-                found = self._call(what, ask)
-        except RuntimeRefused:
-            found = None  # a socket proxy that does not let it through
-        config = found.get("Config") if found is not None else None
-        self._images[image] = labels_in(config) if isinstance(config, Mapping) else {}
+                # None: it was removed by force, while a container of it was stopped.
+                found = self._engine.image(f"cannot inspect image {image}", image) or {}
+            except RuntimeRefused:
+                found = {}  # a socket proxy that does not let it through
+            self._images[image] = labels_in(found.get("Config") or {})
         return self._images[image]
 
     def inspect(self, workload: ObservedWorkload) -> ObservedWorkload:
         """The workload with all that one inspection tells: pid, times, error of the engine.
 
-        RuntimeRefused when it is gone.
+        WorkloadGone when it is gone.
         """
         what = f"cannot inspect container {workload.name}"
-        found = self._inspect(what, workload.ref)
+        found = self._engine.container(what, workload.ref)
         if found is None:
-            raise RuntimeRefused(f"{what}: it no longer exists")
+            raise WorkloadGone(f"{what}: it no longer exists")
         return detailed(workload, found)
 
     def version(self) -> dict[str, Any]:
@@ -186,8 +161,8 @@ class DockerRuntime:
         the engine does not tell is None.
         """
         what = "cannot ask for the engine's version"
-        info = self._engine.newest(what, "/info")
-        version = self._engine.newest(what, "/version")
+        info = self._engine.newest(what, lambda api: api.info())
+        version = self._engine.newest(what, lambda api: api.version())
         runtimes = info.get("Runtimes")
         return {
             "address": self._engine.address,
@@ -218,24 +193,27 @@ class DockerRuntime:
         self._puller.ensure(spec.image, progress)
 
     def create(self, launch: Launch) -> None:
-        from mic_supervisor.runtimes.docker.program import check_program
-
         spec = _container(launch, "create")
         what = f"cannot create container {launch.name}"
         discovered = self._discovered(what) if spec.devices else frozenset()
         config = container_config(launch, spec, discovered)
         config["Labels"][MADE] = uuid.uuid4().hex
         give_up = time.monotonic() + self._engine.patience
+
+        def ask(api: APIClient) -> str:
+            made = api.create_container_from_config(config, launch.name)  # type: ignore[no-untyped-call]
+            return str(made["Id"])
+
         while True:
             try:
-                ref = self._call(what, lambda api: _create(api, launch.name, config), patient=True)
-                found = self._inspect(what, ref)
+                ref = self._engine.call(what, ask, patient=True)
+                found = self._engine.container(what, ref)
                 break
             except RuntimeRefused as error:
                 # Who asked for it, or for its removal, may have been killed: that goes on.
                 if _NAME_TAKEN not in error.message:
                     raise
-                found = self._inspect(what, launch.name)
+                found = self._engine.container(what, launch.name)
                 if found is not None and self._is_new(found, launch):
                     break
                 going = found is None or (self._is(found, launch) and _is_going(found))
@@ -253,7 +231,7 @@ class DockerRuntime:
 
     def start(self, launch: Launch) -> None:
         what = f"cannot start container {launch.name}"
-        found = self._inspect(what, launch.name)
+        found = self._engine.container(what, launch.name)
         if found is None:
             raise WorkloadGone(f"{what}: it does not exist", hint="apply again")
         if not self._is(found, launch):
@@ -275,45 +253,29 @@ class DockerRuntime:
 
     def _start(self, what: str, ref: str) -> None:
         def ask(api: APIClient) -> bool:
-            from docker.errors import APIError, NotFound
-
             try:
                 api.start(ref)
-            except NotFound as error:
-                if "no such container" not in str(error.explanation).lower():
-                    raise
-                return False
             except APIError as error:
-                if "marked for removal" in str(error.explanation):
+                status, said = refused(error)
+                if "o such container" in said or "marked for removal" in said:
                     return False
                 # "cannot start a paused container, try unpause instead"
-                if error.status_code != 409 or "paused" not in str(error.explanation):
+                if status != 409 or "paused" not in said:
                     raise
                 api.unpause(ref)
             return True
 
-        self._endings.starting(ref)
-        try:
-            with self._rests.starting(ref):
-                there = self._call(what, ask, patient=True)
-        except MicError:
-            self._endings.refused(ref)
-            raise
+        with self._rests.starting(ref):
+            there = self._engine.call(what, ask, patient=True)
         if not there:
-            self._endings.refused(ref)
             raise WorkloadGone(f"{what}: it no longer exists", hint="apply again")
-        self._endings.runs(ref)
 
     # --- Ending -------------------------------------------------------------------------------
 
     def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
-        from mic_supervisor.runtimes.docker.end import stop
-
         stop(self._engine, workload, signal, grace, self._kill_wait)
 
     def remove(self, workload: ObservedWorkload) -> None:
-        from mic_supervisor.runtimes.docker.end import remove
-
         remove(self._engine, f"cannot remove container {workload.name}", workload.ref)
 
     # --- Following ----------------------------------------------------------------------------
@@ -322,8 +284,6 @@ class DockerRuntime:
         self, workload: ObservedWorkload, *, tail: int | None = None, follow: bool = False
     ) -> Iterator[str]:
         """Opened by the first `next`; a followed log ends with the container."""
-        from mic_supervisor.runtimes.docker.follow import log_lines
-
         return log_lines(self._engine, workload, tail, follow)
 
     def previous_logs(
@@ -344,10 +304,7 @@ class DockerRuntime:
         The first line says that events are being listened for: whoever wants to miss nothing looks
         at everything once then. RuntimeUnavailable when the stream breaks.
         """
-        from mic_supervisor.runtimes.docker.follow import event_lines
-
-        labels, endings = ownership(self._scope, self._host), self._endings
-        return event_lines(self._engine, labels, stop, endings.started, endings.ended)
+        return event_lines(self._engine, ownership(self._scope, self._host), stop)
 
     def run_check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
@@ -356,40 +313,9 @@ class DockerRuntime:
 
         RuntimeRefused when the container does not run. See exec.run_check.
         """
-        from mic_supervisor.runtimes.docker.exec import run_check
-
         return run_check(self._engine, workload, command, timeout)
 
     # --- Below --------------------------------------------------------------------------------
-
-    def _call(self, what: str, ask: Callable[[APIClient], T], *, patient: bool = False) -> T:
-        return self._engine.call(what, ask, patient=patient)
-
-    def _settle(self, ref: str) -> None:
-        """Wait until the engine has written down that a container ended, or cannot be asked."""
-        with suppress(MicError):
-            self._inspect("cannot inspect a container that ended", ref)
-
-    def _look(self, workload: ObservedWorkload) -> ObservedWorkload | None:
-        """The workload as an inspection without the SDK shows it; None: it is gone."""
-        what = f"cannot inspect container {workload.name}"
-        found = self._engine.peek(what, f"/containers/{workload.ref}/json")
-        if not isinstance(found, Mapping):
-            found = self._inspect(what, workload.ref)
-        return None if found is None else detailed(workload, found)
-
-    def _inspect(self, what: str, ref: str) -> dict[str, Any] | None:
-        """The engine's description of a container; None: there is none."""
-
-        def ask(api: APIClient) -> dict[str, Any] | None:
-            from docker.errors import NotFound
-
-            try:
-                return an_object(api.inspect_container(ref))
-            except NotFound:
-                return None
-
-        return self._call(what, ask)
 
     def _discovered(self, what: str) -> frozenset[str]:
         """The CDI devices that the engine knows; engines before 28.2 do not tell."""
@@ -397,7 +323,7 @@ class DockerRuntime:
         known = self._devices
         if known is None or now - known[0] > _DEVICES_FOR:
             try:
-                known = (now, _cdi_devices(self._engine.newest(what, "/info")))
+                known = (now, _cdi_devices(self._engine.newest(what, lambda api: api.info())))
             except RuntimeRefused:
                 # A socket proxy that does not let /info through: the older way is left.
                 known = (now, frozenset())
@@ -444,11 +370,9 @@ class DockerRuntime:
 
     def _discard(self, launch: Launch) -> str | None:
         """Remove what a failed create or first start left; the reason when that fails too."""
-        from mic_supervisor.runtimes.docker.end import remove
-
         what = f"cannot remove container {launch.name}"
         try:
-            found = self._inspect(what, launch.name)
+            found = self._engine.container(what, launch.name)
             if found is not None and self._is(found, launch):
                 remove(self._engine, what, str(found["Id"]), force=True)
         except MicError as error:
@@ -460,11 +384,6 @@ class DockerRuntime:
         if left is None:
             return error
         return type(error)(f"{error.message}; and {left}", hint=error.hint)
-
-
-def _create(api: APIClient, name: str, config: dict[str, Any]) -> str:
-    made = api.create_container_from_config(config, name)  # type: ignore[no-untyped-call]
-    return str(made["Id"])
 
 
 def _container(launch: Launch, verb: str) -> ContainerSpec:

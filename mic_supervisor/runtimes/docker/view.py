@@ -25,6 +25,7 @@ from mic_supervisor.runtimes.docker.create import (
     identity_of,
     ownership,
 )
+from mic_supervisor.runtimes.docker.errors import refusal
 
 _STATES = {
     "created": RunState.CREATED,
@@ -212,7 +213,8 @@ def _error(status: str, state: Mapping[str, Any]) -> str | None:
         return "it used more memory than its limit and was killed"
     if status == "dead":
         return _DEAD
-    return _text(state.get("Error"))
+    said = _text(state.get("Error"))
+    return refusal(said)[0] if said is not None else None
 
 
 def _engine_health(text: str) -> Literal["starting", "healthy", "unhealthy"] | None:

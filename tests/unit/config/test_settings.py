@@ -90,6 +90,15 @@ def test_values(tmp_path: Path, name: str, text: str, value: object) -> None:
         ("SOCKET", "mic.sock", "'mic.sock' is not an absolute path: begin it with /"),
         ("STATE_DIR", "", "'' is not an absolute path: begin it with /"),
         ("DOCKER_HOST", "/run/docker.sock", "'/run/docker.sock' is no address of an engine: "),
+        *(
+            (
+                "DOCKER_HOST",
+                address,
+                f"'{address}' is no address of an engine that is used (GPUs and processes are "
+                "looked at on this machine alone): write it as in unix:///run/docker.sock or ",
+            )
+            for address in ("ssh://me@h", "https://h:2376", "http://h:2375")
+        ),
         ("GPU_SOURCE", "simulated", "'simulated' is no source of GPUs: "),
         ("GPU_SOURCE", "simulated:0", "'simulated:0' is no source of GPUs: "),
         ("GPU_SOURCE", "simulated:65", "'simulated:65' is no source of GPUs: "),

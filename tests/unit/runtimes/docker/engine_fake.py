@@ -51,6 +51,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             answer(self)
 
+    def end_headers(self) -> None:
+        if self.close_connection:  # as an engine says, and else it is used again
+            self.send_header("Connection", "close")
+        super().end_headers()
+
     do_GET = do_POST = do_DELETE = do_HEAD = _any
 
     def send(self, status: int, body: bytes, kind: str = "application/json") -> None:
@@ -101,7 +106,11 @@ class FakeEngine:
             "client version {version} is too new. Maximum supported API version is {speaks}"
         )
         self.requests: list[tuple[str, str]] = []
-        self.answers: dict[str, Answer] = {"GET /containers/json": reply([])}
+        self.answers: dict[str, Answer] = {
+            "GET /containers/json": reply([]),
+            "GET /_ping": lambda handler: handler.send(200, b"OK"),
+            "GET /version": lambda handler: reply({"ApiVersion": self.speaks or "1.50"})(handler),
+        }
         self.connections: list[socket.socket] = []
         self._server = _Server(str(path), Handler)
         self._server.fake = self

@@ -8,9 +8,10 @@ import socket
 import pytest
 import requests
 import urllib3
+from docker.errors import DockerException
 
 from mic_supervisor.errors import MicError, RuntimeUnavailable
-from mic_supervisor.runtimes.docker.errors import START_HINT, explain, refusal, tidy
+from mic_supervisor.runtimes.docker.errors import LOOK_HINT, START_HINT, explain, refusal, tidy
 from mic_supervisor.runtimes.docker.pull import failure
 
 RUNC = "OCI runtime create failed: runc create failed: unable to start container process: "
@@ -245,7 +246,12 @@ def connection(cause: Exception) -> Exception:
         ),
         (
             requests.exceptions.SSLError("bad certificate"),
-            "the TLS connection to /d.sock fails (bad certificate)",
+            "the connection to /d.sock fails (bad certificate)",
+            LOOK_HINT,
+        ),
+        (
+            DockerException("what is this"),
+            "the engine at /d.sock cannot be used (what is this)",
             "check MIC_DOCKER_HOST",
         ),
         (KeyError("message"), "what answers at /d.sock is not a Docker Engine",

@@ -7,13 +7,17 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mic_supervisor.errors import (
     RuntimeUnavailable,
 )
+from mic_supervisor.runtimes.docker.follow import lines
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.support.waiting import until
 from tests.unit.runtimes.docker.engine_fake import (
@@ -21,6 +25,9 @@ from tests.unit.runtimes.docker.engine_fake import (
     FakeEngine,
     Handler,
     fails,
+    half,
+    refuse,
+    reply,
 )
 
 
@@ -50,6 +57,21 @@ def frame(data: bytes) -> bytes:
     return struct.pack(">BxxxL", 1, len(data)) + data
 
 
+def described(fake: FakeEngine, *, running: bool) -> None:
+    found = {"Config": {"Tty": False}, "State": {"Running": running}}
+    fake.answers["GET /containers/c1/json"] = reply(found)
+
+
+def answered(fake: FakeEngine, *parts: bytes) -> None:
+    def log(handler: Handler) -> None:
+        handler.begin()
+        for part in parts:
+            handler.chunk(frame(part))
+        handler.chunk(b"")
+
+    fake.answers["GET /containers/c1/logs"] = log
+
+
 def test_a_log_that_breaks_off_is_an_error_after_what_came(
     runtime: DockerRuntime, fake: FakeEngine
 ) -> None:
@@ -58,15 +80,40 @@ def test_a_log_that_breaks_off_is_an_error_after_what_came(
         handler.chunk(frame(b"one\n"))
         handler.close_connection = True
 
+    described(fake, running=True)
     fake.answers["GET /containers/c1/logs"] = log
-    lines = runtime.logs(WORKLOAD, follow=True)
-    assert next(lines) == "one"
-    error = fails(lambda: next(lines))
+    told = runtime.logs(WORKLOAD, follow=True)
+    assert next(told) == "one"
+    error = fails(lambda: next(told))
     assert isinstance(error, RuntimeUnavailable)
-    assert str(error) == (
-        f"cannot read the log of container mic-mam: the engine at {fake.path} hung up in the "
-        "middle of the call"
-    )
+    assert str(error) == ("cannot read the log of container mic-mam: the engine ended the stream")
+
+
+def test_a_log_that_ends_with_its_container_is_whole(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    described(fake, running=False)
+    answered(fake, b"one\n", b"two")
+    assert list(runtime.logs(WORKLOAD, follow=True)) == ["one", "two"]
+
+
+def test_a_log_that_is_read_at_once_is_whole_or_an_error(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    described(fake, running=True)
+    fake.answers["GET /containers/c1/logs"] = half
+    assert isinstance(fails(lambda: list(runtime.logs(WORKLOAD))), RuntimeUnavailable)
+    answered(fake, b"one\n", b"h\xc3", b"\xa9\r\n\n", b"\xff rest")
+    assert list(runtime.logs(WORKLOAD)) == ["one", "hé", "", "\N{REPLACEMENT CHARACTER} rest"]
+
+
+@given(st.lists(st.binary(max_size=40), max_size=12))
+def test_how_the_bytes_are_cut_does_not_matter(parts: list[bytes]) -> None:
+    assert list(lines(parts)) == list(lines([b"".join(parts)]))
+
+
+def test_a_line_without_end_is_given_in_pieces() -> None:
+    assert [len(line) for line in lines([b"x" * (1 << 20)] * 2)] == [2 << 20]
 
 
 @pytest.mark.parametrize("broken", ["hang up", "end", "no JSON"])
@@ -110,3 +157,51 @@ def test_events_end_soon_when_told_to(runtime: DockerRuntime, fake: FakeEngine) 
         lambda: all(thread.name != "docker-events-stop" for thread in threading.enumerate()),
         "the end of the thread that waits for the word",
     )
+
+
+@pytest.mark.parametrize("speaks", ["1.41", "1.60"])
+def test_events_are_followed_in_the_version_that_the_engine_speaks(
+    runtime: DockerRuntime, fake: FakeEngine, speaks: str
+) -> None:
+    fake.speaks = speaks
+    fake.answers["GET /events"] = lambda handler: handler.begin()
+    assert next(runtime.events(threading.Event())).startswith("listening")
+    assert fake.requests[-1] == (speaks, "GET /events")
+
+
+def test_a_refusal_of_events_is_told_at_once(runtime: DockerRuntime, fake: FakeEngine) -> None:
+    fake.answers["GET /_ping"] = refuse(403, "Forbidden")
+    error = fails(lambda: next(runtime.events(threading.Event())))
+    assert "does not allow the call (Forbidden)" in str(error)
+
+
+def test_a_death_is_told_when_the_engine_has_written_it_down(fake: FakeEngine) -> None:
+    """It holds the container's lock until then, and so an inspection."""
+    written = threading.Event()
+
+    def inspected(handler: Handler) -> None:
+        written.wait(10)
+        reply({"State": {"Status": "exited"}})(handler)
+
+    def events(handler: Handler) -> None:
+        handler.begin()
+        for action in ("start", "die"):
+            handler.chunk(json.dumps({"Action": action, "id": "c1"}).encode() + b"\n")
+        handler.chunk(b"")
+
+    fake.answers |= {"GET /containers/c1/json": inspected, "GET /events": events}
+    heard: list[str] = []
+    runtime = DockerRuntime("s", "h", base_url=fake.url, docker_config=None)
+
+    def listen() -> None:
+        with suppress(RuntimeUnavailable):
+            for line in runtime.events(threading.Event()):
+                heard.append(line)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    until(lambda: fake.asked("GET /containers/c1/json") == 1, "the inspection")
+    assert heard[1:] == ["start c1"]
+    written.set()
+    listener.join(10)
+    assert heard[1:] == ["start c1", "die c1"]

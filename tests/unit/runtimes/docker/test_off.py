@@ -71,7 +71,8 @@ def test_the_setting_says_none_and_nothing_like_it() -> None:
         load_settings({"MIC_DOCKER_HOST": "None"})
     assert caught.value.rendered == (
         "environment: error: MIC_DOCKER_HOST: 'None' is no address of an engine: write it as in "
-        "unix:///run/docker.sock, or none for a machine that is to be used without Docker\n"
+        "unix:///run/docker.sock or tcp://127.0.0.1:2375, or none for a machine that is to be used "
+        "without Docker\n"
     )
 
 

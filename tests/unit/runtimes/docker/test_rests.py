@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mic_supervisor.errors import RuntimeUnavailable
+from mic_supervisor.errors import RuntimeUnavailable, WorkloadGone
 from mic_supervisor.model import ObservedWorkload, RunState
-from mic_supervisor.runtimes.docker import rests as docker_rests
+from mic_supervisor.runtimes.docker import rests as module
 from mic_supervisor.runtimes.docker.create import labels
 from mic_supervisor.runtimes.docker.rests import Rests
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
@@ -35,12 +35,12 @@ class Inspections:
     """Answers with `found`, or raises it; while `held` is clear, an inspection waits."""
 
     def __init__(self) -> None:
-        self.found: ObservedWorkload | Exception | None = CREATED
+        self.found: ObservedWorkload | Exception = CREATED
         self.held = threading.Event()
         self.held.set()
         self.count = 0
 
-    def __call__(self, _: ObservedWorkload) -> ObservedWorkload | None:
+    def __call__(self, _: ObservedWorkload) -> ObservedWorkload:
         self.count += 1
         self.held.wait(10)
         if isinstance(self.found, Exception):
@@ -57,7 +57,7 @@ def engine() -> Iterator[Inspections]:
 
 @pytest.fixture
 def rests(engine: Inspections, monkeypatch: pytest.MonkeyPatch) -> Rests:
-    monkeypatch.setattr(docker_rests, "PATIENCE", 0.1)
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
     return Rests(engine)
 
 
@@ -81,16 +81,40 @@ def test_what_rests_is_inspected_once(rests: Rests, engine: Inspections) -> None
     assert engine.count == 1
 
 
-def test_what_ran_by_the_list_is_believed_when_it_ends(rests: Rests, engine: Inspections) -> None:
-    rests.sure([WORKLOAD])
-    assert rests.sure([EXITED]) == (EXITED,)
-    assert engine.count == 0
+def test_each_ending_is_inspected_once_for_what_went_wrong(
+    rests: Rests, engine: Inspections
+) -> None:
+    for count, cause in ((1, "it used more memory than its limit"), (2, "no GPU")):
+        assert rests.sure([WORKLOAD]) == (WORKLOAD,)
+        engine.found = replace(EXITED, error=cause, finished_at=1.0)
+        for _ in range(3):
+            assert rests.sure([EXITED]) == (replace(EXITED, error=cause),)
+        assert engine.count == count
+
+
+def test_what_is_removed_is_forgotten(rests: Rests, engine: Inspections) -> None:
+    rests.sure([EXITED])
+    assert rests.sure([]) == ()
+    rests.sure([EXITED])
+    assert engine.count == 2
+
+
+def test_what_went_wrong_before_our_start_is_not_told_of_what_ended_after_it(
+    rests: Rests, engine: Inspections
+) -> None:
+    engine.found = replace(EXITED, error="no GPU")
+    engine.held.clear()
+    rests.sure([EXITED])
+    with rests.starting(EXITED.ref):
+        engine.held.set()
+    engine.found = replace(EXITED, error="it used more memory than its limit")
+    assert rests.sure([EXITED]) == (engine.found,)
 
 
 def test_what_the_list_still_has_and_the_engine_has_not_is_absent(
     rests: Rests, engine: Inspections
 ) -> None:
-    engine.found = None
+    engine.found = WorkloadGone("it no longer exists")
     assert rests.sure([CREATED]) == ()
 
 
@@ -139,27 +163,26 @@ def test_one_that_hangs_costs_one_wait_and_hides_no_other(
 # --- by the API ---------------------------------------------------------------------------------
 
 
+LISTED = {
+    "Id": "c1",
+    "Names": ["/mic-mam"],
+    "State": "created",
+    "Labels": labels(IDENTITY),
+    "ImageID": "sha256:i",
+}
+
+
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[FakeEngine]:
     fake = FakeEngine(tmp_path / "d.sock")
-    fake.answers["GET /containers/json"] = reply(
-        [
-            {
-                "Id": "c1",
-                "Names": ["/mic-mam"],
-                "State": "created",
-                "Labels": labels(IDENTITY),
-                "ImageID": "sha256:i",
-            }
-        ]
-    )
+    fake.answers["GET /containers/json"] = reply([LISTED])
     yield fake
     fake.close()
 
 
 @pytest.fixture
 def runtime(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerRuntime]:
-    monkeypatch.setattr(docker_rests, "PATIENCE", 0.5)
+    monkeypatch.setattr(module, "PATIENCE", 0.5)
     made = DockerRuntime("default", "h", base_url=fake.url, docker_config=None, timeout=2.0)
     yield made
     made.close()
@@ -169,6 +192,23 @@ def state(runtime: DockerRuntime) -> list[RunState]:
     view = runtime.observe()
     assert view.error is None
     return [item.state for item in view.workloads]
+
+
+def test_a_look_tells_why_a_container_ended(fake: FakeEngine) -> None:
+    fake.answers["GET /containers/json"] = reply(
+        [{**LISTED, "State": "exited", "Status": "Exited (137) 3 seconds ago"}]
+    )
+    said = 'OCI runtime create failed: exec: "nosuch": executable file not found in $PATH'
+    for found, cause in (
+        ({"OOMKilled": True}, "it used more memory than its limit and was killed"),
+        ({"Error": said}, "the image has no program nosuch"),
+    ):
+        fake.answers["GET /containers/c1/json"] = reply({"State": {"Status": "exited", **found}})
+        made = DockerRuntime("default", "h", base_url=fake.url, docker_config=None)
+        for _ in range(2):
+            (seen,) = made.observe().workloads
+            assert (seen.state, seen.exit_code, seen.error) == (RunState.EXITED, 137, cause)
+    assert fake.asked("GET /containers/c1/json") == 2
 
 
 @pytest.mark.parametrize(
