@@ -76,7 +76,7 @@ def checks(found: Settings) -> list[Check]:
     from mic_supervisor.converge.state import StateDir
     from mic_supervisor.gpu.modes import read_modes
     from mic_supervisor.gpu.source import open_source
-    from mic_supervisor.runtimes.procfs import listener_owner, listeners
+    from mic_supervisor.host.processes import listener_owner, listeners
 
     real = found.gpu_source.kind == "nvml"
     systemd = Path("/run/systemd/system").is_dir()
@@ -161,7 +161,7 @@ def _engine(found: Settings) -> tuple[Callable[[], Any], Callable[[str], bool]]:
 
 
 def document(findings: Sequence[Finding]) -> dict[str, Any]:
-    from mic_supervisor.converge.state import host_name
+    from mic_supervisor.host.identity import host_name
 
     return {
         "version": 1,

@@ -21,8 +21,8 @@ def command(instance: str | None, as_json: bool) -> int:
     """
     from dataclasses import asdict
 
-    from mic_supervisor.converge.state import host_name
     from mic_supervisor.daemon.history import read
+    from mic_supervisor.host.identity import host_name
 
     found = wiring.settings()
     events = [

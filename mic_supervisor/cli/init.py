@@ -187,7 +187,7 @@ def _draft(
     """The draft, and the names of the proposals that have GPUs in it."""
     from mic_supervisor.backends.drafts import examples
     from mic_supervisor.config.draft import Draft, DraftModel
-    from mic_supervisor.converge.state import host_name
+    from mic_supervisor.host.identity import host_name
 
     models = [
         DraftModel(

@@ -87,7 +87,7 @@ def command(pid: int | None, all_orphans: bool, yes: bool, force: bool, grace: f
 
 
 def _refuse_outright(pid: int, found: Settings) -> None:
-    from mic_supervisor.converge.holder import lock_holder
+    from mic_supervisor.host.lock import lock_holder
 
     if pid == 1:
         _refuse(pid, "it is the machine's first process, and everything ends with it")

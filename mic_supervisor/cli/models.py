@@ -22,7 +22,7 @@ def command(as_json: bool) -> None:
     What really runs is shown by status.
     """
     from mic_supervisor.backends.registry import Registry
-    from mic_supervisor.converge.state import host_name
+    from mic_supervisor.host.identity import host_name
 
     config = wiring.load_config(wiring.settings(), None, Registry())
     if as_json:

@@ -18,9 +18,9 @@ def command() -> int:
 
     What systemd starts. Ends with SIGTERM; instances keep running unless MIC_ON_STOP=stop.
     """
-    from mic_supervisor.converge.lock import writer
     from mic_supervisor.daemon.log import set_up
     from mic_supervisor.daemon.supervisor import Supervisor
+    from mic_supervisor.host.lock import writer
     from mic_supervisor.http.server import serving
 
     found = wiring.settings()

@@ -63,8 +63,8 @@ class Alone:
         import asyncio
 
         from mic_supervisor.cli import wiring
-        from mic_supervisor.converge.lock import writer
         from mic_supervisor.converge.session import QUESTIONS
+        from mic_supervisor.host.lock import writer
 
         orders = method not in QUESTIONS
         found = self.machine().settings

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.settings import NO_DOCKER, Settings, load_settings
-from mic_supervisor.converge.state import StateDir, host_id
+from mic_supervisor.converge.state import StateDir
 from mic_supervisor.errors import MicError
+from mic_supervisor.host.identity import host_id
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
@@ -49,8 +50,8 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
     """
     from mic_supervisor.converge.observe import Sources
     from mic_supervisor.gpu.source import open_source
+    from mic_supervisor.host.processes import listener_owner, listeners
     from mic_supervisor.plan.assess import Context
-    from mic_supervisor.runtimes.procfs import listener_owner, listeners
 
     state = StateDir(found.scope_state_dir)
     host = host_id()

@@ -20,6 +20,7 @@ from mic_supervisor.gpu.owners import (
     annotate,
     managed_refs,
 )
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import (
     Gpu,
     GpuInventory,
@@ -29,7 +30,6 @@ from mic_supervisor.model import (
     OwnerKind,
     RuntimeView,
 )
-from mic_supervisor.runtimes import procfs
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.observe import Sources

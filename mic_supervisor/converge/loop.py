@@ -23,7 +23,6 @@ from mic_supervisor.converge.probes import Target
 from mic_supervisor.converge.publisher import Publisher
 from mic_supervisor.converge.snapshot import Desired, Snapshot
 from mic_supervisor.converge.sources import read_in
-from mic_supervisor.converge.state import host_name
 from mic_supervisor.errors import (
     LoadFailed,
     MicError,
@@ -32,6 +31,7 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.gpu.events import XidRecord
 from mic_supervisor.gpu.faults import with_xids
+from mic_supervisor.host.identity import host_name
 from mic_supervisor.model import DesiredState, GpuInventory, ObservedState, ObservedWorkload
 from mic_supervisor.plan.actions import (
     Change,

@@ -1,11 +1,9 @@
-"""What is kept between runs: the memory, the key for digests, and who this machine is."""
+"""What is kept between runs: the memory, and the key for digests."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import socket
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
@@ -125,27 +123,6 @@ def _written_by(data: Mapping[str, Any]) -> tuple[str | None, float | None]:
     if not isinstance(boot, str) or type(offset) is not float or not isfinite(offset):
         return None, None
     return boot, offset if boot else None
-
-
-def host_id() -> str:
-    """A digest of the machine id: stable over reboots, and it does not give the id away.
-
-    A machine without /etc/machine-id is known by its first network card. machine-id(5) asks not to
-    expose the id itself.
-    """
-    try:
-        machine = Path("/etc/machine-id").read_text().strip()
-    except OSError:
-        machine = ""
-    if not machine:
-        import uuid
-
-        machine = f"node {uuid.getnode():x}"
-    return hashlib.sha256(f"mic-supervisor {machine}".encode()).hexdigest()[:12]
-
-
-def host_name() -> str:
-    return socket.gethostname()
 
 
 def _unreadable(path: Path, error: OSError) -> MicError:

@@ -9,8 +9,8 @@ from mic_supervisor.converge import takeover_processes as processes
 from mic_supervisor.converge.kill import Survey
 from mic_supervisor.converge.takeover import Proposal, distinct
 from mic_supervisor.errors import MicError, RuntimeRefused
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import OwnerKind
-from mic_supervisor.runtimes import procfs
 
 if TYPE_CHECKING:
     from mic_supervisor.runtimes.docker.engine import Engine

@@ -12,8 +12,8 @@ from typing import Any
 
 from mic_supervisor.backends.drafts import Recognised, recognise
 from mic_supervisor.converge.takeover import Proposal, base_name, for_env_file, refusal
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Listener, Owner, OwnerKind
-from mic_supervisor.runtimes import procfs
 
 _SHELLS = re.compile(
     r"(ba|z|da|k|fi|c|tc)?sh|tmux.*|screen|sshd.*|login|sudo|su|systemd|init|make|supervisord|"

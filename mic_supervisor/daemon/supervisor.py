@@ -19,7 +19,7 @@ from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.session import Session
 from mic_supervisor.converge.settle import Settling, all_settled
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
-from mic_supervisor.converge.state import StateDir, host_name
+from mic_supervisor.converge.state import StateDir
 from mic_supervisor.daemon.control import ControlServer
 from mic_supervisor.daemon.generations import Generations
 from mic_supervisor.daemon.gpu_watch import GpuWatch
@@ -30,6 +30,7 @@ from mic_supervisor.daemon.parts import Parts, in_thread
 from mic_supervisor.daemon.summary import sentence
 from mic_supervisor.daemon.watch import watch
 from mic_supervisor.errors import MicError, RuntimeUnavailable
+from mic_supervisor.host.identity import host_name
 from mic_supervisor.http.published import LoopState, Published
 
 if TYPE_CHECKING:

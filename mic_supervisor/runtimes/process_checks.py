@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor.errors import PreflightFailed
+from mic_supervisor.host import processes as procfs
+from mic_supervisor.host import programs
 from mic_supervisor.model import ProcessSpec
-from mic_supervisor.runtimes import procfs, programs
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TIMED_OUT = 124

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mic_supervisor import clocks
+from mic_supervisor.host import processes as procfs
+from mic_supervisor.host.processes import Stat
 from mic_supervisor.model import Identity
-from mic_supervisor.runtimes import keeper, procfs
+from mic_supervisor.runtimes import keeper
 from mic_supervisor.runtimes.process_records import RUN_ID, Anchor, Machine, Record
-from mic_supervisor.runtimes.procfs import Stat
 from mic_supervisor.runtimes.systemd_unit import identity_of, unknown_identity
 
 _PROMPT = 10.0  # seconds after its own start within which a keeper has started its main process

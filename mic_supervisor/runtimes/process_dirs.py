@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from mic_supervisor.errors import PreflightFailed
+from mic_supervisor.host import programs
 from mic_supervisor.model import ProcessSpec
 from mic_supervisor.runtimes import process_checks as checks
-from mic_supervisor.runtimes import programs
 from mic_supervisor.runtimes.process_checks import Account
 
 _PATIENCE = 10.0  # seconds for a command that makes or tries a directory

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mic_supervisor import clocks
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, ObservedWorkload, RunState
-from mic_supervisor.runtimes import procfs
 from mic_supervisor.runtimes.keeper import EXIT, RECORD, write_json
 
 T = TypeVar("T")

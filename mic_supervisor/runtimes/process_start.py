@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor.errors import RuntimeRefused
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Launch, ProcessSpec
-from mic_supervisor.runtimes import keeper, process_stop, procfs
+from mic_supervisor.runtimes import keeper, process_stop
 from mic_supervisor.runtimes import process_checks as checks
 from mic_supervisor.runtimes import process_records as records
 from mic_supervisor.runtimes.process_records import BadRecord, Record

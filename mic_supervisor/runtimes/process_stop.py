@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mic_supervisor.errors import StopFailed
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.runtimes import process_records as records
-from mic_supervisor.runtimes import procfs
 from mic_supervisor.runtimes.process_records import Record
 
 _KEEPER_GRACE = 2.0  # seconds that a keeper has to write the exit status once all is gone

@@ -24,6 +24,7 @@ from mic_supervisor.errors import (
     RuntimeUnavailable,
     StopFailed,
 )
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import (
     Launch,
     ObservedWorkload,
@@ -38,7 +39,6 @@ from mic_supervisor.runtimes import (
     process_logs,
     process_start,
     process_stop,
-    procfs,
 )
 from mic_supervisor.runtimes import process_checks as checks
 from mic_supervisor.runtimes import process_records as records

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mic_supervisor.errors import RuntimeRefused
-from mic_supervisor.runtimes import programs
+from mic_supervisor.host import programs
 
 _PROGRAM = "journalctl"
 _QUIETLY = (_PROGRAM, "--quiet", "--no-pager")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from mic_supervisor.runtimes.procfs import with_environ
+from mic_supervisor.host.processes import with_environ
 from tests.support import waiting
 from tests.support.mic import PROGRAM
 from tests.support.scopes import end_processes

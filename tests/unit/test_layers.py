@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mic_supervisor"
 # From the top down: a layer may import what stands below it, and itself.
 LAYERS = (
     *("cli", "daemon", "http", "converge", "views", "plan", "backends", "runtimes", "gpu"),
-    *("config", "model", "errors", "clocks"),
+    *("config", "host", "model", "errors", "clocks"),
 )
 
 STRANGERS = {("backends", "runtimes"), ("runtimes", "backends")}
@@ -212,7 +212,8 @@ def test_nothing_outside_the_backends_names_one() -> None:
             "",
             [
                 "mic_supervisor.utils belongs to no layer; the layers are cli, daemon, http, "
-                "converge, views, plan, backends, runtimes, gpu, config, model, errors, clocks"
+                "converge, views, plan, backends, runtimes, gpu, config, host, model, errors, "
+                "clocks"
             ],
         ),
     ],

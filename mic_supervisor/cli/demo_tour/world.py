@@ -219,7 +219,7 @@ class World:
 
     def processes(self) -> list[int]:
         """PIDs of everything that runs for this scope: keepers and models."""
-        from mic_supervisor.runtimes.procfs import with_environ
+        from mic_supervisor.host.processes import with_environ
 
         return sorted(set(with_environ("MIC_SCOPE", [self.scope])) - {os.getpid()})
 

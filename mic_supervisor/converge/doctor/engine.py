@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mic_supervisor.converge.doctor import Finding, fail, ok, warn
-from mic_supervisor.runtimes import procfs
+from mic_supervisor.host import processes as procfs
 
 _HOOK = "nvidia-container-runtime-hook"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mic_supervisor.config.settings import Address, PortRange
 from mic_supervisor.converge.doctor import Finding, fail, ok, warn
-from mic_supervisor.converge.holder import lock_holder
+from mic_supervisor.host import programs
+from mic_supervisor.host.lock import lock_holder
 from mic_supervisor.model import Listener
-from mic_supervisor.runtimes import programs
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor.converge.doctor import Finding, fail, ok, warn
-from mic_supervisor.converge.holder import lock_holder
 from mic_supervisor.errors import MicError
-from mic_supervisor.runtimes import programs
+from mic_supervisor.host import programs
+from mic_supervisor.host.lock import lock_holder
 
 UNIT = "mic.service"
 _SLICE = "mic.slice"

@@ -17,7 +17,7 @@ from docker.errors import DockerException
 from docker.utils.config import find_config_file
 
 from mic_supervisor.errors import PreflightFailed
-from mic_supervisor.runtimes import programs
+from mic_supervisor.host import programs
 
 _HUB = "docker.io"
 _HUB_SERVER = "https://index.docker.io/v1/"

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor.errors import MicError
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, Launch, ProcessSpec
-from mic_supervisor.runtimes import process_checks, procfs
+from mic_supervisor.runtimes import process_checks
 from mic_supervisor.runtimes.systemd import SystemdRuntime
 
 IDENTITY = Identity("confined", "h", "a", "MAM", "process", ("GPU-1",), {}, {}, "0")

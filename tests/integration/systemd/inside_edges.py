@@ -14,8 +14,8 @@ import pytest
 
 from mic_supervisor import clocks
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable, StopFailed
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Limits, RunState, Stranger
-from mic_supervisor.runtimes import procfs
 from mic_supervisor.runtimes.systemd import SystemdRuntime, systemd_is_pid1
 from tests.integration.systemd.world import HOST, World, python, run, sh
 from tests.support.waiting import until

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mic_supervisor.errors import MicError, RuntimeRefused, StopFailed
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Limits, RunState
-from mic_supervisor.runtimes import procfs
 from mic_supervisor.runtimes.systemd_unit import identity_variables
 from tests.integration.systemd.world import STUBBORN, World, python, run, sh
 from tests.support.waiting import until

@@ -25,10 +25,9 @@ from mic_supervisor.converge.doctor import (
     service,
     warn,
 )
-from mic_supervisor.converge.holder import lock_holder
-from mic_supervisor.converge.lock import writer
 from mic_supervisor.errors import RuntimeUnavailable
 from mic_supervisor.gpu.modes import GpuModes, read_modes
+from mic_supervisor.host.lock import lock_holder, writer
 from mic_supervisor.model import Gpu, GpuInventory, Listener, UnopenedGpu
 from tests.mock_nvml import MockGpu, MockNvml
 from tests.support.mic import Mic

@@ -12,6 +12,7 @@ import pytest
 
 from mic_supervisor.cli.kill import report
 from mic_supervisor.converge.kill import Hold, Result, Survey, Target, end
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import (
     Gpu,
     GpuInventory,
@@ -23,7 +24,6 @@ from mic_supervisor.model import (
     RunState,
     RuntimeView,
 )
-from mic_supervisor.runtimes import procfs
 
 EMPTY = GpuInventory("nvml", gpus=(Gpu("GPU-a", 0, "x", processes=()),))
 NOTHING = Survey(EMPTY, ())

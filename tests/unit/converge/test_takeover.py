@@ -9,7 +9,7 @@ import pytest
 from mic_supervisor.converge.takeover import Proposal, distinct, for_env_file, indices_of, named
 from mic_supervisor.converge.takeover_containers import is_candidate, propose, wanted_gpus
 from mic_supervisor.converge.takeover_processes import root_of
-from mic_supervisor.runtimes.procfs import Stat
+from mic_supervisor.host.processes import Stat
 
 KNOWN = {"GPU-aaaa": 0, "GPU-bbbb": 1, "GPU-cccc": 2}
 IMAGE = {

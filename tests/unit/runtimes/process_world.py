@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, Launch, Limits, ObservedWorkload, Pairs, ProcessSpec
-from mic_supervisor.runtimes import procfs
 from mic_supervisor.runtimes.subprocess import SubprocessRuntime
 from tests.support import scopes
 from tests.support.waiting import until

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mic_supervisor.runtimes import keeper, procfs
+from mic_supervisor.host import processes as procfs
+from mic_supervisor.runtimes import keeper
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import World, runs
 

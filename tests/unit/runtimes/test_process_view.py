@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from mic_supervisor.errors import RuntimeRefused
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import ObservedWorkload, RunState
-from mic_supervisor.runtimes import procfs
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import World, python, runs
 

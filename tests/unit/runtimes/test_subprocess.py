@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import ContainerSpec, Launch, Limits, RunState
-from mic_supervisor.runtimes import Runtime, procfs
+from mic_supervisor.runtimes import Runtime
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import HOST, World, python, runs, sh
 

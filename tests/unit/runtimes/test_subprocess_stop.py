@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from mic_supervisor.errors import RuntimeRefused, StopFailed
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import ObservedWorkload, RunState
-from mic_supervisor.runtimes import procfs
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import STUBBORN, World, python, runs, sh
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mic_supervisor.runtimes.programs import Ended, run
+from mic_supervisor.host.programs import Ended, run
 
 SH = ("/bin/sh", "-c")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from mic_supervisor import clocks
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Listener
-from mic_supervisor.runtimes import procfs
 from tests.support.waiting import until
 
 
