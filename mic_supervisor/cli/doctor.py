@@ -76,7 +76,7 @@ def checks(found: Settings) -> list[Check]:
     from mic_supervisor.converge.state import StateDir
     from mic_supervisor.gpu.modes import read_modes
     from mic_supervisor.gpu.source import open_source
-    from mic_supervisor.host.processes import listener_owner, listeners
+    from mic_supervisor.host.processes import listener_owners, listeners
 
     real = found.gpu_source.kind == "nvml"
     systemd = Path("/run/systemd/system").is_dir()
@@ -131,7 +131,7 @@ def checks(found: Settings) -> list[Check]:
         Check("systemd", service.systemd),
         Check("daemon", lambda: service.daemon(ask_daemon, found.socket, found.lock_path)),
         Check("ports", lambda: host.ports(found.port_range, listeners, len(inventory().gpus))),
-        Check("http", lambda: host.listen(found.listen, found.lock_path, listener_owner)),
+        Check("http", lambda: host.listen(found.listen, found.lock_path, listener_owners().get)),
         Check("directories", lambda: files.directories(found)),
         Check("logs", lambda: files.process_logs(found, keepers=keepers)),
         Check("clock", lambda: host.clock(found.scope_state_dir, systemd=systemd)),

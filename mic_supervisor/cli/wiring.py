@@ -50,7 +50,7 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
     """
     from mic_supervisor.converge.observe import Sources
     from mic_supervisor.gpu.source import open_source
-    from mic_supervisor.host.processes import listener_owner, listeners
+    from mic_supervisor.host.processes import listener_owners, listeners
     from mic_supervisor.plan.assess import Context
 
     state = StateDir(found.scope_state_dir)
@@ -64,7 +64,7 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
             gpus=open_source(found.gpu_source.kind, found.gpu_source.count),
             runtimes={docker.name: docker, process.name: process},
             listeners=listeners,
-            listener_owner=listener_owner,
+            listener_owners=listener_owners,
         ),
         state=state,
         context=Context(

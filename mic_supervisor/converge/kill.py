@@ -7,22 +7,22 @@ the process is, is looked up anew.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from mic_supervisor import clocks
 from mic_supervisor.gpu.owners import (
     INSTANCE_VARIABLE,
     SCOPE_VARIABLE,
+    Owners,
     annotate,
     managed_refs,
 )
-from mic_supervisor.host import processes as procfs
+from mic_supervisor.host import processes
 from mic_supervisor.model import (
-    Gpu,
     GpuInventory,
     GpuProcess,
     ObservedWorkload,
@@ -88,22 +88,18 @@ class Survey:
 
     def target(self, pid: int) -> Target | None:
         """The process; None when there is none, or only a zombie that holds nothing."""
-        stat = procfs.stat(pid)
+        stat = processes.stat(pid)
         if stat is None or not stat.running:
             return None
         process = GpuProcess(pid, stat.name, None, stat.start_time)
-        asked = GpuInventory(
-            source=self.inventory.source, gpus=(Gpu("", 0, "", processes=(process,)),)
-        )
-        (answer,) = annotate(asked, managed_refs(self.views)).gpus[0].processes or (process,)
-        environment = procfs.environ(pid) or {}
+        environment = processes.environ(pid) or {}
         return Target(
             pid=pid,
             started=stat.start_time,
             name=stat.name,
-            since=_boot_time() + stat.start_time / os.sysconf("SC_CLK_TCK"),
+            since=clocks.in_wall(clocks.from_ticks(stat.start_time)),
             holds=tuple(self._holds(pid)),
-            owner=answer.owner or Owner(OwnerKind.UNKNOWN),
+            owner=Owners(managed_refs(self.views)).of(process),
             scope=environment.get(SCOPE_VARIABLE),
             instance=environment.get(INSTANCE_VARIABLE),
         )
@@ -116,7 +112,7 @@ class Survey:
         """The instance whose process tree this one keeps, as its parent."""
         for view in self.views:
             for item in view.workloads:
-                root = procfs.stat(item.pid) if item.pid is not None else None
+                root = processes.stat(item.pid) if item.pid is not None else None
                 if root is not None and root.ppid == pid:
                     return item.identity.instance
         return None
@@ -200,7 +196,7 @@ def _signal_all(
             results[target.pid] = Result(target, "changed")
             continue
         try:
-            sent = procfs.send_signal(target.pid, target.started, number)
+            sent = processes.send_signal(target.pid, target.started, number)
         except PermissionError:
             results[target.pid] = Result(target, "denied")
             continue
@@ -216,15 +212,12 @@ def _wait(
 ) -> list[Target]:
     """Those that are still there after `patience` seconds."""
     deadline = time.monotonic() + patience
-    left = list(targets)
-    while True:
-        for target in list(left):
-            if not procfs.is_running(target.pid, target.started):
-                results[target.pid] = Result(target, "ended", killed=killed)
-                left.remove(target)
-        if not left or time.monotonic() >= deadline:
-            return left
+    while (
+        left := [one for one in targets if processes.is_running(one.pid, one.started)]
+    ) and time.monotonic() < deadline:
         time.sleep(_STEP)
+    results |= {one.pid: Result(one, "ended", killed) for one in targets if one not in left}
+    return left
 
 
 def _await_release(results: dict[int, Result], look: Callable[[], Survey], patience: float) -> None:
@@ -253,11 +246,3 @@ def _await_release(results: dict[int, Result], look: Callable[[], Survey], patie
             return
         if ended:
             time.sleep(_GPU_STEP)
-
-
-def _boot_time() -> float:
-    """Seconds since the epoch; proc(5), /proc/stat."""
-    for line in (procfs.PROC / "stat").read_text().splitlines():
-        if line.startswith("btime "):
-            return float(line.split()[1])
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 class Sources:
     """Where facts come from. Each may be slow or gone without the others' being so.
 
-    `listener_owner` says who listens on a port, as far as that can be known.
+    `listener_owners` says who listens, by port, as far as that can be known.
     """
 
     gpus: GpuSource
     runtimes: Mapping[str, Runtime]  # by name
     listeners: Callable[[], tuple[Listener, ...] | None]
-    listener_owner: Callable[[int], Listener | None] = lambda _port: None
+    listener_owners: Callable[[], Mapping[int, Listener]] = dict
 
 
 def observe(sources: Sources, at: float) -> ObservedState:
@@ -114,10 +114,9 @@ def with_holders(observed: ObservedState, desired: DesiredState, sources: Source
     }
     if observed.listeners is None or not any(item.port in asked for item in observed.listeners):
         return observed
+    owners = sources.listener_owners()
     named = tuple(
-        (sources.listener_owner(item.port) or item)
-        if item.port in asked and item.pid is None
-        else item
+        owners.get(item.port, item) if item.port in asked and item.pid is None else item
         for item in observed.listeners
     )
     return replace(observed, listeners=named)

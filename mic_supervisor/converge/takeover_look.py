@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from mic_supervisor.converge import takeover_containers as containers
 from mic_supervisor.converge import takeover_processes as processes
 from mic_supervisor.converge.kill import Survey
 from mic_supervisor.converge.takeover import Proposal, distinct
 from mic_supervisor.errors import MicError, RuntimeRefused
-from mic_supervisor.host import processes as procfs
+from mic_supervisor.host.processes import listener_owners
+from mic_supervisor.host.processes import processes as every_process
 from mic_supervisor.model import OwnerKind
 
 if TYPE_CHECKING:
@@ -88,7 +91,7 @@ def _held(look: Survey, container: str) -> list[int]:
 
 
 def _processes(look: Survey, warnings: list[str]) -> list[Proposal]:
-    known = procfs.processes()
+    known = every_process()
     roots: dict[int, list[int]] = {}
     for pid in sorted({*look.pids(OwnerKind.ORPHAN), *look.pids(OwnerKind.UNIT)}):
         target = look.target(pid)
@@ -105,7 +108,7 @@ def _processes(look: Survey, warnings: list[str]) -> list[Proposal]:
         warnings.append(f"PID {pid} is left out: whose it is cannot be read")
     if not roots:
         return []
-    ports = processes.listening(procfs.listeners, procfs.listener_owner)
+    ports = {port: one.pid for port, one in listener_owners().items() if one.pid is not None}
     found = []
     for root, holders in sorted(roots.items()):
         target = look.target(holders[0])
@@ -114,8 +117,10 @@ def _processes(look: Survey, warnings: list[str]) -> list[Proposal]:
             continue
         try:
             proposal = processes.propose(root, holders, indices, target.owner, ports)
-        except OSError as error:
-            warnings.append(f"PID {root} is left out: {error.strerror or error}")
+        except psutil.NoSuchProcess:
+            continue  # it has ended meanwhile
+        except (OSError, psutil.AccessDenied):
+            warnings.append(f"PID {root} is left out: it may be looked at by root alone")
             continue
         if proposal is not None:
             found.append(proposal)

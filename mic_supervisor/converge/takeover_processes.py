@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import pwd
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mic_supervisor.backends.drafts import Recognised, recognise
 from mic_supervisor.converge.takeover import Proposal, base_name, for_env_file, refusal
-from mic_supervisor.host import processes as procfs
-from mic_supervisor.model import Listener, Owner, OwnerKind
+from mic_supervisor.host import processes
+from mic_supervisor.model import Owner, OwnerKind
 
 _SHELLS = re.compile(
     r"(ba|z|da|k|fi|c|tc)?sh|tmux.*|screen|sshd.*|login|sudo|su|systemd|init|make|supervisord|"
@@ -29,7 +30,7 @@ _NOT_ITS_OWN = re.compile(
 )
 
 
-def root_of(pid: int, known: Mapping[int, procfs.Stat]) -> int:
+def root_of(pid: int, known: Mapping[int, processes.Stat]) -> int:
     """The process that was started as a whole: up, as long as it is no shell and no manager."""
     while (stat := known.get(pid)) is not None:
         parent = known.get(stat.ppid)
@@ -46,24 +47,24 @@ def propose(
 ) -> Proposal | None:
     """`holders` are those of its tree that hold GPUs; `ports` maps listening ports to PIDs.
 
-    None: it has ended meanwhile. Raises OSError where it may not be looked at.
+    None: it has ended meanwhile. Raises psutil.Error, and OSError, where it may not be looked at.
     """
-    arguments = command_of(pid)
-    stat = procfs.stat(pid)
+    one, stat = psutil.Process(pid), processes.stat(pid)
+    arguments = processes.command_line(pid)
     if stat is None or not arguments:
         return None
-    directory = os.readlink(f"/proc/{pid}/cwd")  # noqa: PTH115 - a magic link
-    environment = procfs.environ(pid) or {}
-    program = _absolute(pid, arguments[0], directory, environment.get("PATH"))
+    directory = one.cwd()
+    environment = processes.environ(pid) or {}
+    program = _absolute(one, arguments[0], directory, environment.get("PATH"))
     command = [program, *arguments[1:]]
     found = recognise(command, directory, lambda path: Path(path).exists())
     if found is None or found.backend == "process":
         entry = _any_command(command, directory, found)
     else:
         entry = {"backend": found.backend, **found.entry}
-    if (user := _user(pid)) is not None:
-        entry["user"] = user
-    tree = {pid, *holders, *procfs.descendants([pid])}
+    if one.uids().real != os.geteuid():
+        entry["user"] = one.username()
+    tree = {pid, *holders, *processes.descendants([pid])}
     listening = sorted(port for port, of in ports.items() if of in tree)
     notes = list(found.notes) if found is not None else []
     if "port" not in entry and listening:
@@ -98,30 +99,8 @@ def _any_command(
     return entry | (found.entry if found is not None else {})
 
 
-def command_of(pid: int) -> list[str]:
-    """The arguments it was started with; empty: it has ended."""
-    try:
-        text = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return [os.fsdecode(part) for part in text.removesuffix(b"\0").split(b"\0")] if text else []
-
-
-def listening(
-    listeners: Callable[[], tuple[Listener, ...] | None],
-    owner: Callable[[int], Listener | None],
-) -> dict[int, int]:
-    """Port -> PID, of the ports whose owner can be told."""
-    found = {}
-    for item in listeners() or ():
-        holder = owner(item.port)
-        if holder is not None and holder.pid is not None:
-            found[item.port] = holder.pid
-    return found
-
-
-def _absolute(pid: int, program: str, directory: str, search: str | None) -> str:
-    """Not /proc/PID/exe first: behind a virtual environment's link it would lose that."""
+def _absolute(one: psutil.Process, program: str, directory: str, search: str | None) -> str:
+    """Not exe() first: behind a virtual environment's link it would lose that."""
     if program.startswith("/"):
         return program
     if "/" in program:
@@ -129,18 +108,7 @@ def _absolute(pid: int, program: str, directory: str, search: str | None) -> str
     found = shutil.which(program, path=search)
     if found is not None and found.startswith("/"):
         return found
-    return os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")  # noqa: PTH115
-
-
-def _user(pid: int) -> str | None:
-    """Its user's name; None: the one that runs this."""
-    uid = Path(f"/proc/{pid}").stat().st_uid
-    if uid == os.geteuid():
-        return None
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+    return one.exe()
 
 
 def _name(command: Sequence[str]) -> str:

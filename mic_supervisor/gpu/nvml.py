@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from mic_supervisor import clocks
 from mic_supervisor.gpu import telemetry
 from mic_supervisor.gpu.contained import Contained, DidNotReturn
 from mic_supervisor.gpu.events import RECOVERY_ACTION, recovery_action
@@ -31,7 +31,7 @@ from mic_supervisor.gpu.nvml_errors import (
     gpu_error,
     library_error,
 )
-from mic_supervisor.gpu.proc import PROC, ProcessStat, boot_time, read_stat, started_at
+from mic_supervisor.host import processes
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
 
 FIRST_RETRY = 10.0  # seconds
@@ -96,12 +96,10 @@ class NvmlSource:
         *,
         timeout: float = 5.0,
         init_timeout: float = 30.0,
-        proc: Path = PROC,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._timeout = timeout
         self._init_timeout = init_timeout
-        self._proc = proc
         self._clock = clock
         self._calls = Contained("nvml")
         self.guests = Guests()
@@ -252,7 +250,7 @@ class NvmlSource:
             index: UnopenedGpu(index, error) for index, (_, error) in session.unopened.items()
         }
         gpus = []
-        names: dict[int, ProcessStat | None] = {}
+        names: dict[int, processes.Stat | None] = {}
         for device in session.devices:
             self._asked = f"GPU {device.index} ({device.uuid})"
             try:
@@ -273,7 +271,7 @@ class NvmlSource:
 
     # --- one GPU ------------------------------------------------------------------------------
 
-    def _read_gpu(self, nvml: Any, device: _Device, names: dict[int, ProcessStat | None]) -> Gpu:
+    def _read_gpu(self, nvml: Any, device: _Device, names: dict[int, processes.Stat | None]) -> Gpu:
         handle = device.handle
         draw = self._get(nvml.nvmlDeviceGetPowerUsage, handle)
         limit = self._get(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
@@ -345,7 +343,7 @@ class NvmlSource:
         return None if value is None else float(value)
 
     def _processes(
-        self, nvml: Any, handle: Any, names: dict[int, ProcessStat | None]
+        self, nvml: Any, handle: Any, names: dict[int, processes.Stat | None]
     ) -> tuple[GpuProcess, ...] | None:
         """Everyone on the GPU, by PID; None unless every list that the driver has could be read."""
         kinds: dict[int, list[str]] = {}
@@ -364,8 +362,7 @@ class NvmlSource:
                 used[row.pid] = max(amounts, default=None)
         for pid in kinds:
             if pid not in names:
-                names[pid] = read_stat(pid, self._proc)
-        booted = boot_time(self._proc) if kinds else None
+                names[pid] = processes.readable(pid)
         return tuple(
             GpuProcess(
                 pid=pid,
@@ -373,7 +370,7 @@ class NvmlSource:
                 used_memory=used[pid],
                 start_time=stat.start_time if stat else None,
                 kinds=tuple(kinds[pid]),
-                started_at=started_at(stat, booted) if stat else None,
+                started_at=clocks.in_wall(clocks.from_ticks(stat.start_time)) if stat else None,
             )
             for pid in sorted(kinds)
         )

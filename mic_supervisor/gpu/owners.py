@@ -2,6 +2,8 @@
 
 A process tells by its control group (cgroups(7)). Docker, Podman and the Kubernetes runtimes put
 a container's id, 64 hex digits, into the name of its group; systemd puts the unit's name there.
+What is in no group of ours tells by its ancestors, and last by its environment. That may be set by
+anybody, so it is believed where all users of the process could be ours.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
-from mic_supervisor.gpu.proc import PROC, ProcessStat, exists, read_stat
+from mic_supervisor.host import processes
 from mic_supervisor.model import (
     GpuInventory,
     GpuProcess,
@@ -47,27 +49,23 @@ def owner_ref(cgroup_text: str) -> tuple[OwnerKind, str | None]:
     return OwnerKind.ORPHAN, None
 
 
-def annotate(
-    inventory: GpuInventory,
-    managed: Mapping[str, str],
-    *,
-    proc: Path = PROC,
-) -> GpuInventory:
+def annotate(inventory: GpuInventory, managed: Mapping[str, str]) -> GpuInventory:
     """The inventory with `owner` filled in for every process on every GPU.
 
     `managed` maps to instance ids; `managed_refs` makes it. Its keys are container ids, unit names,
-    "pid:<pid>:<start_time>", the root of a process tree, and "env:<scope>:<instance>". A process
-    is in a tree if the root is one of its ancestors, or, its ancestors being gone, if MIC_SCOPE and
+    "pid:<pid>:<start_time>", the root of a process tree, and "env:<scope>:<instance>", with a
+    ":<uid>" where its processes may have that user besides root and this one. A process is in a
+    tree if the root is one of its ancestors, or, its ancestors being gone, if MIC_SCOPE and
     MIC_INSTANCE in its environment say so. What cannot be read is UNKNOWN; a process that no
     longer exists is ORPHAN without a start time.
     """
     known: dict[tuple[int, int | None], Owner] = {}
-    book = _Book(managed, proc)
+    owners = Owners(managed)
 
     def owned(process: GpuProcess) -> GpuProcess:
         key = process.pid, process.start_time
         if key not in known:
-            known[key] = book.owner(process)
+            known[key] = owners.of(process)
         return replace(process, owner=known[key])
 
     return replace(
@@ -81,7 +79,7 @@ def annotate(
     )
 
 
-def managed_refs(views: Iterable[RuntimeView], proc: Path = PROC) -> dict[str, str]:
+def managed_refs(views: Iterable[RuntimeView]) -> dict[str, str]:
     """What `annotate` wants to know of our workloads.
 
     Containers and units go by their `ref` in whatever state they are: what still runs in the group
@@ -97,40 +95,60 @@ def managed_refs(views: Iterable[RuntimeView], proc: Path = PROC) -> dict[str, s
                 continue
             kept = False
             for pid in (workload.pid, workload.keeper):
-                if pid is not None and (stat := read_stat(pid, proc)):
+                if pid is not None and (stat := processes.readable(pid)):
                     refs[_process_ref(stat)] = instance
                     kept = pid == workload.keeper
             if not kept:
                 refs[_environment_ref(workload.identity.scope, instance)] = instance
+                user: Any = (workload.identity.spec or {}).get("user")
+                if (uid := processes.user_id(user)) is not None:
+                    refs[_environment_ref(workload.identity.scope, instance, uid)] = instance
     return refs
 
 
-def _process_ref(stat: ProcessStat) -> str:
+def _process_ref(stat: processes.Stat) -> str:
     return f"pid:{stat.pid}:{stat.start_time}"
 
 
-def _environment_ref(scope: str, instance: str) -> str:
-    return f"env:{scope}:{instance}"
+def _said_by(pid: int) -> str:
+    """The "env:" reference of what a process says of itself, "" where it says nothing.
+
+    A container is a PID namespace of its own, and most are root's: its environment is a stranger's.
+    """
+    try:
+        here = processes.pid_namespace(pid) == processes.pid_namespace()
+    except OSError:
+        here = False
+    users = processes.user_ids(pid)
+    said = processes.environ(pid)
+    if not here or not users or not said:
+        return ""
+    scope, instance = said.get(SCOPE_VARIABLE, ""), said.get(INSTANCE_VARIABLE, "")
+    return _environment_ref(scope, instance, *sorted(users - {0, os.geteuid()}))
 
 
-class _Book:
-    """What is ours, in a form that can be looked up."""
+def _environment_ref(scope: str, instance: str, *users: int) -> str:
+    return ":".join(("env", scope, instance, *map(str, users)))
 
-    def __init__(self, managed: Mapping[str, str], proc: Path) -> None:
+
+class Owners:
+    """What is ours, in a form that can be looked up. `managed` is as for `annotate`."""
+
+    def __init__(self, managed: Mapping[str, str]) -> None:
         self._managed = managed
         self._groups = {_unescape(ref): ref for ref in managed}
         self._has_trees = any(ref.startswith(("pid:", "env:")) for ref in managed)
-        self._proc = proc
 
-    def owner(self, process: GpuProcess) -> Owner:
+    def of(self, process: GpuProcess) -> Owner:
         try:
-            text = (self._proc / str(process.pid) / "cgroup").read_bytes().decode(errors="replace")
-        except OSError as error:
-            gone = isinstance(error, FileNotFoundError | ProcessLookupError)
-            return self._unreadable(process.pid) if gone else Owner(OwnerKind.UNKNOWN)
-        now = read_stat(process.pid, self._proc)
-        if now is None:
-            return self._unreadable(process.pid)
+            text = processes.cgroup(process.pid)
+            now = processes.stat(process.pid)
+        except OSError:
+            return Owner(OwnerKind.UNKNOWN)
+        if text is None or now is None:
+            # Where /proc is mounted with hidepid, another user's process looks as if it were gone.
+            hidden = processes.exists(process.pid)
+            return Owner(OwnerKind.UNKNOWN if hidden else OwnerKind.ORPHAN)
         if now.start_time != process.start_time:
             return Owner(OwnerKind.UNKNOWN)  # the PID went to somebody else since the look
         containers, units = _refs(text)
@@ -140,23 +158,12 @@ class _Book:
         tree = self._tree(process.pid) if self._has_trees else None
         return tree or Owner(*owner_ref(text))
 
-    def _unreadable(self, pid: int) -> Owner:
-        # Where /proc is mounted with hidepid, other users' processes look as if they were gone.
-        return Owner(OwnerKind.UNKNOWN if exists(pid) else OwnerKind.ORPHAN)
-
-    def _tree(self, process: int) -> Owner | None:
+    def _tree(self, pid: int) -> Owner | None:
         """The instance whose process tree it belongs to."""
-        seen = set()
-        pid = process
-        while pid > 0 and pid not in seen and (stat := read_stat(pid, self._proc)):
+        for stat in processes.lineage(pid):
             if (ref := _process_ref(stat)) in self._managed:
                 return self._owned_by(ref)
-            seen.add(pid)
-            pid = stat.parent
-        environment = _environment(process, self._proc)
-        ref = _environment_ref(
-            environment.get(SCOPE_VARIABLE, ""), environment.get(INSTANCE_VARIABLE, "")
-        )
+        ref = _said_by(pid)
         return self._owned_by(ref) if ref in self._managed else None
 
     def _owned_by(self, ref: str) -> Owner:
@@ -194,12 +201,3 @@ def _unescape(name: str) -> str:
     return _ESCAPES.sub(
         lambda m: bytes.fromhex(m[0].replace("\\x", "")).decode(errors="replace"), name
     )
-
-
-def _environment(pid: int, proc: Path) -> dict[str, str]:
-    """The environment that the process was started with; empty where it may not be read."""
-    try:
-        text = (proc / str(pid) / "environ").read_bytes()
-    except OSError:
-        return {}
-    return dict(os.fsdecode(item).split("=", 1) for item in text.split(b"\0") if b"=" in item)

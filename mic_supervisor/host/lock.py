@@ -9,11 +9,27 @@ import pwd
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
 from mic_supervisor.errors import LockHeld, MicError
+
+
+@dataclass(frozen=True, slots=True)
+class LockHolder:
+    """What the holder of a scope's lock wrote into it. `since` is seconds since the epoch."""
+
+    pid: int
+    command: str
+    user: str
+    since: float
+
+    @classmethod
+    def of(cls, text: str | bytes) -> LockHolder:
+        """Raises ValueError, KeyError or TypeError where it is not all there."""
+        said = json.loads(text)
+        return cls(int(said["pid"]), str(said["command"]), str(said["user"]), float(said["since"]))
 
 
 @contextmanager
@@ -33,14 +49,9 @@ def writer(path: Path, command: str, timeout: float) -> Iterator[None]:
         ) from error
     try:
         _acquire(descriptor, path, timeout)
-        holder = {
-            "pid": os.getpid(),
-            "command": command,
-            "user": _user(),
-            "since": time.time(),
-        }
+        holder = LockHolder(os.getpid(), command, _user(), time.time())
         os.truncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0)
         try:
             yield
         finally:
@@ -68,14 +79,13 @@ def _acquire(descriptor: int, path: Path, timeout: float) -> None:
 def _holder(descriptor: int, path: Path) -> str:
     """Who holds the lock. What it wrote may be half there: then the PID is all that is lost."""
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-        since = datetime.fromtimestamp(holder["since"]).astimezone().strftime("%H:%M:%S")
-        return (
-            f"PID {holder['pid']} ({holder['command']}, started by {holder['user']}) "
-            f"is converging since {since}"
-        )
+        holder = LockHolder.of(os.pread(descriptor, 4096, 0))
+        since = datetime.fromtimestamp(holder.since).astimezone().strftime("%H:%M:%S")
     except (ValueError, KeyError, TypeError):
         return f"another process holds {path}"
+    return (
+        f"PID {holder.pid} ({holder.command}, started by {holder.user}) is converging since {since}"
+    )
 
 
 def _user() -> str:
@@ -88,16 +98,6 @@ def _user() -> str:
         return f"uid {os.getuid()}"
 
 
-@dataclass(frozen=True, slots=True)
-class LockHolder:
-    """What the holder of a scope's lock wrote into it. `since` is seconds since the epoch."""
-
-    pid: int
-    command: str
-    user: str
-    since: float
-
-
 def lock_holder(path: Path, locks: Path = Path("/proc/locks")) -> LockHolder | None:
     """The holder of the lock at `path`; None: nobody, or it cannot be told.
 
@@ -106,13 +106,7 @@ def lock_holder(path: Path, locks: Path = Path("/proc/locks")) -> LockHolder | N
     """
     try:
         inode = path.stat().st_ino
-        holder = json.loads(path.read_text())
-        found = LockHolder(
-            int(holder["pid"]),
-            str(holder["command"]),
-            str(holder["user"]),
-            float(holder["since"]),
-        )
+        found = LockHolder.of(path.read_text())
         text = locks.read_text()
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,44 +1,33 @@
-"""Who runs on this machine, as /proc tells it: cheap readers without a cache.
+"""Who runs on this machine: what psutil does not tell of a process, or not for certain.
 
 A process is identified by its PID *and* its start time (field 22 of /proc/PID/stat, clock ticks
-since boot, see proc(5)): PIDs are used again. A zombie still has both, but runs no more.
+since boot, see proc(5)): PIDs are used again. A zombie still has both, but runs no more. The rest
+of that line says who it is in the same moment. What psutil does otherwise, and what that costs,
+stands in docs/architecture.md, "Choices that need a reason".
+
+All paths are below `psutil.PROCFS_PATH`.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import pwd
 import signal
-import socket
-import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from mic_supervisor.model import Listener
-
-PROC = Path("/proc")
-
-# "sl  local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode": 0A is TCP_LISTEN
-# (include/net/tcp_states.h).
-_LISTENING = re.compile(
-    rb"^ *\d+: [0-9A-F]+:([0-9A-F]{4}) [0-9A-F]+:0000 0A \S+ \S+ \S+ +\d+ +\d+ (\d+)", re.MULTILINE
-)
-
-# linux/netlink.h, linux/sock_diag.h
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST_DUMP = 0x301
-_NLMSG_ERROR = 2
-_NLMSG_DONE = 3
-_TCP_LISTEN = 10
 
 
 class Stat(NamedTuple):
     """What /proc/PID/stat says of one process. `start_time` is in clock ticks since boot."""
 
     pid: int
-    name: str
+    name: str  # at most 15 bytes; a process may change it
     state: str  # one letter: R, S, D, T, Z …
     ppid: int
     session: int
@@ -54,37 +43,25 @@ class Stat(NamedTuple):
         return self.state not in "ZXx" or self.threads > 1
 
 
-def _read(path: str) -> bytes | None:
-    """A whole file of /proc; None when its process is gone. Other failures raise OSError."""
+def _read(pid: int | str, name: str) -> bytes | None:
+    """A whole file of a process; None when that is gone. Other failures raise OSError."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with open(f"{psutil.PROCFS_PATH}/{pid}/{name}", "rb", buffering=0) as file:  # noqa: PTH123
+            return file.read()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    parts = []
-    try:
-        while part := os.read(handle, 1 << 16):
-            parts.append(part)
-    except ProcessLookupError:
-        return None
-    finally:
-        os.close(handle)
-    return b"".join(parts)
 
 
 def stat(pid: int) -> Stat | None:
     """None when there is no such process. Other failures to read raise OSError."""
-    text = _read(f"/proc/{pid}/stat")
-    if text is None:
-        return None
     # The name is whatever the program likes, brackets and spaces included.
-    head, _, tail = text.rpartition(b")")
+    head, _, tail = (_read(pid, "stat") or b"").rpartition(b")")
     fields = tail.split()
-    if len(fields) < 20:
+    if not head or len(fields) < 20:
         return None
-    name = head.partition(b"(")[2].decode(errors="replace")
     return Stat(
         pid,
-        name,
+        head.partition(b"(")[2].decode(errors="replace"),
         state=fields[0].decode(),
         ppid=int(fields[1]),
         session=int(fields[3]),
@@ -93,59 +70,75 @@ def stat(pid: int) -> Stat | None:
     )
 
 
+def readable(pid: int) -> Stat | None:
+    """As `stat`; None also where it may not be read."""
+    try:
+        return stat(pid)
+    except OSError:
+        return None
+
+
 def is_running(pid: int, started: int) -> bool:
     """Whether the process that `pid` and `started` name still runs (a zombie does not)."""
     found = stat(pid)
     return found is not None and found.start_time == started and found.running
 
 
+def exists(pid: int) -> bool:
+    """Whether there is such a process, also where /proc hides it (mount option hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 def processes() -> dict[int, Stat]:
     """Every process of this PID namespace, zombies included, by PID."""
-    found = {}
-    for entry in os.listdir(PROC):  # noqa: PTH208 - three times as fast as iterdir
-        if entry.isdigit() and (one := stat(int(entry))):
-            found[one.pid] = one
-    return found
+    return {pid: one for pid in psutil.pids() if (one := stat(pid)) is not None}
 
 
 def descendants(roots: Iterable[int], known: Mapping[int, Stat] | None = None) -> list[int]:
     """The PIDs below `roots`, parents before children, without the roots themselves."""
-    known = processes() if known is None else known
-    children: dict[int, list[int]] = {}
-    for one in known.values():
-        children.setdefault(one.ppid, []).append(one.pid)
-    pending = list(roots)
-    seen = set(pending)
-    found = []
-    while pending:
-        for pid in children.get(pending.pop(0), ()):
-            if pid not in seen:
-                seen.add(pid)
-                found.append(pid)
-                pending.append(pid)
-    return found
+    children = defaultdict(list)
+    for one in (processes() if known is None else known).values():
+        children[one.ppid].append(one.pid)
+    tops = set(roots)
+    found = [*tops]
+    for parent in found:  # which grows
+        found += [pid for pid in children.pop(parent, ()) if pid not in tops]
+    return found[len(tops) :]
+
+
+def lineage(pid: int) -> Iterator[Stat]:
+    """The process, its parent, and so on, as far as they can be read."""
+    seen = set()
+    while pid > 0 and pid not in seen and (one := readable(pid)) is not None:
+        yield one
+        seen.add(pid)
+        pid = one.ppid
 
 
 def ancestors(pid: int) -> set[int]:
     """PIDs of its parent and of those above, as far as they can be read."""
-    found: set[int] = set()
-    one = stat(pid)
-    while one is not None and one.ppid > 0 and one.ppid not in found:
-        found.add(one.ppid)
-        one = stat(one.ppid)
-    return found
+    return {one.ppid for one in lineage(pid)} - {0}
 
 
 def environ(pid: int) -> dict[str, str] | None:
     """The environment that `pid` was started with; None when it is gone or may not be read."""
-    try:
-        text = _read(f"/proc/{pid}/environ")
-    except PermissionError:
-        return None
+    text = _environ(pid)
     if text is None:
         return None
-    pairs = (item.partition(b"=") for item in text.split(b"\0") if b"=" in item)
-    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+    return dict(os.fsdecode(item).split("=", 1) for item in text.split(b"\0") if b"=" in item)
+
+
+def _environ(pid: int) -> bytes | None:
+    try:
+        return _read(pid, "environ")
+    except PermissionError:
+        return None
 
 
 def with_environ(name: str, values: Collection[str]) -> dict[int, str]:
@@ -153,40 +146,35 @@ def with_environ(name: str, values: Collection[str]) -> dict[int, str]:
 
     Processes whose environment may not be read are left out: they are not known to be ours.
     """
-    wanted = {f"{name}={value}".encode(): value for value in values}
     prefix = f"{name}=".encode()
-    found = {}
-    for entry in os.listdir(PROC):  # noqa: PTH208
-        if not entry.isdigit():
-            continue
-        try:
-            text = _read(f"/proc/{entry}/environ")
-        except PermissionError:
-            continue
-        if text is None or prefix not in text:
-            continue
-        for item in text.split(b"\0"):
-            if item in wanted:
-                found[int(entry)] = wanted[item]
-                break
-    return found
+    likely = [pid for pid in psutil.pids() if prefix in (_environ(pid) or b"")]
+    found = ((pid, (environ(pid) or {}).get(name)) for pid in likely)
+    return {pid: value for pid, value in found if value is not None and value in values}
 
 
 def command_line(pid: int) -> list[str]:
-    """The arguments of `pid`; empty when it is gone, or is a zombie."""
-    text = _read(f"/proc/{pid}/cmdline") or b""
-    return [os.fsdecode(item) for item in text.split(b"\0")[:-1]]
+    """The arguments it was started with; empty when it is gone, or is a zombie."""
+    return [os.fsdecode(item) for item in (_read(pid, "cmdline") or b"").split(b"\0")[:-1]]
 
 
 def user_ids(pid: int) -> set[int]:
-    """The real, effective, saved and file system user of `pid`; empty when it is gone.
+    """The real, effective and saved user of `pid`; empty when it is gone or may not be read.
 
-    All four: a set-user-ID program has the environment that whoever started it has made.
+    All three: a set-user-ID program has the environment that whoever started it has made.
     """
-    for line in (_read(f"/proc/{pid}/status") or b"").splitlines():
-        if line.startswith(b"Uid:"):
-            return {int(field) for field in line.split()[1:]}
-    return set()
+    try:
+        return set(psutil.Process(pid).uids())
+    except psutil.Error:
+        return set()
+
+
+def user_id(user: str | None) -> int | None:
+    """The number of "name", "name:group" or "1000"; None when there is no such user."""
+    name = (user or "").partition(":")[0]
+    try:
+        return int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid if name else None
+    except KeyError:
+        return None
 
 
 def send_signal(pid: int, started: int, number: int) -> bool:
@@ -214,7 +202,13 @@ def send_signal(pid: int, started: int, number: int) -> bool:
 
 def pid_namespace(pid: int | str = "self") -> str:
     """ "pid:[4026531836]": PIDs can be compared only within one. Raises OSError."""
-    return os.readlink(f"/proc/{pid}/ns/pid")  # noqa: PTH115 - a magic link, not a path
+    return os.readlink(f"{psutil.PROCFS_PATH}/{pid}/ns/pid")  # noqa: PTH115 - a magic link
+
+
+def cgroup(pid: int | str) -> str | None:
+    """The text of /proc/PID/cgroup; None when there is no such process. Else raises OSError."""
+    text = _read(pid, "cgroup")
+    return None if text is None else text.decode(errors="replace")
 
 
 def service_of(cgroup: str) -> str | None:
@@ -239,7 +233,7 @@ def enclosing_service() -> str | None:
     if "INVOCATION_ID" not in os.environ or not Path("/run/systemd/system").is_dir():
         return None
     try:
-        return service_of((PROC / "self/cgroup").read_text())
+        return service_of(cgroup("self") or "")
     except OSError:
         return None
 
@@ -247,105 +241,47 @@ def enclosing_service() -> str | None:
 # --- listening TCP sockets --------------------------------------------------------------------
 
 
-def parse_listeners(table: bytes) -> dict[int, set[int]]:
-    """Port -> inodes of the listening sockets in the text of /proc/net/tcp or tcp6."""
-    found: dict[int, set[int]] = {}
-    for port, inode in _LISTENING.findall(table):
-        found.setdefault(int(port, 16), set()).add(int(inode))
-    return found
-
-
-def _ask_kernel(family: int) -> dict[int, set[int]]:
-    """Port -> inodes of the listening sockets of one address family, by sock_diag(7).
-
-    Only the listeners are walked, which takes 0.02 ms; /proc/net/tcp walks the table of all
-    connections, which takes over 1 ms even when it is empty. Raises OSError where the kernel does
-    not offer it.
-    """
-    request = struct.pack("=BBBBI48x", family, socket.IPPROTO_TCP, 0, 0, 1 << _TCP_LISTEN)
-    header = struct.pack(
-        "=IHHII", 16 + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0
-    )
-    found: dict[int, set[int]] = {}
-    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-    with socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG) as channel:
-        channel.settimeout(1.0)
-        channel.send(header + request)
-        while True:
-            answer = channel.recv(1 << 16)
-            offset = 0
-            while offset + 16 <= len(answer):
-                size, message, *_ = struct.unpack_from("=IHHII", answer, offset)
-                if message == _NLMSG_DONE:
-                    return found
-                if message == _NLMSG_ERROR:
-                    number = -struct.unpack_from("=i", answer, offset + 16)[0]
-                    raise OSError(number, os.strerror(number))
-                (port,) = struct.unpack_from(">H", answer, offset + 20)
-                (inode,) = struct.unpack_from("=I", answer, offset + 84)
-                found.setdefault(port, set()).add(inode)
-                offset += (size + 3) & ~3
-
-
-def _read_tables() -> dict[int, set[int]] | None:
-    found: dict[int, set[int]] = {}
-    for name in ("tcp", "tcp6"):
-        try:
-            table = _read(f"/proc/net/{name}")
-        except OSError:
-            return None
-        if table is None:
-            if name == "tcp":
-                return None
-            continue  # a kernel without IPv6
-        for port, inodes in parse_listeners(table).items():
-            found.setdefault(port, set()).update(inodes)
-    return found
-
-
-def _listening() -> dict[int, set[int]] | None:
-    try:
-        found = _ask_kernel(socket.AF_INET)
-        for port, inodes in _ask_kernel(socket.AF_INET6).items():
-            found.setdefault(port, set()).update(inodes)
-    except OSError:
-        return _read_tables()
-    return found
-
-
 def listeners() -> tuple[Listener, ...] | None:
     """The ports of this network namespace that something listens on, IPv4 and IPv6, sorted.
 
-    Without the owners, see `listener_owner`: that needs a walk through every open file. None when
+    Without the owners, see `listener_owners`: that takes a walk through every open file. None when
     the tables cannot be read: then nothing may be concluded.
     """
-    found = _listening()
-    return None if found is None else tuple(Listener(port) for port in sorted(found))
+    found = set()
+    try:
+        for name in ("tcp", "tcp6"):
+            table = Path(psutil.PROCFS_PATH, "net", name)
+            if name == "tcp6" and not table.exists():
+                continue  # a kernel without IPv6
+            with table.open("rb", buffering=4096) as lines:
+                next(lines)
+                for line in lines:
+                    _, local, _, state, _ = line.split(None, 4)
+                    # The listening ones come first (net/ipv4/tcp_ipv4.c, tcp_get_idx); after
+                    # them, there may be ten thousands of connections.
+                    if state != b"0A":
+                        break
+                    found.add(int(local.rpartition(b":")[2], 16))
+    except (OSError, ValueError, StopIteration):
+        return None
+    return tuple(Listener(port) for port in sorted(found))
 
 
-def listener_owner(port: int) -> Listener | None:
-    """Who listens on `port`; None when nobody does or the tables cannot be read.
+def listener_owners() -> dict[int, Listener]:
+    """Who listens, by port, as far as it can be told.
 
     `pid` and `name` are None when the owner may not be looked at, or is in another PID namespace.
     """
-    inodes = (_listening() or {}).get(port)
-    if not inodes:
-        return None
-    wanted = {f"socket:[{inode}]" for inode in inodes}
-    for entry in os.listdir(PROC):  # noqa: PTH208
-        if not entry.isdigit():
+    found: dict[int, Listener] = {}
+    try:
+        connections = psutil.net_connections("tcp")
+    except (OSError, RuntimeError, psutil.Error):  # RuntimeError: a table that psutil cannot parse
+        return {}
+    for one in connections:
+        if one.status != psutil.CONN_LISTEN or not one.laddr:
             continue
-        try:
-            handles = os.scandir(f"/proc/{entry}/fd")
-        except OSError:  # gone, or somebody else's
-            continue
-        with handles:
-            for handle in handles:
-                try:
-                    target = os.readlink(handle.path)  # noqa: PTH115
-                except OSError:
-                    continue
-                if target in wanted:
-                    found = stat(int(entry))
-                    return Listener(port, int(entry), found.name if found else None)
-    return Listener(port)
+        port = one.laddr.port
+        if port not in found or found[port].pid is None:
+            owner = readable(one.pid) if one.pid is not None else None
+            found[port] = Listener(port, one.pid, owner.name if owner is not None else None)
+    return found

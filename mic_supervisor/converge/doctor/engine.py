@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mic_supervisor.converge.doctor import Finding, fail, ok, warn
-from mic_supervisor.host import processes as procfs
+from mic_supervisor.host.processes import environ, processes
 
 _HOOK = "nvidia-container-runtime-hook"
 
@@ -46,8 +46,8 @@ def engine(facts: Callable[[], Mapping[str, Any]], *, real_gpus: bool) -> Iterat
 
 def _path_of_dockerd() -> str | None:
     """Where the engine looks for programs; None: as here."""
-    for stat in procfs.processes().values():
-        if stat.name == "dockerd" and (environment := procfs.environ(stat.pid)):
+    for stat in processes().values():
+        if stat.name == "dockerd" and (environment := environ(stat.pid)):
             return environment.get("PATH")
     return None
 

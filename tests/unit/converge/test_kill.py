@@ -12,7 +12,7 @@ import pytest
 
 from mic_supervisor.cli.kill import report
 from mic_supervisor.converge.kill import Hold, Result, Survey, Target, end
-from mic_supervisor.host import processes as procfs
+from mic_supervisor.host import processes
 from mic_supervisor.model import (
     Gpu,
     GpuInventory,
@@ -93,7 +93,7 @@ def test_what_kill_does_not_end_stays(
         sent.append(number)
         return True
 
-    monkeypatch.setattr(procfs, "send_signal", into_the_void)
+    monkeypatch.setattr(processes, "send_signal", into_the_void)
     result = end([target_of(process)], lambda: NOTHING, grace=0.1, kill_wait=0.1)
     assert outcome(result) == ("stays", True)
     assert sent == [15, 9]

@@ -15,7 +15,7 @@ from statistics import median
 import pytest
 
 from mic_supervisor.gpu.nvml import NvmlSource
-from mic_supervisor.gpu.proc import read_stat
+from mic_supervisor.host import processes
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess
 from tests.mock_nvml import GIB, MIB, MockGpu, MockMig, MockNvml, MockProcess, Rules, mock_uuid
 
@@ -185,7 +185,7 @@ def test_holders_are_named_from_proc_and_identified_by_start_time(
 
     (gpu,) = source.observe().gpus
 
-    stat = read_stat(sleeper)
+    stat = processes.stat(sleeper)
     assert stat and gpu.processes == (
         GpuProcess(
             sleeper,

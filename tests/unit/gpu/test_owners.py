@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.gpu.owners import annotate, managed_refs, owner_ref
-from mic_supervisor.gpu.proc import read_stat
+from mic_supervisor.host.processes import stat
 from mic_supervisor.model import (
     Gpu,
     GpuInventory,
@@ -143,6 +144,11 @@ GONE = 4_190_000  # above pid_max of an ordinary machine, so that no such proces
 class FakeProc:
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.pid_namespace("self", "pid:[1]")
+
+    def pid_namespace(self, pid: int | str, name: str) -> None:
+        (self.root / str(pid) / "ns").mkdir(parents=True)
+        (self.root / str(pid) / "ns/pid").symlink_to(name)
 
     def add(
         self,
@@ -153,26 +159,31 @@ class FakeProc:
         start_time: int = 500,
         name: str = "python",
         environ: dict[str, str] | None = None,
+        users: tuple[int, int, int] = (0, 0, 0),
+        namespace: str = "pid:[1]",
     ) -> GpuProcess:
         directory = self.root / str(pid)
-        directory.mkdir()
+        self.pid_namespace(pid, namespace)
         (directory / "cgroup").write_text(cgroup)
         rest = " ".join(["S", str(parent), *["0"] * 17, str(start_time), *["0"] * 30])
         (directory / "stat").write_text(f"{pid} ({name}) {rest}\n")
+        uids = "\t".join(map(str, (*users, users[1])))
+        (directory / "status").write_text(f"Name:\t{name}\nUid:\t{uids}\n")
         pairs = (environ or {}).items()
         (directory / "environ").write_text("".join(f"{k}={v}\0" for k, v in pairs))
         return GpuProcess(pid, name, 1, start_time=start_time)
 
     def owner(self, process: GpuProcess, managed: dict[str, str] | None = None) -> Owner | None:
         gpu = Gpu("GPU-1", 0, "", processes=(process,))
-        found = annotate(GpuInventory("nvml", (gpu,)), managed or {}, proc=self.root)
+        found = annotate(GpuInventory("nvml", (gpu,)), managed or {})
         (annotated,) = found.gpus[0].processes or ()
         assert replace(annotated, owner=None) == process
         return annotated.owner
 
 
 @pytest.fixture
-def proc(tmp_path: Path) -> FakeProc:
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeProc:
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
     return FakeProc(tmp_path)
 
 
@@ -237,6 +248,45 @@ def test_a_stray_is_ours_by_its_environment(proc: FakeProc) -> None:
     assert proc.owner(proc.add(11), managed) == Owner(ORPHAN)
 
 
+@pytest.mark.parametrize(
+    ("users", "ours"),
+    [
+        ((0, 0, 0), True),
+        ((1000, 1000, 1000), True),
+        ((1000, 0, 0), True),  # what that user may start as root could be ours, too
+        ((1001, 1001, 1001), False),
+        ((1001, 0, 0), False),  # a set-user-ID program: who started it made the environment
+        ((0, 1001, 0), False),
+        ((1000, 1001, 1000), False),
+    ],
+)
+def test_an_environment_is_believed_of_users_that_could_be_ours(
+    proc: FakeProc, users: tuple[int, int, int], ours: bool
+) -> None:
+    spec = {"kind": "process", "user": "1000:1000"}
+    mine = workload(None, "record")
+    mine = replace(mine, identity=replace(mine.identity, spec=spec))
+    managed = managed_refs([RuntimeView("subprocess", (mine,))])
+    said = {"MIC_SCOPE": "default", "MIC_INSTANCE": "whisper"}
+    found = proc.owner(proc.add(10, environ=said, users=users), managed)
+    assert found is not None and (found.instance == "whisper") is ours
+    if not ours:
+        assert found == Owner(ORPHAN)
+
+
+def test_a_container_with_a_copied_environment_is_the_strangers(proc: FakeProc) -> None:
+    said = {"MIC_SCOPE": "default", "MIC_INSTANCE": "whisper"}
+    process = proc.add(10, V1_SYSTEMD, environ=said, namespace="pid:[2]")
+    assert proc.owner(process, {"env:default:whisper": "whisper"}) == Owner(CONTAINER, A)
+
+
+def test_another_user_is_believed_of_no_instance_that_has_none(proc: FakeProc) -> None:
+    managed = managed_refs([RuntimeView("subprocess", (workload(None, "record"),))])
+    said = {"MIC_SCOPE": "default", "MIC_INSTANCE": "whisper"}
+    stray = proc.add(10, environ=said, users=(1000, 1000, 1000))
+    assert proc.owner(stray, managed) == Owner(ORPHAN)
+
+
 def test_a_process_that_is_gone_is_nobodys(proc: FakeProc) -> None:
     assert proc.owner(GpuProcess(GONE, None, 1)) == Owner(ORPHAN)
 
@@ -271,14 +321,14 @@ def test_what_is_unknown_stays_so_and_errors_pass_through(proc: FakeProc) -> Non
     gpu = Gpu("GPU-1", 0, "", processes=None)
     inventory = GpuInventory("nvml", (gpu,), error="cannot read GPUs: x", driver="1")
 
-    assert annotate(inventory, {A: "a"}, proc=proc.root) == inventory
+    assert annotate(inventory, {A: "a"}) == inventory
 
 
 def test_one_process_on_two_gpus_has_one_owner(proc: FakeProc) -> None:
     process = proc.add(10, V1_SYSTEMD)
     gpus = tuple(Gpu(f"GPU-{n}", n, "", processes=(process,)) for n in range(2))
 
-    found = annotate(GpuInventory("nvml", gpus), {}, proc=proc.root)
+    found = annotate(GpuInventory("nvml", gpus), {})
 
     assert [gpu.processes for gpu in found.gpus] == [
         (replace(process, owner=Owner(CONTAINER, A)),)
@@ -306,9 +356,9 @@ def tree() -> Iterator[tuple[int, int]]:
 
 
 def process(pid: int) -> GpuProcess:
-    stat = read_stat(pid)
-    assert stat
-    return GpuProcess(pid, stat.name, None, start_time=stat.start_time)
+    found = stat(pid)
+    assert found
+    return GpuProcess(pid, found.name, None, start_time=found.start_time)
 
 
 def workload(pid: int | None, ref: str, state: RunState = RunState.RUNNING) -> ObservedWorkload:
@@ -318,9 +368,7 @@ def workload(pid: int | None, ref: str, state: RunState = RunState.RUNNING) -> O
 
 def test_a_real_process_tree(tree: tuple[int, int]) -> None:
     root, leaf = tree
-    stat = read_stat(root)
-    assert stat
-    ref = f"pid:{root}:{stat.start_time}"
+    ref = f"pid:{root}:{process(root).start_time}"
     views = [RuntimeView("subprocess", (workload(root, "record"),))]
 
     managed = managed_refs(views)
@@ -358,14 +406,12 @@ def test_an_environment_says_nothing_while_a_keeper_has_the_whole_tree(
 ) -> None:
     """It is copied as any text is; and nothing leaves the tree of a subreaper."""
     root, leaf = tree
-    stat, kept = read_stat(root), read_stat(leaf)
-    assert stat and kept
     mine = replace(workload(leaf, "record"), keeper=root)
 
     managed = managed_refs([RuntimeView("subprocess", (mine,))])
 
     assert managed == {
         "record": "whisper",
-        f"pid:{leaf}:{kept.start_time}": "whisper",
-        f"pid:{root}:{stat.start_time}": "whisper",
+        f"pid:{leaf}:{process(leaf).start_time}": "whisper",
+        f"pid:{root}:{process(root).start_time}": "whisper",
     }

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
 
 from mic_supervisor.gpu.contained import Contained, DidNotReturn
 from mic_supervisor.gpu.nvml import NvmlSource
-from mic_supervisor.gpu.proc import ProcessStat, exists, read_stat
 from mic_supervisor.gpu.simulated import SimulatedSource
 from mic_supervisor.gpu.source import open_source
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory
@@ -89,35 +84,3 @@ def test_a_late_result_is_dropped() -> None:
             break
         except DidNotReturn:
             continue
-
-
-# --- /proc ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["python", "a b", "x) R 1 (y", "", "Web\tContent"])
-def test_whatever_a_process_calls_itself(tmp_path: Path, name: str) -> None:
-    (tmp_path / "42").mkdir()
-    rest = " ".join(["S", "7", *["0"] * 17, "123456", *["0"] * 30])
-    (tmp_path / "42" / "stat").write_text(f"42 ({name}) {rest}\n")
-
-    assert read_stat(42, tmp_path) == ProcessStat(42, name, 7, 123456)
-
-
-@pytest.mark.parametrize("text", ["", "42", "42 (python) S 7", "no brackets " * 20])
-def test_a_stat_that_is_cut_short_is_unknown(tmp_path: Path, text: str) -> None:
-    (tmp_path / "42").mkdir()
-    (tmp_path / "42" / "stat").write_text(text)
-
-    assert read_stat(42, tmp_path) is None
-
-
-def test_a_child_of_this_process() -> None:
-    with subprocess.Popen(["sleep", "60"]) as child:
-        stat = read_stat(child.pid)
-        assert stat and (stat.name, stat.parent) == ("sleep", os.getpid())
-        assert stat.start_time > 0
-        assert exists(child.pid)
-        child.kill()
-
-    assert not exists(child.pid)
-    assert read_stat(child.pid) is None
