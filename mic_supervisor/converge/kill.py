@@ -109,13 +109,9 @@ class Survey:
         return next((item for item in workloads if item.identity.instance == instance), None)
 
     def kept_by(self, pid: int) -> str | None:
-        """The instance whose process tree this one keeps, as its parent."""
-        for view in self.views:
-            for item in view.workloads:
-                root = processes.stat(item.pid) if item.pid is not None else None
-                if root is not None and root.ppid == pid:
-                    return item.identity.instance
-        return None
+        """The instance whose process tree this one keeps."""
+        workloads = (item for view in self.views for item in view.workloads)
+        return next((item.identity.instance for item in workloads if item.keeper == pid), None)
 
     def index_of(self, uuid: str) -> int | None:
         return next((gpu.index for gpu in self.inventory.gpus if gpu.uuid == uuid), None)

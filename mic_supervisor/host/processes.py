@@ -154,7 +154,9 @@ def with_environ(name: str, values: Collection[str]) -> dict[int, str]:
 
 def command_line(pid: int) -> list[str]:
     """The arguments it was started with; empty when it is gone, or is a zombie."""
-    return [os.fsdecode(item) for item in (_read(pid, "cmdline") or b"").split(b"\0")[:-1]]
+    text = _read(pid, "cmdline")
+    # A process may write another one over it, without the last NUL.
+    return [os.fsdecode(item) for item in text.removesuffix(b"\0").split(b"\0")] if text else []
 
 
 def user_ids(pid: int) -> set[int]:

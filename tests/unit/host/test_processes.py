@@ -217,6 +217,19 @@ def test_command_lines_and_environments_are_exact(tmp_path: Path) -> None:
     assert processes.environ(process.pid) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(b"", []), (b"a\0", ["a"]), (b"a\0\0", ["a", ""]), (b"nginx: worker", ["nginx: worker"])],
+)
+def test_command_lines_end_as_they_do(
+    text: bytes, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    (tmp_path / "10").mkdir()
+    (tmp_path / "10/cmdline").write_bytes(text)
+    assert processes.command_line(10) == expected
+
+
 def test_an_empty_entry_ends_no_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
