@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import time
@@ -93,22 +94,23 @@ def _ask() -> dict[str, Any] | None:
 
 def _ask_http() -> dict[str, Any] | None:
     """The document that the daemon serves on MIC_LISTEN; None where nobody gives one."""
-    from urllib.error import URLError
-    from urllib.request import ProxyHandler, Request, build_opener
-
     from mic_supervisor.cli import wiring
+    from mic_supervisor.converge.http_calls import HttpCalls, NoAnswer
+    from mic_supervisor.converge.probes import reachable
 
     found = wiring.settings()
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(found.listen.host, found.listen.host)
-    request = Request(f"http://{found.listen._replace(host=host)}/api/v1/status")
+    headers = {}
     try:
         if found.http_token_file is not None:
             token = found.http_token_file.read_text(encoding="utf-8").strip()
-            request.add_header("Authorization", f"Bearer {token}")
-        # This machine is not to be reached through a proxy.
-        with build_opener(ProxyHandler({})).open(request, timeout=5.0) as answer:
-            document = json.load(answer)
-    except (URLError, OSError, ValueError):
+            headers["Authorization"] = f"Bearer {token}"
+        host, port = found.listen
+        asked = HttpCalls().ask(
+            reachable(host), port, "GET", "/api/v1/status", headers=headers, timeout=5.0
+        )
+        answer = asyncio.run(asked)
+        document = answer.json() if answer.status == 200 else None
+    except (NoAnswer, OSError, ValueError):
         return None
     return document if isinstance(document, dict) and document.get("version") == 1 else None
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from mic_supervisor.backends import Backend
-from mic_supervisor.converge import probes
-from mic_supervisor.converge.http_client import NoAnswer
+from mic_supervisor.converge.http_calls import NoAnswer
 from mic_supervisor.converge.observe import Sources
-from mic_supervisor.converge.probes import Target
+from mic_supervisor.converge.probes import Checker, Target
 from mic_supervisor.errors import LoadFailed, MicError, ReleaseFailed, StopFailed
 from mic_supervisor.model import GpuInventory, LoadState, RuntimeView
 from mic_supervisor.plan.actions import (
@@ -30,14 +32,18 @@ from mic_supervisor.plan.actions import (
 from mic_supervisor.plan.release import Refused, Released, judge
 from mic_supervisor.runtimes import Progress, Runtime
 
+T = TypeVar("T")
+
 _RELEASE_LOOK = 0.05  # seconds between two looks at GPUs that are about to be free
+_DRAIN_LOOK = 0.25  # seconds between two questions to a server that is drained
 _VERIFY_TIMEOUT = 10.0  # seconds, from the answer to a load until the server says it runs it
+_VERIFY_LOOK = 0.1  # seconds between two looks at a model that was just loaded
 _LOG_LINES = 400
 _SILENT = 3  # calls without an answer, in a row, after which nobody is waited for
 
 
 class Steps:
-    """Runs steps, blocking, from one thread per lane.
+    """Runs steps. What blocks, a runtime's calls and a backend's code, does so in `pool`.
 
     `target_of` finds the instance and the backend for a workload that is to be talked to,
     `backend` a backend by its name.
@@ -48,18 +54,39 @@ class Steps:
         sources: Sources,
         target_of: Callable[[Load | Unload], Target],
         backend: Callable[[str], Backend],
+        checker: Checker,
+        pool: Executor,
     ) -> None:
         self._sources = sources
         self._target_of = target_of
         self._backend = backend
-        self._ending = threading.Event()
+        self._checker = checker
+        self._pool = pool
+        self._ending = asyncio.Event()
 
     def end(self) -> None:
         """Have done with waiting for others' work: a drain under way fails, and nothing stops."""
         self._ending.set()
 
-    def run(self, step: Step, progress: Progress) -> Released | None:
-        """Do it. Raises MicError in words for the operator. Of a Release: what it found."""
+    async def run(self, step: Step, progress: Progress) -> Released | None:
+        """Do it. Raises MicError in words for the operator. Of a Release: what it found.
+
+        `progress` may be called from any thread.
+        """
+        if isinstance(step, Release):
+            return await self._release(step, progress)
+        if isinstance(step, Drain):
+            await self._drain(step, progress)
+        elif isinstance(step, Load):
+            await self._load(step, progress)
+        elif isinstance(step, Unload):
+            await self._unload(step)
+        else:
+            await self._blocking(self._call, step, progress)
+        return None
+
+    def _call(self, step: Step, progress: Progress) -> None:
+        """One call of a runtime, which blocks."""
         if isinstance(step, Prepare):
             self._runtime(step.launch.runtime).prepare(step.launch, progress)
         elif isinstance(step, Create):
@@ -73,28 +100,22 @@ class Steps:
             runtime.stop(step.workload, signal=step.signal, grace=step.grace)
         elif isinstance(step, Remove):
             self._runtime(step.workload.runtime).remove(step.workload)
-        elif isinstance(step, Release):
-            return self._release(step, progress)
-        elif isinstance(step, Drain):
-            self._drain(step, progress)
-        elif isinstance(step, Load):
-            self._load(step, progress)
-        elif isinstance(step, Unload):
-            self._unload(step)
         else:
             raise AssertionError(f"unknown step {step!r}")
-        return None
+
+    async def _blocking(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     def _runtime(self, name: str) -> Runtime:
         return self._sources.runtimes[name]
 
-    def _release(self, step: Release, progress: Progress) -> Released:
+    async def _release(self, step: Release, progress: Progress) -> Released:
         """Until the GPUs are free, as plan/release.py judges each look at them."""
         began = time.monotonic()
         clear_since: float | None = None
         told = ""
         while True:
-            inventory = self._with_former(step)
+            inventory = await self._blocking(self._with_former, step)
             now = time.monotonic()
             for_memory = None if clear_since is None else now - clear_since
             verdict = judge(step.gpus, step.floors, step.vram, inventory, now - began, for_memory)
@@ -112,7 +133,7 @@ class Steps:
             if verdict.reason != told:
                 progress(verdict.reason)
                 told = verdict.reason
-            time.sleep(_RELEASE_LOOK)
+            await asyncio.sleep(_RELEASE_LOOK)
 
     def _with_former(self, step: Release) -> GpuInventory:
         from mic_supervisor.gpu.owners import annotate, managed_refs
@@ -120,7 +141,7 @@ class Steps:
         views = [RuntimeView(item.runtime, (item,)) for item in step.former]
         return annotate(self._sources.gpus.observe(), managed_refs(views))
 
-    def _drain(self, step: Drain, progress: Progress) -> None:
+    async def _drain(self, step: Drain, progress: Progress) -> None:
         """A drain that runs out of time ends; the stop that follows is then a hard one."""
         identity = step.workload.identity
         try:
@@ -134,23 +155,26 @@ class Steps:
         while (left := deadline - time.monotonic()) > 0:
             call = replace(step.call, timeout=min(step.call.timeout, left))
             try:
-                answer = probes.send(step.listen, port, call)
+                answer = await self._checker.send(step.listen, port, call)
             except NoAnswer as error:
-                silent += 1
+                silent += not error.own  # of which nothing follows for the server
                 # Who has gone has nothing to finish for anyone; who is only slow may have.
                 if error.refused or silent == _SILENT:
                     return
             else:
                 silent = 0
                 try:
-                    if backend.is_drained(answer.status, answer.body):
+                    if await self._blocking(backend.is_drained, answer.status, answer.body):
                         return
                 except MicError as error:
                     # Whether requests are in flight is unknown, which is not that there are none.
                     if told != error.message:
                         told = error.message
                         progress(f"{told}; waiting")
-            if self._ending.wait(0.25):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_DRAIN_LOOK):
+                    await self._ending.wait()
+            if self._ending.is_set():
                 raise StopFailed(
                     f"cannot stop {step.instance}: it was still being drained when this "
                     "supervisor ended",
@@ -158,25 +182,25 @@ class Steps:
                 )
         progress(f"still busy after {step.timeout:g} s; stopping it all the same")
 
-    def _load(self, step: Load, progress: Progress) -> None:
+    async def _load(self, step: Load, progress: Progress) -> None:
         target, placement = self._target_of(step), step.placement
         progress(f"loading {placement.model}")
         try:
-            answer = probes.call(target, placement.load)
+            answer = await self._checker.call(target, placement.load)
         except NoAnswer as error:
             raise LoadFailed(
                 f"cannot load {placement.model}: {error}",
                 hint=f"see `mic-supervisor logs {step.instance}`",
             ) from error
         if not answer.ok:
+            why = await self._blocking(self._why_not, target, step, answer.body)
             raise LoadFailed(
-                f"cannot load {placement.model}: "
-                + target.backend.load_failure(answer.body, self._log(step), placement.model),
+                f"cannot load {placement.model}: {why}",
                 hint=f"see `mic-supervisor logs {step.instance}`",
             )
         deadline = time.monotonic() + _VERIFY_TIMEOUT
         while True:
-            state = probes.placement_state(target, placement)
+            state = await self._checker.placement_state(target, placement)
             if state.state is LoadState.LOADED and state.digest == placement.digest:
                 return
             if time.monotonic() >= deadline:
@@ -186,19 +210,20 @@ class Steps:
                     f"another one ({runs or state.reason or state.state.value})",
                     hint=f"see `mic-supervisor logs {step.instance}`",
                 )
-            time.sleep(0.1)
+            await asyncio.sleep(_VERIFY_LOOK)
 
-    def _unload(self, step: Unload) -> None:
+    async def _unload(self, step: Unload) -> None:
         try:
-            answer = probes.call(self._target_of(step), step.placement.unload)
+            answer = await self._checker.call(self._target_of(step), step.placement.unload)
         except NoAnswer as error:
             raise LoadFailed(f"cannot unload {step.placement.model}: {error}") from error
         if not answer.ok:
             raise LoadFailed(f"cannot unload {step.placement.model}: {answer.body[:300]}")
 
-    def _log(self, step: Load) -> list[str]:
+    def _why_not(self, target: Target, step: Load, answer: str) -> str:
         runtime = self._runtime(step.workload.runtime)
         try:
-            return list(runtime.logs(step.workload, tail=_LOG_LINES))
+            log = [*runtime.logs(step.workload, tail=_LOG_LINES)]
         except MicError:
-            return []  # the server's own words still tell something; the log only adds to them
+            log = []  # the server's own words still tell something; the log only adds to them
+        return target.backend.load_failure(answer, log, step.placement.model)

@@ -19,7 +19,7 @@ from mic_supervisor.converge.events import Event, EventKind, Events
 from mic_supervisor.converge.gpu_news import GpuNews
 from mic_supervisor.converge.observe import Sources, combine, with_holders
 from mic_supervisor.converge.prober import Prober
-from mic_supervisor.converge.probes import Target
+from mic_supervisor.converge.probes import Checker, Target
 from mic_supervisor.converge.publisher import Publisher
 from mic_supervisor.converge.snapshot import Desired, Snapshot
 from mic_supervisor.converge.sources import read_in
@@ -141,8 +141,9 @@ class Converger:
         self._wakes = asyncio.Event()
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="mic-work")
         self._probe_pool = ThreadPoolExecutor(64, thread_name_prefix="mic-probe")
-        self._prober = Prober(self._probe_pool, self.wake, clock.steady)
-        self._steps = Steps(sources, self._target_of, desired.backend)
+        checker = Checker(self._probe_pool)
+        self._prober = Prober(checker, self.wake, clock.steady)
+        self._steps = Steps(sources, self._target_of, desired.backend, checker, self._pool)
         self._lanes: dict[asyncio.Task[None], _Lane] = {}
         self._rest: dict[str, tuple[int, float]] = {}  # instance -> failures in a row, until
         self._troubles: dict[str, Trouble] = {}  # by instance, until its next change begins
@@ -518,7 +519,6 @@ class Converger:
                 self._tell("done", change, change.cause, seconds=self._now() - began)
 
     async def _step(self, step: Step, change: Change) -> None:
-        loop = asyncio.get_running_loop()
         self.activities[change.instance] = _PHASE_OF_STEP.get(type(step), Phase.PENDING)
         if isinstance(step, Stop | Restart):
             # Whatever ends now was asked for, and is no crash: not for our successor either, should
@@ -529,6 +529,7 @@ class Converger:
         if isinstance(step, Withdraw):
             await self._withdraw(step, change)
             return
+        loop = asyncio.get_running_loop()
         progress = _from_thread(loop, lambda text: self._tell("progress", change, text))
         # As it is before the start: afterwards it is the instance's own.
         floors: Mapping[str, Floor] = {}
@@ -536,7 +537,7 @@ class Converger:
             seen = {g.uuid: f for g in self._inventory.gpus if (f := floor_of(g)) is not None}
             floors = self._floors.pop(change.instance, seen)
         began = self._now()
-        found = await loop.run_in_executor(self._pool, self._steps.run, step, progress)
+        found = await self._steps.run(step, progress)
         if found is not None:
             self._floors[change.instance] = found.floors
             for listener in self.released:

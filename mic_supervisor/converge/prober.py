@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Executor
 from dataclasses import replace
 
 from mic_supervisor.converge.probes import (
     ALL_DUE,
     DEVICES,
     DEVICES_AGAIN,
+    Checker,
     Target,
     has_devices,
-    look,
 )
 from mic_supervisor.converge.tasks import end, tell_of_death
 from mic_supervisor.model import Health, LoadState, ProbeResult
@@ -25,16 +24,16 @@ _SLOWER = 1.3  # each look at what is on its way comes that much later than the 
 
 
 class Prober:
-    """Probes run in `pool`, so that one that hangs holds a thread and nothing else.
+    """A task for each workload, so that a probe that hangs holds up its own only.
 
     `wake` is called when an answer changed.
     """
 
     def __init__(
-        self, pool: Executor, wake: Callable[[], None], clock: Callable[[], float]
+        self, checker: Checker, wake: Callable[[], None], clock: Callable[[], float]
     ) -> None:
         self.health: dict[str, Health] = {}
-        self._pool = pool
+        self._checker = checker
         self._wake = wake
         self._clock = clock
         self._targets: dict[str, Target] = {}
@@ -69,21 +68,15 @@ class Prober:
         if target is None:
             return
         self._epochs[ref] += 1
-        loop = asyncio.get_running_loop()
-        before = self.health.get(ref)
-        health = await loop.run_in_executor(self._pool, _look, target, self._clock(), before)
+        health = await self._look(target, self._clock(), self.health.get(ref))
         if ref in self._targets:
             self.health[ref] = health
             self._epochs[ref] += 1
 
     async def ask_once(self, targets: Mapping[str, Target]) -> dict[str, Health]:
         """One look at each of these, side by side, that nothing is remembered of."""
-        loop = asyncio.get_running_loop()
         now = self._clock()
-        looks = (
-            loop.run_in_executor(self._pool, _look, target, now, None)
-            for target in targets.values()
-        )
+        looks = (self._look(target, now, None) for target in targets.values())
         return dict(zip(targets, await asyncio.gather(*looks), strict=True))
 
     def forget(self, ref: str) -> None:
@@ -103,7 +96,6 @@ class Prober:
         await end(tasks)
 
     async def _keep_looking(self, ref: str) -> None:
-        loop = asyncio.get_running_loop()
         schedule = Schedule(self._clock())
         kick = self._kicks[ref]
         while True:
@@ -111,7 +103,7 @@ class Prober:
             now = self._clock()
             epoch = self._epochs[ref]
             kinds = schedule.due(target, now)
-            health = await loop.run_in_executor(self._pool, _look, target, now, before, kinds)
+            health = await self._look(target, now, before, kinds)
             if epoch != self._epochs[ref]:
                 continue
             self.health[ref] = health
@@ -125,6 +117,18 @@ class Prober:
                 schedule.hurry()
             except TimeoutError:
                 continue
+
+    async def _look(
+        self, target: Target, now: float, before: Health | None, due: Collection[str] = ALL_DUE
+    ) -> Health:
+        """A look, whatever the backend does: one that fails knows nothing, and probing goes on."""
+        try:
+            return await self._checker.look(target, now, before, due)
+        # Answers are read by the backend, which may be a stranger's plug-in. A defect there must
+        # neither count as a failure of the model nor end the probing.
+        except Exception as error:  # noqa: BLE001 - see above
+            unknown = ProbeResult(None, f"the probe failed: {type(error).__name__}: {error}", now)
+            return Health(startup=unknown, liveness=unknown, readiness=unknown)
 
 
 class Schedule:
@@ -178,19 +182,6 @@ class Schedule:
     def _next_pace(self, slowest: float) -> float:
         self._pace = min(self._pace * _SLOWER, slowest)
         return self._pace
-
-
-def _look(
-    target: Target, now: float, before: Health | None, due: Collection[str] = ALL_DUE
-) -> Health:
-    """`look`, whatever the backend does: a prober that fails knows nothing, and goes on."""
-    try:
-        return look(target, now, before, due)
-    # Answers are read by the backend, which may be a stranger's plug-in. A defect there must
-    # neither count as a failure of the model nor end the probing.
-    except Exception as error:  # noqa: BLE001 - see above
-        unknown = ProbeResult(None, f"the probe failed: {type(error).__name__}: {error}", now)
-        return Health(startup=unknown, liveness=unknown, readiness=unknown)
 
 
 def _loaded(target: Target, health: Health) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import socket
+import asyncio
+import os
 from collections.abc import Callable, Collection
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from mic_supervisor.backends import Backend
-from mic_supervisor.converge.http_client import Answer, NoAnswer, request
+from mic_supervisor.converge.http_calls import Answer, HttpCalls, NoAnswer, lacks
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import (
     Check,
@@ -34,6 +36,10 @@ _SEE_GPUS = ("nvidia-smi", "-L")
 _SEE_TIMEOUT = 20.0  # seconds; with persistence mode off it wakes the GPU first
 DEVICES_AGAIN = 5.0  # seconds after a look that did not see them, until another such look counts
 
+T = TypeVar("T")
+Verdict = tuple[bool | None, str]
+"""(passed, in a few words why not). None: the prober itself could not tell."""
+
 Exec = Callable[[ObservedWorkload, tuple[str, ...], float], tuple[int, str]]
 """Runs a command where the workload runs, within so many seconds: (exit status, output)."""
 
@@ -52,81 +58,118 @@ class Target:
     indices: str = ""
 
 
-def probe(target: Target, check: Check, timeout: float) -> tuple[bool | None, str]:
-    """(passed, in a few words why not). None: the prober itself could not tell."""
-    try:
-        if isinstance(check, HttpCheck):
-            return _http(target, check, timeout)
-        if isinstance(check, TcpCheck):
-            return _tcp(target, check, timeout)
-        if isinstance(check, EngineCheck):
-            return _engine(target.workload)
-        return _exec(target, check, timeout)
-    except KeyError as error:
-        return None, f"its port {error} is not recorded"
+class Checker:
+    """Asks on the event loop. What may block, a command or a backend's code, runs in `pool`."""
 
+    def __init__(self, pool: Executor) -> None:
+        self._http = HttpCalls()
+        self._pool = pool
 
-def call(target: Target, what: HttpCall) -> Answer:
-    """Send one call to the instance's port "http". Raises NoAnswer."""
-    listen = target.instance.workload.listen
-    return send(listen, target.workload.identity.ports["http"], what)
+    async def call(self, target: Target, what: HttpCall) -> Answer:
+        """Send one call to the instance's port "http". Raises NoAnswer."""
+        listen = target.instance.workload.listen
+        return await self.send(listen, target.workload.identity.ports["http"], what)
 
+    async def send(self, listen: str, port: int, what: HttpCall) -> Answer:
+        """Send one call to who listens on that address and port. Raises NoAnswer."""
+        return await self._http.ask(
+            reachable(listen), port, what.method, what.path, body=what.body, timeout=what.timeout
+        )
 
-def send(listen: str, port: int, what: HttpCall) -> Answer:
-    """Send one call to who listens on that address and port. Raises NoAnswer."""
-    host = reachable(listen)
-    return request(host, port, what.method, what.path, body=what.body, timeout=what.timeout)
+    async def placement_state(self, target: Target, placement: Placement) -> PlacementState:
+        """What the server says of one model now."""
+        status, body = await self._answer(target, placement.verify)
+        return await self._blocking(target.backend.placement_state, placement, status, body)
 
+    async def look(
+        self,
+        target: Target,
+        now: float,
+        before: Health | None = None,
+        due: Collection[str] = ALL_DUE,
+    ) -> Health:
+        """What the probes say, in the order in which they gate each other.
 
-def placement_state(target: Target, placement: Placement) -> PlacementState:
-    """What the server says of one model now."""
-    try:
-        answer = call(target, placement.verify)
-    except NoAnswer:
-        return target.backend.placement_state(placement, None, "")
-    return target.backend.placement_state(placement, answer.status, answer.body)
+        `before` is the previous health: a startup probe that passed is not asked again, failures in
+        a row are counted on, and what is not `due` is carried over. A check that several probes
+        have in common is made once.
+        """
+        before = before or Health()
+        probes = target.instance.probes
+        verdicts: dict[tuple[Check, float], Verdict] = {}
 
+        async def result(probe: Probe | None, was: ProbeResult | None) -> ProbeResult | None:
+            if probe is None:
+                return None
+            key = (probe.check, probe.timeout)
+            if key not in verdicts:
+                verdicts[key] = await self._check(target, *key)
+            return _counted(*verdicts[key], now, was, probe.period)
 
-def look(
-    target: Target,
-    now: float,
-    before: Health | None = None,
-    due: Collection[str] = ALL_DUE,
-) -> Health:
-    """What the probes say, in the order in which they gate each other.
+        startup = before.startup
+        if startup is None or startup.ok is not True:
+            startup = await result(_within_budget(target.instance), startup)
+        if startup is not None and startup.ok is not True:
+            return Health(startup=startup)
+        liveness, readiness, placements = before.liveness, before.readiness, before.placements
+        devices, surplus = before.devices, before.surplus
+        if "liveness" in due:
+            liveness = await result(probes.liveness, liveness)
+        if "placements" in due:
+            placements = tuple(
+                [await self.placement_state(target, item) for item in target.instance.placements]
+            )
+        if "readiness" in due:
+            readiness = await result(probes.readiness, readiness)
+        if DEVICES in due:
+            devices = await self._blocking(_devices, target, devices, now)
+        if "placements" in due and target.instance.inventory is not None:
+            surplus = await self._surplus(target)
+        return Health(startup, liveness, readiness, placements, surplus=surplus, devices=devices)
 
-    `before` is the previous health: a startup probe that passed is not asked again, failures in a
-    row are counted on, and what is not `due` is carried over.
-    """
-    before = before or Health()
-    probes = target.instance.probes
-    startup = before.startup
-    if startup is None or startup.ok is not True:
-        startup = _result(target, _within_budget(target.instance), startup, now)
-    if startup is not None and startup.ok is not True:
-        return Health(startup=startup)
-    liveness, readiness, placements = before.liveness, before.readiness, before.placements
-    if "liveness" in due:
-        liveness = _result(target, probes.liveness, liveness, now)
-    if "placements" in due:
-        placements = tuple(placement_state(target, item) for item in target.instance.placements)
-    if "readiness" in due:
-        readiness = _result(target, probes.readiness, readiness, now)
-    devices = before.devices
-    if DEVICES in due:
-        devices = _devices(target, before.devices, now)
-    surplus = before.surplus
-    if "placements" in due and target.instance.inventory is not None:
-        surplus = target.backend.surplus(target.instance, lambda what: _ask(target, what))
-    return Health(startup, liveness, readiness, placements, surplus=surplus, devices=devices)
+    async def _check(self, target: Target, check: Check, timeout: float) -> Verdict:
+        try:
+            if isinstance(check, HttpCheck):
+                return await self._get(target, check, timeout)
+            if isinstance(check, TcpCheck):
+                return await _connect(*_dialled(target, check), timeout)
+            if isinstance(check, EngineCheck):
+                return _engine(target.workload)
+            return await self._blocking(_exec, target, check, timeout)
+        except KeyError as error:
+            return None, f"its port {error} is not recorded"
 
+    async def _get(self, target: Target, check: HttpCheck, timeout: float) -> Verdict:
+        host, port = _published(target, check.port)
+        try:
+            answer = await self._http.ask(host, port, "GET", check.path, timeout=timeout)
+        except NoAnswer as error:
+            return None if error.own else False, f"GET {check.path}: {error}"
+        return _judged(answer, check, port)
 
-def _ask(target: Target, what: HttpCall) -> tuple[int | None, str]:
-    try:
-        answer = call(target, what)
-    except NoAnswer:
-        return None, ""
-    return answer.status, answer.body
+    async def _surplus(self, target: Target) -> tuple[Placement, ...]:
+        """The backend asks as it goes, from a thread of the pool."""
+        loop = asyncio.get_running_loop()
+
+        def ask(what: HttpCall) -> tuple[int | None, str]:
+            answer = asyncio.run_coroutine_threadsafe(self._answer(target, what), loop)
+            try:
+                # Bounded here, too: a thread that waits for a loop that ended holds up the exit.
+                return answer.result(what.timeout + 1.0)
+            except TimeoutError:
+                return None, ""
+
+        return await self._blocking(target.backend.surplus, target.instance, ask)
+
+    async def _answer(self, target: Target, what: HttpCall) -> tuple[int | None, str]:
+        try:
+            answer = await self.call(target, what)
+        except NoAnswer:
+            return None, ""
+        return answer.status, answer.body
+
+    async def _blocking(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
 
 def has_devices(target: Target) -> bool:
@@ -163,15 +206,6 @@ def _within_budget(instance: Instance) -> Probe | None:
     return replace(found, period=min(found.period, instance.start_timeout / found.failures))
 
 
-def _result(
-    target: Target, probe_: Probe | None, before: ProbeResult | None, now: float
-) -> ProbeResult | None:
-    if probe_ is None:
-        return None
-    ok, reason = probe(target, probe_.check, probe_.timeout)
-    return _counted(ok, reason, now, before, probe_.period)
-
-
 def _counted(
     ok: bool | None, reason: str, now: float, before: ProbeResult | None, period: float
 ) -> ProbeResult:
@@ -187,12 +221,7 @@ def _counted(
     return ProbeResult(ok, reason, now, failures, counted_at)
 
 
-def _http(target: Target, check: HttpCheck, timeout: float) -> tuple[bool | None, str]:
-    host, port = _published(target, check.port)
-    try:
-        answer = request(host, port, "GET", check.path, timeout=timeout)
-    except NoAnswer as error:
-        return False, f"GET {check.path}: {error}"
+def _judged(answer: Answer, check: HttpCheck, port: int) -> Verdict:
     if not answer.ok:
         return False, f"GET {check.path} answers {answer.status}"
     if check.expect or check.listed:
@@ -224,31 +253,39 @@ def _member(document: Any, place: str) -> Any:
     return _member(found, rest) if rest else found
 
 
-def _tcp(target: Target, check: TcpCheck, timeout: float) -> tuple[bool | None, str]:
+def _dialled(target: Target, check: TcpCheck) -> tuple[str | None, int]:
+    """Address and port of a TCP probe; no address where the container has none yet."""
     host, port = _published(target, check.port)
     workload = target.instance.workload
     if isinstance(workload, ContainerSpec) and workload.network == "bridge":
         # The engine's own proxy accepts on the published port for a dead listener, too.
-        if target.workload.address is None:
-            return None, "the container has no address on its bridge"
         inside = {item.name: item.container or port for item in workload.ports}
-        host, port = target.workload.address, inside[check.port]
+        return target.workload.address, inside[check.port]
+    return host, port
+
+
+async def _connect(host: str | None, port: int, timeout: float) -> Verdict:
+    if host is None:
+        return None, "the container has no address on its bridge"
     try:
-        socket.create_connection((host, port), timeout=timeout).close()
+        async with asyncio.timeout(timeout):
+            _, writer = await asyncio.open_connection(host, port)
     except TimeoutError:
         return False, f"port {port} does not answer within {timeout:g} s"
     except OSError as error:
-        return False, f"port {port}: {error.strerror or error}"
+        said = os.strerror(error.errno) if error.errno else str(error)
+        return None if lacks(error) else False, f"port {port}: {said}"
+    writer.close()
     return True, f"port {port} accepts connections"
 
 
-def _engine(workload: ObservedWorkload) -> tuple[bool | None, str]:
+def _engine(workload: ObservedWorkload) -> Verdict:
     if workload.engine_health is None:
         return None, "the image declares no health check"
     return workload.engine_health == "healthy", f"Docker says {workload.engine_health}"
 
 
-def _exec(target: Target, check: ExecCheck, timeout: float) -> tuple[bool | None, str]:
+def _exec(target: Target, check: ExecCheck, timeout: float) -> Verdict:
     ports, workload = target.workload.identity.ports, target.instance.workload
     command = tuple(text_of(workload, item, ports, target.indices) for item in check.command)
     try:

@@ -279,4 +279,4 @@ def test_nothing_waits_with_what_swallows_a_cancellation() -> None:
         and ast.unparse(node.value) == "asyncio"
         and node.attr in ("wait_for", "run")
     }
-    assert found == {"cli/session.py: run", "http/server.py: run"}
+    assert found == {"cli/session.py: run", "cli/status.py: run", "http/server.py: run"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from mic_supervisor.backends import BackendBase
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.observe import Sources
+from mic_supervisor.converge.probes import Checker
 from mic_supervisor.errors import CompileError, MicError, StopFailed
 from mic_supervisor.gpu.none import NoSource
 from mic_supervisor.model import HttpCall
@@ -76,9 +79,24 @@ def server() -> Iterator[Server]:
     made.http.server_close()
 
 
-def steps_for(backend: Any = None) -> Steps:
-    sources = Sources(NoSource(), {}, lambda: ())
-    return Steps(sources, lambda _: pytest.fail("asked for"), backend or (lambda _: Counting()))
+def run(
+    step: Drain,
+    tell: Callable[[str], None] = lambda _: None,
+    *,
+    backend: Callable[[str], Any] = lambda _: Counting(),
+    ends_after: float | None = None,
+) -> None:
+    """Drain, on a supervisor that perhaps ends so many seconds after the beginning."""
+
+    async def drained() -> None:
+        with ThreadPoolExecutor(4) as pool:
+            sources = Sources(NoSource(), {}, lambda: ())
+            steps = Steps(sources, lambda _: pytest.fail("asked"), backend, Checker(pool), pool)
+            if ends_after is not None:
+                asyncio.get_running_loop().call_later(ends_after, steps.end)
+            await steps.run(step, tell)
+
+    asyncio.run(drained())
 
 
 def drain(port: int, *, timeout: float = 10.0, listen: str = "127.0.0.1") -> Drain:
@@ -90,13 +108,13 @@ def drain(port: int, *, timeout: float = 10.0, listen: str = "127.0.0.1") -> Dra
 def test_it_asks_until_there_is_nothing_left(server: Server) -> None:
     server.script = [BUSY, BUSY, IDLE]
     told: list[str] = []
-    steps_for().run(drain(server.port), told.append)
+    run(drain(server.port), told.append)
     assert server.asked == ["/prompt"] * 3
     assert told == ["draining"]
 
 
 def test_it_reaches_who_listens_everywhere(server: Server) -> None:
-    steps_for().run(drain(server.port, listen="0.0.0.0"), lambda _: None)
+    run(drain(server.port, listen="0.0.0.0"))
     assert server.asked == ["/prompt"]
 
 
@@ -104,7 +122,7 @@ def test_it_gives_up_in_time_and_says_so(server: Server) -> None:
     server.script = [BUSY]
     told: list[str] = []
     began = time.monotonic()
-    steps_for().run(drain(server.port, timeout=0.6), told.append)
+    run(drain(server.port, timeout=0.6), told.append)
     assert 0.6 <= time.monotonic() - began < 2.0
     assert told == ["draining", "still busy after 0.6 s; stopping it all the same"]
 
@@ -114,14 +132,14 @@ def test_who_is_gone_is_not_waited_for() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     began = time.monotonic()
-    steps_for().run(drain(port), lambda _: None)
+    run(drain(port))
     assert time.monotonic() - began < 1.0
 
 
 def test_an_answer_that_the_backend_cannot_read_is_no_idleness(server: Server) -> None:
     server.script = [{}, {}, BUSY, IDLE]
     told: list[str] = []
-    steps_for(lambda _: Baffled()).run(drain(server.port), told.append)
+    run(drain(server.port), told.append, backend=lambda _: Baffled())
     assert len(server.asked) == 4
     assert told == [
         "draining",
@@ -131,23 +149,21 @@ def test_an_answer_that_the_backend_cannot_read_is_no_idleness(server: Server) -
 
 def test_one_answer_that_is_missing_is_no_idleness(server: Server) -> None:
     server.script = [lambda: time.sleep(0.3), BUSY, IDLE]
-    steps_for().run(drain(server.port), lambda _: None)
+    run(drain(server.port))
     assert len(server.asked) == 3
 
 
 def test_three_of_them_are_enough(server: Server) -> None:
     server.script = [lambda: time.sleep(0.3)]
-    steps_for().run(drain(server.port), lambda _: None)
+    run(drain(server.port))
     assert len(server.asked) == 3
 
 
 def test_the_end_of_the_supervisor_stops_nothing(server: Server) -> None:
     server.script = [BUSY]
-    steps = steps_for()
-    threading.Timer(0.3, steps.end).start()
     began = time.monotonic()
     with pytest.raises(StopFailed, match="it was still being drained when this supervisor ended"):
-        steps.run(drain(server.port), lambda _: None)
+        run(drain(server.port), ends_after=0.3)
     assert time.monotonic() - began < 2.0
 
 
@@ -156,7 +172,7 @@ def test_a_backend_that_is_gone_keeps_nothing_alive(server: Server) -> None:
         raise CompileError(f"backend {name} is not installed any more")
 
     told: list[str] = []
-    steps_for(gone).run(drain(server.port), told.append)
+    run(drain(server.port), told.append, backend=gone)
     assert told == [
         "it cannot be drained (backend process is not installed any more); stopping it all the same"
     ]
@@ -167,5 +183,5 @@ def test_nor_does_a_record_without_a_port(server: Server) -> None:
     step = drain(server.port)
     identity = replace(step.workload.identity, ports={})
     told: list[str] = []
-    steps_for().run(replace(step, workload=replace(step.workload, identity=identity)), told.append)
+    run(replace(step, workload=replace(step.workload, identity=identity)), told.append)
     assert told == ["it cannot be drained ('http'); stopping it all the same"]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
 from mic_supervisor.backends import BackendBase
 from mic_supervisor.converge.prober import FIRST_LOOK, Prober, Schedule
-from mic_supervisor.converge.probes import DEVICES, DEVICES_AGAIN, Target, look
+from mic_supervisor.converge.probes import ALL_DUE, DEVICES, DEVICES_AGAIN, Checker, Target
 from mic_supervisor.model import (
     ExecCheck,
     Health,
@@ -33,6 +34,34 @@ LIVE, READY, UP = (ExecCheck((name,)) for name in ("live", "ready", "up"))
 ALL = Probes(startup=Probe(UP), liveness=Probe(LIVE), readiness=Probe(READY))
 ONE = Probes(*(Probe(ExecCheck(("live",))),) * 3)
 DEFAULTS = [(5.0, 3), (1.0, 1), (0.2, 5), (30.0, 2)]
+
+
+class AtOnce(Executor):
+    """What is handed to it has been done when `submit` returns."""
+
+    def submit(self, work: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+CHECKER = Checker(AtOnce())
+LOOP = asyncio.new_event_loop()  # one for all looks: there are very many
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_the_loop() -> Iterator[None]:
+    yield
+    LOOP.close()
+
+
+def look(
+    target: Target, now: float, before: Health | None, due: Collection[str] = ALL_DUE
+) -> Health:
+    return LOOP.run_until_complete(CHECKER.look(target, now, before, due))
 
 
 class Loads(BackendBase):
@@ -288,7 +317,7 @@ def asked_by_a_prober(model: Model, seconds: float, *, kicks: bool) -> list[Prob
                 if found is not None and found.liveness is not None:
                     seen.append(found.liveness)
 
-            prober = Prober(pool, note, time.monotonic)
+            prober = Prober(Checker(pool), note, time.monotonic)
             prober.watch({model.workload.ref: model.target})
             end = time.monotonic() + seconds
             while time.monotonic() < end:
@@ -329,7 +358,7 @@ def test_a_task_of_it_that_dies_is_started_again() -> None:
                 raise ZeroDivisionError("a defect")
 
         with ThreadPoolExecutor(4) as pool:
-            prober = Prober(pool, wake, time.monotonic)
+            prober = Prober(Checker(pool), wake, time.monotonic)
             prober.watch({ref: model.target})
             await asyncio.sleep(0.3)
             before = len(model.asked["live"])
