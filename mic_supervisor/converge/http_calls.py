@@ -1,5 +1,4 @@
-"""Bounded HTTP calls to servers on this machine. Nothing else imports httpx, for its successor's
-sake.
+"""Bounded HTTP calls to servers on this machine. Nothing else imports httpx.
 
 Connections are not kept: an idle one makes some servers linger when they are told to stop.
 """
@@ -13,7 +12,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,7 +62,11 @@ class NoAnswer(Exception):
 
 
 class HttpCalls:
-    """Side by side, as many as there are. Nothing is kept open between two of them."""
+    """Side by side, as many as there are. Nothing is kept open between two of them.
+
+    It is httpx's transport that is asked, without its client: no call is to be sent elsewhere by a
+    proxy's address in the environment or a redirect, nor to take one server's cookies to another.
+    """
 
     async def ask(
         self,
@@ -87,17 +89,21 @@ class HttpCalls:
         kind = {} if body is None else {"Content-Type": "application/json"}
         content = bytearray()
         try:
-            url = httpx.URL(scheme="http", host=host, port=port, raw_path=path.encode())
-            async with (
-                asyncio.timeout(timeout),
-                self._client.stream(
-                    method, url, content=body, headers={**kind, **(headers or {})}
-                ) as response,
-            ):
-                async for piece in response.aiter_raw():
-                    content += piece
-                    if len(content) >= _MOST:
-                        break
+            request = httpx.Request(
+                method,
+                httpx.URL(scheme="http", host=host, port=port, raw_path=path.encode()),
+                headers={**_HEADERS, **kind, **(headers or {})},
+                content=body,
+            )
+            async with asyncio.timeout(timeout):
+                response = await self._transport.handle_async_request(request)
+                try:
+                    async for piece in response.aiter_raw():
+                        content += piece
+                        if len(content) >= _MOST:
+                            break
+                finally:
+                    await response.aclose()
         except TimeoutError as error:
             raise NoAnswer(f"no answer within {timeout:g} s") from error
         except (httpx.TransportError, httpx.InvalidURL) as error:
@@ -105,21 +111,12 @@ class HttpCalls:
         return Answer(response.status_code, content[:_MOST].decode("utf-8", "replace"))
 
     @cached_property
-    def _client(self) -> httpx.AsyncClient:
+    def _transport(self) -> httpx.AsyncHTTPTransport:
         import httpx
 
-        # `verify` belongs to TLS, which nobody speaks here: its certificates take 20 ms to load.
-        transport = httpx.AsyncHTTPTransport(
-            verify=False,
-            trust_env=False,
+        return httpx.AsyncHTTPTransport(
+            verify=False,  # nobody speaks TLS here, and its certificates take 20 ms to load
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-        )
-        return httpx.AsyncClient(
-            transport=transport,
-            headers=_HEADERS,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-            timeout=None,
-            trust_env=False,
         )
 
 

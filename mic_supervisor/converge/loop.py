@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 
@@ -23,6 +22,7 @@ from mic_supervisor.converge.probes import Checker, Target
 from mic_supervisor.converge.publisher import Publisher
 from mic_supervisor.converge.snapshot import Desired, Snapshot
 from mic_supervisor.converge.sources import read_in
+from mic_supervisor.converge.tasks import Threads
 from mic_supervisor.errors import (
     LoadFailed,
     MicError,
@@ -139,9 +139,8 @@ class Converger:
         self._now = clock.steady
         self._acts = False
         self._wakes = asyncio.Event()
-        self._pool = ThreadPoolExecutor(64, thread_name_prefix="mic-work")
-        self._probe_pool = ThreadPoolExecutor(64, thread_name_prefix="mic-probe")
-        checker = Checker(self._probe_pool)
+        self._pool = Threads(64, "mic-work")
+        checker = Checker(Threads(64, "mic-probe"))
         self._prober = Prober(checker, self.wake, clock.steady)
         self._steps = Steps(sources, self._target_of, desired.backend, checker, self._pool)
         self._lanes: dict[asyncio.Task[None], _Lane] = {}
@@ -249,9 +248,7 @@ class Converger:
         await self._prober.close()
         if self._lanes:
             await asyncio.wait(self._lanes, timeout=patience)
-        # A probe or a call that hangs must not keep the program from ending.
-        self._probe_pool.shutdown(wait=False, cancel_futures=True)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown()
 
     # --- one round ----------------------------------------------------------------------------
 

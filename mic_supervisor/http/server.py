@@ -129,7 +129,7 @@ class HttpServer:
 
         views = Views(self._look, stall_after=self._stall_after)
         book = connections.Connections(self._patience)
-        server = uvicorn.Server(
+        server = connections.Server(
             uvicorn.Config(
                 asgi(views, self._access),
                 http=connections.protocol(book),
