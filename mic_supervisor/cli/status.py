@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import time
@@ -94,9 +93,10 @@ def _ask() -> dict[str, Any] | None:
 
 def _ask_http() -> dict[str, Any] | None:
     """The document that the daemon serves on MIC_LISTEN; None where nobody gives one."""
+    import asyncio
+
     from mic_supervisor.cli import wiring
-    from mic_supervisor.converge.http_calls import HttpCalls, NoAnswer
-    from mic_supervisor.converge.probes import reachable
+    from mic_supervisor.converge.http_calls import HttpCalls, NoAnswer, reachable
 
     found = wiring.settings()
     headers = {}

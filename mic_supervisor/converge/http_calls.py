@@ -125,6 +125,11 @@ class HttpCalls:
         )
 
 
+def reachable(listen: str) -> str:
+    """The address under which this machine reaches who listens on `listen`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
+
+
 def lacks(error: OSError) -> bool:
     """Whether a connection failed of this end, so that nothing is known of the other."""
     return error.errno in _OWN_LACK

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from mic_supervisor.backends import Backend
-from mic_supervisor.converge.http_calls import Answer, HttpCalls, NoAnswer, lacks
+from mic_supervisor.converge.http_calls import Answer, HttpCalls, NoAnswer, lacks, reachable
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import (
     Check,
@@ -299,8 +299,3 @@ def _exec(target: Target, check: ExecCheck, timeout: float) -> Verdict:
 
 def _published(target: Target, name: str) -> tuple[str, int]:
     return reachable(target.instance.workload.listen), target.workload.identity.ports[name]
-
-
-def reachable(listen: str) -> str:
-    """The address under which this machine reaches who listens on `listen`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
