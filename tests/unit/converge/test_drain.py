@@ -17,6 +17,7 @@ import pytest
 
 from mic_supervisor.backends import BackendBase
 from mic_supervisor.converge.apply import Steps
+from mic_supervisor.converge.http_calls import Answer, HttpCalls, NoAnswer
 from mic_supervisor.converge.observe import Sources
 from mic_supervisor.converge.probes import Checker
 from mic_supervisor.errors import CompileError, MicError, StopFailed
@@ -157,6 +158,24 @@ def test_three_of_them_are_enough(server: Server) -> None:
     server.script = [lambda: time.sleep(0.3)]
     run(drain(server.port))
     assert len(server.asked) == 3
+
+
+def test_what_this_end_lacks_is_no_silence_of_the_server(
+    monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    server.script = [BUSY, IDLE]
+    lacks = [True] * 4
+    ask = HttpCalls.ask
+
+    async def lacking(calls: HttpCalls, *args: Any, **kwargs: Any) -> Answer:
+        if lacks:
+            lacks.pop()
+            raise NoAnswer("this machine has no connection to give", own=True)
+        return await ask(calls, *args, **kwargs)
+
+    monkeypatch.setattr(HttpCalls, "ask", lacking)
+    run(drain(server.port))
+    assert len(server.asked) == 2
 
 
 def test_the_end_of_the_supervisor_stops_nothing(server: Server) -> None:

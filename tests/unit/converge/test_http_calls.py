@@ -184,6 +184,13 @@ def test_gives_up_in_time_whatever_the_server_does(talk: Talk) -> None:
     assert (str(error), error.refused, error.own) == ("no answer within 0.4 s", False, False)
 
 
+def test_gives_up_in_time_on_a_port_that_lets_nobody_in() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = int(full.getsockname()[1])
+        with closing(socket.create_connection(("127.0.0.1", port))):
+            assert str(failure(port, timeout=0.4)) == "no answer within 0.4 s"
+
+
 def test_says_where_nobody_listens() -> None:
     port = free_port()
     error = failure(port)
