@@ -103,8 +103,18 @@ def look(
         sick={gpu.uuid for gpu in observed.inventory.gpus if gpu.trouble is not None},
     )
     known = with_containers(replace(known, bindings=dict(desired.bindings)), observed)
-    plan = reconcile(desired, observed, known, now, context, assessments)
+    plan = reconcile(desired, observed, _unknown_yet(known, memory), now, context, assessments)
     statuses = instance_statuses(
         desired, observed, assessments, plan, known, activities or {}, troubles or {}
     )
     return Look(now, offset, desired, observed, context, memory, assessments, known, plan, statuses)
+
+
+def _unknown_yet(known: Memory, before: Memory) -> Memory:
+    """What is known now; but what was seen to run for the first time is taken over by the plan."""
+    new = {
+        name: replace(entry, started=None)
+        for name, entry in known.instances.items()
+        if entry.started is not None and before.of(name).started is None
+    }
+    return replace(known, instances={**known.instances, **new}) if new else known

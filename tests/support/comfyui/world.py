@@ -39,7 +39,7 @@ class Comfy:
             "models": models,
             "gpus": {str(key): model for key, model in self.gpus.items()},
         }
-        self.mic.write(json.dumps(document, indent=1))  # which is YAML, too
+        self.mic.write(json.dumps(document, indent=1) + "\n")  # which is YAML, too
 
     def set(
         self, model: str = "face", /, env: dict[str, str] | None = None, **options: Any
