@@ -7,10 +7,13 @@ import http.client
 import re
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import requests
 import urllib3
+import yaml
 from docker.errors import APIError, DockerException, InvalidConfigFile, StreamParseError
 
 from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable
@@ -38,108 +41,7 @@ ADDRESS_HINT = "check MIC_DOCKER_HOST"
 NO_ENGINE = "what answers at {address} is not a Docker Engine"
 LOOK_HINT = "see what it says: systemctl status docker; journalctl -u docker"
 
-DISK_FULL = (
-    r"no space left on device",
-    "the engine's disk is full",
-    "see what takes it: docker system df; free some with: docker image prune",
-)
-
-Table = Iterable[tuple[str, str, str]]
-"""(pattern over what was said, cause, hint). The first match counts; its groups, and other words,
-fill in the cause and the hint.
-"""
-
-# What an engine says when it refuses. Wording seen on Engine 20.10 and read in moby for later ones.
-_REFUSALS: Table = (
-    (
-        r'exec: "docker-init"',
-        "the engine has no docker-init, which every container of ours starts with",
-        "install the program docker-init next to dockerd (on Debian: apt install tini docker.io)",
-    ),
-    (
-        r'could not select device driver "cdi"',
-        "the engine has CDI switched off",
-        'put {{"features": {{"cdi": true}}}} into /etc/docker/daemon.json and restart docker',
-    ),
-    (
-        r"could not select device driver",
-        "the engine cannot hand out GPUs, it has no NVIDIA Container Toolkit",
-        "install nvidia-container-toolkit, then: nvidia-ctk runtime configure --runtime=docker "
-        "&& systemctl restart docker",
-    ),
-    (
-        r"unresolvable CDI devices? (?P<device>.*)",
-        "the engine's CDI specification has no device {device}",
-        "write it anew: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",
-    ),
-    (
-        r"nvidia-container-cli: .*?(?P<device>GPU-[0-9a-f-]+): unknown device",
-        "the NVIDIA driver has no GPU {device}",
-        "compare with: nvidia-smi -L",
-    ),
-    (
-        r"nvidia-container-cli: (?P<said>[^\n]*?)(: unknown)?$",
-        "the NVIDIA Container Toolkit says: {said}",
-        "check the driver with: nvidia-smi",
-    ),
-    (
-        r"Bind for (?P<host>\S+):(?P<port>\d+) failed: port is already allocated",
-        "port {port} on {host} is already taken by a container",
-        "see which: docker ps --filter publish={port}",
-    ),
-    (
-        r"(?:listen \w+|failed to bind host port(?: for)?) (?P<host>\S+?):(?P<port>\d+)\b.*"
-        r"address already in use",
-        "port {port} on {host} is already taken",
-        "see by whom: ss -ltnp 'sport = :{port}'",
-    ),
-    (
-        r"(?P<host>\S+):\d+: bind: cannot assign requested address",
-        "{host} is not an address of this machine",
-        "set listen to 127.0.0.1, to 0.0.0.0, or to an address that `ip address` lists",
-    ),
-    (
-        r'exec: "(?P<program>[^"]+)": (?:executable file not found|stat .*no such file)',
-        "the image has no program {program}",
-        "check the command and the entrypoint",
-    ),
-    (
-        r'exec: "(?P<program>[^"]+)": permission denied',
-        "{program} in the image is not an executable file",
-        "check the command and the entrypoint",
-    ),
-    (
-        r"exec format error",
-        "the image's program is for another kind of machine",
-        "use an image that is built for this machine's architecture",
-    ),
-    (
-        r"bind source path does not exist: (?P<path>.+)",
-        "the mount source {path} does not exist",
-        "create it: mkdir -p {path}",
-    ),
-    (
-        r"unable to find (?P<kind>user|group) (?P<name>[^:]+)",
-        "the image has no {kind} {name}",
-        "use a number, or a name that the image's /etc/passwd and /etc/group know",
-    ),
-    (
-        r"error setting rlimit",
-        "the engine may not raise a limit that high",
-        "lower limits.nofile or limits.memlock, or raise dockerd's own (LimitNOFILE, LimitMEMLOCK)",
-    ),
-    (
-        r"No such image: (?P<image>\S+)",
-        "the image {image} is not on this machine",
-        "pull it with: docker pull {image}",
-    ),
-    DISK_FULL,
-    (
-        r"cannot allocate memory",
-        "the machine has no memory left",
-        "see what takes it: free -h; docker stats --no-stream",
-    ),
-)
+_REFUSALS = Path(__file__).with_name("refusals.yaml")
 
 _BROKEN: tuple[type[Exception], ...] = (
     ConnectionResetError,
@@ -256,18 +158,24 @@ def tidy(message: str) -> str:
     return text.removesuffix(": unknown").rstrip(".") or "the engine gives no reason"
 
 
-def in_words(table: Table, message: str, **words: str) -> tuple[str, str | None]:
-    """What was said as (cause, hint)."""
-    for pattern, cause, hint in table:
-        if match := re.search(pattern, message, re.IGNORECASE):
-            words |= match.groupdict()
+@cache
+def _table(by: str) -> tuple[tuple[re.Pattern[str], str, str], ...]:
+    with _REFUSALS.open(encoding="utf-8") as file:
+        rows = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))[by]
+    return tuple(
+        (re.compile(pattern, re.IGNORECASE), row["cause"], row["hint"])
+        for row in rows
+        for pattern in ([row["says"]] if isinstance(row["says"], str) else row["says"])
+    )
+
+
+def refusal(message: str, *, registry: str | None = None) -> tuple[str, str | None]:
+    """A refusal of the engine as (cause, hint); of a pull, where there is a `registry`."""
+    for pattern, cause, hint in _table("engine" if registry is None else "registry"):
+        if match := pattern.search(message):
+            words = {"registry": registry, "said": tidy(message), **match.groupdict()}
             return cause.format(**words), hint.format(**words)
     return tidy(message), None
-
-
-def refusal(message: str) -> tuple[str, str | None]:
-    """A refusal of the engine as (cause, hint)."""
-    return in_words(_REFUSALS, message)
 
 
 def explain(what: str, error: Exception, address: str) -> MicError:

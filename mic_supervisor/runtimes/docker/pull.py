@@ -1,7 +1,9 @@
-"""Images: one pull per image for all lanes, with progress, and failures in words."""
+"""Images: one pull per image for all lanes, with progress, credentials, and failures in words."""
 
 from __future__ import annotations
 
+import binascii
+import json
 import re
 import threading
 from dataclasses import dataclass, field
@@ -9,75 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from docker import APIClient
+from docker.auth import AuthConfig, load_config
+from docker.errors import DockerException
+from docker.utils.config import find_config_file
 
 from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
+from mic_supervisor.host import programs
 from mic_supervisor.runtimes import Progress
-from mic_supervisor.runtimes.docker.auth import credentials
 from mic_supervisor.runtimes.docker.engine import Engine
-from mic_supervisor.runtimes.docker.errors import (
-    DISK_FULL,
-    Table,
-    in_words,
-    is_read_timeout,
-    refused,
-    tidy,
-)
+from mic_supervisor.runtimes.docker.errors import is_read_timeout, refusal, refused
 
-_LOGIN = "log in with: docker login {registry} (MIC_DOCKER_CONFIG names the configuration to use)"
-
-# Over what the registry or the engine says.
-_FAILURES: Table = (
-    DISK_FULL,
-    (
-        r"toomanyrequests|too many requests|rate limit",
-        "{registry} limits how often this machine may pull",
-        "wait, or " + _LOGIN,
-    ),
-    (
-        r"no matching manifest",
-        "the image has no variant for this kind of machine",
-        "use an image that is built for this machine's architecture",
-    ),
-    (
-        r"manifest unknown|name unknown|manifest for .* not found|failed to resolve reference.*"
-        r"not found",
-        "{registry} has no such image or tag",
-        "check the image's name and tag in gpus.yaml",
-    ),
-    (
-        r"pull access denied|unauthori[sz]ed|authentication required|no basic auth|denied|"
-        r"\b40[13]\b",
-        "{registry} gives no access to it, or has no such image",
-        "check its name; if it is private, " + _LOGIN,
-    ),
-    (
-        r"x509|certificate",
-        "the certificate of {registry} is not trusted",
-        "put its CA into /etc/docker/certs.d/{registry}/ca.crt",
-    ),
-    (
-        r"server gave HTTP response to HTTPS client",
-        "{registry} speaks plain HTTP, which the engine does not take",
-        'add it to "insecure-registries" in /etc/docker/daemon.json',
-    ),
-    (
-        r"dial tcp|no such host|i/o timeout|connection (?:refused|reset)|TLS handshake timeout|"
-        r"Client\.Timeout|request canceled|network is unreachable|server misbehaving|"
-        r"unexpected EOF|: EOF|\b50[0-4]\b",
-        "{registry} cannot be reached ({said})",
-        "check the network and the engine's proxy; without a registry: docker load -i FILE",
-    ),
-    (
-        r"invalid reference format|invalid repository name",
-        "that is not the name of an image",
-        "write it as REGISTRY/NAME:TAG, in lower case",
-    ),
-    (
-        r"not found",
-        "{registry} has no such image or tag",
-        "check the image's name and tag in gpus.yaml",
-    ),
-)
+_HUB = "docker.io"
+_HUB_SERVER = "https://index.docker.io/v1/"
+_TOKEN_USER = "<token>"  # a helper's way to say that the secret is an identity token
+_HELPER_TIMEOUT = 30.0  # seconds
 
 
 @dataclass
@@ -92,7 +39,7 @@ class _Pull:
 class Puller:
     """Pulls images through one engine.
 
-    `config` is where registry credentials are, see auth.credentials. A pull fails after
+    `config` is where registry credentials are, see `credentials`. A pull fails after
     `silence` seconds without a word: the engine reports each layer several times a second, while it
     unpacks as well.
     """
@@ -231,10 +178,96 @@ def registry_of(image: str) -> str:
     first, slash, _ = image.partition("/")
     if slash and ("." in first or ":" in first or first == "localhost"):
         return first
-    return "docker.io"
+    return _HUB
 
 
 def failure(image: str, message: str) -> PreflightFailed:
     """A failed pull in words, from what the registry or the engine says."""
-    cause, hint = in_words(_FAILURES, message, registry=registry_of(image), said=tidy(message))
+    cause, hint = refusal(message, registry=registry_of(image))
     return PreflightFailed(f"cannot pull {image}: {cause}", hint=hint)
+
+
+# --- Credentials: never logged, never in a message ------------------------------------------------
+#
+# The file is the one that `docker login` writes: `auths`, `credsStore`, `credHelpers`
+# (https://docs.docker.com/reference/cli/docker/login/). The SDK parses it; credential helpers are
+# called here, because the SDK waits for them without end.
+
+
+def credentials(config: Path | None, registry: str) -> dict[str, Any]:
+    """What the SDK calls `auth_config` for a registry; empty when there are no credentials for it.
+
+    `config` is a directory with a config.json, or such a file; None is the client's own place
+    ($DOCKER_CONFIG, else ~/.docker). PreflightFailed when what is there cannot be used.
+    """
+    path = config / "config.json" if config is not None and config.is_dir() else config
+    if path is None:
+        found = find_config_file()
+        if found is None:
+            return {}
+        path = Path(str(found))
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("it is not a JSON object")
+        for key in ("auths", "credHelpers"):
+            if not isinstance(document.get(key) or {}, dict):
+                raise ValueError(f"{key} is not a JSON object")
+        known = load_config(config_dict=document) if document else AuthConfig({})
+    except OSError as error:
+        raise _unusable(path, error.strerror or "it cannot be read") from error
+    except (DockerException, json.JSONDecodeError, binascii.Error) as error:
+        raise _unusable(path, str(error)) from error
+    except (ValueError, TypeError) as error:
+        # Not quoted: the SDK's words for a malformed entry may hold a piece of it.
+        raise _unusable(path, "an entry is malformed") from error
+    store = known.get_credential_store(registry)
+    if store is not None and (found_there := _ask_helper(str(store), registry)):
+        return found_there
+    return AuthConfig({"auths": dict(known.auths)}).resolve_authconfig(registry) or {}
+
+
+def _ask_helper(name: str, registry: str) -> dict[str, str] | None:
+    """Credentials from `docker-credential-NAME get`; None when it has none.
+
+    Protocol: https://github.com/docker/docker-credential-helpers
+    """
+    server = _HUB_SERVER if registry == _HUB else registry
+    program = f"docker-credential-{name}"
+
+    def failed(why: str, hint: str = f"try it by hand: echo {server} | {program} get") -> MicError:
+        return PreflightFailed(f"cannot get credentials for {registry}: {why}", hint=hint)
+
+    try:
+        done = programs.run([program, "get"], _HELPER_TIMEOUT, given=server.encode(), apart=True)
+    except FileNotFoundError as error:
+        raise failed(
+            f"there is no program {program}",
+            "install it on the supervisor's PATH, or remove it from the Docker configuration",
+        ) from error
+    except OSError as error:
+        raise failed(f"{program} does not run ({error.strerror})") from error
+    if done.code is None:
+        raise failed(f"{program} gives no answer within {_HELPER_TIMEOUT:.0f} s")
+    if done.code != 0:
+        if b"credentials not found" in done.output + done.errors:
+            return None
+        raise failed(f"{program} exits with {done.code}")
+    try:
+        answer: Any = json.loads(done.output)
+        user, secret = str(answer["Username"]), str(answer["Secret"])
+    except (ValueError, LookupError, TypeError):
+        # The cause is dropped on purpose: it holds the helper's output, that is, the secret.
+        raise failed(
+            f"{program} gives an answer that is no JSON object with Username and Secret"
+        ) from None
+    if user == _TOKEN_USER:
+        return {"IdentityToken": secret, "ServerAddress": server}
+    return {"Username": user, "Password": secret, "ServerAddress": server}
+
+
+def _unusable(path: Path, reason: str) -> PreflightFailed:
+    return PreflightFailed(
+        f"cannot use the registry credentials in {path}: {reason}",
+        hint="log in anew with: docker login, or set MIC_DOCKER_CONFIG to the right place",
+    )

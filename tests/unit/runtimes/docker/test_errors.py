@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
+from pathlib import Path
+from string import Formatter
 
 import pytest
 import requests
 import urllib3
+import yaml
 from docker.errors import DockerException
 
 from mic_supervisor.errors import MicError, RuntimeUnavailable
+from mic_supervisor.runtimes.docker import errors
 from mic_supervisor.runtimes.docker.errors import LOOK_HINT, START_HINT, explain, refusal, tidy
 from mic_supervisor.runtimes.docker.pull import failure
 
@@ -120,6 +125,21 @@ ENDPOINT = "driver failed programming external connectivity on endpoint mic-a (a
 )  # fmt: skip
 def test_refusals(message: str, cause: str, hint: str | None) -> None:
     assert refusal(message) == (cause, hint)
+
+
+@pytest.mark.parametrize("by", ["engine", "registry"])
+def test_every_refusal_can_be_put_in_words(by: str) -> None:
+    path = Path(errors.__file__).with_name("refusals.yaml")
+    for row in yaml.safe_load(path.read_text())[by]:
+        assert row.keys() == {"says", "cause", "hint"}
+        for says in [row["says"]] if isinstance(row["says"], str) else row["says"]:
+            words = {
+                *re.compile(says).groupindex,
+                *(("registry", "said") if by == "registry" else ()),
+            }
+            for text in (row["cause"], row["hint"]):
+                asked = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+                assert asked <= words, says
 
 
 def test_tidy_keeps_the_first_line() -> None:
