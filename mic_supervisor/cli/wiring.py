@@ -124,7 +124,7 @@ def _process(found: Settings, host: str, *, mends: bool) -> Runtime:
         if kind == "systemd" or systemd_is_pid1():
             return SystemdRuntime(found.scope, host, directory=found.run_dir)
     from mic_supervisor.plan.launch import given_name
-    from mic_supervisor.runtimes.subprocess import SubprocessRuntime
+    from mic_supervisor.runtimes.keeper.runtime import SubprocessRuntime
 
     return SubprocessRuntime(
         found.scope,

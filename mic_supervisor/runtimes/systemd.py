@@ -41,8 +41,7 @@ from mic_supervisor.model import (
     RuntimeView,
     Stranger,
 )
-from mic_supervisor.runtimes import Progress, systemd_journal, systemd_unit, systemd_view
-from mic_supervisor.runtimes import process_checks as checks
+from mic_supervisor.runtimes import Progress, checks, systemd_journal, systemd_unit, systemd_view
 from mic_supervisor.runtimes.systemd_bus import Bus, Lost, Refused
 from mic_supervisor.runtimes.systemd_errors import explain
 from mic_supervisor.runtimes.systemd_unit import Property

@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused
-from mic_supervisor.runtimes import process_checks as checks
+from mic_supervisor.runtimes import checks
 from mic_supervisor.runtimes.systemd_bus import Bus, Lost, Refused, variants
 from mic_supervisor.runtimes.systemd_jobs import SpawnFailed, spawn_reason
 from mic_supervisor.runtimes.systemd_unit import SLICE, Property, command, user

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mic_supervisor.config.env_file import SYSTEMD_NAME
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.model import Identity, Launch, ProcessSpec
-from mic_supervisor.runtimes import process_dirs
+from mic_supervisor.runtimes import directories
 
 MANAGER = "mic-supervisor"
 SLICE = "mic.slice"
@@ -251,7 +251,7 @@ def _directories(spec: ProcessSpec) -> list[Property]:
     """PID 1 has them made, as root: a supervisor in a unit of its own may not do it."""
     if not spec.directories:
         return []
-    program = (sys.executable, "-I", "-c", process_dirs.PROGRAM)
+    program = (sys.executable, "-I", "-c", directories.PROGRAM)
     arguments = _doubled((*program, spec.user or "", *spec.directories))
     return [
         Property("ExecStartPre", "a(sasb)", [[sys.executable, arguments, False]]),

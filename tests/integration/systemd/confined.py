@@ -18,7 +18,7 @@ from typing import Any
 from mic_supervisor.errors import MicError
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, Launch, ProcessSpec
-from mic_supervisor.runtimes import process_checks
+from mic_supervisor.runtimes import checks
 from mic_supervisor.runtimes.systemd import SystemdRuntime
 
 IDENTITY = Identity("confined", "h", "a", "MAM", "process", ("GPU-1",), {}, {}, "0")
@@ -106,7 +106,7 @@ ATTEMPTS: dict[str, Callable[[], Any]] = {
     "give the socket to its group": give_socket,
     "see PID 1": lambda: procfs.service_of(Path("/proc/1/cgroup").read_text()),
     "name PID 1": lambda: (procfs.stat(1) or sys.exit("no PID 1")).name,
-    "check a program of another user": lambda: process_checks.preflight(SPEC),
+    "check a program of another user": lambda: checks.preflight(SPEC),
     "become another user": lambda: os.setuid(1000),
     "open a raw socket": packet,
     "make a device": device,

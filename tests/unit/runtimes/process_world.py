@@ -9,7 +9,7 @@ from typing import Any
 
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, Launch, Limits, ObservedWorkload, Pairs, ProcessSpec
-from mic_supervisor.runtimes.subprocess import SubprocessRuntime
+from mic_supervisor.runtimes.keeper.runtime import SubprocessRuntime
 from tests.support import scopes
 from tests.support.waiting import until
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mic_supervisor.host import processes as procfs
-from mic_supervisor.runtimes import keeper
+from mic_supervisor.runtimes.keeper import program
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import World, runs
 
@@ -22,7 +22,7 @@ def run(directory: Path, payload: bytes) -> tuple[int, str]:
     handle = os.open(directory, os.O_RDONLY)
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-E", keeper.__file__, str(directory), str(handle)],
+            [sys.executable, "-I", "-S", "-E", program.__file__, str(directory), str(handle)],
             input=payload,
             capture_output=True,
             pass_fds=(handle,),
@@ -129,9 +129,9 @@ def test_a_directory_that_goes_away_is_survived(tmp_path: Path, scope: str) -> N
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     handle = os.open(tmp_path, os.O_RDONLY)
     try:
-        keeper.write_json(handle, "a.json", {"b": "ü"})
+        program.write_json(handle, "a.json", {"b": "ü"})
         with pytest.raises(TypeError):
-            keeper.write_json(handle, "a.json", {"b": object()})
+            program.write_json(handle, "a.json", {"b": object()})
     finally:
         os.close(handle)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -339,13 +339,13 @@ def test_only_who_could_be_ours_is_believed(world: World, user: int, believed: b
 def test_a_keeper_of_an_earlier_version_is_believed_by_its_child(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mic_supervisor.runtimes import process_start
+    from mic_supervisor.runtimes.keeper import start
 
     def earlier(*_: object) -> dict[str, str]:
         found = {"MIC_SCOPE": world.scope, "MIC_INSTANCE": "one", "MIC_SPEC_HASH": "0badcafe"}
         return {**found, "MIC_IDENTITY": "none yet"}
 
-    monkeypatch.setattr(process_start, "_variables", earlier)
+    monkeypatch.setattr(start, "_variables", earlier)
     devices = (("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-2"),)
     seen = world.start("one", ("sleep", "60"), env=devices)
     shutil.rmtree(world.directory)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.errors import RuntimeRefused
-from mic_supervisor.runtimes import keeper, process_logs
+from mic_supervisor.runtimes.keeper import logs, program
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import World, python, sh
 
@@ -25,7 +25,7 @@ def write(directory: Path, *files: bytes) -> Path:
 
 
 def tail(directory: Path, count: int | None) -> list[str]:
-    return list(process_logs.read(directory, tail=count))
+    return list(logs.read(directory, tail=count))
 
 
 def test_lines_come_oldest_first(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_end_is_the_end_of_the_whole(
     whole += [] if complete else ["partial"]
     with (
         tempfile.TemporaryDirectory() as directory,
-        patch.object(process_logs, "_BLOCK", 7),  # so that lines span blocks
+        patch.object(logs, "_BLOCK", 7),  # so that lines span blocks
     ):
         path = write(Path(directory), *(text.encode() for text in texts))
         assert tail(path, None) == whole
@@ -88,7 +88,7 @@ class Follower:
     def __init__(self, directory: Path, count: int | None = None) -> None:
         self.lines: list[str] = []
         self.over = threading.Event()
-        self._source = process_logs.read(
+        self._source = logs.read(
             directory, tail=count, follow=True, ended=self.over.is_set, pause=0.01
         )
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -119,7 +119,7 @@ def rotate(directory: Path, files: int = 3, *, force: bool = True) -> bool:
     handle = os.open(directory, os.O_RDONLY)
     log = os.open(directory / "log", os.O_WRONLY | os.O_APPEND)
     try:
-        return keeper.rotate(handle, log, files, force=force)
+        return program.rotate(handle, log, files, force=force)
     finally:
         os.close(log)
         os.close(handle)
@@ -166,7 +166,7 @@ def test_following_goes_through_rotations(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [None, 40])
 def test_a_rotation_while_it_is_read_loses_nothing(tmp_path: Path, count: int | None) -> None:
     write(tmp_path, b"".join(b"line %d\n" % number for number in range(30)), b"old\n")
-    lines = process_logs.read(tmp_path, tail=count)
+    lines = logs.read(tmp_path, tail=count)
     first = next(lines)
     rotate(tmp_path)
     with (tmp_path / "log").open("ab") as file:

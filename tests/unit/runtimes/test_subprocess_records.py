@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from mic_supervisor import clocks
 from mic_supervisor.errors import RuntimeRefused, StopFailed
 from mic_supervisor.model import Identity, RunState, Stranger
-from mic_supervisor.runtimes import process_records as records
-from mic_supervisor.runtimes.process_records import BadRecord, Exit, Record
-from mic_supervisor.runtimes.subprocess import SubprocessRuntime
+from mic_supervisor.runtimes.keeper import records
+from mic_supervisor.runtimes.keeper.records import BadRecord, Exit, Record
+from mic_supervisor.runtimes.keeper.runtime import SubprocessRuntime
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import HOST, World, runs, sh
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from mic_supervisor.errors import StopFailed
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import ObservedWorkload
-from mic_supervisor.runtimes import process_records as records
-from mic_supervisor.runtimes.process_records import Record
+from mic_supervisor.runtimes.keeper import records
+from mic_supervisor.runtimes.keeper.records import Record
 
 _KEEPER_GRACE = 2.0  # seconds that a keeper has to write the exit status once all is gone
 _LONGEST_PAUSE = 0.05  # seconds between two looks at a tree that is dying

@@ -14,11 +14,11 @@ from typing import Any
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Launch, ProcessSpec
-from mic_supervisor.runtimes import keeper, process_stop
-from mic_supervisor.runtimes import process_checks as checks
-from mic_supervisor.runtimes import process_records as records
-from mic_supervisor.runtimes.process_records import BadRecord, Record
-from mic_supervisor.runtimes.process_stop import Options
+from mic_supervisor.runtimes import checks
+from mic_supervisor.runtimes.keeper import program, records
+from mic_supervisor.runtimes.keeper import stop as stopping
+from mic_supervisor.runtimes.keeper.records import BadRecord, Record
+from mic_supervisor.runtimes.keeper.stop import Options
 from mic_supervisor.runtimes.systemd_unit import IDENTITY, identity_variables
 
 START_TIMEOUT = 30.0
@@ -33,7 +33,7 @@ def start(path: Path, record: Record, spec: ProcessSpec, handle: int, options: O
     aside = _put_aside(path)
     try:
         # Before the keeper exists: whoever observes now sees that this is about to run.
-        keeper.write_json(handle, keeper.RECORD, record.document())
+        program.write_json(handle, program.RECORD, record.document())
         _spawn(path, record, spec, handle, options)
     except BaseException:  # an interrupt too must leave nothing half-started behind
         _undo(path, record, aside, options)
@@ -44,7 +44,7 @@ def start(path: Path, record: Record, spec: ProcessSpec, handle: int, options: O
 
 def _keep(aside: Path) -> None:
     """What was put aside is the previous run from now on, if it came as far as having a log."""
-    if not (aside / keeper.LOG).exists():
+    if not (aside / program.LOG).exists():
         shutil.rmtree(aside)
         return
     target = aside.with_name(records.PREVIOUS)
@@ -61,13 +61,13 @@ def _put_aside(path: Path) -> Path | None:
     aside = path / f"{records.PREVIOUS}.new"
     if aside.exists():  # a start was cut short before it could do this
         _keep(aside)
-    if not (path / keeper.RECORD).exists():
+    if not (path / program.RECORD).exists():
         return None
     aside.mkdir(mode=0o700)
     for entry in sorted(path.iterdir()):
-        if entry.name in (keeper.RECORD, keeper.EXIT):
+        if entry.name in (program.RECORD, program.EXIT):
             os.link(entry, aside / entry.name)
-        elif entry.name == keeper.LOG or entry.name.startswith(f"{keeper.LOG}."):
+        elif entry.name == program.LOG or entry.name.startswith(f"{program.LOG}."):
             entry.rename(aside / entry.name)
     return aside
 
@@ -78,7 +78,7 @@ def _undo(path: Path, record: Record, aside: Path | None, options: Options) -> N
     except BadRecord:
         made = None
     if made is not None and made.run_id == record.run_id:
-        process_stop.kill_now(path, made, options)
+        stopping.kill_now(path, made, options)
     if aside is None:
         records.discard(path)
         return
@@ -118,8 +118,7 @@ def _variables(record: Record, spec: ProcessSpec) -> dict[str, str]:
 def _spawn(path: Path, record: Record, spec: ProcessSpec, handle: int, options: Options) -> None:
     payload = json.dumps(_payload(record, spec, options)).encode()
     process = subprocess.Popen(
-        # -I: next to keeper.py lies a subprocess.py that is not the library's.
-        [sys.executable, "-I", "-S", "-E", keeper.__file__, str(path), str(handle)],
+        [sys.executable, "-I", "-S", "-E", program.__file__, str(path), str(handle)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

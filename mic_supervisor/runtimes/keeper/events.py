@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from mic_supervisor.runtimes import process_records as records
-from mic_supervisor.runtimes.process_records import BadRecord, Record
+from mic_supervisor.runtimes.keeper import records
+from mic_supervisor.runtimes.keeper.records import BadRecord, Record
 
 _LOOK = 1.0  # seconds between two looks for new records
 _STOP = 0.25  # seconds between two looks at `stop`

@@ -2,7 +2,7 @@
 
 What runs is what the records in a directory say, each checked against the kernel: PID and start
 time of keeper and child, boot, PID namespace. This module keeps nothing that a restart would lose,
-but for the launches that `restart` needs, which hold secrets. See keeper.py for the order in which
+but for the launches that `restart` needs, which hold secrets. See program.py for the order in which
 a process comes to be.
 """
 
@@ -32,21 +32,15 @@ from mic_supervisor.model import (
     RunState,
     RuntimeView,
 )
-from mic_supervisor.runtimes import (
-    Progress,
-    process_dirs,
-    process_events,
-    process_logs,
-    process_start,
-    process_stop,
-)
-from mic_supervisor.runtimes import process_checks as checks
-from mic_supervisor.runtimes import process_records as records
+from mic_supervisor.runtimes import Progress, checks, directories
 from mic_supervisor.runtimes.copies import GivenName
-from mic_supervisor.runtimes.process_records import BadRecord, Record
-from mic_supervisor.runtimes.process_start import START_TIMEOUT
-from mic_supervisor.runtimes.process_stop import Options
-from mic_supervisor.runtimes.process_view import ProcessView
+from mic_supervisor.runtimes.keeper import events, logs, records
+from mic_supervisor.runtimes.keeper import start as starting
+from mic_supervisor.runtimes.keeper import stop as stopping
+from mic_supervisor.runtimes.keeper.records import BadRecord, Record
+from mic_supervisor.runtimes.keeper.start import START_TIMEOUT
+from mic_supervisor.runtimes.keeper.stop import Options
+from mic_supervisor.runtimes.keeper.view import ProcessView
 
 _REMOVE_PATIENCE = 3.0  # seconds for a keeper that has written the exit status to be gone
 
@@ -118,7 +112,7 @@ class SubprocessRuntime:
         self._refuse_inside_service()
         with self._explained(f"start {launch.name}", PreflightFailed):
             checks.preflight(spec)
-            process_dirs.make(spec)
+            directories.make(spec)
         if launch.name.startswith(".") or "/" in launch.name or len(launch.name.encode()) > 200:
             raise PreflightFailed(f"cannot keep a record called {launch.name!r}")
         try:
@@ -144,7 +138,7 @@ class SubprocessRuntime:
         self._refuse_inside_service()
         path = self._directory / launch.name
         try:
-            process_dirs.make(spec)
+            directories.make(spec)
             with self._turn(launch.name):
                 twin = self._view.twin(launch, spec)
                 if twin is not None:
@@ -158,7 +152,7 @@ class SubprocessRuntime:
                 try:
                     if not self._runs_already(path, launch, held=True):
                         record = self._new_record(launch, spec)
-                        process_start.start(path, record, spec, handle, self._options)
+                        starting.start(path, record, spec, handle, self._options)
                 finally:
                     os.close(handle)
         except OSError as error:
@@ -258,8 +252,8 @@ class SubprocessRuntime:
             if seen.state is RunState.EXITED:
                 self._clear(path, record, seen)
                 return
-            process_stop.end_tree(path, record, number, grace, self._options)
-            process_stop.await_exit_status(path, record, at=self._clock())
+            stopping.end_tree(path, record, number, grace, self._options)
+            stopping.await_exit_status(path, record, at=self._clock())
 
     def _settle(self, path: Path) -> Record | None:
         """The record, once a start that is under way has come to its end; None when it is gone."""
@@ -275,7 +269,7 @@ class SubprocessRuntime:
     def _clear(self, path: Path, record: Record, seen: ObservedWorkload) -> None:
         if records.read_exit(path, record.run_id)[0] is None:
             self._view.refuse_to_end(record)
-        process_stop.end_remains(path, record, seen, self._options, at=self._clock())
+        stopping.end_remains(path, record, seen, self._options, at=self._clock())
 
     def remove(self, workload: ObservedWorkload) -> None:
         """Delete the record and the logs of a process that has ended."""
@@ -318,7 +312,7 @@ class SubprocessRuntime:
                     return True
                 return records.judge(path, now, records.machine()).state is RunState.EXITED
 
-            yield from process_logs.read(path, tail=tail, follow=follow, ended=ended)
+            yield from logs.read(path, tail=tail, follow=follow, ended=ended)
 
     def previous_logs(
         self, workload: ObservedWorkload, *, tail: int | None = None
@@ -326,7 +320,7 @@ class SubprocessRuntime:
         """As `logs`, of the run before this one; nothing where there was none."""
         path = self._directory / workload.name
         with self._explained(f"read the log of {workload.name}", RuntimeRefused):
-            yield from process_logs.read(path / records.PREVIOUS, tail=tail)
+            yield from logs.read(path / records.PREVIOUS, tail=tail)
 
     def run_check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
@@ -354,7 +348,7 @@ class SubprocessRuntime:
         with self._explained("watch the process records", RuntimeUnavailable):
             for path in self._view.paths():
                 self._finish(path)
-            for name in process_events.watch(self._view.paths, stop):
+            for name in events.watch(self._view.paths, stop):
                 self._finish(self._directory / name)
                 yield name
 

@@ -10,7 +10,7 @@ import pytest
 
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused
 from mic_supervisor.model import Limits, ProcessSpec
-from mic_supervisor.runtimes import process_checks as checks
+from mic_supervisor.runtimes import checks
 from tests.unit.runtimes.process_world import STUBBORN, World, python, sh
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may switch users")

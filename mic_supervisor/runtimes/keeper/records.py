@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from mic_supervisor import clocks
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, ObservedWorkload, RunState
-from mic_supervisor.runtimes.keeper import EXIT, RECORD, write_json
+from mic_supervisor.runtimes.keeper.program import EXIT, RECORD, write_json
 
 T = TypeVar("T")
 

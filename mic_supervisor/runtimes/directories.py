@@ -14,15 +14,15 @@ from pathlib import Path
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.host import programs
 from mic_supervisor.model import ProcessSpec
-from mic_supervisor.runtimes import process_checks as checks
-from mic_supervisor.runtimes.process_checks import Account
+from mic_supervisor.runtimes import checks
+from mic_supervisor.runtimes.checks import Account
 
 _PATIENCE = 10.0  # seconds for a command that makes or tries a directory
 # -I leaves out the current directory and the user's own, but a checkout has to be found, too.
 PROGRAM = f"""\
 import sys
 sys.path.append({str(Path(__file__).parents[2])!r})
-from mic_supervisor.runtimes.process_dirs import main
+from mic_supervisor.runtimes.directories import main
 sys.exit(main(sys.argv[1:]))
 """
 

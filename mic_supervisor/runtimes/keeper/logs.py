@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from mic_supervisor.runtimes.keeper import LOG
+from mic_supervisor.runtimes.keeper.program import LOG
 
 _BLOCK = 1 << 16
 _LONGEST = 1 << 20  # bytes; a longer line is given in pieces

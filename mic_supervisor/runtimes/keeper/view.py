@@ -23,12 +23,12 @@ from mic_supervisor.model import (
     RunState,
     Stranger,
 )
-from mic_supervisor.runtimes import process_claims
-from mic_supervisor.runtimes import process_records as records
 from mic_supervisor.runtimes.copies import GivenName
-from mic_supervisor.runtimes.keeper import RECORD
-from mic_supervisor.runtimes.process_claims import Claim, Claims
-from mic_supervisor.runtimes.process_records import BadRecord, Machine, Record
+from mic_supervisor.runtimes.keeper import claims as evidence
+from mic_supervisor.runtimes.keeper import records
+from mic_supervisor.runtimes.keeper.claims import Claim, Claims
+from mic_supervisor.runtimes.keeper.program import RECORD
+from mic_supervisor.runtimes.keeper.records import BadRecord, Machine, Record
 from mic_supervisor.runtimes.systemd_unit import unknown_identity
 
 _RUNTIME = "subprocess"
@@ -180,9 +180,9 @@ class ProcessView:
         Raises OSError.
         """
         here = records.machine()
-        users = {uid for uid in (process_claims.user_id(spec.user),) if uid is not None}
+        users = {uid for uid in (evidence.user_id(spec.user),) if uid is not None}
         self._users |= users
-        claims = process_claims.find(self._scope, self._host, self._users, here)
+        claims = evidence.find(self._scope, self._host, self._users, here)
         wanted = launch.identity
         for claim in self._lost(claims, self._read(here)):
             its = claim.record.identity
@@ -194,7 +194,7 @@ class ProcessView:
         """Raises RuntimeRefused where what is left of an ended run is its main process: then the
         record names other PIDs than the run has, and cannot be believed.
         """
-        claims = process_claims.find(self._scope, self._host, self._users, records.machine())
+        claims = evidence.find(self._scope, self._host, self._users, records.machine())
         for claim in claims.found:
             same = claim.record.run_id == record.run_id
             if same and claim.record.child not in (None, record.child):
@@ -214,7 +214,7 @@ class ProcessView:
                 record = self.load(path)
                 if record is not None:
                     read.good[path] = record, records.judge(path, record, here)
-                    if (uid := process_claims.user_id(record.user)) is not None:
+                    if (uid := evidence.user_id(record.user)) is not None:
                         self._users.add(uid)
                 elif records.is_locked(path):
                     read.bad[path] = BadRecord(f"{RECORD} is missing")
@@ -247,7 +247,7 @@ class ProcessView:
             then, before, claims = self._walked
             if key == before and now - then < _PAUSE:
                 return claims
-        claims = process_claims.find(self._scope, self._host, self._users, here)
+        claims = evidence.find(self._scope, self._host, self._users, here)
         self._walked = now, key, claims
         return claims
 

@@ -17,10 +17,11 @@ from mic_supervisor import clocks
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host.processes import Stat
 from mic_supervisor.model import Identity
-from mic_supervisor.runtimes import keeper
-from mic_supervisor.runtimes.process_records import RUN_ID, Anchor, Machine, Record
+from mic_supervisor.runtimes.keeper import program
+from mic_supervisor.runtimes.keeper.records import RUN_ID, Anchor, Machine, Record
 from mic_supervisor.runtimes.systemd_unit import identity_of, unknown_identity
 
+_PROGRAMS = ("program.py", "keeper.py")  # now, and in earlier versions
 _PROMPT = 10.0  # seconds after its own start within which a keeper has started its main process
 
 
@@ -77,7 +78,7 @@ def find(scope: str, host: str, users: Collection[int], here: Machine) -> Claims
     keepers = {
         pid: arguments
         for pid, one in known.items()
-        if one.name == keeper.NAME and one.running
+        if one.name == program.NAME and one.running
         if (arguments := _keeper_arguments(pid)) and _believed(pid, ours, here)
     }
     for pid, (directory, lock) in keepers.items():
@@ -128,7 +129,7 @@ class _Walk:
     def add_main(self, pid: int, variables: Mapping[str, str]) -> None:
         """A process that says of itself, and not of whom it came from, that it is a main one."""
         one = self._known.get(pid) or procfs.stat(pid)
-        parts = variables.get(keeper.MAIN, "").split(":")
+        parts = variables.get(program.MAIN, "").split(":")
         if one is None or not one.running or len(parts) != 4 or not all(map(str.isdigit, parts)):
             return
         mine, its = Anchor(int(parts[0]), int(parts[1])), Anchor(int(parts[2]), int(parts[3]))
@@ -183,7 +184,7 @@ class _Walk:
 def _keeper_arguments(pid: int) -> tuple[str, str] | None:
     """(directory, descriptor of the lock) of a process with the command line of a keeper."""
     line = procfs.command_line(pid)
-    if len(line) != 7 or Path(line[4]).name != "keeper.py" or not line[6].isdigit():
+    if len(line) != 7 or Path(line[4]).name not in _PROGRAMS or not line[6].isdigit():
         return None
     return line[5], line[6]
 
