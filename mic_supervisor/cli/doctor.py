@@ -81,7 +81,6 @@ def checks(found: Settings) -> list[Check]:
     real = found.gpu_source.kind == "nvml"
     systemd = Path("/run/systemd/system").is_dir()
     source = open_source(found.gpu_source.kind, found.gpu_source.count)
-    keepers = found.process_runtime == "subprocess" or not systemd
     registry = Registry()
 
     def load() -> Config:
@@ -133,7 +132,6 @@ def checks(found: Settings) -> list[Check]:
         Check("ports", lambda: host.ports(found.port_range, listeners, len(inventory().gpus))),
         Check("http", lambda: host.listen(found.listen, found.lock_path, listener_owners().get)),
         Check("directories", lambda: files.directories(found)),
-        Check("logs", lambda: files.process_logs(found, keepers=keepers)),
         Check("clock", lambda: host.clock(found.scope_state_dir, systemd=systemd)),
     ]
 

@@ -124,12 +124,13 @@ def _process(found: Settings, host: str, *, mends: bool) -> Runtime:
         if kind == "systemd" or systemd_is_pid1():
             return SystemdRuntime(found.scope, host, directory=found.run_dir)
     from mic_supervisor.plan.launch import given_name
-    from mic_supervisor.runtimes.keeper.runtime import SubprocessRuntime
+    from mic_supervisor.runtimes.keeper.runtime import KeeperRuntime
 
-    return SubprocessRuntime(
+    return KeeperRuntime(
         found.scope,
         host,
         directory=found.run_dir / "processes" / found.scope,
+        log_directory=found.scope_state_dir / "logs",
         clock=time.time,
         given_name=given_name,
         mends=mends,

@@ -42,6 +42,7 @@ from mic_supervisor.model import (
     Stranger,
 )
 from mic_supervisor.runtimes import Progress, checks, systemd_journal, systemd_unit, systemd_view
+from mic_supervisor.runtimes.identity import OWN_VARIABLES
 from mic_supervisor.runtimes.systemd_bus import Bus, Lost, Refused
 from mic_supervisor.runtimes.systemd_errors import explain
 from mic_supervisor.runtimes.systemd_unit import Property
@@ -226,7 +227,7 @@ class SystemdRuntime:
     def _variables(self, spec: ProcessSpec) -> dict[str, str]:
         """What the specification sets; who it is stands in the unit itself."""
         found = checks.environment(spec, checks.account(spec.user))
-        return {name: found[name] for name in found if name not in systemd_unit.OWN_VARIABLES}
+        return {name: found[name] for name in found if name not in OWN_VARIABLES}
 
     def restart(self, workload: ObservedWorkload) -> None:
         """Start it again, if this very program started it: a unit holds no environment.

@@ -10,7 +10,6 @@ unit is; what the specification sets goes into a file that PID 1 reads when it s
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -18,20 +17,15 @@ from typing import Any, NamedTuple
 
 from mic_supervisor.config.env_file import SYSTEMD_NAME
 from mic_supervisor.errors import PreflightFailed
-from mic_supervisor.model import Identity, Launch, ProcessSpec
+from mic_supervisor.model import Launch, ProcessSpec
 from mic_supervisor.runtimes import directories
+from mic_supervisor.runtimes.identity import identity_variables
 
-MANAGER = "mic-supervisor"
 SLICE = "mic.slice"
-IDENTITY = "MIC_IDENTITY"
-"""Variable with the identity as JSON; see `identity_of`."""
-
-OWN_VARIABLES = frozenset({"MIC_SCOPE", "MIC_INSTANCE", "MIC_SPEC_HASH", IDENTITY})
 
 START_TIMEOUT = 30.0
 """Seconds from the request until the program was executed."""
 
-VERSION = 1
 _PATHS = "/org/freedesktop/systemd1/unit/"
 _SUFFIX = ".service"
 _LONGEST = 255  # bytes of a unit's name, see systemd.unit(5)
@@ -90,72 +84,6 @@ def name_of(path: str) -> str:
     return re.sub("_([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), path.rpartition("/")[2])
 
 
-# --- identity ---------------------------------------------------------------------------------
-
-
-def identity_variables(launch: Launch) -> dict[str, str]:
-    """What tells a workload, and every process in it, whose it is. Holds no secret."""
-    identity = launch.identity
-    document = {
-        "version": VERSION,
-        "managed_by": MANAGER,
-        "name": launch.name,
-        "scope": identity.scope,
-        "host": identity.host,
-        "instance": identity.instance,
-        "model": identity.model,
-        "backend": identity.backend,
-        "gpus": identity.gpus,
-        "ports": identity.ports,
-        "spec": identity.spec,
-        "spec_hash": identity.spec_hash,
-        "schema": identity.schema,
-        "origin": identity.origin,
-    }
-    return {
-        "MIC_SCOPE": identity.scope,
-        "MIC_INSTANCE": identity.instance,
-        "MIC_SPEC_HASH": identity.spec_hash,
-        IDENTITY: json.dumps(document, sort_keys=True, separators=(",", ":"), default=dict),
-    }
-
-
-def identity_of(variables: Mapping[str, str]) -> tuple[str, Identity] | str:
-    """(workload's name, identity) of a unit with these variables, or why it is not one of ours.
-
-    A `spec` that cannot be read is None; whatever else is missing makes it a stranger's.
-    """
-    text = variables.get(IDENTITY)
-    if text is None:
-        return "its environment does not name it as ours"
-    try:
-        found = json.loads(text)
-        if found["managed_by"] != MANAGER:
-            return "its environment does not name it as ours"
-        spec = found["spec"]
-        return str(found["name"]), Identity(
-            scope=str(found["scope"]),
-            host=str(found["host"]),
-            instance=str(found["instance"]),
-            model=str(found["model"]),
-            backend=str(found["backend"]),
-            gpus=tuple(str(gpu) for gpu in found["gpus"]),
-            ports={str(name): int(port) for name, port in found["ports"].items()},
-            spec=spec if isinstance(spec, dict) else None,
-            spec_hash=str(found["spec_hash"]),
-            schema=int(found["schema"]),
-            origin=str(found["origin"]),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {IDENTITY} cannot be read: {error!r}"
-
-
-def unknown_identity(scope: str, host: str, instance: str, spec_hash: str = "") -> Identity:
-    """Of what no more is known of than whose it is: its model is what the id says."""
-    model = instance.rpartition("-")[0] or instance
-    return Identity(scope, host, instance, model, "", (), {}, None, spec_hash)
-
-
 # --- the environment --------------------------------------------------------------------------
 
 
@@ -195,7 +123,9 @@ def properties(
     """What StartTransientUnit is given. `program` is the absolute path of what is executed."""
     identity = launch.identity
     gpus = ", ".join(identity.gpus)
-    variables = [f"{name}={value}" for name, value in identity_variables(launch).items()]
+    variables = [
+        f"{name}={value}" for name, value in identity_variables(launch.name, identity).items()
+    ]
     found = [
         Property("Description", "s", f"{identity.model} on {gpus}" if gpus else identity.model),
         Property("Slice", "s", SLICE),

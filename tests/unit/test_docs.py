@@ -415,12 +415,11 @@ def _modes(name: str, base: Path, mic: Mic) -> dict[str, str]:
             (re.escape(mic.scope), "SCOPE"),
             (r"processes/SCOPE/[^/]+", "processes/SCOPE/NAME"),
             (r"gpus\.yaml\.d/.+", "gpus.yaml.d/*.yaml"),
-            (r"previous/.+", "previous/"),
+            (r"logs/mic-[^/]+", "logs/NAME"),
+            (r"logs/NAME/[0-9a-f-]{36}", "logs/NAME/RUN"),
             (rf"{name}/mic\.sock", "MIC_SOCKET"),
         ):
             shown = re.sub(real, general, shown)
-        if "previous/" in shown and not path.is_dir():
-            continue  # the same as beside it
         mode = f"{path.stat().st_mode & 0o777:04o}"
         assert found.setdefault(shown, mode) == mode, path
     return found

@@ -146,17 +146,6 @@ def _own(subject: str, path: Path, variable: str, refused: int) -> Iterator[Find
         yield ok(subject, text)
 
 
-def process_logs(found: Settings, *, keepers: bool) -> Iterator[Finding]:
-    """Logs of host processes lie in the run directory where no journal takes them."""
-    there = found.run_dir
-    if keepers and _there(there) and _is_tmpfs(there):
-        yield warn(
-            "logs",
-            f"logs of host processes are in {there}, which is memory, and gone after a reboot",
-            "point MIC_RUN_DIR to a disk, or let systemd be PID 1",
-        )
-
-
 def docker_disk(root: Callable[[], str | None]) -> Iterator[Finding]:
     """Room for images and containers' logs. Raises MicError when the engine cannot be asked."""
     path = root()

@@ -1,18 +1,80 @@
-"""Reads the log of a host process, which its keeper rotates by copy and truncate, as it grows."""
+"""The logs of host processes: a directory for each run, in which `log.1` is older than `log`.
+
+They lie on a disk, since the records lie in memory. A log beside its record is of an earlier
+version, or of a run that found no room on the disk.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from mic_supervisor.runtimes.keeper.program import LOG
 
 _BLOCK = 1 << 16
 _LONGEST = 1 << 20  # bytes; a longer line is given in pieces
+_MOMENT = 0.01  # seconds; longer than a keeper takes from the truncation to the renaming
+_OLD = 7 * 86400.0  # seconds for which the logs of a workload without a record are kept
+
+
+class LogStore:
+    """Where the logs of a scope's runs are. `records` is the directory with the records."""
+
+    def __init__(self, directory: Path, records: Path) -> None:
+        self._directory = directory
+        self._records = records
+
+    def make(self, name: str, run_id: str) -> Path:
+        """A directory for the log of a run that is about to start.
+
+        Where none can be made it is the record's: a full disk must not keep a model from serving.
+        """
+        path = self._directory / name / run_id
+        try:
+            for part in (path.parent.parent, path.parent, path):
+                part.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            return self._records / name
+        return path
+
+    def of(self, name: str, run_id: str | None) -> Path:
+        """That of a run; None: of the last one."""
+        if run_id is None:
+            return next(reversed(self._runs(name)), self._records / name)
+        path = self._directory / name / run_id
+        return path if path.is_dir() else self._records / name
+
+    def previous(self, name: str) -> Path | None:
+        """That of the run before the last; None where there was none."""
+        return next(reversed(self._runs(name)[:-1]), None)
+
+    def prune(self, name: str, *, now: float) -> None:
+        """Keep the last two runs of `name`, and forget workloads that are long gone."""
+        with suppress(OSError):  # the next start tries again
+            for path in self._runs(name)[:-2]:
+                for file in path.glob(f"{LOG}*"):
+                    file.unlink()
+                if path != self._records / name:
+                    path.rmdir()
+            for path in self._directory.iterdir():
+                if not (self._records / path.name).exists() and path.stat().st_mtime < now - _OLD:
+                    shutil.rmtree(path)
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            shutil.rmtree(self._directory / name)
+
+    def _runs(self, name: str) -> list[Path]:
+        """The directories that hold a log of `name`, oldest first."""
+        beside = self._records / name
+        before = [path for path in (beside / "previous", beside) if (path / LOG).exists()]
+        own = [path for path in (self._directory / name).glob("*") if (path / LOG).exists()]
+        return before + sorted(own, key=lambda path: path.stat().st_mtime)
 
 
 def read(
@@ -28,150 +90,101 @@ def read(
     `tail` None is all of them. With `follow` it goes on until `ended` says so and everything was
     read, looking every `pause` seconds. Raises OSError.
     """
-    lines = _Lines()
+    partial = b""
     with ExitStack() as files:
-        log = _Log(directory, files)
-        parts = log.older() if tail is None else log.end(tail)
-        for part in parts:
-            yield from lines.feed(part)
-        for part in log.growth(ended if follow else lambda: True, pause):
-            yield from lines.feed(part)
-        yield from lines.rest()
+        for part in _parts(_Log(directory, files), tail, ended if follow else lambda: True, pause):
+            *lines, partial = (partial + part).split(b"\n")
+            if len(partial) > _LONGEST:
+                lines.append(partial)
+                partial = b""
+            for line in lines:
+                yield line.removesuffix(b"\r").decode(errors="replace")
+    if partial:
+        yield partial.decode(errors="replace")
 
 
-class _Lines:
-    """Cuts bytes into lines."""
-
-    def __init__(self) -> None:
-        self._partial = b""
-
-    def feed(self, part: bytes) -> Iterator[str]:
-        *lines, self._partial = (self._partial + part).split(b"\n")
-        if len(self._partial) > _LONGEST:
-            lines.append(self._partial)
-            self._partial = b""
-        for line in lines:
-            yield line.removesuffix(b"\r").decode(errors="replace")
-
-    def rest(self) -> Iterator[str]:
-        if self._partial:
-            yield self._partial.decode(errors="replace")
-            self._partial = b""
+def _parts(log: _Log, tail: int | None, ended: Callable[[], bool], pause: float) -> Iterator[bytes]:
+    if tail is None:
+        yield from log.older()
+    else:
+        yield log.end(tail)
+    while True:
+        over = ended()  # before the last look, so that nothing is left unread
+        while part := log.further():
+            yield part
+        if over:
+            return
+        time.sleep(pause)
 
 
 class _Log:
-    """The files of one log, opened at one moment between two rotations.
+    """The two files of a log, opened at one moment.
 
-    A keeper rotates only while nobody holds a shared flock(2) on the log, which is held for moments
-    here. `_position` is how far the newest file was read; as many rotations can be kept up with as
-    files are kept.
+    `_position` is how far the newest was read, and `_mark` tells which `log.1` belongs to it. Who
+    reads more slowly than a whole file is written loses what was in between.
     """
 
     def __init__(self, directory: Path, files: ExitStack) -> None:
         self._directory = directory
         self._position = 0
-        newest = _open(directory / LOG, files)
-        self._newest = newest if newest is not None else -1
-        with self._still():
-            self._mark = next(iter(self._marks()), None)
-            opened = [_open(path, files) for path in _rotated(directory)]
-        self._older = [handle for handle in opened if handle is not None]
-
-    @contextmanager
-    def _still(self) -> Iterator[None]:
-        """No rotation meanwhile. Never held while a reader is waited for."""
-        if self._newest >= 0:
-            fcntl.flock(self._newest, fcntl.LOCK_SH)
-        try:
-            yield
-        finally:
-            if self._newest >= 0:
-                fcntl.flock(self._newest, fcntl.LOCK_UN)
-
-    def _marks(self) -> list[tuple[int, int]]:
-        """Tells one rotated file from the next, `log.1` first; empty: none belong to our newest."""
-        try:
-            here, mine = (self._directory / LOG).stat(), os.fstat(self._newest)
-            found = [path.stat() for path in _rotated(self._directory)]
-        except OSError:
-            return []
-        if here.st_ino != mine.st_ino:
-            return []  # a later run has begun: ours was put aside
-        return [(item.st_ino, item.st_mtime_ns) for item in found]
+        self._newest = _open(directory / LOG, files)
+        self._older = _open(directory / f"{LOG}.1", files)
+        self._mark = _mark(self._older)
 
     def older(self) -> Iterator[bytes]:
-        """What was rotated away before; `growth` gives the rest."""
-        for handle in reversed(self._older):
-            yield from _blocks(handle, 0)
+        """What was rotated away before; `further` gives the rest."""
+        while self._older is not None and (part := self._older.read(_BLOCK)):
+            yield part
 
-    def end(self, count: int) -> Iterator[bytes]:
+    def end(self, count: int) -> bytes:
         """The last `count` lines; a line that is not complete yet counts as one."""
-        with self._still():
-            text = self._last(count)
-        kept = count + 1 if text.endswith(b"\n") else count
-        yield b"\n".join(text.split(b"\n")[-kept:]) if count > 0 else b""
-
-    def _last(self, count: int) -> bytes:
-        """At least the last `count` lines."""
         parts: list[bytes] = []
         ends = 0
-        self._position = os.fstat(self._newest).st_size if self._newest >= 0 else 0
-        sizes = [(self._newest, self._position)]
-        sizes += [(handle, os.fstat(handle).st_size) for handle in self._older]
-        for handle, end in sizes:
-            while end > 0 and ends <= count:
+        for file in (self._newest, self._older):
+            end = 0 if file is None else os.fstat(file.fileno()).st_size
+            if file is self._newest:
+                self._position = end
+            while file is not None and end > 0 and ends <= count:
                 start = max(0, end - _BLOCK)
-                part = os.pread(handle, end - start, start)
-                parts.append(part)
-                ends += part.count(b"\n")
+                parts.append(os.pread(file.fileno(), end - start, start))
+                ends += parts[-1].count(b"\n")
                 end = start
-        return b"".join(reversed(parts))
+        text = b"".join(reversed(parts))
+        kept = count + 1 if text.endswith(b"\n") else count
+        return b"\n".join(text.split(b"\n")[-kept:]) if count > 0 else b""
 
-    def growth(self, ended: Callable[[], bool], pause: float) -> Iterator[bytes]:
-        """What was added since, until `ended`."""
-        while self._newest >= 0:
-            over = ended()  # before the last look, so that nothing is left unread
-            while part := self._further():
-                yield part
-            if over:
-                return
-            time.sleep(pause)
-
-    def _further(self) -> bytes:
+    def further(self) -> bytes:
         """The next piece; empty: there is no more now."""
-        with self._still(), ExitStack() as files:
-            rest = b""
-            marks = self._marks()
-            # What was `log.1` at the last look is `log.3` after two rotations, or gone after more.
-            rotations = marks.index(self._mark) if self._mark in marks else len(marks)
-            for number in range(rotations, 0, -1):
-                handle = _open(self._directory / f"{LOG}.{number}", files)
-                if handle is not None:
-                    rest += b"".join(_blocks(handle, self._position))
+        if self._newest is None:
+            return b""
+        rest = b""
+        shrunk = os.fstat(self._newest.fileno()).st_size < self._position
+        if shrunk:
+            time.sleep(_MOMENT)
+        with ExitStack() as files:
+            older = _open(self._directory / f"{LOG}.1", files)
+            if older is not None and (mark := _mark(older)) != self._mark:
+                self._mark = mark
+                older.seek(self._position)
+                rest = older.read()
                 self._position = 0
-            if marks:
-                self._mark = marks[0]
-            if os.fstat(self._newest).st_size < self._position:
-                self._position = 0  # it was truncated, and nothing is kept
-            part = os.pread(self._newest, _BLOCK, self._position)
-            self._position += len(part)
-            return rest + part
+            elif shrunk:
+                self._position = 0  # nothing could be kept
+        part = os.pread(self._newest.fileno(), _BLOCK, self._position)
+        self._position += len(part)
+        return rest + part
 
 
-def _open(path: Path, files: ExitStack) -> int | None:
+def _open(path: Path, files: ExitStack) -> BinaryIO | None:
     try:
-        return files.enter_context(path.open("rb", buffering=0)).fileno()
+        return files.enter_context(path.open("rb"))
     except FileNotFoundError:
         return None
 
 
-def _rotated(directory: Path) -> list[Path]:
-    """The rotated logs, newest first."""
-    found = [path for path in directory.glob(f"{LOG}.*") if path.suffix.removeprefix(".").isdigit()]
-    return sorted(found, key=lambda path: int(path.suffix[1:]))
-
-
-def _blocks(handle: int, start: int) -> Iterator[bytes]:
-    while part := os.pread(handle, _BLOCK, start):
-        start += len(part)
-        yield part
+def _mark(file: BinaryIO | None) -> tuple[int, int] | None:
+    """Tells one `log.1` from the next."""
+    if file is None:
+        return None
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_mtime_ns

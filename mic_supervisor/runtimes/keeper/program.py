@@ -1,7 +1,7 @@
 """The keeper: one small process beside each host process, where systemd is not there to do it.
 
-Run as `python -I -S -E keeper.py DIRECTORY LOCK`, with the payload as JSON on stdin and a pipe as
-stdout; it uses the standard library only, and imports all it needs before it starts anything, so
+Run as `python -I -S program.py DIRECTORY LOCK`, with the payload as JSON on stdin and a pipe as
+stdout. It uses the standard library only, and imports all it needs before it starts anything, so
 that an upgrade of the package below it cannot break it. It
 
 1. detaches, and becomes the subreaper of everything that its child will ever start;
@@ -20,7 +20,6 @@ file.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import resource
@@ -44,75 +43,50 @@ _WAITED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
 _PAUSE = 1.0  # seconds between two looks at the log
 
 
-def start_time(pid: int) -> int:
-    """Clock ticks since boot, see procfs.py, which cannot be imported from here."""
+def _stat(pid: int | str) -> list[bytes]:
+    """The fields of /proc/PID/stat from `state` on: 1 is the parent, 19 the start time in ticks."""
     with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - pathlib costs start-up time
-        return int(file.read().rpartition(b")")[2].split()[19])
+        return file.read().rpartition(b")")[2].split()
+
+
+def _anchor(pid: int) -> dict[str, int]:
+    return {"pid": pid, "start_time": int(_stat(pid)[19])}
 
 
 def write_json(directory: int, name: str, document: dict[str, Any]) -> None:
     """Write a file of the directory that `directory` is open on, whole or not at all."""
-    rest = json.dumps(document).encode()
+    text = json.dumps(document).encode()
     draft = f".{name}.{os.getpid()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    handle = os.open(draft, flags, 0o600, dir_fd=directory)
-    try:
-        while rest:
-            rest = rest[os.write(handle, rest) :]
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    _rename(directory, draft, name)
+    with os.fdopen(os.open(draft, flags, 0o600, dir_fd=directory), "wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
-def _rename(directory: int, old: str, new: str) -> None:
-    os.rename(old, new, src_dir_fd=directory, dst_dir_fd=directory)
-
-
-def rotate(directory: int, log: int, files: int, *, force: bool = True) -> bool:
-    """Move what the log holds to `log.1`, `log.1` to `log.2` and so on, `files` in all.
+def rotate(directory: str, log: int, most: int) -> None:
+    """Move what the log holds to `log.1`. Raises OSError where that cannot be kept: a full disk.
 
     The child writes to the very file, so that it depends on nobody; hence copy and truncate. What
-    arrives between the last read and the truncation, microseconds, is lost. A copy that fails (a
-    full disk) gives way to the bound. Without `force` nothing is done, and False returned, while
-    somebody reads the log: a reader that was stopped must not keep a keeper waiting.
+    arrives between the last read and the truncation, microseconds, is lost. After a burst of more
+    than twice `most` bytes only the last `most` are kept.
     """
-    source = os.open(LOG, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    draft = f"{directory}/.{LOG}.1"
+    size = os.fstat(log).st_size
+    offset = size - most if size > 2 * most else 0
+    end = offset + 2 * most  # also where the writer is faster than the copy
     try:
-        try:
-            fcntl.flock(source, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not force:
-                return False
-        copied = files > 1 and _copy(directory, source)
-        os.ftruncate(log, 0)
-        if copied:
-            for number in range(files - 1, 1, -1):
-                with contextlib.suppress(FileNotFoundError):
-                    _rename(directory, f"{LOG}.{number - 1}", f"{LOG}.{number}")
-            _rename(directory, f".{LOG}.copy", f"{LOG}.1")
-    finally:
-        os.close(source)
-    return True
-
-
-def _copy(directory: int, source: int) -> bool:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    try:
-        target = os.open(f".{LOG}.copy", flags, 0o600, dir_fd=directory)
-        try:
-            offset = 0
-            # A writer that is faster than the copy must not keep this going for ever.
-            limit = 2 * os.fstat(source).st_size
-            while offset < limit and (sent := os.sendfile(target, source, offset, 1 << 20)):
+        with open(f"{directory}/{LOG}", "rb") as source, open(draft, "wb") as target:  # noqa: PTH123
+            while sent := os.sendfile(target.fileno(), source.fileno(), offset, end - offset):
                 offset += sent
-        finally:
-            os.close(target)
     except OSError:
         with contextlib.suppress(OSError):
-            os.unlink(f".{LOG}.copy", dir_fd=directory)
-        return False
-    return True
+            os.unlink(draft)  # noqa: PTH108
+        raise
+    finally:
+        os.ftruncate(log, 0)  # the bound holds, whatever happens
+    os.rename(draft, f"{directory}/{LOG}.1")  # noqa: PTH104 - readers go by the new file
 
 
 class Keeper:
@@ -125,7 +99,7 @@ class Keeper:
         self.status: int | None = None
         self.finished_at: float | None = None
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self.log = os.open(LOG, flags, 0o600, dir_fd=directory)
+        self.log = os.open(f"{payload['logs']}/{LOG}", flags, 0o600)
 
     def start(self) -> str | None:
         """Start the child; an error message when it could not be."""
@@ -139,9 +113,11 @@ class Keeper:
         os.close(barrier)
         os.close(report)
         record = self.payload["record"]
-        record["keeper"] = {"pid": os.getpid(), "start_time": start_time(os.getpid())}
-        record["child"] = {"pid": self.child, "start_time": start_time(self.child)}
-        record["started_at"] = time.time()
+        record |= {
+            "keeper": _anchor(os.getpid()),
+            "child": _anchor(self.child),
+            "started_at": time.time(),
+        }
         try:
             write_json(self.directory, RECORD, record)
         except OSError as error:
@@ -151,15 +127,12 @@ class Keeper:
         with contextlib.suppress(BrokenPipeError):  # it has failed before the barrier
             os.write(release, b"!")
         os.close(release)
-        parts = []
-        while part := os.read(failure, 4096):
-            parts.append(part)
-        os.close(failure)
+        with os.fdopen(failure, "rb") as pipe:
+            problem = pipe.read().decode(errors="replace")
         self.payload["env"] = None
-        if not parts:
-            return None
-        os.waitpid(self.child, 0)
-        return b"".join(parts).decode(errors="replace")
+        if problem:
+            os.waitpid(self.child, 0)
+        return problem or None
 
     def _become(self, barrier: int, report: int) -> None:
         """The child's side of the fork: never returns."""
@@ -167,8 +140,9 @@ class Keeper:
             self._set_up()
             if os.read(barrier, 1):
                 command = self.payload["command"]
-                names = [f"{pid}:{start_time(pid)}" for pid in (os.getpid(), os.getppid())]
-                environment = {**self.payload["env"], MAIN: ":".join(names)}
+                names = [_anchor(pid).values() for pid in (os.getpid(), os.getppid())]
+                main = ":".join(str(part) for name in names for part in name)
+                environment = {**self.payload["env"], MAIN: main}
                 os.execvpe(command[0], command, environment)
         except Exception as error:  # noqa: BLE001 - whatever it is, only the pipe can tell of it
             os.write(report, str(error).encode()[:4000])
@@ -216,9 +190,8 @@ class Keeper:
 
     def _bound_log(self) -> None:
         try:
-            size, bound = os.fstat(self.log).st_size, self.payload["log_max_size"]
-            if size >= bound:
-                rotate(self.directory, self.log, self.payload["log_files"], force=size >= 2 * bound)
+            if os.fstat(self.log).st_size >= self.payload["log_max_size"]:
+                rotate(self.payload["logs"], self.log, self.payload["log_max_size"])
         except OSError as error:
             # A log out of bounds is no reason to lose the process.
             sys.stderr.write(f"mic keeper: cannot rotate the log: {error}\n")
@@ -262,15 +235,9 @@ class Keeper:
         me = b"%d" % os.getpid()
         found = []
         for entry in os.listdir("/proc"):  # noqa: PTH208
-            if not entry.isdigit():
-                continue
-            try:
-                with open(f"/proc/{entry}/stat", "rb") as file:  # noqa: PTH123
-                    fields = file.read().rpartition(b")")[2].split()
-            except OSError:
-                continue  # gone
-            if fields and fields[1] == me:
-                found.append(int(entry))
+            with contextlib.suppress(OSError, IndexError):  # gone, or no process
+                if _stat(entry)[1] == me:
+                    found.append(int(entry))
         return found
 
     def write_exit(self, error: str | None = None) -> None:

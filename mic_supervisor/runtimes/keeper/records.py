@@ -1,26 +1,27 @@
 """The records of host processes: what is on disk, and whether it can be believed.
 
 One directory per workload, 0700: `record.json` (identity, keeper and child by PID and start time),
-`exit.json` (written when nothing of the tree is left), `log`, `log.1` …, and `previous/` with the
-same of the run before. A keeper holds a flock(2) on the directory for as long as it lives. No file
-holds a secret.
+`exit.json` (written when nothing of the tree is left). A keeper holds a flock(2) on the directory
+for as long as it lives. No file holds a secret.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from mic_supervisor import clocks
 from mic_supervisor.host import processes as procfs
@@ -30,7 +31,6 @@ from mic_supervisor.runtimes.keeper.program import EXIT, RECORD, write_json
 T = TypeVar("T")
 
 VERSION = 1
-PREVIOUS = "previous"
 RUN_ID = "MIC_RUN_ID"
 LOST = "its keeper was killed; exit status lost"
 _LARGEST = 1 << 20  # bytes of a file that is read
@@ -47,11 +47,15 @@ class BadRecord(Exception):
         self.claims = claims
 
 
+class NotOurs(BadRecord):
+    """A record that can be believed, and says that it is another's, or another record's copy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Anchor:
     """One process for certain: a PID and its start time in clock ticks since boot."""
 
-    pid: int
+    pid: Annotated[int, Field(gt=1)]  # to signal the others is to signal everybody
     start_time: int
 
     def runs(self) -> bool:
@@ -67,48 +71,32 @@ class Record:
     run_id: str
     boot_id: str
     pid_namespace: str
-    created_at: float
+    created_at: FiniteFloat
     keeper: Anchor | None = None
     child: Anchor | None = None
-    started_at: float | None = None
+    started_at: FiniteFloat | None = None
     user: str | None = None
     working_dir: str = "/"
 
+    @property
+    def anchors(self) -> list[Anchor]:
+        """Main process and keeper, as far as they are known."""
+        return [one for one in (self.child, self.keeper) if one is not None]
+
     def document(self) -> dict[str, Any]:
-        """As record.json holds it, without keeper and child, which the keeper puts in."""
-        identity = self.identity
-        return {
-            "version": VERSION,
-            "identity": {
-                "scope": identity.scope,
-                "host": identity.host,
-                "instance": identity.instance,
-                "model": identity.model,
-                "backend": identity.backend,
-                "gpus": list(identity.gpus),
-                "ports": dict(identity.ports),
-                "spec": _plain(identity.spec),
-                "spec_hash": identity.spec_hash,
-                "schema": identity.schema,
-                "origin": identity.origin,
-            },
-            "run_id": self.run_id,
-            "boot_id": self.boot_id,
-            "pid_namespace": self.pid_namespace,
-            "created_at": self.created_at,
-            "user": self.user,
-            "working_dir": self.working_dir,
-        }
+        """As record.json holds it; the keeper puts in keeper and child."""
+        text = json.dumps(self, default=_plain)
+        return {"version": VERSION, **json.loads(text)}
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
     """How a run ended. Both numbers None: nobody was there to see it."""
 
-    exit_code: int | None
-    signal: int | None
-    finished_at: float | None
-    error: str | None
+    exit_code: int | None = None
+    signal: int | None = None
+    finished_at: FiniteFloat | None = None
+    error: str | None = None
 
     @property
     def code(self) -> int | None:
@@ -125,15 +113,18 @@ class Exit:
             return f"ended by signal {self.signal}"
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+_RECORD = TypeAdapter(Record)
+_EXIT = TypeAdapter(Exit)
 
 
-# --- reading ----------------------------------------------------------------------------------
+def _plain(value: Any) -> dict[str, Any]:
+    """What json.dumps does not know: one of our classes, or a mapping that is no dict."""
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return dict(value)
+
+
+# --- reading and writing ----------------------------------------------------------------------
 
 
 def _document(path: Path) -> dict[str, Any] | None:
@@ -167,6 +158,15 @@ def _document(path: Path) -> dict[str, Any] | None:
     return document
 
 
+def _typed(kind: TypeAdapter[T], document: dict[str, Any], file: str) -> T:
+    try:
+        return kind.validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadRecord(f"{file} is incomplete: {where}: {first['msg']}") from error
+
+
 def load(path: Path) -> Record | None:
     """The record in the directory `path`; None when it holds none. Raises BadRecord."""
     document = _document(path / RECORD)
@@ -174,88 +174,18 @@ def load(path: Path) -> Record | None:
         return None
     if document.get("version") != VERSION:
         raise BadRecord(f"{RECORD} has version {document.get('version')!r}, not {VERSION}")
-    try:
-        return Record(
-            name=path.name,
-            identity=_identity(_a(dict, document["identity"])),
-            run_id=_a(str, document["run_id"]),
-            boot_id=_a(str, document["boot_id"]),
-            pid_namespace=_a(str, document["pid_namespace"]),
-            created_at=_number(document["created_at"]),
-            keeper=_anchor(document.get("keeper")),
-            child=_anchor(document.get("child")),
-            started_at=_or_none(_number, document.get("started_at")),
-            user=_or_none(_string, document.get("user")),
-            working_dir=_a(str, document["working_dir"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadRecord(f"{RECORD} is incomplete: {error!r}") from error
-
-
-def _identity(document: dict[str, Any]) -> Identity:
-    texts = ("scope", "host", "instance", "model", "backend", "spec_hash", "origin")
-    return Identity(
-        gpus=tuple(_a(str, gpu) for gpu in _a(list, document["gpus"])),
-        ports={name: _a(int, port) for name, port in _a(dict, document["ports"]).items()},
-        spec=_or_none(lambda spec: _a(dict, spec), document["spec"]),
-        schema=_a(int, document["schema"]),
-        **{name: _a(str, document[name]) for name in texts},
-    )
-
-
-def _anchor(document: Any) -> Anchor | None:
-    if document is None:
-        return None
-    pid, start_time = _a(int, document["pid"]), _a(int, document["start_time"])
-    if pid <= 1:
-        raise ValueError(f"PID {pid}")
-    return Anchor(pid, start_time)
-
-
-def _a(kind: type[T], value: Any) -> T:
-    """The value, which is of that kind. Raises TypeError."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} instead of {kind.__name__}")
-    return value
-
-
-def _string(value: Any) -> str:
-    return _a(str, value)
-
-
-def _number(value: Any) -> float:
-    """Raises TypeError, and ValueError for what is not finite."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{value!r} instead of a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{value!r} is no number")
-    return float(value)
-
-
-def _or_none(read: Callable[[Any], T], value: Any) -> T | None:
-    return None if value is None else read(value)
-
-
-def load_exit(path: Path, run_id: str) -> Exit | None:
-    """How the run `run_id` ended; None when it has not, or was not seen to. Raises BadRecord."""
-    document = _document(path / EXIT)
-    if document is None or document.get("run_id") != run_id:
-        return None
-    try:
-        return Exit(
-            _or_none(lambda code: _a(int, code), document.get("exit_code")),
-            _or_none(lambda number: _a(int, number), document.get("signal")),
-            _or_none(_number, document.get("finished_at")),
-            _or_none(_string, document.get("error")),
-        )
-    except (TypeError, ValueError) as error:
-        raise BadRecord(f"{EXIT} is incomplete: {error!r}") from error
+    return _typed(_RECORD, {**document, "name": path.name}, RECORD)
 
 
 def read_exit(path: Path, run_id: str) -> tuple[Exit | None, str | None]:
-    """As `load_exit`, and why it cannot be read: a damaged exit status says nothing of the rest."""
+    """How the run `run_id` ended, None when it has not or was not seen to, and why it cannot be
+    read: a damaged exit status says nothing of the rest.
+    """
     try:
-        return load_exit(path, run_id), None
+        document = _document(path / EXIT)
+        if document is None or document.get("run_id") != run_id:
+            return None, None
+        return _typed(_EXIT, document, EXIT), None
     except BadRecord as error:
         return None, f"its exit status is lost: {error}"
 
@@ -263,11 +193,13 @@ def read_exit(path: Path, run_id: str) -> tuple[Exit | None, str | None]:
 def write(path: Path, record: Record) -> None:
     """Write a record anew, in a directory that is made if need be. Raises OSError."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    document = record.document()
-    for name, anchor in (("keeper", record.keeper), ("child", record.child)):
-        if anchor is not None:
-            document[name] = {"pid": anchor.pid, "start_time": anchor.start_time}
-    _write(path, RECORD, {**document, "started_at": record.started_at})
+    _write(path, RECORD, record.document())
+
+
+def write_exit(path: Path, record: Record, error: str, at: float) -> None:
+    """For a run whose keeper could not do it. Raises OSError."""
+    ended = Exit(finished_at=at, error=error)
+    _write(path, EXIT, {"run_id": record.run_id, **_plain(ended)})
 
 
 def _write(path: Path, name: str, document: dict[str, Any]) -> None:
@@ -279,18 +211,6 @@ def _write(path: Path, name: str, document: dict[str, Any]) -> None:
         write_json(handle, name, document)
     finally:
         os.close(handle)
-
-
-def write_exit(path: Path, record: Record, error: str, at: float) -> None:
-    """For a run whose keeper could not do it. Raises OSError."""
-    document = {
-        "run_id": record.run_id,
-        "exit_code": None,
-        "signal": None,
-        "finished_at": at,
-        "error": error,
-    }
-    _write(path, EXIT, document)
 
 
 # --- judging ----------------------------------------------------------------------------------
@@ -309,10 +229,7 @@ def members(path: Path, record: Record, also: Mapping[int, int] | None = None) -
     written the exit status nothing is left. So an environment counts where a keeper was killed.
     """
     known = procfs.processes()
-    anchors = dict(also or {})
-    for anchor in (record.keeper, record.child):
-        if anchor is not None:
-            anchors[anchor.pid] = anchor.start_time
+    anchors = {**(also or {}), **{one.pid: one.start_time for one in record.anchors}}
     roots = {
         pid for pid, start in anchors.items() if pid in known and known[pid].start_time == start
     }
@@ -336,70 +253,52 @@ def members(path: Path, record: Record, also: Mapping[int, int] | None = None) -
     return running
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What PIDs are relative to."""
-
-    boot: str
-    namespace: str
+@cache
+def machine() -> tuple[str, str]:
+    """This boot and this PID namespace: what PIDs are relative to. Raises OSError."""
+    return clocks.boot_id(), procfs.pid_namespace()
 
 
-def machine() -> Machine:
-    """This boot and this PID namespace. Raises OSError."""
-    return Machine(clocks.boot_id(), procfs.pid_namespace())
-
-
-def judge(path: Path, record: Record, here: Machine, *, held: bool = False) -> ObservedWorkload:
-    """What runs of a record; `held`: the caller holds its lock, so that no keeper does.
+def judge(path: Path, record: Record, *, locked: bool | None = None) -> ObservedWorkload:
+    """What runs of a record. `locked` False: the caller holds its lock, so that no keeper does.
 
     Raises BadRecord, and OSError when /proc cannot be read.
     """
+    kept = record.keeper is not None and record.keeper.runs()
+    runs = record.child is not None and record.child.runs()
+    if locked is None:
+        locked = is_locked(path)
+    # Last: whoever has ended wrote it before.
     ended, unread = read_exit(path, record.run_id)
     if ended is not None:
         return _observed(record, RunState.EXITED, ended)
-    if record.boot_id != here.boot:
+    boot, namespace = machine()
+    if record.boot_id != boot:
         return _observed(record, RunState.EXITED, error="the machine was restarted")
-    if record.pid_namespace != here.namespace:
-        if not held and is_locked(path):
+    if record.pid_namespace != namespace:
+        if locked:
             reason = "it runs in another PID namespace and cannot be seen from here"
             return _observed(record, RunState.UNKNOWN, error=reason)
         return _observed(record, RunState.EXITED, error="it ended with its PID namespace")
     if record.keeper is None or record.child is None:
-        if not held and is_locked(path):
+        if locked:
             return _observed(record, RunState.RUNNING)
-        return _settled(path, record, "its start was cut short")
-    if record.keeper.runs():
-        if record.child.runs():
-            seen = _observed(record, RunState.RUNNING, pid=record.child.pid)
-        else:
-            reason = "its main process has ended, and what it left is being ended"
-            seen = _settled(path, record, reason, RunState.RUNNING)
+        return _observed(record, RunState.EXITED, error="its start was cut short")
+    if kept:
+        leaving = None if runs else "its main process has ended, and what it left is being ended"
+        pid = record.child.pid if runs else None
+        seen = _observed(record, RunState.RUNNING, pid=pid, error=leaving)
         return replace(seen, keeper=record.keeper.pid)
-    if record.child.runs():
+    if runs:
         reason = "its keeper was killed: its exit status will be lost"
         return _observed(record, RunState.RUNNING, pid=record.child.pid, error=reason)
-    if not held and is_locked(path):
-        ended, _ = read_exit(path, record.run_id)
-        if ended is not None:
-            return _observed(record, RunState.EXITED, ended)
+    if locked:
         raise BadRecord(f"{RECORD} names a run that is over, and another one holds its directory")
     lost = unread or LOST
-    ended, _ = read_exit(path, record.run_id)
-    remains = members(path, record) if ended is None else {}
-    if remains:
+    if remains := members(path, record):
         pids = ", ".join(str(pid) for pid in sorted(remains))
-        return _observed(record, RunState.EXITED, error=f"{lost}; PID {pids} of it still run")
-    return _settled(path, record, lost)
-
-
-def _settled(
-    path: Path, record: Record, error: str, state: RunState = RunState.EXITED
-) -> ObservedWorkload:
-    """Look for the exit status once more: it may have been written between two looks."""
-    ended, _ = read_exit(path, record.run_id)
-    if ended is not None:
-        return _observed(record, RunState.EXITED, ended)
-    return _observed(record, state, error=error)
+        lost = f"{lost}; PID {pids} of it still run"
+    return _observed(record, RunState.EXITED, error=lost)
 
 
 def _observed(
@@ -444,38 +343,26 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def try_lock(path: Path) -> int | None:
-    """Lock the directory `path`; its descriptor, or None when another holds it. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        there, mine = path.stat(), os.fstat(handle)
-        if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
-            return handle
-    except (BlockingIOError, FileNotFoundError):
-        pass  # held, or removed between the two calls
-    except OSError:
-        os.close(handle)
-        raise
-    os.close(handle)
-    return None
-
-
 def lock(path: Path, patience: float) -> int | None:
-    """As `try_lock`, trying again for `patience` seconds."""
+    """Lock the directory `path`; its descriptor, or None when another holds it for `patience`
+    seconds. Raises OSError.
+    """
     give_up = time.monotonic() + patience
-    while (handle := try_lock(path)) is None and time.monotonic() < give_up:
+    while True:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with suppress(BlockingIOError, FileNotFoundError):  # held, or removed since it was opened
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(path.stat(), os.fstat(handle)):
+                return handle
+        os.close(handle)
+        if time.monotonic() >= give_up:
+            return None
         time.sleep(0.01)
-    return handle
 
 
 def discard(path: Path) -> None:
     """Delete a record and all that belongs to it; the caller holds the lock. Raises OSError."""
     bin_ = path.with_name(f".removed-{path.name}-{os.getpid()}-{time.monotonic_ns()}")
-    try:
+    with suppress(FileNotFoundError):
         path.rename(bin_)
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            return
-        raise
-    shutil.rmtree(bin_)
+        shutil.rmtree(bin_)

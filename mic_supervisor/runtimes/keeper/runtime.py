@@ -9,11 +9,12 @@ a process comes to be.
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mic_supervisor import clocks
@@ -25,35 +26,30 @@ from mic_supervisor.errors import (
     StopFailed,
 )
 from mic_supervisor.host import processes as procfs
-from mic_supervisor.model import (
-    Launch,
-    ObservedWorkload,
-    ProcessSpec,
-    RunState,
-    RuntimeView,
-)
+from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec, RunState, RuntimeView
 from mic_supervisor.runtimes import Progress, checks, directories
 from mic_supervisor.runtimes.copies import GivenName
-from mic_supervisor.runtimes.keeper import events, logs, records
-from mic_supervisor.runtimes.keeper import start as starting
-from mic_supervisor.runtimes.keeper import stop as stopping
+from mic_supervisor.runtimes.keeper import logs, records
 from mic_supervisor.runtimes.keeper.records import BadRecord, Record
-from mic_supervisor.runtimes.keeper.start import START_TIMEOUT
-from mic_supervisor.runtimes.keeper.stop import Options
-from mic_supervisor.runtimes.keeper.view import ProcessView
+from mic_supervisor.runtimes.keeper.start import START_TIMEOUT, start_kept
+from mic_supervisor.runtimes.keeper.stop import Options, await_exit_status, end_remains, end_tree
+from mic_supervisor.runtimes.keeper.view import RecordsView
 
 _REMOVE_PATIENCE = 3.0  # seconds for a keeper that has written the exit status to be gone
+_LOOK = 1.0  # seconds between two looks for new records
+_STOP = 0.25  # seconds between two looks at whether to stop listening
 
 
-class SubprocessRuntime:
+class KeeperRuntime:
     """Runs host processes of one scope. See `Runtime` for the contract.
 
-    `directory` holds a directory per workload and is made when it is first needed. A log is rotated
-    at `log_max_size` bytes, `log_files` are kept. `kill_timeout` is how many seconds a tree may
-    take to die of KILL: a driver may need long to take a GPU's memory back. What a main process
-    leaves behind when it ends has `remains_grace` seconds between TERM and KILL. `given_name` tells
-    copies of records from records: see copies.py. `mends`: records that were damaged or lost
-    are written again, which is for who has the scope's lock.
+    `directory` holds a directory per workload, and `log_directory` its logs; both are made when
+    they are first needed. A log is rotated at `log_max_size` bytes, and one rotated file kept.
+    `kill_timeout` is how many seconds a tree may take to die of KILL: a driver may need long to
+    take a GPU's memory back. What a main process leaves behind when it ends has `remains_grace`
+    seconds between TERM and KILL. `given_name` tells copies of records from records: see copies.py.
+    `mends`: records that were damaged or lost are written again, which is for who has the scope's
+    lock.
     """
 
     name = "subprocess"
@@ -65,10 +61,10 @@ class SubprocessRuntime:
         host: str,
         *,
         directory: Path,
+        log_directory: Path,
         clock: Callable[[], float] = clocks.wall,
         steady: Callable[[], float] = clocks.steady,
-        log_max_size: int = 50 << 20,
-        log_files: int = 3,
+        log_max_size: int = 25 << 20,
         kill_timeout: float = 30.0,
         remains_grace: float = 2.0,
         mends: bool = False,
@@ -76,22 +72,20 @@ class SubprocessRuntime:
         given_name: GivenName | None = None,
     ) -> None:
         self._directory = directory
+        self._logs = logs.LogStore(log_directory, directory)
         self._clock = clock  # for what is told
-        self._steady = steady
-        self._options = Options(log_max_size, log_files, kill_timeout, remains_grace)
+        self._options = Options(log_max_size, kill_timeout, remains_grace)
         self._enclosing_service = enclosing_service
-        self._given_name = given_name
-        self._guard = threading.Lock()
         self._turns: dict[str, threading.Lock] = {}
         self._launches: dict[str, Launch] = {}
-        self._view = ProcessView(
+        self._view = RecordsView(
             scope,
             host,
             directory,
             steady,
             mends=mends,
             given_name=given_name,
-            turn=self._turn_of,
+            turn=self._turn,
         )
 
     # --- what runs ------------------------------------------------------------------------
@@ -104,27 +98,74 @@ class SubprocessRuntime:
             return RuntimeView(self.name, error=f"cannot read the process records: {error}")
         return RuntimeView(self.name, workloads, strangers)
 
+    def events(self, stop: threading.Event) -> Iterator[str]:
+        """Names of workloads whose process has ended, as it happens, until `stop` is set.
+
+        What starts and ends between two looks is told of as well. Where a keeper is killed, its
+        record is told of, and again when its child ends; so is a record that cannot be read any
+        more, or is gone, while its process ran. Does the work of keepers that were killed: what a
+        main process left behind is ended. Raises RuntimeUnavailable when the records cannot be
+        listed.
+        """
+        before: dict[str, tuple[str, int | None]] | None = None
+        with _explained("watch the process records", RuntimeUnavailable):
+            for path in self._view.paths():
+                self._finish(path)
+            while not stop.is_set():
+                now = self._last_pids()
+                for run, (name, _) in {**(before or now), **now}.items():
+                    was = (before or now).get(run, (name, 0))[1]
+                    pid = now.get(run, (name, None))[1]
+                    if was not in (None, pid) and (was or pid is None):
+                        self._finish(self._directory / name)
+                        yield name
+                before = now
+                _await_an_end([pid for _, pid in now.values() if pid is not None], stop)
+
+    def _last_pids(self) -> dict[str, tuple[str, int | None]]:
+        """Run -> name, and the PID whose end is the run's: the keeper's, which comes after the exit
+        status is written, else the main process's. None: it has ended.
+        """
+        found: dict[str, tuple[str, int | None]] = {}
+        for path in self._view.paths():
+            with suppress(BadRecord, OSError):  # `observe` tells of it
+                record = records.load(path)
+                if record is None or record.child is None:
+                    continue
+                running = [one for one in record.anchors if one.runs()]
+                over = records.read_exit(path, record.run_id)[0] is not None or not running
+                found[record.run_id] = path.name, None if over else running[-1].pid
+        return found
+
+    def _finish(self, path: Path) -> None:
+        # A failure is told of by `observe`, and by `start` and `stop`, which try again.
+        with self._turn(path.name), suppress(MicError, BadRecord, OSError):
+            record = self._view.load(path)
+            if record is not None and record.child is not None:
+                seen = records.judge(path, record)
+                if seen.state is RunState.EXITED:
+                    self._clear(path, record, seen)
+
     # --- starting -------------------------------------------------------------------------
 
     def prepare(self, launch: Launch, progress: Progress) -> None:  # noqa: ARG002
         """Look for all that a start needs. Raises PreflightFailed."""
         spec = _spec(launch)
         self._refuse_inside_service()
-        with self._explained(f"start {launch.name}", PreflightFailed):
+        with _explained(f"start {launch.name}", PreflightFailed):
             checks.preflight(spec)
             directories.make(spec)
         if launch.name.startswith(".") or "/" in launch.name or len(launch.name.encode()) > 200:
             raise PreflightFailed(f"cannot keep a record called {launch.name!r}")
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            usable = os.access(self._directory, os.W_OK | os.X_OK)
+            problem = None if usable else "it cannot be written"
         except OSError as error:
+            problem = error.strerror
+        if problem is not None:
             raise PreflightFailed(
-                f"cannot keep process records in {self._directory}: {error.strerror}",
-                hint="set MIC_RUN_DIR to a directory that can be written",
-            ) from error
-        if not os.access(self._directory, os.W_OK | os.X_OK):
-            raise PreflightFailed(
-                f"cannot keep process records in {self._directory}: it cannot be written",
+                f"cannot keep process records in {self._directory}: {problem}",
                 hint="set MIC_RUN_DIR to a directory that can be written",
             )
 
@@ -137,28 +178,38 @@ class SubprocessRuntime:
         spec = _spec(launch)
         self._refuse_inside_service()
         path = self._directory / launch.name
-        try:
+        with _explained(f"start {launch.name}", RuntimeRefused), self._turn(launch.name):
             directories.make(spec)
-            with self._turn(launch.name):
-                twin = self._view.twin(launch, spec)
-                if twin is not None:
-                    raise RuntimeRefused(
-                        f"cannot start {launch.name}: {twin}",
-                        hint="see `mic-supervisor status`, which tells what to do",
-                    )
-                handle = self._lock_for_start(path, launch)
-                if handle is None:
-                    return
+            twin = self._view.twin(launch, spec)
+            if twin is not None:
+                raise RuntimeRefused(
+                    f"cannot start {launch.name}: {twin}",
+                    hint="see `mic-supervisor status`, which tells what to do",
+                )
+            handle = self._lock_for_start(path)
+            if handle is not None:
                 try:
-                    if not self._runs_already(path, launch, held=True):
-                        record = self._new_record(launch, spec)
-                        starting.start(path, record, spec, handle, self._options)
+                    if not self._runs(path, locked=False):
+                        self._start(path, launch, spec, handle)
                 finally:
                     os.close(handle)
-        except OSError as error:
-            raise RuntimeRefused(f"cannot start {launch.name}: {error}") from error
-        with self._guard:
-            self._launches[launch.name] = launch
+        self._launches[launch.name] = launch
+
+    def _start(self, path: Path, launch: Launch, spec: ProcessSpec, handle: int) -> None:
+        boot, namespace = records.machine()
+        record = Record(
+            name=launch.name,
+            identity=launch.identity,
+            run_id=str(uuid.uuid4()),
+            boot_id=boot,
+            pid_namespace=namespace,
+            created_at=self._clock(),
+            user=spec.user,
+            working_dir=spec.working_dir or "/",
+        )
+        place = self._logs.make(launch.name, record.run_id)
+        start_kept(path, record, spec, place, handle, self._options)
+        self._logs.prune(launch.name, now=self._clock())
 
     def _refuse_inside_service(self) -> None:
         unit = self._enclosing_service()
@@ -169,63 +220,43 @@ class SubprocessRuntime:
                 hint="set MIC_PROCESS_RUNTIME=systemd",
             )
 
-    def _lock_for_start(self, path: Path, launch: Launch) -> int | None:
+    def _lock_for_start(self, path: Path) -> int | None:
         """The lock on the record; None when the process runs, or another start has just made it."""
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         give_up = time.monotonic() + START_TIMEOUT
         while time.monotonic() < give_up:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may be removed meanwhile
             handle = records.lock(path, 0.05)
-            if handle is not None:
+            if handle is not None or self._runs(path):
                 return handle
-            path.mkdir(mode=0o700, exist_ok=True)  # it may have been removed meanwhile
-            if self._runs_already(path, launch, held=False):
-                return None
         raise RuntimeRefused(
-            f"cannot start {launch.name}: its record is held by an earlier run that does not end"
+            f"cannot start {path.name}: its record is held by an earlier run that does not end"
         )
 
-    def _runs_already(self, path: Path, launch: Launch, *, held: bool) -> bool:
-        """Whether its main process runs. Ends what a run that has ended left behind.
-
-        `held`: the lock on the record is ours.
-        """
+    def _runs(self, path: Path, *, locked: bool | None = None) -> bool:
+        """Whether its main process runs. Ends what a run that has ended left behind."""
         try:
             record = self._view.load(path)
             if record is None:
                 return False
-            seen = records.judge(path, record, records.machine(), held=held)
+            seen = records.judge(path, record, locked=locked)
         except BadRecord as error:
             raise RuntimeRefused(
-                f"cannot start {launch.name}: there is a record of that name: {error}",
+                f"cannot start {path.name}: there is a record of that name: {error}",
                 hint=f"look at it and move it away: {path}",
             ) from error
         if seen.state is RunState.UNKNOWN:
-            raise RuntimeRefused(f"cannot start {launch.name}: {seen.error}")
+            raise RuntimeRefused(f"cannot start {path.name}: {seen.error}")
         if seen.state is RunState.RUNNING:
             return seen.pid is not None
         self._clear(path, record, seen)
         return False
-
-    def _new_record(self, launch: Launch, spec: ProcessSpec) -> Record:
-        here = records.machine()
-        return Record(
-            name=launch.name,
-            identity=launch.identity,
-            run_id=str(uuid.uuid4()),
-            boot_id=here.boot,
-            pid_namespace=here.namespace,
-            created_at=self._clock(),
-            user=spec.user,
-            working_dir=spec.working_dir or "/",
-        )
 
     def restart(self, workload: ObservedWorkload) -> None:
         """Start it again, if this very program started it: a record holds no environment.
 
         Raises RuntimeRefused otherwise; `start` with a launch of the same specification does it.
         """
-        with self._guard:
-            launch = self._launches.get(workload.name)
+        launch = self._launches.get(workload.name)
         if launch is None:
             raise RuntimeRefused(
                 f"cannot start {workload.name} again: its environment may hold secrets, is "
@@ -242,18 +273,18 @@ class SubprocessRuntime:
         if number is None:
             raise RuntimeRefused(f"cannot stop {workload.name}: there is no signal {signal}")
         path = self._directory / workload.name
-        with self._turn(workload.name), self._explained(f"stop {workload.name}", StopFailed):
+        with self._turn(workload.name), _explained(f"stop {workload.name}", StopFailed):
             record = self._settle(path)
             if record is None:
                 return
-            seen = records.judge(path, record, records.machine())
+            seen = records.judge(path, record)
             if seen.state is RunState.UNKNOWN:
                 raise StopFailed(f"cannot stop {workload.name}: {seen.error}")
             if seen.state is RunState.EXITED:
                 self._clear(path, record, seen)
                 return
-            stopping.end_tree(path, record, number, grace, self._options)
-            stopping.await_exit_status(path, record, at=self._clock())
+            end_tree(path, record, number, grace, self._options)
+            await_exit_status(path, record, at=self._clock())
 
     def _settle(self, path: Path) -> Record | None:
         """The record, once a start that is under way has come to its end; None when it is gone."""
@@ -269,18 +300,18 @@ class SubprocessRuntime:
     def _clear(self, path: Path, record: Record, seen: ObservedWorkload) -> None:
         if records.read_exit(path, record.run_id)[0] is None:
             self._view.refuse_to_end(record)
-        stopping.end_remains(path, record, seen, self._options, at=self._clock())
+            end_remains(path, record, seen, self._options, at=self._clock())
 
     def remove(self, workload: ObservedWorkload) -> None:
         """Delete the record and the logs of a process that has ended."""
         path = self._directory / workload.name
         action = f"remove {workload.name}"
-        with self._turn(workload.name), self._explained(action, RuntimeRefused):
+        with self._turn(workload.name), _explained(action, RuntimeRefused):
             if not path.exists():
                 return
             record = self._view.load(path)
             if record is not None:
-                seen = records.judge(path, record, records.machine())
+                seen = records.judge(path, record)
                 if seen.state is not RunState.EXITED:
                     raise RuntimeRefused(f"cannot {action}: it still runs", hint="stop it first")
                 self._clear(path, record, seen)
@@ -290,11 +321,11 @@ class SubprocessRuntime:
                     raise RuntimeRefused(f"cannot {action}: its record is held by a start")
                 return
             try:
+                self._logs.remove(workload.name)
                 records.discard(path)
             finally:
                 os.close(handle)
-        with self._guard:
-            self._launches.pop(workload.name, None)
+        self._launches.pop(workload.name, None)
 
     # --- looking at one -------------------------------------------------------------------
 
@@ -303,24 +334,27 @@ class SubprocessRuntime:
     ) -> Iterator[str]:
         """Following ends when the process has ended and all of its log was read."""
         path = self._directory / workload.name
-        with self._explained(f"read the log of {workload.name}", RuntimeRefused):
+        with _explained(f"read the log of {workload.name}", RuntimeRefused):
             record = records.load(path)
+            run = None if record is None else record.run_id
 
             def ended() -> bool:
                 now = records.load(path)
-                if now is None or record is None or now.run_id != record.run_id:
+                if now is None or now.run_id != run:
                     return True
-                return records.judge(path, now, records.machine()).state is RunState.EXITED
+                return records.judge(path, now).state is RunState.EXITED
 
-            yield from logs.read(path, tail=tail, follow=follow, ended=ended)
+            place = self._logs.of(workload.name, run)
+            yield from logs.read(place, tail=tail, follow=follow, ended=ended)
 
     def previous_logs(
         self, workload: ObservedWorkload, *, tail: int | None = None
     ) -> Iterator[str]:
         """As `logs`, of the run before this one; nothing where there was none."""
-        path = self._directory / workload.name
-        with self._explained(f"read the log of {workload.name}", RuntimeRefused):
-            yield from logs.read(path / records.PREVIOUS, tail=tail)
+        with _explained(f"read the log of {workload.name}", RuntimeRefused):
+            place = self._logs.previous(workload.name)
+            if place is not None:
+                yield from logs.read(place, tail=tail)
 
     def run_check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
@@ -330,57 +364,42 @@ class SubprocessRuntime:
         124 when it was ended after `timeout` seconds. Raises RuntimeRefused when it cannot be run,
         which says nothing about the workload.
         """
-        path = self._directory / workload.name
         action = f"run {command[0] if command else 'an empty check'}"
-        with self._explained(action, RuntimeRefused):
-            record = records.load(path)
+        with _explained(action, RuntimeRefused):
+            record = records.load(self._directory / workload.name)
             if record is None or not command:
                 raise RuntimeRefused(f"cannot {action}: there is no record of {workload.name}")
             who = checks.account(record.user)
             return checks.run_check(command, timeout, who, record.working_dir)
 
-    def events(self, stop: threading.Event) -> Iterator[str]:
-        """Names of workloads whose process has ended, as it happens, until `stop` is set.
-
-        Does the work of keepers that were killed: what a main process left behind is ended. Raises
-        RuntimeUnavailable when the records cannot be listed.
-        """
-        with self._explained("watch the process records", RuntimeUnavailable):
-            for path in self._view.paths():
-                self._finish(path)
-            for name in events.watch(self._view.paths, stop):
-                self._finish(self._directory / name)
-                yield name
-
-    def _finish(self, path: Path) -> None:
-        # A failure is told of by `observe`, and by `start` and `stop`, which try again.
-        with self._turn(path.name), suppress(MicError, BadRecord, OSError):
-            record = self._view.load(path)
-            if record is not None and record.child is not None:
-                seen = records.judge(path, record, records.machine())
-                if seen.state is RunState.EXITED:
-                    self._clear(path, record, seen)
-
-    # --- helpers --------------------------------------------------------------------------
-
-    @contextmanager
-    def _turn(self, name: str) -> Iterator[None]:
+    def _turn(self, name: str) -> threading.Lock:
         """One thread at a time changes a record."""
-        with self._turn_of(name):
-            yield
+        return self._turns.setdefault(name, threading.Lock())
 
-    def _turn_of(self, name: str) -> threading.Lock:
-        with self._guard:
-            return self._turns.setdefault(name, threading.Lock())
 
-    @contextmanager
-    def _explained(self, action: str, kind: type[MicError]) -> Iterator[None]:
-        try:
-            yield
-        except BadRecord as error:
-            raise kind(f"cannot {action}: its record is not to be trusted: {error}") from error
-        except OSError as error:
-            raise kind(f"cannot {action}: {error}") from error
+def _await_an_end(pids: list[int], stop: threading.Event) -> None:
+    """Wait until one of them ends, or it is time to look for new ones."""
+    again = time.monotonic() + _LOOK
+    poll = select.poll()
+    with ExitStack() as files:
+        for pid in pids:
+            with suppress(OSError):  # it ended since: the next look finds it over
+                handle = os.pidfd_open(pid)
+                files.callback(os.close, handle)
+                poll.register(handle, select.POLLIN)
+        while not stop.is_set() and time.monotonic() < again:
+            if poll.poll(_STOP * 1000):
+                return
+
+
+@contextmanager
+def _explained(action: str, kind: type[MicError]) -> Iterator[None]:
+    try:
+        yield
+    except BadRecord as error:
+        raise kind(f"cannot {action}: its record is not to be trusted: {error}") from error
+    except OSError as error:
+        raise kind(f"cannot {action}: {error}") from error
 
 
 def _spec(launch: Launch) -> ProcessSpec:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import select
 import signal
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,9 @@ _LONGEST_PAUSE = 0.05  # seconds between two looks at a tree that is dying
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a runtime keeps its processes. See SubprocessRuntime; times are in seconds."""
+    """How a runtime keeps its processes. See KeeperRuntime; times are in seconds."""
 
     log_max_size: int  # bytes
-    log_files: int
     kill_timeout: float
     remains_grace: float
 
@@ -38,7 +37,12 @@ def end_tree(path: Path, record: Record, number: int, grace: float, options: Opt
     deadline = time.monotonic() + grace
     # Before its parent ends: without a keeper, who its parent was is all that may tell.
     known = records.members(path, record)
-    if _ask(record, number, deadline):
+    child = record.child
+    if child is not None and procfs.send_signal(child.pid, child.start_time, number):
+        procfs.send_signal(child.pid, child.start_time, signal.SIGCONT)  # or it never hears of it
+        while child.runs() and time.monotonic() < deadline:
+            time.sleep(0.005)
+    if child is None or not child.runs():
         deadline = min(deadline, time.monotonic() + options.remains_grace)
     _kill(path, record, deadline, options.kill_timeout, known)
 
@@ -46,14 +50,11 @@ def end_tree(path: Path, record: Record, number: int, grace: float, options: Opt
 def end_remains(
     path: Path, record: Record, seen: ObservedWorkload, options: Options, *, at: float
 ) -> None:
-    """Make sure that nothing is left of a run that has ended, where its keeper could not.
+    """Make sure that nothing is left of a run that has ended, where its keeper could not do it.
 
-    TERM, then KILL after `remains_grace`, as a keeper does. Raises StopFailed, OSError, BadRecord.
+    TERM, then KILL after `remains_grace`, as a keeper does. Raises StopFailed and OSError.
     """
-    if records.read_exit(path, record.run_id)[0] is not None:
-        return
-    here = records.machine()
-    if (record.boot_id, record.pid_namespace) == (here.boot, here.namespace):
+    if (record.boot_id, record.pid_namespace) == records.machine():
         _kill(path, record, time.monotonic() + options.remains_grace, options.kill_timeout)
     records.write_exit(path, record, seen.error or records.LOST, at)
 
@@ -72,34 +73,9 @@ def await_exit_status(path: Path, record: Record, *, at: float) -> None:
 
 def kill_now(path: Path, record: Record, options: Options) -> None:
     """KILL for keeper, child and everything below. Raises StopFailed and OSError."""
-    for anchor in (record.child, record.keeper):
-        if anchor is not None:
-            procfs.send_signal(anchor.pid, anchor.start_time, signal.SIGKILL)
+    for anchor in record.anchors:
+        procfs.send_signal(anchor.pid, anchor.start_time, signal.SIGKILL)
     _kill(path, record, time.monotonic(), options.kill_timeout)
-
-
-def _ask(record: Record, number: int, deadline: float) -> bool:
-    """Whether the main process has ended by the deadline."""
-    child = record.child
-    if child is None or not procfs.send_signal(child.pid, child.start_time, number):
-        return True
-    procfs.send_signal(child.pid, child.start_time, signal.SIGCONT)  # or it never hears of it
-    try:
-        handle = os.pidfd_open(child.pid)
-    except OSError:
-        return True  # reaped already
-    try:
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        # The descriptor may be a later process's, but then the child does not run.
-        while child.runs():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            poll.poll(left * 1000)
-    finally:
-        os.close(handle)
-    return True
 
 
 def _kill(
@@ -115,7 +91,6 @@ def _kill(
     """
     give_up = max(deadline, time.monotonic()) + patience
     asked: set[tuple[int, int]] = set()
-    known = known or {}
     empty = 0
     pause = 0.002
     # Twice: a process that forks and ends while the table is read may be missed once.
@@ -132,21 +107,19 @@ def _kill(
                 hint="where the kernel does not let go of it, only a restart of the machine helps",
             )
         if now >= deadline:
-            _signal(left, signal.SIGKILL)
+            _signal(left.items(), signal.SIGKILL)
         elif record.keeper is None or not record.keeper.runs():
-            _signal({p: s for p, s in left.items() if (p, s) not in asked}, signal.SIGTERM)
-            asked.update(left.items())
+            _signal(left.items() - asked, signal.SIGTERM)
+            asked |= left.items()
         time.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE)
 
 
-def _signal(processes: dict[int, int], number: int) -> None:
-    for pid, start_time in processes.items():
-        try:
+def _signal(processes: Iterable[tuple[int, int]], number: int) -> None:
+    for pid, start_time in processes:
+        with suppress(PermissionError):  # it will count as a survivor
             procfs.send_signal(pid, start_time, number)
             procfs.send_signal(pid, start_time, signal.SIGCONT)
-        except PermissionError:
-            continue  # it will count as a survivor
 
 
 def _named(pids: dict[int, int]) -> str:

@@ -14,7 +14,7 @@ import pytest
 from mic_supervisor.errors import MicError, RuntimeRefused, StopFailed
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Limits, RunState
-from mic_supervisor.runtimes.systemd_unit import identity_variables
+from mic_supervisor.runtimes.identity import identity_variables
 from tests.integration.systemd.world import STUBBORN, World, python, run, sh
 from tests.support.waiting import until
 
@@ -336,7 +336,7 @@ def test_a_copied_unit_is_left_alone(world: World) -> None:
     launch = replace(launch, identity=replace(launch.identity, spec={}))
     world.runtime.start(launch)
     seen = world.look("a")
-    variables = identity_variables(launch).items()
+    variables = identity_variables(launch.name, launch.identity).items()
     shown = "".join(f"Environment='{key}={value}'\n" for key, value in variables)
     copy = f"mic-{world.scope}-copy.service"
     path = Path("/run/systemd/system") / seen.ref

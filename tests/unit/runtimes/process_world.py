@@ -9,7 +9,7 @@ from typing import Any
 
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, Launch, Limits, ObservedWorkload, Pairs, ProcessSpec
-from mic_supervisor.runtimes.keeper.runtime import SubprocessRuntime
+from mic_supervisor.runtimes.keeper.runtime import KeeperRuntime
 from tests.support import scopes
 from tests.support.waiting import until
 
@@ -46,14 +46,16 @@ class World:
     def __init__(self, tmp_path: Path, scope: str) -> None:
         self.scope = scope
         self.directory = tmp_path / "processes"
+        self.logs = tmp_path / "logs"
         self.runtime = self.make()
 
-    def make(self, **options: Any) -> SubprocessRuntime:
+    def make(self, **options: Any) -> KeeperRuntime:
         """Another one on the same directory, as after a restart of the supervisor."""
         options.setdefault("enclosing_service", lambda: None)
         options.setdefault("kill_timeout", 5.0)
         options.setdefault("remains_grace", 0.3)
-        return SubprocessRuntime(self.scope, HOST, directory=self.directory, **options)
+        options = {"directory": self.directory, "log_directory": self.logs, **options}
+        return KeeperRuntime(self.scope, HOST, **options)
 
     def launch(
         self,
@@ -109,9 +111,12 @@ class World:
         ]
 
     def await_lines(self, name: str, count: int) -> list[str]:
-        log = self.directory / name / "log"
+        log = self.log(name)
         until(lambda: log.read_text().count("\n") >= count, f"{count} lines of {name}")
         return log.read_text().splitlines()
+
+    def log(self, name: str) -> Path:
+        return self.logs / name / str(self.record(name)["run_id"]) / "log"
 
     def kill_keeper(self, name: str) -> int:
         pid = int(self.record(name)["keeper"]["pid"])

@@ -22,7 +22,7 @@ def run(directory: Path, payload: bytes) -> tuple[int, str]:
     handle = os.open(directory, os.O_RDONLY)
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-E", program.__file__, str(directory), str(handle)],
+            [sys.executable, "-I", "-S", program.__file__, str(directory), str(handle)],
             input=payload,
             capture_output=True,
             pass_fds=(handle,),
@@ -33,7 +33,7 @@ def run(directory: Path, payload: bytes) -> tuple[int, str]:
     return done.returncode, (done.stdout + done.stderr).decode()
 
 
-def payload(scope: str, **changes: Any) -> dict[str, Any]:
+def payload(logs: Path, scope: str, **changes: Any) -> dict[str, Any]:
     return {
         "record": {"run_id": "run-1"},
         "command": ["sleep", "60"],
@@ -44,14 +44,14 @@ def payload(scope: str, **changes: Any) -> dict[str, Any]:
         "stop_signal": 15,
         "stop_timeout": 1.0,
         "remains_grace": 0.2,
+        "logs": str(logs),
         "log_max_size": 1 << 20,
-        "log_files": 3,
         **changes,
     }
 
 
 def test_it_answers_with_the_pid_and_detaches(tmp_path: Path, scope: str) -> None:
-    code, said = run(tmp_path, json.dumps(payload(scope)).encode())
+    code, said = run(tmp_path, json.dumps(payload(tmp_path, scope)).encode())
     assert code == 0
     record = json.loads((tmp_path / "record.json").read_text())
     child, parent = record["child"], record["keeper"]
@@ -71,7 +71,7 @@ def test_it_answers_with_the_pid_and_detaches(tmp_path: Path, scope: str) -> Non
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_half_a_payload_starts_nothing(tmp_path: Path, scope: str, share: float) -> None:
-    whole = json.dumps(payload(scope)).encode()
+    whole = json.dumps(payload(tmp_path, scope)).encode()
     assert run(tmp_path, whole[: int(len(whole) * share)]) == (1, "")
     assert list(tmp_path.iterdir()) == []
 
@@ -79,7 +79,7 @@ def test_half_a_payload_starts_nothing(tmp_path: Path, scope: str, share: float)
 def test_a_large_environment_fits(tmp_path: Path, scope: str) -> None:
     env = {"PATH": "/usr/bin:/bin", "MIC_SCOPE": scope, **{f"V{n}": "x" * 1000 for n in range(500)}}
     command = ["sh", "-c", "env | grep -c ^V"]
-    code, _ = run(tmp_path, json.dumps(payload(scope, env=env, command=command)).encode())
+    code, _ = run(tmp_path, json.dumps(payload(tmp_path, scope, env=env, command=command)).encode())
     assert code == 0
     until(lambda: (tmp_path / "exit.json").exists(), "the end")
     assert (tmp_path / "log").read_text() == "500\n"
@@ -100,7 +100,7 @@ def test_a_large_environment_fits(tmp_path: Path, scope: str) -> None:
 def test_a_start_that_fails_is_explained(
     tmp_path: Path, scope: str, changes: dict[str, Any], reason: str
 ) -> None:
-    _, said = run(tmp_path, json.dumps(payload(scope, **changes)).encode())
+    _, said = run(tmp_path, json.dumps(payload(tmp_path, scope, **changes)).encode())
     assert json.loads(said)["error"].startswith(reason)
     ended = json.loads((tmp_path / "exit.json").read_text())
     assert ended["error"].startswith(f"it could not be started: {reason}")
@@ -110,7 +110,9 @@ def test_a_start_that_fails_is_explained(
 def test_without_a_record_nothing_runs(tmp_path: Path, scope: str) -> None:
     (tmp_path / "record.json").mkdir()  # so that it cannot be replaced by a file
     ran = tmp_path / "ran"
-    _, said = run(tmp_path, json.dumps(payload(scope, command=["touch", str(ran)])).encode())
+    _, said = run(
+        tmp_path, json.dumps(payload(tmp_path, scope, command=["touch", str(ran)])).encode()
+    )
     assert json.loads(said)["error"].startswith("its record cannot be written: ")
     assert not ran.exists()
 
@@ -118,7 +120,7 @@ def test_without_a_record_nothing_runs(tmp_path: Path, scope: str) -> None:
 def test_a_directory_that_goes_away_is_survived(tmp_path: Path, scope: str) -> None:
     directory = tmp_path / "one"
     directory.mkdir()
-    run(directory, json.dumps(payload(scope, command=["sleep", "0.3"])).encode())
+    run(directory, json.dumps(payload(tmp_path, scope, command=["sleep", "0.3"])).encode())
     parent = json.loads((directory / "record.json").read_text())["keeper"]["pid"]
     for path in directory.iterdir():
         path.unlink()

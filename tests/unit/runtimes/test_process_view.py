@@ -17,6 +17,7 @@ import pytest
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import ObservedWorkload, RunState
+from mic_supervisor.runtimes.keeper.records import Record
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import World, python, runs
 
@@ -222,7 +223,7 @@ def test_an_exit_status_of_a_wrong_type_is_lost(world: World, member: str, value
     ended = one_of(world)
     assert ended.state is RunState.EXITED
     assert ended.error is not None
-    assert f"exit.json is incomplete: TypeError(\"'{value}' instead of int\")" in ended.error
+    assert f"exit.json is incomplete: {member}: Input should be a valid integer" in ended.error
 
 
 def test_a_damaged_record_of_nobody_holds_nothing(world: World) -> None:
@@ -337,15 +338,17 @@ def test_only_who_could_be_ours_is_believed(world: World, user: int, believed: b
 
 
 def test_a_keeper_of_an_earlier_version_is_believed_by_its_child(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from mic_supervisor.runtimes.keeper import start
+    from mic_supervisor.runtimes.keeper import program, start
 
-    def earlier(*_: object) -> dict[str, str]:
+    def earlier(record: Record) -> dict[str, str]:
         found = {"MIC_SCOPE": world.scope, "MIC_INSTANCE": "one", "MIC_SPEC_HASH": "0badcafe"}
-        return {**found, "MIC_IDENTITY": "none yet"}
+        return {**found, "MIC_IDENTITY": "none yet", "MIC_RUN_ID": record.run_id}
 
     monkeypatch.setattr(start, "_variables", earlier)
+    before = shutil.copy(program.__file__, tmp_path / "keeper.py")  # as the program was called
+    monkeypatch.setattr(program, "__file__", str(before))
     devices = (("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-2"),)
     seen = world.start("one", ("sleep", "60"), env=devices)
     shutil.rmtree(world.directory)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.model import Identity, Launch, Limits, ProcessSpec
 from mic_supervisor.runtimes import systemd_unit as units
+from mic_supervisor.runtimes.identity import IDENTITY as VARIABLE
+from mic_supervisor.runtimes.identity import OWN_VARIABLES, identity_of, identity_variables
 
 IDENTITY = Identity(
     scope="default",
@@ -83,14 +85,14 @@ def test_the_path_of_a_unit_begins_as_its_scope_does_and_leads_back() -> None:
 
 
 def test_a_unit_says_whose_it_is() -> None:
-    variables = units.identity_variables(LAUNCH)
-    assert set(variables) == units.OWN_VARIABLES
-    assert {k: v for k, v in variables.items() if k != units.IDENTITY} == {
+    variables = identity_variables(LAUNCH.name, IDENTITY)
+    assert set(variables) == OWN_VARIABLES
+    assert {k: v for k, v in variables.items() if k != VARIABLE} == {
         "MIC_SCOPE": "default",
         "MIC_INSTANCE": "whisper-0",
         "MIC_SPEC_HASH": "00112233aabbccdd",
     }
-    assert units.identity_of(variables) == (LAUNCH.name, IDENTITY)
+    assert identity_of(variables) == (LAUNCH.name, IDENTITY)
 
 
 JSON = st.recursive(
@@ -107,11 +109,11 @@ def test_an_identity_comes_back_whole(
     identity = replace(
         IDENTITY, model=model, gpus=tuple(gpus), ports=ports, spec={"command": value}
     )
-    variables = units.identity_variables(Launch(name, "systemd", identity, SPEC))
-    assert units.identity_of(variables) == (name, identity)
+    variables = identity_variables(name, identity)
+    assert identity_of(variables) == (name, identity)
     # Other users read it, and PID 1 takes no control characters on some versions.
-    assert variables[units.IDENTITY].isascii()
-    assert variables[units.IDENTITY].isprintable()
+    assert variables[VARIABLE].isascii()
+    assert variables[VARIABLE].isprintable()
 
 
 @pytest.mark.parametrize(
@@ -126,14 +128,14 @@ def test_an_identity_comes_back_whole(
     ],
 )
 def test_what_does_not_name_itself_is_a_strangers(text: str | None, reason: str) -> None:
-    found = units.identity_of({} if text is None else {units.IDENTITY: text})
+    found = identity_of({} if text is None else {VARIABLE: text})
     assert isinstance(found, str)
     assert found.startswith(reason)
 
 
 def test_a_specification_that_cannot_be_read_is_unknown() -> None:
     launch = replace(LAUNCH, identity=replace(IDENTITY, spec=None))
-    found = units.identity_of(units.identity_variables(launch))
+    found = identity_of(identity_variables(launch.name, launch.identity))
     assert found == (LAUNCH.name, launch.identity)
 
 
@@ -189,7 +191,7 @@ def test_a_plain_process() -> None:
     signature, values = environment
     assert signature == "as"
     pairs = dict(value.split("=", 1) for value in values)
-    assert units.identity_of(pairs) == (LAUNCH.name, IDENTITY)
+    assert identity_of(pairs) == (LAUNCH.name, IDENTITY)
 
 
 def test_no_secret_is_among_the_properties() -> None:

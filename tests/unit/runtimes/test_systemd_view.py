@@ -9,13 +9,14 @@ import pytest
 
 from mic_supervisor import clocks
 from mic_supervisor.model import Identity, Launch, ObservedWorkload, ProcessSpec, RunState, Stranger
-from mic_supervisor.runtimes import systemd_unit, systemd_view
+from mic_supervisor.runtimes import systemd_view
+from mic_supervisor.runtimes.identity import identity_variables
 from mic_supervisor.runtimes.systemd_view import Process, Unit
 
 IDENTITY = Identity("default", "h", "a", "MAM", "process", ("GPU-1",), {"http": 1}, {}, "00")
 NAME = "mic-default-a-00"
 LAUNCH = Launch(NAME, "systemd", IDENTITY, ProcessSpec(("x",)))
-ENVIRONMENT = [f"{k}={v}" for k, v in systemd_unit.identity_variables(LAUNCH).items()]
+ENVIRONMENT = [f"{k}={v}" for k, v in identity_variables(LAUNCH.name, LAUNCH.identity).items()]
 LEFT = Process(77, "sleep 9")
 
 
