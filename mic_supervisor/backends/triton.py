@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from mic_supervisor.backends import Ask, BackendBase, CompileRequest, Member, common, error_text
 from mic_supervisor.backends.triton_config import Generated, generate, is_ours, mark_of, places_of
 from mic_supervisor.backends.triton_log import load_failure
-from mic_supervisor.config.gpu_keys import BadKey, parse_gpu_key
+from mic_supervisor.config.names import BadKey, parse_gpu_key
 from mic_supervisor.config.options import (
     AbsolutePath,
     CheckOptions,

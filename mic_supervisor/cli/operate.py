@@ -18,7 +18,7 @@ from mic_supervisor.errors import ConfigError, LockHeld, MicError
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config, GpuEntry, GpuKey
-    from mic_supervisor.config.edit_file import LockedFile
+    from mic_supervisor.config.edit import LockedFile
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.model import GpuInventory
 
@@ -31,7 +31,7 @@ class GpuParameter(click.ParamType["tuple[GpuKey, ...]"]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[GpuKey, ...]:
-        from mic_supervisor.config.gpu_keys import BadKey, parse_gpu_key
+        from mic_supervisor.config.names import BadKey, parse_gpu_key
 
         if isinstance(value, tuple):
             return value
@@ -93,7 +93,7 @@ class Opened:
 
     def put(self, model: str | None) -> bool:
         """Have the file say so; False where it does already. Raises MicError, changing nothing."""
-        from mic_supervisor.config.doubt import WAY_OUT
+        from mic_supervisor.config.document import WAY_OUT
         from mic_supervisor.config.edit import assign
 
         path = self.config.path
@@ -144,7 +144,7 @@ def opened(found: Settings, keys: tuple[GpuKey, ...], action: str) -> Iterator[O
 
     `action` is what is to be done, for errors: "start MAM on GPU 1".
     """
-    from mic_supervisor.config.edit_file import locked
+    from mic_supervisor.config.edit import locked
 
     with locked(found.config) as file:
         config = _load(found, file.data)

@@ -7,16 +7,17 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mic_supervisor.config.diagnostics import Report
-from mic_supervisor.config.document import Config
-from mic_supervisor.config.gpu_checks import (
+from mic_supervisor.config.checks import (
+    BackendSource,
+    ModelChecker,
     check_conflicts,
     check_ports,
     read_entries,
     shared_servers,
 )
+from mic_supervisor.config.diagnostics import Report
+from mic_supervisor.config.document import Config
 from mic_supervisor.config.merge import read_merged
-from mic_supervisor.config.model_checks import BackendSource, ModelChecker
 
 
 def load(

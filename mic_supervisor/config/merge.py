@@ -8,16 +8,12 @@ from typing import Any
 
 from mic_supervisor.config.diagnostics import Report, dotted, show
 from mic_supervisor.config.document import GpuKey, Place
-from mic_supervisor.config.gpu_keys import BadKey, parse_gpu_key
-from mic_supervisor.config.source import cause_of, read_text, text_of
-from mic_supervisor.config.tree import Node
-from mic_supervisor.config.yaml_reader import Budget, parse
+from mic_supervisor.config.names import BadKey, parse_gpu_key
+from mic_supervisor.config.yaml import Node
+from mic_supervisor.config.yaml.reader import Budget, cause_of, parse, read_text, text_of
 
 VERSION = 1
 SECTIONS = ("defaults", "backends", "models", "hooks", "gpus")
-NONE = "none"
-"""The value under `gpus:` that keeps a GPU empty."""
-
 RESERVED = {"fleet": "reserved for a later version, where a scheduler decides what runs"}
 """Values under `gpus:`, and names, that mean nothing yet."""
 

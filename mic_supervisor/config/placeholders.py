@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from mic_supervisor.config.diagnostics import Report, dotted, show
 from mic_supervisor.config.document import Place
-from mic_supervisor.config.tree import Node
+from mic_supervisor.config.yaml import Node
 
 TEMPLATED = frozenset({"command", "entrypoint", "args", "env", "exec"})
 """Keys below which `${…}` is replaced, wherever they stand."""

@@ -6,18 +6,17 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from mic_supervisor.config.defaults import Defaults
-from mic_supervisor.config.hooks import Hooks
-from mic_supervisor.config.merge import NONE, RESERVED, VERSION
+from mic_supervisor.config.document import NONE
+from mic_supervisor.config.merge import RESERVED, VERSION
 from mic_supervisor.config.names import MAX_NAME
-from mic_supervisor.config.options import ModelOptions
+from mic_supervisor.config.options import Defaults, Hooks, ModelOptions
 from mic_supervisor.config.types import format_duration
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from mic_supervisor.config.model_checks import BackendSource, BackendTypes
+    from mic_supervisor.config.checks import BackendSource, BackendTypes
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from mic_supervisor.config.diagnostics import Report, dotted, show
 from mic_supervisor.config.document import Place
-from mic_supervisor.config.tree import Node
+from mic_supervisor.config.yaml import Node
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

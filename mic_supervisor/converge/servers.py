@@ -172,7 +172,7 @@ class Servers:
 
     def _reserve(self, server: _Server, inventory: GpuInventory, kept: Mapping[str, str]) -> None:
         from mic_supervisor.config.document import GpuEntry, Place
-        from mic_supervisor.config.gpu_keys import parse_gpu_key
+        from mic_supervisor.config.names import parse_gpu_key
 
         settings = self._config.backends[server.backend.name]
         for text in server.backend.reserved(settings):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mic_supervisor.config.doubt import doubt
+from mic_supervisor.config.document import doubt
 from mic_supervisor.config.load import load
 from mic_supervisor.converge.snapshot import Reloaded
 from mic_supervisor.errors import ConfigError, MicError

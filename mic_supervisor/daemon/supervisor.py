@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mic_supervisor import __version__
 from mic_supervisor.clocks import Clock
-from mic_supervisor.config.doubt import WAY_OUT
+from mic_supervisor.config.document import WAY_OUT
 from mic_supervisor.converge.desired import FileDesired
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger

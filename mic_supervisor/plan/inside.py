@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from mic_supervisor.config.doubt import CONFIRM
+from mic_supervisor.config.document import CONFIRM
 from mic_supervisor.plan.actions import Blocked, FieldDiff, Load, Unload
 from mic_supervisor.plan.assess import Assessment
 from mic_supervisor.plan.bring_up import blocked

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mic_supervisor.config.doubt import CONFIRM, WAY_OUT
+from mic_supervisor.config.document import CONFIRM, WAY_OUT
 from mic_supervisor.model import (
     DesiredState,
     ObservedState,

@@ -118,7 +118,7 @@ def _gpus(name: str, there: Names) -> tuple[str, ...]:
     """The UUIDs. Raises MicError, with the reason alone."""
     from mic_supervisor.config.diagnostics import closest
     from mic_supervisor.config.document import GpuEntry, Place
-    from mic_supervisor.config.gpu_keys import BadKey, parse_gpu_key
+    from mic_supervisor.config.names import BadKey, parse_gpu_key
 
     try:
         keys = parse_gpu_key(name).keys

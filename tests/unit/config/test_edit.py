@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mic_supervisor.config.document import Config, GpuEntry, GpuKey
-from mic_supervisor.config.edit import assign
-from mic_supervisor.config.edit_file import locked
-from mic_supervisor.config.gpu_keys import parse_gpu_key
+from mic_supervisor.config.edit import assign, locked
 from mic_supervisor.config.load import load
+from mic_supervisor.config.names import parse_gpu_key
 from mic_supervisor.errors import LockHeld, MicError
 from tests.unit.config.fakes import FakeRegistry
 

@@ -11,10 +11,9 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from mic_supervisor.backends.registry import Registry
-from mic_supervisor.config.defaults import Defaults
 from mic_supervisor.config.diagnostics import InvalidConfig
 from mic_supervisor.config.load import load
-from mic_supervisor.config.options import ModelOptions
+from mic_supervisor.config.options import Defaults, ModelOptions
 from mic_supervisor.config.schema import json_schema
 from mic_supervisor.config.types import format_duration, parse_duration
 from tests.unit.config.fakes import FakeRegistry, load_text

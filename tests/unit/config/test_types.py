@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mic_supervisor.config.scalars import resolve
 from mic_supervisor.config.types import (
     format_duration,
     parse_duration,
     parse_positive_duration,
     parse_size,
 )
+from mic_supervisor.config.yaml.words import resolve
 
 
 @pytest.mark.parametrize(
