@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NamedTuple, NoReturn, Protocol
 
 from mic_supervisor.config.document import Place
 from mic_supervisor.errors import ConfigError
@@ -19,11 +19,28 @@ _MAX_MESSAGE = 400
 _WINDOW = 100  # columns of a source line that are shown
 
 
+class Located(Protocol):
+    """What stands somewhere in a file. `path` names it in the document, "models.MAM.port"; empty
+    for the document itself."""
+
+    @property
+    def place(self) -> Place: ...
+
+    @property
+    def path(self) -> str: ...
+
+
+class At(NamedTuple):
+    """Somewhere in a file, where nothing that has a place of its own stands."""
+
+    place: Place
+    path: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
     """One error. `place.line` 0: it concerns the file as a whole.
 
-    `path` names the value inside the document, "models.MAM.port"; empty for the document itself.
     `source` is the whole line that `place` points into, None where there is none to show.
     """
 
@@ -77,8 +94,7 @@ class Report:
 
     def add(
         self,
-        place: Place,
-        path: str,
+        at: Located,
         message: str,
         *,
         hint: str | None = None,
@@ -90,6 +106,7 @@ class Report:
             self._suggestions += 1
             meant = closest(*like)
             hint = f"did you mean {meant}?" if meant is not None else hint
+        place, path = at.place, at.path
         lines = self.lines.get(place.file, [])
         source = lines[place.line - 1] if 0 < place.line <= len(lines) else None
         message = _clip(printable(message), _MAX_MESSAGE)

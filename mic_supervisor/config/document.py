@@ -22,8 +22,8 @@ class Place:
     """Where something stands; line and column count from 1, and 0 is the whole file or line."""
 
     file: str
-    line: int
-    column: int
+    line: int = 0
+    column: int = 0
 
     def __str__(self) -> str:
         return ":".join(str(part) for part in (self.file, self.line, self.column) if part != 0)

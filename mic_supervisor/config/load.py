@@ -7,14 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mic_supervisor.config.checks import (
-    BackendSource,
-    ModelChecker,
-    check_conflicts,
-    check_ports,
-    read_entries,
-    shared_servers,
-)
+from mic_supervisor.config.checks import BackendSource, Checker
 from mic_supervisor.config.diagnostics import Report
 from mic_supervisor.config.document import Config
 from mic_supervisor.config.merge import read_merged
@@ -39,14 +32,8 @@ def load(
     merged = read_merged(path, report, data)
     if merged is None:
         report.fail()
-    checker = ModelChecker(merged, registry, environ, report, tolerant=tolerant)
-    models = checker.models()
-    backends = checker.backends()
-    hooks = checker.hooks()
-    entries = read_entries(merged, models, report)
-    servers = shared_servers(models, backends, registry)
-    check_conflicts(merged, models, backends, registry, report)
-    check_ports(merged, models, entries, servers, report)
+    checker = Checker(merged, registry, environ, report, tolerant=tolerant)
+    checker.check()
     if report:
         report.fail()
     document = merged.plain()
@@ -55,11 +42,11 @@ def load(
         path=path,
         files=tuple(merged.files),
         hash=hashlib.sha256(canonical.encode()).hexdigest(),
-        entries=entries,
-        models=models,
-        backends=backends,
-        hooks=hooks,
-        servers=servers,
+        entries=checker.entries,
+        models=checker.models,
+        backends=checker.backends,
+        hooks=checker.hooks,
+        servers=checker.servers,
         variables=dict(sorted(checker.variables.items())),
         document=document,
         texts=tuple("\n".join(report.lines[str(file)]) for file in merged.files),

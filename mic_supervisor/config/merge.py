@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mic_supervisor.config.diagnostics import Report, dotted, show
+from mic_supervisor.config.diagnostics import At, Report, show
 from mic_supervisor.config.document import GpuKey, Place
 from mic_supervisor.config.names import BadKey, parse_gpu_key
-from mic_supervisor.config.yaml import Node
+from mic_supervisor.config.yaml import Entry, Node
 from mic_supervisor.config.yaml.reader import Budget, cause_of, parse, read_text, text_of
 
 VERSION = 1
@@ -24,12 +24,10 @@ MAX_TOTAL = 384 * 1024
 
 @dataclass(slots=True)
 class GpuItem:
-    """One entry under `gpus:`, ranges expanded; `place` is its key's."""
+    """One entry under `gpus:`, ranges expanded; `entry` is what the file has."""
 
     keys: tuple[GpuKey, ...]
-    place: Place
-    path: str
-    node: Node
+    entry: Entry
 
     def __str__(self) -> str:
         return ",".join(key.value for key in self.keys)
@@ -37,25 +35,28 @@ class GpuItem:
 
 @dataclass(slots=True)
 class Merged:
-    """The document. `sections` holds all but `gpus` as maps, where they are given;
-    `gpus` is keyed by the set of GPUs, whatever their order; `refused` are entries whose key was
-    reported; `names_gpus` is set if any file has
-    something under `gpus:`, be it wrong; `anchor` is where `gpus:` stands, or should."""
+    """The document. `anchor` is where `gpus:` stands, or should; `sections` holds all else that is
+    given, as maps, or as None where everything under the key is commented out; `gpus` is keyed by
+    the set of GPUs, whatever their order; `refused` are entries whose key was reported;
+    `names_gpus` is set if any file has something under `gpus:`, be it wrong."""
 
     files: list[Path]
-    sections: dict[str, Node] = field(default_factory=dict)
-    section_places: dict[str, Place] = field(default_factory=dict)
+    anchor: Place
+    sections: dict[str, Entry] = field(default_factory=dict)
     gpus: dict[frozenset[GpuKey], GpuItem] = field(default_factory=dict)
     refused: list[GpuItem] = field(default_factory=list)
     names_gpus: bool = False
-    anchor: Place = field(default_factory=lambda: Place("", 1, 1))
+
+    def entries(self, section: str) -> dict[str | int, Entry]:
+        return self.sections[section].node.entries if section in self.sections else {}
 
     def plain(self) -> dict[str, Any]:
         """Plain data, the same for the same meaning: what the hash is taken of."""
         document: dict[str, Any] = {"version": VERSION}
-        for name, node in self.sections.items():
-            document[name] = node.plain()
-        document["gpus"] = {str(item): item.node.plain() for item in self.gpus.values()}
+        for name, entry in self.sections.items():
+            if entry.node.value is not None:
+                document[name] = entry.node.plain()
+        document["gpus"] = {str(item): item.entry.node.plain() for item in self.gpus.values()}
         return document
 
 
@@ -64,18 +65,13 @@ def read_merged(path: Path, report: Report, data: bytes | None = None) -> Merged
 
     `data` stands for what is in the file itself.
     """
-    drop_ins = _drop_ins(path, report)
-    merged = Merged([path, *drop_ins])
+    merged = Merged([path, *_drop_ins(path, report)], Place(str(path), 1, 1))
     budget = Budget()
-    given = [data, *(None for _ in drop_ins)]
-    roots = [
-        _read(file, report, budget, own) for file, own in zip(merged.files, given, strict=True)
-    ]
+    roots = [_read(file, report, budget, data if file == path else None) for file in merged.files]
     if any(root is None for root in roots):
         return None
-    for number, root in enumerate(roots):
-        if root is not None:
-            _add_file(merged, root, report, is_drop_in=number > 0)
+    for number, root in enumerate(filter(None, roots)):
+        _add_file(merged, root, report, is_drop_in=number > 0)
     _check_overlap(merged, report)
     return merged
 
@@ -91,15 +87,14 @@ def _drop_ins(path: Path, report: Report) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError) as error:
-        report.lines.setdefault(str(path), [])
-        whole = Place(str(directory), 0, 0)
-        report.add(whole, "", f"cannot list the drop-ins: {cause_of(error)}")
-        return []
-    if len(found) > MAX_FILES:
-        report.lines.setdefault(str(path), [])
-        report.add(Place(str(directory), 0, 0), "", f"holds more than {MAX_FILES} drop-ins")
-        return []
-    return found
+        problem = f"cannot list the drop-ins: {cause_of(error)}"
+    else:
+        if len(found) <= MAX_FILES:
+            return found
+        problem = f"holds more than {MAX_FILES} drop-ins"
+    report.lines.setdefault(str(path), [])
+    report.add(At(Place(str(directory))), problem)
+    return []
 
 
 def _read(file: Path, report: Report, budget: Budget, data: bytes | None) -> Node | None:
@@ -108,74 +103,60 @@ def _read(file: Path, report: Report, budget: Budget, data: bytes | None) -> Nod
         return None
     if sum(len(line) for lines in report.lines.values() for line in lines) > MAX_TOTAL:
         message = f"cannot read the file: it and the files before it exceed {MAX_TOTAL // 1024} KiB"
-        report.add(Place(str(file), 0, 0), "", message)
+        report.add(At(Place(str(file))), message)
         return None
     before = len(report)
     root = parse(text, str(file), report, budget)
     if root is None:
-        return None if len(report) > before else Node(Place(str(file), 1, 1), {})
-    if not isinstance(root.value, dict):
-        if root.sound:
-            report.add(root.place, "", "must be a map with the keys version, models and gpus")
-        return None
-    return root
+        return None if len(report) > before else Node(Place(str(file), 1, 1), "", {})
+    if isinstance(root.value, dict):
+        return root
+    if root.sound:
+        report.add(root, "must be a map with the keys version, models and gpus")
+    return None
 
 
 def _add_file(merged: Merged, root: Node, report: Report, *, is_drop_in: bool) -> None:
-    first = Place(root.place.file, 1, 1)
-    _check_version(root, first, report, is_drop_in=is_drop_in)
-    if not is_drop_in:
-        merged.anchor = first
+    _check_version(root, report, is_drop_in=is_drop_in)
     for key, entry in root.entries.items():
+        node = entry.node
         if key == "gpus":
-            merged.names_gpus |= entry.node.value not in (None, {}) or not entry.node.whole
+            merged.names_gpus |= node.value not in (None, {}) or not node.whole
             merged.anchor = merged.anchor if is_drop_in else entry.place
         if key == "version":
             continue
         if key in RESERVED:
-            report.add(entry.place, str(key), f"{key} is {RESERVED[str(key)]}")
+            report.add(entry, f"{key} is {RESERVED[str(key)]}")
         elif key not in SECTIONS:
-            report.add(
-                entry.place,
-                dotted("", str(key)),
-                "unknown key",
-                like=(str(key), ("version", *SECTIONS)),
-            )
-        elif not entry.node.sound:
+            report.add(entry, "unknown key", like=(str(key), ("version", *SECTIONS)))
+        elif not node.sound:
             continue
-        elif entry.node.value is None:
-            entry.node.value = {}  # everything under it is commented out
-            merged.section_places.setdefault(key, entry.place)
-        elif not isinstance(entry.node.value, dict):
-            report.add(entry.node.place, key, "must be a map")
+        elif not isinstance(node.value, dict | None):
+            report.add(node, "must be a map")
         elif key == "gpus":
-            merged.gpus.update(_gpus(entry.node, merged.refused, report))
+            merged.gpus.update(_gpus(node, merged.refused, report))
         else:
-            merged.section_places.setdefault(key, entry.place)
             if key == "backends":
-                for settings in entry.node.entries.values():
-                    if settings.node.sound and settings.node.value is None:
-                        settings.node.value = {}  # everything under it is commented out
-            if key in merged.sections:
-                overlay(merged.sections[key], entry.node)
-            else:
-                merged.sections[key] = entry.node
+                for settings in node.below():
+                    if settings.sound and settings.value is None:
+                        settings.value = {}  # everything under it is commented out
+            known = merged.sections.setdefault(key, entry)
+            if known.node.value is None:
+                known.node = node
+            elif known is not entry:
+                overlay(known.node, node)
 
 
-def _check_version(root: Node, first: Place, report: Report, *, is_drop_in: bool) -> None:
+def _check_version(root: Node, report: Report, *, is_drop_in: bool) -> None:
     entry = root.entries.get("version")
     if entry is None:
         if not is_drop_in:
-            report.add(
-                first, "version", "is missing", hint=f"begin the file with: version: {VERSION}"
-            )
-        return
-    value = entry.node.value
-    if entry.node.sound and (value != VERSION or not isinstance(value, int) or value is True):
-        given = "a list or a map" if isinstance(value, (list, dict)) else show(value)
+            first = At(Place(root.place.file, 1, 1), "version")
+            report.add(first, "is missing", hint=f"begin the file with: version: {VERSION}")
+    elif entry.node.sound and (type(entry.node.value) is not int or entry.node.value != VERSION):
+        given = "a list or a map" if entry.node.branching else show(entry.node.value)
         report.add(
-            entry.node.place,
-            "version",
+            entry.node,
             f"must be {VERSION}, the only version that this mic-supervisor reads; here: {given}",
         )
 
@@ -184,9 +165,7 @@ def overlay(base: Node, over: Node) -> None:
     """Merge `over` into `base`: maps by key, anything else replaces."""
     for key, entry in over.entries.items():
         known = base.entries.get(key)
-        if known is None:
-            base.entries[key] = entry
-        elif isinstance(known.node.value, dict) and isinstance(entry.node.value, dict):
+        if known and isinstance(known.node.value, dict) and isinstance(entry.node.value, dict):
             overlay(known.node, entry.node)
         else:
             base.entries[key] = entry
@@ -197,22 +176,18 @@ def _gpus(node: Node, refused: list[GpuItem], report: Report) -> dict[frozenset[
     items: dict[frozenset[GpuKey], GpuItem] = {}
     named: dict[GpuKey, Place] = {}
     for key, entry in node.entries.items():
-        path = dotted("gpus", str(key))
         try:
             selection = parse_gpu_key(key)
+            for gpu in selection.keys:
+                if gpu in named:
+                    raise BadKey(f"{gpu} is named twice, first in line {named[gpu].line}")
         except BadKey as error:
-            report.add(entry.place, path, str(error), hint=error.hint)
-            refused.append(GpuItem((), entry.place, path, entry.node))
-            continue
-        twice = next((gpu for gpu in selection.keys if gpu in named), None)
-        if twice is not None:
-            first = named[twice].line
-            report.add(entry.place, path, f"{twice} is named twice, first in line {first}")
-            refused.append(GpuItem((), entry.place, path, entry.node))
+            report.add(entry, str(error), hint=error.hint)
+            refused.append(GpuItem((), entry))
             continue
         named.update(dict.fromkeys(selection.keys, entry.place))
         for keys in selection.expand():
-            items[frozenset(keys)] = GpuItem(keys, entry.place, path, entry.node)
+            items[frozenset(keys)] = GpuItem(keys, entry)
     return items
 
 
@@ -220,13 +195,13 @@ def _check_overlap(merged: Merged, report: Report) -> None:
     """A drop-in may name part of a group that another file sets up."""
     order = {str(file): number for number, file in enumerate(merged.files)}
     owners: dict[GpuKey, GpuItem] = {}
-    for item in sorted(merged.gpus.values(), key=lambda item: order[item.place.file]):
+    for item in sorted(merged.gpus.values(), key=lambda item: order[item.entry.place.file]):
         for gpu in item.keys:
             other = owners.setdefault(gpu, item)
             if other is not item:
+                first = f"first in {other.entry.place} as {other.entry.path}"
                 report.add(
-                    item.place,
-                    item.path,
-                    f"{gpu} is named twice, first in {other.place} as {other.path}",
+                    item.entry,
+                    f"{gpu} is named twice, {first}",
                     hint=f'to replace that entry, use its key: "{other}"',
                 )

@@ -19,7 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from mic_supervisor.config.diagnostics import Report, closest, show
+from mic_supervisor.config.diagnostics import At, Report, closest, show
 from mic_supervisor.config.document import Place
 from mic_supervisor.config.env_file import ENV_FILE, SOCKET, Assignment, parse_env_file
 from mic_supervisor.config.types import PositiveDuration
@@ -233,10 +233,10 @@ def load_settings(environ: Mapping[str, str], env_file: Path = ENV_FILE) -> Sett
             name = str(fault["loc"][0])
             if name in Settings.model_fields:
                 name = f"{PREFIX}{name.upper()}"
-            place = Place("environment", 0, 0)
+            place = Place("environment")
             if name not in environ:
-                place = Place(str(env_file), from_file[name].line, 0)
-            report.add(place, name, _words(fault, name, merged[name]))
+                place = Place(str(env_file), from_file[name].line)
+            report.add(At(place, name), _words(fault, name, merged[name]))
     if report:
         report.fail()
     return settings
@@ -253,11 +253,11 @@ def _read(path: Path, report: Report) -> tuple[dict[str, Assignment], str | None
         return {}, f"cannot read {path}: {cause}"
     except UnicodeDecodeError as error:
         message = f"cannot read the file: byte {error.start} is not UTF-8"
-        report.add(Place(str(path), 0, 0), "", message)
+        report.add(At(Place(str(path))), message)
         return {}, None
     found, bad = parse_env_file(text)
     for line in bad:
-        report.add(Place(str(path), line.line, 0), "", str(line))
+        report.add(At(Place(str(path), line.line)), str(line))
     return {one.name: one for one in found}, None
 
 

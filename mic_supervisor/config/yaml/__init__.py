@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mic_supervisor.config.diagnostics import dotted
 from mic_supervisor.config.document import Place
 
 Scalar = str | int | float | bool | None
@@ -17,10 +19,14 @@ class Entry:
     place: Place  # of the key
     node: Node
 
+    @property
+    def path(self) -> str:
+        return self.node.path
+
 
 @dataclass(slots=True)
 class Node:
-    """A value and where it stands.
+    """A value and where it stands: its place in the file, its path in the document.
 
     `sound` False: an error was already reported for it, and what is wrong with its value is a
     consequence. `whole` False: an entry was left out of a map, since its key is none. `span` is
@@ -28,6 +34,7 @@ class Node:
     """
 
     place: Place
+    path: str
     value: Scalar | list[Node] | dict[str | int, Entry]
     sound: bool = True
     whole: bool = True
@@ -38,6 +45,28 @@ class Node:
     def entries(self) -> dict[str | int, Entry]:
         """The entries of a mapping; empty for anything else."""
         return self.value if isinstance(self.value, dict) else {}
+
+    @property
+    def branching(self) -> bool:
+        """Whether it is a map or a list."""
+        return isinstance(self.value, (dict, list))
+
+    def below(self) -> Iterator[Node]:
+        """The values of a map, the items of a list."""
+        if isinstance(self.value, list):
+            yield from self.value
+        for entry in self.entries.values():
+            yield entry.node
+
+    def moved(self, path: str) -> Node:
+        """The same, at another path of the document."""
+        if not isinstance(self.value, dict):
+            return replace(self, path=path)
+        moved: dict[str | int, Entry] = {
+            key: Entry(entry.place, entry.node.moved(dotted(path, str(key))))
+            for key, entry in self.value.items()
+        }
+        return replace(self, path=path, value=moved)
 
     def plain(self) -> Any:
         """The value as plain data; whole numbers as keys become text, nulls stay."""

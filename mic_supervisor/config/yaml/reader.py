@@ -13,7 +13,7 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from yaml.events import (
@@ -27,9 +27,10 @@ from yaml.events import (
     SequenceStartEvent,
 )
 
-from mic_supervisor.config.diagnostics import Report, dotted, show
+from mic_supervisor.config.diagnostics import At, Report, dotted, show
 from mic_supervisor.config.document import Place
-from mic_supervisor.config.yaml import Entry, Node, Scalar
+from mic_supervisor.config.names import composed
+from mic_supervisor.config.yaml import Entry, Node
 from mic_supervisor.config.yaml.words import report_syntax_error, resolve
 
 MAX_NODES = 10_000
@@ -67,14 +68,14 @@ def parse(text: str, file: str, report: Report, budget: Budget) -> Node | None:
     except (ValueError, OverflowError):
         # PyYAML lets chr() and int() fail on escapes and directives out of their range.
         place = Place(file, loader.line + 1, loader.column + 1)
-        report.add(place, "", "an escape or a directive holds a number that is out of range")
+        report.add(At(place), "an escape or a directive holds a number that is out of range")
         return None
     finally:
         loader.dispose()
 
 
 class _Builder:
-    """Builds the tree of one document. `_path` holds the keys on the way to the current value."""
+    """Builds the tree of one document."""
 
     def __init__(self, text: str, file: str, report: Report, loader: Any, budget: Budget) -> None:
         self._text = text
@@ -82,7 +83,6 @@ class _Builder:
         self._report = report
         self._loader = loader
         self._budget = budget
-        self._path: list[str | int] = []
 
     def document(self) -> Node | None:
         root = None
@@ -92,10 +92,9 @@ class _Builder:
             if isinstance(event, DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    self._add(event, "a second document begins here: one file holds one document")
-                    raise _Stop
+                    self._stop(event, "a second document begins here: one file holds one document")
             elif isinstance(event, (AliasEvent, ScalarEvent, CollectionStartEvent)):
-                root = self._node(event, 1)
+                root = self._node(event, "", 1)
         if root is not None and root.value is None and root.span[0] == root.span[1]:
             return None  # "---" and nothing else
         return root
@@ -104,111 +103,98 @@ class _Builder:
         mark = event.start_mark
         return Place(self._file, mark.line + 1, mark.column + 1)
 
-    def _add(self, event: Any, message: str, *, hint: str | None = None) -> None:
-        path = ""
-        for key in self._path:
-            path = dotted(path, key)
-        self._report.add(self._place(event), path, message, hint=hint)
+    def _add(self, event: Any, path: str, message: str, hint: str | None = None) -> None:
+        self._report.add(At(self._place(event), path), message, hint=hint)
 
-    def _node(self, event: Any, depth: int) -> Node:
+    def _stop(self, event: Any, message: str) -> NoReturn:
+        self._add(event, "", message)
+        raise _Stop
+
+    def _node(self, event: Any, path: str, depth: int) -> Node:
         self._budget.nodes -= 1
         if self._budget.nodes < 0:
-            self._path.clear()
-            self._add(event, f"cannot read on: more than {MAX_NODES} keys and values")
-            raise _Stop
+            self._stop(event, f"cannot read on: more than {MAX_NODES} keys and values")
         if depth > MAX_DEPTH:
-            self._path.clear()
-            self._add(event, f"cannot read on: nested more than {MAX_DEPTH} deep")
-            raise _Stop
-        sound = self._check_properties(event)
+            self._stop(event, f"cannot read on: nested more than {MAX_DEPTH} deep")
+        node = Node(self._place(event), path, None, self._check_properties(event, path))
         if isinstance(event, ScalarEvent):
-            return self._scalar(event, sound)
-        node = Node(self._place(event), None, sound)
-        if isinstance(event, MappingStartEvent):
+            self._scalar(event, node)
+        elif isinstance(event, MappingStartEvent):
             node.value = self._mapping(node, depth)
         elif isinstance(event, SequenceStartEvent):
-            node.value = self._sequence(depth)
+            node.value = self._sequence(path, depth)
         return node
 
-    def _check_properties(self, event: Any) -> bool:
+    def _check_properties(self, event: Any, path: str) -> bool:
         if isinstance(event, AliasEvent):
-            self._add(event, f"*{event.anchor}: aliases are not used here", hint="write it out")
+            self._add(event, path, f"*{event.anchor}: aliases are not used here", "write it out")
             return False
         if event.anchor is not None:
-            self._add(event, f"&{event.anchor}: anchors are not used here", hint="remove it")
+            self._add(event, path, f"&{event.anchor}: anchors are not used here", "remove it")
         if event.tag is not None:
             short = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self._add(event, f"{short}: tags are not used here", hint="remove it")
-            return False
-        return True
+            self._add(event, path, f"{short}: tags are not used here", "remove it")
+        return event.tag is None
 
-    def _scalar(self, event: Any, sound: bool) -> Node:
-        value: Scalar = event.value
+    def _scalar(self, event: Any, node: Node) -> None:
+        node.value, node.text = event.value, self._text
+        node.span = (event.start_mark.index, event.end_mark.index)
+        problem = hint = None
         if len(event.value) > MAX_SCALAR:
-            self._add(event, f"the text is longer than {MAX_SCALAR} characters")
-            value, sound = "", False
+            node.value, problem = "", f"the text is longer than {MAX_SCALAR} characters"
         elif event.style is None:
-            value, problem = resolve(event.value)
-            if problem is not None and sound:
-                self._add(event, problem, hint="quote it if a text is meant")
-                sound = False
+            node.value, surprise = resolve(event.value)
+            if surprise is not None and node.sound:
+                problem, hint = surprise, "quote it if a text is meant"
         elif "\0" in event.value or not _encodable(event.value):
-            self._add(event, "the text holds a character that no program takes")
-            value, sound = "", False
-        span = (event.start_mark.index, event.end_mark.index)
-        return Node(self._place(event), value, sound, text=self._text, span=span)
+            node.value, problem = "", "the text holds a character that no program takes"
+        if problem is not None:
+            self._add(event, node.path, problem, hint)
+            node.sound = False
 
-    def _sequence(self, depth: int) -> list[Node]:
+    def _sequence(self, path: str, depth: int) -> list[Node]:
         items: list[Node] = []
         while not isinstance(event := self._loader.get_event(), SequenceEndEvent):
-            self._path.append(len(items))
-            items.append(self._node(event, depth + 1))
-            self._path.pop()
+            items.append(self._node(event, dotted(path, len(items)), depth + 1))
         return items
 
     def _mapping(self, mapping: Node, depth: int) -> dict[str | int, Entry]:
         entries: dict[str | int, Entry] = {}
         while not isinstance(event := self._loader.get_event(), MappingEndEvent):
-            key = self._key(event, depth)
+            key = self._key(event, mapping.path, depth)
             mapping.whole = mapping.whole and key is not None
             # Where a key is a map or a list, no map was meant: "{{ template }}".
             mapping.sound = mapping.sound and isinstance(event, ScalarEvent)
-            self._path.append("?" if key is None else str(key))
-            node = self._node(self._loader.get_event(), depth + 1)
+            path = dotted(mapping.path, "?" if key is None else str(key))
+            node = self._node(self._loader.get_event(), path, depth + 1)
             if key in entries:
                 first = entries[key].place.line
-                self._add(event, f"stands here twice, first in line {first}")
+                self._add(event, path, f"stands here twice, first in line {first}")
             elif key is not None:
                 entries[key] = Entry(self._place(event), node)
-            self._path.pop()
         return entries
 
-    def _key(self, event: Any, depth: int) -> str | int | None:
+    def _key(self, event: Any, path: str, depth: int) -> str | int | None:
         """The key, or None after reporting that it is none."""
         if isinstance(event, ScalarEvent) and event.style is None and event.value == "<<":
-            self._add(event, "<<: merge keys are not used here", hint="write the keys out")
+            self._add(event, path, "<<: merge keys are not used here", "write the keys out")
             return None
-        node = self._node(event, depth + 1)
+        node = self._node(event, path, depth + 1)
         value = node.value
         if isinstance(value, (dict, list)):
             hint = None
             if self._text.startswith("{{", max(0, event.start_mark.index - 1)):
                 hint = "quote a text that begins with a brace; there are no templates here"
-            self._add(event, "a key must be a text, not a map or a list", hint=hint)
-            return None
-        if not node.sound:
-            return None
-        if value is None:
-            self._add(event, "a key is missing before the ':'")
-            return None
-        if isinstance(value, (bool, float)):
-            self._add(event, f"the key {show(value)} must be a text", hint="quote it")
-            return None
-        if isinstance(value, str) and not value.isascii():
-            from unicodedata import normalize
-
-            return normalize("NFC", value)
-        return value
+            self._add(event, path, "a key must be a text, not a map or a list", hint)
+        elif not node.sound:
+            pass  # it has been said
+        elif value is None:
+            self._add(event, path, "a key is missing before the ':'")
+        elif isinstance(value, (bool, float)):
+            self._add(event, path, f"the key {show(value)} must be a text", "quote it")
+        else:
+            return composed(value) if isinstance(value, str) else value
+        return None
 
 
 def _encodable(text: str) -> bool:
@@ -218,6 +204,8 @@ def _encodable(text: str) -> bool:
         return False
     return True
 
+
+# --- The text of a file -------------------------------------------------------------------------
 
 MAX_BYTES = 256 * 1024
 
@@ -231,26 +219,22 @@ _UNFIT = re.compile(
 
 def read_text(path: Path, report: Report) -> str | None:
     """The text of a regular file, or None after reporting why not. Never blocks on a FIFO."""
-    file = str(path)
-    report.lines.setdefault(file, [])
-    whole = Place(file, 0, 0)
+    report.lines.setdefault(str(path), [])
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
-                what = "it is a directory" if stat.S_ISDIR(mode) else "it is not a regular file"
-                report.add(whole, "", f"cannot read the file: {what}")
-                return None
-            data = b""
-            while len(data) <= MAX_BYTES and (part := os.read(descriptor, MAX_BYTES + 1)):
-                data += part
-        finally:
-            os.close(descriptor)
+        with open(path, "rb", opener=_without_waiting) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return text_of(file.read(MAX_BYTES + 1), path, report)
+            problem = "it is not a regular file"
+    except IsADirectoryError:
+        problem = "it is a directory"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        report.add(whole, "", f"cannot read the file: {cause_of(error)}")
-        return None
-    return text_of(data, path, report)
+        problem = cause_of(error)
+    report.add(At(Place(str(path))), f"cannot read the file: {problem}")
+    return None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def text_of(data: bytes, path: Path, report: Report) -> str | None:
@@ -258,50 +242,41 @@ def text_of(data: bytes, path: Path, report: Report) -> str | None:
     file = str(path)
     report.lines.setdefault(file, [])
     if len(data) > MAX_BYTES:
-        message = f"cannot read the file: it is larger than {MAX_BYTES // 1024} KiB"
-        report.add(Place(file, 0, 0), "", message)
+        problem = f"cannot read the file: it is larger than {MAX_BYTES // 1024} KiB"
+        report.add(At(Place(file)), problem)
         return None
-    return _decode(data, file, report)
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        problem = "cannot read the file: it is UTF-16"
+        report.add(At(Place(file, 1, 1)), problem, hint="save it as UTF-8")
+        return None
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        report.lines[file] = data.decode("utf-8", "replace").split("\n")
+        place = _place_of(file, data[: error.start].decode("utf-8"))
+        problem = f"the byte 0x{data[error.start]:02x} is not UTF-8"
+        report.add(At(place), problem, hint="save the file as UTF-8")
+        return None
+    report.lines[file] = [line.removesuffix("\r") for line in text.split("\n")]
+    bad = _UNFIT.search(text)
+    if bad is not None:
+        number = ord(bad[0])
+        hint = f'inside double quotes it can be written as "\\u{number:04x}"'
+        report.add(
+            At(_place_of(file, text[: bad.start()])),
+            f"the character U+{number:04X} cannot stand here",
+            hint=hint if 0 < number < 0x10000 else None,
+        )
+        return None
+    return text
+
+
+def _place_of(file: str, before: str) -> Place:
+    """The place after the text `before`."""
+    return Place(file, before.count("\n") + 1, len(before) - before.rfind("\n"))
 
 
 def cause_of(error: OSError | ValueError) -> str:
     """What the system says, as the end of a sentence."""
     cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return cause[:1].lower() + cause[1:]
-
-
-def _decode(data: bytes, file: str, report: Report) -> str | None:
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        report.add(
-            Place(file, 1, 1), "", "cannot read the file: it is UTF-16", hint="save it as UTF-8"
-        )
-        return None
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line_start = data.rfind(b"\n", 0, error.start) + 1
-        line = data.count(b"\n", 0, error.start) + 1
-        before = data[line_start : error.start].decode("utf-8")
-        report.lines[file] = data.decode("utf-8", "replace").split("\n")
-        report.add(
-            Place(file, line, len(before) + 1),
-            "",
-            f"the byte 0x{data[error.start]:02x} is not UTF-8",
-            hint="save the file as UTF-8",
-        )
-        return None
-    report.lines[file] = [line.removesuffix("\r") for line in text.split("\n")]
-    bad = _UNFIT.search(text)
-    if bad is not None:
-        line = text.count("\n", 0, bad.start()) + 1
-        column = bad.start() - text.rfind("\n", 0, bad.start())
-        report.add(
-            Place(file, line, column),
-            "",
-            f"the character U+{ord(bad[0]):04X} cannot stand here",
-            hint=f'inside double quotes it can be written as "\\u{ord(bad[0]):04x}"'
-            if 0 < ord(bad[0]) < 0x10000
-            else None,
-        )
-        return None
-    return text

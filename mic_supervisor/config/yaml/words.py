@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from mic_supervisor.config.diagnostics import Report
+from mic_supervisor.config.diagnostics import At, Report
 from mic_supervisor.config.document import Place
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def report_syntax_error(
     # Inside brackets a brace ends an unquoted text: "$" is one, and "{port}" no part of it.
     if opened is not None and line <= len(lines) and lines[line - 1][column - 2 : column] == "${":
         hint = 'inside brackets, quote a text that holds ${…}: "${port}"'
-    report.add(Place(file, line, column), "", message, hint=hint)
+    report.add(At(Place(file, line, column)), message, hint=hint)
 
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
@@ -80,28 +80,24 @@ _BOOLEANS["FALSE"] = False
 # Each is read as something else than text by YAML 1.1 or 1.2; the words say what as.
 # Sources: yaml.org/type (bool, int, float, timestamp, value), YAML 1.2.2 chapter 10.3.
 _SURPRISES = [
-    (re.compile(r"y|Y|yes|Yes|YES|n|N|no|No|NO|on|On|ON|off|Off|OFF"), "a truth value"),
-    (re.compile(r"~|null|Null|NULL"), "no value"),
-    (re.compile(r"[-+]?0[0-9_]+"), "an octal number"),
-    (re.compile(r"[-+]?0o[0-7_]+"), "an octal number"),
-    (re.compile(r"[-+]?0x[0-9a-fA-F_]+"), "a hexadecimal number"),
-    (re.compile(r"[-+]?0b[01_]+"), "a binary number"),
-    (re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?"), "a number to base 60"),
-    (re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"), "a number that is none"),
-    (
-        re.compile(
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (r"y|Y|yes|Yes|YES|n|N|no|No|NO|on|On|ON|off|Off|OFF", "a truth value"),
+        (r"~|null|Null|NULL", "no value"),
+        (r"[-+]?0[0-9_]+|[-+]?0o[0-7_]+", "an octal number"),
+        (r"[-+]?0x[0-9a-fA-F_]+", "a hexadecimal number"),
+        (r"[-+]?0b[01_]+", "a binary number"),
+        (r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?", "a number to base 60"),
+        (r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "a number that is none"),
+        (
             r"[0-9]{4}-[0-9][0-9]?-[0-9][0-9]?"
             r"(?:(?:[Tt]|[ \t]+)[0-9][0-9]?:[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?"
-            r"(?:[ \t]*(?:Z|[-+][0-9][0-9]?(?::?[0-9]{2})?))?)?"
+            r"(?:[ \t]*(?:Z|[-+][0-9][0-9]?(?::?[0-9]{2})?))?)?",
+            "a date",
         ),
-        "a date",
-    ),
-    (re.compile(r"="), "a default value"),
-    (re.compile(r"[-+]?[0-9][0-9_]*"), "a number"),
-    (
-        re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"),
-        "a number",
-    ),
+        (r"=", "a default value"),
+        (r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?", "a number"),
+    )
 ]
 
 

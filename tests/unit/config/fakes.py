@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from mic_supervisor.backends import BackendBase
 from mic_supervisor.config.checks import BackendTypes
 from mic_supervisor.config.document import Config
 from mic_supervisor.config.load import load
@@ -51,17 +52,17 @@ class CommandOptions(ModelOptions):
     command: Annotated[list[Text], Field(min_length=1)]
 
 
-class Server:
+class Server(BackendBase):
     Settings = ServerSettings
     Options = ServerOptions
 
 
-class Command:
+class Command(BackendBase):
     Settings = CommandSettings
     Options = CommandOptions
 
 
-class Fragile:
+class Fragile(BackendBase):
     """A plug-in whose validators raise what they should not."""
 
     class Settings(Strict):
