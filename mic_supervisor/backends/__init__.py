@@ -54,6 +54,20 @@ class Member:
     gpus: tuple[Gpu, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """A command of a server that runs already, as a backend knows it.
+
+    `entry` are the model's keys without `backend`; `settings` those below `backends:`.
+    """
+
+    backend: str
+    name: str
+    entry: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
 Ask = Callable[[HttpCall], tuple[int | None, str]]
 """Sends a call to the running server: (status, body); None: there was no answer."""
 
@@ -137,6 +151,21 @@ class BackendBase:
     """What most backends have in common: no model inside their server is loaded over HTTP, and no
     server is shared.
     """
+
+    example: tuple[str, str] = ("", "")
+    """For a first gpus.yaml: YAML below `backends:` and below `models:`."""
+
+    def recognise(
+        self,
+        command: Sequence[str],  # noqa: ARG002
+        directory: str,  # noqa: ARG002
+        exists: Callable[[str], bool],  # noqa: ARG002
+    ) -> Recognised | None:
+        """What a model would be that runs as `command` does, with an absolute path at its head.
+
+        `directory` is where it was started. None: it is no command of this backend.
+        """
+        return None
 
     def placement_state(
         self,

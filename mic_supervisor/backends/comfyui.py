@@ -6,13 +6,14 @@ Seen with ComfyUI 0.3.64; `--database-url` came with 0.3.41, so that nothing old
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import ClassVar, Self
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from mic_supervisor.backends import BackendBase, CompileRequest, common
+from mic_supervisor.backends import BackendBase, CompileRequest, Recognised, common
 from mic_supervisor.config.options import (
     AbsolutePath,
     CheckOptions,
@@ -114,6 +115,39 @@ class ComfyUIBackend(BackendBase):
     name = "comfyui"
     Settings = Settings
     Options = Options
+    example = (
+        "  comfyui:\n"
+        "    path: /opt/ComfyUI                             # the directory that holds main.py\n",
+        "  change_face: {backend: comfyui, args: [--highvram]}\n",
+    )
+
+    def recognise(
+        self, command: Sequence[str], directory: str, exists: Callable[[str], bool]
+    ) -> Recognised | None:
+        main = next((n for n, arg in enumerate(command) if Path(arg).name == "main.py"), None)
+        if main is None:
+            return None
+        path = str((PurePosixPath(directory) / command[main]).parent)
+        if not (exists(f"{path}/comfy") and exists(f"{path}/nodes.py")):
+            return None
+        given, rest = _split(command[main + 1 :])
+        entry: dict[str, Any] = {}
+        if given.get("--port", "").isdigit():
+            entry["port"] = int(given["--port"])
+        if listen := given.get("--listen"):
+            entry["listen"] = listen.partition(",")[0]
+        elif "--listen" in given:
+            entry["listen"] = "0.0.0.0"
+        base = given.get("--base-directory") or path
+        entry["output_directory"] = given.get("--output-directory") or f"{base}/output"
+        entry["input_directory"] = given.get("--input-directory") or f"{base}/input"
+        if paths := given.get("--extra-model-paths-config"):
+            entry["extra_model_paths"] = [paths]
+        if rest:
+            entry["args"] = rest
+        settings = {"path": path, "python": command[0]}
+        anew = "Users' files and the database begin anew: each instance has its own."
+        return Recognised("comfyui", "comfyui", entry, settings, (anew,))
 
     def compile(self, request: CompileRequest) -> Instance:
         """One process tree that sees the GPUs of the instance and no other. Raises CompileError."""
@@ -194,6 +228,22 @@ def _probes(options: Options, own: Path) -> Probes:
         liveness=given.liveness or Probe(check, period=10.0, timeout=30.0),
         readiness=given.readiness or Probe(check, period=5.0, timeout=10.0),
     )
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The flags that are not the model's to give, with their values, and the rest as it is."""
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        if flag not in _OWN_FLAGS and flag != "--base-directory":
+            rest.append(flag + equals + value)
+        elif equals or not waiting or waiting[0].startswith("--"):
+            given[flag] = value
+        else:
+            given[flag] = waiting.pop(0)
+    return given, rest
 
 
 def _own_flag(arg: str) -> str | None:

@@ -45,6 +45,14 @@ class ContainerBackend(BackendBase):
     name = "container"
     Settings = Settings
     Options = Options
+    example = (
+        "",
+        "  embed:                                           # any image\n"
+        "    backend: container\n"
+        "    image: ghcr.io/huggingface/text-embeddings-inference:1.8\n"
+        '    command: [--port, "${port}", --model-id, BAAI/bge-m3]\n'
+        "    probe: {http: /health}\n",
+    )
 
     def compile(self, request: CompileRequest) -> Instance:
         """One container with all the GPUs of the instance. Raises CompileError."""

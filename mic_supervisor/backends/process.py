@@ -51,6 +51,14 @@ class ProcessBackend(BackendBase):
     name = "process"
     Settings = Settings
     Options = Options
+    example = (
+        "",
+        "  whisper:                                         # any command\n"
+        "    backend: process\n"
+        '    command: [/opt/whisper/bin/serve, --port, "${port}"]\n'
+        "    env_file: /etc/mic/whisper.env                 # secrets stay out of this file\n"
+        "    probe: {http: /health}\n",
+    )
 
     def compile(self, request: CompileRequest) -> Instance:
         """One process tree that sees the GPUs of the instance and no other. Raises CompileError.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-    from mic_supervisor.backends import Backend
+    from mic_supervisor.backends import Backend, Recognised
 
 GROUP = "mic_supervisor.backends"
 
@@ -52,6 +52,29 @@ def _readable() -> Iterator[EntryPoint]:
             yield from entries
 
 
+def examples(names: Iterable[str]) -> str:
+    """The examples of these backends, as YAML with the keys `backends:` and `models:`."""
+    known = [_built_in(name).example for name in names if name in _BUILT_IN]
+    settings = "".join(settings for settings, _ in known)
+    models = "".join(model for _, model in known)
+    others = (name for name in names if name not in _BUILT_IN)
+    plugins = "".join(f"  # {name}: see the documentation of that plug-in\n" for name in others)
+    return (f"backends:\n{settings}" if settings else "") + f"models:\n{models}{plugins}"
+
+
+def recognise(
+    command: Sequence[str], directory: str, exists: Callable[[str], bool]
+) -> Recognised | None:
+    """What a server that runs already would be as a model; see BackendBase."""
+    found = (_built_in(name).recognise(command, directory, exists) for name in _BUILT_IN)
+    return next((one for one in found if one is not None), None)
+
+
+def _built_in(name: str) -> Any:
+    module, _, attribute = _BUILT_IN[name].partition(":")
+    return getattr(import_module(module), attribute)()
+
+
 class Registry:
     """Backends by name. A built-in one cannot be replaced by a plug-in of the same name."""
 
@@ -84,9 +107,8 @@ class Registry:
         is loaded once, whether or not that works.
         """
         if name not in self._loaded:
-            if (target := _BUILT_IN.get(name)) is not None:
-                module, _, attribute = target.partition(":")
-                self._loaded[name] = getattr(import_module(module), attribute)()
+            if name in _BUILT_IN:
+                self._loaded[name] = _built_in(name)
             else:
                 entries = [entry for entry in self._installed() if entry.name == name]
                 if not entries:

@@ -239,6 +239,13 @@ class TritonBackend(BackendBase):
     name = "triton"
     Settings = Settings
     Options = Options
+    example = (
+        "  triton:\n"
+        "    image: nvcr.io/nvidia/tritonserver:25.04-py3\n"
+        "    model_repository: /srv/triton/model_repository\n"
+        "    shm_size: 2g\n",
+        "  MAM: {backend: triton, instances_per_gpu: 8}     # a directory of the repository\n",
+    )
 
     def compile(self, request: CompileRequest) -> Instance:
         options: Options = request.options

@@ -7,14 +7,14 @@ and flags.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mic_supervisor.backends import BackendBase, CompileRequest, common
+from mic_supervisor.backends import BackendBase, CompileRequest, Recognised, common
 from mic_supervisor.config.options import AbsolutePath, ModelOptions, Strict, Text
 from mic_supervisor.config.types import PositiveDuration, Size
 from mic_supervisor.model import (
@@ -131,6 +131,24 @@ class VllmBackend(BackendBase):
     name = "vllm"
     Settings = Settings
     Options = Options
+    example = (
+        "  vllm:\n    cache: /srv/cache                              # of downloaded models\n",
+        "  qwen: {backend: vllm, model: Qwen/Qwen3-8B}\n",
+    )
+
+    def recognise(
+        self,
+        command: Sequence[str],
+        directory: str,  # noqa: ARG002
+        exists: Callable[[str], bool],  # noqa: ARG002
+    ) -> Recognised | None:
+        """It goes on as a host process: no one knows whether an image would serve the same."""
+        programs = [PurePosixPath(arg).name for arg in command[:3]]
+        if "vllm" not in programs or "serve" not in command[:4]:
+            return None
+        model = command[command.index("serve") + 1 :][:1]
+        name = PurePosixPath(model[0]).name if model and not model[0].startswith("-") else "vllm"
+        return Recognised("process", name, {"start_timeout": "15m", "probe": {"http": "/health"}})
 
     def compile(self, request: CompileRequest) -> Instance:
         """One server over the GPUs of the instance. Raises CompileError."""

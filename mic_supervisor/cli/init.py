@@ -185,7 +185,7 @@ def _draft(
     from_running: bool,
 ) -> tuple[Draft, set[str]]:
     """The draft, and the names of the proposals that have GPUs in it."""
-    from mic_supervisor.backends.drafts import examples
+    from mic_supervisor.backends.registry import examples
     from mic_supervisor.config.draft import Draft, DraftModel
     from mic_supervisor.host.identity import host_name
 

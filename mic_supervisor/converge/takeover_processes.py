@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 
-from mic_supervisor.backends.drafts import Recognised, recognise
+from mic_supervisor.backends import Recognised
+from mic_supervisor.backends.registry import recognise
 from mic_supervisor.converge.takeover import Proposal, base_name, for_env_file, refusal
 from mic_supervisor.host import processes
 from mic_supervisor.model import Owner, OwnerKind
