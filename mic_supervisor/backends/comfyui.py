@@ -16,7 +16,6 @@ from pydantic import Field, model_validator
 from mic_supervisor.backends import BackendBase, CompileRequest, Recognised, common
 from mic_supervisor.config.options import (
     AbsolutePath,
-    CheckOptions,
     ModelOptions,
     Strict,
 )
@@ -82,14 +81,10 @@ class Options(ModelOptions):
 
     @model_validator(mode="after")
     def _own_probes(self) -> Self:
-        given = self.probe
-        if isinstance(given, CheckOptions) or (given is not None and given.startup is not None):
-            raise ValueError(
-                "probe: whether ComfyUI is up, and which instance answers, is checked in its own "
-                "way; give probe.liveness or probe.readiness"
-            )
-        if any(check.docker for check in common.checks(self)):
-            raise ValueError("probe: docker: a host process has no image; use http, tcp or exec")
+        common.refuse_own_startup(
+            self, "whether ComfyUI is up, and which instance answers, is checked in its own way"
+        )
+        common.refuse_engine_probe(self)
         return self
 
     @model_validator(mode="after")

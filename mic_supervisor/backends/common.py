@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.config.env_file import parse_env_file
-from mic_supervisor.config.options import CheckOptions, ModelOptions
+from mic_supervisor.config.options import CheckOptions, ModelOptions, Strict
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import (
     Check,
@@ -45,13 +45,31 @@ _KNOWN = "${port}, ${port:NAME}, ${gpu_uuids}, ${gpu_indices}, ${model}, ${insta
 _ENV_NAME = re.compile(r"[^\s=]+")  # a container may have names that systemd would not take
 
 
+class NoSettings(Strict):
+    """This backend has no settings of its own."""
+
+
+# For the validators of Options; each raises ValueError.
+
+
 def refuse_container_port_on_host(options: ModelOptions) -> None:
-    """For the validators of Options: raises ValueError."""
     if options.network == "host" and options.container_port is not None:
         raise ValueError(
             "container_port: with network: host there is nothing to publish; "
             "remove the key and let the command listen on ${port}"
         )
+
+
+def refuse_engine_probe(options: ModelOptions) -> None:
+    if any(check.docker for check in checks(options)):
+        raise ValueError("probe: docker: a host process has no image; use http, tcp or exec")
+
+
+def refuse_own_startup(options: ModelOptions, why: str) -> None:
+    """For a backend whose startup probe is its own."""
+    given = options.probe
+    if isinstance(given, CheckOptions) or (given is not None and given.startup is not None):
+        raise ValueError(f"probe: {why}; give probe.liveness or probe.readiness")
 
 
 def cannot(request: CompileRequest, cause: str, hint: str | None = None) -> CompileError:
@@ -68,8 +86,8 @@ class Texts:
     command: tuple[str, ...]
     entrypoint: tuple[str, ...] | None
     env: Pairs
-    variables: Pairs
     probes: Probes
+    variables: Pairs
 
 
 def texts(
@@ -98,6 +116,7 @@ def texts(
         def one(match: re.Match[str]) -> str:
             name, end = match[1], match[2]
             kind, colon, argument = name.partition(":")
+            hint = None
             if not end:
                 raise cannot(request, f"{where} has a ${{ without its }}")
             if name in known:
@@ -105,51 +124,37 @@ def texts(
             if name == "gpu_indices" or (name == "port" and "http" in names):
                 return match[0]
             if kind == "port" and colon:
-                if argument not in names:
-                    has = ", ".join(sorted(names)) or "none"
-                    raise cannot(request, f"{where} refers to {match[0]}, and its ports are: {has}")
-                return match[0]
-            if kind == "env" and colon:
-                if argument not in request.variables:
-                    raise cannot(
-                        request,
-                        f"{where} refers to {match[0]}, which has no value",
-                        "set the variable in the supervisor's environment or in /etc/mic/mic.env",
-                    )
-                used.add(argument)
-                return match[0]
-            raise cannot(request, f"{where} refers to {match[0]}, which is unknown", _known_hint())
+                if argument in names:
+                    return match[0]
+                fault = f"and its ports are: {', '.join(sorted(names)) or 'none'}"
+            elif kind == "env" and colon:
+                if argument in request.variables:
+                    used.add(argument)
+                    return match[0]
+                fault = "which has no value"
+                hint = "set the variable in the supervisor's environment or in /etc/mic/mic.env"
+            else:
+                fault, hint = "which is unknown", f"use one of {_KNOWN}"
+            raise cannot(request, f"{where} refers to {match[0]}, {fault}", hint)
 
         return _PLACEHOLDER.sub(one, text)
 
     def fill_all(items: Iterable[str], where: str) -> tuple[str, ...]:
         return tuple(fill(item, f"{where}[{index}]") for index, item in enumerate(items))
 
-    def fill_probe(probe: Probe | None, where: str) -> Probe | None:
+    def fill_probe(kind: str) -> Probe | None:
+        probe: Probe | None = getattr(probes, kind)
         if probe is None or not isinstance(probe.check, ExecCheck):
             return probe
-        check = ExecCheck(fill_all(probe.check.command, where))
-        return Probe(check, probe.period, probe.timeout, probe.failures)
+        return replace(probe, check=ExecCheck(fill_all(probe.check.command, f"probe.{kind}.exec")))
 
-    filled_command = fill_all(command, "command")
-    filled_entrypoint = None if entrypoint is None else fill_all(entrypoint, "entrypoint")
-    filled_env = tuple((name, fill(env[name], f"env.{name}")) for name in sorted(env))
-    filled_probes = Probes(
-        startup=fill_probe(probes.startup, "probe.startup.exec"),
-        liveness=fill_probe(probes.liveness, "probe.liveness.exec"),
-        readiness=fill_probe(probes.readiness, "probe.readiness.exec"),
-    )
     return Texts(
-        filled_command,
-        filled_entrypoint,
-        filled_env,
-        tuple((name, request.variables[name]) for name in sorted(used)),
-        filled_probes,
+        command=fill_all(command, "command"),
+        entrypoint=None if entrypoint is None else fill_all(entrypoint, "entrypoint"),
+        env=tuple((name, fill(env[name], f"env.{name}")) for name in sorted(env)),
+        probes=Probes(*map(fill_probe, ("startup", "liveness", "readiness"))),
+        variables=tuple((name, request.variables[name]) for name in sorted(used)),
     )
-
-
-def _known_hint() -> str:
-    return f"use one of {_KNOWN}"
 
 
 def file_env(request: CompileRequest) -> Pairs:
@@ -230,32 +235,31 @@ def probes(options: ModelOptions) -> Probes:
     if given is None:
         return Probes()
     if isinstance(given, CheckOptions):
-        probe = probe_of(given)
+        probe = _probe(given)
         return Probes(probe, probe, probe)
     startup = given.startup or given.liveness or given.readiness
-    return Probes(probe_of(startup), probe_of(given.liveness), probe_of(given.readiness))
+    return Probes(_probe(startup), _probe(given.liveness), _probe(given.readiness))
 
 
-def probe_of(options: CheckOptions | None) -> Probe | None:
+def _probe(options: CheckOptions | None) -> Probe | None:
     if options is None:
         return None
-    check: Check
+    check: Check = EngineCheck()
     if options.http is not None:
         check = HttpCheck(options.http)
     elif options.exec is not None:
         check = ExecCheck(tuple(options.exec))
     elif options.tcp:
         check = TcpCheck()
-    else:
-        check = EngineCheck()
     return Probe(check, options.period, options.timeout, options.failures)
 
 
 def checks(options: ModelOptions) -> tuple[CheckOptions, ...]:
     """Every check that a model's `probe:` names."""
-    if options.probe is None or isinstance(options.probe, CheckOptions):
-        return () if options.probe is None else (options.probe,)
-    split = (options.probe.startup, options.probe.liveness, options.probe.readiness)
+    given = options.probe
+    if isinstance(given, CheckOptions):
+        return (given,)
+    split = (given.startup, given.liveness, given.readiness) if given is not None else ()
     return tuple(check for check in split if check is not None)
 
 
@@ -281,11 +285,6 @@ def unless_in_file(request: CompileRequest, env: Mapping[str, str]) -> dict[str,
     """`env`, a backend's own defaults, without what the model's `env_file` sets."""
     in_file = dict(file_env(request))
     return {name: value for name, value in env.items() if name not in in_file}
-
-
-def limits(options: ModelOptions) -> Limits:
-    given = options.limits
-    return Limits(given.memory, given.cpus, given.nofile, given.memlock)
 
 
 def mounts(request: CompileRequest, own: Sequence[Mount] = ()) -> tuple[Mount, ...]:
@@ -316,44 +315,39 @@ def container(
     """
     options: ModelOptions = request.options
     return ContainerSpec(
+        **_of_any_workload(request, filled, ports),
         image=image,
-        command=filled.command,
         entrypoint=filled.entrypoint,
-        env=filled.env,
-        env_file=options.env_file,
-        file_env=file_env(request),
-        variables=filled.variables,
         devices=devices(request),
         mounts=mounts(request, own_mounts),
-        ports=ports,
-        listen=options.listen,
         network=options.network,
         shm_size=shm_size if options.shm_size is None else options.shm_size,
-        user=options.user,
-        working_dir=options.working_dir,
-        limits=limits(options),
-        stop_signal=options.stop_signal,
-        stop_timeout=options.stop_timeout,
     )
 
 
 def process(request: CompileRequest, filled: Texts, ports: tuple[Port, ...]) -> ProcessSpec:
     """A host process from its command and the model's common keys."""
+    return ProcessSpec(**_of_any_workload(request, filled, ports))
+
+
+def _of_any_workload(
+    request: CompileRequest, filled: Texts, ports: tuple[Port, ...]
+) -> dict[str, Any]:
     options: ModelOptions = request.options
-    return ProcessSpec(
-        command=filled.command,
-        env=filled.env,
-        env_file=options.env_file,
-        file_env=file_env(request),
-        variables=filled.variables,
-        ports=ports,
-        listen=options.listen,
-        user=options.user,
-        working_dir=options.working_dir,
-        limits=limits(options),
-        stop_signal=options.stop_signal,
-        stop_timeout=options.stop_timeout,
-    )
+    return {
+        "command": filled.command,
+        "env": filled.env,
+        "env_file": options.env_file,
+        "file_env": file_env(request),
+        "variables": filled.variables,
+        "ports": ports,
+        "listen": options.listen,
+        "user": options.user,
+        "working_dir": options.working_dir,
+        "limits": Limits(**dict(options.limits)),
+        "stop_signal": options.stop_signal,
+        "stop_timeout": options.stop_timeout,
+    }
 
 
 def instance(

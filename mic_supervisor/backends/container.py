@@ -8,12 +8,8 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, common
-from mic_supervisor.config.options import AbsolutePath, ModelOptions, Strict, Text
+from mic_supervisor.config.options import AbsolutePath, ModelOptions, Text
 from mic_supervisor.model import Instance
-
-
-class Settings(Strict):
-    """This backend has no settings of its own."""
 
 
 class Options(ModelOptions):
@@ -43,7 +39,7 @@ class Options(ModelOptions):
 
 class ContainerBackend(BackendBase):
     name = "container"
-    Settings = Settings
+    Settings = common.NoSettings
     Options = Options
     example = (
         "",

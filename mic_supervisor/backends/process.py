@@ -8,14 +8,10 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, common
-from mic_supervisor.config.options import AbsolutePath, ModelOptions, Strict, Text
-from mic_supervisor.model import Instance, ProcessSpec
+from mic_supervisor.config.options import AbsolutePath, ModelOptions, Text
+from mic_supervisor.model import Instance
 
 _CONTAINERS_ONLY = "a host process has no container; remove the key"
-
-
-class Settings(Strict):
-    """This backend has no settings of its own."""
 
 
 class Options(ModelOptions):
@@ -42,14 +38,13 @@ class Options(ModelOptions):
                 f"command: the program {program!r} is not an absolute path; "
                 "write where it is, as in /usr/bin/python3"
             )
-        if any(check.docker for check in common.checks(self)):
-            raise ValueError("probe: docker: a host process has no image; use http, tcp or exec")
+        common.refuse_engine_probe(self)
         return self
 
 
 class ProcessBackend(BackendBase):
     name = "process"
-    Settings = Settings
+    Settings = common.NoSettings
     Options = Options
     example = (
         "",
@@ -75,6 +70,6 @@ class ProcessBackend(BackendBase):
             env={**common.visible_gpus(request), **options.env},
             probes=common.probes(options),
         )
-        workload: ProcessSpec = common.process(request, filled, ports)
+        workload = common.process(request, filled, ports)
         made = common.instance(request, workload, filled.probes)
         return replace(made, metrics_path=options.metrics)

@@ -22,7 +22,6 @@ from mic_supervisor.backends.triton_log import load_failure
 from mic_supervisor.config.names import BadKey, parse_gpu_key
 from mic_supervisor.config.options import (
     AbsolutePath,
-    CheckOptions,
     EnvName,
     LimitOptions,
     ModelOptions,
@@ -47,63 +46,28 @@ from mic_supervisor.model import (
 )
 
 _REPOSITORY = "/models"  # inside the container
-_INSIDE = {"http": 8000, "grpc": 8001, "metrics": 8002}
-_FIXED = {"http": 8000, "grpc": 8001, "metrics": 8002}  # of a server for all models
+_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # inside, and of a server for all models
 SHARED = "triton-shared"  # the id of that server
 # What only a server for all models has here; with one for each model, the model says it.
 _OF_SHARED = (
-    "gpus",
-    "ports",
-    "args",
-    "env",
-    "env_file",
-    "listen",
-    "mounts",
-    "limits",
-    "start_timeout",
+    *("gpus", "ports", "args", "env", "env_file", "listen", "mounts", "limits", "start_timeout"),
     "stop_timeout",
 )
 # What a model says of its server, where that is not for all models.
 _OF_SERVER = frozenset(
     {
-        "args",
-        "env",
-        "env_file",
-        "port",
-        "ports",
-        "listen",
-        "probe",
-        "stop_timeout",
-        "stop_signal",
-        "user",
-        "working_dir",
-        "limits",
-        "mounts",
-        "shm_size",
-        "network",
-        "rollout",
+        *("args", "env", "env_file", "port", "ports", "listen", "probe", "stop_timeout", "user"),
+        *("stop_signal", "working_dir", "limits", "mounts", "shm_size", "network", "rollout"),
     }
 )
 # Triton 2.51 takes the name from the URL as it stands, percent signs and all.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _OWN_FLAGS = frozenset(
     {
-        "--exit-on-error",
-        "--exit-timeout-secs",
-        "--grpc-address",
-        "--grpc-port",
-        "--http-address",
-        "--http-port",
-        "--id",
-        "--load-model",
-        "--log-format",
-        "--metrics-address",
-        "--metrics-port",
-        "--model-control-mode",
-        "--model-repository",
-        "--model-store",
-        "--strict-readiness",
-        "--allow-http",
+        *("--exit-on-error", "--exit-timeout-secs", "--grpc-address", "--grpc-port"),
+        *("--http-address", "--http-port", "--id", "--load-model", "--log-format"),
+        *("--metrics-address", "--metrics-port", "--model-control-mode", "--model-repository"),
+        *("--model-store", "--strict-readiness", "--allow-http"),
     }
 )
 
@@ -210,13 +174,10 @@ class Options(ModelOptions):
 
     @model_validator(mode="after")
     def _own_probes(self) -> Self:
-        if self.probe is None:
-            return self
-        if isinstance(self.probe, CheckOptions) or self.probe.startup is not None:
-            raise ValueError(
-                "probe: whether a Triton server is up is checked in its own way, before its model "
-                "is loaded; give probe.liveness or probe.readiness"
-            )
+        common.refuse_own_startup(
+            self,
+            "whether a Triton server is up is checked in its own way, before its model is loaded",
+        )
         return self
 
     @model_validator(mode="after")
@@ -387,7 +348,7 @@ def _command(bridge: bool, listen: str, exit_timeout: int) -> list[str]:
         "--model-control-mode=explicit",
         "--id=${instance}",
     ]
-    for name, inside in _INSIDE.items():
+    for name, inside in _PORTS.items():
         if bridge:
             command.append(f"--{name}-port={inside}")
         else:
@@ -417,7 +378,7 @@ def _instance(
             "raise the model's stop_timeout or lower backends.triton.exit_timeout",
         )
     bridge = options.network == "bridge"
-    ports = common.ports(options, container=_INSIDE)
+    ports = common.ports(options, container=_PORTS)
     if not bridge:
         ports = tuple(type(port)(port.name, port.host) for port in ports)
     filled = common.texts(
@@ -447,14 +408,9 @@ def _options_of_shared(request: CompileRequest) -> Options:
         if key != "gpus" and (value := getattr(settings, key)) is not None
     }
     fixed = settings.ports.model_dump(exclude_none=True) if settings.ports is not None else {}
-    given["ports"] = PortOptions(**{**_FIXED, **fixed})
+    given["ports"] = PortOptions(**{**_PORTS, **fixed})
     # What was validated as a setting needs no validation as an option, which is of texts.
-    return Options.model_construct(
-        **{
-            **Options.model_validate({"backend": "triton"}).__dict__,
-            **given,
-        }
-    )
+    return Options(backend="triton").model_copy(update=given)
 
 
 def _uuids(gpus: Iterable[Gpu]) -> tuple[str, ...]:

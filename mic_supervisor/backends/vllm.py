@@ -108,10 +108,7 @@ class Options(ModelOptions):
                     raise ValueError(f"{key}: {_CONTAINERS_ONLY}")
             if "network" in self.model_fields_set and self.network == "bridge":
                 raise ValueError("network: a host process has no bridge; remove the key")
-            if any(check.docker for check in common.checks(self)):
-                raise ValueError(
-                    "probe: docker: a host process has no image; use http, tcp or exec"
-                )
+            common.refuse_engine_probe(self)
         return self
 
 
