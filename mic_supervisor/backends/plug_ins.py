@@ -7,11 +7,11 @@ one: it never keeps another backend from working, nor the plan from being made.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 
@@ -43,6 +43,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACEHOLDER = re.compile(r"\$\{([^{}]*)\}")
 _DEFAULTS = BackendBase()
 
+T = TypeVar("T")
+
 
 def source_of(entry: EntryPoint) -> str:
     """ "mic-supervisor-x 1.0 (mic_x:XBackend)"; without a package only what it names."""
@@ -73,9 +75,7 @@ def load(name: str, entries: Sequence[EntryPoint]) -> Backend:
         lacks = f"cannot be looked at: {_words(error)}"
     if lacks:
         raise MicError(f"cannot use backend {name}: {source} {lacks}", hint=hint)
-    guarded: Any = Guarded(backend, source)
-    found: Backend = guarded
-    return found
+    return Guarded(backend, source)
 
 
 def _lacks(name: str, backend: Any) -> str | None:
@@ -112,10 +112,10 @@ class Guarded:
     What later versions add to BackendBase is there even for a plug-in that does not derive from it.
     """
 
-    def __init__(self, backend: Any, source: str) -> None:
-        self.name: str = backend.name
-        self.Settings: type[BaseModel] = backend.Settings
-        self.Options: type[BaseModel] = backend.Options
+    def __init__(self, backend: Backend, source: str) -> None:
+        self.name = backend.name
+        self.Settings = backend.Settings
+        self.Options = backend.Options
         self._backend = backend
         self._source = source
 
@@ -128,16 +128,7 @@ class Guarded:
 
     def compile(self, request: CompileRequest) -> Instance:
         """As the plug-in does. Raises CompileError, too, where it gives what nobody can run."""
-        try:
-            made = self._backend.compile(request)
-        except CompileError:
-            raise
-        except DEFECT as error:
-            raise self._defect(request, _words(error)) from error
-        if fault := misfit(made, request):
-            raise self._defect(request, fault)
-        instance: Instance = made
-        return instance
+        return self._made(request, "compile", lambda made: misfit(made, request), request)
 
     def placement_state(
         self, placement: Placement, status: int | None, body: str
@@ -146,20 +137,17 @@ class Guarded:
         try:
             state = self._backend.placement_state(placement, status, body)
             fault = _type_fault(state, PlacementState, "its answer")
+            if fault is None:
+                return state
         except DEFECT as error:
             fault = _words(error)
-        if fault is None:
-            found: PlacementState = state
-            return found
         reason = f"backend {self.name} cannot read its server's answer: {fault}"
         return PlacementState(placement.model, LoadState.UNKNOWN, reason=reason)
 
     def load_failure(self, answer: str, log: Sequence[str], model: str) -> str:
         """The server's own words where the plug-in has none."""
-        try:
-            words = self._backend.load_failure(answer, log, model)
-        except DEFECT:
-            words = None  # the failure itself is what the operator needs to hear of
+        # The failure itself is what the operator needs to hear of.
+        words = self._safely("load_failure", answer, log, model)
         return words if isinstance(words, str) else _DEFAULTS.load_failure(answer, log, model)
 
     def is_drained(self, status: int, body: str) -> bool:
@@ -187,21 +175,18 @@ class Guarded:
         return {key: str(found[key]) for key in given if isinstance(found, dict) and key in found}
 
     def compile_placement(self, request: CompileRequest, member: Member) -> Placement:
-        made = self._made(request, "compile_placement", request, member)
-        if fault := _type_fault(made, Placement, "the placement"):
-            raise self._defect(request, fault)
-        placement: Placement = made
-        return placement
+        def fault(made: Placement) -> str | None:
+            return _type_fault(made, Placement, "the placement")
+
+        return self._made(request, "compile_placement", fault, request, member)
 
     def compile_server(
         self, request: CompileRequest, members: Sequence[Member], placements: Sequence[Placement]
     ) -> Instance:
-        made = self._made(request, "compile_server", request, members, placements)
-        named = replace(request, model=getattr(made, "model", request.model))
-        if fault := misfit(made, named):
-            raise self._defect(request, fault)
-        instance: Instance = made
-        return instance
+        def fault(made: Instance) -> str | None:
+            return misfit(made, replace(request, model=getattr(made, "model", request.model)))
+
+        return self._made(request, "compile_server", fault, request, members, placements)
 
     def surplus(self, instance: Instance, ask: Ask) -> tuple[Placement, ...]:
         """Nothing where the plug-in cannot tell: what is not known is not unloaded."""
@@ -216,13 +201,18 @@ class Guarded:
         except DEFECT:
             return None
 
-    def _made(self, request: CompileRequest, method: str, *args: Any) -> Any:
+    def _made(
+        self, request: CompileRequest, method: str, fault_of: Callable[[T], str | None], *args: Any
+    ) -> T:
         try:
-            return self.__getattr__(method)(*args)
+            made: T = self.__getattr__(method)(*args)
         except CompileError:
             raise
         except DEFECT as error:
             raise self._defect(request, _words(error)) from error
+        if fault := fault_of(made):
+            raise self._defect(request, fault)
+        return made
 
     def _defect(self, request: CompileRequest, fault: str) -> CompileError:
         return CompileError(
@@ -248,14 +238,14 @@ def misfit(made: Any, request: CompileRequest) -> str | None:
     if fault := _type_fault(made, Instance, "the instance"):
         return fault
     instance: Instance = made
-    asked = (
-        ("id", instance.id, request.instance),
-        ("model", instance.model, request.model),
-        ("backend", instance.backend, request.options.backend),
-        ("gpus", instance.gpus, tuple(gpu.uuid for gpu in request.gpus)),
-    )
-    for name, found, wanted in asked:
-        if found != wanted:
+    asked = {
+        "id": request.instance,
+        "model": request.model,
+        "backend": request.options.backend,
+        "gpus": tuple(gpu.uuid for gpu in request.gpus),
+    }
+    for name, wanted in asked.items():
+        if (found := getattr(instance, name)) != wanted:
             return f"its {name} is {found!r}, and asked for was {wanted!r}"
     workload = instance.workload
     if isinstance(workload, ContainerSpec):
@@ -271,11 +261,8 @@ def misfit(made: Any, request: CompileRequest) -> str | None:
 def _loose_ends(instance: Instance, ports: set[str], variables: set[str]) -> Iterator[str]:
     """References to what is not there, each as a sentence."""
     workload, probes = instance.workload, instance.probes
-    checks = [
-        probe.check
-        for probe in (probes.startup, probes.liveness, probes.readiness)
-        if probe is not None
-    ]
+    given = (probes.startup, probes.liveness, probes.readiness)
+    checks = [probe.check for probe in given if probe is not None]
     for check in checks:
         if isinstance(check, HttpCheck | TcpCheck) and check.port not in ports:
             yield f"a probe asks port {check.port!r}, which it does not have"
@@ -296,46 +283,41 @@ def _loose_ends(instance: Instance, ports: set[str], variables: set[str]) -> Ite
 
 def _type_fault(value: Any, expected: Any, where: str) -> str | None:
     """Where a value is not of a type of model.py; None: it is, through and through."""
+    return next(_type_faults(value, expected, where), None)
+
+
+def _type_faults(value: Any, expected: Any, where: str) -> Iterator[str]:
     origin, arguments = get_origin(expected), get_args(expected)
+    kind = origin or expected
     if origin in (Union, UnionType):
-        for one in arguments:
-            if isinstance(one, type) and is_dataclass(one) and isinstance(value, one):
-                return _type_fault(value, one, where)
-        fits = any(_type_fault(value, one, where) is None for one in arguments)
+        own = [one for one in arguments if is_dataclass(one) and one in type(value).__mro__]
+        fits = bool(own) or any(_type_fault(value, one, where) is None for one in arguments)
+        if own:
+            yield from _type_faults(value, own[0], where)
     elif origin is Literal:
         fits = value in arguments
+    elif kind in (int, float):
+        fits = not isinstance(value, bool) and isinstance(value, (int, kind))
+    elif not isinstance(value, kind):
+        fits = False
     elif origin is tuple:
-        if not isinstance(value, tuple):
-            return f"{where} is {_kind(value)}, not a tuple"
         if arguments[-1] is Ellipsis:
             arguments = arguments[:1] * len(value)
-        elif len(arguments) != len(value):
-            return f"{where} has {len(value)} items, not {len(arguments)}"
-        for index, (item, kind) in enumerate(zip(value, arguments, strict=True)):
-            if fault := _type_fault(item, kind, f"{where}[{index}]"):
-                return fault
-        return None
-    elif isinstance(expected, type) and is_dataclass(expected):
-        if not isinstance(value, expected):
-            return f"{where} is {_kind(value)}, not {_named(expected)}"
-        hints = _hints(expected)
-        for one_field in fields(expected):
-            place = f"{where}.{one_field.name}".replace("the instance.", "its ", 1)
-            if fault := _type_fault(getattr(value, one_field.name), hints[one_field.name], place):
-                return fault
-        return None
+        if len(arguments) != len(value):
+            yield f"{where} has {len(value)} items, not {len(arguments)}"
+        for index, (item, one) in enumerate(zip(value, arguments, strict=False)):
+            yield from _type_faults(item, one, f"{where}[{index}]")
+        fits = True
     else:
-        fits = _fits(value, origin or expected)
-    return None if fits else f"{where} is {_kind(value)}, not {_named(expected)}"
+        for one in fields(kind) if is_dataclass(kind) else ():
+            below = f"{where}.{one.name}".replace("the instance.", "its ", 1)
+            yield from _type_faults(getattr(value, one.name), _hints(kind)[one.name], below)
+        fits = True
+    if not fits:
+        yield f"{where} is {_kind(value)}, not {'a tuple' if kind is tuple else _named(expected)}"
 
 
 _hints = cache(get_type_hints)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _kind(value: Any) -> str:

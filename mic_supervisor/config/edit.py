@@ -14,13 +14,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.config.diagnostics import Report
 from mic_supervisor.config.document import NONE, GpuKey
 from mic_supervisor.config.names import parse_gpu_key
+from mic_supervisor.config.yaml import Entry
 from mic_supervisor.config.yaml.reader import MAX_BYTES, Budget, cause_of, parse
 from mic_supervisor.config.yaml.words import resolve
 from mic_supervisor.errors import LockHeld, MicError
@@ -30,26 +30,6 @@ if TYPE_CHECKING:
 
 
 _INDENT = "  "  # below a `gpus:` that has no entry yet
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One `key: value` below `gpus:`; offsets into the text, ends exclusive."""
-
-    name: str  # what the key says, whatever its quotes
-    key: tuple[int, int]
-    value: tuple[int, int]
-    line: int
-    column: int
-
-
-@dataclass(slots=True)
-class _Section:
-    """Where `gpus:` stands. `start` is where its value begins, or the end of a key without one."""
-
-    kind: Literal["missing", "empty", "block", "flow"] = "missing"
-    start: int = 0
-    items: list[_Item] = field(default_factory=list)
 
 
 def assign(text: str, entry: GpuEntry | None, keys: tuple[GpuKey, ...], model: str | None) -> str:
@@ -77,68 +57,69 @@ def _shown(keys: tuple[GpuKey, ...]) -> str:
 
 
 def _splice(text: str, entry: GpuEntry | None, keys: tuple[GpuKey, ...], value: str) -> str | None:
-    section = _locate(text)
+    section = _gpus(text)
     if entry is None:
         return _added(text, section, keys, value)
-    for item in section.items:
-        if (item.line, item.column) == (entry.place.line, entry.place.column):
-            break
-    else:
+    where = entry.place.line, entry.place.column
+    items = section.node.entries.items() if section is not None else ()
+    found = [one for one in items if (one[1].place.line, one[1].place.column) == where]
+    if section is None or not found:
         return None
-    selection = parse_gpu_key(item.name)
+    key, item = found[0]
+    selection = parse_gpu_key(key)
     if set(selection.keys) == set(keys) and (not selection.each or len(keys) == 1):
-        return _replaced(text, item.value, _like(text, item.value, value))
+        return _replaced(text, item.node.span, _like(text, item.node.span, value))
     if not selection.each or len(keys) > 1:
         raise MicError(
-            f'cannot change {_shown(keys)}: the file has "{item.name}" in one entry',
-            hint=f"edit it by hand, in line {item.line}",
+            f'cannot change {_shown(keys)}: the file has "{key}" in one entry',
+            hint=f"edit it by hand, in line {item.place.line}",
         )
-    return _split(text, section, item, int(keys[0].value), value)
+    return _split(text, _is_flow(text, section), str(key), item, keys[0], value)
 
 
-def _split(text: str, section: _Section, item: _Item, index: int, value: str) -> str | None:
-    """A range becomes what is before the index, the index, and what is after it."""
-    first, last = (int(part) for part in item.name.split("-"))
-    flow = section.kind == "flow"
-    between, old = text[item.key[1] : item.value[0]], _slice(text, item.value)
-    ours = _like(text, item.value, value)
+def _split(text: str, flow: bool, name: str, item: Entry, gpu: GpuKey, value: str) -> str | None:
+    """A range becomes what is before the GPU, the GPU, and what is after it."""
+    first, last = (int(part) for part in name.split("-"))
+    index, key_span, span = int(gpu.value), item.span, item.node.span
+    whole = key_span[0], span[1]
+    between, old = text[key_span[1] : span[0]], text[span[0] : span[1]]
+    ours = _like(text, span, value)
     parts = [
-        (_range_like(text, item.key, start, end, flow), ours if start == index else old)
+        (_range_like(text, key_span, start, end, flow), ours if start == index else old)
         for start, end in ((first, index - 1), (index, index), (index + 1, last))
         if start <= end
     ]
     if flow:
-        joined = ", ".join(f"{key}{between}{name}" for key, name in parts)
-        return _replaced(text, (item.key[0], item.value[1]), joined)
-    (key, name), *rest = parts
-    head = _replaced(text, (item.key[0], item.value[1]), f"{key}{between}{name}")
-    grown = len(head) - len(text)
-    return _with_lines(
-        head, item.key[0], item.value[1] + grown, [f"{key}: {name}" for key, name in rest]
-    )
+        return _replaced(text, whole, ", ".join(f"{key}{between}{one}" for key, one in parts))
+    (key, one), *rest = parts
+    head = _replaced(text, whole, f"{key}{between}{one}")
+    end = span[1] + len(head) - len(text)
+    return _with_lines(head, whole[0], end, [f"{key}: {one}" for key, one in rest])
 
 
-def _added(text: str, section: _Section, keys: tuple[GpuKey, ...], value: str) -> str | None:
+def _added(text: str, section: Entry | None, keys: tuple[GpuKey, ...], value: str) -> str | None:
     name = ",".join(key.value for key in keys)
     plain = len(keys) == 1 and keys[0].kind != "pci"
     key = name if plain else f'"{name}"'
     pair = f"{key}: {_plain_or_quoted(value)}"
-    if section.kind == "missing":
+    if section is None:
         end = _line_end_of(text)
         gap = "" if not text or text.endswith("\n") else end
         return f"{text}{gap}gpus:{end}{_INDENT}{pair}{end}"
-    if section.kind == "empty":
-        line_start = text.rfind("\n", 0, section.start) + 1
-        return _with_lines(text, line_start, section.start, [f"{_INDENT}{pair}"])
-    if not section.items:
-        return _replaced(text, (section.start + 1, section.start + 1), pair)
-    last = section.items[-1]
-    if section.kind == "block":
-        return _with_lines(text, last.key[0], last.value[1], [pair])
-    if text[last.key[0]] == '"':
+    if section.node.value is None:
+        line_start = text.rfind("\n", 0, section.span[1]) + 1
+        return _with_lines(text, line_start, section.span[1], [f"{_INDENT}{pair}"])
+    if not section.node.entries:
+        start = section.node.span[0] + 1
+        return _replaced(text, (start, start), pair)
+    last = list(section.node.entries.values())[-1]
+    start, end_of_last = last.span[0], last.node.span[1]
+    if not _is_flow(text, section):
+        return _with_lines(text, start, end_of_last, [pair])
+    if text[start] == '"':
         key = f'"{name}"'
-    pair = f"{key}: {_like(text, last.value, value)}"
-    return _replaced(text, (last.value[1], last.value[1]), f", {pair}")
+    pair = f"{key}: {_like(text, last.node.span, value)}"
+    return _replaced(text, (end_of_last, end_of_last), f", {pair}")
 
 
 # --- texts --------------------------------------------------------------------------------------
@@ -168,10 +149,6 @@ def _replaced(text: str, span: tuple[int, int], new: str) -> str:
     return text[: span[0]] + new + text[span[1] :]
 
 
-def _slice(text: str, span: tuple[int, int]) -> str:
-    return text[span[0] : span[1]]
-
-
 def _like(text: str, span: tuple[int, int], value: str) -> str:
     """`value` as it would stand in the place of another: a file that is JSON stays it."""
     quote = text[span[0]]
@@ -191,68 +168,26 @@ def _plain_or_quoted(value: str) -> str:
     return value if resolve(value) == (value, None) else f'"{value}"'
 
 
-# --- places -------------------------------------------------------------------------------------
+def _gpus(text: str) -> Entry | None:
+    """The entry `gpus:`; None where there is none, or the text is not valid."""
+    report = Report("load gpus.yaml")
+    report.lines["gpus.yaml"] = text.split("\n")
+    root = parse(text, "gpus.yaml", report, Budget())
+    return root.entries.get("gpus") if root is not None and not report else None
 
 
-def _locate(text: str) -> _Section:
-    """Where the entries of `gpus:` stand. The text is known to be valid."""
-    import yaml
-    from yaml.events import MappingEndEvent, MappingStartEvent, ScalarEvent
-
-    events: Any = yaml.parse(text, Loader=yaml.SafeLoader)
-    key: Any
-    value: Any
-    for event in events:
-        if isinstance(event, MappingStartEvent):
-            break
-    while True:
-        key = next(events, None)
-        if key is None or isinstance(key, MappingEndEvent):
-            return _Section()
-        end = key.end_mark.index
-        value = next(events)
-        if isinstance(key, ScalarEvent) and key.value == "gpus":
-            break
-        _skip(value, events)
-    if isinstance(value, ScalarEvent):
-        return _Section("empty", end)
-    section = _Section("flow" if value.flow_style else "block", value.start_mark.index)
-    while not isinstance(key := next(events), MappingEndEvent):
-        value = next(events)
-        start, end = key.start_mark, key.end_mark
-        section.items.append(
-            _Item(
-                key.value,
-                (start.index, end.index),
-                (value.start_mark.index, value.end_mark.index),
-                start.line + 1,
-                start.column + 1,
-            )
-        )
-    return section
-
-
-def _skip(event: Any, events: Any) -> None:
-    """The rest of the value that begins with `event`."""
-    from yaml.events import CollectionEndEvent, CollectionStartEvent
-
-    depth = int(isinstance(event, CollectionStartEvent))
-    while depth:
-        event = next(events)
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+def _is_flow(text: str, section: Entry) -> bool:
+    return text[section.node.span[0]] == "{"
 
 
 def _meaning(text: str) -> Mapping[frozenset[GpuKey], Any]:
     """What `gpus:` says, ranges expanded; empty where it cannot be read."""
-    report = Report("load gpus.yaml")
-    report.lines["gpus.yaml"] = text.split("\n")
-    root = parse(text, "gpus.yaml", report, Budget())
-    found: dict[frozenset[GpuKey], Any] = {}
-    entry = root.entries.get("gpus") if root is not None and not report else None
-    for key, item in entry.node.entries.items() if entry is not None else ():
-        for keys in parse_gpu_key(key).expand():
-            found[frozenset(keys)] = item.node.value
-    return found
+    section = _gpus(text)
+    return {
+        frozenset(keys): item.node.value
+        for key, item in (section.node.entries.items() if section is not None else ())
+        for keys in parse_gpu_key(key).expand()
+    }
 
 
 PATIENCE = 10.0  # seconds for another edit to be over

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from mic_supervisor.config.checks import BackendSource, BackendTypes
 from mic_supervisor.config.document import NONE
 from mic_supervisor.config.merge import RESERVED, VERSION
 from mic_supervisor.config.names import MAX_NAME
 from mic_supervisor.config.options import Defaults, Hooks, ModelOptions
 from mic_supervisor.config.types import format_duration
 from mic_supervisor.errors import MicError
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-    from mic_supervisor.config.checks import BackendSource, BackendTypes
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -35,40 +34,31 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
     It is a help while writing; `check` is the judge. A key that cannot be used with a backend has
     the reason as its description, and matches nothing.
     """
-    from pydantic.json_schema import models_json_schema
-
     backends = dict(_loadable(registry))
-    classes: dict[tuple[str, str], type[BaseModel]] = {
-        ("", "defaults"): Defaults,
-        ("", "hooks"): Hooks,
-    }
+    classes: dict[str, type[BaseModel]] = {"defaults": Defaults, "hooks": Hooks}
     for name, types in backends.items():
-        classes[name, "settings"] = types.Settings
-        classes[name, "options"] = types.Options
+        classes |= {f"{name}_settings": types.Settings, f"{name}_options": types.Options}
     references, definitions = models_json_schema(
         [(model, "validation") for model in dict.fromkeys(classes.values())],
         ref_template="#/$defs/{model}",
     )
-    defs: dict[str, Any] = definitions.get("$defs", {})
-    names: dict[str, str] = {}
-    for key, model in classes.items():
-        old = references[model, "validation"]["$ref"].rpartition("/")[2]
-        names.setdefault(old, "_".join(filter(None, key)))
-    defs = {names.get(old, old): definition for old, definition in defs.items()}
-    for definition in defs.values():
+    given = {
+        key: references[model, "validation"]["$ref"].rpartition("/")[2]
+        for key, model in classes.items()
+    }
+    names = {old: key for key, old in reversed(given.items())}
+    defs: dict[str, Any] = {}
+    for old, definition in definitions.get("$defs", {}).items():
         _polish(definition, names)
-    for key, model in classes.items():
+        defs[names.get(old, old)] = definition
+    for key, old in given.items():
         # Two backends may share a class; what is said of each is its own.
-        old = references[model, "validation"]["$ref"].rpartition("/")[2]
-        if (own := "_".join(filter(None, key))) not in defs:
-            defs[own] = deepcopy(defs[names[old]])
-    refs = {key: {"$ref": "#/$defs/" + "_".join(filter(None, key))} for key in classes}
-    for (name, kind), model in classes.items():
-        target = defs["_".join(filter(None, (name, kind)))]
-        if kind != "settings":
-            _describe(target)
-        if kind == "options":
-            _restrict(target, name, getattr(model, "unavailable", {}))
+        defs.setdefault(key, deepcopy(defs[names[old]]))
+    for name, types in backends.items():
+        options = defs[f"{name}_options"]
+        _describe(options)
+        _restrict(options, name, getattr(types.Options, "unavailable", {}))
+    _describe(defs["defaults"])
     return {
         "$schema": DIALECT,
         "title": "gpus.yaml",
@@ -79,7 +69,7 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
         "properties": {
             "version": {"const": VERSION, "description": "The version of this format."},
             "defaults": {
-                "anyOf": [refs["", "defaults"], {"type": "null"}],
+                "anyOf": [_ref("defaults"), {"type": "null"}],
                 "description": "What holds for every model that does not say otherwise.",
             },
             "backends": {
@@ -87,12 +77,13 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
                 "description": "Settings of a backend on this host.",
                 "additionalProperties": False,
                 "properties": {
-                    name: {"anyOf": [refs[name, "settings"], {"type": "null"}]} for name in backends
+                    name: {"anyOf": [_ref(f"{name}_settings"), {"type": "null"}]}
+                    for name in backends
                 },
             },
-            "models": _models(backends, refs),
+            "models": _models(backends),
             "hooks": {
-                "anyOf": [refs["", "hooks"], {"type": "null"}],
+                "anyOf": [_ref("hooks"), {"type": "null"}],
                 "description": "Programs that are told of what happens.",
             },
             "gpus": _gpus(),
@@ -111,7 +102,11 @@ def _loadable(registry: BackendSource) -> Iterator[tuple[str, BackendTypes]]:
             yield name, types
 
 
-def _models(backends: dict[str, BackendTypes], refs: dict[tuple[str, str], Any]) -> dict[str, Any]:
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _models(backends: Iterable[str]) -> dict[str, Any]:
     return {
         "type": ["object", "null"],
         "description": "What may run: a name, its backend and the backend's options.",
@@ -127,7 +122,7 @@ def _models(backends: dict[str, BackendTypes], refs: dict[tuple[str, str], Any])
             "allOf": [
                 {
                     "if": {"properties": {"backend": {"const": name}}, "required": ["backend"]},
-                    "then": refs[name, "options"],
+                    "then": _ref(f"{name}_options"),
                 }
                 for name in backends
             ],

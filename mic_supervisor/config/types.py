@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import signal
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-_DURATION = re.compile(r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)(?P<unit>ms|s|m|h)")
+_DURATION = r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_SIZE = re.compile(r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,9})?)(?P<unit>b|k|m|g|t|KiB|MiB|GiB|TiB)?")
-_BYTES = {
-    "b": 1,
-    "k": 1 << 10,
-    "m": 1 << 20,
-    "g": 1 << 30,
-    "t": 1 << 40,
-    "KiB": 1 << 10,
-    "MiB": 1 << 20,
-    "GiB": 1 << 30,
-    "TiB": 1 << 40,
+_SIZE = r"[0-9]{1,15}(\.[0-9]{1,9})?(b|k|m|g|t|KiB|MiB|GiB|TiB)?"
+_BYTES = {"b": 1} | {
+    unit: 1 << (10 * power)
+    for power, units in enumerate((("k", "KiB"), ("m", "MiB"), ("g", "GiB"), ("t", "TiB")), 1)
+    for unit in units
 }
-
 
 MAX_DURATION = 365 * 24 * 3600.0
 MAX_SIZE = 1 << 50
@@ -30,10 +24,13 @@ MAX_SIZE = 1 << 50
 
 def parse_duration(value: Any) -> float:
     """Seconds from "500ms", "30s", "5m" or "1h"; ValueError for all else, a bare number too."""
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    match = re.fullmatch(_DURATION, value) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(f"{_shown(value)} is not a duration: {_duration_form(value)}")
-    seconds = float(match["number"]) * _SECONDS[match["unit"]]
+        form = "write a number and a unit, as in 30s or 5m"
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            form = f"a number needs a unit, as in {value}s or {value}m"
+        raise ValueError(f"{_shown(value)} is not a duration: {form}")
+    seconds = float(value.removesuffix(match[2])) * _SECONDS[match[2]]
     if seconds > MAX_DURATION:
         raise ValueError(f"{value} is more than a year")
     return seconds
@@ -61,12 +58,13 @@ def parse_size(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         size = value
     else:
-        match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        match = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
         if match is None:
             raise ValueError(
                 f"{_shown(value)} is not a size: write a number and a unit, as in 512m or 20GiB"
             )
-        size = int(float(match["number"]) * _BYTES[match["unit"] or "b"])
+        unit = match[2] or ""
+        size = int(float(value.removesuffix(unit)) * _BYTES[unit or "b"])
     if size > MAX_SIZE:
         raise ValueError(f"{value} is more than any machine has")
     return size
@@ -78,16 +76,8 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value)
 
 
-def _duration_form(value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"a number needs a unit, as in {value}s or {value}m"
-    return "write a number and a unit, as in 30s or 5m"
-
-
 def _parse_address(value: Any) -> str:
     """An IP address to listen on."""
-    import ipaddress
-
     try:
         ipaddress.ip_address(value if isinstance(value, str) else "")
     except ValueError:
@@ -110,41 +100,22 @@ def _parse_signal(value: Any) -> str:
     return name
 
 
-_DURATION_SCHEMA = WithJsonSchema(
-    {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)$"}
-)
+def _text(pattern: str) -> dict[str, Any]:
+    return {"type": "string", "pattern": f"^{pattern}$"}
+
+
+def _size_schema(pattern: str) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, _text(pattern)]})
+
+
+_DURATION_SCHEMA = WithJsonSchema(_text(_DURATION))
 Duration = Annotated[float, BeforeValidator(parse_duration), _DURATION_SCHEMA]
 PositiveDuration = Annotated[float, BeforeValidator(parse_positive_duration), _DURATION_SCHEMA]
 ListenAddress = Annotated[
     str, BeforeValidator(_parse_address), WithJsonSchema({"type": "string", "minLength": 2})
 ]
-_SIZE_PATTERN = r"[0-9]{1,15}(\.[0-9]{1,9})?(b|k|m|g|t|KiB|MiB|GiB|TiB)?"
-Size = Annotated[
-    int,
-    BeforeValidator(parse_size),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 0},
-                {"type": "string", "pattern": f"^{_SIZE_PATTERN}$"},
-            ]
-        }
-    ),
-]
-Memlock = Annotated[
-    int,
-    BeforeValidator(_parse_memlock),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 0},
-                {"type": "string", "pattern": f"^(unlimited|{_SIZE_PATTERN})$"},
-            ]
-        }
-    ),
-]
+Size = Annotated[int, BeforeValidator(parse_size), _size_schema(_SIZE)]
+Memlock = Annotated[int, BeforeValidator(_parse_memlock), _size_schema(f"(unlimited|{_SIZE})")]
 SignalName = Annotated[
-    str,
-    BeforeValidator(_parse_signal),
-    WithJsonSchema({"type": "string", "pattern": "^([Ss][Ii][Gg])?[A-Za-z0-9]+$"}),
+    str, BeforeValidator(_parse_signal), WithJsonSchema(_text("([Ss][Ii][Gg])?[A-Za-z0-9]+"))
 ]

@@ -14,10 +14,11 @@ Scalar = str | int | float | bool | None
 
 @dataclass(slots=True)
 class Entry:
-    """One `key: value` of a mapping."""
+    """One `key: value` of a mapping; `span` is the key's, as a node's is."""
 
     place: Place  # of the key
     node: Node
+    span: tuple[int, int] = (0, 0)
 
     @property
     def path(self) -> str:
@@ -30,7 +31,7 @@ class Node:
 
     `sound` False: an error was already reported for it, and what is wrong with its value is a
     consequence. `whole` False: an entry was left out of a map, since its key is none. `span` is
-    where a scalar stands in `text`, quotes included.
+    where it stands in `text`, quotes included; of a map or a list, only its beginning counts.
     """
 
     place: Place

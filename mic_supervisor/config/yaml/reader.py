@@ -117,6 +117,7 @@ class _Builder:
         if depth > MAX_DEPTH:
             self._stop(event, f"cannot read on: nested more than {MAX_DEPTH} deep")
         node = Node(self._place(event), path, None, self._check_properties(event, path))
+        node.span = _span(event)
         if isinstance(event, ScalarEvent):
             self._scalar(event, node)
         elif isinstance(event, MappingStartEvent):
@@ -138,7 +139,6 @@ class _Builder:
 
     def _scalar(self, event: Any, node: Node) -> None:
         node.value, node.text = event.value, self._text
-        node.span = (event.start_mark.index, event.end_mark.index)
         problem = hint = None
         if len(event.value) > MAX_SCALAR:
             node.value, problem = "", f"the text is longer than {MAX_SCALAR} characters"
@@ -171,7 +171,7 @@ class _Builder:
                 first = entries[key].place.line
                 self._add(event, path, f"stands here twice, first in line {first}")
             elif key is not None:
-                entries[key] = Entry(self._place(event), node)
+                entries[key] = Entry(self._place(event), node, _span(event))
         return entries
 
     def _key(self, event: Any, path: str, depth: int) -> str | int | None:
@@ -195,6 +195,10 @@ class _Builder:
         else:
             return composed(value) if isinstance(value, str) else value
         return None
+
+
+def _span(event: Any) -> tuple[int, int]:
+    return event.start_mark.index, event.end_mark.index
 
 
 def _encodable(text: str) -> bool:
