@@ -17,7 +17,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mic_supervisor.backends import Ask, BackendBase, CompileRequest, Member, common, error_text
-from mic_supervisor.backends.triton_config import Generated, generate, is_ours, mark_of, places_of
+from mic_supervisor.backends.triton_config import (
+    Generated,
+    generate,
+    is_ours,
+    mark_of,
+    positions_of,
+)
 from mic_supervisor.backends.triton_log import load_failure
 from mic_supervisor.config.names import BadKey, parse_gpu_key
 from mic_supervisor.config.options import (
@@ -246,14 +252,14 @@ class TritonBackend(BackendBase):
         settings: Settings = request.settings
         own = replace(request, model=member.model, options=member.options)
         model = _model(own)
-        places = tuple(
+        positions = tuple(
             number for number, gpu in enumerate(request.gpus) if gpu.uuid in _uuids(member.gpus)
         )
         options: Options = member.options
         generated = generate(
-            own, Path(settings.model_repository), model, options.instances_per_gpu, places
+            own, Path(settings.model_repository), model, options.instances_per_gpu, positions
         )
-        return _placement(model, _uuids(member.gpus), generated, options, places, request.gpus)
+        return _placement(model, _uuids(member.gpus), generated, options, positions, request.gpus)
 
     def compile_server(
         self, request: CompileRequest, members: Sequence[Member], placements: Sequence[Placement]
@@ -297,8 +303,10 @@ class TritonBackend(BackendBase):
             status, body = ask(HttpCall("GET", f"/v2/models/{name}/config"))
             config = _json(body) if status == 200 else None
             if isinstance(config, dict) and (mark := mark_of(config, name)) is not None:
-                places = [place for place in places_of(config) if place < len(instance.gpus)]
-                gpus = tuple(instance.gpus[place] for place in places)
+                positions = [
+                    position for position in positions_of(config) if position < len(instance.gpus)
+                ]
+                gpus = tuple(instance.gpus[position] for position in positions)
                 found.append(_calls(name, gpus, mark, "", 60.0))
         return tuple(found)
 
@@ -433,14 +441,14 @@ def _placement(
     gpus: tuple[str, ...],
     generated: Generated,
     options: Options,
-    places: Sequence[int],
+    positions: Sequence[int],
     of_server: Sequence[Gpu],
 ) -> Placement:
     body = json.dumps({"parameters": {"config": generated.text}}, ensure_ascii=False)
     made = _calls(model, gpus, generated.digest, body, options.start_timeout)
     summary = [("instances_per_gpu", str(options.instances_per_gpu))]
     if len(of_server) > 1:
-        summary.append(("places", _listed(places)))
+        summary.append(("places", _listed(positions)))
     return replace(made, summary=tuple(summary))
 
 
@@ -459,8 +467,8 @@ def _calls(model: str, gpus: tuple[str, ...], digest: str, body: str, timeout: f
     )
 
 
-def _listed(places: Iterable[int]) -> str:
-    return ",".join(map(str, sorted(places)))
+def _listed(positions: Iterable[int]) -> str:
+    return ",".join(map(str, sorted(positions)))
 
 
 def _ready_models(status: int | None, body: str) -> list[str]:
@@ -487,13 +495,13 @@ def _loaded(placement: Placement, body: str) -> PlacementState:
             model, LoadState.UNKNOWN, reason="the answer is not Triton's configuration of it"
         )
     groups = config.get("instance_group") or []
-    places = places_of(config) if len(dict(placement.summary)) > 1 else ()
-    # A group for each place, where the GPUs are simulated: what is counted is one of them.
-    counted = groups[:1] if places else groups
+    positions = positions_of(config) if len(dict(placement.summary)) > 1 else ()
+    # A group for each position, where the GPUs are simulated: what is counted is one of them.
+    counted = groups[:1] if positions else groups
     count = sum(group.get("count", 0) for group in counted) or 1
     summary: Pairs = (("instances_per_gpu", str(count)),)
-    if places:
-        summary = (*summary, ("places", _listed(places)))
+    if positions:
+        summary = (*summary, ("places", _listed(positions)))
     if is_ours(config, model, placement.digest):
         return PlacementState(model, LoadState.LOADED, placement.digest, summary=summary)
     # Any digest but ours: what runs was sent by an earlier generation or by somebody else.

@@ -52,11 +52,11 @@ def generate(
     repository: Path,
     model: str,
     count: int,
-    places: Sequence[int] = (0,),
+    positions: Sequence[int] = (0,),
 ) -> Generated:
-    """The configuration of `model` with `count` instances on each of the GPUs at `places`.
+    """The configuration of `model` with `count` instances on each of the GPUs at `positions`.
 
-    A place is a position among the GPUs of the server, as the container sees them.
+    A position is a position among the GPUs of the server, as the container sees them.
     `config.pbtxt.template` is read if it is there, `config.pbtxt` otherwise. Raises CompileError.
     """
     path, text = _read(request, repository / model)
@@ -73,7 +73,7 @@ def generate(
     if ensemble:
         _refuse_groups(request, path, config, count)
     else:
-        _set_group(request, path, config, count, places)
+        _set_group(request, path, config, count, positions)
     digest = hashlib.sha256(_canonical(config).encode()).hexdigest()
     if ensemble:
         config.parameters[PARAMETER].string_value = digest
@@ -103,13 +103,13 @@ def mark_of(config: dict[str, Any], model: str) -> str | None:
     return parameter.get("string_value")
 
 
-def places_of(config: dict[str, Any]) -> tuple[int, ...]:
+def positions_of(config: dict[str, Any]) -> tuple[int, ...]:
     """The positions of the GPUs that a configuration of ours has instances on."""
-    places: list[int] = []
+    positions: list[int] = []
     for group in config.get("instance_group") or []:
-        _, at, place = str(group.get("name")).rpartition("@")
-        places += [int(place)] if at and place.isdecimal() else group.get("gpus") or []
-    return tuple(sorted({*places}))
+        _, at, position = str(group.get("name")).rpartition("@")
+        positions += [int(position)] if at and position.isdecimal() else group.get("gpus") or []
+    return tuple(sorted({*positions}))
 
 
 def _read(request: CompileRequest, directory: Path) -> tuple[Path, str]:
@@ -145,12 +145,12 @@ def _parse(request: CompileRequest, path: Path, text: str) -> Any:
 
 
 def _set_group(
-    request: CompileRequest, path: Path, config: Any, count: int, places: Sequence[int]
+    request: CompileRequest, path: Path, config: Any, count: int, positions: Sequence[int]
 ) -> None:
     """Count and GPUs are ours, what else the file's groups say is kept.
 
     Triton makes `count` instances on each GPU of a group. Without GPUs there is nothing in a group
-    to tell them apart by: then each place has a group of its own, and its name says which.
+    to tell them apart by: then each position has a group of its own, and its name says which.
     """
     others = []
     for group in config.instance_group:
@@ -167,7 +167,7 @@ def _set_group(
         )
     del config.instance_group[:]
     simulated = any(gpu.simulated for gpu in request.gpus)
-    for place in places if simulated else places[:1]:
+    for position in positions if simulated else positions[:1]:
         group = config.instance_group.add()
         if others:
             group.CopyFrom(others[0])
@@ -175,11 +175,11 @@ def _set_group(
         if not simulated:
             group.kind = type(group).KIND_GPU
             # Relative to the container, which sees the GPUs of the server and no other.
-            group.gpus.extend(places)
+            group.gpus.extend(positions)
             continue
         group.kind = type(group).KIND_CPU
         if len(request.gpus) > 1:
-            group.name = f"@{place}"
+            group.name = f"@{position}"
 
 
 def _refuse_groups(request: CompileRequest, path: Path, config: Any, count: int) -> None:

@@ -151,9 +151,7 @@ class VllmBackend(BackendBase):
         """One server over the GPUs of the instance. Raises CompileError."""
         options: Options = request.options
         ports = common.ports(options)
-        workload, probes = (_process if options.runtime == "process" else _container)(
-            request, ports, options, request.settings
-        )
+        workload, probes = _workload(request, ports, options, request.settings)
         if options.probe is None:
             keyed = _API_KEY in dict((*workload.env, *workload.file_env)) or any(
                 _flag(arg) == "--api-key" for arg in options.args
@@ -175,27 +173,50 @@ class VllmBackend(BackendBase):
         return counted == {"running", "waiting"} and all(_is_zero(value) for _, value in found)
 
 
-def _container(
+def _workload(
     request: CompileRequest, ports: tuple[Port, ...], options: Options, settings: Settings
 ) -> tuple[Workload, Probes]:
-    bridge = options.network == "bridge"
-    port = "${port}" if options.container_port is None else str(options.container_port)
-    own_mounts = []
-    env = {}
-    if settings.cache is not None:
-        own_mounts.append(Mount(settings.cache, _CACHE))
-        env = _cache(_CACHE)
-    if settings.hf_token_file is not None:
+    cache, token = settings.cache, settings.hf_token_file
+    own_mounts: list[Mount] = []
+    env: dict[str, str] = {}
+    if options.runtime == "process":
+        if settings.executable is None:
+            raise common.cannot(
+                request,
+                "runtime: process needs a program, and backends.vllm.executable names none",
+                "set it, as in /opt/vllm/bin/vllm, or use runtime: docker",
+            )
+        # What vLLM compiles at run time it compiles with the tools of its own environment (ninja).
+        tools = Path(settings.executable).parent
+        env["PATH"] = f"{tools}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        if common.devices(request):
+            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "${gpu_indices}"}
+        command = [settings.executable, "serve", *_command(options, request, options.listen)]
+    else:
+        host = "0.0.0.0" if options.network == "bridge" else options.listen
+        port = "${port}" if options.container_port is None else str(options.container_port)
+        command = _command(options, request, host, port)
+        if cache is not None:
+            own_mounts.append(Mount(cache, _CACHE))
+            cache = _CACHE
+        if token is not None:
+            own_mounts.append(Mount(token, _TOKEN, read_only=True))
+            token = _TOKEN
+    if cache is not None:
+        root = cache.rstrip("/")
+        env |= {"HF_HOME": f"{root}/huggingface", "VLLM_CACHE_ROOT": f"{root}/vllm"}
+    if settings.hf_token_file is not None and token is not None:
         _check_token(request, settings.hf_token_file)
-        own_mounts.append(Mount(settings.hf_token_file, _TOKEN, read_only=True))
-        env["HF_TOKEN_PATH"] = _TOKEN
+        env["HF_TOKEN_PATH"] = token
     filled = common.texts(
         request,
         ports,
-        command=_command(options, request, "0.0.0.0" if bridge else options.listen, port),
+        command=command,
         env={**common.unless_in_file(request, env), **options.env},
         probes=common.probes(options),
     )
+    if options.runtime == "process":
+        return common.process(request, filled, ports), filled.probes
     workload = common.container(
         request,
         filled,
@@ -205,39 +226,6 @@ def _container(
         shm_size=settings.shm_size,
     )
     return workload, filled.probes
-
-
-def _process(
-    request: CompileRequest, ports: tuple[Port, ...], options: Options, settings: Settings
-) -> tuple[Workload, Probes]:
-    if settings.executable is None:
-        raise common.cannot(
-            request,
-            "runtime: process needs a program, and backends.vllm.executable names none",
-            "set it, as in /opt/vllm/bin/vllm, or use runtime: docker",
-        )
-    # What vLLM compiles at run time it compiles with the tools of its own environment (ninja).
-    tools = Path(settings.executable).parent
-    env = {"PATH": f"{tools}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-    if common.devices(request):
-        env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "${gpu_indices}"}
-    if settings.cache is not None:
-        env |= _cache(settings.cache.rstrip("/"))
-    if settings.hf_token_file is not None:
-        _check_token(request, settings.hf_token_file)
-        env["HF_TOKEN_PATH"] = settings.hf_token_file
-    filled = common.texts(
-        request,
-        ports,
-        command=[settings.executable, "serve", *_command(options, request, options.listen)],
-        env={**common.unless_in_file(request, env), **options.env},
-        probes=common.probes(options),
-    )
-    return common.process(request, filled, ports), filled.probes
-
-
-def _cache(root: str) -> dict[str, str]:
-    return {"HF_HOME": f"{root}/huggingface", "VLLM_CACHE_ROOT": f"{root}/vllm"}
 
 
 def _check_token(request: CompileRequest, path: str) -> None:

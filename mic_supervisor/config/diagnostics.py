@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn, Protocol
+from unicodedata import combining, east_asian_width
 
 from mic_supervisor.config.document import Place
 from mic_supervisor.errors import ConfigError
@@ -140,8 +142,6 @@ class Report:
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate that was probably meant, or None."""
-    import difflib
-
     word = word[:_MAX_WORD]
     near = [name for name in candidates if abs(len(name) - len(word)) <= 5][:_MAX_CANDIDATES]
     for name in near:
@@ -199,8 +199,6 @@ def width(text: str) -> int:
     """Columns that `text` takes in a terminal: names may be in any script."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
-
     return sum(
         0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text
     )

@@ -249,8 +249,7 @@ def _read(path: Path, report: Report) -> tuple[dict[str, Assignment], str | None
     except (FileNotFoundError, NotADirectoryError):
         return {}, None
     except OSError as error:
-        cause = (error.strerror or str(error)).lower()
-        return {}, f"cannot read {path}: {cause}"
+        return {}, f"cannot read {path}: {(error.strerror or str(error)).lower()}"
     except UnicodeDecodeError as error:
         message = f"cannot read the file: byte {error.start} is not UTF-8"
         report.add(At(Place(str(path))), message)
