@@ -172,7 +172,7 @@ class ComfyUIBackend(BackendBase):
             directories=tuple(map(str, _directories(options, own))),
         )
         drain = HttpCall("GET", "/prompt") if options.drain_timeout > 0 else None
-        return replace(common.instance(request, workload, filled.probes), drain=drain)
+        return common.instance(request, workload, filled.probes, drain=drain)
 
     def is_drained(self, status: int, body: str) -> bool:
         """Reads `GET /prompt`, whose count holds what waits and what is being computed."""

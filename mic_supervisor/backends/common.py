@@ -16,6 +16,7 @@ from mic_supervisor.model import (
     ContainerSpec,
     EngineCheck,
     ExecCheck,
+    HttpCall,
     HttpCheck,
     Instance,
     Limits,
@@ -355,6 +356,9 @@ def instance(
     workload: Workload,
     probes: Probes,
     placements: tuple[Placement, ...] = (),
+    *,
+    drain: HttpCall | None = None,
+    metrics_path: str | None = None,
 ) -> Instance:
     """The instance around a workload, with the model's common keys."""
     options: ModelOptions = request.options
@@ -373,4 +377,6 @@ def instance(
         vram=options.vram,
         on_foreign=options.on_foreign,
         foreign_threshold=options.foreign_threshold,
+        drain=drain,
+        metrics_path=metrics_path,
     )

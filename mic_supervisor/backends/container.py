@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -64,5 +63,4 @@ class ContainerBackend(BackendBase):
             probes=common.probes(options),
         )
         workload = common.container(request, filled, ports, image=options.image)
-        made = common.instance(request, workload, filled.probes)
-        return replace(made, metrics_path=options.metrics)
+        return common.instance(request, workload, filled.probes, metrics_path=options.metrics)

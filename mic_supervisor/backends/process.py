@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -71,5 +70,4 @@ class ProcessBackend(BackendBase):
             probes=common.probes(options),
         )
         workload = common.process(request, filled, ports)
-        made = common.instance(request, workload, filled.probes)
-        return replace(made, metrics_path=options.metrics)
+        return common.instance(request, workload, filled.probes, metrics_path=options.metrics)

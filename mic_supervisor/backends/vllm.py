@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -160,9 +159,7 @@ class VllmBackend(BackendBase):
         drain = HttpCall("GET", "/metrics") if options.drain_timeout > 0 else None
         # Source: vLLM's documentation, "Production Metrics": on the port of the API, and asked for
         # no key.
-        return replace(
-            common.instance(request, workload, probes), drain=drain, metrics_path="/metrics"
-        )
+        return common.instance(request, workload, probes, drain=drain, metrics_path="/metrics")
 
     def is_drained(self, status: int, body: str) -> bool:
         """Reads the two gauges of `GET /metrics`; there is one of each for every engine."""

@@ -14,8 +14,6 @@ MAX_NAME = 128
 
 def is_model_name(name: str) -> bool:
     """Whether `name` holds only letters, marks and digits of any script, "-", "_" and "."."""
-    if name.isascii():
-        return any(map(str.isalnum, name)) and all(c.isalnum() or c in "-_." for c in name)
     kinds = {category(char) for char in name if char not in "-_."}
     letters = {kind for kind in kinds if kind[0] == "L" or kind in ("Nd", "Nl")}
     return bool(letters) and all(kind in letters or kind[0] == "M" for kind in kinds)

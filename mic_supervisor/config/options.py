@@ -245,9 +245,9 @@ class Hooks(Strict):
     @field_validator("on_endpoints_change")
     @classmethod
     def _absolute(cls, value: list[str] | None) -> list[str] | None:
-        if value is not None and any("${" in item for item in value):
+        if any("${" in item for item in value or ()):
             raise ValueError("nothing is replaced in a hook's arguments; leave the ${…} out")
-        if value is not None and not value[0].startswith("/"):
+        if value and not value[0].startswith("/"):
             raise ValueError(
                 f"the program {value[0]!r} is not an absolute path; write where it is, as in "
                 "/etc/mic/endpoints-changed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mic_supervisor.backends.triton_log import load_failure
+from mic_supervisor.backends.triton.log import load_failure
 from tests.unit.backends.support import ANSWERS
 
 FAILURES = {name: answer for name, answer in ANSWERS.items() if "says" in answer}

@@ -56,7 +56,7 @@ def generate(
 ) -> Generated:
     """The configuration of `model` with `count` instances on each of the GPUs at `positions`.
 
-    A position is a position among the GPUs of the server, as the container sees them.
+    A position is that of a GPU among those of the server, as the container sees them.
     `config.pbtxt.template` is read if it is there, `config.pbtxt` otherwise. Raises CompileError.
     """
     path, text = _read(request, repository / model)

@@ -17,14 +17,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mic_supervisor.backends import Ask, BackendBase, CompileRequest, Member, common, error_text
-from mic_supervisor.backends.triton_config import (
+from mic_supervisor.backends.triton.config import (
     Generated,
     generate,
     is_ours,
     mark_of,
     positions_of,
 )
-from mic_supervisor.backends.triton_log import load_failure
+from mic_supervisor.backends.triton.log import load_failure
 from mic_supervisor.config.names import BadKey, parse_gpu_key
 from mic_supervisor.config.options import (
     AbsolutePath,
