@@ -73,7 +73,7 @@ Ask = Callable[[HttpCall], tuple[int | None, str]]
 
 
 class Backend(Protocol):
-    """A way to serve models.
+    """A way to serve models, with a default for all but what only the backend itself knows.
 
     `Settings` validates `backends.<name>` of the file, `Options` a model with this backend; both
     are pydantic models that refuse unknown keys, Options a subclass of config.options.ModelOptions.
@@ -88,69 +88,85 @@ class Backend(Protocol):
 
         The same request gives an equal instance. Raises CompileError in words for the operator.
         """
-        ...
+        raise NotImplementedError
 
     def placement_state(
-        self, placement: Placement, status: int | None, body: str
+        self,
+        placement: Placement,
+        status: int | None,  # noqa: ARG002
+        body: str,  # noqa: ARG002
     ) -> PlacementState:
-        """What the answer to `placement.verify` means; `status` None: there was no answer."""
-        ...
+        """What the answer to `placement.verify` means; `status` None: there was no answer.
 
-    def load_failure(self, answer: str, log: Sequence[str], model: str) -> str:
+        Unknown: a backend that makes placements says itself how to read the answer.
+        """
+        return PlacementState(placement.model, LoadState.UNKNOWN, reason="its server loads none")
+
+    def load_failure(self, answer: str, log: Sequence[str], model: str) -> str:  # noqa: ARG002
         """Why a load or unload failed, in one sentence without a full stop.
 
         `answer` is the body that the server gave, empty when it gave none; `log` holds the last
-        lines of its log, oldest first; `model` is the placement's.
+        lines of its log, oldest first; `model` is the placement's. By default the server's own
+        words, and the last line of its log when it gave none.
         """
-        ...
+        last = next((line.strip() for line in reversed(log) if line.strip()), "")
+        if words := error_text(answer):
+            return words
+        return f"no answer; the last line of its log is: {last}" if last else "no answer"
 
-    def is_drained(self, status: int, body: str) -> bool:
-        """Whether the answer to the instance's `drain` call says that nothing is in flight."""
-        ...
+    def is_drained(self, status: int, body: str) -> bool:  # noqa: ARG002
+        """Whether the answer to the instance's `drain` call says that nothing is in flight.
 
-    # --- servers that entries of the file share; BackendBase has none ---------------------------
+        By default always: an instance without a `drain` call is never asked.
+        """
+        return True
 
-    def server_of(self, settings: Any, model: str) -> str | None:
+    # --- servers that entries of the file share; by default there are none ----------------------
+
+    def server_of(self, settings: Any, model: str) -> str | None:  # noqa: ARG002
         """The id of the server in which all entries of `model` are served, perhaps with others.
 
         None: each entry is an instance of its own. An id ends in nothing that looks like the eight
         digits of a GPU, with which those end.
         """
-        ...
+        return None
 
-    def reserved(self, settings: Any) -> tuple[str | int, ...]:
+    def reserved(self, settings: Any) -> tuple[str | int, ...]:  # noqa: ARG002
         """GPUs, as under `gpus:`, that such a server has whatever is on them now; else none."""
-        ...
+        return ()
 
-    def conflicts(self, settings: Any, given: Iterable[str]) -> dict[str, str]:
+    def conflicts(self, settings: Any, given: Iterable[str]) -> dict[str, str]:  # noqa: ARG002
         """Why keys that a model gives mean nothing in such a server, by key."""
-        ...
+        return {}
 
     def compile_placement(self, request: CompileRequest, member: Member) -> Placement:
         """One model of the server. `request` is of the server, and so are its `gpus`.
 
         Raises CompileError, which blocks this model alone.
         """
-        ...
+        why = f"{request.model} and {member.model} share no server"
+        raise NotImplementedError(why)
 
     def compile_server(
-        self, request: CompileRequest, members: Sequence[Member], placements: Sequence[Placement]
+        self,
+        request: CompileRequest,
+        members: Sequence[Member],
+        placements: Sequence[Placement],
     ) -> Instance:
         """The server. `placements` lack those of `members` that could not be compiled."""
-        ...
+        why = f"{request.model} is no server of several models"
+        raise NotImplementedError(why)
 
-    def surplus(self, instance: Instance, ask: Ask) -> tuple[Placement, ...]:
+    def surplus(self, instance: Instance, ask: Ask) -> tuple[Placement, ...]:  # noqa: ARG002
         """What a running server has loaded for us, and `instance` does not name.
 
         Never what the server loads by itself, nor what somebody else had it load.
         """
-        ...
+        return ()
 
 
-class BackendBase:
-    """What most backends have in common: no model inside their server is loaded over HTTP, and no
-    server is shared.
-    """
+class BackendBase(Backend):
+    """What a backend derives from."""
 
     example: tuple[str, str] = ("", "")
     """For a first gpus.yaml: YAML below `backends:` and below `models:`."""
@@ -166,49 +182,6 @@ class BackendBase:
         `directory` is where it was started. None: it is no command of this backend.
         """
         return None
-
-    def placement_state(
-        self,
-        placement: Placement,
-        status: int | None,  # noqa: ARG002
-        body: str,  # noqa: ARG002
-    ) -> PlacementState:
-        """Unknown: a backend that makes placements says itself how to read the answer."""
-        return PlacementState(placement.model, LoadState.UNKNOWN, reason="its server loads none")
-
-    def load_failure(self, answer: str, log: Sequence[str], model: str) -> str:  # noqa: ARG002
-        """The server's own words; the last line of its log when it gave none."""
-        last = next((line.strip() for line in reversed(log) if line.strip()), "")
-        if words := error_text(answer):
-            return words
-        return f"no answer; the last line of its log is: {last}" if last else "no answer"
-
-    def is_drained(self, status: int, body: str) -> bool:  # noqa: ARG002
-        """Always: an instance without a `drain` call is never asked."""
-        return True
-
-    def server_of(self, settings: Any, model: str) -> str | None:  # noqa: ARG002
-        return None
-
-    def reserved(self, settings: Any) -> tuple[str | int, ...]:  # noqa: ARG002
-        return ()
-
-    def conflicts(self, settings: Any, given: Iterable[str]) -> dict[str, str]:  # noqa: ARG002
-        return {}
-
-    def compile_placement(self, request: CompileRequest, member: Member) -> Placement:
-        raise NotImplementedError(f"{request.model} and {member.model} share no server")
-
-    def compile_server(
-        self,
-        request: CompileRequest,
-        members: Sequence[Member],
-        placements: Sequence[Placement],
-    ) -> Instance:
-        raise NotImplementedError(f"{request.model} is no server of several models")
-
-    def surplus(self, instance: Instance, ask: Ask) -> tuple[Placement, ...]:  # noqa: ARG002
-        return ()
 
 
 def error_text(body: str) -> str:

@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import BaseModel
 
@@ -41,7 +51,7 @@ _METHODS = ("compile", "placement_state", "load_failure", "is_drained")
 # A name is a key of the file, a label, and part of a JSON pointer.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACEHOLDER = re.compile(r"\$\{([^{}]*)\}")
-_DEFAULTS = BackendBase()
+_DEFAULTS: Backend = cast(Any, BackendBase)()  # no backend: it cannot compile
 
 T = TypeVar("T")
 
@@ -101,7 +111,8 @@ def _lacks(name: str, backend: Any) -> str | None:
     ):
         return "has Options whose `unavailable` is no map from keys to reasons"
     for method in _METHODS:
-        if not callable(getattr(backend, method, None)):
+        found = getattr(backend, method, None)
+        if not callable(found) or getattr(found, "__func__", None) is BackendBase.compile:
             return f"has no method {method}"
     return None
 

@@ -18,7 +18,6 @@ from pydantic import Field, field_validator, model_validator
 
 from mic_supervisor.backends import Ask, BackendBase, CompileRequest, Member, common, error_text
 from mic_supervisor.backends.triton.config import (
-    Generated,
     generate,
     is_ours,
     mark_of,
@@ -250,16 +249,18 @@ class TritonBackend(BackendBase):
 
     def compile_placement(self, request: CompileRequest, member: Member) -> Placement:
         settings: Settings = request.settings
-        own = replace(request, model=member.model, options=member.options)
-        model = _model(own)
-        positions = tuple(
-            number for number, gpu in enumerate(request.gpus) if gpu.uuid in _uuids(member.gpus)
-        )
         options: Options = member.options
-        generated = generate(
-            own, Path(settings.model_repository), model, options.instances_per_gpu, positions
-        )
-        return _placement(model, _uuids(member.gpus), generated, options, positions, request.gpus)
+        own = replace(request, model=member.model, options=options)
+        model, gpus = _model(own), _uuids(member.gpus)
+        positions = [number for number, gpu in enumerate(request.gpus) if gpu.uuid in gpus]
+        repository, count = Path(settings.model_repository), options.instances_per_gpu
+        generated = generate(own, repository, model, count, positions)
+        body = json.dumps({"parameters": {"config": generated.text}}, ensure_ascii=False)
+        summary: Pairs = (("instances_per_gpu", str(count)),)
+        if len(request.gpus) > 1:
+            summary = (*summary, ("places", _listed(positions)))
+        made = _calls(model, gpus, generated.digest, body, options.start_timeout)
+        return replace(made, summary=summary)
 
     def compile_server(
         self, request: CompileRequest, members: Sequence[Member], placements: Sequence[Placement]
@@ -303,10 +304,8 @@ class TritonBackend(BackendBase):
             status, body = ask(HttpCall("GET", f"/v2/models/{name}/config"))
             config = _json(body) if status == 200 else None
             if isinstance(config, dict) and (mark := mark_of(config, name)) is not None:
-                positions = [
-                    position for position in positions_of(config) if position < len(instance.gpus)
-                ]
-                gpus = tuple(instance.gpus[position] for position in positions)
+                here = range(len(instance.gpus))
+                gpus = tuple(instance.gpus[one] for one in positions_of(config) if one in here)
                 found.append(_calls(name, gpus, mark, "", 60.0))
         return tuple(found)
 
@@ -434,22 +433,6 @@ def _probes(instance: str, model: str | None, options: Options) -> Probes:
         liveness=given.liveness or Probe(HttpCheck("/v2/health/live")),
         readiness=given.readiness or ready,
     )
-
-
-def _placement(
-    model: str,
-    gpus: tuple[str, ...],
-    generated: Generated,
-    options: Options,
-    positions: Sequence[int],
-    of_server: Sequence[Gpu],
-) -> Placement:
-    body = json.dumps({"parameters": {"config": generated.text}}, ensure_ascii=False)
-    made = _calls(model, gpus, generated.digest, body, options.start_timeout)
-    summary = [("instances_per_gpu", str(options.instances_per_gpu))]
-    if len(of_server) > 1:
-        summary.append(("places", _listed(positions)))
-    return replace(made, summary=tuple(summary))
 
 
 def _calls(model: str, gpus: tuple[str, ...], digest: str, body: str, timeout: float) -> Placement:
