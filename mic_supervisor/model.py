@@ -97,7 +97,13 @@ class UnopenedGpu:
 
     index: int
     error: str
+    hint: str | None = None
     uuid: str | None = None  # where it answered before
+
+    @property
+    def told(self) -> str:
+        """Why, and what to do, in one line."""
+        return _in_one(self.error, self.hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +114,24 @@ class GpuInventory:
     gpus: tuple[Gpu, ...] = ()
     unopened: tuple[UnopenedGpu, ...] = ()
     error: str | None = None
+    hint: str | None = None  # what to do about the error
     driver: str | None = None
     nvml: str | None = None  # version of the management library
     cuda: str | None = None  # the newest that the driver supports: "12.8"
 
     @property
+    def told(self) -> str | None:
+        """The error, and what to do about it, in one line."""
+        return None if self.error is None else _in_one(self.error, self.hint)
+
+    @property
     def indices(self) -> dict[str, int]:
         """UUID to the number that the driver gives the GPU today."""
         return {gpu.uuid: gpu.index for gpu in self.gpus}
+
+
+def _in_one(error: str, hint: str | None) -> str:
+    return error if hint is None else f"{error}; {hint}"
 
 
 # --- Workloads: what an instance runs ---------------------------------------------------------
@@ -454,6 +470,7 @@ class Stranger:
     reason: str = ""  # "it has no labels of ours", "it belongs to scope demo"
     claims: str | None = None  # the instance that it names, as only a copy of ours does
     usurps: bool = False  # it has the name, too, that we gave to what it is a copy of
+    elsewhere: bool = False  # it belongs to another scope, which is no news in this one
 
 
 @dataclass(frozen=True, slots=True)

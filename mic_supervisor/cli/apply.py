@@ -86,10 +86,10 @@ def show_rows(rows: Iterable[dict[str, Any]], document: dict[str, Any]) -> None:
     hints = {item["instance"]: item["hint"] for item in document["remaining"]["blocked"]}
     for row in rows:
         click.echo(outcome(row))
-        failure = failures.get(row["id"], {"reason": "", "hint": None})
+        failure = failures.get(row["id"], {"reason": "", "hint": None, "told": True})
         if row["as_desired"]:
             continue
-        if failure["reason"] and failure["reason"] not in (row["reason"] or ""):
+        if not failure.get("told"):  # an earlier daemon does not say
             click.echo(f"    {failure['reason']}")
         hint = failure["hint"] or hints.get(row["id"])
         if hint:

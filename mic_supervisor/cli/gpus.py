@@ -92,7 +92,7 @@ def document(
         "error": error,
         "warnings": list(warnings),
         "gpus": [_gpu_document(gpu) for gpu in inventory.gpus],
-        "unopened": [{"index": gpu.index, "error": gpu.error} for gpu in inventory.unopened],
+        "unopened": [{"index": gpu.index, "error": gpu.told} for gpu in inventory.unopened],
     }
 
 
@@ -151,7 +151,7 @@ def lines(inventory: GpuInventory) -> list[str]:
         )
         for gpu in inventory.gpus
     }
-    found.update((gpu.index, ("?", gpu.error)) for gpu in inventory.unopened)
+    found.update((gpu.index, ("?", gpu.told)) for gpu in inventory.unopened)
     return ["\t".join((str(index), *map(printable, found[index]))) for index in sorted(found)]
 
 
@@ -182,7 +182,7 @@ def print_tables(inventory: GpuInventory) -> None:
             )
         )
     for unopened in inventory.unopened:
-        console.print(f"GPU {unopened.index}: {printable(unopened.error)}", style="red")
+        console.print(f"GPU {unopened.index}: {printable(unopened.told)}", style="red")
     for gpu in inventory.gpus:
         if gpu.processes is None:
             console.print(f"GPU {gpu.index}: its holders cannot be read", style="yellow")
@@ -275,4 +275,4 @@ def _whole(number: float | None) -> str:
 def _error(inventory: GpuInventory) -> str | None:
     if inventory.source == "none":
         return "cannot read GPUs: MIC_GPU_SOURCE is none"
-    return inventory.error
+    return inventory.told

@@ -118,8 +118,7 @@ def _must_have_gpus(inventory: GpuInventory) -> None:
             hint="unset it, or set MIC_GPU_SOURCE=simulated:4 to try things out",
         )
     if inventory.error is not None:
-        cause, _, hint = inventory.error.partition("; ")
-        raise MicError(cause, hint=hint or None)
+        raise MicError(inventory.error, hint=inventory.hint)
     if not inventory.gpus:
         raise MicError(
             "cannot write a first file: this machine has no GPU that can be opened",
@@ -240,7 +239,7 @@ def _gpu_lines(
             also.setdefault(index, []).append(one.name)
     out: list[DraftGpu] = []
     written: set[str] = set()
-    lost = {gpu.index: gpu.error for gpu in inventory.unopened}
+    lost = {gpu.index: gpu.told for gpu in inventory.unopened}
     for index in sorted({*by_index, *lost}):
         if index in lost and index not in by_index:
             note = f"GPU {index}: {printable(lost[index])}"

@@ -127,7 +127,7 @@ def _one(look: Survey, pid: int, scope: str, *, force: bool) -> Target:
             if look.inventory.error is not None:
                 _refuse(
                     pid,
-                    f"whether it holds a GPU cannot be told: {look.inventory.error}",
+                    f"whether it holds a GPU cannot be told: {look.inventory.told}",
                     "end it all the same with: --force",
                 )
             _refuse(
@@ -138,7 +138,7 @@ def _one(look: Survey, pid: int, scope: str, *, force: bool) -> Target:
 
 def _orphans(look: Survey, scope: str, *, force: bool) -> list[Target]:
     if look.inventory.error is not None:
-        raise MicError(look.inventory.error)
+        raise MicError(look.inventory.error, hint=look.inventory.hint)
     targets = []
     for pid in look.pids(OwnerKind.ORPHAN):
         target = look.target(pid)

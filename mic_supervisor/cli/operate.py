@@ -202,7 +202,7 @@ def _uuid(key: GpuKey, inventory: GpuInventory, kept: Any, action: str) -> str:
 
     if inventory.error is not None:
         raise MicError(
-            f"cannot {action}: which GPU that is, is unknown: {inventory.error}",
+            f"cannot {action}: which GPU that is, is unknown: {inventory.told}",
             hint="name it as the file does, or see `mic-supervisor gpus`",
         )
     binding = bind([GpuEntry((key,), None, Place("", 0, 0))], inventory, kept)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.render import gpu_names
+from mic_supervisor.plan.words import gpu_names
 
 if TYPE_CHECKING:
     from rich.live import Live

@@ -158,9 +158,7 @@ def show(document: dict[str, Any]) -> None:
 def _notices(document: dict[str, Any]) -> list[str]:
     """What is to be known besides the rows: unreadable sources, warnings, pauses, a broken file."""
     warnings = document["warnings"]
-    told = [
-        text for text in document["unreadable"] if not any(w.startswith(text) for w in warnings)
-    ]
+    told = [text for text in document["unreadable"] if text not in warnings]
     notices = [f"warning: {text}" for text in (*told, *warnings)]
     shown = {gpu["uuid"] for row in document["instances"] for gpu in row["gpus"]}
     models = {row["model"] for row in document["instances"]}
@@ -206,10 +204,10 @@ def _remarks(document: dict[str, Any]) -> list[str]:
 
 
 def _paused(pause: dict[str, Any]) -> str:
-    from mic_supervisor.plan.holds import since
     from mic_supervisor.plan.memory import Pause
+    from mic_supervisor.plan.pauses import since
 
-    return since(Pause(pause["since"], pause["reason"]), time.time())
+    return str(since(Pause(pause["since"], pause["reason"]), time.time()))
 
 
 # --- --watch ------------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ def desired_state(
         instances += made
         unsatisfiable = [item for item in unsatisfiable if not servers.tells_of(item)] + troubled
         bindings |= {*servers.bindings}
-    if inventory.error is not None:
-        unsatisfiable = [replace(item, reason=inventory.error, hint=None) for item in unsatisfiable]
+    if inventory.told is not None:
+        unsatisfiable = [replace(item, reason=inventory.told, hint=None) for item in unsatisfiable]
     return DesiredState(
         instances=tuple(sorted(instances, key=lambda item: item.id)),
         kept_empty=tuple(kept_empty),

@@ -49,7 +49,7 @@ class GpuNews:
 
     def _look_at_troubles(self, observed: ObservedState) -> None:
         inventory = observed.inventory
-        fallen = {gpu.uuid: gpu.error for gpu in inventory.unopened}
+        fallen = {gpu.uuid: gpu.told for gpu in inventory.unopened}
         present = {gpu.uuid: gpu for gpu in inventory.gpus}
         self._known.update({uuid: gpu.index for uuid, gpu in present.items()})
         found: dict[str, str] = {}

@@ -25,7 +25,7 @@ def running(look: Survey, engine: Engine | None) -> tuple[list[Proposal], list[s
     `engine` None: there is no Docker here. Raises MicError when the GPUs cannot be read.
     """
     if look.inventory.error is not None:
-        raise MicError(look.inventory.error)
+        raise MicError(look.inventory.error, hint=look.inventory.hint)
     warnings: list[str] = []
     found: list[Proposal] = []
     if engine is not None:

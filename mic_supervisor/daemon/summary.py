@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mic_supervisor.http.published import Published
 from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.render import clock, gpu_names
+from mic_supervisor.plan.words import clock, gpu_names
 
 _SHOWN = 3
 

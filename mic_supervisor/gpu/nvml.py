@@ -64,7 +64,8 @@ class _Session:
     nvml: str | None = None
     cuda: str | None = None
     devices: list[_Device] = field(default_factory=list)
-    unopened: dict[int, tuple[int, str]] = field(default_factory=dict)  # index: code, error
+    # By index, the code, and what is said of it.
+    unopened: dict[int, tuple[int, tuple[str, str]]] = field(default_factory=dict)
 
 
 class _Unreadable(Exception):
@@ -246,9 +247,7 @@ class NvmlSource:
         self._asked = "the driver"
         nvml.nvmlDeviceGetCount()  # fails where the library as a whole does
         self._codes = {code for code, _ in session.unopened.values()}
-        unopened = {
-            index: UnopenedGpu(index, error) for index, (_, error) in session.unopened.items()
-        }
+        unopened = {index: UnopenedGpu(index, *why) for index, (_, why) in session.unopened.items()}
         gpus = []
         names: dict[int, processes.Stat | None] = {}
         for device in session.devices:
@@ -258,7 +257,7 @@ class NvmlSource:
             except _Unreadable as error:
                 what = f"read {device.uuid} at {device.pci_bus_id or 'an unknown bus id'}"
                 unopened[device.index] = UnopenedGpu(
-                    device.index, gpu_error(what, error.code), device.uuid
+                    device.index, *gpu_error(what, error.code), device.uuid
                 )
         return GpuInventory(
             source="nvml",
@@ -400,4 +399,4 @@ class NvmlSource:
 
 
 def _failed(cause: str, hint: str) -> GpuInventory:
-    return GpuInventory(source="nvml", error=f"cannot read GPUs: {cause}; {hint}")
+    return GpuInventory(source="nvml", error=f"cannot read GPUs: {cause}", hint=hint)

@@ -58,15 +58,14 @@ def library_error(code: int, text: str, *, was_open: bool) -> tuple[str, str]:
     return f"NVML says: {text} ({code})", "check the driver with: nvidia-smi"
 
 
-def gpu_error(what: str, code: int, text: str = "") -> str:
+def gpu_error(what: str, code: int, text: str = "") -> tuple[str, str]:
     """Why one GPU does not answer, and what to do about it."""
     if code == RESET_REQUIRED:
-        return f"cannot {what}: the GPU needs a reset; reset it with: nvidia-smi --gpu-reset -i ID"
+        hint = "reset it with: nvidia-smi --gpu-reset -i ID"
+        return f"cannot {what}: the GPU needs a reset", hint
     if code in GONE:
-        return (
-            f"cannot {what}: the GPU fell off the bus; "
-            "find the cause with: dmesg | grep -i xid, then reboot"
-        )
+        hint = "find the cause with: dmesg | grep -i xid, then reboot"
+        return f"cannot {what}: the GPU fell off the bus", hint
     if code == NO_PERMISSION:
-        return f"cannot {what}: no permission; check the mode of its /dev/nvidia device"
-    return f"cannot {what}: NVML says: {text} ({code}); check it with: nvidia-smi"
+        return f"cannot {what}: no permission", "check the mode of its /dev/nvidia device"
+    return f"cannot {what}: NVML says: {text} ({code})", "check it with: nvidia-smi"

@@ -149,7 +149,7 @@ def why_no_gpus(inventory: GpuInventory) -> str | None:
     """Why nothing can be said of any GPU, None where something can."""
     if inventory.source == "none":
         return "cannot read GPUs: MIC_GPU_SOURCE is none"
-    return inventory.error
+    return inventory.told
 
 
 def gpus(snapshot: Snapshot) -> list[GpuUse]:

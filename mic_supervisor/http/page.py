@@ -21,8 +21,9 @@ from mic_supervisor.http.documents import why_no_gpus
 from mic_supervisor.http.redact import Scrubber, config_error
 from mic_supervisor.http.verdict import Level, Verdict, judge, level_of
 from mic_supervisor.model import OwnerKind
-from mic_supervisor.plan.render import gpu_names, reason
+from mic_supervisor.plan.render import reason
 from mic_supervisor.plan.status import InstanceStatus, by_model
+from mic_supervisor.plan.words import gpu_names
 from mic_supervisor.views.status import GpuState, Holder, gpu_rows
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def _tiles(snapshot: Snapshot, views: Views) -> Iterator[Tile]:
         )
     for fallen in inventory.unopened:  # the driver counts it, and it has not even a UUID
         name, title = f"unopened-{fallen.index}", f"GPU {fallen.index}"
-        yield Tile(name, title, Level.BAD, "does not answer", fallen.error)
+        yield Tile(name, title, Level.BAD, "does not answer", fallen.told)
 
 
 def _on(uuid: str, snapshot: Snapshot) -> list[InstanceStatus]:

@@ -11,7 +11,7 @@ from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
 from mic_supervisor.http import documents
 from mic_supervisor.http.redact import Scrubber, config_error
 from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.render import gpu_names
+from mic_supervisor.plan.words import gpu_names
 from mic_supervisor.views.status import gpu_rows
 
 if TYPE_CHECKING:
@@ -180,13 +180,11 @@ def _xids(published: Published, at: float, indices: Mapping[str, int]) -> Iterat
 
 def _unreadable(snapshot: Snapshot) -> Iterator[Problem]:
     inventory = snapshot.observed.inventory
-    trouble = documents.why_no_gpus(inventory)
+    trouble = inventory.error or documents.why_no_gpus(inventory)
     if trouble is not None:
-        text, _, hint = trouble.partition("; ")
-        yield Problem(Level.BAD, "GPUs", text, hint=hint or None)
+        yield Problem(Level.BAD, "GPUs", trouble, hint=inventory.hint)
     for gpu in inventory.unopened:
-        text, _, hint = gpu.error.partition("; ")
-        yield Problem(Level.BAD, f"GPU {gpu.index}", text, hint=hint or None)
+        yield Problem(Level.BAD, f"GPU {gpu.index}", gpu.error, hint=gpu.hint)
     for view in snapshot.observed.runtimes:
         if view.error is not None:
             yield Problem(

@@ -7,12 +7,13 @@ depend on each other within a lane: the old model is stopped only after the new 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mic_supervisor.model import HttpCall, Launch, ObservedWorkload, Placement
 from mic_supervisor.plan.memory import Floor
+from mic_supervisor.plan.words import Code, Reason
 
 ChangeKind = Literal[
     "create", "start", "restart", "stop", "remove", "replace", "load", "unload", "adopt"
@@ -133,10 +134,19 @@ class Change:
     backend: str
     gpus: tuple[str, ...]
     lane: str
-    cause: str
+    why: Reason
     diff: tuple[FieldDiff, ...] = ()
     steps: tuple[Step, ...] = ()
-    waits: str | None = None
+    waits: Reason | None = None
+
+    @property
+    def cause(self) -> str:
+        return str(self.why)
+
+    def behind(self, ids: Collection[str]) -> Iterator[tuple[Step, str]]:
+        """Its steps that depend on any of these, and on which."""
+        for step in self.steps:
+            yield from ((step, needed) for needed in step.depends_on if needed in ids)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -154,29 +164,47 @@ class Blocked:
     """Why nothing happens although something should."""
 
     instance: str  # an instance id, or how the file calls the entry
-    reason: str
+    why: Reason
     gpus: tuple[str, ...] = ()
     model: str | None = None
-    hint: str | None = None
     until: float | None = None  # when the passing of time alone may end it; steady while deciding
-    paused: bool = False  # somebody asked for it to be left as it is, be there anything due or not
-    queued: bool = False  # the file says to wait for it: a stranger has the GPU
+
+    @property
+    def reason(self) -> str:
+        return str(self.why)
+
+    @property
+    def hint(self) -> str | None:
+        return self.why.hint
+
+    @property
+    def paused(self) -> bool:
+        """Somebody asked for it to be left as it is, be there anything due or not."""
+        return self.why.kind is Code.PAUSED
+
+    @property
+    def queued(self) -> bool:
+        """The file says to wait for it: a stranger has the GPU."""
+        return self.why.queued
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The difference between desired and observed state, and how it goes away.
 
-    Sorted by lane and instance, so that equal inputs give equal texts. `next_wake` is when a
-    blocked instance may go on by the passing of time alone. `left_out` is due, and not part of the
-    plan because others were chosen.
+    Sorted by lane and instance, so that equal inputs give equal texts. `left_out` is due, and not
+    part of the plan because others were chosen.
     """
 
     changes: tuple[Change, ...] = ()
     blocked: tuple[Blocked, ...] = ()
     warnings: tuple[str, ...] = ()
-    next_wake: float | None = None
     left_out: tuple[Change, ...] = ()
+
+    @property
+    def next_wake(self) -> float | None:
+        """When a blocked instance may go on by the passing of time alone."""
+        return min((item.until for item in self.blocked if item.until is not None), default=None)
 
     def in_wall(self, offset: float) -> Plan:
         """For people: steady times made times since the epoch by the clocks' offset."""
@@ -186,7 +214,6 @@ class Plan:
                 item if item.until is None else replace(item, until=item.until + offset)
                 for item in self.blocked
             ),
-            next_wake=None if self.next_wake is None else self.next_wake + offset,
         )
 
     @property

@@ -21,8 +21,9 @@ from mic_supervisor.model import (
     RunState,
 )
 from mic_supervisor.plan import spec as specs
-from mic_supervisor.plan.actions import FieldDiff
+from mic_supervisor.plan.actions import Blocked, FieldDiff
 from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.words import Reason
 from mic_supervisor.runtimes.copies import known_from
 
 if TYPE_CHECKING:
@@ -189,6 +190,9 @@ class Assessment:
             "it lost its GPU inside the container, as a systemd daemon-reload does in legacy mode: "
             f"{result.reason}"
         )
+
+    def blocked(self, why: Reason, until: float | None = None) -> Blocked:
+        return Blocked(self.instance.id, why, self.instance.gpus, self.instance.model, until)
 
     def overdue(self, started_at: float | None, now: float) -> str | None:
         """Why its start counts as failed: the budget is spent, and the startup probe says no.

@@ -62,7 +62,7 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
     }
     warnings: list[str] = []
 
-    fallen = {gpu.uuid.lower(): gpu.error for gpu in inventory.unopened if gpu.uuid is not None}
+    fallen = {gpu.uuid.lower(): gpu.told for gpu in inventory.unopened if gpu.uuid is not None}
 
     def find(key: GpuKey) -> Gpu | str:
         if key.kind == "uuid":
@@ -202,7 +202,7 @@ def _pci(bus_id: str) -> str:
 
 
 def _no_such_index(value: str, inventory: GpuInventory) -> str:
-    unopened = {gpu.index: gpu.error for gpu in inventory.unopened}
+    unopened = {gpu.index: gpu.told for gpu in inventory.unopened}
     if int(value) in unopened:
         return f"GPU {value} cannot be opened: {unopened[int(value)]}"
     if inventory.source == "none":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from mic_supervisor.model import Gpu, Launch, ObservedWorkload, RunState
+from mic_supervisor.config.document import CONFIRM
+from mic_supervisor.model import Gpu, ObservedWorkload, RunState
 from mic_supervisor.plan.actions import (
     Blocked,
     ChangeKind,
@@ -15,15 +17,15 @@ from mic_supervisor.plan.actions import (
     Start,
     Step,
 )
-from mic_supervisor.plan.assess import Assessment, Context, is_alive
+from mic_supervisor.plan.assess import Assessment, is_alive
+from mic_supervisor.plan.fallback import fallback
 from mic_supervisor.plan.health import ended
 from mic_supervisor.plan.launch import launch
 from mic_supervisor.plan.loads import loads
-from mic_supervisor.plan.memory import InstanceMemory
-from mic_supervisor.plan.obstacles import Obstacle, Surroundings, in_the_way
+from mic_supervisor.plan.obstacles import in_the_way
 from mic_supervisor.plan.rebuild import rebuilt, relaunch
-
-RETRY = "change the file, or: mic-supervisor retry"
+from mic_supervisor.plan.situation import Situation
+from mic_supervisor.plan.words import Code, Reason, because, gpu_names, shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class BringUp:
     """
 
     kind: ChangeKind
-    cause: str
+    why: Reason
     early: tuple[Step, ...]
     late: Start | Restart
     stops: ObservedWorkload | None = None
@@ -47,49 +49,97 @@ class BringUp:
         return self.late.launch.name if isinstance(self.late, Start) else self.late.workload.name
 
 
-def bring_up(
-    assessment: Assessment,
-    entry: InstanceMemory,
+@dataclass(frozen=True, slots=True)
+class Way:
+    """`serving` may stay alive, `up` is due, and `why_not` is why no more than that is done."""
+
+    serving: ObservedWorkload | None
+    up: BringUp | None = None
+    why_not: Blocked | None = None
+
+
+def way_up(s: Situation, item: Assessment, leaving: Collection[str]) -> Way:
+    """How one instance is brought up, if that is due. See `in_the_way` for `leaving`."""
+    entry = s.entry(item)
+    sick = next((s.gpus[u] for u in item.instance.gpus if u in s.gpus and s.gpus[u].trouble), None)
+    if (good := fallback(entry, item)) is not None:
+        up, why = _fall_back(s, good, leaving)
+        if sick and up is not None:
+            return Way(good.match, None, item.blocked(_unhealthy(sick)))
+        return Way(good.match, cleared(up, item) if up is not None else None, why)
+    unhealthy = item.live_failure or item.overdue(entry.started_at, s.now)
+    forced = item.instance.id in s.context.forced
+    blind = item.blind if unhealthy is None and not sick else None
+    if item.runs and unhealthy is None and blind is None and not forced:
+        return Way(item.match)
+    why_not = _keeps_down(s, item, sick)
+    if why_not is not None:
+        return Way(item.match, None, item.blocked(why_not))
+    if not forced and entry.retry_at is not None and entry.retry_at > s.now:
+        backoff = because(Code.BACKOFF, failure=entry.reason)
+        return Way(item.match, None, item.blocked(backoff, entry.retry_at))
+    found = _bring_up(s, item, unhealthy, leaving, blind)
+    if isinstance(found, Reason):
+        return Way(item.match, None, item.blocked(found))
+    return Way(item.match, cleared(found, item))
+
+
+def _keeps_down(s: Situation, item: Assessment, sick: Gpu | None) -> Reason | None:
+    """What speaks against any start of it, however it were made."""
+    lost = [uuid for uuid in item.instance.gpus if uuid not in s.gpus]
+    if lost:
+        return because(Code.GPU_LOST, gpus=", ".join(lost))
+    if sick is not None:
+        return _unhealthy(sick)
+    missing = {uuid for workload in item.alive for uuid in workload.identity.gpus} - s.named
+    if missing and item.instance.shared and not s.context.confirmed:
+        # One of the entries of a server is missing, and it would be replaced since it is.
+        gone = gpu_names(sorted(missing), s.indices)
+        return because(Code.SHRINKS, gpus=gone, hint=CONFIRM)
+    other = s.failed_on.get(item.instance.model)
+    if other is not None and item.alive and not item.runs:
+        return because(Code.FAILED_ELSEWHERE, instance=other)
+    return None
+
+
+def _bring_up(
+    s: Situation,
+    item: Assessment,
     unhealthy: str | None,
-    around: Surroundings,
-    context: Context,
-    blind: str | None = None,
-) -> BringUp | Blocked:
+    leaving: Collection[str],
+    blind: str | None,
+) -> BringUp | Reason:
     """The way up, or what stands in it. `blind`: it must be made anew, and that is why."""
-    instance, match = assessment.instance, assessment.match
-    numbers = around.numbers[instance.id]
+    instance, match = item.instance, item.match
+    numbers = s.numbers[instance.id]
     if numbers is None:
-        first, last = context.port_range
-        return blocked(
-            assessment, f"no port is free from {first} to {last}", hint="widen MIC_PORT_RANGE"
-        )
-    indices = {uuid: gpu.index for uuid, gpu in around.gpus.items()}
+        first, last = s.context.port_range
+        return because(Code.NO_PORT, first=first, last=last)
     try:
-        target = launch(assessment, numbers, indices, context)
+        target = launch(item, numbers, s.indices, s.context)
     except KeyError as error:
-        return blocked(assessment, f"its texts refer to {error}, which it does not have")
-    obstacle = in_the_way(instance, target.runtime, target.name, numbers.values(), around)
+        return because(Code.NO_VARIABLE, name=str(error))
+    obstacle = in_the_way(s, instance, target.runtime, target.name, numbers.values(), leaving)
     if obstacle is not None:
-        return blocked(assessment, obstacle.reason, hint=obstacle.hint, queued=obstacle.queued)
-    kind, cause = _why(assessment, entry, unhealthy, context)
+        return obstacle
+    kind, cause = _why(s, item, unhealthy)
     stops = match if match is not None and is_alive(match) else None
-    if assessment.runtime not in context.creates_ahead:
-        start = Start(f"start {target.name}", instance.id, target)
-        return BringUp(kind, cause, (_prepare(target, instance.id),), start, stops)
+    prepare = Prepare(f"prepare {target.name}", instance.id, target)
+    start = Start(f"start {target.name}", instance.id, target)
+    if item.runtime not in s.context.creates_ahead:
+        return BringUp(kind, cause, (prepare,), start, stops)
+    create = Create(f"create {target.name}", instance.id, target, depends_on=(prepare.id,))
     if blind is not None:
-        prepare = _prepare(target, instance.id)
-        create = Create(f"create {target.name}", instance.id, target)
-        start = Start(f"start {target.name}", instance.id, target)
-        return BringUp("replace", blind, (prepare,), start, stops, again=create)
+        why = because(Code.GPU_NOT_SEEN, blind=blind)
+        return BringUp("replace", why, (prepare,), start, stops, again=create)
     again = [match] if match is not None and dict(match.identity.ports) == numbers else []
     # The name tells specification and ports: what has it already is what would be created.
-    again += [workload for workload in assessment.ended if workload.name == target.name]
+    again += [workload for workload in item.ended if workload.name == target.name]
     if again:
         restart = Restart(f"restart {again[0].name}", instance.id, again[0])
         # Only where something serves meanwhile: what is down loses nothing by a failing start.
-        early = (_prepare(target, instance.id),) if assessment.alive else ()
-        return BringUp(kind, cause, early, restart, stops)
-    return _create(kind, cause, target, instance.id)
+        return BringUp(kind, cause, (prepare,) if item.alive else (), restart, stops)
+    return BringUp(kind, cause, (prepare, create), start)
 
 
 def cleared(up: BringUp, item: Assessment) -> BringUp:
@@ -110,74 +160,62 @@ def cleared(up: BringUp, item: Assessment) -> BringUp:
     return replace(up, early=tuple(early))
 
 
-def fall_back(
-    good: Assessment, entry: InstanceMemory, around: Surroundings, now: float
+def _fall_back(
+    s: Situation, good: Assessment, leaving: Collection[str]
 ) -> tuple[BringUp | None, Blocked]:
     """What is due for what was rolled back to, see plan/fallback.py, and why no more than that."""
-    failed = f"the new specification failed ({entry.failed_reason})"
-    told = blocked(good, f"{failed}; the last good one runs", hint=RETRY)
-    unhealthy = good.live_failure or good.overdue(entry.started_at, now)
-    patient = entry.retry_at is not None and entry.retry_at > now
-    if good.runs and unhealthy is None and not (patient and loads(good)):
+    entry = s.entry(good)
+    failure = entry.failed_reason
+    told = good.blocked(because(Code.ROLLED_BACK, failure=failure))
+    unhealthy = good.live_failure or good.overdue(entry.started_at, s.now)
+    patient = entry.retry_at is not None and entry.retry_at > s.now
+    well = good.runs and unhealthy is None
+    if well and not (patient and loads(good)):
         return None, told
     if patient:
-        again = "cannot be loaded again" if good.runs and unhealthy is None else "failed as well"
-        reason = f"{failed}; the last good one {again}; backoff: {entry.reason}"
-        return None, blocked(good, reason, hint=RETRY, until=entry.retry_at)
-    up = _take_over(good, unhealthy, entry, around)
+        how = "cannot be loaded again" if well else "failed as well"
+        why = because(Code.ROLLBACK_BACKOFF, failure=failure, how=how, last=entry.reason)
+        return None, good.blocked(why, entry.retry_at)
+    up = _take_over(s, good, unhealthy, leaving)
     if isinstance(up, BringUp):
         return up, told
-    reason = f"{failed}; the last good one is to take over; {up.reason}"
-    return None, blocked(good, reason, hint=up.hint or RETRY)
+    why = because(Code.ROLLBACK_BLOCKED, failure=failure, obstacle=up, hint=up.hint)
+    return None, good.blocked(why)
 
 
 def _take_over(
-    good: Assessment, unhealthy: str | None, entry: InstanceMemory, around: Surroundings
-) -> BringUp | Obstacle:
+    s: Situation, good: Assessment, unhealthy: str | None, leaving: Collection[str]
+) -> BringUp | Reason:
     """The way back to the last good specification, or what stands in it."""
-    instance, back, record = good.instance, good.match, entry.ready_record
-    lost = [uuid for uuid in instance.gpus if uuid not in around.gpus]
+    instance, back, entry = good.instance, good.match, s.entry(good)
+    record = entry.ready_record
+    lost = [uuid for uuid in instance.gpus if uuid not in s.gpus]
     if lost:
-        return Obstacle(f"{', '.join(lost)} is not there")
+        return because(Code.GPU_LOST, gpus=", ".join(lost))
     early: tuple[Step, ...] = ()
     late: Start | Restart
     spec = rebuilt(record, good)
     if spec is not None and record is not None:
-        target = relaunch(record, spec, {uuid: gpu.index for uuid, gpu in around.gpus.items()})
+        target = relaunch(record, spec, s.indices)
         name, numbers = target.name, target.identity.ports.values()
-        early = (_prepare(target, instance.id),)
+        early = (Prepare(f"prepare {name}", instance.id, target),)
         late = Start(f"start {name}", instance.id, target)
     else:
         assert back is not None  # it is what was rolled back to
         name, numbers = back.name, back.identity.ports.values()
         late = Restart(f"restart {name}", instance.id, back)
-    obstacle = in_the_way(instance, good.runtime, name, numbers, around)
+    obstacle = in_the_way(s, instance, good.runtime, name, numbers, leaving)
     if obstacle is not None:
         return obstacle
     if unhealthy is not None:
-        return BringUp("restart", f"rolled back, and {unhealthy}", early, late, back)
-    return BringUp("start", f"rollback: {entry.failed_reason}", early, late)
+        why = because(Code.ROLLED_BACK_UNHEALTHY, failure=unhealthy)
+        return BringUp("restart", why, early, late, back)
+    return BringUp("start", because(Code.ROLLBACK, failure=entry.failed_reason), early, late)
 
 
-def unhealthy_gpu(assessment: Assessment, gpu: Gpu) -> Blocked:
+def _unhealthy(gpu: Gpu) -> Reason:
     """Nothing is started on a GPU that is in trouble: it would fail, again and again."""
-    return blocked(
-        assessment,
-        f"GPU {gpu.index} is unhealthy: {gpu.trouble}",
-        hint=f"stop what uses it, then: nvidia-smi --gpu-reset -i {gpu.index}; or reboot",
-    )
-
-
-def blocked(
-    assessment: Assessment,
-    reason: str,
-    *,
-    hint: str | None = None,
-    until: float | None = None,
-    queued: bool = False,
-) -> Blocked:
-    instance = assessment.instance
-    return Blocked(instance.id, reason, instance.gpus, instance.model, hint, until, queued=queued)
+    return because(Code.GPU_UNHEALTHY, gpu=gpu.index, trouble=gpu.trouble)
 
 
 def host_ports(step: Step) -> set[int]:
@@ -189,45 +227,30 @@ def host_ports(step: Step) -> set[int]:
     return set()
 
 
-def _prepare(target: Launch, instance: str) -> Prepare:
-    return Prepare(f"prepare {target.name}", instance, target)
-
-
-def _create(kind: ChangeKind, cause: str, target: Launch, instance: str) -> BringUp:
-    prepare = _prepare(target, instance)
-    create = Create(f"create {target.name}", instance, target, depends_on=(prepare.id,))
-    return BringUp(kind, cause, (prepare, create), Start(f"start {target.name}", instance, target))
-
-
-def _why(
-    assessment: Assessment, entry: InstanceMemory, unhealthy: str | None, context: Context
-) -> tuple[ChangeKind, str]:
-    match = assessment.match
+def _why(s: Situation, item: Assessment, unhealthy: str | None) -> tuple[ChangeKind, Reason]:
+    match = item.match
+    created = match is not None and match.state is RunState.CREATED
     if unhealthy is not None:
-        return "restart", unhealthy
-    if assessment.runs and assessment.instance.id in context.forced:
-        return "restart", "asked for"
-    if assessment.alive:
-        if match is not None and match.state is RunState.CREATED:
-            return "replace", "its replacement was interrupted"
-        return "replace", _drift(assessment)
-    if match is not None and match.state is RunState.CREATED:
-        return "start", "it was created and never started"
+        return "restart", because(Code.UNHEALTHY, failure=unhealthy)
+    if item.runs and item.instance.id in s.context.forced:
+        return "restart", because(Code.ASKED_FOR)
+    if item.alive:
+        return "replace", because(Code.INTERRUPTED) if created else _drift(item)
+    if created:
+        return "start", because(Code.NEVER_STARTED)
     if match is not None:
-        return "start", ended(match)
-    if assessment.diff:
-        return "create", f"{_drift(assessment)}, and the earlier one does not run"
-    if entry.ready is not None:
-        return "create", "it is missing: its workload was removed"
-    return "create", "nothing runs for it yet"
+        return "start", because(Code.ENDED, end=ended(match))
+    if item.diff:
+        return "create", because(Code.CHANGED_AND_DOWN, drift=_drift(item))
+    known = s.entry(item).ready is not None
+    return "create", because(Code.WORKLOAD_REMOVED if known else Code.MISSING)
 
 
-def _drift(assessment: Assessment) -> str:
-    paths = [diff.path for diff in assessment.diff]
-    models = [placement.model for placement in assessment.instance.placements]
+def _drift(item: Assessment) -> Reason:
+    paths = [diff.path for diff in item.diff]
+    models = [placement.model for placement in item.instance.placements]
     # What is in a server that is replaced is gone until the new one has it loaded.
     down = f"; {' and '.join(models)} go down with it" if len(models) > 1 else ""
     if paths == ["gpus"]:
-        return f"its set of GPUs changed{down}"
-    shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    return f"its specification changed: {shown}{down}"
+        return because(Code.GPUS_CHANGED, down=down)
+    return because(Code.SPEC_CHANGED, paths=shortened(paths), down=down)

@@ -1,14 +1,19 @@
-"""What has to go from a lane, when it may, and what a start has to wait for."""
+"""What has to go from a lane, when it may, and what a start has to wait for.
+
+Of what ended one is kept: it is what a rollback starts, and it has the last log.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from mic_supervisor.model import ObservedWorkload
+from mic_supervisor.model import ObservedWorkload, RunState
 from mic_supervisor.plan import spec as specs
-from mic_supervisor.plan.actions import Drain, Step, Stop, Withdraw
+from mic_supervisor.plan.actions import Drain, Restart, Step, Stop, Withdraw
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.bring_up import BringUp, host_ports
+from mic_supervisor.plan.memory import InstanceMemory
+from mic_supervisor.plan.situation import Lane, Situation
 
 _Key = tuple[str, str]
 
@@ -33,63 +38,62 @@ class Departures:
         return [
             steps[-1].id
             for workload, steps in self._steps.values()
-            if needs(item, up, workload) is not None
+            if needs(item, up.late, workload) is not None
         ]
 
 
 def departures(
-    wanted: Sequence[Assessment],
+    s: Situation,
+    lane: Lane,
     orphans: Iterable[ObservedWorkload],
     ups: Mapping[str, BringUp],
     serving: Mapping[str, ObservedWorkload | None],
-    held: Collection[str] = (),
-    withdraws: bool = False,
 ) -> Departures:
     """Every workload that is alive and neither serves nor is waited for by someone.
 
     It is stopped after all that follows on its GPUs was prepared. While one that follows cannot
-    start, it stays: a model that runs is worth more than an empty GPU. What instances that are
-    `held` run stays in any case. `withdraws`: there is somebody to be told before a stop.
+    start, it stays: a model that runs is worth more than an empty GPU. One that was not chosen does
+    not keep a GPU from those that were.
     """
     out = Departures()
-    owners = {item.instance.id: item for item in wanted}
-    going = [w for item in wanted for w in (item.match, *item.alive) if w is not None]
+    going = [w for item in lane.wanted for w in (item.match, *item.alive) if w is not None]
     for workload in [w for w in (*going, *orphans) if is_alive(w)]:
         instance = workload.identity.instance
-        if instance in held:
-            continue
         up, kept = ups.get(instance), serving.get(instance)
         if kept is not None and _key(kept) == _key(workload) and (up is None or up.stops is None):
             continue
-        followers = [item for item in wanted if _follows(item, workload)]
+        concerned = [item for item in lane.wanted if s.is_chosen(item)]
+        if not any(follows(item, workload) for item in concerned):
+            concerned = [*lane.wanted]
         if any(
             item.instance.id not in ups and not _alive(serving[item.instance.id])
-            for item in followers
+            for item in concerned
+            if follows(item, workload)
         ):
             continue
-        early = [
-            ups[item.instance.id].early[-1].id
-            for item in wanted
-            if item.instance.id in ups
-            and ups[item.instance.id].early
-            and needs(item, ups[item.instance.id], workload) is not None
-        ]
-        out.add(workload, _stop(workload, owners.get(instance), tuple(early), withdraws))
+        early = tuple(
+            follower.early[-1].id
+            for item in concerned
+            if (follower := ups.get(item.instance.id)) is not None
+            and follower.early
+            and needs(item, follower.late, workload) is not None
+        )
+        out.add(workload, _stop(s, workload, early))
     return out
 
 
-def needs(item: Assessment, up: BringUp, workload: ObservedWorkload) -> str | None:
+def needs(item: Assessment, start: Step, workload: ObservedWorkload) -> str | None:
     """What a start needs that the workload has: a GPU's UUID, "port 8000", or None."""
     for uuid in item.instance.gpus:
         if uuid in workload.identity.gpus:
             return uuid
     if workload.identity.instance == item.instance.id:
         return item.instance.gpus[0]
-    taken = host_ports(up.late) & set(workload.identity.ports.values())
+    taken = host_ports(start) & set(workload.identity.ports.values())
     return f"port {min(taken)}" if taken else None
 
 
-def _follows(item: Assessment, workload: ObservedWorkload) -> bool:
+def follows(item: Assessment, workload: ObservedWorkload) -> bool:
     same = item.instance.id == workload.identity.instance
     return same or bool(set(item.instance.gpus) & set(workload.identity.gpus))
 
@@ -102,9 +106,7 @@ def _alive(workload: ObservedWorkload | None) -> bool:
     return workload is not None and is_alive(workload)
 
 
-def _stop(
-    workload: ObservedWorkload, owner: Assessment | None, after: tuple[str, ...], withdraws: bool
-) -> list[Step]:
+def _stop(s: Situation, workload: ObservedWorkload, after: tuple[str, ...]) -> list[Step]:
     """Have nobody sent there any more, drain where the backend knows how, then stop.
 
     As the file says now, if it still says something of this instance and of the backend that runs
@@ -114,12 +116,13 @@ def _stop(
     instance = identity.instance
     signal, grace = specs.stop_parameters(identity.spec)
     drain = specs.drain_parameters(identity.spec)
+    owner = s.by_id.get(instance)
     if owner is not None and owner.instance.backend == identity.backend:
         desired = owner.instance
         signal, grace = desired.workload.stop_signal, desired.workload.stop_timeout
         drain = (desired.drain, desired.drain_timeout) if desired.drain is not None else None
     steps: list[Step] = []
-    if withdraws:
+    if s.desired.hook is not None:
         withdraw = Withdraw(f"withdraw {workload.name}", instance, workload, depends_on=after)
         steps.append(withdraw)
         after = (withdraw.id,)
@@ -136,3 +139,32 @@ def _stop(
         after = (step.id,)
     stop = Stop(f"stop {workload.name}", instance, workload, signal, grace, depends_on=after)
     return [*steps, stop]
+
+
+def left_over(item: Assessment, entry: InstanceMemory) -> list[ObservedWorkload]:
+    """Beside an instance that runs."""
+    kept = _to_keep(item.ended, entry)
+    return [workload for workload in item.ended if workload is not kept]
+
+
+def superseded(item: Assessment, up: BringUp, entry: InstanceMemory) -> list[ObservedWorkload]:
+    """By a start that is about to be made. What never ran goes before it: see `cleared`."""
+    if isinstance(up.late, Restart):
+        others = [w for w in item.ended if w is not up.late.workload]
+    else:
+        others = [*item.ended]
+    # What serves until now becomes the one to keep.
+    kept = None if item.alive else _to_keep(others, entry)
+    out = [workload for workload in others if workload is not kept]
+    match = item.match
+    if match is not None and not is_alive(match) and not isinstance(up.late, Restart):
+        # The start replaces the record of the same name; another name is left behind.
+        out += [match] if match.name != up.target else []
+    return [workload for workload in out if workload.state is not RunState.CREATED]
+
+
+def _to_keep(ended: Sequence[ObservedWorkload], entry: InstanceMemory) -> ObservedWorkload | None:
+    """The last good one, else the newest that ever ran."""
+    ran = [workload for workload in ended if workload.state is not RunState.CREATED]
+    good = [workload for workload in ran if workload.name == entry.ready_workload]
+    return next(iter([*good, *ran]), None)

@@ -1,4 +1,4 @@
-"""What a plan leaves as it is, whatever is due: what is paused, and what was not chosen.
+"""Takes out of a plan what is paused, and what was not chosen.
 
 A pause is for who works on something by hand. It holds whatever is of the model or on the GPU,
 named by the file or not: nothing is created, started, stopped, removed, loaded or unloaded, and no
@@ -11,175 +11,205 @@ names is left alone: to limit a plan is no word on that.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
-from mic_supervisor.plan.actions import Blocked, Change, Plan
-from mic_supervisor.plan.assess import Assessment, is_alive, workloads
-from mic_supervisor.plan.memory import Pause, Paused
-from mic_supervisor.plan.render import moment
-from mic_supervisor.plan.render import reason as reason_of
-
-if TYPE_CHECKING:
-    from mic_supervisor.plan.selection import Selection
+from mic_supervisor.model import ObservedWorkload
+from mic_supervisor.plan.actions import (
+    Blocked,
+    Change,
+    Drain,
+    Load,
+    Plan,
+    Remove,
+    Restart,
+    Start,
+    Step,
+    Stop,
+    Unload,
+    Withdraw,
+)
+from mic_supervisor.plan.assess import Assessment, is_alive
+from mic_supervisor.plan.departures import follows, needs
+from mic_supervisor.plan.pauses import resume, since
+from mic_supervisor.plan.situation import Situation
+from mic_supervisor.plan.words import Code, Reason, because
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
-    """One instance that is left as it is. `reason` completes "it is …", `hint` is the way out.
-
-    Neither `paused` nor `doubted`: it was not chosen. If it is doubted, `reason` is a sentence.
-    """
+class _Hold:
+    """One instance, or entry in trouble, that is left as it is. `why` completes "it is …"."""
 
     instance: str
-    model: str
+    model: str | None
     gpus: tuple[str, ...]
-    reason: str
-    hint: str
-    paused: bool
-    doubted: bool = False
+    why: Reason
 
     @property
-    def unchosen(self) -> bool:
-        return not self.paused and not self.doubted
-
-    def told(self, otherwise: Plan) -> Blocked:
-        """That it is paused, and what would be done for it if it were not: see `otherwise`."""
-        if self.doubted:
-            return Blocked(self.instance, self.reason, self.gpus, self.model, self.hint)
-        due = [
-            f"would {change.kind}: {change.cause}"
-            for change in otherwise.changes
-            if change.instance == self.instance and change.kind != "adopt"
-        ]
-        due += [
-            f"would be blocked: {reason_of(item)}"
-            for item in otherwise.blocked
-            if item.instance == self.instance
-        ]
-        text = "; ".join([self.reason, *due])
-        return Blocked(self.instance, text, self.gpus, self.model, self.hint, paused=True)
+    def paused(self) -> bool:
+        return self.why.kind is Code.PAUSED
 
 
-class Holds:
-    """What holds what, for one plan. `targets` None: everything is chosen."""
-
-    def __init__(
-        self,
-        desired: DesiredState,
-        observed: ObservedState,
-        paused: Paused,
-        targets: Selection | None,
-        now: float,
-    ) -> None:
-        self._observed = observed
-        self._paused = paused
-        self._targets = targets
-        self._now = now
-        chosen = [] if targets is None else [i for i in desired.instances if targets.has(i)]
-        self._chosen = {item.id for item in chosen}
-        self._needed = {uuid for item in chosen for uuid in item.gpus}
-        if targets is not None:
-            self._needed |= targets.gpus & {*desired.kept_empty}
-
-    @property
-    def any(self) -> bool:
-        return bool(self._paused) or self._targets is not None
-
-    def find(
-        self, assessments: Iterable[Assessment], orphans: Iterable[ObservedWorkload]
-    ) -> dict[str, Hold]:
-        """What is held, by instance: of the file, and of what no desired instance has the id of."""
-        doubts = doubted(self._observed)
-        if not self.any:
-            return doubts
-        found: list[Hold | None] = []
-        for item in assessments:
-            instance = item.instance
-            free = self._targets is None or instance.id in self._chosen
-            found.append(self._hold(instance.id, instance.model, instance.gpus, item.gpus, free))
-        # Of several with one id, those that are alive say where it is.
-        by_instance: dict[str, list[ObservedWorkload]] = {}
-        for orphan in orphans:
-            by_instance.setdefault(orphan.identity.instance, []).append(orphan)
-        for several in by_instance.values():
-            one = next((item for item in several if is_alive(item)), several[0]).identity
-            alive = [item for item in several if is_alive(item)] or several
-            held = {uuid for item in alive for uuid in item.identity.gpus}
-            free = self._targets is None or bool(held & self._needed)
-            found.append(self._hold(one.instance, one.model, one.gpus, held, free))
-        return {hold.instance: hold for hold in found if hold is not None} | doubts
-
-    def placement(self, model: str) -> str | None:
-        """Why a model inside a server is neither loaded nor unloaded; None: it may be."""
-        pause = self._paused.models.get(model)
-        return since(pause, self._now) if pause is not None else None
-
-    def concerns(self, model: str | None, gpus: Collection[str]) -> bool:
-        """Whether an entry in trouble is one of the chosen."""
-        targets = self._targets
-        return targets is None or model in targets.models or bool(targets.gpus & {*gpus})
-
-    def on(self, gpus: Collection[str], held: Collection[str]) -> set[str]:
-        """The instances of `held` that have any of these GPUs."""
-        if not held:
-            return set()
-        found = (item.identity for item in workloads(self._observed) if is_alive(item))
-        return {one.instance for one in found if one.instance in held and {*one.gpus} & {*gpus}}
-
-    def _hold(
-        self, instance: str, model: str, gpus: tuple[str, ...], held: set[str], free: bool
-    ) -> Hold | None:
-        """`held` are the GPUs that are concerned; `free`: it is chosen."""
-        pauses = {uuid: self._paused.gpus[uuid] for uuid in held & self._paused.gpus.keys()}
-        if not pauses and model not in self._paused.models:
-            if free:
-                return None
-            return Hold(instance, model, gpus, "not among the chosen", "choose it too", False)
-        indices = {gpu.uuid: gpu.index for gpu in self._observed.inventory.gpus}
-        names = [str(indices.get(uuid, uuid)) for uuid in sorted(pauses)]
-        every = [*pauses.values()]
-        if model in self._paused.models:
-            names.insert(0, model)
-            every.append(self._paused.models[model])
-        reason = since(min(every, key=lambda pause: pause.since), self._now)
-        return Hold(instance, model, gpus, reason, way_out(names), True)
-
-
-def doubted(observed: ObservedState) -> dict[str, Hold]:
-    """What runs, and cannot be told for certain: nothing is done with it, nor on its GPUs."""
-    return {
-        item.identity.instance: Hold(
-            item.identity.instance,
-            item.identity.model,
-            item.identity.gpus,
-            item.doubt.reason,
-            item.doubt.hint,
-            paused=False,
-            doubted=True,
-        )
-        for item in workloads(observed)
-        if item.doubt is not None and is_alive(item)
+def hold(plan: Plan, s: Situation) -> Plan:
+    """The same plan without the changes of what is held, and without all that depends on them."""
+    if not s.memory.paused and s.context.targets is None:
+        return plan
+    held = {one.instance: one for one in _find(s)}
+    taken = [change for change in plan.changes if change.instance in held]
+    loads = [change for change in plan.changes if change not in taken and _pause_of_load(change, s)]
+    rest = [change for change in plan.changes if change not in taken and change not in loads]
+    rest, stuck = _without(rest, taken, held, s)
+    blocked = {
+        item.instance: _renamed(item, held) for item in plan.blocked if item.instance not in held
     }
-
-
-def left_out(whole: Plan, held: Iterable[Hold]) -> tuple[Change, ...]:
-    """What of the whole plan is due, and was not chosen."""
-    unchosen = {hold.instance for hold in held if hold.unchosen}
-    return tuple(
-        replace(change, steps=(), waits=None)
-        for change in whole.changes
-        if change.instance in unchosen and change.kind != "adopt"
+    blocked |= stuck
+    blocked |= {one.instance: _told(one, plan) for one in held.values() if one.paused}
+    for name, why in _paused_loads(loads, s).items():
+        blocked.setdefault(name, s.by_id[name].blocked(why))
+    left_out = [
+        replace(change, steps=())
+        for change in taken
+        if not held[change.instance].paused and change.kind != "adopt"
+    ]
+    return replace(
+        plan, changes=tuple(rest), blocked=tuple(blocked.values()), left_out=tuple(left_out)
     )
 
 
-def since(pause: Pause, now: float) -> str:
-    """ "paused since 12:04:10 (a new riser)"; with the date where that was not today."""
-    text = f"paused since {moment(pause.since, now)}"
-    return f"{text} ({pause.reason})" if pause.reason else text
+def _find(s: Situation) -> Iterable[_Hold]:
+    targets = s.context.targets
+    for item in s.assessments:
+        one = item.instance
+        if (why := _why(s, one.model, item.gpus, s.is_chosen(item))) is not None:
+            yield _Hold(one.id, one.model, one.gpus, why)
+    # Of several with one id, those that are alive say where it is.
+    by_instance: dict[str, list[ObservedWorkload]] = {}
+    for orphan in s.orphans:
+        by_instance.setdefault(orphan.identity.instance, []).append(orphan)
+    needed = {u for item in s.assessments if s.is_chosen(item) for u in item.instance.gpus}
+    if targets is not None:
+        needed |= targets.gpus & {*s.desired.kept_empty}
+    for several in by_instance.values():
+        alive = [item for item in several if is_alive(item)] or several
+        gpus = {uuid for item in alive for uuid in item.identity.gpus}
+        identity = alive[0].identity
+        chosen = targets is None or bool(gpus & needed)
+        if (why := _why(s, identity.model, gpus, chosen)) is not None:
+            yield _Hold(identity.instance, identity.model, identity.gpus, why)
+    for entry in s.desired.unsatisfiable:
+        if targets is not None and not targets.concerns(entry.model, entry.gpus):
+            name = entry.instances[0] if entry.instances else entry.subject
+            yield _Hold(name, entry.model, entry.gpus, because(Code.NOT_CHOSEN))
 
 
-def way_out(names: Iterable[str]) -> str:
-    return "; ".join(f"mic-supervisor resume {name}" for name in names)
+def _why(s: Situation, model: str, gpus: Collection[str], chosen: bool) -> Reason | None:
+    """Why what is of the model, and concerns the GPUs, is held; None: it is not."""
+    paused = s.memory.paused
+    found = {uuid: paused.gpus[uuid] for uuid in sorted({*gpus} & paused.gpus.keys())}
+    names = [str(s.indices.get(uuid, uuid)) for uuid in found]
+    pauses = [*found.values()]
+    if model in paused.models:
+        names.insert(0, model)
+        pauses.append(paused.models[model])
+    if not pauses:
+        return None if chosen else because(Code.NOT_CHOSEN)
+    first = since(min(pauses, key=lambda pause: pause.since), s.observed.at)
+    return replace(first, facts={**first.facts, "hint": resume(names)})
+
+
+def _without(
+    rest: list[Change], taken: Iterable[Change], held: Mapping[str, _Hold], s: Situation
+) -> tuple[list[Change], dict[str, Blocked]]:
+    """`rest` without what depends on steps that are `taken` out, and why each start is blocked.
+
+    What serves is not stopped while one that follows it is kept from starting. That one may need
+    no step before the stop, so there is nothing to see of it in the plan.
+    """
+    gone = {step.id: step for change in taken for step in change.steps}
+    kept_down = [item for name, item in s.by_id.items() if name in held and held[name].paused]
+    stuck: dict[str, Blocked] = {}
+    while True:
+        stays = {id(one): found for one in rest if (found := _what_stays(one, gone, kept_down))}
+        if not stays:
+            return rest, stuck
+        for change in [one for one in rest if id(one) in stays]:
+            rest = [one for one in rest if one is not change]
+            gone |= {step.id: step for step in change.steps}
+            late = next((x for x in change.steps if isinstance(x, Start | Restart)), None)
+            if late is None:
+                continue
+            item, workload = s.by_id[change.instance], stays[id(change)]
+            kept_down.append(item)
+            what = s.called(needs(item, late, workload) or workload.name)
+            holder = workload.identity.instance
+            why = because(Code.HELD_FOR_OTHERS, what=what, holder=holder)
+            stuck[change.instance] = _renamed(item.blocked(why), held)
+
+
+def _what_stays(
+    change: Change, gone: Mapping[str, Step], kept_down: Iterable[Assessment]
+) -> ObservedWorkload | None:
+    """The workload that the change would have gone, and that stays; None: nothing is in its way."""
+    for step, needed in change.behind(gone.keys()):
+        for one in (gone[needed], step):  # its own stop waits for what others prepare
+            if isinstance(one, Withdraw | Drain | Stop | Remove):
+                return one.workload
+    for step in change.steps:
+        if isinstance(step, Stop) and any(
+            follows(item, step.workload) and not item.runs for item in kept_down
+        ):
+            return step.workload
+    return None
+
+
+def _renamed(item: Blocked, held: Mapping[str, _Hold]) -> Blocked:
+    """With the hold as the reason, where what is in the way is held."""
+    one = held.get(item.why.facts.get("holder", ""))
+    if one is None:
+        return item
+    facts = {**item.why.facts, "hold": replace(one.why, also=()), "hint": one.why.hint}
+    return replace(item, why=Reason(Code.HELD_ON_HOLD, facts), until=None)
+
+
+def _told(one: _Hold, plan: Plan) -> Blocked:
+    """That it is paused, and what the plan would have done for it."""
+    due = [
+        because(Code.WOULD, kind=change.kind, cause=change.why)
+        for change in plan.changes
+        if change.instance == one.instance and change.kind != "adopt"
+    ]
+    due += [
+        because(Code.WOULD_BE_BLOCKED, blocked=item.why)
+        for item in plan.blocked
+        if item.instance == one.instance
+    ]
+    return Blocked(one.instance, replace(one.why, also=tuple(due)), one.gpus, one.model)
+
+
+def _pause_of_load(change: Change, s: Situation) -> bool:
+    """Whether it is about a paused model in a server that is not paused."""
+    return any(
+        isinstance(step, Load | Unload) and step.placement.model in s.memory.paused.models
+        for step in change.steps
+    )
+
+
+def _paused_loads(loads: Iterable[Change], s: Situation) -> dict[str, Reason]:
+    """By server, which models in it are paused, and what would be done for them."""
+    found: dict[str, list[tuple[str, Reason]]] = {}
+    for change in loads:
+        for step in change.steps:
+            assert isinstance(step, Load | Unload)  # see `_pause_of_load`
+            model = step.placement.model
+            pause = since(s.memory.paused.models[model], s.observed.at)
+            would = because(Code.WOULD, kind=change.kind, cause=change.why)
+            told = Reason(Code.MODEL_PAUSED, {"model": model, "pause": pause}, (would,))
+            found.setdefault(change.instance, []).append((model, told))
+    return {
+        name: Reason(
+            told[0][1].kind,
+            {**told[0][1].facts, "hint": resume(model for model, _ in told)},
+            (*told[0][1].also, *(one for _, one in told[1:])),
+        )
+        for name, told in found.items()
+    }

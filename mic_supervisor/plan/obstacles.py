@@ -2,184 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 
-from mic_supervisor.model import DesiredState, Gpu, Instance, ObservedState, OwnerKind
-from mic_supervisor.plan.amounts import SLACK, lets_go, size
-from mic_supervisor.plan.assess import Assessment, is_alive, workloads
-from mic_supervisor.plan.spec import SpecKey, keys_of
+from mic_supervisor.config.document import WAY_OUT
+from mic_supervisor.model import Instance, OwnerKind
+from mic_supervisor.plan.situation import Situation
+from mic_supervisor.plan.spec import keys_of
 from mic_supervisor.plan.strangers import (
+    SLACK,
     belongs,
     describe,
     intruders,
     is_foreign,
+    lets_go,
     memory_of,
     sentence,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Obstacle:
-    """`queued`: the file says to wait until it is gone."""
-
-    reason: str
-    hint: str | None = None
-    queued: bool = False
-
-
-class Ports:
-    """Who has which port of this machine."""
-
-    def __init__(self, observed: ObservedState) -> None:
-        self._ours: dict[int, set[str]] = {}
-        self._serving: set[int] = set()
-        for workload in workloads(observed):
-            for number in workload.identity.ports.values():
-                self._ours.setdefault(number, set()).add(workload.identity.instance)
-                if is_alive(workload):
-                    self._serving.add(number)
-        self._strangers: dict[int, str] = {}
-        for listener in observed.listeners or ():
-            if listener.port not in self._serving:
-                who = f"{listener.name} (PID {listener.pid})" if listener.pid else "another program"
-                self._strangers[listener.port] = who
-        for who, numbers in sorted(
-            (f"{view.runtime} {stranger.name}", stranger.ports)
-            for view in observed.runtimes
-            for stranger in view.strangers
-            if stranger.running
-        ):
-            self._strangers.update(dict.fromkeys(numbers, who))
-
-    def taken(self, instance: str) -> set[int]:
-        """Numbers that `instance` cannot have. Its own workloads' ports are free to it."""
-        ours = {number for number, owners in self._ours.items() if owners - {instance}}
-        return ours | set(self._strangers)
-
-    def stranger(self, number: int) -> str | None:
-        return self._strangers.get(number)
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a start has to fit into.
-
-    `numbers` are the host ports of every desired instance, by its id. `leaving` are the instances
-    that are on their way out: what they hold will be free in time.
-    """
-
-    observed: ObservedState
-    gpus: Mapping[str, Gpu]
-    ports: Ports
-    numbers: Mapping[str, Mapping[str, int] | None]
-    leaving: Collection[str] = ()
+from mic_supervisor.plan.words import Code, Reason, because, gpus_down, size
 
 
 def in_the_way(
-    instance: Instance, runtime: str, name: str, numbers: Collection[int], around: Surroundings
-) -> Obstacle | None:
-    """The first thing that keeps a workload called `name` from starting, or None."""
-    for view in around.observed.runtimes:
+    s: Situation,
+    instance: Instance,
+    runtime: str,
+    name: str,
+    numbers: Collection[int],
+    leaving: Collection[str],
+) -> Reason | None:
+    """The first thing that keeps a workload called `name` from starting, or None.
+
+    `leaving` are the instances that are on their way out: what they hold will be free in time.
+    """
+    for view in s.observed.runtimes:
         if view.runtime == runtime and view.off is not None:
-            return Obstacle(view.off, view.hint)
+            return because(Code.RUNTIME_OFF, off=view.off, hint=view.hint)
     for number in sorted(numbers):
-        who = around.ports.stranger(number)
+        who = s.ports.stranger(number)
+        holders = [id_ for id_, held in s.numbers.items() if number in (held or {}).values()]
         if who is not None:
-            return _port_taken(instance, number, f"{who}, not ours")
-        holders = [id_ for id_, held in around.numbers.items() if number in (held or {}).values()]
-        if min(holders, default=instance.id) < instance.id:
-            return _port_taken(instance, number, min(holders))
-    for view in around.observed.runtimes:
+            who = f"{who}, not ours"
+        elif min(holders, default=instance.id) < instance.id:
+            who = min(holders)
+        if who is not None:
+            return because(Code.PORT_TAKEN, port=number, who=who, model=instance.model)
+    for view in s.observed.runtimes:
         for stranger in view.strangers:
             if view.runtime == runtime and stranger.name == name:
-                return Obstacle(
-                    f"the name {name} is taken by a workload that is not ours: {stranger.reason}",
-                    f"rename or remove it: docker rm {name}" if runtime == "docker" else None,
-                )
-    return _too_small(instance, around) or _strangers(instance, around)
+                hint = f"rename or remove it: docker rm {name}" if runtime == "docker" else None
+                return because(Code.NAME_TAKEN, name=name, stranger=stranger.reason, hint=hint)
+    return _too_small(s, instance) or _strangers(s, instance, leaving)
 
 
-def _too_small(instance: Instance, around: Surroundings) -> Obstacle | None:
+def _too_small(s: Situation, instance: Instance) -> Reason | None:
     """Where the card cannot hold what the model says it needs, whoever leaves it."""
     if instance.vram is None:
         return None
-    for uuid in instance.gpus:
-        gpu = around.gpus[uuid]
+    for gpu in (s.gpus[uuid] for uuid in instance.gpus):
         if gpu.memory is None:
             continue
-        each = " on each GPU" if len(instance.gpus) > 1 else ""
-        needs = f"it needs {size(instance.vram)}{each}, and GPU {gpu.index} ({gpu.name})"
-        if instance.vram > gpu.memory.total:
-            return Obstacle(
-                f"{needs} has {size(gpu.memory.total)}",
-                f"give it a larger GPU, or correct `vram` of {instance.model}",
-            )
+        total = gpu.memory.total
+        facts = {
+            "vram": size(instance.vram) + (" on each GPU" if len(instance.gpus) > 1 else ""),
+            "gpu": gpu.index,
+            "name": gpu.name,
+        }
+        if instance.vram > total:
+            return because(Code.GPU_TOO_SMALL, **facts, total=size(total), model=instance.model)
         others = [
             process
             for process in gpu.processes or ()
             if process.owner is None or process.owner.kind is not OwnerKind.MANAGED
         ]
         taken = memory_of(process for process in others if not lets_go(process))
-        if taken and instance.vram > gpu.memory.total - taken:
-            listed = ", ".join(describe(process) for process in others if process.used_memory)
-            return Obstacle(
-                f"{needs} has {size(gpu.memory.total - taken)} beside {listed}, not ours",
-                "end what uses the GPU, or move the model to another one",
-                queued=instance.on_foreign == "wait",
+        if taken and instance.vram > total - taken:
+            who = ", ".join(describe(process) for process in others if process.used_memory)
+            waits = instance.on_foreign == "wait"
+            return because(
+                Code.GPU_TOO_FULL, **facts, free=size(total - taken), who=who, queued=waits
             )
     return None
 
 
-def _strangers(instance: Instance, around: Surroundings) -> Obstacle | None:
-    expected = {instance.id, *around.leaving}
-    for uuid in instance.gpus:
-        gpu = around.gpus[uuid]
+def _strangers(s: Situation, instance: Instance, leaving: Collection[str]) -> Reason | None:
+    expected = {instance.id, *leaving}
+    for gpu in (s.gpus[uuid] for uuid in instance.gpus):
         if gpu.simulated:
             continue
         if gpu.processes is None:
-            return Obstacle(f"the processes on GPU {gpu.index} cannot be read")
+            return because(Code.HOLDERS_UNREADABLE, gpu=gpu.index)
         if instance.on_foreign == "ignore":
             continue
         for process in sorted(gpu.processes, key=lambda item: item.pid):
             if is_foreign(process, expected, instance.foreign_threshold):
-                whose = belongs(process, around.observed)
                 waits = instance.on_foreign == "wait"
-                return Obstacle(
-                    f"{'waiting for the GPU: ' if waits else ''}GPU {gpu.index} is held by "
-                    f"{describe(process)}, not ours" + (f": {whose}" if whose else ""),
-                    "end that process, or move the model to another GPU",
-                    queued=waits,
+                whose = belongs(process, s.observed)
+                return because(
+                    Code.WAITS_FOR_STRANGER if waits else Code.STRANGER,
+                    gpu=gpu.index,
+                    who=describe(process),
+                    whose=f": {whose}" if whose else "",
                 )
     return None
 
 
-def warnings(
-    desired: DesiredState, observed: ObservedState, scope: str, busy: Collection[str] = ()
-) -> list[str]:
+def warnings(s: Situation) -> tuple[str, ...]:
     """What an operator should know and no plan changes. Another scope's workloads are no news."""
-    out = [*desired.warnings]
-    out += [f"GPU {gpu.index} cannot be opened: {gpu.error}" for gpu in observed.inventory.unopened]
-    out += [sentence(one, observed) for one in intruders(desired, observed, busy)]
-    out += _of_gpus(desired, observed)
-    for view in observed.runtimes:
-        out += [
+    out = [s.context.hook_error] if s.context.hook_error is not None and s.desired.hook else []
+    if s.context.unconfirmed is not None:
+        out.append(f"{s.context.unconfirmed}: {WAY_OUT}")
+    found = [*s.desired.warnings]
+    found += [
+        f"GPU {gpu.index} cannot be opened: {gpu.told}" for gpu in s.observed.inventory.unopened
+    ]
+    found += [sentence(one, s.observed) for one in intruders(s.desired, s.observed, s.context.busy)]
+    found += _of_gpus(s)
+    for view in s.observed.runtimes:
+        found += [
             f"{view.runtime} {stranger.name} looks like ours and is not: {stranger.reason}"
             for stranger in view.strangers
             if stranger.claims is not None
-            or (stranger.name.startswith(f"mic-{scope}-") and "scope" not in stranger.reason)
+            or (stranger.name.startswith(f"mic-{s.context.scope}-") and not stranger.elsewhere)
         ]
-    return sorted(out)
+    out += sorted(found)
+    if s.observed.inventory.told is not None:
+        out.append(gpus_down(s.observed.inventory.told))
+    return (*out, *_on_trust(s), *_left_behind(s))
 
 
-def _of_gpus(desired: DesiredState, observed: ObservedState) -> Iterable[str]:
+def _of_gpus(s: Situation) -> Iterable[str]:
     """What is amiss with GPUs that the file names, or that something of ours runs on."""
-    named = {uuid: item.id for item in desired.instances for uuid in item.gpus}
-    for gpu in observed.inventory.gpus:
-        if gpu.uuid not in named and gpu.uuid not in desired.kept_empty:
+    named = {uuid: item.id for item in s.desired.instances for uuid in item.gpus}
+    for gpu in s.observed.inventory.gpus:
+        if gpu.uuid not in named and gpu.uuid not in s.desired.kept_empty:
             continue
         if gpu.trouble is not None:
-            yield f"GPU {gpu.index} is unhealthy: {gpu.trouble}"
+            yield str(because(Code.GPU_UNHEALTHY, gpu=gpu.index, trouble=gpu.trouble))
         if gpu.mig and gpu.uuid in named:
             yield (
                 f"GPU {gpu.index} has MIG on, which is reported and not managed: "
@@ -193,54 +150,44 @@ def _of_gpus(desired: DesiredState, observed: ObservedState) -> Iterable[str]:
             )
 
 
-def left_behind(assessments: Iterable[Assessment], observed: ObservedState) -> list[str]:
+def _left_behind(s: Situation) -> Iterable[str]:
     """Memory that a server keeps on GPUs where nothing is placed any more: an unload need not give
     it back, only the end of the process does.
     """
-    gpus = {gpu.uuid: gpu for gpu in observed.inventory.gpus}
-    out = []
-    for item in assessments:
+    for item in s.assessments:
+        instance = item.instance.id
         if not item.instance.shared or not item.runs:
             continue
         for uuid in item.instance.gpus:
-            gpu = gpus.get(uuid)
+            gpu = s.gpus.get(uuid)
             if gpu is None or uuid in item.placed_gpus:
                 continue
             count = memory_of(
                 process
                 for process in gpu.processes or ()
-                if process.owner is not None and process.owner.instance == item.instance.id
+                if process.owner is not None and process.owner.instance == instance
             )
             if count > SLACK:
-                out.append(
-                    f"GPU {gpu.index}: {item.instance.id} still holds {size(count)} there although "
-                    "nothing is placed on it; only its end gives that back: mic-supervisor restart "
-                    f"{item.instance.id}"
+                yield (
+                    f"GPU {gpu.index}: {instance} still holds {size(count)} there although nothing "
+                    f"is placed on it; only its end gives that back: mic-supervisor restart "
+                    f"{instance}"
                 )
-    return out
 
 
-def adoption_warnings(assessments: Iterable[Assessment], key: SpecKey) -> list[str]:
-    """Where a workload runs on trust: what it was started with cannot be compared in full."""
-    out = []
-    for item in assessments:
+def _on_trust(s: Situation) -> Iterable[str]:
+    """Where what a workload was started with cannot be compared in full."""
+    for item in s.assessments:
         if item.match is None or not item.runs:
             continue
         spec = item.match.identity.spec
         if spec is None:
-            out.append(
+            yield (
                 f"{item.match.name}: the record of its specification cannot be read, so whether it "
                 "is what the file asks for is unknown"
             )
-        elif keys_of(spec) - {key.id}:
-            out.append(
+        elif keys_of(spec) - {s.context.key.id}:
+            yield (
                 f"{item.match.name}: its secrets were recorded with another key, so whether they "
                 "changed is unknown"
             )
-    return out
-
-
-def _port_taken(instance: Instance, number: int, who: str) -> Obstacle:
-    return Obstacle(
-        f"port {number} is taken by {who}", f"free the port, or give {instance.model} another one"
-    )

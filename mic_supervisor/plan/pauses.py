@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from mic_supervisor.errors import MicError
-from mic_supervisor.plan.holds import since, way_out
-from mic_supervisor.plan.memory import Paused
+from mic_supervisor.plan.memory import Pause, Paused
 from mic_supervisor.plan.selection import Names, Selection, select
+from mic_supervisor.plan.words import Code, Reason, because, moment
+
+
+def since(pause: Pause, now: float) -> Reason:
+    """ "paused since 12:04:10 (a new riser)"; with the date where that was not today."""
+    note = f" ({pause.reason})" if pause.reason else ""
+    return because(Code.PAUSED, since=moment(pause.since, now), note=note)
+
+
+def resume(names: Iterable[str]) -> str:
+    """The way out of pauses."""
+    return "; ".join(f"mic-supervisor resume {name}" for name in names)
 
 
 def to_resume(names: Collection[str], there: Names, paused: Paused) -> Selection:
@@ -40,10 +51,10 @@ def held_by(
     """("GPU 3 is paused since 12:04:10", the way out) for who would act on these; None: free."""
     held = [uuid for uuid in gpus if uuid in paused.gpus]
     if model in paused.models:
-        return f"{model} is {since(paused.models[model], now)}", way_out([model])
+        return f"{model} is {since(paused.models[model], now)}", resume([model])
     if held:
         (name,) = Selection(gpus=frozenset(held[:1])).called(indices)
-        out = way_out(str(indices.get(uuid, uuid)) for uuid in held)
+        out = resume(str(indices.get(uuid, uuid)) for uuid in held)
         return f"{name} is {since(paused.gpus[held[0]], now)}", out
     return None
 

@@ -5,8 +5,41 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from mic_supervisor.model import Port
-from mic_supervisor.plan.assess import Assessment
+from mic_supervisor.model import ObservedState, Port
+from mic_supervisor.plan.assess import Assessment, is_alive, workloads
+
+
+class Ports:
+    """Who has which port of this machine."""
+
+    def __init__(self, observed: ObservedState) -> None:
+        self._ours: dict[int, set[str]] = {}
+        self._serving: set[int] = set()
+        for workload in workloads(observed):
+            for number in workload.identity.ports.values():
+                self._ours.setdefault(number, set()).add(workload.identity.instance)
+                if is_alive(workload):
+                    self._serving.add(number)
+        self._strangers: dict[int, str] = {}
+        for listener in observed.listeners or ():
+            if listener.port not in self._serving:
+                who = f"{listener.name} (PID {listener.pid})" if listener.pid else "another program"
+                self._strangers[listener.port] = who
+        for who, numbers in sorted(
+            (f"{view.runtime} {stranger.name}", stranger.ports)
+            for view in observed.runtimes
+            for stranger in view.strangers
+            if stranger.running
+        ):
+            self._strangers.update(dict.fromkeys(numbers, who))
+
+    def taken(self, instance: str) -> set[int]:
+        """Numbers that `instance` cannot have. Its own workloads' ports are free to it."""
+        ours = {number for number, owners in self._ours.items() if owners - {instance}}
+        return ours | set(self._strangers)
+
+    def stranger(self, number: int) -> str | None:
+        return self._strangers.get(number)
 
 
 def assign(

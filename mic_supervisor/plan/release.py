@@ -19,8 +19,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mic_supervisor.model import Gpu, GpuInventory, GpuProcess, OwnerKind
-from mic_supervisor.plan.amounts import SLACK, size
 from mic_supervisor.plan.memory import Floor
+from mic_supervisor.plan.strangers import SLACK
+from mic_supervisor.plan.words import size
 
 PATIENCE = 30.0  # seconds for each of the two
 UNKNOWN_FLOOR = 1 << 30  # bytes
@@ -63,7 +64,7 @@ def judge(
     have been gone, None while they were not.
     """
     if inventory.error is not None:
-        return _late(Waiting(f"waiting for the GPUs to be readable: {inventory.error}"), waited)
+        return _late(Waiting(f"waiting for the GPUs to be readable: {inventory.told}"), waited)
     found = {gpu.uuid: gpu for gpu in inventory.gpus}
     there = [found[uuid] for uuid in gpus if uuid in found]
     if len(there) < len(gpus):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from datetime import datetime
+from collections.abc import Mapping
 from typing import Any
 
 from mic_supervisor.plan.actions import Blocked, Change, FieldDiff, Plan
+from mic_supervisor.plan.words import clock, gpu_names
 
 _MARKS = {
     "create": "+",
@@ -93,26 +93,6 @@ def reason(item: Blocked) -> str:
     if item.until is None:
         return item.reason
     return f"{item.reason}; next try at {clock(item.until)}"
-
-
-def clock(at: float) -> str:
-    """Local time of day."""
-    return datetime.fromtimestamp(at).astimezone().strftime("%H:%M:%S")
-
-
-def moment(at: float, now: float) -> str:
-    """Local time of day; with the date where that was not today."""
-    when = datetime.fromtimestamp(at).astimezone()
-    today = when.date() == datetime.fromtimestamp(now).astimezone().date()
-    return when.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S")
-
-
-def gpu_names(gpus: Iterable[str], indices: Mapping[str, int]) -> str:
-    """ "GPU 3,4"; a GPU that is not there is named by its UUID, which begins with "GPU-"."""
-    gpus = tuple(gpus)
-    if not any(uuid in indices for uuid in gpus):
-        return ",".join(gpus) or "no GPU"
-    return "GPU " + ",".join(str(indices.get(uuid, uuid)) for uuid in gpus)
 
 
 def diff_line(diff: FieldDiff) -> str:

@@ -2,68 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from mic_supervisor.plan.actions import Change
-from mic_supervisor.plan.assess import Assessment, Context
+from mic_supervisor.plan.actions import Change, Plan
+from mic_supervisor.plan.assess import Assessment
+from mic_supervisor.plan.situation import Situation
+from mic_supervisor.plan.words import Code, because
 
-FOR_THE_HOOK = "on_endpoints_change, which has yet to be told of what serves instead"
-"""What a change waits for that nothing else in the plan brings about, and that is on its way."""
 
-
-def roll(
-    changes: Iterable[Change],
-    assessments: Iterable[Assessment],
-    context: Context,
-    obstructed: Collection[str],
-) -> tuple[Change, ...]:
-    """The same changes, some of them told to wait.
+def roll(plan: Plan, s: Situation) -> Plan:
+    """The same plan, some of its changes told to wait, with all that depends on them.
 
     Only the replacement of an instance that still serves waits: to bring up what is down makes
     nothing less available. What is down with the new specification holds up the others, which it
-    could take down too; what is `obstructed` from outside says nothing about them.
+    could take down too; what is blocked from outside, or was not chosen, says nothing about them.
     """
-    by_id = {item.instance.id: item for item in assessments}
+    blocked = {item.instance for item in plan.blocked if item.until is None}
     down: dict[str, int] = {}
-    for item in by_id.values():
+    for item in s.assessments:
+        changing = item.instance.id in s.context.busy
+        failing = not _serves(item) and item.instance.id not in blocked and s.is_chosen(item)
         down.setdefault(item.instance.model, 0)
-        changing = item.instance.id in context.busy
-        failing = not _serves(item) and item.instance.id not in obstructed
         down[item.instance.model] += changing or failing
     out: list[Change] = []
-    for change in changes:
-        changed = by_id.get(change.instance)
+    for change in plan.changes:
+        changed = s.by_id.get(change.instance)
         if (
             change.kind in ("replace", "restart")
             and changed is not None
             and _serves(changed)
-            and change.instance not in context.busy
+            and change.instance not in s.context.busy
         ):
             model, limit = changed.instance.model, changed.instance.max_unavailable
-            if _unpublished(by_id.values(), change.instance, model, context):
+            if _unpublished(s, change.instance, model):
                 # Else those who forward requests would for a moment know of neither.
-                change = replace(change, waits=FOR_THE_HOOK)
+                change = replace(change, waits=because(Code.HOOK))
             elif down[model] >= limit:
-                plural = "s" if limit > 1 else ""
-                waits = f"its turn: {limit} instance{plural} of {model} at a time"
-                change = replace(change, waits=waits)
+                turn = because(Code.TURN, limit=limit, s="s" if limit > 1 else "", model=model)
+                change = replace(change, waits=turn)
             else:
                 down[model] += 1
         out.append(change)
-    return _with_followers(out)
+    return replace(plan, changes=_with_followers(out))
 
 
-def _unpublished(items: Iterable[Assessment], instance: str, model: str, context: Context) -> bool:
+def _unpublished(s: Situation, instance: str, model: str) -> bool:
     """Whether another one that serves the model is not known to those who forward requests."""
-    if context.published is None:
+    if s.context.published is None:
         return False
-    known = context.published.get(model, ())
-    others = [item for item in items if item.instance.model == model]
+    known = s.context.published.get(model, ())
     return any(
         item.ready and item.instance.id not in known
-        for item in others
-        if item.instance.id != instance
+        for item in s.assessments
+        if item.instance.model == model and item.instance.id != instance
     )
 
 
@@ -71,23 +62,18 @@ def _with_followers(changes: list[Change]) -> tuple[Change, ...]:
     """A change with a step that depends on a step of one that waits, waits as well."""
     while True:
         waiting = {
-            step.id: change.instance
-            for change in changes
-            if change.waits is not None
-            for step in change.steps
+            step.id: one.instance for one in changes if one.waits is not None for step in one.steps
         }
-        held = {
+        late = {
             index: waiting[needed]
-            for index, change in enumerate(changes)
-            if change.waits is None
-            for step in change.steps
-            for needed in step.depends_on
-            if needed in waiting
+            for index, one in enumerate(changes)
+            if one.waits is None
+            for _, needed in one.behind(waiting.keys())
         }
-        if not held:
+        if not late:
             return tuple(changes)
-        for index, instance in held.items():
-            changes[index] = replace(changes[index], waits=f"{instance}, whose turn comes later")
+        for index, instance in late.items():
+            changes[index] = replace(changes[index], waits=because(Code.LATER, instance=instance))
 
 
 def _serves(item: Assessment) -> bool:

@@ -23,8 +23,11 @@ class Selection:
 
     def has(self, instance: Instance) -> bool:
         """Whether it is of one of the models, serves one, or has one of the GPUs."""
-        models = {instance.model, *(item.model for item in instance.placements)}
-        return bool(self.models & models or self.gpus & {*instance.gpus})
+        served = any(item.model in self.models for item in instance.placements)
+        return served or self.concerns(instance.model, instance.gpus)
+
+    def concerns(self, model: str | None, gpus: Collection[str]) -> bool:
+        return model in self.models or not self.gpus.isdisjoint(gpus)
 
     def rows(self, desired: DesiredState, rows: Iterable[InstanceStatus]) -> list[InstanceStatus]:
         """Those that tell how the chosen fare.
@@ -44,7 +47,7 @@ class Selection:
             if row.id in named:
                 return row.id in ids
             if row.id in lost:
-                return row.model in self.models or bool(self.gpus & {*row.gpus})
+                return self.concerns(row.model, row.gpus)
             return bool(needed & {*row.gpus})
 
         return [row for row in rows if wanted(row)]

@@ -8,8 +8,8 @@ from mic_supervisor.model import DesiredState
 from mic_supervisor.plan.actions import Plan
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.rollout import FOR_THE_HOOK
 from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.plan.words import Code
 
 _SLACK = 5.0  # seconds beyond a start's budget, in which the planner says that it is spent
 _FINAL = frozenset(
@@ -55,7 +55,7 @@ def settled(
     final |= {
         change.instance
         for change in plan.changes
-        if change.waits is not None and change.waits != FOR_THE_HOOK
+        if change.waits is not None and change.waits.kind is not Code.HOOK
     }
     final |= set(failing)
     budgets = {item.id: item.start_timeout for item in desired.instances}

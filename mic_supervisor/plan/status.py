@@ -13,6 +13,7 @@ from mic_supervisor.plan.fallback import as_it_runs, fallback
 from mic_supervisor.plan.health import Phase, phase_of
 from mic_supervisor.plan.loads import memory_key
 from mic_supervisor.plan.memory import InstanceMemory, Memory
+from mic_supervisor.plan.words import Code, Reason, because
 
 Sync = Literal["in_sync", "out_of_sync", "unknown"]
 
@@ -35,6 +36,11 @@ class ModelStatus:
     phase: Phase
     reason: str | None = None
     next_retry: float | None = None
+    why: Reason | None = None
+
+    @property
+    def code(self) -> str | None:
+        return None if self.why is None else self.why.code
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,16 @@ class InstanceStatus:
     spec_hash: str | None
     serving: bool | None = None  # what its probes say, whatever specification runs; None unknown
     models: tuple[ModelStatus, ...] = ()  # of a server of several
+    why: Reason | None = None  # what `reason` says, as data; None: a probe or a program said it
+
+    @property
+    def code(self) -> str | None:
+        """What programs know the reason by."""
+        return None if self.why is None else self.why.code
+
+    def tells_of(self, failure: str) -> bool:
+        """Whether the reason says already what something failed with."""
+        return self.reason == failure or (self.why is not None and self.why.is_about(failure))
 
     def in_wall(self, offset: float) -> InstanceStatus:
         """For people: with the clocks' offset added to every time."""
@@ -104,7 +120,7 @@ def instance_statuses(
     """Sorted by id: every desired instance, every entry in trouble, everything that has to go."""
     blocked = {item.instance: item for item in plan.blocked}
     waits = {change.instance: change.waits for change in plan.changes if change.waits}
-    due = {change.instance: change.cause for change in plan.changes if change.kind != "adopt"}
+    due = {change.instance: change.why for change in plan.changes if change.kind != "adopt"}
     rows = [
         _desired(item, blocked.get(item.instance.id), waits, due, memory, activities)
         for item in assessments
@@ -123,7 +139,7 @@ def instance_statuses(
             entry.instances[0] if entry.instances else entry.subject,
             entry.model,
             entry.gpus,
-            entry.reason,
+            because(Code.ENTRY_IN_TROUBLE, trouble=entry.reason),
         )
         for entry in desired.unsatisfiable
         if not known & set(entry.instances)
@@ -143,6 +159,7 @@ def by_model(row: InstanceStatus) -> list[InstanceStatus]:
             gpus=item.gpus,
             phase=item.phase,
             reason=item.reason,
+            why=item.why,
             next_retry=item.next_retry,
             sync="in_sync" if item.phase is Phase.READY else row.sync,
             models=(),
@@ -154,8 +171,8 @@ def by_model(row: InstanceStatus) -> list[InstanceStatus]:
 def _desired(
     item: Assessment,
     blocked: Blocked | None,
-    waits: Mapping[str, str | None],
-    due: Mapping[str, str],
+    waits: Mapping[str, Reason],
+    due: Mapping[str, Reason],
     memory: Memory,
     activities: Mapping[str, Phase],
 ) -> InstanceStatus:
@@ -167,10 +184,11 @@ def _desired(
         blocked=blocked is not None,
         retry_at=retry_at,
     )
+    why: Reason | None = None
     if blocked is None or blocked.paused or activities.get(instance.id) is not None:
         pass
     elif phase is not Phase.READY:
-        reason = blocked.reason
+        why, reason = blocked.why, blocked.reason
         if item.alive and entry.failed == item.hash:
             phase, reason = Phase.DEGRADED, f"{reason}{_how(entry, item)}"
         elif retry_at is not None:
@@ -184,10 +202,13 @@ def _desired(
         troubled = item.runs and phase not in (Phase.READY, Phase.UNPROBED)
         how = f"; it runs, {phase.value}" + (f": {reason}" if reason else "")
         phase, reason = Phase.PAUSED, blocked.reason + (how if troubled else "")
+        why = blocked.why
     elif instance.id in waits:
-        reason = f"waits for {waits[instance.id]}"
+        why = waits[instance.id]
+        reason = f"waits for {why}"
     elif phase is Phase.PENDING and instance.id in due:
-        reason = due[instance.id]
+        why = due[instance.id]
+        reason = str(why)
     really = as_it_runs(entry, item)
     serving = really.match
     in_sync = item.runs and not item.alive and instance.id not in due
@@ -212,12 +233,13 @@ def _desired(
         pid=serving.pid if serving and is_alive(serving) else None,
         spec_hash=item.hash,
         serving=really.serving,
-        models=_models(item, phase, reason, memory),
+        models=_models(item, phase, reason, why, memory),
+        why=why,
     )
 
 
 def _models(
-    item: Assessment, phase: Phase, reason: str | None, memory: Memory
+    item: Assessment, phase: Phase, reason: str | None, why: Reason | None, memory: Memory
 ) -> tuple[ModelStatus, ...]:
     if not item.instance.shared:
         return ()
@@ -226,14 +248,14 @@ def _models(
         entry = memory.of(memory_key(item.instance.id, placement.model))
         where = (placement.model, placement.gpus)
         if not item.started_up or phase is Phase.PAUSED:
-            found.append(ModelStatus(*where, phase, reason))
+            found.append(ModelStatus(*where, phase, reason, why=why))
         elif item.loaded(placement):
             live = item.instance.probes.liveness is None or item.lives
-            found.append(
-                ModelStatus(*where, Phase.READY if live else phase, None if live else reason)
-            )
+            state = (Phase.READY, None) if live else (phase, reason)
+            found.append(ModelStatus(*where, *state, why=None if live else why))
         elif entry.retry_at is not None:
-            found.append(ModelStatus(*where, Phase.BACKOFF, entry.reason, entry.retry_at))
+            late = because(Code.BACKOFF, failure=entry.reason)
+            found.append(ModelStatus(*where, Phase.BACKOFF, entry.reason, entry.retry_at, late))
         else:
             found.append(ModelStatus(*where, Phase.LOADING, item.placement(placement).reason))
     return tuple(found)
@@ -258,7 +280,7 @@ def _troubled(
     if trouble is None or row.id in activities or row.phase in (Phase.READY, Phase.PAUSED):
         return row
     health = _HEALTH.get(trouble.phase, row.health)
-    return replace(row, phase=trouble.phase, reason=trouble.reason, health=health)
+    return replace(row, phase=trouble.phase, reason=trouble.reason, why=None, health=health)
 
 
 def _health(phase: Phase, item: Assessment) -> str:
@@ -276,13 +298,13 @@ def _leaving(
 ) -> InstanceStatus:
     """A row for what runs and is not desired. What follows it may be blocked: then it stays."""
     identity = workload.identity
-    phase, reason = Phase.PENDING, "the file does not ask for it; it is to be removed"
+    phase, why = Phase.PENDING, because(Code.LEAVING)
     for item in blocked:
         if item.instance == identity.instance:
-            phase, reason = Phase.PAUSED if item.paused else Phase.BLOCKED, item.reason
+            phase, why = Phase.PAUSED if item.paused else Phase.BLOCKED, item.why
             break
         if set(item.gpus) & set(identity.gpus):
-            phase, reason = Phase.BLOCKED, f"it stays while {item.instance} is blocked"
+            phase, why = Phase.BLOCKED, because(Code.STAYS, instance=item.instance)
     return InstanceStatus(
         id=identity.instance,
         origin=identity.origin,
@@ -292,7 +314,8 @@ def _leaving(
         phase=activity or phase,
         sync="out_of_sync",
         health=_HEALTH[Phase.PAUSED] if phase is Phase.PAUSED and activity is None else "unknown",
-        reason=reason,
+        reason=str(why),
+        why=why,
         since=None,
         restarts=0,
         next_retry=None,
@@ -304,7 +327,7 @@ def _leaving(
     )
 
 
-def _absent(name: str, model: str | None, gpus: tuple[str, ...], reason: str) -> InstanceStatus:
+def _absent(name: str, model: str | None, gpus: tuple[str, ...], why: Reason) -> InstanceStatus:
     return InstanceStatus(
         id=name,
         origin="file",
@@ -314,7 +337,8 @@ def _absent(name: str, model: str | None, gpus: tuple[str, ...], reason: str) ->
         phase=Phase.BLOCKED,
         sync="unknown",
         health="missing",
-        reason=reason,
+        reason=str(why),
+        why=why,
         since=None,
         restarts=0,
         next_retry=None,

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from mic_supervisor.model import DesiredState, Gpu, GpuProcess, ObservedState, OwnerKind
-from mic_supervisor.plan.amounts import lets_go, size
 from mic_supervisor.plan.assess import is_alive, workloads
-from mic_supervisor.plan.render import moment
+from mic_supervisor.plan.words import moment, size
 
 THRESHOLD = 512 << 20  # bytes, of who only draws on a GPU that is to be kept empty
+SLACK = 512 << 20  # bytes; what is less is not worth a word
 
 _COMPUTES = frozenset({"compute", "mps"})
 
@@ -45,6 +45,12 @@ def is_foreign(process: GpuProcess, expected: Collection[str], threshold: int) -
     if owner is not None and owner.kind is OwnerKind.MANAGED:
         return owner.instance not in expected
     return True
+
+
+def lets_go(process: GpuProcess) -> bool:
+    """Whether it has ended, and the driver still has to notice."""
+    owner = process.owner
+    return process.start_time is None and owner is not None and owner.kind is OwnerKind.ORPHAN
 
 
 def intruders(

@@ -142,10 +142,17 @@ def judge(unit: Unit, scope: str, host: str) -> ObservedWorkload | Stranger:
         return doubted
     if reason is not None or isinstance(found, str):
         running = not unit.is_over
-        claims = None
-        if not isinstance(found, str) and (found[1].scope, found[1].host) == (scope, host):
-            claims = found[1].instance
-        return Stranger(RUNTIME, unit.name, unit.name, (), running, reason or "", claims)
+        one = None if isinstance(found, str) else found[1]
+        claims = one.instance if one and (one.scope, one.host) == (scope, host) else None
+        return Stranger(
+            RUNTIME,
+            unit.name,
+            unit.name,
+            running=running,
+            reason=reason or "",
+            claims=claims,
+            elsewhere=one is not None and one.scope != scope,
+        )
     name, identity = found
     state, error = _state(unit)
     over = state is RunState.EXITED

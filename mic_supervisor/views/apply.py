@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from mic_supervisor.plan.actions import Change
 from mic_supervisor.plan.look import Look
@@ -22,6 +24,7 @@ class Failure:
     instance: str
     reason: str
     hint: str | None
+    told: Annotated[bool, Field(description="whether the instance's reason says it")] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,11 @@ def apply_document(
         exit_code=exit_code(rows),
         instances=instances(rows, look.indices),
         left_out=left_out(not_chosen),
-        failures=sorted(failures, key=lambda one: one.instance),
+        failures=[
+            replace(
+                one, told=any(row.id == one.instance and row.tells_of(one.reason) for row in rows)
+            )
+            for one in sorted(failures, key=lambda one: one.instance)
+        ],
         remaining=plan_document(look.plan, host=host, config_hash=config_hash),
     )

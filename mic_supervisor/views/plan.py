@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from mic_supervisor.plan.actions import Change, ChangeKind, FieldDiff, Plan
 from mic_supervisor.plan.render import reason
@@ -18,6 +20,7 @@ class PlanAction:
     backend: str
     gpus: list[str]
     cause: str
+    code: Annotated[str, Field(description="what programs know the cause by")]
     waits: str | None
     diff: list[FieldDiff]
     steps: list[str]
@@ -29,6 +32,7 @@ class PlanBlocked:
     model: str | None
     gpus: list[str]
     reason: str
+    code: Annotated[str, Field(description="what programs know the reason by")]
     hint: str | None
     until: float | None
     paused: bool
@@ -71,7 +75,8 @@ def plan_document(plan: Plan, *, host: str, config_hash: str) -> PlanDocument:
                 backend=change.backend,
                 gpus=[*change.gpus],
                 cause=change.cause,
-                waits=change.waits,
+                code=change.why.code,
+                waits=None if change.waits is None else str(change.waits),
                 diff=[*change.diff],
                 steps=[step.id for step in change.steps],
             )
@@ -83,6 +88,7 @@ def plan_document(plan: Plan, *, host: str, config_hash: str) -> PlanDocument:
                 model=item.model,
                 gpus=[*item.gpus],
                 reason=reason(item),
+                code=item.why.code,
                 hint=item.hint,
                 until=item.until,
                 paused=item.paused,

@@ -14,9 +14,14 @@ from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.look import Look
 from mic_supervisor.plan.memory import Paused
 from mic_supervisor.plan.status import InstanceStatus, Sync
+from mic_supervisor.plan.words import gpus_down
 
 GpuState = Literal[
     "managed", "idle", "kept_empty", "unmanaged", "foreign", "unhealthy", "lost", "unknown"
+]
+Code = Annotated[
+    str | None,
+    Field(description="what programs know the reason by; null: a probe or a program says it"),
 ]
 _NOT_THERE = 1 << 16  # sorts behind every index
 
@@ -52,6 +57,7 @@ class StatusModel:
     gpus: list[GpuRef]
     phase: Phase
     reason: str | None
+    code: Code
     next_retry: float | None
 
 
@@ -66,6 +72,7 @@ class StatusInstance:
     sync: Sync
     health: str
     reason: str | None
+    code: Code
     since: float | None
     restarts: int
     next_retry: float | None
@@ -140,8 +147,8 @@ def status_document(look: Look, config: ConfigInUse, host: str) -> StatusDocumen
         for view in observed.runtimes
         if view.error is not None
     ]
-    if observed.inventory.error is not None:
-        unreadable.append(observed.inventory.error)
+    if observed.inventory.told is not None:
+        unreadable.append(gpus_down(observed.inventory.told))
     return StatusDocument(
         version=1,
         host=host,
@@ -176,6 +183,7 @@ def _instance(row: InstanceStatus, indices: Mapping[str, int]) -> StatusInstance
         sync=row.sync,
         health=row.health,
         reason=row.reason,
+        code=row.code,
         since=row.since,
         restarts=row.restarts,
         next_retry=row.next_retry,
@@ -191,6 +199,7 @@ def _instance(row: InstanceStatus, indices: Mapping[str, int]) -> StatusInstance
                 gpus=_refs(item.gpus, indices),
                 phase=item.phase,
                 reason=item.reason,
+                code=item.code,
                 next_retry=item.next_retry,
             )
             for item in row.models
@@ -238,7 +247,7 @@ def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[StatusGpu]:
         for gpu in observed.inventory.gpus
     ]
     present = {gpu.uuid for gpu in observed.inventory.gpus}
-    fallen = {gpu.uuid: gpu.error for gpu in observed.inventory.unopened}
+    fallen = {gpu.uuid: gpu.told for gpu in observed.inventory.unopened}
     missing = {u for item in desired.unsatisfiable for u in item.gpus}
     if observed.inventory.error is not None:
         missing |= {*wanted, *desired.kept_empty}

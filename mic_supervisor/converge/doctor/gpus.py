@@ -19,8 +19,7 @@ def gpus(
         )
         return
     if inventory.error is not None:
-        cause, _, mend = inventory.error.partition("; ")
-        yield fail("gpus", cause, mend or None)
+        yield fail("gpus", inventory.error, inventory.hint)
         return
     count = len(inventory.gpus)
     if inventory.source == "simulated":
@@ -33,8 +32,7 @@ def gpus(
     driver = f", driver {inventory.driver}" if inventory.driver else ""
     yield ok("gpus", f"{count} of them ({', '.join(names)}){driver}")
     for lost in inventory.unopened:
-        cause, _, mend = lost.error.partition("; ")
-        yield fail(f"gpu {lost.index}", cause, mend or None)
+        yield fail(f"gpu {lost.index}", lost.error, lost.hint)
     for gpu in inventory.gpus:
         if gpu.trouble is not None:
             yield fail(

@@ -70,7 +70,10 @@ def split(
     copied = copies(claimed, given_name, known or {}) if given_name is not None else {}
     ours = [workload for workload in claimed if workload.ref not in copied]
     strangers = [
-        _stranger(item, why, claims_of(labels_in(item), scope, host), given_name)
+        dataclasses.replace(
+            _stranger(item, why, claims_of(labels_in(item), scope, host), given_name),
+            elsewhere=is_elsewhere(labels_in(item), scope),
+        )
         for item, reason in zip(items, reasons, strict=True)
         if (why := reason or copied.get(str(item.get("Id", "")))) is not None
     ]
@@ -103,13 +106,18 @@ def stranger_reason(
         return "it belongs to a Docker Compose project"
     if labels.get(MANAGED_BY) != MANAGER:
         return "it has no labels of ours"
-    if labels.get(SCOPE) != scope:
+    if is_elsewhere(labels, scope):
         return f"it belongs to scope {labels.get(SCOPE) or '(none)'}"
     if labels.get(HOST) != host:
         return "it was made by the supervisor of another machine"
     if not any(key.startswith(PREFIX) for key in own):
         return "its labels are those of its image, which was made from a container of ours"
     return None
+
+
+def is_elsewhere(labels: Mapping[str, str], scope: str) -> bool:
+    """Whether a container belongs to another scope."""
+    return labels.get(MANAGED_BY) == MANAGER and labels.get(SCOPE) != scope
 
 
 def labels_in(item: Mapping[str, Any]) -> dict[str, str]:

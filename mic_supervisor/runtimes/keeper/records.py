@@ -39,12 +39,13 @@ _LARGEST = 1 << 20  # bytes of a file that is read
 class BadRecord(Exception):
     """A record that cannot be believed: whatever it names is not touched. The text says why.
 
-    `claims` is the instance of which it is a copy.
+    `claims` is the instance of which it is a copy; `elsewhere`: it is another scope's.
     """
 
-    def __init__(self, text: str, claims: str | None = None) -> None:
+    def __init__(self, text: str, claims: str | None = None, *, elsewhere: bool = False) -> None:
         super().__init__(text)
         self.claims = claims
+        self.elsewhere = elsewhere
 
 
 class NotOurs(BadRecord):

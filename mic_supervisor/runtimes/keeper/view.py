@@ -131,7 +131,7 @@ class RecordsView:
         if record is None:
             return None
         if record.identity.scope != self._scope:
-            raise NotOurs(f"it belongs to scope {record.identity.scope}")
+            raise NotOurs(f"it belongs to scope {record.identity.scope}", elsewhere=True)
         if record.identity.host != self._host:
             raise NotOurs("it was started on another machine")
         name = self._name_of(record)
@@ -168,7 +168,15 @@ class RecordsView:
                 workloads.append(self._unknown(path, error))
             else:
                 strangers.append(
-                    Stranger(_RUNTIME, path.name, path.name, (), running, str(error), error.claims)
+                    Stranger(
+                        _RUNTIME,
+                        path.name,
+                        path.name,
+                        running=running,
+                        reason=str(error),
+                        claims=error.claims,
+                        elsewhere=error.elsewhere,
+                    )
                 )
         runs = {record.run_id for record, _ in read.good.values()}
         for run, (pid, instance) in known.others.items():

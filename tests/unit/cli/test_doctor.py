@@ -169,7 +169,7 @@ def test_gpus() -> None:
     inventory = GpuInventory(
         "nvml",
         gpus=(Gpu("GPU-a", 0, "NVIDIA A100", processes=()), Gpu("GPU-b", 2, "NVIDIA A100")),
-        unopened=(UnopenedGpu(1, "cannot open it: it fell off the bus; reboot"),),
+        unopened=(UnopenedGpu(1, "cannot open it: it fell off the bus", "reboot"),),
         driver="575.57.08",
     )
     modes = (GpuModes(0, persistence=False, mig=True), GpuModes(2, persistence=True, mig=None))
@@ -189,7 +189,7 @@ def test_gpus() -> None:
     ("inventory", "line"),
     [
         (
-            GpuInventory("nvml", error="cannot read GPUs: no driver; load it"),
+            GpuInventory("nvml", error="cannot read GPUs: no driver", hint="load it"),
             "fail  gpus: cannot read GPUs: no driver; mend: load it",
         ),
         (

@@ -18,6 +18,12 @@ from tests.mock_nvml import MockGpu, MockNvml, MockProcess, Rules, mock_uuid
 from tests.unit.gpu.conftest import Clock
 
 
+def nothing_but(inventory: GpuInventory) -> str | None:
+    """The error of an inventory with nothing else in it, and what to do about it."""
+    assert inventory == GpuInventory("nvml", error=inventory.error, hint=inventory.hint)
+    return inventory.told
+
+
 def by_index(inventory: GpuInventory) -> dict[int, str]:
     return {gpu.index: gpu.uuid for gpu in inventory.gpus}
 
@@ -56,7 +62,7 @@ def test_a_gpu_that_cannot_be_opened_harms_no_other(
 
     assert inventory.error is None
     assert by_index(inventory) == {0: mock_uuid(0), 2: mock_uuid(2)}
-    assert inventory.unopened == (UnopenedGpu(1, text),)
+    assert [(gpu.index, gpu.told) for gpu in inventory.unopened] == [(1, text)]
 
 
 def test_a_gpu_without_a_uuid_is_not_opened(mock: MockNvml, source: NvmlSource) -> None:
@@ -97,7 +103,7 @@ def test_a_gpu_that_is_lost_is_reported_with_its_identity(
     assert inventory.unopened == (
         UnopenedGpu(
             0,
-            f"cannot read {mock_uuid(0)} at 00000000:3B:00.0: the GPU fell off the bus; "
+            f"cannot read {mock_uuid(0)} at 00000000:3B:00.0: the GPU fell off the bus",
             "find the cause with: dmesg | grep -i xid, then reboot",
             mock_uuid(0),
         ),
@@ -206,7 +212,7 @@ def test_nvml_that_does_not_start_says_why_and_recovers(
 ) -> None:
     mock.set([MockGpu()], rules=Rules(errors={"nvmlInitWithFlags": code}))
 
-    assert source.observe() == GpuInventory(source="nvml", error=text)
+    assert nothing_but(source.observe()) == text
     assert source.outdated is False
 
     mock.set([MockGpu()])
@@ -219,10 +225,9 @@ def test_a_driver_that_is_replaced_under_the_program(mock: MockNvml, source: Nvm
 
     mock.break_library(18)
 
-    assert source.observe() == GpuInventory(
-        source="nvml",
-        error="cannot read GPUs: the NVIDIA driver was replaced while this program ran; "
-        "restart it with: systemctl restart mic",
+    assert nothing_but(source.observe()) == (
+        "cannot read GPUs: the NVIDIA driver was replaced while this program ran; "
+        "restart it with: systemctl restart mic"
     )
     assert source.outdated is True
 
@@ -266,7 +271,7 @@ def test_a_library_that_is_too_old_for_the_binding(
     assert [gpu.power_draw for gpu in source.observe().gpus] == [None]
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", mismatch)
-    assert source.observe().error == (
+    assert source.observe().told == (
         "cannot read GPUs: the driver is older than nvidia-ml-py supports; upgrade the driver"
     )
 
@@ -280,7 +285,7 @@ def test_nothing_at_all_leaves_observe_as_an_exception(
     mock.set([MockGpu()])
     monkeypatch.setattr("pynvml.nvmlDeviceGetCount", broken)
 
-    assert source.observe().error == (
+    assert source.observe().told == (
         "cannot read GPUs: ValueError: what the library wrote is no text; "
         "check the driver with: nvidia-smi"
     )
@@ -303,7 +308,7 @@ def test_a_machine_without_the_driver_library(tmp_path: Path) -> None:
     (tmp_path / "libnvidia-ml.so.1").write_text("not a library")
     program = (
         "from mic_supervisor.gpu.source import open_source; s = open_source('nvml');"
-        "print(s.observe().error); print(s.observe().error); s.close()"
+        "print(s.observe().told); print(s.observe().told); s.close()"
     )
 
     said = in_another_process(program, {"LD_LIBRARY_PATH": str(tmp_path)}).splitlines()
@@ -344,7 +349,8 @@ def test_a_call_that_hangs_costs_one_time_out_and_nothing_after(
     expected = GpuInventory(
         source="nvml",
         error=f"cannot read GPUs: NVML did not answer within 0.3 s, asked about GPU 1 "
-        f"({mock_uuid(1)}); find the cause with: dmesg | grep -i -e xid -e nvrm",
+        f"({mock_uuid(1)})",
+        hint="find the cause with: dmesg | grep -i -e xid -e nvrm",
     )
 
     start = time.monotonic()
@@ -453,7 +459,7 @@ def test_a_closed_source_says_so(mock: MockNvml, source: NvmlSource) -> None:
     source.close()
     source.close()
 
-    assert source.observe().error == (
+    assert source.observe().told == (
         "cannot read GPUs: its source was closed; restart this program"
     )
 

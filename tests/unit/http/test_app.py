@@ -89,7 +89,7 @@ def test_what_may_run_is_a_map_of_name_to_backend(good: Site) -> None:
     ("inventory", "detail"),
     [
         (GpuInventory("none"), "cannot read GPUs: MIC_GPU_SOURCE is none"),
-        (GpuInventory("nvml", error="cannot read GPUs: x; y"), "cannot read GPUs: x; y"),
+        (GpuInventory("nvml", error="cannot read GPUs: x", hint="y"), "cannot read GPUs: x; y"),
     ],
 )
 def test_without_nvml_gpus_are_not_implemented(inventory: GpuInventory, detail: str) -> None:

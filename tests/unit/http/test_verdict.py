@@ -90,7 +90,7 @@ def test_a_loop_that_stalls_makes_everything_old() -> None:
 @pytest.mark.parametrize(
     ("inventory", "text", "hint"),
     [
-        (GpuInventory("nvml", error="cannot read GPUs: x; do y"), "cannot read GPUs: x", "do y"),
+        (GpuInventory("nvml", error="cannot read: x", hint="do y"), "cannot read: x", "do y"),
         (GpuInventory("none"), "cannot read GPUs: MIC_GPU_SOURCE is none", None),
     ],
 )

@@ -202,7 +202,7 @@ def bad(*, engine_gone: bool = False, **values: Any) -> Published:
         observed,
         inventory=replace(
             observed.inventory,
-            unopened=(UnopenedGpu(6, "cannot open it: the GPU fell off the bus; then reboot"),),
+            unopened=(UnopenedGpu(6, "cannot open it: the GPU fell off the bus", "then reboot"),),
         ),
     )
     desired = b.desired(

@@ -15,6 +15,7 @@ from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.health import remember
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.reconcile import reconcile
+from mic_supervisor.plan.words import Code, because
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,
@@ -99,7 +100,8 @@ def test_no_shift_of_the_wall_clock_changes_a_decision(
 
 
 def test_a_next_try_is_told_by_the_clock_as_it_is_set_now() -> None:
-    plan = Plan(blocked=(Blocked("a", "backoff", until=50.0), Blocked("b", "x")), next_wake=50.0)
+    waits = Blocked("a", because(Code.BACKOFF, failure="x"), until=50.0)
+    plan = Plan(blocked=(waits, Blocked("b", because(Code.BACKOFF, failure="x"))))
     for offset in (1e9, 1e9 + HOUR):
         told = plan.in_wall(offset)
         assert [item.until for item in told.blocked] == [50.0 + offset, None]

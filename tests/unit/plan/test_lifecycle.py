@@ -95,6 +95,7 @@ def test_a_plan_is_one_json_document() -> None:
                 "backend": "container",
                 "gpus": [uuid(0)],
                 "cause": "its specification changed: image",
+                "code": "spec_changed",
                 "waits": None,
                 "diff": [{"path": "image", "before": "mam:1", "after": "mam:2"}],
                 "steps": [step.id for step in plan.changes[0].steps],

@@ -393,7 +393,7 @@ def test_as_many_as_the_file_allows() -> None:
         "replace MAM-bbbbbbbb",
         "replace MAM-cccccccc later",
     ]
-    assert plan.changes[2].waits == "its turn: 2 instances of MAM at a time"
+    assert str(plan.changes[2].waits) == "its turn: 2 instances of MAM at a time"
 
 
 def test_what_is_down_does_not_wait_and_comes_before_those_that_serve() -> None:
@@ -475,4 +475,4 @@ def test_what_follows_on_the_gpu_of_one_that_waits_waits_as_well() -> None:
         "create face-eeeeeeee later",
         "replace qwen-ddddddddx2 later",
     ]
-    assert plan.changes[1].waits == "qwen-ddddddddx2, whose turn comes later"
+    assert str(plan.changes[1].waits) == "qwen-ddddddddx2, whose turn comes later"

@@ -17,9 +17,9 @@ from mic_supervisor.model import (
     RunState,
 )
 from mic_supervisor.plan.actions import Release
-from mic_supervisor.plan.amounts import size
 from mic_supervisor.plan.memory import Floor, Memory
 from mic_supervisor.plan.release import Refused, Released, Waiting, floor_of, judge
+from mic_supervisor.plan.words import size
 from tests.unit.plan.builders import gpu, known, observed, on, plan_for, process, uuid, workload
 
 GIB = 1 << 30

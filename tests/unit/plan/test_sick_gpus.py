@@ -161,12 +161,12 @@ def test_a_gpu_that_fell_off_the_bus_tells_why_its_entry_is_blocked() -> None:
     from mic_supervisor.config.document import GpuEntry, GpuKey, Place
     from mic_supervisor.plan.bind import bind
 
-    text_of = "cannot read it: the GPU fell off the bus; reboot"
-    inventory = GpuInventory("nvml", (gpu(1),), unopened=(UnopenedGpu(0, text_of, uuid(0)),))
+    error = ("cannot read it: the GPU fell off the bus", "reboot")
+    inventory = GpuInventory("nvml", (gpu(1),), unopened=(UnopenedGpu(0, *error, uuid(0)),))
     for key in (GpuKey("index", "0"), GpuKey("uuid", uuid(0))):
         entry = GpuEntry((key,), "MAM", Place("f", 1, 1))
         (lost,) = bind([entry], inventory, {"0": uuid(0)}).unsatisfiable
-        assert (lost.reason, lost.instances) == (text_of, ("MAM-aaaaaaaa",))
+        assert (lost.reason, lost.instances) == ("; ".join(error), ("MAM-aaaaaaaa",))
 
 
 # --- containers that lost their GPUs ----------------------------------------------------------

@@ -136,7 +136,8 @@ def test_what_belongs_to_others_is_a_stranger(
     view = world.make().observe()
     if member == "scope":
         assert view.workloads == ()
-        assert view.strangers[0] == Stranger("subprocess", "one", "one", (), True, reason)
+        expected = Stranger("subprocess", "one", "one", reason=reason, elsewhere=True)
+        assert view.strangers[0] == expected
     else:  # the machine's id may have changed since: the process runs here
         (found,) = view.workloads
         assert found.doubt is not None

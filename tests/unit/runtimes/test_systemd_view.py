@@ -204,7 +204,9 @@ def test_strangers(
 ) -> None:
     seen = systemd_view.judge(unit("active", sub, environment=environment), scope, host)
     name = f"{NAME}.service"
-    assert seen == Stranger("systemd", name, name, (), running, reason)
+    assert seen == Stranger(
+        "systemd", name, name, running=running, reason=reason, elsewhere=scope == "other"
+    )
 
 
 def test_a_unit_of_which_nothing_is_told_is_a_stranger() -> None:

@@ -1,0 +1,172 @@
+"""Everything that one plan is decided on, and what follows from it at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from mic_supervisor.model import DesiredState, Gpu, ObservedState, ObservedWorkload
+from mic_supervisor.plan.assess import Assessment, Context, is_alive, workloads
+from mic_supervisor.plan.memory import InstanceMemory, Memory
+from mic_supervisor.plan.ports import Ports, assign
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What must be decided together: a connected set of GPUs, and of fixed ports.
+
+    What happens in one lane never waits for another. `orphans` are workloads that no desired
+    instance has the id of.
+    """
+
+    name: str
+    wanted: tuple[Assessment, ...]
+    orphans: tuple[ObservedWorkload, ...]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """The arguments of `reconcile`. What is derived from them is worked out once."""
+
+    desired: DesiredState
+    observed: ObservedState
+    memory: Memory
+    now: float
+    context: Context
+    assessments: Sequence[Assessment]
+
+    def entry(self, item: Assessment) -> InstanceMemory:
+        return self.memory.of(item.instance.id)
+
+    @cached_property
+    def by_id(self) -> Mapping[str, Assessment]:
+        return {item.instance.id: item for item in self.assessments}
+
+    @cached_property
+    def gpus(self) -> Mapping[str, Gpu]:
+        return {gpu.uuid: gpu for gpu in self.observed.inventory.gpus}
+
+    @cached_property
+    def indices(self) -> Mapping[str, int]:
+        return self.observed.inventory.indices
+
+    def called(self, what: str) -> str:
+        """ "GPU 3" for a UUID; anything else is called as it is."""
+        return f"GPU {self.indices[what]}" if what in self.indices else what
+
+    @cached_property
+    def workloads(self) -> tuple[ObservedWorkload, ...]:
+        return tuple(workloads(self.observed))
+
+    @cached_property
+    def alive(self) -> tuple[ObservedWorkload, ...]:
+        return tuple(workload for workload in self.workloads if is_alive(workload))
+
+    @cached_property
+    def ports(self) -> Ports:
+        return Ports(self.observed)
+
+    @cached_property
+    def numbers(self) -> Mapping[str, Mapping[str, int] | None]:
+        """The host ports of every desired instance, by its id."""
+        return assign(self.assessments, self.ports.taken, self.context.port_range)
+
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """The GPUs that the file has an instance on, or `none`."""
+        given = {uuid for item in self.assessments for uuid in item.instance.gpus}
+        return frozenset(given | {*self.desired.kept_empty})
+
+    @cached_property
+    def placed(self) -> frozenset[str]:
+        """As `named`; of a server of several models, only the GPUs that have one."""
+        given = {uuid for item in self.assessments for uuid in item.placed_gpus}
+        return frozenset(given | {*self.desired.kept_empty})
+
+    @cached_property
+    def failed_on(self) -> Mapping[str, str]:
+        """By model, an instance that the new specification failed on: no other one tries it."""
+        return {
+            item.instance.model: item.instance.id
+            for item in self.assessments
+            if self.entry(item).failed == item.hash
+        }
+
+    @cached_property
+    def orphans(self) -> tuple[ObservedWorkload, ...]:
+        """What no desired instance has the id of, and no entry in trouble might mean."""
+        return tuple(
+            workload
+            for workload in self.workloads
+            if workload.identity.instance not in self.by_id and not self.protects(workload)
+        )
+
+    def protects(self, workload: ObservedWorkload) -> bool:
+        """Whether an entry in trouble might mean it. Where it is not even known which GPU the
+        entry means, that is everything of the same model on a GPU that is not there.
+        """
+        identity = workload.identity
+        lost = not set(identity.gpus) <= self.gpus.keys()
+        return any(
+            identity.instance in entry.instances
+            or set(entry.gpus) & set(identity.gpus)
+            or (lost and not entry.gpus and entry.model == identity.model)
+            for entry in self.desired.unsatisfiable
+        )
+
+    def is_chosen(self, item: Assessment) -> bool:
+        return self.context.targets is None or self.context.targets.has(item.instance)
+
+    def is_unconfirmed(self, workload: ObservedWorkload) -> bool:
+        """Whether the file merely does not name its GPUs, not even as `none`.
+
+        A file cut short names fewer GPUs, and only a person can tell that from a removal.
+        """
+        return not self.context.confirmed and not {*workload.identity.gpus} <= self.named
+
+    @cached_property
+    def lanes(self) -> list[Lane]:
+        """By name, which is the smallest of a lane's members: no order of anything enters."""
+        lanes = _Lanes()
+        for item in self.assessments:
+            fixed = [f"port {port.host}" for port in item.instance.workload.ports if port.host]
+            lanes.join((*item.instance.gpus, *fixed))
+        for workload in self.alive:
+            held = [f"port {number}" for number in workload.identity.ports.values()]
+            lanes.join((*_gpus(workload), *held))
+        found: dict[str, tuple[list[Assessment], list[ObservedWorkload]]] = {}
+        for item in self.assessments:
+            found.setdefault(lanes.of(item.instance.gpus[0]), ([], []))[0].append(item)
+        for orphan in self.orphans:
+            found.setdefault(lanes.of(_gpus(orphan)[0]), ([], []))[1].append(orphan)
+        return [Lane(name, tuple(one), tuple(two)) for name, (one, two) in sorted(found.items())]
+
+
+def _gpus(workload: ObservedWorkload) -> tuple[str, ...]:
+    return workload.identity.gpus or (workload.name,)
+
+
+class _Lanes:
+    """Union-find over GPUs and ports."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def join(self, members: Iterable[str]) -> None:
+        first: str | None = None
+        for member in members:
+            root = self.of(member)
+            if first is None:
+                first = root
+            elif root != first:
+                low, high = sorted((first, root))
+                self._parent[high] = low
+                first = low
+
+    def of(self, member: str) -> str:
+        self._parent.setdefault(member, member)
+        while self._parent[member] != member:
+            self._parent[member] = self._parent[self._parent[member]]
+            member = self._parent[member]
+        return member

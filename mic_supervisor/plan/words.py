@@ -1,0 +1,202 @@
+"""Why something happens, waits or does not happen: as data, and in the words for it.
+
+A `Reason` is a code and its facts. Programs go by the code; the sentence is made here and nowhere
+else, and nobody reads it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum, unique
+from typing import Any
+
+_RETRY = "change the file, or: mic-supervisor retry"
+_FAILED = "the new specification failed ({failure})"
+_HELD = "{what} is still held by {holder}, "
+_NEEDS = "it needs {vram}, and GPU {gpu} ({name}) has "
+_STRANGER = "GPU {gpu} is held by {who}, not ours{whose}"
+
+
+@unique
+class Code(Enum):
+    """A sentence, and the way out where there is one, with the names of their facts."""
+
+    # What the look itself says.
+    ENTRY_IN_TROUBLE = "{trouble}"
+    GPUS_UNREADABLE = "{error}"
+    RUNTIME_UNREADABLE = "what {runtime} runs is unknown: {error}"
+    RUNTIME_OFF = "{off}"
+    GPU_LOST = "{gpus} is not there"
+    GPU_UNHEALTHY = (
+        "GPU {gpu} is unhealthy: {trouble}",
+        "stop what uses it, then: nvidia-smi --gpu-reset -i {gpu}; or reboot",
+    )
+
+    # Somebody asked for it, or has yet to.
+    PAUSED = "paused since {since}{note}"
+    MODEL_PAUSED = "{model} is {pause}"
+    NOT_CHOSEN = "not among the chosen", "choose it too"
+    UNCONFIRMED = "the file no longer names {what}; its removal waits to be confirmed"
+    SHRINKS = "the file no longer names {gpus} of it; its replacement waits to be confirmed"
+    WOULD = "would {kind}: {cause}"
+    WOULD_BE_BLOCKED = "would be blocked: {blocked}"
+
+    # Something failed.
+    BACKOFF = "backoff: {failure}"
+    MODEL_BACKOFF = "{model}: backoff: {failure}"
+    FAILED_ELSEWHERE = (
+        "the new specification failed on {instance}; the earlier one runs",
+        _RETRY,
+    )
+    ROLLED_BACK = f"{_FAILED}; the last good one runs", _RETRY
+    ROLLBACK_BACKOFF = f"{_FAILED}; the last good one {{how}}; backoff: {{last}}", _RETRY
+    ROLLBACK_BLOCKED = f"{_FAILED}; the last good one is to take over; {{obstacle}}", _RETRY
+
+    # Something is in the way.
+    HELD_ON_HOLD = f"{_HELD}{{hold}}"
+    HELD_BY_OWNER = f"{_HELD}which is to keep it"
+    HELD_UNCONFIRMED = f"{_HELD}whose removal waits to be confirmed"
+    HELD_BY_ENTRY = f"{_HELD}which an entry that cannot be followed now may mean"
+    HELD_FOR_OTHERS = f"{_HELD}which stays because not all that follows it can start"
+    NO_PORT = "no port is free from {first} to {last}", "widen MIC_PORT_RANGE"
+    PORT_TAKEN = "port {port} is taken by {who}", "free the port, or give {model} another one"
+    NAME_TAKEN = "the name {name} is taken by a workload that is not ours: {stranger}"
+    NO_VARIABLE = "its texts refer to {name}, which it does not have"
+    GPU_TOO_SMALL = (
+        f"{_NEEDS}{{total}}",
+        "give it a larger GPU, or correct `vram` of {model}",
+    )
+    GPU_TOO_FULL = (
+        f"{_NEEDS}{{free}} beside {{who}}, not ours",
+        "end what uses the GPU, or move the model to another one",
+    )
+    HOLDERS_UNREADABLE = "the processes on GPU {gpu} cannot be read"
+    STRANGER = _STRANGER, "end that process, or move the model to another GPU"
+    WAITS_FOR_STRANGER = (
+        f"waiting for the GPU: {_STRANGER}",
+        "end that process, or move the model to another GPU",
+    )
+    STAYS = "it stays while {instance} is blocked"
+
+    # Why a change is made.
+    MISSING = "nothing runs for it yet"
+    WORKLOAD_REMOVED = "it is missing: its workload was removed"
+    ENDED = "{end}"
+    NEVER_STARTED = "it was created and never started"
+    INTERRUPTED = "its replacement was interrupted"
+    SPEC_CHANGED = "its specification changed: {paths}{down}"
+    GPUS_CHANGED = "its set of GPUs changed{down}"
+    CHANGED_AND_DOWN = "{drift}, and the earlier one does not run"
+    ASKED_FOR = "asked for"
+    UNHEALTHY = "{failure}"
+    GPU_NOT_SEEN = "{blind}"
+    ROLLBACK = "rollback: {failure}"
+    ROLLED_BACK_UNHEALTHY = "rolled back, and {failure}"
+    RUNS_TWICE = "it runs twice"
+    FAILED = "it failed, and the last good one runs"
+    ADOPTED = "it runs already, as the file asks"
+    LEFT_OVER = "left over from an earlier specification"
+    OTHER_MODEL = "the file has {model} on its GPU"
+    KEPT_EMPTY = "its GPU is to be kept empty"
+    NOT_NAMED = "the file no longer names it"
+    LEAVING = "the file does not ask for it; it is to be removed"
+    NOT_LOADED = "{of}the server does not have {model} loaded"
+    MODEL_CHANGED = "{of}{changed} changed"
+    SURPLUS = "the file no longer has {model} in this server"
+
+    # What a change waits for.
+    HOOK = "on_endpoints_change, which has yet to be told of what serves instead"
+    TURN = "its turn: {limit} instance{s} of {model} at a time"
+    LATER = "{instance}, whose turn comes later"
+
+    @property
+    def sentence(self) -> str:
+        return self.value if isinstance(self.value, str) else str(self.value[0])
+
+    @property
+    def hint(self) -> str | None:
+        return None if isinstance(self.value, str) else str(self.value[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """`facts` fill in the sentence; those called "hint" and "queued" stand for themselves.
+
+    `also` is what there is to say besides.
+    """
+
+    kind: Code
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[Reason, ...] = ()
+
+    def __str__(self) -> str:
+        own = self.kind.sentence.format_map(self.facts)
+        return "; ".join([own, *map(str, self.also)])
+
+    @property
+    def code(self) -> str:
+        """What programs know it by."""
+        return self.kind.name.lower()
+
+    @property
+    def hint(self) -> str | None:
+        """The way out; the reason's own goes before the code's."""
+        own: str | None = self.facts.get("hint")
+        return own or (self.kind.hint.format_map(self.facts) if self.kind.hint else None)
+
+    def is_about(self, text: str) -> bool:
+        """Whether it is among the facts, as what something failed with is."""
+        nested = [fact for fact in self.facts.values() if isinstance(fact, Reason)]
+        return text in self.facts.values() or any(
+            one.is_about(text) for one in (*nested, *self.also)
+        )
+
+    @property
+    def queued(self) -> bool:
+        """Whether the file says to wait for it."""
+        return self.kind is Code.WAITS_FOR_STRANGER or self.facts.get("queued") is True
+
+
+def because(kind: Code, /, **facts: Any) -> Reason:
+    return Reason(kind, facts)
+
+
+# --- pieces of sentences --------------------------------------------------------------------
+
+
+def gpus_down(error: str) -> str:
+    return f"{error}; nothing is started or stopped meanwhile"
+
+
+def shortened(paths: Sequence[str]) -> str:
+    """ "image, env.A, env.B and 2 more" """
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def gpu_names(gpus: Iterable[str], indices: Mapping[str, int]) -> str:
+    """ "GPU 3,4"; a GPU that is not there is named by its UUID, which begins with "GPU-"."""
+    gpus = tuple(gpus)
+    if not any(uuid in indices for uuid in gpus):
+        return ",".join(gpus) or "no GPU"
+    return "GPU " + ",".join(str(indices.get(uuid, uuid)) for uuid in gpus)
+
+
+def size(count: int) -> str:
+    """ "3.1 GiB", "512 MiB"."""
+    if count < 1 << 30:
+        return f"{-(-count // (1 << 20))} MiB"
+    return f"{count / (1 << 30):.1f} GiB"
+
+
+def clock(at: float) -> str:
+    """Local time of day."""
+    return datetime.fromtimestamp(at).astimezone().strftime("%H:%M:%S")
+
+
+def moment(at: float, now: float) -> str:
+    """Local time of day; with the date where that was not today."""
+    when = datetime.fromtimestamp(at).astimezone()
+    today = when.date() == datetime.fromtimestamp(now).astimezone().date()
+    return when.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S")
