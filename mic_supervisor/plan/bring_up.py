@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from mic_supervisor.config.document import CONFIRM
@@ -58,12 +57,12 @@ class Way:
     why_not: Blocked | None = None
 
 
-def way_up(s: Situation, item: Assessment, leaving: Collection[str]) -> Way:
-    """How one instance is brought up, if that is due. See `in_the_way` for `leaving`."""
+def way_up(s: Situation, item: Assessment) -> Way:
+    """How one instance is brought up, if that is due."""
     entry = s.entry(item)
     sick = next((s.gpus[u] for u in item.instance.gpus if u in s.gpus and s.gpus[u].trouble), None)
     if (good := fallback(entry, item)) is not None:
-        up, why = _fall_back(s, good, leaving)
+        up, why = _fall_back(s, good)
         if sick and up is not None:
             return Way(good.match, None, item.blocked(_unhealthy(sick)))
         return Way(good.match, cleared(up, item) if up is not None else None, why)
@@ -78,7 +77,7 @@ def way_up(s: Situation, item: Assessment, leaving: Collection[str]) -> Way:
     if not forced and entry.retry_at is not None and entry.retry_at > s.now:
         backoff = because(Code.BACKOFF, failure=entry.reason)
         return Way(item.match, None, item.blocked(backoff, entry.retry_at))
-    found = _bring_up(s, item, unhealthy, leaving, blind)
+    found = _bring_up(s, item, unhealthy, blind)
     if isinstance(found, Reason):
         return Way(item.match, None, item.blocked(found))
     return Way(item.match, cleared(found, item))
@@ -106,7 +105,6 @@ def _bring_up(
     s: Situation,
     item: Assessment,
     unhealthy: str | None,
-    leaving: Collection[str],
     blind: str | None,
 ) -> BringUp | Reason:
     """The way up, or what stands in it. `blind`: it must be made anew, and that is why."""
@@ -119,7 +117,7 @@ def _bring_up(
         target = launch(item, numbers, s.indices, s.context)
     except KeyError as error:
         return because(Code.NO_VARIABLE, name=str(error))
-    obstacle = in_the_way(s, instance, target.runtime, target.name, numbers.values(), leaving)
+    obstacle = in_the_way(s, instance, target.runtime, target.name, numbers.values())
     if obstacle is not None:
         return obstacle
     kind, cause = _why(s, item, unhealthy)
@@ -160,9 +158,7 @@ def cleared(up: BringUp, item: Assessment) -> BringUp:
     return replace(up, early=tuple(early))
 
 
-def _fall_back(
-    s: Situation, good: Assessment, leaving: Collection[str]
-) -> tuple[BringUp | None, Blocked]:
+def _fall_back(s: Situation, good: Assessment) -> tuple[BringUp | None, Blocked]:
     """What is due for what was rolled back to, see plan/fallback.py, and why no more than that."""
     entry = s.entry(good)
     failure = entry.failed_reason
@@ -176,16 +172,14 @@ def _fall_back(
         how = "cannot be loaded again" if well else "failed as well"
         why = because(Code.ROLLBACK_BACKOFF, failure=failure, how=how, last=entry.reason)
         return None, good.blocked(why, entry.retry_at)
-    up = _take_over(s, good, unhealthy, leaving)
+    up = _take_over(s, good, unhealthy)
     if isinstance(up, BringUp):
         return up, told
     why = because(Code.ROLLBACK_BLOCKED, failure=failure, obstacle=up, hint=up.hint)
     return None, good.blocked(why)
 
 
-def _take_over(
-    s: Situation, good: Assessment, unhealthy: str | None, leaving: Collection[str]
-) -> BringUp | Reason:
+def _take_over(s: Situation, good: Assessment, unhealthy: str | None) -> BringUp | Reason:
     """The way back to the last good specification, or what stands in it."""
     instance, back, entry = good.instance, good.match, s.entry(good)
     record = entry.ready_record
@@ -204,7 +198,7 @@ def _take_over(
         assert back is not None  # it is what was rolled back to
         name, numbers = back.name, back.identity.ports.values()
         late = Restart(f"restart {name}", instance.id, back)
-    obstacle = in_the_way(s, instance, good.runtime, name, numbers, leaving)
+    obstacle = in_the_way(s, instance, good.runtime, name, numbers)
     if obstacle is not None:
         return obstacle
     if unhealthy is not None:

@@ -62,9 +62,8 @@ def departures(
         up, kept = ups.get(instance), serving.get(instance)
         if kept is not None and _key(kept) == _key(workload) and (up is None or up.stops is None):
             continue
-        concerned = [item for item in lane.wanted if s.is_chosen(item)]
-        if not any(follows(item, workload) for item in concerned):
-            concerned = [*lane.wanted]
+        all_the_same = s.needed.isdisjoint(workload.identity.gpus)
+        concerned = [item for item in lane.wanted if all_the_same or s.is_chosen(item)]
         if any(
             item.instance.id not in ups and not _alive(serving[item.instance.id])
             for item in concerned

@@ -54,26 +54,25 @@ def hold(plan: Plan, s: Situation) -> Plan:
     """The same plan without the changes of what is held, and without all that depends on them."""
     if not s.memory.paused and s.context.targets is None:
         return plan
-    held = {one.instance: one for one in _find(s)}
+    held = [*_find(s)]
+    plan = _take_out(plan, {one.instance: one for one in held if one.paused}, s)
+    plan = _take_out_loads(plan, s)
+    return _take_out(plan, {one.instance: one for one in held if not one.paused}, s)
+
+
+def _take_out(plan: Plan, held: Mapping[str, _Hold], s: Situation) -> Plan:
     taken = [change for change in plan.changes if change.instance in held]
-    loads = [change for change in plan.changes if change not in taken and _pause_of_load(change, s)]
-    rest = [change for change in plan.changes if change not in taken and change not in loads]
+    rest = [change for change in plan.changes if change.instance not in held]
     rest, stuck = _without(rest, taken, held, s)
-    blocked = {
-        item.instance: _renamed(item, held) for item in plan.blocked if item.instance not in held
-    }
-    blocked |= stuck
-    blocked |= {one.instance: _told(one, plan) for one in held.values() if one.paused}
-    for name, why in _paused_loads(loads, s).items():
-        blocked.setdefault(name, s.by_id[name].blocked(why))
+    told = {item.instance: item for item in plan.blocked if item.instance not in held} | stuck
+    blocked = [_renamed(item, held) for item in told.values()]
+    blocked += [_told(one, plan) for one in held.values() if one.paused]
     left_out = [
         replace(change, steps=())
         for change in taken
         if not held[change.instance].paused and change.kind != "adopt"
     ]
-    return replace(
-        plan, changes=tuple(rest), blocked=tuple(blocked.values()), left_out=tuple(left_out)
-    )
+    return replace(plan, changes=tuple(rest), blocked=tuple(blocked), left_out=tuple(left_out))
 
 
 def _find(s: Situation) -> Iterable[_Hold]:
@@ -86,14 +85,11 @@ def _find(s: Situation) -> Iterable[_Hold]:
     by_instance: dict[str, list[ObservedWorkload]] = {}
     for orphan in s.orphans:
         by_instance.setdefault(orphan.identity.instance, []).append(orphan)
-    needed = {u for item in s.assessments if s.is_chosen(item) for u in item.instance.gpus}
-    if targets is not None:
-        needed |= targets.gpus & {*s.desired.kept_empty}
     for several in by_instance.values():
         alive = [item for item in several if is_alive(item)] or several
         gpus = {uuid for item in alive for uuid in item.identity.gpus}
         identity = alive[0].identity
-        chosen = targets is None or bool(gpus & needed)
+        chosen = targets is None or not s.needed.isdisjoint(gpus)
         if (why := _why(s, identity.model, gpus, chosen)) is not None:
             yield _Hold(identity.instance, identity.model, identity.gpus, why)
     for entry in s.desired.unsatisfiable:
@@ -126,7 +122,11 @@ def _without(
     no step before the stop, so there is nothing to see of it in the plan.
     """
     gone = {step.id: step for change in taken for step in change.steps}
-    kept_down = [item for name, item in s.by_id.items() if name in held and held[name].paused]
+    kept_down = [
+        item
+        for name, item in s.by_id.items()
+        if name in held and held[name].paused and item.running is None
+    ]
     stuck: dict[str, Blocked] = {}
     while True:
         stays = {id(one): found for one in rest if (found := _what_stays(one, gone, kept_down))}
@@ -139,11 +139,12 @@ def _without(
             if late is None:
                 continue
             item, workload = s.by_id[change.instance], stays[id(change)]
-            kept_down.append(item)
+            if not item.runs:
+                kept_down.append(item)
             what = s.called(needs(item, late, workload) or workload.name)
             holder = workload.identity.instance
             why = because(Code.HELD_FOR_OTHERS, what=what, holder=holder)
-            stuck[change.instance] = _renamed(item.blocked(why), held)
+            stuck[change.instance] = item.blocked(why)
 
 
 def _what_stays(
@@ -155,9 +156,7 @@ def _what_stays(
             if isinstance(one, Withdraw | Drain | Stop | Remove):
                 return one.workload
     for step in change.steps:
-        if isinstance(step, Stop) and any(
-            follows(item, step.workload) and not item.runs for item in kept_down
-        ):
+        if isinstance(step, Stop) and any(follows(item, step.workload) for item in kept_down):
             return step.workload
     return None
 
@@ -186,30 +185,32 @@ def _told(one: _Hold, plan: Plan) -> Blocked:
     return Blocked(one.instance, replace(one.why, also=tuple(due)), one.gpus, one.model)
 
 
-def _pause_of_load(change: Change, s: Situation) -> bool:
-    """Whether it is about a paused model in a server that is not paused."""
-    return any(
-        isinstance(step, Load | Unload) and step.placement.model in s.memory.paused.models
-        for step in change.steps
-    )
-
-
-def _paused_loads(loads: Iterable[Change], s: Situation) -> dict[str, Reason]:
-    """By server, which models in it are paused, and what would be done for them."""
-    found: dict[str, list[tuple[str, Reason]]] = {}
-    for change in loads:
-        for step in change.steps:
-            assert isinstance(step, Load | Unload)  # see `_pause_of_load`
-            model = step.placement.model
-            pause = since(s.memory.paused.models[model], s.observed.at)
-            would = because(Code.WOULD, kind=change.kind, cause=change.why)
-            told = Reason(Code.MODEL_PAUSED, {"model": model, "pause": pause}, (would,))
-            found.setdefault(change.instance, []).append((model, told))
-    return {
-        name: Reason(
-            told[0][1].kind,
-            {**told[0][1].facts, "hint": resume(model for model, _ in told)},
-            (*told[0][1].also, *(one for _, one in told[1:])),
+def _take_out_loads(plan: Plan, s: Situation) -> Plan:
+    """Without what is due for paused models in servers that are not paused."""
+    paused = s.memory.paused.models
+    rest: list[Change] = []
+    told: dict[str, list[Reason]] = {}
+    names: dict[str, list[str]] = {}
+    for change in plan.changes:
+        step = next(iter(change.steps), None)
+        if not isinstance(step, Load | Unload) or step.placement.model not in paused:
+            rest.append(change)
+            continue
+        model = step.placement.model
+        pause = since(paused[model], s.observed.at)
+        names.setdefault(change.instance, []).append(model)
+        told.setdefault(change.instance, []).extend(
+            [
+                because(Code.MODEL_PAUSED, model=model, pause=pause),
+                because(Code.WOULD, kind=change.kind, cause=change.why),
+            ]
         )
-        for name, told in found.items()
-    }
+    known = {item.instance for item in plan.blocked}  # one reason for each is enough
+    blocked = [
+        s.by_id[name].blocked(
+            Reason(first.kind, {**first.facts, "hint": resume(names[name])}, tuple(more))
+        )
+        for name, (first, *more) in told.items()
+        if name not in known
+    ]
+    return replace(plan, changes=tuple(rest), blocked=(*plan.blocked, *blocked))

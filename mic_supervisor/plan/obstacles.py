@@ -27,11 +27,10 @@ def in_the_way(
     runtime: str,
     name: str,
     numbers: Collection[int],
-    leaving: Collection[str],
 ) -> Reason | None:
     """The first thing that keeps a workload called `name` from starting, or None.
 
-    `leaving` are the instances that are on their way out: what they hold will be free in time.
+    What is known to run of ours is no obstacle: the start comes after its end, or is blocked by it.
     """
     for view in s.observed.runtimes:
         if view.runtime == runtime and view.off is not None:
@@ -50,7 +49,7 @@ def in_the_way(
             if view.runtime == runtime and stranger.name == name:
                 hint = f"rename or remove it: docker rm {name}" if runtime == "docker" else None
                 return because(Code.NAME_TAKEN, name=name, stranger=stranger.reason, hint=hint)
-    return _too_small(s, instance) or _strangers(s, instance, leaving)
+    return _too_small(s, instance) or _strangers(s, instance)
 
 
 def _too_small(s: Situation, instance: Instance) -> Reason | None:
@@ -83,8 +82,7 @@ def _too_small(s: Situation, instance: Instance) -> Reason | None:
     return None
 
 
-def _strangers(s: Situation, instance: Instance, leaving: Collection[str]) -> Reason | None:
-    expected = {instance.id, *leaving}
+def _strangers(s: Situation, instance: Instance) -> Reason | None:
     for gpu in (s.gpus[uuid] for uuid in instance.gpus):
         if gpu.simulated:
             continue
@@ -92,6 +90,7 @@ def _strangers(s: Situation, instance: Instance, leaving: Collection[str]) -> Re
             return because(Code.HOLDERS_UNREADABLE, gpu=gpu.index)
         if instance.on_foreign == "ignore":
             continue
+        expected = {instance.id, *s.on_gpu(gpu.uuid)}
         for process in sorted(gpu.processes, key=lambda item: item.pid):
             if is_foreign(process, expected, instance.foreign_threshold):
                 waits = instance.on_foreign == "wait"

@@ -118,8 +118,7 @@ def _lane(s: Situation, lane: Lane) -> tuple[list[Change], Iterable[Blocked]]:
         if s.is_unconfirmed(orphan)
     }
     orphans = [orphan for orphan in lane.orphans if not s.is_unconfirmed(orphan)]
-    leaving = {orphan.identity.instance for orphan in orphans}
-    ways = {item.instance.id: way_up(s, item, leaving) for item in lane.wanted}  # 3, 4
+    ways = {item.instance.id: way_up(s, item) for item in lane.wanted}  # 3, 4
     blocked |= {name: way.why_not for name, way in ways.items() if way.why_not is not None}
     ups = {name: way.up for name, way in ways.items() if way.up is not None}
     serving = {name: way.serving for name, way in ways.items()}

@@ -63,6 +63,17 @@ class Situation:
     def alive(self) -> tuple[ObservedWorkload, ...]:
         return tuple(workload for workload in self.workloads if is_alive(workload))
 
+    def on_gpu(self, uuid: str) -> set[str]:
+        """The instances that a workload on the GPU is of. What ended of one that is not desired
+        any more counts: its processes take a moment to leave the driver's list.
+        """
+        return {
+            workload.identity.instance
+            for workload in self.workloads
+            if uuid in workload.identity.gpus
+            and (is_alive(workload) or workload.identity.instance not in self.by_id)
+        }
+
     @cached_property
     def ports(self) -> Ports:
         return Ports(self.observed)
@@ -117,6 +128,14 @@ class Situation:
 
     def is_chosen(self, item: Assessment) -> bool:
         return self.context.targets is None or self.context.targets.has(item.instance)
+
+    @cached_property
+    def needed(self) -> frozenset[str]:
+        """The GPUs that the chosen are to have, and those chosen that are to be kept empty."""
+        given = {u for item in self.assessments if self.is_chosen(item) for u in item.instance.gpus}
+        targets = self.context.targets
+        empty = {u for u in self.desired.kept_empty if targets is None or u in targets.gpus}
+        return frozenset(given | empty)
 
     def is_unconfirmed(self, workload: ObservedWorkload) -> bool:
         """Whether the file merely does not name its GPUs, not even as `none`.
