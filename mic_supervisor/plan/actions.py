@@ -39,54 +39,82 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepare(Step):
+class ToLaunch(Step):
+    """Base of those that make a new workload."""
+
+    launch: Launch
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare(ToLaunch):
     """Everything that can fail early: image, paths, programs. Stops nothing."""
 
-    launch: Launch
+
+@dataclass(frozen=True, slots=True)
+class Create(ToLaunch):
+    """Make it, and start nothing yet."""
 
 
 @dataclass(frozen=True, slots=True)
-class Create(Step):
-    launch: Launch
+class Start(ToLaunch):
+    """Make it where that was not done ahead, and start it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Start(Step):
-    launch: Launch
+class ToWorkload(Step):
+    """Base of those that are done to a workload that is there."""
+
+    workload: ObservedWorkload
 
 
 @dataclass(frozen=True, slots=True)
-class Restart(Step):
+class Restart(ToWorkload):
     """Start an ended workload again as it is."""
 
-    workload: ObservedWorkload
-
 
 @dataclass(frozen=True, slots=True)
-class Withdraw(Step):
+class Withdraw(ToWorkload):
     """Have those who forward requests to it stop doing so, and wait until they have."""
 
-    workload: ObservedWorkload
+
+@dataclass(frozen=True, slots=True)
+class Remove(ToWorkload):
+    """Remove what is left of it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drain(Step):
+class Drain(ToWorkload):
     """Ask `call` until the backend says that nothing is in flight, at most `timeout` seconds.
 
     `listen` is the address that the workload serves on.
     """
 
-    workload: ObservedWorkload
     call: HttpCall
     timeout: float
     listen: str = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
-class Stop(Step):
-    workload: ObservedWorkload
+class Stop(ToWorkload):
     signal: str
     grace: float  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class ToModel(ToWorkload):
+    """Base of those that are done inside a server that runs."""
+
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Load(ToModel):
+    """Load it, or load it anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unload(ToModel):
+    """Have the server give it up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +129,6 @@ class Release(Step):
     former: tuple[ObservedWorkload, ...]
     floors: Mapping[str, Floor] = field(default_factory=dict, kw_only=True)
     vram: int | None = field(default=None, kw_only=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Remove(Step):
-    workload: ObservedWorkload
-
-
-@dataclass(frozen=True, slots=True)
-class Load(Step):
-    workload: ObservedWorkload
-    placement: Placement
-
-
-@dataclass(frozen=True, slots=True)
-class Unload(Step):
-    workload: ObservedWorkload
-    placement: Placement
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,13 @@ from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.plan.actions import (
     Blocked,
     Change,
-    Drain,
-    Load,
     Plan,
-    Remove,
     Restart,
     Start,
     Step,
     Stop,
-    Unload,
-    Withdraw,
+    ToModel,
+    ToWorkload,
 )
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.departures import follows, needs
@@ -153,7 +150,7 @@ def _what_stays(
     """The workload that the change would have gone, and that stays; None: nothing is in its way."""
     for step, needed in change.behind(gone.keys()):
         for one in (gone[needed], step):  # its own stop waits for what others prepare
-            if isinstance(one, Withdraw | Drain | Stop | Remove):
+            if isinstance(one, ToWorkload):
                 return one.workload
     for step in change.steps:
         if isinstance(step, Stop) and any(follows(item, step.workload) for item in kept_down):
@@ -193,7 +190,7 @@ def _take_out_loads(plan: Plan, s: Situation) -> Plan:
     names: dict[str, list[str]] = {}
     for change in plan.changes:
         step = next(iter(change.steps), None)
-        if not isinstance(step, Load | Unload) or step.placement.model not in paused:
+        if not isinstance(step, ToModel) or step.placement.model not in paused:
             rest.append(change)
             continue
         model = step.placement.model

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mic_supervisor.config.document import CONFIRM
 from mic_supervisor.model import LoadState, PlacementState
-from mic_supervisor.plan.actions import Blocked, FieldDiff, Load, Unload
+from mic_supervisor.plan.actions import Blocked, FieldDiff, Load, ToModel, Unload
 from mic_supervisor.plan.assess import Assessment
 from mic_supervisor.plan.situation import Situation
 from mic_supervisor.plan.words import Code, Reason, because
@@ -20,7 +20,7 @@ from mic_supervisor.plan.words import Code, Reason, because
 class Due:
     """One load or unload, why, and what differs."""
 
-    step: Load | Unload
+    step: ToModel
     why: Reason
     diff: tuple[FieldDiff, ...] = ()
 

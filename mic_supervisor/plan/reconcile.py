@@ -290,18 +290,8 @@ def _leavers(
             last = next((item for item in found if is_alive(item)), found[0])
             one = last.identity
             why = _why_leaving(s, lane, last)
-            changes.append(
-                Change(
-                    "remove",
-                    instance,
-                    one.model,
-                    one.backend,
-                    one.gpus,
-                    lane.name,
-                    why,
-                    steps=tuple(steps),
-                )
-            )
+            where = (one.model, one.backend, one.gpus, lane.name)
+            changes.append(Change("remove", instance, *where, why, steps=tuple(steps)))
     return changes
 
 

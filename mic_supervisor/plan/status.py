@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
@@ -60,14 +60,14 @@ class InstanceStatus:
     sync: Sync
     health: str  # healthy, progressing, degraded, unhealthy, suspended, missing, unknown
     reason: str | None
-    since: float | None
-    restarts: int
-    next_retry: float | None
-    endpoints: Mapping[str, str]
-    runtime: str | None
-    ref: str | None
-    pid: int | None
-    spec_hash: str | None
+    since: float | None = None
+    restarts: int = 0
+    next_retry: float | None = None
+    endpoints: Mapping[str, str] = field(default_factory=dict)
+    runtime: str | None = None
+    ref: str | None = None
+    pid: int | None = None
+    spec_hash: str | None = None
     serving: bool | None = None  # what its probes say, whatever specification runs; None unknown
     models: tuple[ModelStatus, ...] = ()  # of a server of several
     why: Reason | None = None  # what `reason` says, as data; None: a probe or a program said it
@@ -316,9 +316,6 @@ def _leaving(
         health=_HEALTH[Phase.PAUSED] if phase is Phase.PAUSED and activity is None else "unknown",
         reason=str(why),
         why=why,
-        since=None,
-        restarts=0,
-        next_retry=None,
         endpoints=_endpoints("127.0.0.1", workload),
         runtime=workload.runtime,
         ref=workload.ref,
@@ -339,14 +336,6 @@ def _absent(name: str, model: str | None, gpus: tuple[str, ...], why: Reason) ->
         health="missing",
         reason=str(why),
         why=why,
-        since=None,
-        restarts=0,
-        next_retry=None,
-        endpoints={},
-        runtime=None,
-        ref=None,
-        pid=None,
-        spec_hash=None,
     )
 
 

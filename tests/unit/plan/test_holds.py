@@ -23,6 +23,7 @@ from tests.unit.plan.builders import (
     container,
     desired,
     failing,
+    gpu,
     gpus,
     known,
     loaded,
@@ -31,6 +32,7 @@ from tests.unit.plan.builders import (
     passed,
     placement,
     plan_for,
+    process,
     text,
     trouble,
     uuid,
@@ -213,6 +215,55 @@ def test_an_unreadable_runtime_does_not_hide_a_pause() -> None:
             "paused since 00:10:00; would be blocked: what docker runs is unknown: refused",
         )
     ]
+
+
+def test_what_follows_a_model_that_stays_for_a_paused_one_is_blocked_by_it() -> None:
+    """The paused one has yet to have nothing done for it, the other needs what the first keeps."""
+    old = workload(on("old", 0, 1))
+    wanted = [MAM, on("face", 1)]
+    plan = plan_for(wanted, observed(old), paused(old, models=("MAM",)))
+    assert plan.changes == ()
+    assert [(item.instance, item.why.code) for item in plan.blocked] == [
+        ("MAM-aaaaaaaa", "paused"),
+        ("face-bbbbbbbb", "held_for_others"),
+    ]
+    assert plan.blocked[0].reason == "paused since 00:10:00; would create: nothing runs for it yet"
+
+
+def test_a_model_stays_for_a_paused_one_that_would_be_started_as_it_is() -> None:
+    """To start what ended needs no step before the stop: no dependency tells of the follower."""
+    old, ended = workload(on("old", 0)), workload(MAM, RunState.EXITED)
+    plan = plan_for([MAM], observed(old, ended), paused(old, ended, models=("MAM",)))
+    assert plan.changes == ()
+
+
+def test_a_pause_says_nothing_of_a_next_try_that_it_holds_up() -> None:
+    was = workload(MAM, RunState.EXITED)
+    memory = paused(was, models=("MAM",))
+    entry = replace(memory.of(MAM.id), reason="it broke", retry_at=NOW + 60)
+    plan = plan_for([MAM], observed(was), memory.with_instance(MAM.id, entry))
+    assert [(item.reason, item.until) for item in plan.blocked] == [
+        ("paused since 00:10:00; would be blocked: backoff: it broke", None)
+    ]
+    assert plan.next_wake is None
+
+
+def test_what_was_not_chosen_and_waits_for_a_paused_one_is_not_left_out() -> None:
+    runs = workload(MAM)
+    context = replace(CONTEXT, targets=Selection(models=frozenset({"face"})))
+    memory = paused(runs, models=("MAM",))
+    plan = plan_for([on("wide", 0, 1), FACE], observed(runs), memory, context=context)
+    assert [change.model for change in plan.changes] == ["face"]
+    assert plan.left_out == ()
+
+
+def test_none_on_a_chosen_gpu_is_done_though_another_follower_cannot_start() -> None:
+    old = workload(on("old", 0, 1))
+    there = [gpu(0), gpu(1, processes=(process(4121),))]
+    context = replace(CONTEXT, targets=Selection(gpus=frozenset({uuid(0)})))
+    wanted = desired(on("face", 1), kept_empty=(uuid(0),))
+    plan = plan_for(wanted, observed(old, gpus=there), context=context)
+    assert [(change.kind, change.model) for change in plan.changes] == [("remove", "old")]
 
 
 # --- a pause: what is remembered ----------------------------------------------------------------

@@ -347,3 +347,32 @@ def test_container_ports_are_not_needed() -> None:
         shortly(plan_for([quiet], observed()))[-1]
         == "start quiet-aaaaaaaa <- create quiet-aaaaaaaa"
     )
+
+
+def test_a_group_that_moves_leaves_its_gpu_to_another_model() -> None:
+    """Its processes there are no stranger's: they end before the other one starts."""
+    was, now, mam = on("qwen", 3, 4), on("qwen", 3, 5), on("MAM", 4)
+    old = workload(was)
+    held = [
+        gpu(index, processes=(process(100 + index, of=was),) if index in (3, 4) else ())
+        for index in range(6)
+    ]
+    plan = plan_for([now, mam], observed(old, gpus=held))
+    assert plan.blocked == ()
+    assert [(change.kind, change.model) for change in plan.changes] == [
+        ("create", "MAM"),
+        ("replace", "qwen"),
+    ]
+    steps = {step.id: step for change in plan.changes for step in change.steps}
+    start = next(step for name, step in steps.items() if name.startswith("start mic-test-MAM"))
+    (release,) = start.depends_on
+    assert f"stop {old.name}" in steps[release].depends_on
+    assert old.name == steps[f"stop {old.name}"].workload.name  # type: ignore[attr-defined]
+
+
+def test_what_waits_to_be_confirmed_is_no_stranger_either() -> None:
+    group = on("qwen", 3, 4)
+    held = [gpu(3, processes=(process(103, of=group),)), gpu(4)]
+    context = replace(CONTEXT, confirmed=False)
+    plan = plan_for([on("MAM", 3)], observed(workload(group), gpus=held), context=context)
+    assert [item.why.code for item in plan.blocked] == ["held_unconfirmed", "unconfirmed"]
