@@ -1,4 +1,6 @@
-"""Takes out of a plan what is paused, and what was not chosen.
+"""Takes out of a plan what is in doubt, what is paused, and what was not chosen.
+
+What runs and cannot be told for certain is in doubt: nothing is done with it, nor on its GPUs.
 
 A pause is for who works on something by hand. It holds whatever is of the model or on the GPU,
 named by the file or not: nothing is created, started, stopped, removed, loaded or unloaded, and no
@@ -35,7 +37,7 @@ from mic_supervisor.plan.words import Code, Reason, because
 
 @dataclass(frozen=True, slots=True)
 class _Hold:
-    """One instance, or entry in trouble, that is left as it is. `why` completes "it is …"."""
+    """One instance, or entry in trouble, that is left as it is."""
 
     instance: str
     model: str | None
@@ -43,18 +45,18 @@ class _Hold:
     why: Reason
 
     @property
-    def paused(self) -> bool:
-        return self.why.kind is Code.PAUSED
+    def chosen(self) -> bool:
+        return self.why.kind is not Code.NOT_CHOSEN
 
 
 def hold(plan: Plan, s: Situation) -> Plan:
     """The same plan without the changes of what is held, and without all that depends on them."""
-    if not s.memory.paused and s.context.targets is None:
+    held = {one.instance: one for one in (*_find(s), *_doubted(s))}
+    if not held and not s.memory.paused:
         return plan
-    held = [*_find(s)]
-    plan = _take_out(plan, {one.instance: one for one in held if one.paused}, s)
+    plan = _take_out(plan, {name: one for name, one in held.items() if one.chosen}, s)
     plan = _take_out_loads(plan, s)
-    return _take_out(plan, {one.instance: one for one in held if not one.paused}, s)
+    return _take_out(plan, {name: one for name, one in held.items() if not one.chosen}, s)
 
 
 def _take_out(plan: Plan, held: Mapping[str, _Hold], s: Situation) -> Plan:
@@ -63,13 +65,21 @@ def _take_out(plan: Plan, held: Mapping[str, _Hold], s: Situation) -> Plan:
     rest, stuck = _without(rest, taken, held, s)
     told = {item.instance: item for item in plan.blocked if item.instance not in held} | stuck
     blocked = [_renamed(item, held) for item in told.values()]
-    blocked += [_told(one, plan) for one in held.values() if one.paused]
+    blocked += [_told(one, plan) for one in held.values() if one.chosen]
     left_out = [
         replace(change, steps=())
         for change in taken
-        if not held[change.instance].paused and change.kind != "adopt"
+        if not held[change.instance].chosen and change.kind != "adopt"
     ]
     return replace(plan, changes=tuple(rest), blocked=tuple(blocked), left_out=tuple(left_out))
+
+
+def _doubted(s: Situation) -> Iterable[_Hold]:
+    for item in s.alive:
+        one = item.identity
+        if item.doubt is not None:
+            why = because(Code.IN_DOUBT, doubt=item.doubt.reason, hint=item.doubt.hint)
+            yield _Hold(one.instance, one.model, one.gpus, why)
 
 
 def _find(s: Situation) -> Iterable[_Hold]:
@@ -122,7 +132,7 @@ def _without(
     kept_down = [
         item
         for name, item in s.by_id.items()
-        if name in held and held[name].paused and item.running is None
+        if name in held and held[name].chosen and item.running is None
     ]
     stuck: dict[str, Blocked] = {}
     while True:
@@ -163,12 +173,15 @@ def _renamed(item: Blocked, held: Mapping[str, _Hold]) -> Blocked:
     one = held.get(item.why.facts.get("holder", ""))
     if one is None:
         return item
-    facts = {**item.why.facts, "hold": replace(one.why, also=()), "hint": one.why.hint}
-    return replace(item, why=Reason(Code.HELD_ON_HOLD, facts), until=None)
+    facts = {**item.why.facts, "hold": one.why, "hint": one.why.hint}
+    code = Code.HELD_IN_DOUBT if one.why.kind is Code.IN_DOUBT else Code.HELD_ON_HOLD
+    return replace(item, why=Reason(code, facts), until=None)
 
 
 def _told(one: _Hold, plan: Plan) -> Blocked:
-    """That it is paused, and what the plan would have done for it."""
+    """That it is held; of what is paused, what the plan would have done for it as well."""
+    if one.why.kind is not Code.PAUSED:
+        return Blocked(one.instance, one.why, one.gpus, one.model)
     due = [
         because(Code.WOULD, kind=change.kind, cause=change.why)
         for change in plan.changes

@@ -16,7 +16,7 @@ code:
 4. An instance that runs and is unhealthy is restarted in place, with the same patience.
 5. An instance that runs and lacks a model, or has it with another configuration, gets it loaded.
 6. What ended and is neither a match nor the predecessor to roll back to is removed.
-7. What is paused, or was not chosen, is left as it is: see plan/holds.py.
+7. What is paused, in doubt, or was not chosen, is left as it is: see plan/holds.py.
 8. Of one model, no more instances change at a time than its rollout allows: see plan/rollout.py.
 """
 

@@ -37,6 +37,7 @@ class Code(Enum):
     # Somebody asked for it, or has yet to.
     PAUSED = "paused since {since}{note}"
     MODEL_PAUSED = "{model} is {pause}"
+    IN_DOUBT = "{doubt}"
     NOT_CHOSEN = "not among the chosen", "choose it too"
     UNCONFIRMED = "the file no longer names {what}; its removal waits to be confirmed"
     SHRINKS = "the file no longer names {gpus} of it; its replacement waits to be confirmed"
@@ -56,6 +57,7 @@ class Code(Enum):
 
     # Something is in the way.
     HELD_ON_HOLD = f"{_HELD}{{hold}}"
+    HELD_IN_DOUBT = "{what} is still held by {holder}: {hold}"
     HELD_BY_OWNER = f"{_HELD}which is to keep it"
     HELD_UNCONFIRMED = f"{_HELD}whose removal waits to be confirmed"
     HELD_BY_ENTRY = f"{_HELD}which an entry that cannot be followed now may mean"
