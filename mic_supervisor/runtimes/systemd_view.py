@@ -182,8 +182,10 @@ def _doubted(unit: Unit, scope: str, host: str, why: str) -> ObservedWorkload | 
     """
     name = unit.name.removesuffix(".service")
     instance = name.removeprefix(f"mic-{scope}-")
+    # One of another slice is somebody else's. Where the slice cannot be read, the name tells.
+    slice_ = unit.text("Slice")
     ours = unit.properties.get("Transient") is True and (
-        unit.text("Slice") == SLICE or _NAMED.search(name) is not None
+        slice_ == SLICE or (not slice_ and _NAMED.search(name) is not None)
     )
     if not ours or instance == name or (unit.is_over and not unit.remains):
         return None
