@@ -14,8 +14,8 @@ import click
 if TYPE_CHECKING:
     from types import FrameType
 
-    from mic_supervisor.cli.demo_tour.screen import Screen
-    from mic_supervisor.cli.demo_tour.world import World
+    from mic_supervisor.demo.screen import Screen
+    from mic_supervisor.demo.world import World
 
 
 @click.command(name="demo")
@@ -27,9 +27,9 @@ def command(once: bool) -> int:
     needs no root, no Docker and no GPU, uses a scope, directories and ports of its own, and removes
     all of it at the end. After the tour it stays up until Ctrl-C.
     """
-    from mic_supervisor.cli.demo_tour.screen import Screen
-    from mic_supervisor.cli.demo_tour.tour import Tour
-    from mic_supervisor.cli.demo_tour.world import World
+    from mic_supervisor.demo.screen import Screen
+    from mic_supervisor.demo.tour import Tour
+    from mic_supervisor.demo.world import World
 
     screen = Screen()
     with _ended_by_signals():

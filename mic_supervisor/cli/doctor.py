@@ -20,7 +20,7 @@ from mic_supervisor.errors import ConfigError, MicError, RuntimeUnavailable
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
     from mic_supervisor.config.settings import Settings
-    from mic_supervisor.converge.doctor import Check, Finding
+    from mic_supervisor.doctor import Check, Finding
     from mic_supervisor.model import DesiredState, GpuInventory
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -37,7 +37,7 @@ def command(as_json: bool) -> int:
 
     Exits with 0 when nothing fails (warnings are no failure), 1 otherwise.
     """
-    from mic_supervisor.converge.doctor import examine, fail
+    from mic_supervisor.doctor import examine, fail
 
     try:
         found = wiring.settings()
@@ -63,7 +63,8 @@ def checks(found: Settings) -> list[Check]:
     """Every check of this machine, in the order in which they are shown."""
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.config.settings import NO_DOCKER
-    from mic_supervisor.converge.doctor import (
+    from mic_supervisor.converge.state import StateDir
+    from mic_supervisor.doctor import (
         Check,
         engine,
         files,
@@ -73,7 +74,6 @@ def checks(found: Settings) -> list[Check]:
         service,
         warn,
     )
-    from mic_supervisor.converge.state import StateDir
     from mic_supervisor.gpu.modes import read_modes
     from mic_supervisor.gpu.source import open_source
     from mic_supervisor.host.processes import listener_owners, listeners
@@ -96,7 +96,7 @@ def checks(found: Settings) -> list[Check]:
         return {}
 
     def compiled(config: Config) -> DesiredState:
-        from mic_supervisor.converge.desired import desired_state
+        from mic_supervisor.desired import desired_state
 
         return desired_state(config, inventory(), bindings(), registry, found.instance_data)
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.config.draft import Draft, DraftGpu
     from mic_supervisor.config.settings import Settings
-    from mic_supervisor.converge.takeover import Proposal
     from mic_supervisor.model import Gpu, GpuInventory
+    from mic_supervisor.takeover import Proposal
 
 _MODE = 0o644
 _SECRET = 0o600
@@ -90,9 +90,9 @@ def command(from_running: bool, output: Path | None, force: bool) -> int:
 
 def _running(found: Settings) -> tuple[GpuInventory, list[Proposal], list[str]]:
     from mic_supervisor.config.settings import NO_DOCKER
-    from mic_supervisor.converge.kill import survey
-    from mic_supervisor.converge.takeover_look import running
+    from mic_supervisor.kill import survey
     from mic_supervisor.runtimes.docker.engine import Engine
+    from mic_supervisor.takeover.look import running
 
     machine = wiring.machine(found, create_key=False)
     try:

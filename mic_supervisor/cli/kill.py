@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mic_supervisor.config.settings import Settings
-    from mic_supervisor.converge.kill import Result, Survey, Target
+    from mic_supervisor.kill import Result, Survey, Target
 
 EXIT_STAYS = 70  # sysexits.h EX_SOFTWARE: it did not work, and nobody could have known
 EXIT_DENIED = 77  # sysexits.h EX_NOPERM
@@ -55,7 +55,7 @@ def command(pid: int | None, all_orphans: bool, yes: bool, force: bool, grace: f
     """
     if (pid is None) != all_orphans:
         raise click.UsageError("give either a PID or --all-orphans")
-    from mic_supervisor.converge.kill import end, survey
+    from mic_supervisor.kill import end, survey
 
     found = wiring.settings()
     if pid is not None:

@@ -170,7 +170,7 @@ def _find(
     found: Settings, config: Config, keys: tuple[GpuKey, ...], action: str
 ) -> tuple[GpuEntry | None, tuple[GpuKey, ...], tuple[str, ...]]:
     """The entry of these GPUs, how it spells them, and their UUIDs."""
-    from mic_supervisor.plan.bind import bind
+    from mic_supervisor.desired.bind import bind
 
     machine = wiring.machine(found, create_key=False)
     inventory = machine.sources.gpus.observe()
@@ -198,7 +198,7 @@ def _find(
 
 def _uuid(key: GpuKey, inventory: GpuInventory, kept: Any, action: str) -> str:
     from mic_supervisor.config.document import GpuEntry, Place
-    from mic_supervisor.plan.bind import bind
+    from mic_supervisor.desired.bind import bind
 
     if inventory.error is not None:
         raise MicError(

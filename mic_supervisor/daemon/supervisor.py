@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from mic_supervisor import __version__
 from mic_supervisor.clocks import Clock
 from mic_supervisor.config.document import WAY_OUT
-from mic_supervisor.converge.desired import FileDesired
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.session import Session
@@ -29,6 +28,7 @@ from mic_supervisor.daemon.notify import Notifier
 from mic_supervisor.daemon.parts import Parts, in_thread
 from mic_supervisor.daemon.summary import sentence
 from mic_supervisor.daemon.watch import watch
+from mic_supervisor.desired import FileDesired
 from mic_supervisor.errors import MicError, RuntimeUnavailable
 from mic_supervisor.host.identity import host_name
 from mic_supervisor.http.published import LoopState, Published

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mic_supervisor.desired.bind import bind
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import DesiredState, GpuInventory, Instance
-from mic_supervisor.plan.bind import bind
 
 if TYPE_CHECKING:
     from mic_supervisor.plan.status import InstanceStatus

@@ -289,7 +289,7 @@ def test_a_reader_that_leaves_ends_it(home: Home) -> None:
 
 
 def test_there_is_no_place_for_it(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mic_supervisor.cli.demo_tour import world
+    from mic_supervisor.demo import world
     from mic_supervisor.errors import MicError
 
     monkeypatch.setattr(world, "_is_free", lambda port: False)

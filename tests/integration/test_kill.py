@@ -148,7 +148,7 @@ def test_a_gpu_that_does_not_let_go_is_said(mic: Mic, nvml: MockNvml, spawn: Spa
 def short_release(mic: Mic, env: dict[str, str], *args: str) -> Result:
     """The command with a shorter wait for the driver."""
     program = (
-        "import sys; from mic_supervisor.converge import kill; "
+        "import sys; from mic_supervisor import kill; "
         "kill.end.__kwdefaults__['release_wait'] = 0.6; "
         "from mic_supervisor.cli import main; main(sys.argv[1:])"
     )
@@ -247,7 +247,7 @@ def test_a_pid_that_went_to_another_process_while_it_asked_is_left_alone(
     mic: Mic, nvml: MockNvml, spawn: Spawn
 ) -> None:
     """What was looked at has ended: whoever has its number now was never asked about."""
-    from mic_supervisor.converge.kill import Survey, end
+    from mic_supervisor.kill import Survey, end
     from mic_supervisor.model import GpuInventory
 
     process = spawn()

@@ -12,9 +12,9 @@ import pytest
 
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.load import load
-from mic_supervisor.converge.desired import desired_state
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.daemon.generations import Generations, Reloaded, accept
+from mic_supervisor.desired import desired_state
 from mic_supervisor.errors import MicError
 from mic_supervisor.gpu.simulated import SimulatedSource
 from mic_supervisor.model import ObservedState, ObservedWorkload, RunState, RuntimeView

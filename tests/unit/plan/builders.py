@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mic_supervisor.desired.bind import instance_id
 from mic_supervisor.model import (
     ContainerSpec,
     DesiredState,
@@ -43,7 +44,6 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan.actions import Plan
 from mic_supervisor.plan.assess import Assessment, Context, assess
-from mic_supervisor.plan.bind import instance_id
 from mic_supervisor.plan.launch import launch
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.ports import choose

@@ -159,7 +159,7 @@ def test_where_the_driver_does_not_say_a_critical_xid_counts_for_a_while() -> No
 
 def test_a_gpu_that_fell_off_the_bus_tells_why_its_entry_is_blocked() -> None:
     from mic_supervisor.config.document import GpuEntry, GpuKey, Place
-    from mic_supervisor.plan.bind import bind
+    from mic_supervisor.desired.bind import bind
 
     error = ("cannot read it: the GPU fell off the bus", "reboot")
     inventory = GpuInventory("nvml", (gpu(1),), unopened=(UnopenedGpu(0, *error, uuid(0)),))

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mic_supervisor.converge.doctor import Finding, fail, ok, warn
+from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.errors import MicError
 from mic_supervisor.host import programs
 from mic_supervisor.host.lock import lock_holder

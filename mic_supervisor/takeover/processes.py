@@ -13,9 +13,9 @@ import psutil
 
 from mic_supervisor.backends import Recognised
 from mic_supervisor.backends.registry import recognise
-from mic_supervisor.converge.takeover import Proposal, base_name, for_env_file, refusal
 from mic_supervisor.host import processes
 from mic_supervisor.model import Owner, OwnerKind
+from mic_supervisor.takeover import Proposal, base_name, for_env_file, refusal
 
 _SHELLS = re.compile(
     r"(ba|z|da|k|fi|c|tc)?sh|tmux.*|screen|sshd.*|login|sudo|su|systemd|init|make|supervisord|"

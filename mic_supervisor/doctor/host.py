@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from mic_supervisor.config.settings import Address, PortRange
-from mic_supervisor.converge.doctor import Finding, fail, ok, warn
+from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.host import programs
 from mic_supervisor.host.lock import lock_holder
 from mic_supervisor.model import Listener

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mic_supervisor.converge.doctor import Finding, fail, ok, warn
+from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mic_supervisor.config.document import Config
 from mic_supervisor.config.settings import Settings
-from mic_supervisor.converge.doctor import Finding, fail, ok, warn
+from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.errors import ConfigError
 from mic_supervisor.model import ContainerSpec, DesiredState
 

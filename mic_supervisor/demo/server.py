@@ -1,6 +1,6 @@
 """A model server that serves nobody's model: what demos and tests run where a real one would be.
 
-`python -m mic_supervisor.cli.demo_server --port N --model NAME --start-delay S` answers
+`python -m mic_supervisor.demo.server --port N --model NAME --start-delay S` answers
 GET /health (503 until the delay has passed, as a server that loads its model does),
 GET /v2/models/NAME, GET /metrics, and POST /infer, which gives back the JSON that it got. SIGTERM
 lets requests that are under way finish. The standard library only.

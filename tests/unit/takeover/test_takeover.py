@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from mic_supervisor.converge.takeover import Proposal, distinct, for_env_file, indices_of, named
-from mic_supervisor.converge.takeover_containers import is_candidate, propose, wanted_gpus
-from mic_supervisor.converge.takeover_processes import root_of
 from mic_supervisor.host.processes import Stat
+from mic_supervisor.takeover import Proposal, distinct, for_env_file, indices_of, named
+from mic_supervisor.takeover.containers import is_candidate, propose, wanted_gpus
+from mic_supervisor.takeover.processes import root_of
 
 KNOWN = {"GPU-aaaa": 0, "GPU-bbbb": 1, "GPU-cccc": 2}
 IMAGE = {

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mic_supervisor.converge.doctor import Finding, fail, ok, warn
+from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.host.processes import environ, processes
 
 _HOOK = "nvidia-container-runtime-hook"

@@ -18,7 +18,7 @@ import pytest
 from tests.support import waiting
 from tests.support.waiting import until
 
-PROGRAM = (sys.executable, "-m", "mic_supervisor.cli.demo_server")
+PROGRAM = (sys.executable, "-m", "mic_supervisor.demo.server")
 
 
 class DemoServer:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mic_supervisor.converge.holder import lock_holder
+from mic_supervisor.converge.lock import writer
 
 from mic_supervisor.cli.doctor import lines, table
 from mic_supervisor.config.settings import Address, PortRange, Settings
-from mic_supervisor.converge.doctor import (
+from mic_supervisor.doctor import (
     Check,
     Finding,
     engine,

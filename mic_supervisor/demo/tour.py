@@ -13,8 +13,8 @@ import time
 import urllib.request
 from typing import Any, NamedTuple
 
-from mic_supervisor.cli.demo_tour.screen import Screen
-from mic_supervisor.cli.demo_tour.world import DemoFailed, World
+from mic_supervisor.demo.screen import Screen
+from mic_supervisor.demo.world import DemoFailed, World
 
 _PATIENCE = 15.0  # seconds for what takes one
 
@@ -225,13 +225,9 @@ class Tour:
 
     def _status(self, wanted: list[str]) -> None:
         """Show the status. Exactly these are ready and answer, named by GPU and model: "0 MAM"."""
-        from mic_supervisor.cli.status import show
-
-        self._screen.command("mic-supervisor status")
-        document = self._world.status()
-        show(document)
+        self._mic("status", rc=0)
         found = {}
-        for row in document["instances"]:
+        for row in self._world.status()["instances"]:
             gpu, model, url = (
                 row["gpus"][0]["index"],
                 row["model"],

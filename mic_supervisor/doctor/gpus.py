@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from mic_supervisor.converge.doctor import Finding, fail, ok, warn
+from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.gpu.modes import GpuModes
 from mic_supervisor.model import GpuInventory
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mic_supervisor.demo import server
 from mic_supervisor.errors import MicError
 
 GPUS = 4
@@ -87,15 +88,13 @@ class World:
         return self.path / "daemon.log"
 
     def _write_serve(self) -> None:
-        from mic_supervisor.cli import demo_server
-
         # -P: the directory of the server holds modules that are none of its business.
-        server = shlex.join([sys.executable, "-P", demo_server.__file__])
+        program = shlex.join([sys.executable, "-P", server.__file__])
         (self.path / "serve").write_text(
             "# usage: serve MODEL PORT [OPTION...]\n"
             "model=$1 port=$2\n"
             "shift 2\n"
-            f'exec {server} --model "$model" --port "$port" "$@"\n'
+            f'exec {program} --model "$model" --port "$port" "$@"\n'
         )
 
     def _write_env(self) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mic_supervisor.cli.kill import report
-from mic_supervisor.converge.kill import Hold, Result, Survey, Target, end
 from mic_supervisor.host import processes
+from mic_supervisor.kill import Hold, Result, Survey, Target, end
 from mic_supervisor.model import (
     Gpu,
     GpuInventory,

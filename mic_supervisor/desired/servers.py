@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mic_supervisor.backends import Backend, Member
-from mic_supervisor.converge.compiling import called, request_for, unsatisfiable_entry
+from mic_supervisor.desired.bind import Binding, BoundEntry, bind, safe_name
+from mic_supervisor.desired.compile import called, request_for, unsatisfiable_entry
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import Gpu, GpuInventory, Instance, Placement, Unsatisfiable
-from mic_supervisor.plan.bind import Binding, BoundEntry, bind, safe_name
 
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.config.document import GpuEntry, GpuKey, Place
+from mic_supervisor.desired.bind import Binding, bind, instance_id, safe_name
 from mic_supervisor.model import GpuInventory, UnopenedGpu
-from mic_supervisor.plan.bind import Binding, bind, instance_id, safe_name
 from tests.unit.plan.builders import gpu, uuid
 
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mic_supervisor.converge.takeover import Proposal, for_env_file, indices_of, refusal
 from mic_supervisor.runtimes.docker.create import MANAGED_BY
+from mic_supervisor.takeover import Proposal, for_env_file, indices_of, refusal
 
 _CDI = "nvidia.com/gpu="
 _DEFAULT_SHM = 64 << 20

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mic_supervisor.backends import Backend, CompileRequest
+from mic_supervisor.desired.bind import BoundEntry
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import Gpu, Unsatisfiable
-from mic_supervisor.plan.bind import BoundEntry
 
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mic_supervisor.backends import Backend
-from mic_supervisor.converge.compiling import (
+from mic_supervisor.desired.bind import BoundEntry, bind
+from mic_supervisor.desired.compile import (
     backend_of,
     called,
     request_for,
@@ -16,12 +17,11 @@ from mic_supervisor.converge.compiling import (
 )
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import DesiredState, EndpointsHook, GpuInventory, Instance
-from mic_supervisor.plan.bind import BoundEntry, bind
 
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.config.document import Config
-    from mic_supervisor.converge.servers import Servers
+    from mic_supervisor.desired.servers import Servers
 
 
 def desired_state(
@@ -39,7 +39,7 @@ def desired_state(
     binding = bind(config.entries, inventory, kept)
     servers: Servers | None = None
     if config.servers:
-        from mic_supervisor.converge.servers import Servers
+        from mic_supervisor.desired.servers import Servers
 
         servers = Servers(config, inventory, binding, kept, registry, instance_data)
     instances: list[Instance] = []

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from mic_supervisor.converge import takeover_containers as containers
-from mic_supervisor.converge import takeover_processes as processes
-from mic_supervisor.converge.kill import Survey
-from mic_supervisor.converge.takeover import Proposal, distinct
 from mic_supervisor.errors import MicError, RuntimeRefused
 from mic_supervisor.host.processes import listener_owners
 from mic_supervisor.host.processes import processes as every_process
+from mic_supervisor.kill import Survey
 from mic_supervisor.model import OwnerKind
+from mic_supervisor.takeover import Proposal, containers, distinct, processes
 
 if TYPE_CHECKING:
     from mic_supervisor.runtimes.docker.engine import Engine
