@@ -58,7 +58,7 @@ def python_image(engine: docker.APIClient) -> str:
 
 @pytest.fixture(scope="session")
 def server_image(engine: docker.APIClient) -> str:
-    """`model-server`: see tests/support/server/server.py for what it can be told."""
+    """`model-server`: see mic_supervisor/demo/server.py for what it can be told."""
     return _image(engine, "mic-test/server:1")
 
 

@@ -25,7 +25,7 @@ models:
   MAM:
     backend: process
     command: [/bin/sh, {path}/serve, "${{model}}", "${{port}}"]
-    args: [--start-delay, "0.3"]
+    args: [--ready-delay, "0.3"]
     probe: {{http: /health, period: 300ms}}
   change_face:
     backend: process

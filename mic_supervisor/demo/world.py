@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mic_supervisor.demo import server
 from mic_supervisor.errors import MicError
 
 GPUS = 4
@@ -88,8 +87,7 @@ class World:
         return self.path / "daemon.log"
 
     def _write_serve(self) -> None:
-        # -P: the directory of the server holds modules that are none of its business.
-        program = shlex.join([sys.executable, "-P", server.__file__])
+        program = shlex.join([sys.executable, str(Path(__file__).with_name("server.py"))])
         (self.path / "serve").write_text(
             "# usage: serve MODEL PORT [OPTION...]\n"
             "model=$1 port=$2\n"

@@ -45,7 +45,7 @@ def gated(gate: Path, *more: str) -> str:
 
 
 def server(*more: str, **env: object) -> str:
-    """A model of mic-test/server:1; `env` are the keys of tests/support/server/server.py."""
+    """A model of mic-test/server:1; `env` are the keys of mic_supervisor/demo/server.py."""
     variables = {"HOST": "0.0.0.0", **env}
     keys = [
         "backend: container",

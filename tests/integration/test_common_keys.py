@@ -21,7 +21,7 @@ from tests.integration.job_world import World, server, world
 from tests.support.mic import Mic
 from tests.support.waiting import http, until
 
-SERVER = Path(__file__).parents[1] / "support" / "server" / "server.py"
+SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="cannot run: only root may change the user")
 
 

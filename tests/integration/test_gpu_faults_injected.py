@@ -24,7 +24,7 @@ from tests.support.mic import Daemon, Mic
 from tests.support.ports import PortBlock
 from tests.support.waiting import http, until
 
-SERVER = Path(__file__).parents[1] / "support" / "server" / "server.py"
+SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 GPUS = range(4)
 RESET = "the driver asks for a reset of the GPU"
 

@@ -23,7 +23,7 @@ from tests.support.mic import Mic
 from tests.support.require import program
 from tests.support.waiting import Answer, http, until
 
-SERVER = Path(__file__).parents[1] / "support" / "server" / "server.py"
+SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 NGINX = Path(__file__).parents[2] / "examples" / "nginx-mic.conf"
 PATHS = (
     "/",

@@ -1,6 +1,6 @@
 """pause, resume and --target: what is left as it is, with a daemon or without one.
 
-What runs is tests/support/server/server.py, as host processes on simulated GPUs.
+What runs is mic_supervisor/demo/server.py, as host processes on simulated GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 from tests.support.mic import PROGRAM, Mic
 from tests.support.waiting import http, until
 
-SERVER = Path(__file__).parents[1] / "support" / "server" / "server.py"
+SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 COMMAND = f'[{sys.executable}, {SERVER}, --port, "${{port}}"]'
 
 

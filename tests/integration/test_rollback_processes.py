@@ -14,7 +14,7 @@ from tests.integration.job_world import masked, outcome, progress
 from tests.support.mic import Mic
 from tests.support.waiting import http, until
 
-SERVER = Path(__file__).parents[1] / "support" / "server" / "server.py"
+SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 GOOD = f'[{sys.executable}, {SERVER}, --port, "${{port}}"]'
 BAD = '[/bin/sh, -c, "exit 3"]'
 WHY = "the new specification failed (it exited with 3)"

@@ -18,7 +18,7 @@ from tests.support.set_clock import SetClock
 from tests.support.waiting import http, until
 
 HOUR = 3600
-SERVER = Path(__file__).parents[1] / "support" / "server" / "server.py"
+SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 NAME = identity("face", 0)
 
 

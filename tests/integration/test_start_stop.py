@@ -1,6 +1,6 @@
 """start, stop, restart and retry: the file edited and the machine following, with a daemon or not.
 
-What runs is tests/support/server/server.py, as host processes on simulated GPUs.
+What runs is mic_supervisor/demo/server.py, as host processes on simulated GPUs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.support.mic import PROGRAM, Mic
 from tests.support.waiting import until
 
 SLOW = "{backend: process, command: [/bin/sleep, '1000'], stop_timeout: 1s, probe: {http: /}}"
-SERVER = Path(__file__).parents[1] / "support" / "server" / "server.py"
+SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 ABSENT = "GPU-f15ae561-7b5c-4a0c-8ab1-3a1e0c2d9f10"
 
 

@@ -25,7 +25,7 @@ from mic_supervisor.views.status import StatusDocument
 from tests.support.mic import PROGRAM, Mic
 from tests.support.waiting import http, until
 
-SERVER = Path(__file__).parents[1] / "support" / "server" / "server.py"
+SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 MODELS = f"""
 version: 1
 models:

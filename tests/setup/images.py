@@ -2,7 +2,7 @@
 
 mic-test/busybox:1  static busybox, 2 MB, starts in a tenth of a second
 mic-test/python:1   Debian with Python 3.11
-mic-test/server:1   the same with tests/support/server as `model-server`
+mic-test/server:1   the same with mic_supervisor/demo/server.py as `model-server`
 mic-test/triton:1   the same with a real tritonserver from the wheel nvidia-pytriton
 mic-test/systemd:1  Debian with systemd as PID 1, nginx, and what the project needs in /opt/mic
 
@@ -32,7 +32,7 @@ from tests.setup.steps import CHECKOUT, Missing, cache_dir, fingerprint, run, sa
 
 KEY_LABEL = "io.mic.test.key"
 BUSYBOX = Path("/bin/busybox")
-SERVER = CHECKOUT / "tests" / "support" / "server" / "server.py"
+SERVER = CHECKOUT / "mic_supervisor" / "demo" / "server.py"
 
 TRITON_WHEEL = "nvidia-pytriton==0.7.0"
 NUMPY_WHEEL = "numpy==1.26.4"  # with numpy 2 the stub of that wheel answers with empty outputs

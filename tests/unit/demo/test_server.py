@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from mic_supervisor.demo import world
 from tests.support import waiting
 from tests.support.waiting import until
 
-PROGRAM = (sys.executable, "-m", "mic_supervisor.demo.server")
+PROGRAM = (sys.executable, str(Path(world.__file__).with_name("server.py")))
 
 
 class DemoServer:
@@ -32,7 +34,7 @@ class DemoServer:
             text=True,
         )
         assert self.process.stdout is not None
-        self.first_line = self.process.stdout.readline()
+        self.first_lines = [self.process.stdout.readline() for _ in range(2)]
 
     def get(self, path: str, method: str = "GET", body: object = None) -> waiting.Answer:
         return waiting.http(self.url + path, method, body)
@@ -40,7 +42,7 @@ class DemoServer:
     def end(self) -> str:
         self.process.send_signal(signal.SIGTERM)
         rest, _ = self.process.communicate(timeout=10)
-        return self.first_line + rest
+        return "".join(self.first_lines) + rest
 
 
 @pytest.fixture
@@ -59,8 +61,9 @@ def serve(free_port: Callable[[], int]) -> Iterator[Callable[..., DemoServer]]:
 
 def test_it_serves_one_model(serve: Callable[..., DemoServer]) -> None:
     server = serve("换脸 1")
-    assert server.first_line == f"换脸 1: listening on 127.0.0.1:{server.port}\n"
-    assert server.get("/health").json() == {"status": "ok", "model": "换脸 1"}
+    assert server.first_lines[0] == f"starting, PID {server.process.pid}\n"
+    assert re.fullmatch(rf"listening on {server.port} after \d\.\d s\n", server.first_lines[1])
+    assert server.get("/health") == (200, "ok")
     assert server.get("/v2/models/%E6%8D%A2%E8%84%B8%201").json() == {
         "name": "换脸 1",
         "platform": "demo",
@@ -72,9 +75,8 @@ def test_it_serves_one_model(serve: Callable[..., DemoServer]) -> None:
 
 
 def test_it_is_not_healthy_until_its_model_is_loaded(serve: Callable[..., DemoServer]) -> None:
-    server = serve("MAM", "--start-delay", "0.6")
-    answer = server.get("/health")
-    assert (answer.status, answer.json()) == (503, {"status": "loading", "model": "MAM"})
+    server = serve("MAM", "--ready-delay", "0.6")
+    assert server.get("/health") == (503, "loading")
     assert server.get("/infer", "POST", {}).status == 503
     assert 'demo_ready{model="MAM"} 0\n' in server.get("/metrics").text
     until(lambda: server.get("/health").status == 200, "the model")
@@ -144,8 +146,21 @@ def test_sigterm_ends_it_well(serve: Callable[..., DemoServer]) -> None:
     said = server.end()
     assert time.monotonic() - before < 2.0
     assert server.process.returncode == 0
-    assert said.endswith("MAM: ended\n")
+    assert said.endswith("SIGTERM\nexiting with 0\n")
     idle.close()
+
+
+def test_sigterm_lets_a_request_that_is_under_way_finish(serve: Callable[..., DemoServer]) -> None:
+    server = serve()
+    statuses: list[int] = []
+    ask = threading.Thread(
+        target=lambda: statuses.append(server.get("/infer?delay=0.5", "POST", {}).status)
+    )
+    ask.start()
+    time.sleep(0.2)
+    server.end()
+    ask.join()
+    assert statuses == [200]
 
 
 def test_many_ask_at_once(serve: Callable[..., DemoServer]) -> None:
@@ -170,7 +185,7 @@ def test_a_port_that_is_taken_is_said(serve: Callable[..., DemoServer]) -> None:
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout.count("\n")) == (1, 1)
     assert done.stderr == f"cannot listen on 127.0.0.1:{server.port}: Address already in use\n"
 
 
