@@ -7,13 +7,18 @@ the process is, is looked up anew.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from mic_supervisor import clocks
+from mic_supervisor.config.diagnostics import printable
+from mic_supervisor.errors import MicError
 from mic_supervisor.gpu.owners import (
     INSTANCE_VARIABLE,
     SCOPE_VARIABLE,
@@ -22,6 +27,7 @@ from mic_supervisor.gpu.owners import (
     managed_refs,
 )
 from mic_supervisor.host import processes
+from mic_supervisor.host.lock import lock_holder
 from mic_supervisor.model import (
     GpuInventory,
     GpuProcess,
@@ -133,6 +139,149 @@ def survey(sources: Sources) -> Survey:
     views = tuple(runtime.observe() for runtime in sources.runtimes.values())
     return Survey(annotate(inventory, managed_refs(views)), views)
 
+
+# --- which may be ended --------------------------------------------------------------------------
+
+
+def refuse_outright(pid: int, scope: str, lock_path: Path) -> None:
+    """What is never ended, whoever asks. Raises MicError."""
+    if pid == 1:
+        _refuse(pid, "it is the machine's first process, and everything ends with it")
+    if pid == os.getpid():
+        _refuse(pid, "it is this very command")
+    holder = lock_holder(lock_path)
+    if holder is not None and holder.pid == pid:
+        daemon = holder.command == "mic-supervisor run"
+        _refuse(
+            pid,
+            f"it is the supervisor of scope {scope} ({holder.command})",
+            "stop it with: systemctl stop mic"
+            if daemon
+            else "let it finish, or press Ctrl-C there",
+        )
+
+
+def chosen(look: Survey, pid: int, scope: str, *, force: bool) -> Target:
+    """The process, where it may be ended. Raises MicError."""
+    target = look.target(pid)
+    if target is None:
+        listed = [
+            str(gpu.index)
+            for gpu in look.inventory.gpus
+            for p in gpu.processes or ()
+            if p.pid == pid
+        ]
+        if listed:
+            raise MicError(
+                f"there is no process {pid}, although GPU {', '.join(listed)} lists it",
+                hint="the driver has not cleaned up: see dmesg | grep -i -e xid -e nvrm",
+            )
+        raise MicError(f"there is no process {pid}")
+    _refuse_ours(look, target, scope, force=force)
+    if not force:
+        _refuse_untold(look, target)
+        if not target.holds:
+            if look.inventory.error is not None:
+                _refuse(
+                    pid,
+                    f"whether it holds a GPU cannot be told: {look.inventory.told}",
+                    "end it all the same with: --force",
+                )
+            _refuse(
+                pid, f"{printable(target.name)} holds no GPU", "end it all the same with: --force"
+            )
+    return target
+
+
+def orphans(look: Survey, scope: str, *, force: bool) -> list[Target]:
+    """The processes that hold a GPU and that nobody owns. Raises MicError."""
+    if look.inventory.error is not None:
+        raise MicError(look.inventory.error, hint=look.inventory.hint)
+    targets = []
+    for pid in look.pids(OwnerKind.ORPHAN):
+        target = look.target(pid)
+        if target is None or target.owner.kind is not OwnerKind.ORPHAN or _is_kin(target, scope):
+            continue
+        if not force:
+            _refuse_untold(look, target)
+        targets.append(target)
+    return targets
+
+
+def _refuse_ours(look: Survey, target: Target, scope: str, *, force: bool) -> None:
+    managed = target.owner.kind is OwnerKind.MANAGED
+    ours = target.owner.instance if managed else look.kept_by(target.pid)
+    if ours is not None:
+        workload = look.workload_of(ours)
+        hint = None
+        if workload is not None:
+            uuids = workload.identity.gpus
+            indices = [index for uuid in uuids if (index := look.index_of(uuid)) is not None]
+            where = f" --gpu {indices[0]}" if indices else ""
+            hint = f"stop it with: mic-supervisor stop {workload.identity.model}{where}"
+        _refuse(target.pid, f"it belongs to our instance {ours}", hint)
+    if _is_kin(target, scope) and not force:
+        _refuse(
+            target.pid,
+            f"it belongs to instance {target.instance} of scope {target.scope}",
+            f"look at it with: MIC_SCOPE={target.scope} mic-supervisor status",
+        )
+
+
+def _is_kin(target: Target, scope: str) -> bool:
+    """Whether it is another scope's: nobody's as far as this one knows, and yet not nobody's."""
+    return bool(target.instance) and target.scope not in (None, scope)
+
+
+def _refuse_untold(look: Survey, target: Target) -> None:
+    """A runtime that cannot be read may well call it its own."""
+    if target.owner.kind is OwnerKind.UNKNOWN:
+        _refuse(target.pid, "whose it is cannot be read", "run as root, or say --force")
+    contained = target.owner.kind is OwnerKind.CONTAINER
+    for runtime, cause in look.causes:
+        if (runtime == "docker") == contained:
+            _refuse(
+                target.pid,
+                f"whether it is one of ours cannot be told: {cause}",
+                "fix that first, or say --force",
+            )
+
+
+def _refuse(pid: int, why: str, hint: str | None = None) -> NoReturn:
+    raise MicError(f"cannot kill {pid}: {why}", hint=hint)
+
+
+def describe(target: Target, look: Survey) -> str:
+    """ "PID 4121 (python) on GPU 1 (18.2 GiB), since 2026-11-22 10:14:02, of nobody"."""
+    holds = ", ".join(f"GPU {hold.index} ({_gib(hold.used)})" for hold in target.holds)
+    since = datetime.fromtimestamp(target.since).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return (
+        f"PID {target.pid} ({printable(target.name)}) on {holds or 'no GPU'}, since {since}, "
+        f"{printable(_owner(target, look))}"
+    )
+
+
+def _owner(target: Target, look: Survey) -> str:
+    ref = target.owner.ref or "?"
+    if target.owner.kind is OwnerKind.CONTAINER:
+        name = look.container_name(ref)
+        called = f"{name} ({ref[:12]})" if name else ref[:12]
+        return f"of container {called}: its manager may start it again"
+    if target.owner.kind is OwnerKind.UNIT:
+        again = ": its manager may start it again" if ref.endswith(".service") else ""
+        return f"of unit {ref}{again}"
+    if target.owner.kind is OwnerKind.UNKNOWN:
+        return "of an unknown owner"
+    if target.instance:
+        return f"left over from instance {target.instance}"
+    return "of nobody"
+
+
+def _gib(count: int | None) -> str:
+    return "memory unknown" if count is None else f"{count / (1 << 30):.1f} GiB"
+
+
+# --- ending them ---------------------------------------------------------------------------------
 
 Outcome = Literal["ended", "gone", "changed", "denied", "stays", "listed", "unknown"]
 

@@ -129,6 +129,11 @@ class GpuInventory:
         """UUID to the number that the driver gives the GPU today."""
         return {gpu.uuid: gpu.index for gpu in self.gpus}
 
+    @property
+    def unreadable(self) -> str | None:
+        """Why nothing can be said of any GPU; None where something can."""
+        return "cannot read GPUs: MIC_GPU_SOURCE is none" if self.source == "none" else self.told
+
 
 def _in_one(error: str, hint: str | None) -> str:
     return error if hint is None else f"{error}; {hint}"

@@ -31,7 +31,7 @@ COMMANDS = {
     "pause": ("pause", "Leave a model or a GPU as it is, whatever happens."),
     "resume": ("resume", "Look after it again."),
     "status": ("status", "Desired against actual, one row per instance."),
-    "doctor": ("doctor", "Look this machine over, and say how to mend it."),
+    "doctor": ("doctor", "Check this machine, and say how to fix it."),
     "gpus": ("gpus", "Memory, power, temperature and holders of each GPU."),
     "models": ("models", "The models that may run, and their backends."),
     "logs": ("logs", "Show the log of an instance."),

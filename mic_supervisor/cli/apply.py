@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import click
 
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
-from mic_supervisor.cli.params import Duration, targets_option
+from mic_supervisor.cli.common import Duration, json_option, print_json, targets_option
 from mic_supervisor.cli.session import order
 
 
 @click.command(name="apply")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
+@json_option
 @targets_option
 @click.option("--rebind", is_flag=True, help="Bind the file's GPU numbers to today's GPUs anew.")
 @click.option(
@@ -53,7 +52,7 @@ def command(
         quiet=as_json,
     )
     if as_json:
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        print_json(document)
     else:
         _report(document, limited=bool(targets))
     return int(document["exit_code"])

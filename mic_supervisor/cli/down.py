@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.common import confirm
 from mic_supervisor.cli.session import order
 from mic_supervisor.errors import MicError
 
@@ -47,10 +47,7 @@ def command(yes: bool) -> int:
         return 0
     names = sorted({workload.identity.instance for workload in ours})
     click.echo(f"To be removed: {', '.join(names)}")
-    if not yes:
-        if not sys.stdin.isatty():
-            raise MicError("cannot ask whether to go on: this is no terminal", hint="say --yes")
-        click.confirm("Remove them?", abort=True)
+    confirm("Remove them?", yes=yes)
     document = order("apply", {}, command="down", config=_nothing(found.config))
     left = {row["id"] for row in document["instances"]}
     left |= {item["instance"] for item in document["remaining"]["actions"]}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.common import write_file
 from mic_supervisor.cli.session import ask
 from mic_supervisor.errors import MicError
 
@@ -84,15 +84,6 @@ def _write(path: Path, text: str) -> bool:
             return False
     except (OSError, UnicodeDecodeError):
         pass  # it is written then, and that says what is wrong
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise MicError(
-            f"cannot write {path}: {error.strerror}",
-            hint="below mic.service a directory is writable where ReadWritePaths= names it",
-        ) from error
+    hint = "below mic.service a directory is writable where ReadWritePaths= names it"
+    write_file(path, text, mode=0o644, replace=True, hint=hint)
     return True

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.common import json_option, print_json, table
 from mic_supervisor.config.diagnostics import printable
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import Gpu, GpuInventory, GpuProcess, Owner, OwnerKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from rich.table import Table
+    from collections.abc import Iterable
 
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.model import RuntimeView
 
 
 @click.command(name="gpus")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(as_json: bool) -> int:
     """Memory, power, utilization, temperature and holders of each GPU.
 
@@ -34,10 +33,9 @@ def command(as_json: bool) -> int:
     from mic_supervisor.host.identity import host_name
 
     inventory, warnings = look(wiring.settings())
-    error = _error(inventory)
+    error = inventory.unreadable
     if as_json:
-        found = document(inventory, host_name(), error, warnings)
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        print_json(document(inventory, host_name(), error, warnings))
         return 1 if error else 0
     for warning in warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
@@ -84,6 +82,7 @@ def document(
     inventory: GpuInventory, host: str, error: str | None, warnings: Iterable[str]
 ) -> dict[str, Any]:
     """What `--json` prints. Bytes, watts, a ratio and degrees Celsius; null is unknown."""
+    ours = ("simulated", "telemetry", "started_at")
     return {
         "version": 1,
         "host": host,
@@ -91,51 +90,11 @@ def document(
         "driver": inventory.driver,
         "error": error,
         "warnings": list(warnings),
-        "gpus": [_gpu_document(gpu) for gpu in inventory.gpus],
-        "unopened": [{"index": gpu.index, "error": gpu.told} for gpu in inventory.unopened],
-    }
-
-
-def _gpu_document(gpu: Gpu) -> dict[str, Any]:
-    memory = gpu.memory
-    return {
-        "uuid": gpu.uuid,
-        "index": gpu.index,
-        "name": gpu.name,
-        "pci_bus_id": gpu.pci_bus_id,
-        "memory": memory
-        and {
-            "total": memory.total,
-            "used": memory.used,
-            "free": memory.free,
-            "reserved": memory.reserved,
-        },
-        "power_draw": gpu.power_draw,
-        "power_limit": gpu.power_limit,
-        "utilization": gpu.utilization,
-        "temperature": gpu.temperature,
-        "trouble": gpu.trouble,
-        "recovery_action": gpu.recovery_action,
-        "mig": gpu.mig,
-        "persistence": gpu.persistence,
-        "processes": None
-        if gpu.processes is None
-        else [
-            {
-                "pid": process.pid,
-                "name": process.name,
-                "used_memory": process.used_memory,
-                "start_time": process.start_time,
-                "kinds": list(process.kinds),
-                "owner": process.owner
-                and {
-                    "kind": process.owner.kind.value,
-                    "ref": process.owner.ref,
-                    "instance": process.owner.instance,
-                },
-            }
-            for process in gpu.processes
+        "gpus": [
+            asdict(gpu, dict_factory=lambda items: {k: v for k, v in items if k not in ours})
+            for gpu in inventory.gpus
         ],
+        "unopened": [{"index": gpu.index, "error": gpu.told} for gpu in inventory.unopened],
     }
 
 
@@ -177,7 +136,7 @@ def print_tables(inventory: GpuInventory) -> None:
     gpus = [(str(gpu.index), gpu.uuid[:12], gpu.name, *_measured(gpu)) for gpu in inventory.gpus]
     if gpus:
         console.print(
-            _table(
+            table(
                 "GPU UUID NAME >MEMORY >POWER >UTIL >TEMP", gpus, gives="NAME", width=console.width
             )
         )
@@ -197,39 +156,8 @@ def print_tables(inventory: GpuInventory) -> None:
     if holders:
         console.print()
         console.print(
-            _table("GPU >PID PROCESS >MEMORY OWNER", holders, gives="OWNER", width=console.width)
+            table("GPU >PID PROCESS >MEMORY OWNER", holders, gives="OWNER", width=console.width)
         )
-
-
-def _table(headers: str, rows: Sequence[tuple[str, ...]], *, gives: str, width: int) -> Table:
-    """A table `width` cells wide at most, at the cost of column `gives`; ">" aligns right.
-
-    rich alone would cut every column a little, numbers too.
-    """
-    from rich.cells import cell_len
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    cells = [tuple(map(printable, row)) for row in rows]
-    names = [header.removeprefix(">") for header in headers.split()]
-    widths = {
-        name: max(map(cell_len, (name, *column)))
-        for name, *column in zip(names, *cells, strict=True)
-    }
-    gap = 2
-    room = width - sum(widths.values()) - gap * (len(names) - 1) + widths[gives]
-    widths[gives] = max(len(gives), min(widths[gives], room))
-    for name, header in zip(names, headers.split(), strict=True):
-        table.add_column(
-            name,
-            no_wrap=True,
-            overflow="ellipsis",
-            justify="left" if name == header else "right",
-            width=widths[name],
-        )
-    for row in cells:
-        table.add_row(*row)
-    return table
 
 
 def _measured(gpu: Gpu) -> tuple[str, str, str, str]:
@@ -270,9 +198,3 @@ def _gib(count: int | None) -> str:
 
 def _whole(number: float | None) -> str:
     return "?" if number is None else f"{number:.0f}"
-
-
-def _error(inventory: GpuInventory) -> str | None:
-    if inventory.source == "none":
-        return "cannot read GPUs: MIC_GPU_SOURCE is none"
-    return inventory.told

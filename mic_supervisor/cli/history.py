@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from typing import Any
 
 import click
 
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.common import json_option, print_json
 
 
 @click.command(name="history")
 @click.argument("instance", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(instance: str | None, as_json: bool) -> int:
     """The last 1,000 transitions, oldest first, with their cause and how long they took.
 
@@ -31,8 +31,7 @@ def command(instance: str | None, as_json: bool) -> int:
         if instance in (None, event.instance, event.model)
     ]
     if as_json:
-        document = {"version": 1, "host": host_name(), "events": events}
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        print_json({"version": 1, "host": host_name(), "events": events})
         return 0
     for event in events:
         click.echo(_line(event))

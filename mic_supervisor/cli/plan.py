@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from mic_supervisor.cli.params import targets_option
+from mic_supervisor.cli.common import json_option, print_json, targets_option
 from mic_supervisor.cli.session import Alone, daemon
 
 EXIT_CHANGES = 2
@@ -15,7 +14,7 @@ EXIT_CHANGES = 2
 
 @click.command(name="plan")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 @targets_option
 @click.option(
     "--detailed-exitcode",
@@ -38,7 +37,7 @@ def command(
     by_daemon = answer is not None
     answer = answer or Alone(file=file).call("plan", params)
     if as_json:
-        click.echo(json.dumps(answer["document"], indent=2, ensure_ascii=False))
+        print_json(answer["document"])
     else:
         click.echo(answer["text"], nl=False)
         if answer["busy"]:

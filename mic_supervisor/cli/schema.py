@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from mic_supervisor.cli.common import print_json
 
 
 @click.command(name="schema")
@@ -16,4 +16,4 @@ def command() -> None:
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.config.schema import json_schema
 
-    click.echo(json.dumps(json_schema(Registry()), indent=2, ensure_ascii=False))
+    print_json(json_schema(Registry()))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mic_supervisor.cli.common import json_option, print_json
 from mic_supervisor.cli.session import Alone, daemon
 from mic_supervisor.errors import MicError
 
@@ -34,7 +35,7 @@ _STYLES = {
 
 @click.command(name="status")
 @click.argument("model", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 @click.option(
     "--watch",
     is_flag=True,
@@ -51,7 +52,7 @@ def command(model: str | None, as_json: bool, watch: bool) -> int:
         return _stream(read) if as_json or not sys.stdout.isatty() else _redraw(read)
     document = read()
     if as_json:
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        print_json(document)
     else:
         show(document)
     if document["unreadable"]:

@@ -1,4 +1,4 @@
-"""Looks over a machine and says what to mend. Changes nothing.
+"""Looks over a machine and says what to fix. Changes nothing.
 
 Each check is on its own: one that hangs or fails is one line, and the others go on.
 """
@@ -20,24 +20,24 @@ Level = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: "fail  docker: cannot reach …". `mend` is one imperative sentence."""
+    """One line: "fail  docker: cannot reach …". `fix` is one imperative sentence."""
 
     level: Level
     subject: str
     text: str
-    mend: str | None = None
+    fix: str | None = None
 
 
 def ok(subject: str, text: str) -> Finding:
     return Finding("ok", subject, text)
 
 
-def warn(subject: str, text: str, mend: str | None = None) -> Finding:
-    return Finding("warn", subject, text, mend)
+def warn(subject: str, text: str, fix: str | None = None) -> Finding:
+    return Finding("warn", subject, text, fix)
 
 
-def fail(subject: str, text: str, mend: str | None = None) -> Finding:
-    return Finding("fail", subject, text, mend)
+def fail(subject: str, text: str, fix: str | None = None) -> Finding:
+    return Finding("fail", subject, text, fix)
 
 
 @dataclass(frozen=True, slots=True)

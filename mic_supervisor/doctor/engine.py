@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
+from mic_supervisor.config.settings import Settings
 from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.host.processes import environ, processes
+from mic_supervisor.runtimes.docker.engine import Engine
+from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 
 _HOOK = "nvidia-container-runtime-hook"
+
+
+def questions(found: Settings) -> tuple[Callable[[], Mapping[str, Any]], Callable[[str], bool]]:
+    """What the engine tells of itself, asked once, and whether it has an image."""
+    runtime = DockerRuntime(
+        found.scope, "", base_url=found.docker_host, docker_config=None, timeout=10.0
+    )
+    client = Engine(found.docker_host, timeout=10.0, patience=10.0)
+
+    def has_image(image: str) -> bool:
+        return client.image(f"cannot look for the image {image}", image) is not None
+
+    return cache(runtime.version), has_image
 
 
 def engine(facts: Callable[[], Mapping[str, Any]], *, real_gpus: bool) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from mic_supervisor.config.settings import Settings
 from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.errors import ConfigError
 from mic_supervisor.model import ContainerSpec, DesiredState
+from mic_supervisor.views.config import counted, summary
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _SCARCE, _SHORT = 100 * _MIB, _GIB
@@ -27,7 +28,7 @@ def settings(found: Settings) -> Iterator[Finding]:
         ("MIC_HTTP_TOKEN_FILE", found.http_token_file),
     ):
         if path is not None and not os.access(path, os.R_OK):
-            yield fail("settings", f"{name}: {path} {_why(path)}", "mend the path or its mode")
+            yield fail("settings", f"{name}: {path} {_why(path)}", "correct the path or its mode")
 
 
 def config(found: Settings, load: Callable[[], Config]) -> Iterator[Finding]:
@@ -41,10 +42,7 @@ def config(found: Settings, load: Callable[[], Config]) -> Iterator[Finding]:
     except ConfigError as error:
         yield fail("config", error.message, "see all of its errors: mic-supervisor check")
         return
-    count = sum(len(entry.keys) for entry in loaded.entries)
-    yield ok(
-        "config", f"{path} is valid: {_count(count, 'GPU')}, {_count(len(loaded.models), 'model')}"
-    )
+    yield ok("config", f"{path} is {summary(loaded)}")
     for file in loaded.files:
         if file.stat().st_mode & 0o022:
             yield warn(
@@ -52,12 +50,10 @@ def config(found: Settings, load: Callable[[], Config]) -> Iterator[Finding]:
             )
 
 
-def models(
-    load: Callable[[], Config], compiled: Callable[[Config], DesiredState]
-) -> Iterator[Finding]:
+def models(compiled: Callable[[], DesiredState]) -> Iterator[Finding]:
     """Whether each entry of the file could be started, as far as files go. Quiet without a file."""
     try:
-        desired = compiled(load())
+        desired = compiled()
     except ConfigError:
         return  # `config` has said it
     for item in desired.unsatisfiable:
@@ -82,17 +78,15 @@ def models(
                 "models", f"{file} may be read by others than its owner", f"chmod 600 {file}"
             )
     if desired.instances:
-        yield ok("models", f"{_count(len(desired.instances), 'instance')} can be configured")
+        yield ok("models", f"{counted(len(desired.instances), 'instance')} can be configured")
 
 
 def images(
-    load: Callable[[], Config],
-    compiled: Callable[[Config], DesiredState],
-    present: Callable[[str], bool],
+    compiled: Callable[[], DesiredState], has_image: Callable[[str], bool]
 ) -> Iterator[Finding]:
-    """Raises MicError when the engine cannot be asked."""
+    """Raises MicError when the engine cannot be asked. Quiet without a file."""
     try:
-        desired = compiled(load())
+        desired = compiled()
     except ConfigError:
         return
     wanted = {
@@ -101,7 +95,7 @@ def images(
         if isinstance(instance.workload, ContainerSpec)
     }
     for image in sorted(wanted):
-        if present(image):
+        if has_image(image):
             yield ok("images", f"{image} is here")
         else:
             yield warn(
@@ -189,7 +183,3 @@ def _why(path: Path) -> str:
     except OSError as error:
         return f"cannot be read: {(error.strerror or str(error)).lower()}"
     return "cannot be read: permission denied"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

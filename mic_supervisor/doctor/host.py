@@ -1,23 +1,96 @@
-"""Ports and the clock."""
+"""The machine: its GPUs, ports and clock, systemd, and the daemon."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from mic_supervisor.config.settings import Address, PortRange
 from mic_supervisor.doctor import Finding, fail, ok, warn
+from mic_supervisor.errors import MicError
+from mic_supervisor.gpu.modes import GpuModes
 from mic_supervisor.host import programs
 from mic_supervisor.host.lock import lock_holder
-from mic_supervisor.model import Listener
+from mic_supervisor.model import GpuInventory, Listener
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 _PORTS_PER_GPU = 6  # three for an instance and three for its successor
 _PLAUSIBLE = 1735689600.0  # 2025-01-01, before this program was written
-_PATIENCE = 5.0  # seconds
+_PATIENCE = 5.0  # seconds for one question to a program
 _WRITTEN = ("memory.json", "history.jsonl")
+_UNIT, _SLICE = "mic.service", "mic.slice"
+
+
+# --- GPUs ---------------------------------------------------------------------------------------
+
+
+def gpus(
+    look: Callable[[], GpuInventory], modes: Callable[[], tuple[GpuModes, ...]]
+) -> Iterator[Finding]:
+    inventory = look()
+    if inventory.source == "none":
+        yield warn(
+            "gpus", "switched off by MIC_GPU_SOURCE=none: every entry is blocked", "unset it"
+        )
+        return
+    if inventory.error is not None:
+        yield fail("gpus", inventory.error, inventory.hint)
+        return
+    count = len(inventory.gpus)
+    if inventory.source == "simulated":
+        yield ok("gpus", f"{count} simulated by MIC_GPU_SOURCE")
+        return
+    if not count and not inventory.unopened:
+        yield fail("gpus", "the driver counts none", "look for them with: lspci -d 10de:")
+        return
+    names = sorted({gpu.name for gpu in inventory.gpus})
+    driver = f", driver {inventory.driver}" if inventory.driver else ""
+    yield ok("gpus", f"{count} of them ({', '.join(names)}){driver}")
+    for lost in inventory.unopened:
+        yield fail(f"gpu {lost.index}", lost.error, lost.hint)
+    for gpu in inventory.gpus:
+        if gpu.trouble is not None:
+            yield fail(
+                f"gpu {gpu.index}",
+                f"is unhealthy: {gpu.trouble}; nothing is started on it",
+                f"stop what uses it, then: nvidia-smi --gpu-reset -i {gpu.index}; or reboot",
+            )
+        if gpu.processes is None:
+            yield warn(
+                f"gpu {gpu.index}",
+                "its holders cannot be read, so nothing is started on it",
+                "check it with: nvidia-smi",
+            )
+    yield from _modes(modes())
+
+
+def _modes(found: tuple[GpuModes, ...]) -> Iterator[Finding]:
+    if asleep := [item.index for item in found if item.persistence is False]:
+        yield warn(
+            "persistence mode",
+            f"is off on GPU {_list(asleep)}: each start wakes the driver first, for seconds",
+            "switch it on with: systemctl enable --now nvidia-persistenced",
+        )
+    elif any(item.persistence for item in found):
+        yield ok("persistence mode", "is on")
+    if split := [item.index for item in found if item.mig]:
+        yield warn(
+            "mig",
+            f"is on for GPU {_list(split)}: instances get whole GPUs, and utilization is unknown",
+            f"switch it off with: nvidia-smi -i {_list(split).replace(' ', '')} -mig 0",
+        )
+
+
+def _list(indices: Iterable[int]) -> str:
+    return ", ".join(map(str, indices))
+
+
+# --- ports and the clock -----------------------------------------------------------------------
 
 
 def ports(
@@ -105,7 +178,11 @@ def clock(state: Path, *, systemd: bool, now: Callable[[], float] = time.time) -
             "enable NTP",
         )
         return
-    if systemd and _synchronized() == "no":
+    synchronized = ""
+    if systemd:
+        with suppress(MicError):  # a machine that cannot tell is in no trouble by that
+            synchronized = _ask("timedatectl", "show", "--property=NTPSynchronized", "--value")
+    if synchronized.strip() == "no":
         yield warn("clock", "it is not synchronised", "timedatectl set-ntp true")
         return
     yield ok("clock", time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(at)))
@@ -118,10 +195,90 @@ def _mtime(path: Path) -> float:
         return 0.0
 
 
-def _synchronized() -> str:
-    command = ("timedatectl", "show", "--property=NTPSynchronized", "--value")
+# --- systemd and the daemon ----------------------------------------------------------------------
+
+
+def systemd(
+    marker: Path = Path("/run/systemd/system"), program: str = "systemctl"
+) -> Iterator[Finding]:
+    if not marker.is_dir():
+        yield warn(
+            "systemd",
+            "is not PID 1: host processes run below keepers, and nothing starts the daemon",
+            "start it from whatever supervises this machine: mic-supervisor run",
+        )
+        return
+    version = _ask(program, "--version").split("\n", 1)[0]
+    yield ok("systemd", version or "is PID 1")
+    unit = _show(program, _UNIT)
+    if unit.get("LoadState") != "loaded":
+        yield warn(
+            _UNIT,
+            "is not installed" if unit.get("LoadState") == "not-found" else "cannot be loaded",
+            "copy systemd/mic.service to /etc/systemd/system",
+        )
+    else:
+        yield from _unit(unit)
+    if (tasks := _show(program, _SLICE).get("TasksCurrent", "")).isdigit():
+        yield ok(_SLICE, f"{tasks} tasks in it")
+
+
+def _unit(unit: dict[str, str]) -> Iterator[Finding]:
+    state = unit.get("ActiveState", "?")
+    if state == "failed":
+        yield fail(
+            _UNIT, f"has failed ({unit.get('Result', '?')})", "see why: journalctl -u mic -e"
+        )
+    elif state != "active":
+        yield warn(_UNIT, f"is {state}", "start it with: systemctl start mic")
+    else:
+        restarts = unit.get("NRestarts", "0")
+        yield ok(_UNIT, "runs" if restarts == "0" else f"runs, after {restarts} restarts")
+    if unit.get("UnitFileState") not in ("enabled", "enabled-runtime", "static"):
+        yield warn(
+            _UNIT,
+            f"is {unit.get('UnitFileState') or 'not enabled'}: it does not come back after a boot",
+            "enable it with: systemctl enable mic",
+        )
+
+
+def daemon(
+    ask: Callable[[], Mapping[str, Any] | None], path: Path, lock_path: Path
+) -> Iterator[Finding]:
+    """`ask` gives the daemon's status document; None: nobody listens at `path`. Raises MicError."""
+    status = ask()
+    holder = lock_holder(lock_path)
+    who = "nobody"
+    if holder is not None:
+        since = datetime.fromtimestamp(holder.since).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        who = f"PID {holder.pid} ({holder.command}, by {holder.user}) since {since}"
+    if status is None:
+        if holder is not None:
+            yield warn("daemon", f"does not listen at {path}, and {who} holds the lock")
+        else:
+            yield warn("daemon", f"none listens at {path}", "start it with: systemctl start mic")
+        return
+    yield ok("daemon", f"answers at {path}; the lock is held by {who}")
+    config = status["config"]
+    if not config["last_reload_ok"]:
+        yield warn(
+            "daemon",
+            f"rejected {config['path']} as it is now; what was good before keeps running",
+            "see why: mic-supervisor check",
+        )
+
+
+def _show(program: str, unit: str) -> dict[str, str]:
+    names = "LoadState,ActiveState,UnitFileState,Result,NRestarts,TasksCurrent"
+    lines = _ask(program, "show", unit, f"--property={names}").splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def _ask(*command: str) -> str:
     try:
         done = programs.run(command, _PATIENCE, apart=True)
-    except OSError:
-        return "unknown"
-    return done.output.decode(errors="replace").strip()
+    except OSError as error:
+        raise MicError(f"cannot ask {command[0]}: {error.strerror}") from error
+    if done.code is None:
+        raise MicError(f"cannot ask {command[0]}: it gives no answer within {_PATIENCE:g} s")
+    return done.output.decode(errors="replace")

@@ -72,7 +72,7 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
     async def gpus(request: Request) -> Response:
         snapshot = views.current().snapshot
         if snapshot is not None:
-            trouble = documents.why_no_gpus(snapshot.observed.inventory)
+            trouble = snapshot.observed.inventory.unreadable
             if trouble is not None:
                 raise HTTPException(501, trouble)
         return await gpus_document(request)

@@ -25,7 +25,7 @@ from mic_supervisor.views.status import GpuState, StatusGpu, gpu_rows
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
     from mic_supervisor.http.published import Published
-    from mic_supervisor.model import GpuInventory, ObservedWorkload
+    from mic_supervisor.model import ObservedWorkload
     from mic_supervisor.plan.status import InstanceStatus
 
 MIB = 1 << 20
@@ -143,13 +143,6 @@ def served_plan(published: Published, snapshot: Snapshot) -> dict[str, Any]:
         redact.plan_document(asdict(document))
     )
     return scrubbed
-
-
-def why_no_gpus(inventory: GpuInventory) -> str | None:
-    """Why nothing can be said of any GPU, None where something can."""
-    if inventory.source == "none":
-        return "cannot read GPUs: MIC_GPU_SOURCE is none"
-    return inventory.told
 
 
 def gpus(snapshot: Snapshot) -> list[GpuUse]:

@@ -81,7 +81,7 @@ class SnapshotCollector(Collector):
         published, snapshot = self._published, self._published.snapshot
         if snapshot is not None:
             inventory = snapshot.observed.inventory
-            if documents.why_no_gpus(inventory) is None:
+            if inventory.unreadable is None:
                 yield from _gpus(inventory)
                 yield from _states(snapshot)
                 yield from _xids(published)

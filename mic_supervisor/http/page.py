@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from mic_supervisor.http.documents import why_no_gpus
 from mic_supervisor.http.redact import Scrubber, config_error
 from mic_supervisor.http.verdict import Level, Verdict, judge, level_of
 from mic_supervisor.model import OwnerKind
@@ -151,7 +150,7 @@ def render(published: Published, verdict: Verdict, views: Views) -> str:
     if snapshot is not None:
         shown["indices"] = snapshot.observed.inventory.indices
         shown["tiles"] = [*_tiles(snapshot, views)]
-        shown["no_gpus"] = why_no_gpus(snapshot.observed.inventory)
+        shown["no_gpus"] = snapshot.observed.inventory.unreadable
         if verdict.level is Level.GOOD and snapshot.statuses:
             shown["counts"] = _counts(snapshot)
     return _template().render(shown)

@@ -8,7 +8,6 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
-from mic_supervisor.http import documents
 from mic_supervisor.http.redact import Scrubber, config_error
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.words import gpu_names
@@ -180,7 +179,7 @@ def _xids(published: Published, at: float, indices: Mapping[str, int]) -> Iterat
 
 def _unreadable(snapshot: Snapshot) -> Iterator[Problem]:
     inventory = snapshot.observed.inventory
-    trouble = inventory.error or documents.why_no_gpus(inventory)
+    trouble = inventory.error or inventory.unreadable
     if trouble is not None:
         yield Problem(Level.BAD, "GPUs", trouble, hint=inventory.hint)
     for gpu in inventory.unopened:

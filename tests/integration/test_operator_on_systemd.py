@@ -27,16 +27,16 @@ def test_from_a_fresh_machine_to_one_that_runs(systemd_machine: SystemdMachine) 
     machine.write("/etc/mic/mic.env", SETTINGS)
     fresh = findings(machine, rc=1)
     assert fresh["config"] == [
-        "fail: /etc/mic/gpus.yaml does not exist; mend: write a first one with: mic-supervisor init"
+        "fail: /etc/mic/gpus.yaml does not exist; fix: write a first one with: mic-supervisor init"
     ]
     assert fresh["systemd"][0].startswith("ok: systemd 252 (")
     assert fresh["mic.service"] == [
-        "warn: is inactive; mend: start it with: systemctl start mic",
+        "warn: is inactive; fix: start it with: systemctl start mic",
         "warn: is disabled: it does not come back after a boot; "
-        "mend: enable it with: systemctl enable mic",
+        "fix: enable it with: systemctl enable mic",
     ]
     assert fresh["daemon"] == [
-        "warn: none listens at /run/mic/mic.sock; mend: start it with: systemctl start mic"
+        "warn: none listens at /run/mic/mic.sock; fix: start it with: systemctl start mic"
     ]
 
     machine.exec("mic-supervisor", "init")
@@ -44,7 +44,7 @@ def test_from_a_fresh_machine_to_one_that_runs(systemd_machine: SystemdMachine) 
     # It serves HTTP a moment after it has told systemd that it is ready.
     until(lambda: "serving HTTP" in machine.journal("mic"), "the daemon")
     running = findings(machine, rc=0)
-    assert running["config"] == ["ok: /etc/mic/gpus.yaml is valid: 2 GPUs, 0 models"]
+    assert running["config"] == ["ok: /etc/mic/gpus.yaml is valid: 2 GPUs; 0 models"]
     assert running["mic.service"] == ["ok: runs"]
     assert running["daemon"][0].startswith("ok: answers at /run/mic/mic.sock; ")
     assert running["http"] == ["ok: the daemon answers at 127.0.0.1:6004"]
@@ -64,10 +64,10 @@ def test_a_plain_user_is_told_what_only_root_may_know(systemd_machine: SystemdMa
     asked = machine.exec("mic-supervisor", "doctor", user="alice", rc=1)
     assert asked.stderr == ""
     assert "cannot be checked" not in asked.stdout
-    assert "fail  state: cannot write to /var/lib/mic; mend: run as root" in asked.stdout
+    assert "fail  state: cannot write to /var/lib/mic; fix: run as root" in asked.stdout
     assert (
         "fail  daemon: cannot talk to the daemon at /run/mic/mic.sock: permission denied; "
-        "mend: run as root, or add yourself to the group mic\n"
+        "fix: run as root, or add yourself to the group mic\n"
     ) in asked.stdout
     pid = machine.show("mic.service", "MainPID")
     refused = machine.exec("mic-supervisor", "kill", "--yes", pid, user="alice", rc=77)

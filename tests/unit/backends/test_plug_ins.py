@@ -18,7 +18,7 @@ from mic_supervisor.backends import Backend, BackendBase, CompileRequest, Member
 from mic_supervisor.backends.plug_ins import load, misfit
 from mic_supervisor.backends.registry import GROUP, Registry
 from mic_supervisor.config.options import ModelOptions, Strict
-from mic_supervisor.doctor.plug_ins import plug_in
+from mic_supervisor.doctor.checks import plug_in
 from mic_supervisor.errors import CompileError, MicError
 from mic_supervisor.model import (
     ContainerSpec,

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from mic_supervisor.cli.models import lines
-from mic_supervisor.config.document import Config
-from tests.unit.config.fakes import load_text
+from mic_supervisor.cli.common import table
 
 ROOT = Path(__file__).parents[3]
 VALID = """\
@@ -110,18 +109,10 @@ def test_models_fails_as_check_does(config: Path) -> None:
     assert done.stderr == mic("check", config).stderr
 
 
-def test_the_table_lines_up_in_every_script(tmp_path: Path) -> None:
-    config: Config = load_text(
-        tmp_path,
-        """\
-version: 1
-models:
-  换脸: {backend: command, command: [/a]}
-  whisper: {backend: command, command: [/a]}
-gpus: {0: 换脸}
-""",
-    )
-    assert lines(config, table=True) == [
+def test_the_table_lines_up_in_every_script(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("换脸", "command", "0"), ("whisper", "command", "-")]
+    Console(width=80).print(table("MODEL BACKEND GPUS", rows, gives="MODEL", width=80))
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
         "MODEL    BACKEND  GPUS",
         "换脸     command  0",
         "whisper  command  -",

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mic_supervisor.converge.holder import lock_holder
-from mic_supervisor.converge.lock import writer
 
 from mic_supervisor.cli.doctor import lines, table
 from mic_supervisor.config.settings import Address, PortRange, Settings
@@ -21,10 +19,8 @@ from mic_supervisor.doctor import (
     engine,
     examine,
     files,
-    gpus,
     host,
     ok,
-    service,
     warn,
 )
 from mic_supervisor.errors import RuntimeUnavailable
@@ -71,9 +67,9 @@ def test_one_that_hangs_raises_or_refuses_leaves_the_others() -> None:
     assert lines(found) == [
         "fail  a: cannot be checked: no answer within 0.3 s",
         "fail  b: cannot be checked: ZeroDivisionError: a defect",
-        "fail  c: cannot reach it: it is gone; mend: start it",
+        "fail  c: cannot reach it: it is gone; fix: start it",
         "ok    d: well",
-        "warn  d: ill; mend: rest",
+        "warn  d: ill; fix: rest",
     ]
 
 
@@ -91,9 +87,9 @@ def test_a_table_of_eighty_columns() -> None:
         "\x1b[33mwarn\x1b[0m  docker live-restore  "
         "is off: every container ends when Docker is restarted",
         "                           or upgraded",
-        '                           mend: set "live-restore": true in',
-        "                                 /etc/docker/daemon.json, then: systemctl reload",
-        "                                 docker",
+        '                           fix: set "live-restore": true in',
+        "                                /etc/docker/daemon.json, then: systemctl reload",
+        "                                docker",
     ]
 
 
@@ -135,7 +131,7 @@ def test_legacy_mode_with_systemds_cgroups_loses_gpus_by_a_daemon_reload() -> No
     assert docker(cdi_devices=[])[2:] == [
         "ok    docker gpus: the NVIDIA runtime is there",
         "warn  docker cgroups: `systemctl daemon-reload` takes the GPUs from running containers "
-        "(legacy mode, cgroup driver systemd); mend: use CDI: nvidia-ctk cdi generate "
+        "(legacy mode, cgroup driver systemd); fix: use CDI: nvidia-ctk cdi generate "
         "--output=/etc/cdi/nvidia.yaml, with Engine 25 or later; or set "
         '"exec-opts": ["native.cgroupdriver=cgroupfs"] in /etc/docker/daemon.json',
     ]
@@ -154,7 +150,7 @@ def test_an_engine_that_cannot_give_gpus(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(engine, "_path_of_dockerd", lambda: str(tmp_path))
     assert docker(runtimes=["runc"], cdi_devices=[])[2] == (
         "fail  docker gpus: neither the NVIDIA runtime nor CDI devices are there: no container "
-        "gets a GPU; mend: install nvidia-container-toolkit, then: nvidia-ctk runtime configure "
+        "gets a GPU; fix: install nvidia-container-toolkit, then: nvidia-ctk runtime configure "
         "--runtime=docker and systemctl restart docker"
     )
     hook = tmp_path / "nvidia-container-runtime-hook"
@@ -175,15 +171,15 @@ def test_gpus() -> None:
         driver="575.57.08",
     )
     modes = (GpuModes(0, persistence=False, mig=True), GpuModes(2, persistence=True, mig=None))
-    assert said(gpus.gpus(lambda: inventory, lambda: modes)) == [
+    assert said(host.gpus(lambda: inventory, lambda: modes)) == [
         "ok    gpus: 2 of them (NVIDIA A100), driver 575.57.08",
-        "fail  gpu 1: cannot open it: it fell off the bus; mend: reboot",
+        "fail  gpu 1: cannot open it: it fell off the bus; fix: reboot",
         "warn  gpu 2: its holders cannot be read, so nothing is started on it; "
-        "mend: check it with: nvidia-smi",
+        "fix: check it with: nvidia-smi",
         "warn  persistence mode: is off on GPU 0: each start wakes the driver first, for seconds; "
-        "mend: switch it on with: systemctl enable --now nvidia-persistenced",
+        "fix: switch it on with: systemctl enable --now nvidia-persistenced",
         "warn  mig: is on for GPU 0: instances get whole GPUs, and utilization is unknown; "
-        "mend: switch it off with: nvidia-smi -i 0 -mig 0",
+        "fix: switch it off with: nvidia-smi -i 0 -mig 0",
     ]
 
 
@@ -192,16 +188,16 @@ def test_gpus() -> None:
     [
         (
             GpuInventory("nvml", error="cannot read GPUs: no driver", hint="load it"),
-            "fail  gpus: cannot read GPUs: no driver; mend: load it",
+            "fail  gpus: cannot read GPUs: no driver; fix: load it",
         ),
         (
             GpuInventory("nvml"),
-            "fail  gpus: the driver counts none; mend: look for them with: lspci -d 10de:",
+            "fail  gpus: the driver counts none; fix: look for them with: lspci -d 10de:",
         ),
         (
             GpuInventory("none"),
             "warn  gpus: switched off by MIC_GPU_SOURCE=none: every entry is blocked; "
-            "mend: unset it",
+            "fix: unset it",
         ),
         (
             GpuInventory("simulated", gpus=(Gpu("GPU-a", 0, "x"),)),
@@ -210,7 +206,7 @@ def test_gpus() -> None:
     ],
 )
 def test_no_gpus(inventory: GpuInventory, line: str) -> None:
-    assert said(gpus.gpus(lambda: inventory, lambda: ())) == [line]
+    assert said(host.gpus(lambda: inventory, lambda: ())) == [line]
 
 
 def test_modes_come_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,27 +254,27 @@ def fake_systemctl(directory: Path, unit: str, slice_: str = "LoadState=loaded")
         (
             "LoadState=loaded\\nActiveState=failed\\nResult=exit-code\\nUnitFileState=disabled\\n",
             [
-                "fail  mic.service: has failed (exit-code); mend: see why: journalctl -u mic -e",
+                "fail  mic.service: has failed (exit-code); fix: see why: journalctl -u mic -e",
                 "warn  mic.service: is disabled: it does not come back after a boot; "
-                "mend: enable it with: systemctl enable mic",
+                "fix: enable it with: systemctl enable mic",
             ],
         ),
         (
             "LoadState=loaded\\nActiveState=inactive\\nUnitFileState=enabled\\n",
-            ["warn  mic.service: is inactive; mend: start it with: systemctl start mic"],
+            ["warn  mic.service: is inactive; fix: start it with: systemctl start mic"],
         ),
         (
             "LoadState=not-found\\nActiveState=inactive\\n",
             [
                 "warn  mic.service: is not installed; "
-                "mend: copy systemd/mic.service to /etc/systemd/system"
+                "fix: copy systemd/mic.service to /etc/systemd/system"
             ],
         ),
     ],
 )
 def test_the_unit(tmp_path: Path, unit: str, expected: list[str]) -> None:
     program = fake_systemctl(tmp_path, unit, "TasksCurrent=12")
-    assert said(service.systemd(tmp_path, program)) == [
+    assert said(host.systemd(tmp_path, program)) == [
         "ok    systemd: systemd 252 (252.39-1~deb12u1)",
         *expected,
         "ok    mic.slice: 12 tasks in it",
@@ -286,26 +282,26 @@ def test_the_unit(tmp_path: Path, unit: str, expected: list[str]) -> None:
 
 
 def test_without_systemd(tmp_path: Path) -> None:
-    (line,) = said(service.systemd(tmp_path / "no"))
+    (line,) = said(host.systemd(tmp_path / "no"))
     assert line.startswith("warn  systemd: is not PID 1: ")
 
 
 def test_the_daemon_and_its_lock(tmp_path: Path) -> None:
     path, lock = tmp_path / "mic.sock", tmp_path / "x.lock"
-    assert said(service.daemon(lambda: None, path, lock)) == [
-        f"warn  daemon: none listens at {path}; mend: start it with: systemctl start mic"
+    assert said(host.daemon(lambda: None, path, lock)) == [
+        f"warn  daemon: none listens at {path}; fix: start it with: systemctl start mic"
     ]
     with writer(lock, "mic-supervisor run", 1.0):
-        (line,) = said(service.daemon(lambda: None, path, lock))
+        (line,) = said(host.daemon(lambda: None, path, lock))
         assert line.startswith(
             f"warn  daemon: does not listen at {path}, and PID {os.getpid()} (mic-supervisor run, "
         )
         status = {"config": {"path": "/etc/mic/gpus.yaml", "last_reload_ok": False}}
-        found = said(service.daemon(lambda: status, path, lock))
+        found = said(host.daemon(lambda: status, path, lock))
         assert found[0].startswith(f"ok    daemon: answers at {path}; the lock is held by PID ")
         assert found[1] == (
             "warn  daemon: rejected /etc/mic/gpus.yaml as it is now; what was good before keeps "
-            "running; mend: see why: mic-supervisor check"
+            "running; fix: see why: mic-supervisor check"
         )
 
 
@@ -348,12 +344,12 @@ def test_ports(tmp_path: Path) -> None:
     ]
     assert found(20000, 20009) == [
         "warn  ports: 10 of 10 free in 20000-20009, and 2 GPUs may need 12; "
-        "mend: widen MIC_PORT_RANGE"
+        "fix: widen MIC_PORT_RANGE"
     ]
     clash = found(32700, 32800)
     assert clash[1] == (
         "warn  ports: the kernel gives ports of 32700-32800 to outgoing connections (32768-60999); "
-        "mend: sysctl net.ipv4.ip_local_reserved_ports=32700-32800, or change MIC_PORT_RANGE"
+        "fix: sysctl net.ipv4.ip_local_reserved_ports=32700-32800, or change MIC_PORT_RANGE"
     )
     reserved.write_text("80,32768-32800\n")
     assert len(found(32700, 32800)) == 1
@@ -367,7 +363,7 @@ def test_the_port_of_the_daemon(tmp_path: Path) -> None:
 
     assert found(None) == ["ok    http: 127.0.0.1:6004 is free"]
     assert found(Listener(6004, 7, "nginx")) == [
-        "fail  http: PID 7 (nginx) listens at port 6004; mend: change MIC_LISTEN"
+        "fail  http: PID 7 (nginx) listens at port 6004; fix: change MIC_LISTEN"
     ]
     assert found(None, "0.0.0.0")[1].startswith("warn  http: 0.0.0.0:6004 can be reached")
     with writer(tmp_path / "lock", "mic-supervisor run", 1.0):
@@ -382,9 +378,7 @@ def test_the_clock(tmp_path: Path) -> None:
 
     now = time.time()
     assert found(now)[0].startswith("ok    clock: 20")
-    assert found(1000.0) == [
-        "fail  clock: it says a year before 2025; mend: set it, and enable NTP"
-    ]
+    assert found(1000.0) == ["fail  clock: it says a year before 2025; fix: set it, and enable NTP"]
     (tmp_path / "memory.json").write_text("{}")
     os.utime(tmp_path / "memory.json", (now + 3600, now + 3600))
     (line,) = found(now)
@@ -404,15 +398,15 @@ def test_directories(tmp_path: Path) -> None:
     run.chmod(0o777)
     found = said(files.directories(settings))
     assert found[0].startswith(("ok    state: ", "warn  state: "))
-    assert found[1] == (f"warn  run: {run} is open to others (mode 777); mend: chmod go-w {run}")
+    assert found[1] == (f"warn  run: {run} is open to others (mode 777); fix: chmod go-w {run}")
     state.chmod(0o755)
     assert said(files.directories(settings))[0] == (
-        f"warn  state: {state} is open to others (mode 755); mend: chmod 700 {state}"
+        f"warn  state: {state} is open to others (mode 755); fix: chmod 700 {state}"
     )
     state.rmdir()
     state.write_text("")
     assert said(files.directories(settings))[0] == (
-        f"fail  state: cannot write to {state}; mend: run as root, or point MIC_STATE_DIR to a "
+        f"fail  state: cannot write to {state}; fix: run as root, or point MIC_STATE_DIR to a "
         "directory you may write to"
     )
 
@@ -451,13 +445,13 @@ def test_it_finds_what_is_wrong_with_a_configuration_and_changes_nothing(
     assert "s3cret" not in done.stdout
     found = done.stdout.splitlines()
     assert f"ok    settings: scope {mic.scope}" in found
-    assert f"ok    config: {mic.config} is valid: 2 GPUs, 2 models" in found
+    assert f"ok    config: {mic.config} is valid: 2 GPUs; 2 models" in found
     assert (
         "fail  models: bad on GPU 1: cannot configure bad: its env_file /no/such.env cannot be "
-        "read: No such file or directory; mend: create /no/such.env, or name another file"
+        "read: No such file or directory; fix: create /no/such.env, or name another file"
     ) in found
     assert (
-        f"warn  models: {secrets} may be read by others than its owner; mend: chmod 600 {secrets}"
+        f"warn  models: {secrets} may be read by others than its owner; fix: chmod 600 {secrets}"
     ) in found
     assert "ok    models: 1 instance can be configured" in found
     assert "ok    gpus: 4 simulated by MIC_GPU_SOURCE" in found
@@ -476,12 +470,12 @@ def test_an_invalid_file_and_none_at_all(mic: Mic) -> None:
     found = mic("doctor", rc=1).stdout.splitlines()
     assert (
         f"fail  config: {mic.config} does not exist; "
-        "mend: write a first one with: mic-supervisor init"
+        "fix: write a first one with: mic-supervisor init"
     ) in found
     mic.write("{version: 1, gpus: {0: nothing}}")
     found = mic("doctor", rc=1).stdout.splitlines()
     (line,) = [line for line in found if "  config: " in line]
-    assert line.endswith("; mend: see all of its errors: mic-supervisor check")
+    assert line.endswith("; fix: see all of its errors: mic-supervisor check")
 
 
 def test_settings_that_cannot_be_read(mic: Mic) -> None:
@@ -513,7 +507,7 @@ def test_images_of_the_file(mic: Mic, busybox_image: str) -> None:
     assert [line for line in found if "  images: " in line] == [
         f"ok    images: {busybox_image} is here",
         "warn  images: mic-test/nowhere:1 is not here: the next start pulls it first; "
-        "mend: pull it now with: docker pull mic-test/nowhere:1",
+        "fix: pull it now with: docker pull mic-test/nowhere:1",
     ]
 
 

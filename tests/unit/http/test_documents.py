@@ -187,13 +187,9 @@ def test_readiness_names_what_is_missing() -> None:
 
 
 def test_why_there_are_no_gpus() -> None:
-    assert documents.why_no_gpus(GpuInventory("nvml", error="cannot read GPUs: x")) == (
-        "cannot read GPUs: x"
-    )
-    assert documents.why_no_gpus(GpuInventory("none")) == (
-        "cannot read GPUs: MIC_GPU_SOURCE is none"
-    )
-    assert documents.why_no_gpus(GpuInventory("simulated")) is None
+    assert GpuInventory("nvml", error="cannot read GPUs: x").unreadable == "cannot read GPUs: x"
+    assert GpuInventory("none").unreadable == "cannot read GPUs: MIC_GPU_SOURCE is none"
+    assert GpuInventory("simulated").unreadable is None
 
 
 def test_the_status_shows_no_line_of_the_file_and_the_socket_does() -> None:

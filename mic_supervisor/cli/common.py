@@ -1,0 +1,130 @@
+"""What several commands have in common: options, and how a result is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mic_supervisor.errors import MicError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+targets_option = click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="GPU|MODEL",
+    help="This one only; may be said several times. Removes nothing that the file merely lacks.",
+)
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, from "500ms", "30s", "5m" or "1h"."""
+
+    name = "duration"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        from mic_supervisor.config.types import parse_duration
+
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask, unless `yes`, and end the command where the answer is no. Raises MicError."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise MicError("cannot ask whether to go on: this is no terminal", hint="say --yes")
+    click.confirm(question, abort=True)
+
+
+def print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_rows(headers: str, rows: Sequence[tuple[str, ...]], *, gives: str) -> None:
+    """A table on a terminal, see `table`; in a pipe a line for each row, parted by tabs."""
+    from mic_supervisor.config.diagnostics import printable
+
+    if not sys.stdout.isatty():
+        for row in rows:
+            click.echo("\t".join(map(printable, row)))
+        return
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    shown = [tuple(cell or "-" for cell in row) for row in rows]
+    console.print(table(headers, shown, gives=gives, width=console.width))
+
+
+def table(headers: str, rows: Sequence[tuple[str, ...]], *, gives: str, width: int) -> Table:
+    """A table `width` cells wide at most, at the cost of column `gives`; ">" aligns right.
+
+    rich alone would cut every column a little, numbers too.
+    """
+    from rich.cells import cell_len
+    from rich.table import Table
+
+    from mic_supervisor.config.diagnostics import printable
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    cells = [tuple(map(printable, row)) for row in rows]
+    names = [header.removeprefix(">") for header in headers.split()]
+    widths = {
+        name: max(map(cell_len, (name, *column)))
+        for name, *column in zip(names, *cells, strict=True)
+    }
+    gap = 2
+    room = width - sum(widths.values()) - gap * (len(names) - 1) + widths[gives]
+    widths[gives] = max(len(gives), min(widths[gives], room))
+    for name, header in zip(names, headers.split(), strict=True):
+        table.add_column(
+            name,
+            no_wrap=True,
+            overflow="ellipsis",
+            justify="left" if name == header else "right",
+            width=widths[name],
+        )
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def write_file(path: Path, text: str, *, mode: int, replace: bool, hint: str) -> None:
+    """All of it or nothing; without `replace` never over what came meanwhile. Raises MicError."""
+    import tempfile
+
+    try:
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                os.fchmod(handle, mode)
+                file.write(text)
+            if replace:
+                Path(scratch).replace(path)
+            else:
+                os.link(scratch, path)
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise MicError(
+            f"cannot write {path}: it is there already", hint="replace it with: --force"
+        ) from error
+    except OSError as error:
+        raise MicError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error

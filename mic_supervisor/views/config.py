@@ -1,0 +1,39 @@
+"""What the file says, for people and as the document of `models --json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mic_supervisor.config.document import Config
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def summary(config: Config) -> str:
+    """One line: "valid: 4 GPUs, 1 of them kept empty; 2 models; 1 drop-in"."""
+    gpus = sum(len(entry.keys) for entry in config.entries)
+    empty = sum(entry.model is None for entry in config.entries)
+    parts = [counted(gpus, "GPU") + (f", {empty} of them kept empty" if empty else "")]
+    parts.append(counted(len(config.models), "model"))
+    if len(config.files) > 1:
+        parts.append(counted(len(config.files) - 1, "drop-in"))
+    return f"valid: {'; '.join(parts)}"
+
+
+def models_document(config: Config, host: str) -> dict[str, Any]:
+    """A model's `gpus` has one text for each instance, "3,4" for one over two."""
+    places: dict[str, list[str]] = {name: [] for name in config.models}
+    for entry in config.entries:
+        if entry.model is not None:
+            places[entry.model].append(",".join(key.value for key in entry.keys))
+    return {
+        "version": 1,
+        "host": host,
+        "config_hash": config.hash,
+        "models": [
+            {"name": model.name, "backend": model.backend, "gpus": places[model.name]}
+            for model in config.models.values()
+        ],
+    }
