@@ -5,23 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mic_supervisor.backends import Backend
-from mic_supervisor.desired.bind import BoundEntry, bind
-from mic_supervisor.desired.compile import (
-    backend_of,
-    called,
-    request_for,
-    unsatisfiable_entry,
-)
+from mic_supervisor.backends.registry import Registry
+from mic_supervisor.config.document import Config
+from mic_supervisor.desired.bind import bind
+from mic_supervisor.desired.compile import Compiler, Servers, backend_of, unsatisfiable_entry
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import DesiredState, EndpointsHook, GpuInventory, Instance
-
-if TYPE_CHECKING:
-    from mic_supervisor.backends.registry import Registry
-    from mic_supervisor.config.document import Config
-    from mic_supervisor.desired.servers import Servers
 
 
 def desired_state(
@@ -37,37 +28,30 @@ def desired_state(
     instance may have one of its own. What cannot be compiled blocks its own entry.
     """
     binding = bind(config.entries, inventory, kept)
-    servers: Servers | None = None
-    if config.servers:
-        from mic_supervisor.desired.servers import Servers
-
-        servers = Servers(config, inventory, binding, kept, registry, instance_data)
+    compiler = Compiler(config, registry, instance_data)
+    servers = Servers(compiler, inventory, binding, kept)
     instances: list[Instance] = []
     unsatisfiable = [*binding.unsatisfiable]
     kept_empty: list[str] = []
     for bound in binding.entries:
         if bound.instance is None:
             kept_empty += [gpu.uuid for gpu in bound.gpus]
-        elif servers is not None and (trouble := servers.reserves(bound)) is not None:
+        elif (trouble := servers.reserves(bound)) is not None:
             unsatisfiable.append(trouble)
-        elif servers is None or not servers.takes(bound):
+        elif not servers.takes(bound):
             try:
-                instances.append(_compile(config, bound, bound.instance, registry, instance_data))
+                instances.append(compiler.instance(bound))
             except CompileError as error:
                 unsatisfiable.append(unsatisfiable_entry(bound, error, (bound.instance,)))
-    bindings = {*binding.bindings}
-    if servers is not None:
-        made, troubled = servers.compile()
-        instances += made
-        unsatisfiable = [item for item in unsatisfiable if not servers.tells_of(item)] + troubled
-        bindings |= {*servers.bindings}
+    shared, troubled = servers.compile()
+    unsatisfiable = [item for item in unsatisfiable if not servers.tells_of(item)] + troubled
     if inventory.told is not None:
         unsatisfiable = [replace(item, reason=inventory.told, hint=None) for item in unsatisfiable]
     return DesiredState(
-        instances=tuple(sorted(instances, key=lambda item: item.id)),
+        instances=tuple(sorted([*instances, *shared], key=lambda item: item.id)),
         kept_empty=tuple(kept_empty),
         unsatisfiable=tuple(unsatisfiable),
-        bindings=tuple(sorted(bindings)),
+        bindings=tuple(sorted({*binding.bindings, *servers.bindings})),
         warnings=binding.warnings,
         config_hash=config.hash,
         hook=_hook(config),
@@ -121,28 +105,4 @@ class FileDesired:
         return state
 
     def backend(self, name: str) -> Backend:
-        backend = self._registry.get(name)
-        if backend is None:
-            raise CompileError(f"backend {name} is not installed any more")
-        return backend
-
-
-def _compile(
-    config: Config, bound: BoundEntry, instance: str, registry: Registry, instance_data: Path
-) -> Instance:
-    assert bound.entry.model is not None  # `none` has no instance
-    definition = config.models[bound.entry.model]
-    if definition.fault is not None:
-        raise CompileError(definition.fault, hint=definition.hint)
-    backend = backend_of(registry, definition.backend)
-    request = request_for(
-        config,
-        definition.backend,
-        definition.name,
-        instance,
-        definition.options,
-        bound.gpus,
-        instance_data,
-    )
-    compiled = called(definition.backend, definition.name, lambda: backend.compile(request))
-    return replace(compiled, place=str(bound.entry.place))
+        return backend_of(self._registry, name)

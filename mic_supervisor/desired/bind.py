@@ -6,12 +6,9 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from mic_supervisor.config.document import GpuEntry, GpuKey
 from mic_supervisor.model import Gpu, GpuInventory, Unsatisfiable
-
-if TYPE_CHECKING:
-    from mic_supervisor.config.document import GpuEntry, GpuKey
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 _UUID = re.compile(r"gpu-([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")

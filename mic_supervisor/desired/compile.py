@@ -1,21 +1,62 @@
-"""How a backend is asked to compile something, and what becomes of its refusals."""
+"""From models and GPUs to instances: one for each entry, or one for a server that entries share.
+
+Which entries share a server, their backend says. The server has the GPUs of its entries, or those
+that are reserved for it, in the order of their places on the bus: so a container counts them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from mic_supervisor.backends import Backend, CompileRequest
-from mic_supervisor.desired.bind import BoundEntry
+from mic_supervisor.backends import Backend, CompileRequest, Member
+from mic_supervisor.backends.registry import Registry
+from mic_supervisor.config.document import Config, GpuEntry, Place
+from mic_supervisor.config.names import parse_gpu_key
+from mic_supervisor.desired.bind import Binding, BoundEntry, bind, safe_name
 from mic_supervisor.errors import CompileError
-from mic_supervisor.model import Gpu, Unsatisfiable
-
-if TYPE_CHECKING:
-    from mic_supervisor.backends.registry import Registry
-    from mic_supervisor.config.document import Config
+from mic_supervisor.model import Gpu, GpuInventory, Instance, Placement, Unsatisfiable
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """Asks backends. `directory` is the one in which each instance may have one of its own."""
+
+    config: Config
+    registry: Registry
+    directory: Path
+
+    def instance(self, bound: BoundEntry) -> Instance:
+        """The instance of an entry. Raises CompileError."""
+        assert bound.entry.model is not None and bound.instance is not None  # not `none`
+        definition = self.config.models[bound.entry.model]
+        if definition.fault is not None:
+            raise CompileError(definition.fault, hint=definition.hint)
+        backend = backend_of(self.registry, definition.backend)
+        request = self.request(
+            definition.backend, definition.name, bound.instance, definition.options, bound.gpus
+        )
+        compiled = called(definition.backend, definition.name, lambda: backend.compile(request))
+        return replace(compiled, place=str(bound.entry.place))
+
+    def request(
+        self, backend: str, model: str, instance: str, options: object, gpus: tuple[Gpu, ...]
+    ) -> CompileRequest:
+        return CompileRequest(
+            model=model,
+            instance=instance,
+            options=options,
+            settings=self.config.backends[backend],
+            gpus=gpus,
+            read_text=lambda path: path.read_text(encoding="utf-8"),
+            variables=self.config.variables,
+            directory=self.directory / instance,
+        )
 
 
 def backend_of(registry: Registry, name: str) -> Backend:
@@ -39,27 +80,6 @@ def called(backend: str, what: str, call: Callable[[], T]) -> T:
         ) from error
 
 
-def request_for(
-    config: Config,
-    backend: str,
-    model: str,
-    instance: str,
-    options: object,
-    gpus: tuple[Gpu, ...],
-    instance_data: Path,
-) -> CompileRequest:
-    return CompileRequest(
-        model=model,
-        instance=instance,
-        options=options,
-        settings=config.backends[backend],
-        gpus=gpus,
-        read_text=_read_text,
-        variables=config.variables,
-        directory=instance_data / instance,
-    )
-
-
 def unsatisfiable_entry(
     bound: BoundEntry, error: CompileError, instances: tuple[str, ...]
 ) -> Unsatisfiable:
@@ -74,5 +94,166 @@ def unsatisfiable_entry(
     )
 
 
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+# --- servers that entries share -------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Server:
+    """One server, while the entries are gone through. `troubles` keep it from being followed."""
+
+    name: str
+    backend: Backend
+    reserved: list[Gpu] = field(default_factory=list)
+    entries: list[BoundEntry] = field(default_factory=list)
+    troubles: list[Unsatisfiable] = field(default_factory=list)
+
+    @property
+    def instance(self) -> str:
+        return safe_name(self.name)
+
+
+class Servers:
+    """The shared servers of one desired state."""
+
+    def __init__(
+        self,
+        compiler: Compiler,
+        inventory: GpuInventory,
+        binding: Binding,
+        kept: Mapping[str, str],
+    ) -> None:
+        self.bindings: list[tuple[str, str]] = []
+        self._compiler = compiler
+        self._config = compiler.config
+        self._servers: dict[tuple[str, str], _Server] = {}
+        self._told: list[Unsatisfiable] = []
+        for bound in binding.entries:
+            if (server := self._server(bound.entry.model)) is not None:
+                server.entries.append(bound)
+        for lost in binding.unsatisfiable:
+            if (server := self._server(lost.model)) is not None:
+                server.troubles.append(lost)
+                self._told.append(lost)
+        known = {**kept, **dict(binding.bindings)}
+        for server in self._servers.values():
+            self._reserve(server, inventory, known)
+
+    def takes(self, bound: BoundEntry) -> bool:
+        """Whether an entry is part of a shared server."""
+        return any(bound in server.entries for server in self._servers.values())
+
+    def tells_of(self, trouble: Unsatisfiable) -> bool:
+        """Whether what is wrong with an entry is told of as a trouble of its server."""
+        return trouble in self._told
+
+    def reserves(self, bound: BoundEntry) -> Unsatisfiable | None:
+        """Why an entry cannot have its GPU: a server of others has it for itself."""
+        for server in self._servers.values():
+            taken = {gpu.uuid for gpu in server.reserved} & {gpu.uuid for gpu in bound.gpus}
+            if taken and bound not in server.entries:
+                cause = CompileError(
+                    f"its GPU is reserved for {server.instance}",
+                    hint=f"take it out of `gpus` under backends.{server.backend.name}",
+                )
+                assert bound.instance is not None
+                return unsatisfiable_entry(bound, cause, (bound.instance,))
+        return None
+
+    def compile(self) -> tuple[list[Instance], list[Unsatisfiable]]:
+        """The servers that can be followed, and what of the file cannot be.
+
+        A server that loses a GPU, or an entry to trouble, is frozen as a whole: to start it anew
+        with a smaller set would end everything else in it.
+        """
+        instances: list[Instance] = []
+        troubles: list[Unsatisfiable] = []
+        for _, server in sorted(self._servers.items()):
+            if server.troubles:
+                troubles.append(_frozen(server, server.troubles[0].reason, server.troubles[0].hint))
+                continue
+            if not server.entries:
+                continue
+            try:
+                made, failed = self._compile(server)
+            except CompileError as error:
+                troubles.append(_frozen(server, error.message, error.hint))
+            else:
+                instances.append(made)
+                troubles += failed
+        return instances, troubles
+
+    def _compile(self, server: _Server) -> tuple[Instance, list[Unsatisfiable]]:
+        gpus = _in_bus_order([*server.reserved, *(g for b in server.entries for g in b.gpus)])
+        if server.reserved:
+            own = {gpu.uuid for gpu in server.reserved}
+            if outside := [gpu for gpu in gpus if gpu.uuid not in own]:
+                indices = ", ".join(str(gpu.index) for gpu in outside)
+                raise CompileError(
+                    f"the file has a model of it on GPU {indices}, which is not reserved for it",
+                    hint=f"add it to `gpus` under backends.{server.backend.name}",
+                )
+        members: dict[str, Member] = {}
+        for bound in server.entries:
+            definition = self._config.models[str(bound.entry.model)]
+            before = members[definition.name].gpus if definition.name in members else ()
+            placed = _in_bus_order([*before, *bound.gpus])
+            members[definition.name] = Member(definition.name, definition.options, placed)
+        name = server.backend.name
+        options = next(iter(members.values())).options
+        request = self._compiler.request(name, server.name, server.instance, options, gpus)
+        placements: list[Placement] = []
+        failed: list[Unsatisfiable] = []
+        for member in members.values():
+            try:
+                make = partial(server.backend.compile_placement, request, member)
+                placements.append(called(name, member.model, make))
+            except CompileError as error:
+                failed += [
+                    unsatisfiable_entry(bound, error, (f"{server.instance}/{member.model}",))
+                    for bound in server.entries
+                    if bound.entry.model == member.model
+                ]
+        made = called(
+            name,
+            server.name,
+            lambda: server.backend.compile_server(request, [*members.values()], placements),
+        )
+        return replace(made, place=str(server.entries[0].entry.place)), failed
+
+    def _server(self, model: str | None) -> _Server | None:
+        found = self._config.servers.get(model or "")
+        if model is None or found is None:
+            return None
+        name = self._config.models[model].backend
+        backend = self._compiler.registry.get(name)
+        if backend is None:
+            return None  # as will show where the entry itself is compiled
+        return self._servers.setdefault((name, found), _Server(found, backend))
+
+    def _reserve(self, server: _Server, inventory: GpuInventory, kept: Mapping[str, str]) -> None:
+        settings = self._config.backends[server.backend.name]
+        for text in server.backend.reserved(settings):
+            (key,) = parse_gpu_key(text).keys
+            bound = bind([GpuEntry((key,), None, Place("", 0, 0))], inventory, kept)
+            self.bindings += bound.bindings
+            server.troubles += bound.unsatisfiable
+            server.reserved += [gpu for item in bound.entries for gpu in item.gpus]
+
+
+def _frozen(server: _Server, reason: str, hint: str | None) -> Unsatisfiable:
+    """A server that cannot be followed is left as it is, with all that it has."""
+    gpus = [*server.reserved, *(gpu for bound in server.entries for gpu in bound.gpus)]
+    uuids = [uuid for trouble in server.troubles for uuid in trouble.gpus]
+    return Unsatisfiable(
+        subject=server.instance,
+        reason=reason,
+        gpus=tuple(dict.fromkeys([*(gpu.uuid for gpu in gpus), *uuids])),
+        instances=(server.instance,),
+        model=server.instance,
+        hint=hint,
+    )
+
+
+def _in_bus_order(gpus: Iterable[Gpu]) -> tuple[Gpu, ...]:
+    unique = {gpu.uuid: gpu for gpu in gpus}.values()
+    return tuple(sorted(unique, key=lambda gpu: ((gpu.pci_bus_id or "").lower(), gpu.index)))

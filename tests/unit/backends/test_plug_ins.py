@@ -302,4 +302,5 @@ def test_doctor_says_what_makes_every_command_wait(
     monkeypatch.syspath_prepend(tmp_path)
     ((level, _, text),) = findings("told", "sleepy:Sleepy")
     sys.modules.pop("sleepy", None)
-    assert (level, text.split(" s ")[0]) == ("warn", "sleepy:Sleepy takes 1.1")
+    assert level == "warn"
+    assert text.startswith("sleepy:Sleepy takes ")
