@@ -9,11 +9,16 @@ import difflib
 import json
 import os
 import signal
+import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
-from mic_supervisor.demo.screen import Screen
+import click
+
 from mic_supervisor.demo.world import DemoFailed, World
 
 _PATIENCE = 15.0  # seconds for what takes one
@@ -38,6 +43,37 @@ gpus:
   2: change_face
   3: none
 """
+
+
+class Screen:
+    """Writes to standard output at once, since commands that follow write to the same place."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+
+    def heading(self, text: str) -> None:
+        self._number += 1
+        self._put("")
+        self._put(f"{self._number}. {text}", bold=True)
+
+    def say(self, text: str) -> None:
+        self._put(text)
+
+    def command(self, line: str) -> None:
+        self._put("")
+        self._put(f"$ {line}", fg="cyan")
+
+    def output(self, text: str) -> None:
+        self._put(text.rstrip("\n"))
+
+    def note(self, text: str) -> None:
+        """What a check found out."""
+        self._put(f"=> {text}", fg="green")
+
+    def _put(self, text: str, *, bold: bool = False, fg: str | None = None) -> None:
+        click.echo(text if self._plain else click.style(text, bold=bold or None, fg=fg))
+        sys.stdout.flush()
 
 
 class Model(NamedTuple):
@@ -291,3 +327,74 @@ def _read(url: str, body: bytes | None = None) -> str:
     with opener.open(request, timeout=5.0) as answer:
         text: str = answer.read().decode()
     return text
+
+
+# --- from the beginning to the end --------------------------------------------------------------
+
+
+def play(*, once: bool) -> None:
+    """The tour, and unless `once` a world that stays until Ctrl-C. Leaves nothing behind."""
+    screen = Screen()
+    with _ended_by_signals():
+        world = World()
+        began = time.monotonic()
+        try:
+            Tour(world, screen).play()
+            seconds = time.monotonic() - began
+            if not once:
+                _stay(world, screen)
+        finally:
+            world.close()
+    screen.say("")
+    screen.say(f"The tour took {seconds:.1f} s. Everything of the demo is removed.")
+
+
+def _stay(world: World, screen: Screen) -> None:
+    """Show what the daemon logs, until Ctrl-C or SIGTERM."""
+    screen.heading("Your turn")
+    screen.say(f"The daemon keeps running, and shows itself at {world.url}/")
+    screen.say("In another terminal:")
+    screen.say("")
+    screen.say(f"  . {world.env}")
+    screen.say("  mic-supervisor status")
+    screen.say(f"  $EDITOR {world.config}")
+    screen.say("")
+    screen.say("What the daemon does about it is shown here. Ctrl-C ends the demo.")
+    screen.say("")
+    try:
+        with world.daemon_log.open(errors="replace") as log:
+            log.seek(0, 2)
+            while True:
+                text = log.read()
+                if text:
+                    screen.output(text)
+                elif not world.daemon_runs:
+                    screen.say("The daemon has ended. The models run until Ctrl-C.")
+                    signal.pause()
+                else:
+                    time.sleep(0.2)
+    except (KeyboardInterrupt, _Ended):
+        screen.say("")
+
+
+class _Ended(SystemExit):
+    """SIGTERM or SIGHUP."""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the demo as Ctrl-C does: with everything removed."""
+
+    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise _Ended(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers[:2]:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sys.stdout.flush()
