@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +62,8 @@ def name_of(path: Path, root: Path) -> str:
 def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
     """Every import of a module, wherever it stands, as an absolute name.
 
-    `from a import b` counts as a.b: b may be a module.
+    `from a import b` counts as a.b: b may be a module. So do `a.b`, `getattr(a, "b")` and
+    `import_module("a.b")`, which reach a module by its package; of an f-string its beginning.
     """
     base = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
@@ -71,6 +73,48 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
             prefix = base[: len(base) - node.level + 1] if node.level else []
             stem = [*prefix, *(node.module.split(".") if node.module else [])]
             yield from (Import(node.lineno, ".".join([*stem, a.name])) for a in node.names)
+        elif isinstance(node, ast.Attribute) and _dotted(node).startswith("mic_supervisor."):
+            yield Import(node.lineno, _dotted(node))
+        elif isinstance(node, ast.Call) and node.args:
+            texts = [str(c.value) for c in ast.walk(node) if isinstance(c, ast.Constant)]
+            if _dotted(node.func) == "getattr":
+                texts = [f"{_dotted(node.args[0])}.{text}" for text in texts]
+            elif _dotted(node.func).split(".")[-1] not in ("import_module", "__import__"):
+                continue
+            yield from (Import(node.lineno, text) for text in texts)
+
+
+def _dotted(node: ast.expr) -> str:
+    """ "a.b.c"; "" for what is no plain name."""
+    if isinstance(node, ast.Attribute) and (stem := _dotted(node.value)):
+        return f"{stem}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def circle(sources: dict[str, tuple[str, bool]]) -> list[str]:
+    """Modules that import each other when they run, in a row; none where there is no circle.
+
+    `sources` maps a module to its text and whether it is a package. What stands below
+    TYPE_CHECKING runs never.
+    """
+    graph: dict[str, set[str]] = {}
+    for module, (source, is_package) in sources.items():
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and _dotted(node.test).endswith("TYPE_CHECKING"):
+                node.body = [ast.Pass()]
+        targets = graph[module] = set()
+        for _, target in imports(ast.unparse(tree), module, is_package):
+            while target and target not in sources:
+                target = target.rpartition(".")[0]
+            targets.add(target)
+        targets -= {module, ""}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
 
 
 def upward(source: str, module: str, is_package: bool = False) -> list[str]:
@@ -156,6 +200,24 @@ def test_imports_point_downwards() -> None:
     assert _findings(upward, lambda path: True) == []
 
 
+def test_no_modules_import_each_other() -> None:
+    sources = {
+        name_of(path, PACKAGE): (path.read_text(), path.name == "__init__.py")
+        for path in modules(PACKAGE)
+    }
+    assert circle(sources) == []
+
+
+def test_modules_are_chosen_by_name_in_two_places() -> None:
+    """The commands, and the backends: what is imported there, no test can follow."""
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in modules(PACKAGE)
+        if re.search(r"\b(import_module|__import__|sys\.modules)\b", path.read_text())
+    }
+    assert found == {"cli/__init__.py", "backends/registry.py"}
+
+
 def test_decisions_and_translations_are_pure() -> None:
     assert _findings(impure, lambda path: path.startswith(PURE)) == []
 
@@ -208,6 +270,21 @@ def test_nothing_outside_the_backends_names_one() -> None:
             ],
         ),
         (
+            "mic_supervisor.plan.x",
+            'import_module(f"mic_supervisor.cli.{name}")',
+            ["mic_supervisor.plan.x:1 imports mic_supervisor.cli.: cli is above plan"],
+        ),
+        (
+            "mic_supervisor.plan.x",
+            'import mic_supervisor\nx = getattr(mic_supervisor, "daemon")',
+            ["mic_supervisor.plan.x:2 imports mic_supervisor.daemon: daemon is above plan"],
+        ),
+        (
+            "mic_supervisor.plan.x",
+            "import mic_supervisor.errors\nmic_supervisor.cli",
+            ["mic_supervisor.plan.x:2 imports mic_supervisor.cli: cli is above plan"],
+        ),
+        (
             "mic_supervisor.utils",
             "",
             [f"mic_supervisor.utils belongs to no layer; the layers are {', '.join(LAYERS)}"],
@@ -216,6 +293,21 @@ def test_nothing_outside_the_backends_names_one() -> None:
 )
 def test_upward_finds(module: str, source: str, wrong: list[str]) -> None:
     assert upward(source, module) == wrong
+
+
+@pytest.mark.parametrize(
+    ("b", "found"),
+    [
+        ("import a", ["a", "b", "a"]),
+        ("def f():\n    from a import x", ["a", "b", "a"]),
+        ("from importlib import import_module\nimport_module('a')", ["a", "b", "a"]),
+        ("if TYPE_CHECKING:\n    from a import X", []),
+        ("import c", []),
+    ],
+)
+def test_circle_finds(b: str, found: list[str]) -> None:
+    sources = {"a": ("import b", False), "b": (b, False), "c": ("", False)}
+    assert circle(sources) in (found, ["b", "a", "b"][: len(found)])
 
 
 def test_relative_imports_of_a_package_start_at_itself() -> None:
