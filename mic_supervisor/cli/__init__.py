@@ -1,4 +1,4 @@
-"""The command line: one file per command, and the only place that wires the parts together.
+"""The command line, a file per command or group of small ones; it alone wires the parts together.
 
 Nothing heavy is imported here: a command's module is loaded when the command is called.
 """
@@ -18,30 +18,30 @@ import click
 from mic_supervisor import __version__
 from mic_supervisor.errors import ConfigError, MicError
 
-# name -> (module, the line that --help shows). The line stands here so that --help loads nothing.
+# name -> (module, or module:function; the line that --help shows, which loads nothing).
 COMMANDS = {
     "init": ("init", "Write a first gpus.yaml from this machine."),
-    "check": ("check", "Validate gpus.yaml."),
+    "check": ("file:check", "Validate gpus.yaml."),
     "plan": ("plan", "Show what apply would do, and why."),
     "apply": ("apply", "Converge once, and wait until everything is ready."),
-    "start": ("start", "Give a GPU to a model, in gpus.yaml and in fact."),
-    "stop": ("stop", "Empty a GPU, in gpus.yaml and in fact."),
-    "restart": ("restart", "Restart a model or an instance now."),
-    "retry": ("retry", "Try again now what failed."),
-    "pause": ("pause", "Leave a model or a GPU as it is, whatever happens."),
-    "resume": ("resume", "Look after it again."),
+    "start": ("edit:start", "Give a GPU to a model, in gpus.yaml and in fact."),
+    "stop": ("edit:stop", "Empty a GPU, in gpus.yaml and in fact."),
+    "restart": ("instances:restart", "Restart a model or an instance now."),
+    "retry": ("instances:retry", "Try again now what failed."),
+    "pause": ("instances:pause", "Leave a model or a GPU as it is, whatever happens."),
+    "resume": ("instances:resume", "Look after it again."),
     "status": ("status", "Desired against actual, one row per instance."),
     "doctor": ("doctor", "Check this machine, and say how to fix it."),
     "gpus": ("gpus", "Memory, power, temperature and holders of each GPU."),
-    "models": ("models", "The models that may run, and their backends."),
+    "models": ("file:models", "The models that may run, and their backends."),
     "logs": ("logs", "Show the log of an instance."),
-    "history": ("history", "The last transitions, with cause and duration."),
-    "run": ("run", "The daemon, as systemd starts it."),
-    "reload": ("reload", "Have the daemon read its file again."),
+    "history": ("daemon:history", "The last transitions, with cause and duration."),
+    "run": ("daemon:run", "The daemon, as systemd starts it."),
+    "reload": ("daemon:reload", "Have the daemon read its file again."),
     "export": ("export", "Upstreams for nginx or HAProxy, from what serves now."),
     "kill": ("kill", "End a process that holds a GPU."),
     "down": ("down", "Remove every managed instance."),
-    "schema": ("schema", "Print the JSON Schema of gpus.yaml."),
+    "schema": ("file:schema", "Print the JSON Schema of gpus.yaml."),
     "demo": ("demo", "A guided tour on simulated GPUs."),
 }
 
@@ -61,8 +61,9 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
-        module = import_module(f"mic_supervisor.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = module.command
+        module, _, function = COMMANDS[cmd_name][0].partition(":")
+        found = import_module(f"mic_supervisor.cli.{module}")
+        command: click.Command = getattr(found, function or "command")
         return command
 
     def resolve_command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import Duration, json_option, print_json, targets_option
+from mic_supervisor.cli.progress import show, tell_left_out
 from mic_supervisor.cli.session import order
 
 
@@ -59,12 +59,9 @@ def command(
 
 
 def _report(document: dict[str, Any], *, limited: bool) -> None:
-    from mic_supervisor.plan.render import left_out_line
-
     rows = document["instances"]
-    show_rows(rows, document)
-    for item in document["left_out"]:
-        click.echo(left_out_line(item["instance"], item["action"], item["cause"]))
+    show(rows, document)
+    tell_left_out(document)
     if limited and document["through_daemon"]:
         click.echo("The daemon converges everything else as well; --target chose what to wait for.")
     for text in document["remaining"]["warnings"]:
@@ -75,21 +72,3 @@ def _report(document: dict[str, Any], *, limited: bool) -> None:
         click.echo("Apply: the file asks for no instance there.")
         return
     click.echo(f"Apply: {good} as desired, {bad} not." if bad else f"Apply: {good} as desired.")
-
-
-def show_rows(rows: Iterable[dict[str, Any]], document: dict[str, Any]) -> None:
-    """How it ended: a line per instance, and under it what went wrong and the way out."""
-    from mic_supervisor.cli.progress import outcome
-
-    failures = {item["instance"]: item for item in document["failures"]}
-    hints = {item["instance"]: item["hint"] for item in document["remaining"]["blocked"]}
-    for row in rows:
-        click.echo(outcome(row))
-        failure = failures.get(row["id"], {"reason": "", "hint": None, "told": True})
-        if row["as_desired"]:
-            continue
-        if not failure.get("told"):  # an earlier daemon does not say
-            click.echo(f"    {failure['reason']}")
-        hint = failure["hint"] or hints.get(row["id"])
-        if hint:
-            click.echo(f"    hint: {hint}")

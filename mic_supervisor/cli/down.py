@@ -71,7 +71,7 @@ def _check_paused(
     from mic_supervisor.plan.pauses import held_by
 
     paused = machine.state.memory().paused
-    indices = {gpu.uuid: gpu.index for gpu in observed.inventory.gpus}
+    indices = observed.inventory.indices
     for item in ours:
         identity = item.identity
         held = held_by(paused, identity.model, identity.gpus, indices, observed.at)

@@ -1,19 +1,21 @@
-"""Tells a person what happens while it happens."""
+"""Tells a person what happens while it happens, and how it ended."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.render import left_out_line
 from mic_supervisor.plan.words import gpu_names
 
 if TYPE_CHECKING:
-    from rich.live import Live
+    from rich.table import Table
 
     from mic_supervisor.converge.events import Event
 
@@ -21,85 +23,41 @@ _QUIET = frozenset({Phase.PENDING, Phase.STOPPING})  # the change itself says it
 _GOOD = frozenset({Phase.STARTING, Phase.LOADING, Phase.READY, Phase.UNPROBED})
 
 
-class Lines:
-    """One line per event, for pipes and logs."""
+@contextmanager
+def follow(indices: dict[str, int], *, quiet: bool) -> Iterator[Callable[[Event], None]]:
+    """What to tell of each event: a table on a terminal, lines in a pipe, nothing if `quiet`."""
+    began, changed = time.monotonic(), set[str]()
+    rows: dict[str, tuple[str, str, float]] = {}
 
-    def __init__(self, indices: dict[str, int]) -> None:
-        self._indices = indices
-        self._began = time.monotonic()
-        self._changed: set[str] = set()
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __call__(self, event: Event) -> None:
-        text = line_of(event, self._changed)
-        if text is not None:
-            place = place_of(event.gpus, self._indices)
-            passed = time.monotonic() - self._began
+    def line(event: Event) -> None:
+        if (text := line_of(event, changed)) is not None:
+            passed = time.monotonic() - began
+            place = place_of(event.gpus, indices)
             click.echo(f"{passed:6.1f} s  {place:<7}  {event.instance}: {text}")
 
+    def row(event: Event) -> None:
+        if (text := line_of(event, changed)) is not None:
+            rows[event.instance] = (place_of(event.gpus, indices), text, time.monotonic())
 
-class Table:
-    """One row per instance, redrawn in place, for a terminal."""
+    def draw() -> Table:
+        from rich.table import Table
 
-    def __init__(self, indices: dict[str, int]) -> None:
-        self._indices = indices
-        self._changed: set[str] = set()
-        self._rows: dict[str, tuple[str, str, str, float]] = {}
-        self._live: Live | None = None
-
-    def __enter__(self) -> Table:
-        from rich.live import Live
-
-        self._live = Live(get_renderable=self._draw, refresh_per_second=8, transient=True)
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def __call__(self, event: Event) -> None:
-        text = line_of(event, self._changed)
-        if text is None:
-            return
-        place = place_of(event.gpus, self._indices)
-        phase = event.phase or "" if event.kind == "phase" else event.kind
-        self._rows[event.instance] = (place, phase, text, time.monotonic())
-
-    def _draw(self) -> Any:
-        from rich.table import Table as RichTable
-
-        table = RichTable(box=None, pad_edge=False, header_style="bold")
+        table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("GPU", "INSTANCE", "", "FOR"):
             table.add_column(name, no_wrap=True, overflow="ellipsis")
-        for instance, (place, _, text, at) in sorted(self._rows.items()):
+        for instance, (place, text, at) in sorted(rows.items()):
             table.add_row(place, instance, text, f"{max(0.0, time.monotonic() - at):.0f} s")
         return table
 
-
-class Silence:
-    """Nothing, for who wants a document only."""
-
-    def __enter__(self) -> Silence:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __call__(self, _event: Event) -> None:
-        return None
-
-
-def follow(indices: dict[str, int], *, quiet: bool) -> Lines | Table | Silence:
-    """The right one for where the output goes."""
     if quiet:
-        return Silence()
-    return Table(indices) if sys.stdout.isatty() else Lines(indices)
+        yield lambda _event: None
+    elif not sys.stdout.isatty():
+        yield line
+    else:
+        from rich.live import Live
+
+        with Live(get_renderable=draw, refresh_per_second=8, transient=True):
+            yield row
 
 
 def line_of(event: Event, changed: set[str]) -> str | None:
@@ -142,3 +100,46 @@ def outcome(row: Mapping[str, Any]) -> str:
     why = row["reason"] if row["reason"] and row["phase"] != Phase.READY else ""
     tail = "  ".join(part for part in (row["endpoints"].get("http", ""), why) if part)
     return f"{row['phase']:<9}  {row['id']}  {place}  {tail}".rstrip()
+
+
+def show_rows(rows: Iterable[dict[str, Any]], document: dict[str, Any]) -> None:
+    """How it ended: a line per instance, and under it what went wrong and the way out."""
+    failures = {item["instance"]: item for item in document["failures"]}
+    hints = {item["instance"]: item["hint"] for item in document["remaining"]["blocked"]}
+    for row in rows:
+        click.echo(outcome(row))
+        failure = failures.get(row["id"], {"reason": "", "hint": None, "told": True})
+        if row["as_desired"]:
+            continue
+        if not failure.get("told"):  # an earlier daemon does not say
+            click.echo(f"    {failure['reason']}")
+        hint = failure["hint"] or hints.get(row["id"])
+        if hint:
+            click.echo(f"    hint: {hint}")
+
+
+def on(document: dict[str, Any], uuids: Collection[str]) -> list[dict[str, Any]]:
+    """The rows of a document that have any of these GPUs."""
+    return [
+        row for row in document["instances"] if {gpu["uuid"] for gpu in row["gpus"]} & set(uuids)
+    ]
+
+
+def named(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The rows of an instance, or of a model."""
+    from mic_supervisor.config.names import composed
+
+    return [row for row in document["instances"] if composed(name) in (row["id"], row["model"])]
+
+
+def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:
+    """Print how these ended; the exit status: 0 all well, 3 some, 1 none."""
+    show_rows(rows, document)
+    good = [row["as_desired"] for row in rows]
+    return 0 if good and all(good) else 3 if any(good) else 1
+
+
+def tell_left_out(document: dict[str, Any]) -> None:
+    """What else the file asks for; a daemon sees to that by itself."""
+    for item in document["left_out"]:
+        click.echo(left_out_line(item["instance"], item["action"], item["cause"]))

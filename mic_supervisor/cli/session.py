@@ -201,7 +201,7 @@ def order(
 def _indices(client: Client | None, alone: Alone) -> dict[str, int]:
     """What the GPUs are called. The daemon has one answer per connection, and may go meanwhile."""
     if client is None:
-        return {gpu.uuid: gpu.index for gpu in alone.machine().sources.gpus.observe().gpus}
+        return alone.machine().sources.gpus.observe().indices
     again = daemon()
     gpus = again.call("status", timeout=_ASK_TIMEOUT)["gpus"] if again is not None else ()
     return {gpu["uuid"]: gpu["index"] for gpu in gpus if gpu["index"] is not None}

@@ -1,4 +1,4 @@
-"""What start, stop, restart and retry have in common: one entry or instance, and its outcome."""
+"""start and stop: they edit the file, and wait until the machine follows it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
-from mic_supervisor.cli.session import order
+from mic_supervisor.cli.progress import named, on, show, tell_left_out
+from mic_supervisor.cli.session import ask, order, reach
+from mic_supervisor.config.names import composed
 from mic_supervisor.errors import ConfigError, LockHeld, MicError
 
 if TYPE_CHECKING:
@@ -54,6 +55,116 @@ gpu_option = click.option(
 )
 
 
+@click.command(name="start")
+@click.argument("model")
+@gpu_option
+def start(model: str, keys: tuple[GpuKey, ...]) -> int:
+    """Give a GPU to MODEL in gpus.yaml, and wait until it is ready.
+
+    The file keeps its comments and its layout; a range is split. A GPU that another model has is
+    not taken from it: stop that one first. What else the file asks for is told as left out, and is
+    up to apply, or to the daemon. Exits with 0 when the model is ready, 1 otherwise.
+    """
+    found = wiring.settings()
+    model, where = composed(model), shown(keys)
+    reach()
+    with opened(found, keys, f"start {model} on {where}") as file:
+        _check_model(file, model)
+        _check_free(file, model, where)
+        check_paused(file, model)
+        before = "none" if file.entry is not None else None
+        if file.model == model:
+            click.echo(f"{found.config}: {where} is {model} already.")
+        else:
+            _check_unlisted(file, model, where)
+            file.put(model)
+            told_edit(found.config, where, before, model)
+    document = apply_edit(found, f"start {model}", file.uuids)
+    rows = on(document, file.uuids) or named(document, model)
+    code = show(rows, document)
+    tell_left_out(document)
+    return code
+
+
+@click.command(name="stop")
+@click.argument("model", required=False)
+@gpu_option
+def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
+    """Have gpus.yaml keep a GPU empty, and wait until it is.
+
+    The file keeps its comments and its layout; a range is split, and the GPU gets `none`. With
+    MODEL nothing happens if another one is there. Exits with 0 when the GPU is empty of ours.
+    """
+    found = wiring.settings()
+    where = shown(keys)
+    what = f"stop {model} on {where}" if model else f"stop what is on {where}"
+    reach()
+    with opened(found, keys, what) as file:
+        if model is not None and composed(model) != file.model:
+            has = file.model or ("none" if file.entry is not None else "no entry")
+            raise MicError(
+                f"cannot {what}: {found.config} has {has} there",
+                hint="see `mic-supervisor status`",
+            )
+        check_paused(file, file.model)
+        if file.entry is not None and file.model is None:
+            click.echo(f"{found.config}: {where} is none already.")
+        else:
+            before = file.model
+            file.put(None)
+            told_edit(found.config, where, before, "none")
+    document = apply_edit(found, "stop", file.uuids)
+    if not file.uuids:
+        raise MicError(
+            f"cannot tell whether {where} is empty: that GPU is not to be seen",
+            hint="see `mic-supervisor gpus`",
+        )
+    left = on(document, file.uuids)
+    if left:
+        show(left, document)
+        return 1
+    click.echo(f"{where} is empty.")
+    tell_left_out(document)
+    return 0
+
+
+def _check_model(file: Opened, model: str) -> None:
+    from mic_supervisor.config import diagnostics
+
+    if model in file.config.models:
+        return
+    meant = diagnostics.closest(model, file.config.models)
+    known = ", ".join(sorted(file.config.models)) or "none"
+    raise MicError(
+        f"cannot {file.action}: {file.config.path} has no model {diagnostics.show(model)}",
+        hint=f"did you mean {meant}?" if meant is not None else f"known are {known}",
+    )
+
+
+def _check_free(file: Opened, model: str, where: str) -> None:
+    if file.model in (None, model):
+        return
+    assert file.entry is not None  # it has a model
+    holds = shown(file.entry.keys)
+    raise MicError(
+        f"cannot {file.action}: {where} is taken by {file.model}"
+        + (f", which has {holds}" if len(file.entry.keys) > 1 else ""),
+        hint=way_out(file.entry.keys),
+    )
+
+
+def _check_unlisted(file: Opened, model: str, where: str) -> None:
+    """What runs there and the file no longer names would be stopped: that is for `stop` to say."""
+    for row in on(ask("status"), file.uuids):
+        alive = row["container_id"] or row["unit"] or row["pid"]
+        if alive and row["model"] != model and file.entry is None:
+            raise MicError(
+                f"cannot {file.action}: {where} is taken by {row['model']} ({row['id']}), "
+                "which the file no longer names",
+                hint=way_out(file.keys),
+            )
+
+
 def shown(keys: Iterable[GpuKey]) -> str:
     """ "GPU 1", "GPU 3,4", "GPU-f15ae561-…"."""
     keys = tuple(keys)
@@ -78,6 +189,7 @@ class Opened:
     what is followed.
     """
 
+    machine: wiring.Machine
     file: LockedFile
     config: Config
     entry: GpuEntry | None
@@ -113,9 +225,8 @@ class Opened:
         if after == text:
             return False
         data = self.file.encode(after)
-        found = wiring.settings()
         try:
-            _load(found, data)
+            _load(self.machine, data)
         except ConfigError as error:
             raise ConfigError(
                 error.message, rendered=error.rendered, hint=f"{path} was left as it was"
@@ -124,15 +235,15 @@ class Opened:
         return True
 
 
-def check_paused(found: Settings, file: Opened, model: str | None) -> None:
+def check_paused(file: Opened, model: str | None) -> None:
     """Refuse to write what would not be followed. Raises MicError."""
     from mic_supervisor.plan.pauses import held_by
 
-    machine = wiring.machine(found, create_key=False)
+    machine = file.machine
     paused = machine.state.memory().paused
     if not paused:
         return
-    indices = {gpu.uuid: gpu.index for gpu in machine.sources.gpus.observe().gpus}
+    indices = machine.sources.gpus.observe().indices
     held = held_by(paused, model or "", file.uuids, indices, time.time())
     if held is not None:
         raise MicError(f"cannot {file.action}: {held[0]}", hint=held[1])
@@ -145,34 +256,30 @@ def opened(found: Settings, keys: tuple[GpuKey, ...], action: str) -> Iterator[O
     `action` is what is to be done, for errors: "start MAM on GPU 1".
     """
     from mic_supervisor.config.edit import locked
-
-    with locked(found.config) as file:
-        config = _load(found, file.data)
-        entry, keys, uuids = _find(found, config, keys, action)
-        why = _doubt(wiring.machine(found, create_key=False), config)
-        yield Opened(file, config, entry, keys, uuids, action, why)
-
-
-def _doubt(machine: wiring.Machine, config: Config) -> str | None:
-    """Why the file is not to be followed as it is. A first file has nothing to lose."""
     from mic_supervisor.daemon.generations import has_accepted
 
-    return wiring.unconfirmed(machine, config) if has_accepted(machine.state) else None
+    machine = wiring.machine(found, create_key=False)
+    with locked(found.config) as file:
+        config = _load(machine, file.data)
+        entry, keys, uuids = _find(machine, config, keys, action)
+        # A first file has nothing to lose.
+        why = wiring.unconfirmed(machine, config) if has_accepted(machine.state) else None
+        yield Opened(machine, file, config, entry, keys, uuids, action, why)
 
 
-def _load(found: Settings, data: bytes) -> Config:
+def _load(machine: wiring.Machine, data: bytes) -> Config:
     from mic_supervisor.config.load import load
 
-    return load(found.config, Registry(), environ=found.environ, data=data)
+    found = machine.settings
+    return load(found.config, machine.registry, environ=found.environ, data=data)
 
 
 def _find(
-    found: Settings, config: Config, keys: tuple[GpuKey, ...], action: str
+    machine: wiring.Machine, config: Config, keys: tuple[GpuKey, ...], action: str
 ) -> tuple[GpuEntry | None, tuple[GpuKey, ...], tuple[str, ...]]:
     """The entry of these GPUs, how it spells them, and their UUIDs."""
     from mic_supervisor.desired.bind import bind
 
-    machine = wiring.machine(found, create_key=False)
     inventory = machine.sources.gpus.observe()
     bindings = machine.state.memory().bindings
     of_file = {
@@ -228,37 +335,6 @@ def apply_edit(found: Settings, command: str, uuids: Collection[str]) -> dict[st
         raise LockHeld(
             error.message, hint="the file is edited; when that is over: mic-supervisor apply"
         ) from error
-
-
-def on(document: dict[str, Any], uuids: Collection[str]) -> list[dict[str, Any]]:
-    """The rows of a document that have any of these GPUs."""
-    return [
-        row for row in document["instances"] if {gpu["uuid"] for gpu in row["gpus"]} & set(uuids)
-    ]
-
-
-def named(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The rows of an instance, or of a model."""
-    from mic_supervisor.config.names import composed
-
-    return [row for row in document["instances"] if composed(name) in (row["id"], row["model"])]
-
-
-def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:
-    """Print how these ended; the exit status: 0 all well, 3 some, 1 none."""
-    from mic_supervisor.cli.apply import show_rows
-
-    show_rows(rows, document)
-    good = [row["as_desired"] for row in rows]
-    return 0 if good and all(good) else 3 if any(good) else 1
-
-
-def tell_left_out(document: dict[str, Any]) -> None:
-    """What else the file asks for; a daemon sees to that by itself."""
-    from mic_supervisor.plan.render import left_out_line
-
-    for item in document["left_out"]:
-        click.echo(left_out_line(item["instance"], item["action"], item["cause"]))
 
 
 def told_edit(path: Path, where: str, before: str | None, after: str) -> None:

@@ -1,0 +1,123 @@
+"""The daemon: run, reload, history."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from typing import Any
+
+import click
+
+from mic_supervisor.cli import wiring
+from mic_supervisor.cli.common import json_option, print_json
+from mic_supervisor.errors import MicError
+
+_LOCK_PATIENCE = 60.0  # seconds: an apply that runs now is let finish
+
+
+@click.command(name="run")
+def run() -> int:
+    """The daemon: keep this machine as the file says, for as long as it is up.
+
+    What systemd starts. Ends with SIGTERM; instances keep running unless MIC_ON_STOP=stop.
+    """
+    import asyncio
+
+    from mic_supervisor.daemon.log import set_up
+    from mic_supervisor.daemon.supervisor import Supervisor
+    from mic_supervisor.host.lock import writer
+    from mic_supervisor.http.server import serving
+
+    found = wiring.settings()
+    serve = serving(found)
+    set_up(found.log_level, found.log_format, journal="JOURNAL_STREAM" in os.environ)
+    with writer(found.lock_path, "mic-supervisor run", _LOCK_PATIENCE):
+        machine = wiring.machine(found, create_key=True)
+
+        async def supervise() -> None:
+            supervisor = Supervisor(
+                settings=found,
+                registry=machine.registry,
+                sources=machine.sources,
+                state=machine.state,
+                context=machine.context,
+            )
+            await supervisor.run(serve)
+
+        # Not asyncio.run, which waits without an end for threads that hang.
+        asyncio.new_event_loop().run_until_complete(supervise())
+    return 0
+
+
+@click.command(name="reload")
+@click.option("--wait", is_flag=True, help="Wait until the file was accepted or rejected.")
+def reload(wait: bool) -> int:
+    """Have the daemon read its file again, and confirm what the file no longer names.
+
+    What `systemctl reload mic` calls. With --wait it exits with 1 and prints the errors when the
+    file is rejected; then what ran before keeps running. Without, it only says that the daemon was
+    asked.
+    """
+    from mic_supervisor.daemon.client import Client
+
+    found = wiring.settings()
+    client = Client.connect(found.socket)
+    if client is None:
+        raise MicError(
+            f"cannot reload: no daemon listens on {found.socket}",
+            hint="start it with: systemctl start mic",
+        )
+    if not wait:
+        client.send("reload")
+        click.echo("The daemon reads its file now; `mic-supervisor status` tells the outcome.")
+        return 0
+    result = client.call("reload", timeout=60.0)
+    if result["changed"]:
+        click.echo(f"Generation {result['generation']} accepted.")
+    else:
+        click.echo(f"Generation {result['generation']} runs already; nothing changed.")
+    return 0
+
+
+@click.command(name="history")
+@click.argument("instance", required=False)
+@json_option
+def history(instance: str | None, as_json: bool) -> int:
+    """The last 1,000 transitions, oldest first, with their cause and how long they took.
+
+    INSTANCE is an instance's id or a model.
+    """
+    from dataclasses import asdict
+
+    from mic_supervisor.daemon.history import read
+    from mic_supervisor.host.identity import host_name
+
+    found = wiring.settings()
+    events = [
+        asdict(event)
+        for event in read(found.scope_state_dir / "history.jsonl")
+        if instance in (None, event.instance, event.model)
+    ]
+    if as_json:
+        print_json({"version": 1, "host": host_name(), "events": events})
+        return 0
+    for event in events:
+        click.echo(_line(event))
+    if not events:
+        click.echo("Nothing is recorded yet.")
+    return 0
+
+
+def _line(event: dict[str, Any]) -> str:
+    at = datetime.fromtimestamp(event["at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    took = "" if event["seconds"] is None else f" ({event['seconds']:.1f} s)"
+    kind, phase = event["kind"], event["phase"]
+    if kind == "phase":
+        was = f"{event['was']} -> " if event["was"] else ""
+        text = f"{was}{phase}{took}" + (f": {event['text']}" if event["text"] else "")
+    elif kind in ("begin", "done", "failed"):
+        word = {"begin": "begins", "done": "done", "failed": "failed"}[kind]
+        text = f"{phase} {word}{took}: {event['text']}"
+    else:
+        text = event["text"]
+    return f"{at}  {event['instance']}: {text}"

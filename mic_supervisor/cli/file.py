@@ -1,0 +1,65 @@
+"""What the file says: check, models, schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mic_supervisor.cli.common import json_option, print_json, print_rows
+from mic_supervisor.errors import ConfigError
+
+
+@click.command(name="check")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+def check(file: Path | None) -> None:
+    """Validate gpus.yaml, or FILE, with its drop-ins.
+
+    Reports every error at once and needs no GPU, no Docker and no root. Paths and images that the
+    file names are not looked for: plan does that.
+    """
+    from mic_supervisor.backends.registry import Registry
+    from mic_supervisor.cli import wiring
+    from mic_supervisor.views.config import summary
+
+    found = wiring.settings()
+    try:
+        config = wiring.load_config(found, file, Registry())
+    except ConfigError:
+        if found.unread is not None:
+            click.echo(f"note: {found.unread}; what it sets counts as unset", err=True)
+        raise
+    click.echo(f"{config.path}: {summary(config)}")
+
+
+@click.command(name="models")
+@json_option
+def models(as_json: bool) -> None:
+    """List the models that may run, their backends, and the GPUs that the file gives them.
+
+    What really runs is shown by status.
+    """
+    from mic_supervisor.backends.registry import Registry
+    from mic_supervisor.cli import wiring
+    from mic_supervisor.host.identity import host_name
+    from mic_supervisor.views.config import models_document
+
+    config = wiring.load_config(wiring.settings(), None, Registry())
+    document = models_document(config, host_name())
+    if as_json:
+        print_json(document)
+        return
+    rows = [(row["name"], row["backend"], " ".join(row["gpus"])) for row in document["models"]]
+    print_rows("MODEL BACKEND GPUS", rows, gives="MODEL")
+
+
+@click.command(name="schema")
+def schema() -> None:
+    """Print the JSON Schema of gpus.yaml.
+
+    Editors that know YAML use it for completion. Plug-ins that are installed are part of it.
+    """
+    from mic_supervisor.backends.registry import Registry
+    from mic_supervisor.config.schema import json_schema
+
+    print_json(json_schema(Registry()))
