@@ -15,6 +15,7 @@ from mic_supervisor.converge.http_calls import NoAnswer
 from mic_supervisor.converge.observe import Sources
 from mic_supervisor.converge.probes import Checker, Target
 from mic_supervisor.errors import LoadFailed, MicError, ReleaseFailed, StopFailed
+from mic_supervisor.gpu.owners import annotate, managed_refs
 from mic_supervisor.model import GpuInventory, LoadState, RuntimeView
 from mic_supervisor.plan.actions import (
     Create,
@@ -136,8 +137,6 @@ class Steps:
             await asyncio.sleep(_RELEASE_LOOK)
 
     def _with_former(self, step: Release) -> GpuInventory:
-        from mic_supervisor.gpu.owners import annotate, managed_refs
-
         views = [RuntimeView(item.runtime, (item,)) for item in step.former]
         return annotate(self._sources.gpus.observe(), managed_refs(views))
 

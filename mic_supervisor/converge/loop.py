@@ -29,8 +29,7 @@ from mic_supervisor.errors import (
     ReleaseFailed,
     StopFailed,
 )
-from mic_supervisor.gpu.events import XidRecord
-from mic_supervisor.gpu.faults import with_xids
+from mic_supervisor.gpu.events import XidRecord, with_xids
 from mic_supervisor.host.identity import host_name
 from mic_supervisor.model import DesiredState, GpuInventory, ObservedState, ObservedWorkload
 from mic_supervisor.plan.actions import (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mic_supervisor.gpu import GpuSource
+from mic_supervisor.gpu.owners import annotate, managed_refs
 from mic_supervisor.model import (
     DesiredState,
     GpuInventory,
@@ -89,8 +90,6 @@ def _with_doubtful_gpus(view: RuntimeView, inventory: GpuInventory) -> RuntimeVi
 def _with_owners(inventory: GpuInventory, views: tuple[RuntimeView, ...]) -> GpuInventory:
     if not any(gpu.processes for gpu in inventory.gpus):
         return inventory
-    from mic_supervisor.gpu.owners import annotate, managed_refs
-
     return annotate(inventory, managed_refs(views))
 
 

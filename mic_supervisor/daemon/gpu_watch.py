@@ -13,13 +13,13 @@ from mic_supervisor.daemon.log import LOGGER
 from mic_supervisor.daemon.parts import in_thread
 from mic_supervisor.errors import MicError
 from mic_supervisor.gpu.events import (
+    SAYS,
     XidEvent,
     XidRecord,
     XidSeverity,
     counted,
     watcher_of,
 )
-from mic_supervisor.gpu.faults import SAYS
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot

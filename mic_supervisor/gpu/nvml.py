@@ -17,8 +17,7 @@ from typing import Any
 from mic_supervisor import clocks
 from mic_supervisor.gpu import telemetry
 from mic_supervisor.gpu.contained import Contained, DidNotReturn
-from mic_supervisor.gpu.events import RECOVERY_ACTION, recovery_action
-from mic_supervisor.gpu.faults import trouble_of
+from mic_supervisor.gpu.events import RECOVERY_ACTION, recovery_action, trouble_of
 from mic_supervisor.gpu.guests import Guests
 from mic_supervisor.gpu.nvml_errors import (
     ARGUMENT_VERSION_MISMATCH,

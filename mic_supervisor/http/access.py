@@ -1,4 +1,7 @@
-"""Who may ask: loopback, holders of a token, or everybody when that is said to be meant."""
+"""Who may ask: loopback, holders of a token, or everybody when that is said to be meant.
+
+And whether it is a browser that wants a page, or a program that wants a document.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1: what a header can carry
 _SHORTEST = 16
+_PAGE = ("text/html", "application/xhtml+xml")
+_DOCUMENT = ("application/json", "application/*")
 _MAKE = "make one with: openssl rand -hex 32"
 
 
@@ -73,3 +78,28 @@ def _read(path: Path) -> bytes:
             hint=_MAKE,
         )
     return text.encode()
+
+
+def wants_html(accept: str | None) -> bool:
+    """Only who names HTML gets it, and only if it is not liked less than JSON.
+
+    `*/*` is what curl, requests and the clients of the former service send: they get JSON.
+    """
+    weights: dict[str, float] = {}
+    for part in (accept or "").split(","):
+        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weights[media] = _weight(parameters)
+    html = max((weights[media] for media in _PAGE if media in weights), default=0.0)
+    document = max((weights[media] for media in _DOCUMENT if media in weights), default=0.0)
+    return html > 0 and html >= document
+
+
+def _weight(parameters: list[str]) -> float:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0

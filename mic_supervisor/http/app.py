@@ -13,7 +13,7 @@ from fastapi.security import HTTPBearer
 
 from mic_supervisor import __version__
 from mic_supervisor.http import documents, metrics, page
-from mic_supervisor.http.accept import wants_html
+from mic_supervisor.http.access import wants_html
 from mic_supervisor.http.documents import LivenessStatus
 from mic_supervisor.http.readonly import UNGUARDED, ReadOnly, command_for, refusal
 from mic_supervisor.http.views import JSON, Answer, Views, encode

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
     from mic_supervisor.converge.events import Event
     from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.published import Published
-    from mic_supervisor.http.samples import Sample
+    from mic_supervisor.http.published import Published, Sample
     from mic_supervisor.http.views import Answer, Views
     from mic_supervisor.model import Gpu
 

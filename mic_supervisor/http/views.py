@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.converge.sources import PATIENCE
+from mic_supervisor.http.published import Samples
 from mic_supervisor.http.redact import Scrubber
-from mic_supervisor.http.samples import Samples
 from mic_supervisor.http.verdict import judge
 
 if TYPE_CHECKING:

@@ -274,7 +274,7 @@ def test_ten_thousand_looks_grow_nothing(tmp_path: Path) -> None:
     program = """
 import os, resource, sys, time
 from mic_supervisor.gpu.nvml import NvmlSource
-from mic_supervisor.gpu.faults import with_xids
+from mic_supervisor.gpu.events import with_xids
 from mic_supervisor.converge.observe import combine
 def look(source):
     inventory = with_xids(source.observe(), (), 0.0)

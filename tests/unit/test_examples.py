@@ -10,7 +10,7 @@ import yaml
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config import load
 from mic_supervisor.desired import desired_state
-from mic_supervisor.gpu.simulated import SimulatedSource
+from mic_supervisor.gpu.source import SimulatedSource
 from mic_supervisor.model import DesiredState
 from tests.support.mic import Mic
 

@@ -21,7 +21,7 @@ from mic_supervisor.converge.http_calls import Answer, HttpCalls, NoAnswer
 from mic_supervisor.converge.observe import Sources
 from mic_supervisor.converge.probes import Checker
 from mic_supervisor.errors import CompileError, MicError, StopFailed
-from mic_supervisor.gpu.none import NoSource
+from mic_supervisor.gpu.source import NoSource
 from mic_supervisor.model import HttpCall
 from mic_supervisor.plan.actions import Drain
 from tests.unit.plan.builders import on, program, workload

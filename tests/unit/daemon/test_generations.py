@@ -16,7 +16,7 @@ from mic_supervisor.converge.state import StateDir
 from mic_supervisor.daemon.generations import Generations, Reloaded, accept
 from mic_supervisor.desired import desired_state
 from mic_supervisor.errors import MicError
-from mic_supervisor.gpu.simulated import SimulatedSource
+from mic_supervisor.gpu.source import SimulatedSource
 from mic_supervisor.model import ObservedState, ObservedWorkload, RunState, RuntimeView
 from mic_supervisor.plan.actions import Remove, Start, Stop
 from mic_supervisor.plan.assess import Context, assess

@@ -25,9 +25,8 @@ from mic_supervisor.gpu.events import (
     watcher_of,
 )
 from mic_supervisor.gpu.guests import Guests
-from mic_supervisor.gpu.none import NoSource
 from mic_supervisor.gpu.nvml import NvmlSource
-from mic_supervisor.gpu.simulated import SimulatedSource
+from mic_supervisor.gpu.source import NoSource, SimulatedSource
 from tests.mock_nvml import MockGpu, MockNvml, mock_uuid
 from tests.support.waiting import until
 

@@ -6,8 +6,7 @@ import pytest
 
 from mic_supervisor.gpu.contained import Contained, DidNotReturn
 from mic_supervisor.gpu.nvml import NvmlSource
-from mic_supervisor.gpu.simulated import SimulatedSource
-from mic_supervisor.gpu.source import open_source
+from mic_supervisor.gpu.source import SimulatedSource, open_source
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mic_supervisor.config.settings import Settings, load_settings
 from mic_supervisor.errors import MicError
-from mic_supervisor.http.access import Access, access_of
+from mic_supervisor.http.access import Access, access_of, wants_html
 from tests.unit.http import views_of
 from tests.unit.http.ask import Site
 
@@ -120,3 +122,35 @@ def test_without_the_token_nothing_is_told_but_life() -> None:
         assert site(path, headers={"Authorization": f"Bearer {TOKEN}"}).status != 401
     assert site("/api/v1/models/start", "POST").status == 401
     assert site("/healthz").status == 200
+
+
+# --- a page or a document -----------------------------------------------------------------------
+
+CHROMIUM = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
+
+
+@pytest.mark.parametrize(
+    ("accept", "page"),
+    [
+        (CHROMIUM, True),
+        ("text/html", True),
+        ("TEXT/HTML; charset=utf-8", True),
+        ("application/json;q=0.5, text/html", True),
+        (None, False),
+        ("", False),
+        ("*/*", False),
+        ("text/*", False),
+        ("application/json", False),
+        ("application/json, text/html;q=0.9", False),
+        ("text/html;q=0", False),
+        ("text/html;q=nonsense", False),
+        ("application/json, text/plain, */*", False),
+    ],
+)
+def test_only_who_names_html_gets_the_page(accept: str | None, page: bool) -> None:
+    assert wants_html(accept) is page
+
+
+@given(st.text(alphabet="text/html,;q=.01*application json"))
+def test_no_header_is_too_strange(accept: str) -> None:
+    assert wants_html(accept) in (True, False)

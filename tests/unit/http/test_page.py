@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from mic_supervisor.http import page
 from mic_supervisor.http.page import Sparkline, duration, sparkline
-from mic_supervisor.http.published import Published
-from mic_supervisor.http.samples import KEPT, Sample, Samples
+from mic_supervisor.http.published import KEPT, Published, Sample, Samples
 from mic_supervisor.model import GpuInventory
 from mic_supervisor.views.status import GpuState
 from tests.unit.http import views_of

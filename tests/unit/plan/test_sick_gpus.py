@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mic_supervisor.gpu.events import RecoveryAction, XidRecord, XidSeverity
-from mic_supervisor.gpu.faults import XID_COUNTS, trouble_of, with_xids
+from mic_supervisor.gpu.events import (
+    XID_COUNTS,
+    RecoveryAction,
+    XidRecord,
+    XidSeverity,
+    trouble_of,
+    with_xids,
+)
 from mic_supervisor.model import (
     Gpu,
     GpuInventory,
