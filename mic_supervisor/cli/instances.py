@@ -40,14 +40,14 @@ def retry(name: str) -> int:
 
 @click.command(name="pause")
 @click.argument("name", metavar="MODEL|GPU")
-@click.option("--reason", help="What is told to whoever wonders.")
+@click.option("--reason", help="Shown wherever the pause is.")
 def pause(name: str, reason: str | None) -> int:
-    """Leave a model, or whatever is on a GPU, as it is until it is resumed.
+    """Leave a model, or whatever is on a GPU, alone until it is resumed.
 
-    Nothing of it is started, restarted, replaced, stopped or removed meanwhile, whatever happens
-    and whatever the file says; probes go on, and failures are not counted. A GPU is named by its
-    index, UUID or PCI bus id; 3,4 and 0-3 name several. What is being done for it is finished first
-    where something was stopped for it already; this command waits for that.
+    Nothing of it is started, restarted, replaced, stopped or removed meanwhile, whatever the file
+    says. Probes go on, and failures are not counted. A GPU is named by its index, UUID or PCI bus
+    id; 3,4 and 0-3 name several. A change that has stopped something already is finished first;
+    this command waits for that.
     """
     params = {"names": [name], "reason": reason}
     document = order("pause", params, command=f"pause {name}")
@@ -63,7 +63,7 @@ def pause(name: str, reason: str | None) -> int:
 @click.argument("name", metavar="MODEL|GPU", required=False)
 @click.option("--all", "everything", is_flag=True, help="Whatever is paused.")
 def resume(name: str | None, everything: bool) -> int:
-    """Look after a paused model or GPU again, and wait until it is as the file says.
+    """Manage a paused model or GPU again, and wait until it is as the file says.
 
     Without a daemon nothing is started before the next apply. Exits with 0 when its instances are
     ready, 3 when some are not, 1 when none is.

@@ -200,6 +200,13 @@ def test_imports_point_downwards() -> None:
     assert _findings(upward, lambda path: True) == []
 
 
+def test_the_architecture_lists_every_layer() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.partition("| Layer | Holds |")[2].partition("\n\n")[0]
+    firsts = [row.split("|")[1] for row in table.splitlines()[2:]]
+    assert tuple(re.findall(r"`(\w+)`", " ".join(firsts))) == LAYERS
+
+
 def test_no_modules_import_each_other() -> None:
     sources = {
         name_of(path, PACKAGE): (path.read_text(), path.name == "__init__.py")
