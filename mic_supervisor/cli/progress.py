@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mic_supervisor.config.names import composed
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.render import left_out_line
 from mic_supervisor.plan.words import gpu_names
@@ -102,8 +103,23 @@ def outcome(row: Mapping[str, Any]) -> str:
     return f"{row['phase']:<9}  {row['id']}  {place}  {tail}".rstrip()
 
 
-def show_rows(rows: Iterable[dict[str, Any]], document: dict[str, Any]) -> None:
-    """How it ended: a line per instance, and under it what went wrong and the way out."""
+def on(document: dict[str, Any], uuids: Collection[str]) -> list[dict[str, Any]]:
+    """The rows of a document that have any of these GPUs."""
+    return [
+        row for row in document["instances"] if {gpu["uuid"] for gpu in row["gpus"]} & set(uuids)
+    ]
+
+
+def named(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The rows of an instance, or of a model."""
+    return [row for row in document["instances"] if composed(name) in (row["id"], row["model"])]
+
+
+def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:
+    """Print how these ended, with what went wrong and the way out.
+
+    The exit status: 0 all are as desired, 3 some are, 1 none is.
+    """
     failures = {item["instance"]: item for item in document["failures"]}
     hints = {item["instance"]: item["hint"] for item in document["remaining"]["blocked"]}
     for row in rows:
@@ -116,25 +132,6 @@ def show_rows(rows: Iterable[dict[str, Any]], document: dict[str, Any]) -> None:
         hint = failure["hint"] or hints.get(row["id"])
         if hint:
             click.echo(f"    hint: {hint}")
-
-
-def on(document: dict[str, Any], uuids: Collection[str]) -> list[dict[str, Any]]:
-    """The rows of a document that have any of these GPUs."""
-    return [
-        row for row in document["instances"] if {gpu["uuid"] for gpu in row["gpus"]} & set(uuids)
-    ]
-
-
-def named(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The rows of an instance, or of a model."""
-    from mic_supervisor.config.names import composed
-
-    return [row for row in document["instances"] if composed(name) in (row["id"], row["model"])]
-
-
-def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:
-    """Print how these ended; the exit status: 0 all well, 3 some, 1 none."""
-    show_rows(rows, document)
     good = [row["as_desired"] for row in rows]
     return 0 if good and all(good) else 3 if any(good) else 1
 
