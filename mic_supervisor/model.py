@@ -231,6 +231,13 @@ Workload = ContainerSpec | ProcessSpec
 
 
 # --- Probes -----------------------------------------------------------------------------------
+#
+# They are remembered, so that what runs by an earlier specification can be asked by it. `kind` says
+# which check it was.
+
+# A probe that a later version wrote, with something that this one does not know, is no probe: what
+# it would ask is unknown.
+_WHOLE = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,11 +253,15 @@ class HttpCheck:
     port: str = "http"
     expect: Pairs = ()
     listed: Pairs = ()
+    kind: Literal["http"] = field(default="http", kw_only=True)
+    __pydantic_config__ = _WHOLE
 
 
 @dataclass(frozen=True, slots=True)
 class TcpCheck:
     port: str = "http"
+    kind: Literal["tcp"] = field(default="tcp", kw_only=True)
+    __pydantic_config__ = _WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +269,16 @@ class ExecCheck:
     """A command, run on the host for a process and inside the container for a container."""
 
     command: tuple[str, ...]
+    kind: Literal["exec"] = field(default="exec", kw_only=True)
+    __pydantic_config__ = _WHOLE
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCheck:
     """The health check that the image itself declares, as the engine reports it."""
+
+    kind: Literal["engine"] = field(default="engine", kw_only=True)
+    __pydantic_config__ = _WHOLE
 
 
 Check = HttpCheck | TcpCheck | ExecCheck | EngineCheck
@@ -274,6 +290,11 @@ class Probe:
     period: float = 5.0  # seconds from the end of one try to the next
     timeout: float = 3.0  # seconds
     failures: int = 3  # in a row, until it counts
+    __pydantic_config__ = _WHOLE
+
+    def __post_init__(self) -> None:
+        if min(self.period, self.timeout, self.failures) <= 0:
+            raise ValueError(f"{self} would never be asked, or never count")
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +304,7 @@ class Probes:
     startup: Probe | None = None
     liveness: Probe | None = None
     readiness: Probe | None = None
+    __pydantic_config__ = _WHOLE
 
 
 # --- Placements: models inside a server -------------------------------------------------------

@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.apply import Steps
@@ -23,25 +23,18 @@ from mic_supervisor.converge.publisher import Publisher
 from mic_supervisor.converge.snapshot import Desired, Snapshot
 from mic_supervisor.converge.sources import read_in
 from mic_supervisor.converge.tasks import Threads
-from mic_supervisor.errors import (
-    LoadFailed,
-    MicError,
-    ReleaseFailed,
-    StopFailed,
-)
+from mic_supervisor.errors import LoadFailed, MicError
 from mic_supervisor.gpu.events import XidRecord, with_xids
 from mic_supervisor.host.identity import host_name
 from mic_supervisor.model import DesiredState, GpuInventory, ObservedState, ObservedWorkload
+from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import (
     Change,
     Create,
-    Drain,
     Load,
     Plan,
     Prepare,
-    Release,
     Restart,
-    Start,
     Step,
     Stop,
     Unload,
@@ -50,49 +43,30 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.assess import Assessment, Context, is_alive
 from mic_supervisor.plan.fallback import as_it_runs
-from mic_supervisor.plan.health import (
-    Phase,
-    is_of_the_specification,
-    note_failure,
-    note_load_failure,
-)
-from mic_supervisor.plan.loads import memory_key
+from mic_supervisor.plan.health import Phase, phase_of_step
 from mic_supervisor.plan.look import Look, look
 from mic_supervisor.plan.memory import Floor, Memory, Pause
 from mic_supervisor.plan.release import floor_of
 from mic_supervisor.plan.selection import Selection
-from mic_supervisor.plan.status import InstanceStatus, Trouble
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke
 CRASH_WATCH = 0.5  # seconds between two rounds while something starts
 QUEUE_WATCH = 2.0  # seconds between two rounds while something waits for a stranger to go
-_LANE_REST = 1.0  # seconds before a lane in which something failed is tried again
-
-_PHASE_OF_STEP: Mapping[type[Step], Phase] = {
-    Prepare: Phase.PENDING,
-    Create: Phase.PENDING,
-    Withdraw: Phase.STOPPING,
-    Drain: Phase.STOPPING,
-    Stop: Phase.STOPPING,
-    Release: Phase.WAITING_VRAM,
-    Start: Phase.STARTING,
-    Restart: Phase.STARTING,
-    Load: Phase.LOADING,
-    Unload: Phase.LOADING,
-}
-
 
 _ON_ITS_WAY = (Phase.PENDING, Phase.STARTING, Phase.LOADING)
 
 
 @dataclass(frozen=True, slots=True)
-class _Lane:
+class Lane:
     """What is being executed: changes of these instances, on these GPUs."""
 
     instances: frozenset[str]
     gpus: frozenset[str]
+    activities: dict[str, Phase] = field(default_factory=dict, compare=False)  # by instance
+    # By instance, what its GPUs held when they were released for it.
+    floors: dict[str, Mapping[str, Floor]] = field(default_factory=dict, compare=False)
 
-    def overlaps(self, other: _Lane) -> bool:
+    def overlaps(self, other: Lane) -> bool:
         return bool(self.instances & other.instances or self.gpus & other.gpus)
 
 
@@ -120,7 +94,6 @@ class Converger:
         self.context = context
         self.memory = memory
         self.snapshot: Snapshot | None = None
-        self.activities: dict[str, Phase] = {}
         self.rounds_begun = 0
         self.resync = RESYNC
         self.observers: list[Callable[[Snapshot], None]] = []
@@ -128,7 +101,6 @@ class Converger:
         self.removal_confirmed: Callable[[str], bool] = lambda _config_hash: True
         self.unconfirmed: Callable[[], str | None] = lambda: None
         self._sources = sources
-        self._runtimes = sources.runtimes
         self._desired = desired
         self._save = save
         self._saved = memory
@@ -142,16 +114,12 @@ class Converger:
         checker = Checker(Threads(64, "mic-probe"))
         self._prober = Prober(checker, self.wake, clock.steady)
         self._steps = Steps(sources, self._target_of, desired.backend, checker, self._pool)
-        self._lanes: dict[asyncio.Task[None], _Lane] = {}
-        self._rest: dict[str, tuple[int, float]] = {}  # instance -> failures in a row, until
-        self._troubles: dict[str, Trouble] = {}  # by instance, until its next change begins
-        self._floors: dict[str, Mapping[str, Floor]] = {}  # by instance, of the release before it
+        self._lanes: dict[asyncio.Task[None], Lane] = {}
         self._inventory = GpuInventory("none")
         self._readable: GpuInventory | None = None  # the last one that told of GPUs
         self._gpu_news = GpuNews(events)
         self.xids: Callable[[], Collection[XidRecord]] = tuple  # that the GPUs reported so far
         self._assessments: dict[str, Assessment] = {}
-        self._next_wake: float | None = None  # when what waits may go on by time alone
         self._bound = True  # whether the remembered bindings hold
         self._indices: dict[str, int] = {}
         self._gpus, self._views, self._listeners = read_in(sources, self._pool, self.wake)
@@ -193,12 +161,15 @@ class Converger:
         Returns what of it had failed.
         """
         chosen = {*(self.memory.instances if instances is None else instances)}
-        failed = {name for name in chosen if name in self._rest or self.memory.of(name).troubled}
-        for name in chosen:
-            self._rest.pop(name, None)
-            self._set(name, failures=0, retry_at=None, attempt=None, failed=None, reason=None)
+        failed = {name for name in chosen if self.memory.of(name).troubled}
+        self.memory = ledger.forgiven(self.memory, chosen)
         self.wake()
         return failed
+
+    @property
+    def activities(self) -> dict[str, Phase]:
+        """What is being carried out, by instance."""
+        return {name: at for lane in self._lanes.values() for name, at in lane.activities.items()}
 
     def rebind(self) -> None:
         """Bind the file's GPU numbers to today's GPUs anew, in the next round."""
@@ -257,7 +228,7 @@ class Converger:
         self.rounds_begun += 1
         began = self._now()
         lanes = [*self._lanes.values()]
-        activities = dict(self.activities)
+        activities = self.activities
         desired, observed, context = await self._observe(lanes)
         seen = self._look(desired, observed, context)
         if self._acts:
@@ -271,7 +242,6 @@ class Converger:
         self.snapshot = Snapshot(
             **{field.name: getattr(told, field.name) for field in fields(Look)},
             busy=context.busy | {name for lane in self._lanes.values() for name in lane.instances},
-            failing=frozenset(self._rest),
             round=self.rounds_begun,
             seconds=self._now() - began,
             hook=self._publisher.state.in_wall(seen.offset),
@@ -279,7 +249,7 @@ class Converger:
         )
         return self.snapshot
 
-    async def _observe(self, lanes: list[_Lane]) -> tuple[DesiredState, ObservedState, Context]:
+    async def _observe(self, lanes: list[Lane]) -> tuple[DesiredState, ObservedState, Context]:
         """What should run, what does, and what else decisions depend on now."""
         inventory, views = await asyncio.gather(
             self._gpus.get(), asyncio.gather(*(view.get() for view in self._views))
@@ -320,17 +290,16 @@ class Converger:
         jitter = random.random()
         return look(desired, observed, self.memory, now, context, jitter=jitter, offset=offset)
 
-    def _act(self, seen: Look, lanes: list[_Lane], activities: dict[str, Phase]) -> Look:
+    def _act(self, seen: Look, lanes: list[Lane], activities: dict[str, Phase]) -> Look:
         """Carry out what the look concludes; the same look, with what that began."""
         self._assessments = {item.instance.id: item for item in seen.assessments}
         self._inventory = seen.observed.inventory
         self._prober.watch(self._targets(seen))
         self._tell_adopted(seen)
         self._gpu_news.look(seen.desired, seen.observed, seen.context.busy)
-        self._dispatch(seen.plan, lanes, seen.now)
-        seen = self._note_phases(seen.doing(activities | self.activities, self._troubles))
+        self._dispatch(seen.plan, lanes)
+        seen = self._note_phases(seen.doing(activities | self.activities))
         self.memory = seen.memory
-        self._next_wake = seen.plan.next_wake
         self._publisher.follow(seen.desired.hook, seen.statuses)
         return seen
 
@@ -365,7 +334,7 @@ class Converger:
             instance=item.instance,
             workload=workload,
             backend=self._desired.backend(item.instance.backend),
-            execute=self._runtimes[workload.runtime].run_check,
+            execute=self._sources.runtimes[workload.runtime].run_check,
             indices=",".join(
                 str(self._indices[uuid]) for uuid in item.instance.gpus if uuid in self._indices
             ),
@@ -379,40 +348,23 @@ class Converger:
 
     def _tell_adopted(self, seen: Look) -> None:
         """An instance that runs as it should, and that nothing is remembered of, is taken over."""
+        at, text = self._clock.wall(), "adopted: it runs already, as the file asks"
         for item in seen.assessments:
-            name = item.instance.id
-            known = seen.before.of(name).started is not None
-            if item.runs and not known and seen.memory.of(name).started is not None:
-                instance = item.instance
-                at = self._clock.wall()
-                text = "adopted: it runs already, as the file asks"
-                self._events.tell(Event("adopt", at, name, text, instance.model, instance.gpus))
+            one = item.instance
+            known = seen.before.of(one.id).started is not None
+            if item.runs and not known and seen.memory.of(one.id).started is not None:
+                self._events.tell(Event("adopt", at, one.id, text, one.model, one.gpus))
 
     def _note_phases(self, seen: Look) -> Look:
-        """Tell of every phase that an instance entered, and remember since when it is in it."""
-        rows: list[InstanceStatus] = []
-        memory, now = seen.memory, seen.now
-        for row in seen.statuses:
-            entry = memory.instances.get(row.id)
-            if entry is None or entry.phase == row.phase.value:
-                rows.append(row)
-                continue
-            event = Event(
-                "phase",
-                self._clock.wall(),
-                row.id,
-                row.reason or "",
-                row.model,
-                row.gpus,
-                seconds=None if entry.since is None else now - entry.since,
-                phase=row.phase.value,
-                was=entry.phase,
+        """Tell of every phase that an instance entered."""
+        seen, entered = seen.told()
+        at = self._clock.wall()
+        for row, was, seconds in entered:
+            about = (row.id, row.reason or "", row.model, row.gpus)
+            self._events.tell(
+                Event("phase", at, *about, seconds=seconds, phase=row.phase.value, was=was)
             )
-            self._events.tell(event)
-            entry = replace(entry, phase=row.phase.value, since=now)
-            memory = memory.with_instance(row.id, entry)
-            rows.append(replace(row, since=now))
-        return replace(seen, memory=memory, statuses=tuple(rows))
+        return seen
 
     async def _save_memory(self) -> None:
         async with self._saving:  # lanes save, too, and the last one must be the newest
@@ -428,67 +380,58 @@ class Converger:
             pause = CRASH_WATCH
         elif any(row.phase is Phase.WAITING_VRAM for row in snapshot.statuses):
             pause = min(pause, QUEUE_WATCH)
-        times = [until for _, until in self._rest.values()]
-        if self._next_wake is not None:
-            times.append(self._next_wake)
-        now = self._now()
-        return max(0.01, min([pause, *(at - now for at in times if at > now)]))
+        wake = snapshot.plan.next_wake  # of the wall clock, as the snapshot is told
+        left = -1.0 if wake is None else wake - snapshot.offset - self._now()
+        return max(0.01, min(pause, left) if left > 0 else pause)
 
     # --- lanes --------------------------------------------------------------------------------
 
-    def _dispatch(self, plan: Plan, busy: list[_Lane], now: float) -> None:
+    def _dispatch(self, plan: Plan, busy: list[Lane]) -> None:
         by_lane: dict[str, list[Change]] = {}
         for change in plan.changes:
             if change.steps and change.waits is None:
                 by_lane.setdefault(change.lane, []).append(change)
         for changes in by_lane.values():
-            lane = _Lane(
+            lane = Lane(
                 frozenset(change.instance for change in changes),
                 frozenset(uuid for change in changes for uuid in change.gpus),
             )
             if any(lane.overlaps(other) for other in [*busy, *self._lanes.values()]):
                 continue
-            if any(self._rest.get(name, (0, 0.0))[1] > now for name in lane.instances):
-                continue
-            for name in lane.instances:
-                self.activities[name] = Phase.PENDING
+            lane.activities.update(dict.fromkeys(lane.instances, Phase.PENDING))
             self.context = replace(self.context, forced=self.context.forced - lane.instances)
-            task = asyncio.create_task(self._execute(changes))
+            task = asyncio.create_task(self._execute(changes, lane))
             self._lanes[task] = lane
             task.add_done_callback(self._lane_done)
 
     def _lane_done(self, task: asyncio.Task[None]) -> None:
         lane = self._lanes.pop(task)
-        for name in lane.instances:
-            self.activities.pop(name, None)
         self._publisher.restore(lane.instances)
         self.wake()
         if not task.cancelled() and task.exception() is not None:
+            why, now = f"a defect: {task.exception()!r}", self._now()
             for name in lane.instances:
-                self._let_rest(name)
+                self.memory = ledger.rests(self.memory, name, why, now)
             task.result()  # a defect: the event loop's exception handler writes it down
 
-    async def _execute(self, changes: list[Change]) -> None:
+    async def _execute(self, changes: list[Change], lane: Lane) -> None:
         began = self._now()
         owner = {step.id: change for change in changes for step in change.steps}
         failed: set[str] = set()
         broken: set[tuple[str, str]] = set()
         for change in changes:
-            self._troubles.pop(change.instance, None)
             self._tell("begin", change, change.cause)
 
         async def attempt(step: Step, change: Change) -> None:
             try:
-                await self._step(step, change)
+                await self._step(step, change, lane)
             except MicError as error:
                 failed.add(step.id)
                 broken.add((change.instance, change.model))
-                if isinstance(step, Stop) and isinstance(error, StopFailed):
-                    owner_id = step.workload.identity.instance
-                    self._troubles[owner_id] = Trouble(Phase.STUCK_STOPPING, error.message)
-                elif isinstance(error, ReleaseFailed):
-                    self._troubles[change.instance] = Trouble(Phase.BLOCKED, error.message)
-                self._failed(step, change, error, began)
+                now, item = self._now(), self._assessments.get(change.instance)
+                self.memory = ledger.failed(self.memory, step, error, item, now, random.random())
+                text, hint = error.message, error.hint
+                self._tell("failed", change, text, seconds=now - began, hint=hint)
 
         prepared = False
         beside: list[asyncio.Task[None]] = []
@@ -511,47 +454,33 @@ class Converger:
         await asyncio.gather(*beside)
         for change in changes:
             if (change.instance, change.model) not in broken:
-                self._rest.pop(change.instance, None)
+                self.memory = ledger.finished(self.memory, change)
                 self._tell("done", change, change.cause, seconds=self._now() - began)
 
-    async def _step(self, step: Step, change: Change) -> None:
-        self.activities[change.instance] = _PHASE_OF_STEP.get(type(step), Phase.PENDING)
+    async def _step(self, step: Step, change: Change, lane: Lane) -> None:
+        lane.activities[change.instance] = phase_of_step(step)
+        self.memory = ledger.begun(self.memory, step)
         if isinstance(step, Stop | Restart):
-            # Whatever ends now was asked for, and is no crash: not for our successor either, should
-            # we be killed before the next round.
             self._prober.forget(step.workload.ref)
-            self._set(step.workload.identity.instance, started=None)
-            await self._save_memory()
+            await self._save_memory()  # we may be killed before the next round
         if isinstance(step, Withdraw):
             await self._withdraw(step, change)
             return
         loop = asyncio.get_running_loop()
         progress = _from_thread(loop, lambda text: self._tell("progress", change, text))
         # As it is before the start: afterwards it is the instance's own.
-        floors: Mapping[str, Floor] = {}
-        if isinstance(step, Start | Restart):
-            seen = {g.uuid: f for g in self._inventory.gpus if (f := floor_of(g)) is not None}
-            floors = self._floors.pop(change.instance, seen)
+        seen = {g.uuid: f for g in self._inventory.gpus if (f := floor_of(g)) is not None}
         began = self._now()
         found = await self._steps.run(step, progress)
         if found is not None:
-            self._floors[change.instance] = found.floors
+            lane.floors[change.instance] = found.floors
             for listener in self.released:
                 listener(self._now() - began)
             if found.warning is not None:
                 self._tell("warning", change, found.warning)
-        if isinstance(step, Start | Restart):
-            name = step.launch.name if isinstance(step, Start) else step.workload.name
-            again = change.kind in ("start", "restart")
-            self._keep_floors(change, floors)
-            entry = self.memory.of(change.instance)
-            self._set(
-                change.instance,
-                started=name,
-                started_at=self._now(),
-                restarts=entry.restarts + again,
-            )
-        elif isinstance(step, Load | Unload):
+        floors = lane.floors.get(change.instance, seen)
+        self.memory = ledger.done(self.memory, step, change, self._now(), floors)
+        if isinstance(step, Load | Unload):
             # The next round must see what is loaded now, or it would ask for it again.
             await self._prober.look_now(step.workload.ref)
 
@@ -561,74 +490,17 @@ class Converger:
             gpus |= {*step.workload.identity.gpus} if isinstance(step, Stop) else set()
         return self.memory.paused.has(change.model, gpus)
 
-    def _keep_floors(self, change: Change, floors: Mapping[str, Floor]) -> None:
-        own = {uuid: floors[uuid] for uuid in change.gpus if uuid in floors}
-        # One that is not known any more would be the wrong one.
-        others = {k: floor for k, floor in self.memory.floors.items() if k not in change.gpus}
-        self.memory = replace(self.memory, floors={**others, **own})
-
-    def _failed(self, step: Step, change: Change, error: MicError, began: float) -> None:
-        now = self._now()
-        item = self._assessments.get(change.instance)
-        if isinstance(step, Load | Unload) and item is not None and item.instance.shared:
-            # It is the model's trouble alone: the server goes on with the others.
-            key = memory_key(change.instance, step.placement.model)
-            entry = note_load_failure(
-                self.memory.of(key), step.placement, error.message, now, random.random()
-            )
-            self.memory = self.memory.with_instance(key, entry)
-            self._tell("failed", change, error.message, seconds=now - began, hint=error.hint)
-            return
-        self._let_rest(change.instance)
-        if item is not None and is_of_the_specification(step, error):
-            entry = self.memory.of(change.instance)
-            entry = note_failure(
-                entry,
-                item,
-                error.message,
-                now,
-                jitter=random.random(),
-                refused=True,
-                early=isinstance(step, Prepare | Create),
-            )
-            self.memory = self.memory.with_instance(change.instance, entry)
-        self._tell("failed", change, error.message, seconds=now - began, hint=error.hint)
-
-    def _let_rest(self, instance: str) -> None:
-        """Try nothing for the instance for a while: 1 s, doubling with each failure to 60 s."""
-        count = self._rest.get(instance, (0, 0.0))[0] + 1
-        pause = min(_LANE_REST * 2.0 ** min(count - 1, 6), 60.0)
-        self._rest[instance] = (count, self._now() + pause)
-
-    def _set(self, instance: str, **values: object) -> None:
-        entry = self.memory.instances.get(instance)
-        if entry is not None:
-            entry = replace(entry, **values)  # type: ignore[arg-type]
-            self.memory = self.memory.with_instance(instance, entry)
-
     def _tell(
         self,
         kind: EventKind,
         change: Change,
         text: str,
-        *,
         seconds: float | None = None,
         hint: str | None = None,
     ) -> None:
-        self._events.tell(
-            Event(
-                kind,
-                self._clock.wall(),
-                change.instance,
-                text,
-                change.model,
-                change.gpus,
-                change.cause,
-                seconds,
-                hint,
-                phase=change.kind,
-            )
-        )
+        at, about = self._clock.wall(), (change.instance, text, change.model, change.gpus)
+        event = Event(kind, at, *about, change.cause, seconds, hint, phase=change.kind)
+        self._events.tell(event)
 
 
 def _from_thread(

@@ -87,7 +87,6 @@ def all_settled(snapshot: Snapshot, began: float, targets: Selection | None = No
         snapshot.plan,
         snapshot.statuses,
         snapshot.memory,
-        failing=snapshot.failing,
         began=began,
         now=snapshot.now,
         only=only,

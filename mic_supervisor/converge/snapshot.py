@@ -77,7 +77,6 @@ class Snapshot(Look):
     """
 
     busy: frozenset[str]  # instances that steps are being executed for
-    failing: frozenset[str]  # instances whose last change failed
     round: int = 0
     seconds: float = 0.0  # that the round took
     hook: HookState = field(default_factory=HookState)

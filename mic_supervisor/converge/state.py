@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
-from math import isfinite
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mic_supervisor import codec
 from mic_supervisor.clocks import Clock, boot_id
 from mic_supervisor.errors import MicError
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.spec import SpecKey
 
-_MOVE_AWAY = "move it away: only backoff counters, GPU bindings and pauses are lost"
+_MEMORY = "memory.json"
+_OF_OTHER_VERSIONS = ("ready_probes", "ready_record")  # which may hold what this one cannot know
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """The boot that times were written down in, and the clocks' offset; None: it does not say."""
+
+    boot_id: str | None = None
+    offset: float | None = None
 
 
 class StateDir:
@@ -24,35 +35,54 @@ class StateDir:
         self.path = path
         self._clock = clock or Clock()
         self._boot = _boot() if boot is None else boot
+        self._damaged = False  # whether what `memory` read has to be kept for a person
 
     def memory(self) -> Memory:
-        """What was remembered, or nothing yet. Raises MicError when it is there and unreadable.
+        """What was remembered, or nothing yet. Raises MicError when it may not be read.
+
+        What of it is damaged is as if it was never there, and `lost` says so.
 
         On disk times are the wall clock's, beside the offset that made them so. In the same boot
         they become exactly what they were, however the clock was set since; after a reboot, and of
         a version that wrote no offset, they are what the wall clock makes of them now.
         """
-        data = self.read_json("memory.json")
-        if data is None:
-            return Memory()
+        path = self.path / _MEMORY
+        lost: str | None = None
         try:
-            memory = Memory.from_json(data)
-            boot, offset = _written_by(data)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise MicError(
-                f"cannot use {self.path / 'memory.json'}: {error}",
-                hint=_MOVE_AWAY,
-            ) from error
+            if (data := self.read(_MEMORY)) is None:
+                data = {}
+            memory, places = codec.salvage(Memory, data, whole=_OF_OTHER_VERSIONS)
+            if places := [name for name in places if not name.endswith(_OF_OTHER_VERSIONS)]:
+                lost = f"{path} was damaged: {', '.join(places)} was lost"
+        except codec.BadDocument as error:
+            memory, data = Memory(), {}
+            lost = f"{path} was damaged, and what it held is lost: {error}"
+        try:
+            written = codec.decode(_Written, data.get("clock"))
+        except codec.BadDocument:
+            written = _Written()
+        self._damaged = lost is not None
         now = self._clock.steady()
-        if offset is None or boot != self._boot:
+        boot, offset = written.boot_id, written.offset
+        if not boot or offset is None or boot != self._boot:
             offset = self._clock.wall() - now
-        return memory.moved(-offset).in_time(now, rebooted=boot not in (None, self._boot))
+        rebooted = boot is not None and boot != self._boot
+        return replace(memory.moved(-offset).in_time(now, rebooted=rebooted), lost=lost)
 
     def save_memory(self, memory: Memory) -> None:
+        """What was found damaged is kept beside it."""
+        if self._damaged:
+            self._set_aside(self.path / _MEMORY)
+            self._damaged = False
         offset = self._clock.wall() - self._clock.steady()
-        clock = {"boot_id": self._boot, "offset": offset}
-        document = {**memory.moved(offset).to_json(), "clock": clock}
-        self.write("memory.json", json.dumps(document, indent=1))
+        document = codec.encode(replace(memory.moved(offset), lost=None))
+        document |= {"version": 1, "clock": codec.encode(_Written(self._boot, offset))}
+        self.write(_MEMORY, json.dumps(document, indent=1))
+
+    def _set_aside(self, path: Path) -> None:
+        names = (path.with_name(f"{path.name}.damaged-{count}") for count in itertools.count(1))
+        with suppress(OSError):  # then it is overwritten: it is of little use, and not worth an end
+            next(name for name in names if not name.exists()).hardlink_to(path)
 
     def key(self, *, create: bool) -> SpecKey:
         """The key that secrets in labels are digested with.
@@ -91,19 +121,15 @@ class StateDir:
                 hint="run as root, or point MIC_STATE_DIR to a directory you may write to",
             ) from error
 
-    def read_json(self, name: str) -> Any:
+    def read(self, name: str) -> Any:
+        """A document, or None where there is none. Raises BadDocument, or MicError."""
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            return codec.parse(path.read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
             raise _unreadable(path, error) from error
-        except ValueError as error:
-            raise MicError(
-                f"cannot read {path}: {error}",
-                hint=_MOVE_AWAY,
-            ) from error
 
 
 def _boot() -> str:
@@ -112,17 +138,6 @@ def _boot() -> str:
         return boot_id()
     except OSError:
         return ""
-
-
-def _written_by(data: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """The boot that times were written down in, and the clocks' offset; None: it does not say."""
-    clock = data.get("clock")
-    if not isinstance(clock, Mapping):
-        return None, None
-    boot, offset = clock.get("boot_id"), clock.get("offset")
-    if not isinstance(boot, str) or type(offset) is not float or not isfinite(offset):
-        return None, None
-    return boot, offset if boot else None
 
 
 def _unreadable(path: Path, error: OSError) -> MicError:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mic_supervisor import codec
 from mic_supervisor.converge.events import Event
 from mic_supervisor.errors import ConfigError, MicError
 
@@ -72,10 +74,10 @@ class Client:
                 stream.write(json.dumps(request) + "\n")
                 stream.flush()
                 for line in stream:
-                    answer = json.loads(line)
+                    answer = codec.parse(line)
                     if "event" in answer:
-                        event = answer["event"]
-                        tell(Event(**{**event, "gpus": tuple(event["gpus"])}))
+                        with suppress(codec.BadDocument):  # of a kind that only a later one knows
+                            tell(codec.decode(Event, answer["event"]))
                     elif "error" in answer:
                         raise _error(answer["error"])
                     else:

@@ -13,10 +13,10 @@ import json
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mic_supervisor import codec
 from mic_supervisor.converge.session import Method
 from mic_supervisor.converge.tasks import end
 from mic_supervisor.errors import ConfigError, MicError
@@ -131,7 +131,7 @@ class ControlServer:
             _send(writer, error=_document(error))
             return
         work = asyncio.ensure_future(
-            method(params, lambda event: _send(writer, event=asdict(event)))
+            method(params, lambda event: _send(writer, event=codec.encode(event)))
         )
         gone = asyncio.ensure_future(reader.read(1))
         try:
@@ -152,8 +152,8 @@ class ControlServer:
 def _request(line: bytes) -> tuple[str, Mapping[str, Any]]:
     """(method, params). Raises MicError where it is none."""
     try:
-        request = json.loads(line)
-    except (ValueError, RecursionError):
+        request = codec.parse(line)
+    except codec.BadDocument:
         raise MicError("cannot answer: the request is no line of JSON") from None
     if not isinstance(request, dict):
         raise MicError("cannot answer: the request is no JSON object")

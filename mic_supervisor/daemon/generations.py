@@ -8,9 +8,11 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mic_supervisor import codec
 from mic_supervisor.config.document import doubt
 from mic_supervisor.config.load import load
 from mic_supervisor.converge.snapshot import Reloaded
@@ -23,6 +25,15 @@ if TYPE_CHECKING:
 
 _KEPT = "last-good"
 _RECORD = "generation.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """The document that was accepted last, by its hash, and the one that a person confirmed."""
+
+    generation: int = 0
+    hash: str = ""
+    confirmed: str = ""
 
 
 class Generations:
@@ -230,7 +241,7 @@ def number_of(state: StateDir, config_hash: str) -> int | None:
 
 def record(state: StateDir, generation: int, config_hash: str, confirmed: str) -> None:
     """One that cannot be renewed goes: an old one would confirm what nobody asked for."""
-    content = {"generation": generation, "hash": config_hash, "confirmed": confirmed}
+    content = codec.encode(_Record(generation, config_hash, confirmed))
     try:
         state.write(_RECORD, json.dumps(content))
     except MicError:
@@ -242,13 +253,10 @@ def record(state: StateDir, generation: int, config_hash: str, confirmed: str) -
 def _recorded(state: StateDir) -> tuple[int, str, str]:
     """Generation, hash and confirmed hash; without a record, counting starts anew."""
     try:
-        found = state.read_json(_RECORD)
-        if isinstance(found, dict):
-            number = int(found.get("generation", 0))
-            return number, str(found.get("hash", "")), str(found.get("confirmed", ""))
-    except (MicError, TypeError, ValueError):
-        pass  # a removal has to be confirmed again
-    return 0, "", ""
+        found = codec.decode(_Record, state.read(_RECORD))
+    except (MicError, codec.BadDocument):
+        found = _Record()  # a removal has to be confirmed again
+    return found.generation, found.hash, found.confirmed
 
 
 def _write(path: Path, content: bytes) -> None:

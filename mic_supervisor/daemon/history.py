@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
+from mic_supervisor import codec
 from mic_supervisor.converge.events import Event
 from mic_supervisor.errors import MicError
 
 KEPT = 1000
-
-_KNOWN = {field.name for field in fields(Event)}
 
 
 class History:
@@ -70,10 +67,8 @@ def read(path: Path) -> Iterable[Event]:
         raise MicError(f"cannot read {path}: {error.strerror}", hint="run as root") from error
     for line in text.splitlines()[-KEPT:]:
         try:
-            data: dict[str, Any] = json.loads(line)
-            known = {name: value for name, value in data.items() if name in _KNOWN}
-            yield Event(**{**known, "gpus": tuple(known.get("gpus", ()))})
-        except (ValueError, TypeError, AttributeError):
+            yield codec.decode(Event, codec.parse(line))
+        except codec.BadDocument:
             continue  # cut short by a crash, or written by a newer version
 
 
@@ -86,4 +81,4 @@ def _ends_with_a_line(path: Path) -> bool:
 
 
 def _line(event: Event) -> str:
-    return json.dumps(asdict(event), ensure_ascii=False) + "\n"
+    return json.dumps(codec.encode(event), ensure_ascii=False) + "\n"

@@ -9,10 +9,11 @@ import pwd
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from mic_supervisor import codec
 from mic_supervisor.errors import LockHeld, MicError
 
 
@@ -24,12 +25,6 @@ class LockHolder:
     command: str
     user: str
     since: float
-
-    @classmethod
-    def of(cls, text: str | bytes) -> LockHolder:
-        """Raises ValueError, KeyError or TypeError where it is not all there."""
-        said = json.loads(text)
-        return cls(int(said["pid"]), str(said["command"]), str(said["user"]), float(said["since"]))
 
 
 @contextmanager
@@ -51,7 +46,7 @@ def writer(path: Path, command: str, timeout: float) -> Iterator[None]:
         _acquire(descriptor, path, timeout)
         holder = LockHolder(os.getpid(), command, _user(), time.time())
         os.truncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0)
+        os.pwrite(descriptor, json.dumps(codec.encode(holder)).encode(), 0)
         try:
             yield
         finally:
@@ -79,9 +74,9 @@ def _acquire(descriptor: int, path: Path, timeout: float) -> None:
 def _holder(descriptor: int, path: Path) -> str:
     """Who holds the lock. What it wrote may be half there: then the PID is all that is lost."""
     try:
-        holder = LockHolder.of(os.pread(descriptor, 4096, 0))
+        holder = codec.decode(LockHolder, codec.parse(os.pread(descriptor, 4096, 0)))
         since = datetime.fromtimestamp(holder.since).astimezone().strftime("%H:%M:%S")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, OverflowError):
         return f"another process holds {path}"
     return (
         f"PID {holder.pid} ({holder.command}, started by {holder.user}) is converging since {since}"
@@ -106,9 +101,9 @@ def lock_holder(path: Path, locks: Path = Path("/proc/locks")) -> LockHolder | N
     """
     try:
         inode = path.stat().st_ino
-        found = LockHolder.of(path.read_text())
+        found = codec.decode(LockHolder, codec.parse(path.read_bytes()))
         text = locks.read_text()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
     for line in text.splitlines():
         # "12: FLOCK  ADVISORY  WRITE 4121 fd:01:131 0 EOF"; "->" marks one that waits.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mic_supervisor.model import HttpCall, Launch, ObservedWorkload, Placement
 from mic_supervisor.plan.memory import Floor
@@ -136,7 +136,7 @@ class Change:
     """Everything that happens to one instance in one plan.
 
     `lane` groups changes that must see each other; lanes run in parallel. `waits` set: it is this
-    change's turn later, and that is why.
+    change's turn later, and that is why; `until` when the passing of time alone brings it.
     """
 
     kind: ChangeKind
@@ -149,6 +149,7 @@ class Change:
     diff: tuple[FieldDiff, ...] = ()
     steps: tuple[Step, ...] = ()
     waits: Reason | None = None
+    until: float | None = None  # steady while deciding
 
     @property
     def cause(self) -> str:
@@ -199,6 +200,9 @@ class Blocked:
         return self.why.queued
 
 
+_Timed = TypeVar("_Timed", Change, Blocked)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The difference between desired and observed state, and how it goes away.
@@ -214,17 +218,23 @@ class Plan:
 
     @property
     def next_wake(self) -> float | None:
-        """When a blocked instance may go on by the passing of time alone."""
-        return min((item.until for item in self.blocked if item.until is not None), default=None)
+        """When something may go on by the passing of time alone."""
+        times = [item.until for item in self.blocked] + [one.until for one in self.changes]
+        return min((at for at in times if at is not None), default=None)
 
     def in_wall(self, offset: float) -> Plan:
         """For people: steady times made times since the epoch by the clocks' offset."""
+
+        def wall(items: tuple[_Timed, ...]) -> tuple[_Timed, ...]:
+            return tuple(
+                item if item.until is None else replace(item, until=item.until + offset)
+                for item in items
+            )
+
         return replace(
             self,
-            blocked=tuple(
-                item if item.until is None else replace(item, until=item.until + offset)
-                for item in self.blocked
-            ),
+            changes=wall(self.changes),
+            blocked=wall(self.blocked),
         )
 
     @property

@@ -6,6 +6,7 @@ FIRST = 5.0  # seconds
 LONGEST = 300.0  # seconds
 JITTER = 0.1  # share of the delay that `jitter` = 1 adds
 FARTHEST = LONGEST * (1.0 + JITTER)  # seconds: no next try is later than that
+FIRST_REST, LONGEST_REST = 1.0, 60.0  # seconds, where nothing speaks against a specification
 STABLE = 600.0  # seconds of being ready after which earlier failures are forgotten
 
 
@@ -20,6 +21,11 @@ def delay(failures: int, jitter: float = 0.0) -> float:
     # The exponent is capped: the delay is, too, and a float would overflow after a thousand.
     base = min(FIRST * 2.0 ** min(failures - 2, 16), LONGEST)
     return base * (1.0 + JITTER * jitter)
+
+
+def rest(failures: int) -> float:
+    """Seconds that nothing is tried for, after so many failures in a row of no specification."""
+    return min(FIRST_REST * 2.0 ** min(failures - 1, 16), LONGEST_REST)
 
 
 def is_stable(ready_since: float | None, now: float, startup_budget: float) -> bool:

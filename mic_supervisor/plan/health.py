@@ -1,26 +1,39 @@
-"""Phases, and what is remembered of successes and failures."""
+"""Where an instance is on its way.
+
+| phase | it is in it while | it leaves it by |
+|---|---|---|
+| pending | a change is due, and its steps are about to begin | the first step |
+| stopping | a former workload is withdrawn, drained or stopped | its end |
+| waiting_vram | a former workload's memory, or a stranger to wait for, has the GPU | the release |
+| starting | it was started, and its startup probe does not pass yet | the probe, its end, time |
+| loading | its server is up, and a model is missing in it | the server's word |
+| ready | everything that can be asked says that it is as the file wants it | a probe, its end |
+| unprobed | it runs, and nothing can be asked | its end |
+| degraded | something of it says no, or an earlier specification took over | a probe, a change |
+| backoff | its last try failed, and the next one is later (plan/backoff.py) | the time, `retry` |
+| blocked | something stands in the way that time alone does not mend | that thing |
+| paused | somebody asked for it to be left as it is | `resume` |
+| stuck_stopping | a workload outlived its KILL, and the next try is later | its end |
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from enum import StrEnum
 
-from mic_supervisor.errors import (
-    MicError,
-    ReleaseFailed,
-    RuntimeUnavailable,
-    StopFailed,
-    WorkloadGone,
+from mic_supervisor.model import LoadState, ObservedWorkload, RunState
+from mic_supervisor.plan.actions import (
+    Drain,
+    Load,
+    Release,
+    Restart,
+    Start,
+    Step,
+    Stop,
+    Unload,
+    Withdraw,
 )
-from mic_supervisor.model import LoadState, ObservedWorkload, Placement, RunState
-from mic_supervisor.plan import backoff
-from mic_supervisor.plan.actions import Create, Load, Prepare, Restart, Start, Step
 from mic_supervisor.plan.assess import Assessment, is_alive
-from mic_supervisor.plan.fallback import fallback, way_back
-from mic_supervisor.plan.loads import memory_key
-from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.plan.workload_record import recorded
 
 
 class Phase(StrEnum):
@@ -85,198 +98,6 @@ def phase_of(
     return Phase.STARTING, "not probed yet"
 
 
-def remember(
-    memory: Memory,
-    assessments: Iterable[Assessment],
-    now: float,
-    *,
-    jitter: float,
-    busy: Collection[str] = (),
-    keep: Collection[str] = (),
-    sick: Collection[str] = (),
-) -> Memory:
-    """Fold what was just observed into the memory. Instances that are gone are forgotten.
-
-    Of a `busy` instance nothing is concluded: that it does not run may be our own doing. Nor of one
-    to `keep`: the file names it, and for now cannot be followed. The end of a paused one is not
-    counted as a failure, then or later: whoever paused it may have ended it. Nor is that of one on
-    a GPU that is `sick`, by its UUID: the GPU may have.
-    """
-    instances: dict[str, InstanceMemory] = {
-        name: entry for name, entry in memory.instances.items() if name in busy or name in keep
-    }
-    for assessment in assessments:
-        instance = assessment.instance.id
-        if instance not in busy:
-            paused = bool(memory.paused) and memory.paused.has(
-                assessment.instance.model, assessment.gpus
-            )
-            quiet = paused or not {*assessment.gpus}.isdisjoint(sick)
-            instances[instance] = _remember(memory.of(instance), assessment, now, jitter, quiet)
-        if assessment.instance.shared:
-            instances |= _remember_loads(memory, assessment)
-    return replace(memory, instances=instances)
-
-
-def _remember(
-    entry: InstanceMemory, assessment: Assessment, now: float, jitter: float, quiet: bool
-) -> InstanceMemory:
-    if entry.attempt not in (None, assessment.hash) or entry.failed not in (None, assessment.hash):
-        # The file asks for something else now: what failed before says nothing about it.
-        entry = replace(
-            entry,
-            failures=0,
-            reason=None,
-            retry_at=None,
-            attempt=None,
-            failed=None,
-            failed_reason=None,
-        )
-    if not assessment.readable:
-        return entry
-    back = fallback(entry, assessment)
-    if quiet:
-        entry = _note_end_quietly(entry, assessment)
-    else:
-        entry = _note_end(entry, back or assessment, now, jitter)
-    if assessment.serves:
-        assert assessment.match is not None  # implied by `serves`
-        entry = replace(
-            entry,
-            ready=assessment.hash,
-            ready_workload=assessment.match.name,
-            ready_since=entry.ready_since if entry.ready_since is not None else now,
-            ready_probes=assessment.instance.probes,
-            ready_record=recorded(assessment.match),
-            failed=None,
-            failed_reason=None,
-        )
-    elif back is not None and back.serves:
-        since = entry.ready_since if entry.ready_since is not None else now
-        entry = replace(entry, ready_since=since)
-    elif entry.ready_since is not None:
-        entry = replace(entry, ready_since=None)
-    if backoff.is_stable(entry.ready_since, now, assessment.instance.start_timeout):
-        entry = replace(entry, failures=0, reason=None, retry_at=None, attempt=None)
-    return entry
-
-
-def _remember_loads(memory: Memory, assessment: Assessment) -> dict[str, InstanceMemory]:
-    """What is still to be known of loads that failed: not what is loaded, nor what has changed."""
-    kept: dict[str, InstanceMemory] = {}
-    for placement in assessment.instance.placements:
-        key = memory_key(assessment.instance.id, placement.model)
-        entry = memory.instances.get(key)
-        same = entry is not None and entry.attempt == placement.digest
-        if entry is not None and same and not assessment.loaded(placement):
-            kept[key] = entry
-    return kept
-
-
-def note_load_failure(
-    entry: InstanceMemory, placement: Placement, reason: str, now: float, jitter: float
-) -> InstanceMemory:
-    """Count one failure to load a model of a shared server. The server said no, and would again."""
-    failures = (entry.failures if entry.attempt == placement.digest else 0) + 1
-    return replace(
-        entry,
-        failures=failures,
-        reason=reason,
-        attempt=placement.digest,
-        retry_at=now + backoff.delay(max(failures, 2), jitter),
-    )
-
-
-def _note_end(
-    entry: InstanceMemory, assessment: Assessment, now: float, jitter: float
-) -> InstanceMemory:
-    """What became of the workload that runs, or ran last, for the instance.
-
-    `started` names it until its failure was counted, so that each is counted once.
-    """
-    workload = assessment.match
-    if workload is None:
-        if entry.started is not None and not assessment.alive:
-            return replace(entry, started=None, ready_since=None)  # removed by hand
-        return entry
-    if is_alive(workload):
-        failure = assessment.live_failure or assessment.overdue(entry.started_at, now)
-    elif never_ran(workload):
-        return entry  # it was made, and whoever made it did not come to start it
-    else:
-        failure = ended(workload)
-    if failure is None:
-        if entry.started != workload.name:
-            entry = replace(entry, started=workload.name, started_at=None, ready_since=None)
-        return entry
-    if entry.started != workload.name:
-        return entry
-    return note_failure(replace(entry, started=None), assessment, failure, now, jitter=jitter)
-
-
-def _note_end_quietly(entry: InstanceMemory, assessment: Assessment) -> InstanceMemory:
-    """Forget what ended, so that nobody counts it later; who started it again is no matter."""
-    if assessment.running is None:
-        return replace(entry, started=None, ready_since=None)
-    match = assessment.match
-    if assessment.runs and match is not None and entry.started != match.name:
-        return replace(entry, started=match.name, started_at=None, ready_since=None)
-    return entry
-
-
-def is_of_the_specification(step: Step, error: MicError) -> bool:
-    """Whether a step that failed says something about the specification that is to run.
-
-    Only what makes it run can fail because of it. A remove that finds a container running, a stop
-    or a release say something about what was there before, and an engine that is gone, or a
-    container that somebody removed meanwhile, about nothing.
-    """
-    makes_it_run = isinstance(step, Prepare | Create | Start | Restart | Load)
-    return makes_it_run and not isinstance(
-        error, RuntimeUnavailable | WorkloadGone | StopFailed | ReleaseFailed
-    )
-
-
-def note_failure(
-    entry: InstanceMemory,
-    assessment: Assessment,
-    reason: str,
-    now: float,
-    *,
-    jitter: float,
-    refused: bool = False,
-    early: bool = False,
-) -> InstanceMemory:
-    """Count one failure of the desired specification.
-
-    `refused`: somebody said no, and would say it again at once; so even the first retry waits.
-    `early`: it failed before anything was stopped for it. That is tried again, with patience.
-
-    A specification that was never ready, while an earlier one was and is still there, is not tried
-    again: the earlier one takes over, at once.
-    """
-    failures = entry.failures + 1
-    retry_at = now + backoff.delay(max(failures, 2) if refused else failures, jitter)
-    failed, failed_reason = entry.failed, entry.failed_reason
-    if (
-        not early
-        and failed != assessment.hash
-        and entry.ready != assessment.hash
-        and way_back(entry, assessment)
-    ):
-        failed, failed_reason, retry_at = assessment.hash, reason, now
-    return replace(
-        entry,
-        failures=failures,
-        reason=reason,
-        attempt=assessment.hash,
-        retry_at=retry_at,
-        failed=failed,
-        failed_reason=failed_reason,
-        ready_since=None,
-    )
-
-
 def never_ran(workload: ObservedWorkload) -> bool:
     """Whether it is at rest because its start was not come to: that is no failure of it."""
     if is_alive(workload) or workload.exit_code is not None:
@@ -303,3 +124,17 @@ def describe_exit(code: int) -> str:
     """128 + N is how a shell, and Docker, report signal N."""
     name = _SIGNALS.get(code - 128 if code > 128 else -code if code < 0 else 0)
     return f"{code} ({name})" if name else str(code)
+
+
+def phase_of_step(step: Step) -> Phase:
+    """Where an instance is while a step is carried out for it."""
+    match step:
+        case Withdraw() | Drain() | Stop():
+            return Phase.STOPPING
+        case Release():
+            return Phase.WAITING_VRAM
+        case Start() | Restart():
+            return Phase.STARTING
+        case Load() | Unload():
+            return Phase.LOADING
+    return Phase.PENDING

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from mic_supervisor import codec
 from mic_supervisor.model import ContainerSpec, Identity, Launch, Pairs, Port, Workload
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.assess import Assessment, Context
@@ -55,7 +56,7 @@ def given_name(identity: Identity) -> str:
     # The ports are part of the name: where a port had to be chosen anew, the container that
     # recorded the old one may still be there.
     parts = [identity.spec_hash, sorted(identity.ports.items()), list(identity.gpus)]
-    unique = hashlib.sha256(specs.canonical(parts).encode()).hexdigest()[:8]
+    unique = hashlib.sha256(codec.canonical(parts).encode()).hexdigest()[:8]
     return f"mic-{identity.scope}-{identity.instance}-{unique}"
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mic_supervisor.model import DesiredState, ObservedState
+from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import Plan
-from mic_supervisor.plan.assess import Assessment, Context, assess, with_containers
-from mic_supervisor.plan.health import Phase, remember
+from mic_supervisor.plan.assess import Assessment, Context, assess, with_containers, workloads
+from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.selection import Selection
-from mic_supervisor.plan.status import InstanceStatus, Trouble, instance_statuses
+from mic_supervisor.plan.status import InstanceStatus, instance_statuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Look:
         """The numbers that the driver gives the GPUs today, by UUID."""
         return {gpu.uuid: gpu.index for gpu in self.observed.inventory.gpus}
 
-    def doing(self, activities: Mapping[str, Phase], troubles: Mapping[str, Trouble]) -> Look:
+    def doing(self, activities: Mapping[str, Phase]) -> Look:
         """The same look, once more is being carried out."""
         return replace(
             self,
@@ -55,9 +56,18 @@ class Look:
                 self.plan,
                 self.memory,
                 activities,
-                troubles,
             ),
         )
+
+    def told(self) -> tuple[Look, list[ledger.Entered]]:
+        """The same look, in which it is remembered since when each phase is shown."""
+        unasked = {
+            item.instance.id
+            for item in self.assessments
+            if item.runs and item.instance.probes.startup and item.health.startup is None
+        }
+        memory, rows, entered = ledger.told(self.memory, self.statuses, self.now, unasked)
+        return replace(self, memory=memory, statuses=rows), entered
 
     def in_wall(self) -> Look:
         """As it is told to people: plan and statuses in times of the wall clock."""
@@ -83,30 +93,26 @@ def look(
     *,
     jitter: float = 0.0,
     offset: float = 0.0,
-    activities: Mapping[str, Phase] | None = None,
-    troubles: Mapping[str, Trouble] | None = None,
 ) -> Look:
     """Hold desired against observed state. Equal arguments give equal looks.
 
     `now` is steady, and `offset` what makes it the wall clock's. `jitter` from 0 to 1 spreads the
-    next tries. `activities` is what is being carried out for an
-    instance, `troubles` what its last change failed with, both by the instance's id.
+    next tries.
     """
     assessments = tuple(assess(desired, observed, context, memory))
-    known = remember(
+    known = ledger.observed(
         memory,
         assessments,
         now,
         jitter=jitter,
         busy=context.busy,
         keep={name for entry in desired.unsatisfiable for name in entry.instances},
+        leaving={workload.identity.instance for workload in workloads(observed)},
         sick={gpu.uuid for gpu in observed.inventory.gpus if gpu.trouble is not None},
     )
     known = with_containers(replace(known, bindings=dict(desired.bindings)), observed)
     plan = reconcile(desired, observed, _unknown_yet(known, memory), now, context, assessments)
-    statuses = instance_statuses(
-        desired, observed, assessments, plan, known, activities or {}, troubles or {}
-    )
+    statuses = instance_statuses(desired, observed, assessments, plan, known)
     return Look(now, offset, desired, observed, context, memory, assessments, known, plan, statuses)
 
 

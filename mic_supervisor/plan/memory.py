@@ -1,54 +1,74 @@
 """What the supervisor remembers between two looks at the machine. Plain data, kept as JSON.
 
 Nothing here is needed to be right about what runs, only to be patient about what failed.
+plan/ledger.py changes what is remembered of instances.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from mic_supervisor.model import Probes
-from mic_supervisor.plan import backoff, probe_record, workload_record
-from mic_supervisor.plan.workload_record import Recorded
+from mic_supervisor.model import Identity, Probes
+from mic_supervisor.plan import backoff
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A host process that was ready, by what it carried; plan/rebuild.py says what for."""
+
+    runtime: str
+    name: str
+    identity: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Nothing is tried for an instance: its last change failed, and not by its specification."""
+
+    until: float
+    reason: str
+    failures: int = 1  # in a row
+    phase: str | None = None  # where the failure is a phase of its own: "stuck_stopping"
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceMemory:
-    """Of one instance. A specification is named by Assessment.hash. All times are steady."""
+    """The ledger of one instance. A specification is named by Assessment.hash. Times are steady."""
 
-    failures: int = 0  # since the last reset
-    reason: str | None = None  # of the last failure
-    attempt: str | None = None  # the specification that failed last
-    retry_at: float | None = None
+    failures: int = 0  # of the specification since the last reset: how long the next wait is
+    reason: str | None = None  # of the last failure, for plan and status
+    attempt: str | None = None  # the specification that failed last: another one is tried at once
+    retry_at: float | None = None  # until then it is not started again
     failed: str | None = None  # a specification that is not retried: we rolled back from it
     failed_reason: str | None = None  # why; `reason` may be of the one that took over
-    ready: str | None = None  # the last specification that was ready
-    ready_workload: str | None = None  # name of the workload that was
-    ready_since: float | None = None
-    ready_probes: Probes | None = None  # those that it was ready with
-    ready_record: Recorded | None = None  # what it carried then, of a process
-    started: str | None = None  # name of the workload that we started, or saw running, last
-    started_at: float | None = None  # None: it was adopted
-    restarts: int = 0
-    phase: str | None = None
-    since: float | None = None  # of the phase
+    rest: Rest | None = None  # until then no change of it is tried, whatever it is
+    ready: str | None = None  # the last specification that was ready: no rollback from it
+    ready_workload: str | None = None  # name of the workload that was: a rollback goes there
+    ready_since: float | None = None  # after a while failures are forgotten; None: not ready now
+    ready_probes: Probes | None = None  # those that it was ready with: what it is asked by later
+    ready_record: Recorded | None = None  # what it carried then, of a process: to start it again
+    started: str | None = None  # name of the workload whose end would be a failure
+    started_at: float | None = None  # when its start's budget began; None: it was adopted
+    restarts: int = 0  # for people
+    phase: str | None = None  # the last one that was told
+    since: float | None = None  # when it came into it, or has been down
 
     @property
     def troubled(self) -> bool:
         """Whether it has failed since it was last well for long, or was rolled back."""
-        return self.failures > 0 or self.failed is not None
+        return self.failures > 0 or self.failed is not None or self.rest is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
     """Since when something is to be left as it is, and what was given as the reason.
 
-    `since` is told and decides nothing. A pause outlasts boots, so it is the wall clock's.
+    `since` is told and decides nothing. A pause outlasts boots, so it is the wall clock's. 0: it
+    was damaged on the disk, and what is paused stays so all the same.
     """
 
-    since: float
+    since: float = 0.0
     reason: str | None = None
 
 
@@ -99,7 +119,7 @@ class Memory:
     """`bindings` maps index keys of the file to UUIDs, `floors` UUIDs to what was used on the GPU
     before the last start of ours. `published` are the endpoints that the hook was told of last.
     `containers` maps the ids of those that carry our labels and names to whether they are ours;
-    None: an earlier version did not write them down.
+    None: an earlier version did not write them down. `lost` tells what of the file was damaged.
     """
 
     instances: Mapping[str, InstanceMemory] = field(default_factory=dict)
@@ -108,6 +128,7 @@ class Memory:
     floors: Mapping[str, Floor] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None
     containers: Mapping[str, bool] | None = None
+    lost: str | None = None
 
     @property
     def known(self) -> Mapping[str, bool]:
@@ -135,6 +156,7 @@ class Memory:
                 started_at=one(entry.started_at),
                 ready_since=one(entry.ready_since),
                 since=one(entry.since),
+                rest=entry.rest and replace(entry.rest, until=entry.rest.until + seconds),
             )
         )
 
@@ -156,136 +178,10 @@ class Memory:
                 started_at=past(entry.started_at),
                 ready_since=None if rebooted else past(entry.ready_since),
                 since=past(entry.since),
+                rest=None,  # a supervisor that was started anew tries at once
             )
 
         return self._with_times(bounded)
 
     def _with_times(self, change: Callable[[InstanceMemory], InstanceMemory]) -> Memory:
         return replace(self, instances={k: change(one) for k, one in self.instances.items()})
-
-    def to_json(self) -> dict[str, Any]:
-        out: dict[str, Any] = {
-            "version": 1,
-            "bindings": dict(self.bindings),
-            "instances": {name: _plain(entry) for name, entry in sorted(self.instances.items())},
-        }
-        if self.paused:
-            out["paused"] = {
-                kind: {key: asdict(pause) for key, pause in sorted(pauses.items())}
-                for kind, pauses in (("gpus", self.paused.gpus), ("models", self.paused.models))
-            }
-        if self.floors:
-            out["floors"] = {uuid: asdict(floor) for uuid, floor in sorted(self.floors.items())}
-        if self.published is not None:
-            out["published"] = {model: dict(found) for model, found in self.published.items()}
-        if self.containers is not None:
-            out["containers"] = dict(sorted(self.containers.items()))
-        return out
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Memory:
-        """Unknown members are dropped: an older version may read what a newer one wrote.
-
-        Raises ValueError where the shape is not ours.
-        """
-        if not isinstance(data, Mapping):
-            raise ValueError("it holds no map")
-        instances, bindings = data.get("instances", {}), data.get("bindings", {})
-        if not isinstance(instances, Mapping) or not isinstance(bindings, Mapping):
-            raise ValueError("instances and bindings must be maps")
-        if not all(isinstance(entry, Mapping) for entry in instances.values()):
-            raise ValueError("every instance must be a map")
-        paused = data.get("paused", {})
-        if not isinstance(paused, Mapping):
-            raise ValueError("paused must be a map")
-        return cls(
-            instances={str(name): _entry(str(name), entry) for name, entry in instances.items()},
-            bindings={str(key): str(uuid) for key, uuid in bindings.items()},
-            paused=Paused(_pauses(paused, "models"), _pauses(paused, "gpus")),
-            floors=_floors(data.get("floors", {})),
-            published=_published(data.get("published")),
-            containers=_containers(data.get("containers")),
-        )
-
-
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "int": (int,),
-    "str | None": (str, type(None)),
-    "float | None": (int, float, type(None)),
-}
-
-
-def _plain(entry: InstanceMemory) -> dict[str, Any]:
-    out = asdict(replace(entry, ready_probes=None, ready_record=None))
-    del out["ready_probes"], out["ready_record"]
-    if entry.ready_probes is not None:
-        out["ready_probes"] = probe_record.to_json(entry.ready_probes)
-    if entry.ready_record is not None:
-        out["ready_record"] = workload_record.to_json(entry.ready_record)
-    return out
-
-
-def _entry(name: str, data: Mapping[str, Any]) -> InstanceMemory:
-    known = {f.name: _TYPES[str(f.type)] for f in fields(InstanceMemory) if str(f.type) in _TYPES}
-    given = {key: value for key, value in data.items() if key in known}
-    for key, value in given.items():
-        if not isinstance(value, known[key]) or isinstance(value, bool):
-            raise ValueError(f"{key} of {name} is {value!r}")
-    probes = probe_record.from_json(data.get("ready_probes"))
-    record = workload_record.from_json(data.get("ready_record"))
-    return InstanceMemory(**given, ready_probes=probes, ready_record=record)
-
-
-def _pauses(data: Mapping[str, Any], kind: str) -> dict[str, Pause]:
-    given = data.get(kind, {})
-    if not isinstance(given, Mapping) or not all(
-        isinstance(one, Mapping) for one in given.values()
-    ):
-        raise ValueError(f"paused {kind} must be a map of maps")
-    out: dict[str, Pause] = {}
-    for key, entry in given.items():
-        since, reason = entry.get("since"), entry.get("reason")
-        if not isinstance(since, int | float) or isinstance(since, bool):
-            raise ValueError(f"since of paused {key} is {since!r}")
-        if not isinstance(reason, str | None):
-            raise ValueError(f"reason of paused {key} is {reason!r}")
-        out[str(key)] = Pause(float(since), reason)
-    return out
-
-
-def _floors(given: Any) -> dict[str, Floor]:
-    if not isinstance(given, Mapping):
-        raise ValueError("floors must be a map")
-    out: dict[str, Floor] = {}
-    for uuid, entry in given.items():
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"floors of {uuid} is {entry!r}")
-        used, strangers = entry.get("used"), entry.get("strangers", 0)
-        if type(used) is not int or type(strangers) is not int:
-            raise ValueError(f"floors of {uuid} is {entry!r}")
-        out[str(uuid)] = Floor(used, strangers)
-    return out
-
-
-def _containers(data: Any) -> dict[str, bool] | None:
-    if data is None:
-        return None
-    if not isinstance(data, Mapping) or not all(isinstance(ours, bool) for ours in data.values()):
-        raise ValueError("containers must be a map of true and false")
-    return {str(ref): ours for ref, ours in data.items()}
-
-
-def _published(data: Any) -> dict[str, dict[str, dict[str, str]]] | None:
-    if data is None:
-        return None
-    if not isinstance(data, Mapping):
-        raise ValueError("published must be a map")
-    found: dict[str, dict[str, dict[str, str]]] = {}
-    for model, instances in data.items():
-        if not isinstance(instances, Mapping):
-            raise ValueError(f"published {model} must be a map")
-        for instance, urls in instances.items():
-            if not isinstance(urls, Mapping) or not all(isinstance(u, str) for u in urls.values()):
-                raise ValueError(f"published {instance} must be a map of texts")
-        found[str(model)] = {str(one): dict(urls) for one, urls in instances.items()}
-    return found

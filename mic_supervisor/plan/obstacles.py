@@ -107,6 +107,7 @@ def _strangers(s: Situation, instance: Instance) -> Reason | None:
 def warnings(s: Situation) -> tuple[str, ...]:
     """What an operator should know and no plan changes. Another scope's workloads are no news."""
     out = [s.context.hook_error] if s.context.hook_error is not None and s.desired.hook else []
+    out += [s.memory.lost] if s.memory.lost is not None else []
     if s.context.unconfirmed is not None:
         out.append(f"{s.context.unconfirmed}: {WAY_OUT}")
     found = [*s.desired.warnings]

@@ -15,7 +15,7 @@ from mic_supervisor.model import Launch, Limits, Pairs, Port, ProcessSpec
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.assess import Assessment
 from mic_supervisor.plan.launch import fill
-from mic_supervisor.plan.workload_record import Recorded
+from mic_supervisor.plan.memory import Recorded
 
 _SECRETS = ("env", "file_env", "variables")
 _NOT_OF_THE_PROCESS = frozenset({"kind", "drain"})

@@ -18,6 +18,7 @@ code:
 6. What ended and is neither a match nor the predecessor to roll back to is removed.
 7. What is paused, in doubt, or was not chosen, is left as it is: see plan/holds.py.
 8. Of one model, no more instances change at a time than its rollout allows: see plan/rollout.py.
+9. Where something failed just now that no specification is to blame for, the next try is later.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from mic_supervisor.plan.holds import hold
 from mic_supervisor.plan.loads import inside
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.obstacles import warnings
-from mic_supervisor.plan.rollout import roll
+from mic_supervisor.plan.rollout import rest, roll
 from mic_supervisor.plan.situation import Lane, Situation
 from mic_supervisor.plan.strangers import lets_go
 from mic_supervisor.plan.words import Code, Reason, because
@@ -73,7 +74,7 @@ def reconcile(
     if assessments is None:
         assessments = assess(desired, observed, context, memory)
     s = Situation(desired, observed, memory, now, context, assessments)
-    plan = roll(hold(_decide(s), s), s)  # 7, 8
+    plan = rest(roll(hold(_decide(s), s), s), s)  # 7, 8, 9
     return replace(
         plan,
         blocked=tuple(sorted(plan.blocked, key=lambda one: (one.instance, one.reason, one.gpus))),

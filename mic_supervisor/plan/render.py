@@ -40,7 +40,7 @@ def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
         lines += [f"    {diff_line(diff)}" for diff in change.diff]
         lines += [f"    {line}" for line in ending_lines(change)]
         if change.waits is not None:
-            lines.append(f"    waits for {change.waits}")
+            lines.append(f"    waits for {_timed(str(change.waits), change.until)}")
     if plan.blocked:
         lines += [""] if lines else []
         for item in plan.blocked:
@@ -90,9 +90,11 @@ def summary(plan: Plan) -> str:
 
 
 def reason(item: Blocked) -> str:
-    if item.until is None:
-        return item.reason
-    return f"{item.reason}; next try at {clock(item.until)}"
+    return _timed(item.reason, item.until)
+
+
+def _timed(why: str, until: float | None) -> str:
+    return why if until is None else f"{why}; next try at {clock(until)}"
 
 
 def diff_line(diff: FieldDiff) -> str:

@@ -1,4 +1,8 @@
-"""Of one model, no more instances change at a time than its rollout allows."""
+"""What a plan leaves for later.
+
+Of one model, no more instances change at a time than its rollout allows. And a lane in which
+something failed that no specification is to blame for has a rest.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from dataclasses import replace
 
 from mic_supervisor.plan.actions import Change, Plan
 from mic_supervisor.plan.assess import Assessment
+from mic_supervisor.plan.memory import Rest
 from mic_supervisor.plan.situation import Situation
 from mic_supervisor.plan.words import Code, because
 
@@ -44,6 +49,22 @@ def roll(plan: Plan, s: Situation) -> Plan:
                 down[model] += 1
         out.append(change)
     return replace(plan, changes=_with_followers(out))
+
+
+def rest(plan: Plan, s: Situation) -> Plan:
+    """The same plan; the changes of a lane that rests are told to wait."""
+    rests: dict[str, Rest] = {}
+    for change in plan.changes:
+        one = s.memory.of(change.instance).rest
+        if one is not None and one.until > s.now and change.steps:
+            rests[change.lane] = max(rests.get(change.lane, one), one, key=lambda it: it.until)
+    changes = tuple(
+        replace(change, waits=because(Code.NEXT_TRY, failure=one.reason), until=one.until)
+        if change.steps and (one := rests.get(change.lane)) is not None
+        else change
+        for change in plan.changes
+    )
+    return replace(plan, changes=changes)
 
 
 def _unpublished(s: Situation, instance: str, model: str) -> bool:

@@ -30,7 +30,6 @@ def settled(
     statuses: Iterable[InstanceStatus],
     memory: Memory,
     *,
-    failing: Collection[str],
     began: float,
     now: float,
     only: Collection[str] | None = None,
@@ -45,6 +44,7 @@ def settled(
     3. A change whose turn has not come is waited for through those it waits for.
     4. What took over in a rollback is waited for like any other start.
     """
+    failing = {name for name, entry in memory.instances.items() if entry.rest is not None}
     if any(
         change.steps and change.waits is None and change.instance not in failing
         for change in plan.changes
@@ -57,7 +57,7 @@ def settled(
         for change in plan.changes
         if change.waits is not None and change.waits.kind is not Code.HOOK
     }
-    final |= set(failing)
+    final |= failing
     budgets = {item.id: item.start_timeout for item in desired.instances}
     for row in statuses:
         entry = memory.of(row.id)

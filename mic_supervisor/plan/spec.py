@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from mic_supervisor import codec
 from mic_supervisor.model import (
     ContainerSpec,
     HttpCall,
@@ -84,11 +84,7 @@ def of_instance(instance: Instance, key: SpecKey) -> dict[str, Any]:
 def spec_hash(spec: Mapping[str, Any]) -> str:
     """16 hex digits over what is compared."""
     compared = {name: value for name, value in spec.items() if name not in _NOT_COMPARED}
-    return hashlib.sha256(canonical(compared).encode()).hexdigest()[:16]
-
-
-def canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(codec.canonical(compared).encode()).hexdigest()[:16]
 
 
 def differences(recorded: Mapping[str, Any], desired: Mapping[str, Any]) -> tuple[FieldDiff, ...]:

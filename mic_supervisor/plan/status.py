@@ -12,7 +12,7 @@ from mic_supervisor.plan.assess import Assessment, is_alive, workloads
 from mic_supervisor.plan.fallback import as_it_runs, fallback
 from mic_supervisor.plan.health import Phase, phase_of
 from mic_supervisor.plan.loads import memory_key
-from mic_supervisor.plan.memory import InstanceMemory, Memory
+from mic_supervisor.plan.memory import InstanceMemory, Memory, Rest
 from mic_supervisor.plan.words import Code, Reason, because
 
 Sync = Literal["in_sync", "out_of_sync", "unknown"]
@@ -100,24 +100,18 @@ class InstanceStatus:
         return self.phase in (Phase.READY, Phase.UNPROBED) and self.sync == "in_sync"
 
 
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """What the last change of an instance failed with, where that is a phase of its own."""
-
-    phase: Phase
-    reason: str
-
-
 def instance_statuses(
     desired: DesiredState,
     observed: ObservedState,
     assessments: Sequence[Assessment],
     plan: Plan,
     memory: Memory,
-    activities: Mapping[str, Phase],
-    troubles: Mapping[str, Trouble] = {},
+    activities: Mapping[str, Phase] = {},
 ) -> tuple[InstanceStatus, ...]:
-    """Sorted by id: every desired instance, every entry in trouble, everything that has to go."""
+    """Sorted by id: every desired instance, every entry in trouble, everything that has to go.
+
+    `activities` is what is being carried out for an instance, by its id.
+    """
     blocked = {item.instance: item for item in plan.blocked}
     waits = {change.instance: change.waits for change in plan.changes if change.waits}
     due = {change.instance: change.why for change in plan.changes if change.kind != "adopt"}
@@ -144,7 +138,7 @@ def instance_statuses(
         for entry in desired.unsatisfiable
         if not known & set(entry.instances)
     ]
-    rows = [_troubled(row, troubles.get(row.id), activities) for row in rows]
+    rows = [row if row.id in activities else _resting(row, memory.of(row.id).rest) for row in rows]
     return tuple(sorted(rows, key=lambda row: row.id))
 
 
@@ -274,13 +268,21 @@ def _how(entry: InstanceMemory, item: Assessment) -> str:
     return f", {phase.value}" + (f": {reason}" if reason else "")
 
 
-def _troubled(
-    row: InstanceStatus, trouble: Trouble | None, activities: Mapping[str, Phase]
-) -> InstanceStatus:
-    if trouble is None or row.id in activities or row.phase in (Phase.READY, Phase.PAUSED):
+def _resting(row: InstanceStatus, rest: Rest | None) -> InstanceStatus:
+    """What its last change failed with, where that is a phase of its own, or it only waits."""
+    if rest is None or row.phase in (Phase.READY, Phase.PAUSED):
         return row
-    health = _HEALTH.get(trouble.phase, row.health)
-    return replace(row, phase=trouble.phase, reason=trouble.reason, why=None, health=health)
+    if rest.phase is None and row.phase is not Phase.PENDING:
+        return row
+    phase = Phase.BACKOFF if rest.phase is None else Phase(rest.phase)
+    return replace(
+        row,
+        phase=phase,
+        reason=rest.reason,
+        why=because(Code.NEXT_TRY, failure=rest.reason),
+        next_retry=rest.until,
+        health=_HEALTH.get(phase, row.health),
+    )
 
 
 def _health(phase: Phase, item: Assessment) -> str:

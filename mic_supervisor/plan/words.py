@@ -112,6 +112,7 @@ class Code(Enum):
     HOOK = "on_endpoints_change, which has yet to be told of what serves instead"
     TURN = "its turn: {limit} instance{s} of {model} at a time"
     LATER = "{instance}, whose turn comes later"
+    NEXT_TRY = "its next try, since the last one failed: {failure}"
 
     @property
     def sentence(self) -> str:

@@ -6,12 +6,9 @@ workload inherits its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import fields
 
-from pydantic import TypeAdapter
-
+from mic_supervisor import codec
 from mic_supervisor.model import Identity
 
 MANAGER = "mic-supervisor"
@@ -21,19 +18,17 @@ IDENTITY = "MIC_IDENTITY"
 OWN_VARIABLES = frozenset({"MIC_SCOPE", "MIC_INSTANCE", "MIC_SPEC_HASH", IDENTITY})
 
 VERSION = 1
-_CODEC = TypeAdapter(Identity)
 _FOREIGN = "its environment does not name it as ours"
 
 
 def identity_variables(name: str, identity: Identity) -> dict[str, str]:
     """What tells the workload `name`, and every process in it, whose it is."""
-    members = {field.name: getattr(identity, field.name) for field in fields(identity)}
-    document = {"version": VERSION, "managed_by": MANAGER, "name": name, **members}
+    own = {"version": VERSION, "managed_by": MANAGER, "name": name}
     return {
         "MIC_SCOPE": identity.scope,
         "MIC_INSTANCE": identity.instance,
         "MIC_SPEC_HASH": identity.spec_hash,
-        IDENTITY: json.dumps(document, sort_keys=True, separators=(",", ":"), default=dict),
+        IDENTITY: codec.canonical(own | codec.encode(identity), ensure_ascii=True),
     }
 
 
@@ -46,11 +41,11 @@ def identity_of(variables: Mapping[str, str]) -> tuple[str, Identity] | str:
     if text is None:
         return _FOREIGN
     try:
-        found = json.loads(text)
+        found = codec.parse(text)
         if found["managed_by"] != MANAGER:
             return _FOREIGN
-        spec = found["spec"] if isinstance(found["spec"], dict) else None
-        return str(found["name"]), _CODEC.validate_json(json.dumps({**found, "spec": spec}))
+        spec = found.get("spec") if isinstance(found.get("spec"), dict) else None
+        return str(found["name"]), codec.decode(Identity, {**found, "spec": spec})
     except (ValueError, KeyError, TypeError) as error:
         return f"its {IDENTITY} cannot be read: {' '.join(repr(error).split())}"
 

@@ -89,13 +89,15 @@ def test_a_lock_timeout_that_is_none(job: World) -> None:
     assert done.stderr.splitlines()[-1].startswith("Error: Invalid value for '--lock-timeout': ")
 
 
+ALL = "damaged, and what it held is lost: "
 MALFORMED = {
-    "{": "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
-    "": "Expecting value: line 1 column 1 (char 0)",
-    "[]": "it holds no map",
-    '{"instances": []}': "instances and bindings must be maps",
-    '{"instances": {"a": 1}}': "every instance must be a map",
-    '{"instances": {"a": {"failures": "two"}}}': "failures of a is 'two'",
+    "{": f"{ALL}not JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
+    "(char 1)",
+    "": f"{ALL}not JSON: Expecting value: line 1 column 1 (char 0)",
+    "[]": f"{ALL}Input should be an object, not []",
+    '{"instances": []}': "damaged: instances was lost",
+    '{"instances": {"a": 1}}': "damaged: instances.a was lost",
+    '{"instances": {"a": {"failures": "two"}}}': "damaged: instances.a.failures was lost",
 }
 
 
@@ -103,27 +105,35 @@ def test_a_malformed_memory(job: World) -> None:
     job.write({0: "a"}, a=web())
     job.apply()
     before, path = job.runs(), kept(job, "memory.json")
-    for text, cause in MALFORMED.items():
+    for count, (text, cause) in enumerate(MALFORMED.items(), 1):
         path.write_text(text)
-        for command in ("plan", "apply", "status") if text == "{" else ("plan",):
-            done = job.mic(command, rc=1)
-            assert done.stdout == ""
-            verb, _, rest = done.stderr.removeprefix("error: cannot ").partition(" ")
-            assert verb in ("read", "use")
-            assert rest == (
-                f"{path}: {cause}\n"
-                "hint: move it away: only backoff counters, GPU bindings and pauses are lost\n"
-            )
+        assert job.plan() == (
+            "= adopt    a-51000000  GPU 0  it runs already, as the file asks\n"
+            "\n"
+            f"warning: {path} was {cause}\n"
+            "\n"
+            "No changes; 1 to adopt.\n"
+        )
+        assert path.read_text() == text  # who only looks changes nothing
+        job.apply()
+        assert path.with_name(f"memory.json.damaged-{count}").read_text() == text
+        job.unchanged()
     assert job.runs() == before
-    path.rename(path.with_suffix(".bad"))
-    assert job.plan() == (
-        "= adopt    a-51000000  GPU 0  it runs already, as the file asks\n"
-        "\n"
-        "No changes; 1 to adopt.\n"
-    )
+
+
+def test_what_is_paused_in_a_damaged_memory_stays_paused(job: World) -> None:
+    job.write({0: "a"}, a=web())
     job.apply()
+    job.mic("pause", "a", rc=0)
+    before, path = job.runs(), kept(job, "memory.json")
+    data = json.loads(path.read_text())
+    data["instances"]["a-51000000"]["restarts"] = data["paused"]["models"]["a"]["since"] = "x"
+    path.write_text(json.dumps(data))
+    job.write({0: "a"}, a=web("env: {MORE: x}"))
+    plan = job.plan()
+    assert "instances.a-51000000.restarts, paused.models.a.since was lost\n" in plan
+    assert "! paused   a-51000000" in plan
     assert job.runs() == before
-    job.unchanged()
 
 
 def test_an_older_memory_with_unknown_members_is_read(job: World) -> None:

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "mic_supervisor"
 LAYERS = (
     *("cli", "demo", "doctor", "takeover", "kill", "daemon", "http", "converge", "views", "plan"),
     *("desired", "backends", "runtimes", "gpu", "config", "host", "model", "errors", "clocks"),
+    "codec",
 )
 
 STRANGERS = {("backends", "runtimes"), ("runtimes", "backends")}

@@ -6,11 +6,11 @@ shows (https://docs.docker.com/reference/api/engine/, ContainerCreate), and test
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from mic_supervisor import codec
 from mic_supervisor.model import ContainerSpec, Identity, Launch
 
 PREFIX = "io.mic."
@@ -40,12 +40,12 @@ def labels(identity: Identity) -> dict[str, str]:
         PREFIX + "model": identity.model,
         PREFIX + "backend": identity.backend,
         PREFIX + "gpus": ",".join(identity.gpus),
-        PREFIX + "ports": _json(dict(identity.ports)),
+        PREFIX + "ports": codec.canonical(dict(identity.ports)),
         PREFIX + "spec-hash": identity.spec_hash,
         PREFIX + "origin": identity.origin,
     }
     if identity.spec is not None:
-        values[PREFIX + "spec"] = _json(dict(identity.spec))
+        values[PREFIX + "spec"] = codec.canonical(dict(identity.spec))
     return values
 
 
@@ -166,13 +166,9 @@ def _bindings(spec: ContainerSpec) -> dict[str, list[dict[str, str]]]:
     return bindings
 
 
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
 def _document(text: str | None) -> dict[str, Any] | None:
     try:
-        value = json.loads(text or "")
-    except (ValueError, RecursionError):
+        value = codec.parse(text or "")
+    except codec.BadDocument:
         return None
     return value if isinstance(value, dict) else None

@@ -21,9 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat
 
-from mic_supervisor import clocks
+from mic_supervisor import clocks, codec
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, ObservedWorkload, RunState
 from mic_supervisor.runtimes.keeper.program import EXIT, RECORD, write_json
@@ -114,10 +114,6 @@ class Exit:
             return f"ended by signal {self.signal}"
 
 
-_RECORD = TypeAdapter(Record)
-_EXIT = TypeAdapter(Exit)
-
-
 def _plain(value: Any) -> dict[str, Any]:
     """What json.dumps does not know: one of our classes, or a mapping that is no dict."""
     if is_dataclass(value):
@@ -151,21 +147,19 @@ def _document(path: Path) -> dict[str, Any] | None:
     if len(text) > _LARGEST:
         raise BadRecord(f"{path.name} has more than {_LARGEST} bytes")
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{path.name} is not JSON: {error}") from error
+        document = codec.parse(text)
+    except codec.BadDocument as error:
+        raise BadRecord(f"{path.name} is {error}") from error
     if not isinstance(document, dict):
         raise BadRecord(f"{path.name} is not a JSON object")
     return document
 
 
-def _typed(kind: TypeAdapter[T], document: dict[str, Any], file: str) -> T:
+def _typed(kind: type[T], document: dict[str, Any], file: str) -> T:
     try:
-        return kind.validate_json(json.dumps(document), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BadRecord(f"{file} is incomplete: {where}: {first['msg']}") from error
+        return codec.decode(kind, document)
+    except codec.BadDocument as error:
+        raise BadRecord(f"{file} is incomplete: {error}") from error
 
 
 def load(path: Path) -> Record | None:
@@ -175,7 +169,7 @@ def load(path: Path) -> Record | None:
         return None
     if document.get("version") != VERSION:
         raise BadRecord(f"{RECORD} has version {document.get('version')!r}, not {VERSION}")
-    return _typed(_RECORD, {**document, "name": path.name}, RECORD)
+    return _typed(Record, {**document, "name": path.name}, RECORD)
 
 
 def read_exit(path: Path, run_id: str) -> tuple[Exit | None, str | None]:
@@ -186,7 +180,7 @@ def read_exit(path: Path, run_id: str) -> tuple[Exit | None, str | None]:
         document = _document(path / EXIT)
         if document is None or document.get("run_id") != run_id:
             return None, None
-        return _typed(_EXIT, document, EXIT), None
+        return _typed(Exit, document, EXIT), None
     except BadRecord as error:
         return None, f"its exit status is lost: {error}"
 

@@ -103,7 +103,6 @@ def snapshot(
         plan=plan,
         statuses=instance_statuses(desired, observed, assessments, plan, memory, {}),
         busy=frozenset(),
-        failing=frozenset(),
         round=7,
         seconds=0.012,
     )

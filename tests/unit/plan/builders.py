@@ -6,11 +6,13 @@ on GPU 0 is MAM-aaaaaaaa. Times are small numbers of seconds.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mic_supervisor import codec
 from mic_supervisor.desired.bind import instance_id
 from mic_supervisor.model import (
     ContainerSpec,
@@ -249,6 +251,11 @@ def observed(
 
 def _six() -> tuple[Gpu, ...]:
     return gpus(6)
+
+
+def reread(memory: Memory) -> Memory:
+    """As it comes back from the disk."""
+    return codec.decode(Memory, codec.parse(json.dumps(codec.encode(memory))))
 
 
 def knows(**entries: InstanceMemory) -> Memory:

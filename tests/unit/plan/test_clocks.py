@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.model import ObservedState, ObservedWorkload
-from mic_supervisor.plan import backoff
+from mic_supervisor.plan import backoff, ledger
 from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import assess
-from mic_supervisor.plan.health import remember
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.words import Code, because
@@ -57,7 +56,7 @@ def test_a_fresh_start_is_no_failure_and_no_rollback_after_the_clock_was_set() -
     runs = workload(new, started_at=NOW - HOUR, running_since=NOW - 1)
     memory = knows(MAM_aaaaaaaa=InstanceMemory(started=runs.name, started_at=NOW - 1, ready="then"))
     found = assess(desired(new), hanging(runs), CONTEXT)
-    kept = remember(memory, found, NOW, jitter=0.0).of(new.id)
+    kept = ledger.observed(memory, found, NOW, jitter=0.0).of(new.id)
     assert (kept.failures, kept.failed, kept.retry_at) == (0, None, None)
 
 
@@ -85,7 +84,7 @@ def test_no_shift_of_the_wall_clock_changes_a_decision(
         )
         wanted = desired(MAM)
         found = assess(wanted, state, CONTEXT)
-        kept = remember(knows(MAM_aaaaaaaa=entry), found, NOW, jitter=0.0)
+        kept = ledger.observed(knows(MAM_aaaaaaaa=entry), found, NOW, jitter=0.0)
         return reconcile(wanted, state, kept, NOW, CONTEXT, found), kept
 
     (plan, kept), (as_before, kept_before) = decided(shift), decided(0.0)

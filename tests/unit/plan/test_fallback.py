@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from mic_supervisor import codec
 from mic_supervisor.model import (
     ContainerSpec,
     EngineCheck,
@@ -20,10 +21,9 @@ from mic_supervisor.model import (
     RunState,
     TcpCheck,
 )
-from mic_supervisor.plan import probe_record
+from mic_supervisor.plan import ledger
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.fallback import as_it_runs, earlier, fallback
-from mic_supervisor.plan.health import remember
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.settled import settled
 from mic_supervisor.plan.status import InstanceStatus, instance_statuses
@@ -41,6 +41,7 @@ from tests.unit.plan.builders import (
     passed,
     placement,
     plan_for,
+    reread,
     shortly,
     text,
     workload,
@@ -194,7 +195,7 @@ def test_it_is_restarted_with_patience() -> None:
 def test_its_failures_are_counted_and_it_is_stable_only_while_it_serves() -> None:
     def after(entry: InstanceMemory, health: Health, now: float) -> InstanceMemory:
         item = assess(desired(NEW), observed(GOOD, BAD, health={GOOD.ref: health}), CONTEXT)[0]
-        return remember(memory(entry), [item], now, jitter=0.0).of(MAM.id)
+        return ledger.observed(memory(entry), [item], now, jitter=0.0).of(MAM.id)
 
     sick = after(rolled_back(), failing("liveness"), NOW)
     assert (sick.failures, sick.reason, sick.failed_reason) == (
@@ -240,7 +241,7 @@ def test_apply_waits_until_what_took_over_is_ready() -> None:
         items = assess(desired(NEW), state, CONTEXT)
         plan = plan_for([NEW], state, kept)
         rows = instance_statuses(desired(NEW), state, items, plan, kept, {})
-        return settled(desired(NEW), plan, rows, kept, failing=(), began=began, now=NOW)
+        return settled(desired(NEW), plan, rows, kept, began=began, now=NOW)
 
     starting = failing("startup", failures=1)
     assert not done(rolled_back(started_at=NOW - 1), starting)
@@ -260,11 +261,9 @@ CHECKS = [
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_probes_come_back_from_the_memory(check: HttpCheck) -> None:
-    import json
-
     probes = Probes(startup=Probe(check, 1.5, 2.0, 4), readiness=Probe(check))
     kept = Memory({MAM.id: rolled_back(ready_probes=probes)})
-    assert Memory.from_json(json.loads(json.dumps(kept.to_json()))) == kept
+    assert reread(kept) == kept
 
 
 @pytest.mark.parametrize(
@@ -284,7 +283,9 @@ def test_probes_come_back_from_the_memory(check: HttpCheck) -> None:
             }
         },
         {"startup": {"check": {"kind": "engine"}, "period": "1", "timeout": 1, "failures": 1}},
+        {"startup": {"check": {"kind": "engine"}, "period": -1, "timeout": 1, "failures": 1}},
     ],
 )
 def test_what_a_later_version_remembered_is_unknown(data: object) -> None:
-    assert probe_record.from_json(data) is None
+    with pytest.raises(codec.BadDocument):
+        codec.decode(Probes, data)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from mic_supervisor import codec
 from mic_supervisor.errors import (
     LoadFailed,
     MicError,
@@ -28,6 +29,7 @@ from mic_supervisor.model import (
     RuntimeView,
     Stranger,
 )
+from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import (
     Create,
     Load,
@@ -45,10 +47,7 @@ from mic_supervisor.plan.assess import Assessment, with_containers
 from mic_supervisor.plan.health import (
     Phase,
     describe_exit,
-    is_of_the_specification,
-    note_failure,
     phase_of,
-    remember,
 )
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from tests.unit.plan.builders import (
@@ -61,6 +60,7 @@ from tests.unit.plan.builders import (
     passed,
     placement,
     program,
+    reread,
     workload,
 )
 
@@ -83,7 +83,7 @@ def after(
     if health is None:
         health = passed()
     item = assessment(instance, *found, health=health, **values)
-    memory = remember(Memory({instance.id: entry}), [item], now, jitter=jitter)
+    memory = ledger.observed(Memory({instance.id: entry}), [item], now, jitter=jitter)
     return memory.of(instance.id)
 
 
@@ -179,13 +179,15 @@ def test_an_unreadable_runtime_says_nothing_about_an_end() -> None:
 def test_of_a_busy_instance_nothing_is_concluded() -> None:
     memory = Memory({MAM.id: seen(), "gone-00000000": seen()})
     item = assessment(MAM, EXITED)
-    assert remember(memory, [item], 0.0, jitter=0.0, busy={MAM.id}) == Memory({MAM.id: seen()})
+    assert ledger.observed(memory, [item], 0.0, jitter=0.0, busy={MAM.id}) == Memory(
+        {MAM.id: seen()}
+    )
 
 
 def test_an_instance_that_is_gone_is_forgotten_and_one_in_trouble_is_kept() -> None:
     memory = Memory({MAM.id: seen(), "gone-00000000": seen()}, {"0": "GPU-0"})
-    assert remember(memory, [], 0.0, jitter=0.0) == Memory({}, {"0": "GPU-0"})
-    assert remember(memory, [], 0.0, jitter=0.0, keep={MAM.id}).instances == {MAM.id: seen()}
+    assert ledger.observed(memory, [], 0.0, jitter=0.0) == Memory({}, {"0": "GPU-0"})
+    assert ledger.observed(memory, [], 0.0, jitter=0.0, keep={MAM.id}).instances == {MAM.id: seen()}
 
 
 # --- ill health -------------------------------------------------------------------------------
@@ -285,21 +287,27 @@ def test_a_new_specification_that_fails_is_given_up_for_the_one_before() -> None
     assert failed.retry_at == 1000.0  # nothing keeps the good one from starting at once
 
 
+def refused(
+    entry: InstanceMemory, item: Assessment, kind: type[Start | Prepare], reason: str, now: float
+) -> InstanceMemory:
+    step = kind("it", item.instance.id, LAUNCH)
+    memory = Memory({item.instance.id: entry})
+    return ledger.failed(memory, step, RuntimeRefused(reason), item, now, 0.0).of(item.instance.id)
+
+
 def test_a_start_that_was_refused_is_given_up_at_once_too() -> None:
     item = assessment(NEW, new_one(RunState.CREATED), EXITED)
-    failed = note_failure(ready_before(), item, "no such device", 1000.0, jitter=0.0, refused=True)
+    failed = refused(ready_before(), item, Start, "no such device", 1000.0)
     assert failed.failed == item.hash
     assert failed.retry_at == 1000.0
 
 
 def test_what_failed_before_anything_was_stopped_is_tried_again() -> None:
     item = assessment(NEW, GOOD)
-    entry = note_failure(
-        ready_before(), item, "cannot pull", 1000.0, jitter=0.0, refused=True, early=True
-    )
+    entry = refused(ready_before(), item, Prepare, "cannot pull", 1000.0)
     assert entry.failed is None
     assert entry.retry_at == 1005.0
-    again = note_failure(entry, item, "cannot pull", 1005.0, jitter=0.0, refused=True, early=True)
+    again = refused(entry, item, Prepare, "cannot pull", 1005.0)
     assert (again.failures, again.retry_at) == (2, 1010.0)
 
 
@@ -357,7 +365,7 @@ def test_the_one_that_took_over_has_its_failures_forgotten_once_it_stayed_up() -
 def test_a_failed_one_that_gets_ready_after_all_is_not_failed_any_more() -> None:
     running = new_one(RunState.RUNNING)
     item = assessment(NEW, running, EXITED, health=passed())
-    entry = remember(Memory({NEW.id: rolled_back()}), [item], 1000.0, jitter=0.0).of(NEW.id)
+    entry = ledger.observed(Memory({NEW.id: rolled_back()}), [item], 1000.0, jitter=0.0).of(NEW.id)
     assert entry.failed is None
     assert entry.ready_workload == running.name
 
@@ -365,17 +373,12 @@ def test_a_failed_one_that_gets_ready_after_all_is_not_failed_any_more() -> None
 # --- memory on disk ---------------------------------------------------------------------------
 
 
-def test_memory_comes_back_from_json_without_what_a_newer_version_added() -> None:
-    memory = Memory({MAM.id: rolled_back()}, {"0": "GPU-0"})
-    data = memory.to_json()
+def test_memory_comes_back_without_what_a_newer_version_added() -> None:
+    memory = Memory({MAM.id: rolled_back()}, {"0": "GPU-0"}, containers={"c1": True, "c2": False})
+    data = codec.encode(memory)
     data["instances"][MAM.id]["colour"] = "blue"
-    assert Memory.from_json(data) == memory
-    seen = replace(memory, containers={"c1": True, "c2": False})
-    assert Memory.from_json(seen.to_json()) == seen
-    with pytest.raises(ValueError, match="must be maps"):
-        Memory.from_json({"instances": []})
-    with pytest.raises(ValueError, match="every instance must be a map"):
-        Memory.from_json({"instances": {"MAM-aaaaaaaa": 3}})
+    assert codec.decode(Memory, data) == memory
+    assert reread(memory) == memory
 
 
 def test_containers_are_known_by_id_and_by_name_only_where_no_id_was_written_down() -> None:
@@ -502,7 +505,7 @@ PLACED = placement("MAM", 0)
     ],
 )
 def test_what_makes_it_run_fails_because_of_the_specification(step: Step, error: MicError) -> None:
-    assert is_of_the_specification(step, error)
+    assert ledger.is_of_the_specification(step, error)
 
 
 @pytest.mark.parametrize(
@@ -523,4 +526,4 @@ def test_what_makes_it_run_fails_because_of_the_specification(step: Step, error:
 def test_what_was_there_before_says_nothing_about_the_specification(
     step: Step, error: MicError
 ) -> None:
-    assert not is_of_the_specification(step, error)
+    assert not ledger.is_of_the_specification(step, error)

@@ -274,7 +274,7 @@ def test_one_that_is_told_to_wait_queues() -> None:
     assessments = assess(state, held, CONTEXT)
     (row,) = instance_statuses(state, held, assessments, plan, Memory(), {})
     assert (row.phase, row.health) == (Phase.WAITING_VRAM, "progressing")
-    args: dict[str, Any] = {"failing": (), "began": NOW}
+    args: dict[str, Any] = {"began": NOW}
     assert not settled(state, plan, [row], Memory(), now=NOW + 299, **args)
     assert settled(state, plan, [row], Memory(), now=NOW + 310, **args)  # its start_timeout
 

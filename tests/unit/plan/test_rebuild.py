@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from mic_supervisor import codec
 from mic_supervisor.model import Limits, Port, ProcessSpec, RunState
+from mic_supervisor.plan import ledger
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.fallback import fallback, way_back
-from mic_supervisor.plan.health import remember
 from mic_supervisor.plan.launch import fill
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.rebuild import rebuilt, relaunch
-from mic_supervisor.plan.workload_record import recorded
 from tests.unit.plan.builders import (
     CONTEXT,
     HTTP,
@@ -28,6 +28,7 @@ from tests.unit.plan.builders import (
     passed,
     plan_for,
     program,
+    reread,
     shortly,
     text,
     uuid,
@@ -65,14 +66,14 @@ def ready_once(**values: object) -> InstanceMemory:
         started=BAD.name,
         ready="then",
         ready_workload=GOOD.name,
-        ready_record=recorded(GOOD),
+        ready_record=ledger.recorded(GOOD),
     )
     return replace(entry, **values)  # type: ignore[arg-type]
 
 
 def test_the_whole_specification_comes_back() -> None:
     item = assessment(NEW, BAD)
-    found = rebuilt(recorded(GOOD), item)
+    found = rebuilt(ledger.recorded(GOOD), item)
     assert found == WHOLE
     target = relaunch(ready_once().ready_record, found, {uuid(0): 3})  # type: ignore[arg-type]
     assert target.name == GOOD.name
@@ -98,7 +99,7 @@ def test_there_is_no_way_back_where_something_is_not_known_any_more(new: object)
 
 def test_more_secrets_than_before_are_in_no_way() -> None:
     new = changed(NEW, env=(*SECRETS["env"], ("MORE", "§d")))
-    assert rebuilt(recorded(GOOD), assessment(new, BAD)) == WHOLE
+    assert rebuilt(ledger.recorded(GOOD), assessment(new, BAD)) == WHOLE
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_record_that_is_not_understood_is_no_way_back(spec: object) -> None:
 
 def test_a_failure_leads_back_to_it() -> None:
     item = assessment(NEW, BAD)
-    kept = remember(Memory({FACE.id: ready_once()}), [item], NOW, jitter=0.0)
+    kept = ledger.observed(Memory({FACE.id: ready_once()}), [item], NOW, jitter=0.0)
     entry = kept.of(FACE.id)
     assert (entry.failed, entry.failed_reason, entry.retry_at) == (
         item.hash,
@@ -146,8 +147,8 @@ def test_a_failure_leads_back_to_it() -> None:
         "release face-aaaaaaaa <- prepare good, remove bad",
         "start good <- release face-aaaaaaaa",
     ]
-    assert "§" not in text(plan) + json.dumps(kept.to_json())
-    again = remember(
+    assert "§" not in text(plan) + json.dumps(codec.encode(kept))
+    again = ledger.observed(
         kept.with_instance(FACE.id, replace(entry, started=GOOD.name, started_at=NOW)),
         [assess(desired(NEW), observed(GOOD, health={GOOD.ref: passed()}), CONTEXT)[0]],
         NOW,
@@ -177,7 +178,7 @@ def rolled_back(**values: object) -> InstanceMemory:
 def test_its_crash_is_counted_and_answered_with_patience() -> None:
     ended = replace(GOOD, state=RunState.EXITED, exit_code=139)
     item = assess(desired(NEW), observed(ended), CONTEXT)[0]
-    kept = remember(Memory({FACE.id: rolled_back()}), [item], NOW, jitter=0.0)
+    kept = ledger.observed(Memory({FACE.id: rolled_back()}), [item], NOW, jitter=0.0)
     assert (kept.of(FACE.id).failures, kept.of(FACE.id).retry_at) == (2, NOW + 5)
     plan = plan_for([NEW], observed(ended), kept)
     assert [item.reason for item in plan.blocked] == [
@@ -206,17 +207,14 @@ def test_when_a_secret_changes_the_file_is_another_one_and_is_tried() -> None:
 
 def test_the_record_survives_in_the_memory() -> None:
     kept = Memory({FACE.id: rolled_back()})
-    assert Memory.from_json(json.loads(json.dumps(kept.to_json()))) == kept
-    data = kept.to_json()
-    data["instances"][FACE.id]["ready_record"] = {"runtime": 3}
-    assert Memory.from_json(data).of(FACE.id).ready_record is None
+    assert reread(kept) == kept
 
 
 def test_of_a_container_nothing_is_kept_but_itself() -> None:
     mam = on("MAM", 0)
-    assert recorded(workload(mam)) is None
+    assert ledger.recorded(workload(mam)) is None
     plain = on("plain", 0, workload=program())
     item = assessment(plain, workload(plain), health=passed())
-    entry = remember(Memory(), [item], NOW, jitter=0.0).of(plain.id)
+    entry = ledger.observed(Memory(), [item], NOW, jitter=0.0).of(plain.id)
     assert entry.ready_record is not None
     assert fallback(entry, item) is None

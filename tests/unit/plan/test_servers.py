@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from mic_supervisor.errors import LoadFailed
 from mic_supervisor.model import (
     Health,
     HttpCall,
@@ -16,17 +17,19 @@ from mic_supervisor.model import (
     PlacementState,
     RunState,
 )
-from mic_supervisor.plan.actions import Plan
+from mic_supervisor.plan import ledger
+from mic_supervisor.plan.actions import Load, Plan
 from mic_supervisor.plan.assess import assess
-from mic_supervisor.plan.health import Phase, note_load_failure, remember
+from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.loads import memory_key
-from mic_supervisor.plan.memory import InstanceMemory, Memory
+from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.settled import settled
 from mic_supervisor.plan.status import by_model, instance_statuses
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,
     PROBED,
+    assessment,
     desired,
     gpu,
     known,
@@ -37,6 +40,7 @@ from tests.unit.plan.builders import (
     placement,
     plan_for,
     process,
+    reread,
     shortly,
     text,
     uuid,
@@ -148,10 +152,12 @@ def test_another_set_of_gpus_replaces_the_server_and_names_what_goes_down() -> N
 
 
 def failed(model: Placement, count: int = 1) -> Memory:
-    entry = InstanceMemory()
+    memory = known(IT)
+    error = LoadFailed("cannot load A: told to fail")
     for _ in range(count):
-        entry = note_load_failure(entry, model, "cannot load A: told to fail", NOW, 0.0)
-    return known(IT).with_instance(memory_key(ID, model.model), entry)
+        step = Load("load", ID, IT, model)
+        memory = ledger.failed(memory, step, error, assessment(BOTH, IT), NOW, 0.0)
+    return memory
 
 
 def test_one_that_does_not_load_waits_alone() -> None:
@@ -180,7 +186,7 @@ def test_the_others_serve_and_the_server_is_degraded() -> None:
         ("A", (uuid(0),), Phase.BACKOFF, False),
         ("B", (uuid(1),), Phase.READY, True),
     ]
-    assert settled(desired(BOTH), plan, [row], Memory(), failing=(), began=NOW, now=NOW + 1)
+    assert settled(desired(BOTH), plan, [row], Memory(), began=NOW, now=NOW + 1)
 
 
 def test_all_loaded_is_ready() -> None:
@@ -193,7 +199,7 @@ def test_a_failure_is_forgotten_with_the_configuration_and_with_success() -> Non
     def kept(wanted: Instance, *states: PlacementState) -> bool:
         state = runs(says(*states))
         assessments = assess(desired(wanted), state, CONTEXT)
-        memory = remember(failed(A, 3), assessments, NOW, jitter=0.0)
+        memory = ledger.observed(failed(A, 3), assessments, NOW, jitter=0.0)
         return memory_key(ID, "A") in memory.instances
 
     absent = loaded("A", state=LoadState.ABSENT)
@@ -202,7 +208,7 @@ def test_a_failure_is_forgotten_with_the_configuration_and_with_success() -> Non
     assert not kept(server(placement("A", 0, 4), B), absent, loaded("B"))
     assert not kept(server(B), loaded("B"))
     assert failed(A, 3).of(memory_key(ID, "A")).retry_at == NOW + 10
-    assert Memory.from_json(failed(A).to_json()) == failed(A)
+    assert reread(failed(A)) == failed(A)
 
 
 # --- memory that stays ------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from tests.unit.plan.builders import (
     on,
     placement,
     program,
+    reread,
     uuid,
 )
 from tests.unit.plan.world import Box, Killed, World
@@ -156,7 +157,7 @@ def happen(world: World, trouble: Trouble, event: str | File) -> None:
         used = {port for box in world.alive() for port in box.launch.identity.ports.values()}
         world.listening ^= {trouble.chance.randrange(20000, 20009)} - used
     elif event == "restart":
-        world.memory = Memory.from_json(world.memory.to_json())
+        world.memory = reread(world.memory)
     elif event == "lose memory":
         world.memory = Memory()
     elif event in ("calm", "storm"):

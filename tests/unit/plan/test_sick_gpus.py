@@ -22,8 +22,8 @@ from mic_supervisor.model import (
     RunState,
     UnopenedGpu,
 )
+from mic_supervisor.plan import ledger
 from mic_supervisor.plan.assess import assess
-from mic_supervisor.plan.health import remember
 from mic_supervisor.plan.memory import InstanceMemory
 from mic_supervisor.views.status import gpu_rows
 from tests.unit.plan.builders import (
@@ -85,11 +85,11 @@ def test_an_end_on_it_is_not_counted_then_or_later() -> None:
     ended = workload(MAM, RunState.EXITED)
     assessments = assess(desired(MAM), observed(ended), CONTEXT)
     memory = known(ended)
-    quiet = remember(memory, assessments, NOW, jitter=0.0, sick={uuid(0)})
+    quiet = ledger.observed(memory, assessments, NOW, jitter=0.0, sick={uuid(0)})
     assert quiet.of(MAM.id).failures == 0
-    later = remember(quiet, assessments, NOW + 60, jitter=0.0)
+    later = ledger.observed(quiet, assessments, NOW + 60, jitter=0.0)
     assert later.of(MAM.id).failures == 0
-    counted = remember(memory, assessments, NOW, jitter=0.0, sick={uuid(1)})
+    counted = ledger.observed(memory, assessments, NOW, jitter=0.0, sick={uuid(1)})
     assert counted.of(MAM.id).failures == 1
 
 
@@ -216,5 +216,5 @@ def test_once_or_unknown_is_not_enough_and_nor_is_a_gpu_that_is_sick_itself() ->
 
 def test_it_is_no_failure_of_the_model() -> None:
     assessments = assess(desired(MAM), state_of(), CONTEXT)
-    memory = remember(known(workload(MAM)), assessments, NOW, jitter=0.0)
+    memory = ledger.observed(known(workload(MAM)), assessments, NOW, jitter=0.0)
     assert memory.of(MAM.id).failures == 0

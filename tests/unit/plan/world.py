@@ -41,7 +41,9 @@ from mic_supervisor.model import (
     RunState,
     RuntimeView,
 )
+from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import (
+    Change,
     Create,
     Drain,
     Load,
@@ -55,9 +57,8 @@ from mic_supervisor.plan.actions import (
     Stop,
 )
 from mic_supervisor.plan.assess import Assessment, Context
-from mic_supervisor.plan.health import is_of_the_specification, note_failure
 from mic_supervisor.plan.look import look
-from mic_supervisor.plan.memory import InstanceMemory, Memory
+from mic_supervisor.plan.memory import Memory
 from tests.unit.plan.builders import gpus
 
 BOOT = 20.0  # seconds from a start until the startup probe passes
@@ -283,40 +284,25 @@ class World:
                 continue
             self.between(pick[1])
             try:
-                self._step(pick[1], next(c for c in plan.changes if pick[1] in c.steps).kind)
+                self._step(pick[1], next(c for c in plan.changes if pick[1] in c.steps))
             except MicError as error:
                 failed.add(pick[1].id)
-                self._note(pick[1], error, chance.random())
+                self.log.append(f"{pick[1].id} failed: {error}")
+                item = self._assessments.get(pick[1].instance)
+                self.memory = ledger.failed(
+                    self.memory, pick[1], error, item, self.now, chance.random()
+                )
+        for change in plan.changes:
+            if change.waits is None and not failed & {step.id for step in change.steps}:
+                self.memory = ledger.finished(self.memory, change)
         return plan
-
-    def _note(self, step: Step, error: MicError, jitter: float) -> None:
-        self.log.append(f"{step.id} failed: {error}")
-        item = self._assessments.get(step.instance)
-        if item is None or not is_of_the_specification(step, error):
-            return
-        entry = note_failure(
-            self.memory.of(step.instance),
-            item,
-            error.message,
-            self.now,
-            jitter=jitter,
-            refused=True,
-            early=isinstance(step, Prepare | Create),
-        )
-        self.memory = self.memory.with_instance(step.instance, entry)
-
-    def _set(self, instance: str, **values: object) -> None:
-        if instance in self.memory.instances:
-            entry: InstanceMemory = replace(self.memory.of(instance), **values)  # type: ignore[arg-type]
-            self.memory = self.memory.with_instance(instance, entry)
 
     # --- steps ----------------------------------------------------------------------------------
 
-    def _step(self, step: Step, kind: str) -> None:
+    def _step(self, step: Step, change: Change) -> None:
         self.now += 0.01
         self.log.append(f"{self.now:.2f} {step.id}")
-        if isinstance(step, Stop | Restart):
-            self._set(step.workload.identity.instance, started=None)
+        self.memory = ledger.begun(self.memory, step)
         reason = self.fails(step)
         if isinstance(step, Prepare):
             if reason:
@@ -345,9 +331,7 @@ class World:
             self._load(step, reason)
         elif not isinstance(step, Drain):
             raise Broken(f"unknown step {step}")
-        if isinstance(step, Start | Restart):
-            name = step.launch.name if isinstance(step, Start) else step.workload.name
-            self._set(step.instance, started=name, started_at=self.now)
+        self.memory = ledger.done(self.memory, step, change, self.now, {})
 
     def _create(self, launch: Launch, reason: str | None) -> None:
         if launch.runtime != "docker":

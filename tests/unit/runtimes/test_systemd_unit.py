@@ -121,10 +121,10 @@ def test_an_identity_comes_back_whole(
     [
         (None, "its environment does not name it as ours"),
         ('{"managed_by": "somebody"}', "its environment does not name it as ours"),
-        ("{", "its MIC_IDENTITY cannot be read: JSONDecodeError("),
+        ("{", "its MIC_IDENTITY cannot be read: BadDocument("),
         ("[]", "its MIC_IDENTITY cannot be read: TypeError("),
         ("{}", "its MIC_IDENTITY cannot be read: KeyError('managed_by')"),
-        ('{"managed_by": "mic-supervisor"}', "its MIC_IDENTITY cannot be read: KeyError('spec')"),
+        ('{"managed_by": "mic-supervisor"}', "its MIC_IDENTITY cannot be read: KeyError('name')"),
     ],
 )
 def test_what_does_not_name_itself_is_a_strangers(text: str | None, reason: str) -> None:

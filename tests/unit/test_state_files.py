@@ -1,0 +1,316 @@
+"""State files of earlier versions are read, and damaged ones cost at most what they held."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mic_supervisor import codec
+from mic_supervisor.clocks import Clock
+from mic_supervisor.converge.events import Event
+from mic_supervisor.converge.state import StateDir
+from mic_supervisor.daemon import generations, history
+from mic_supervisor.host.lock import LockHolder
+from mic_supervisor.model import (
+    EngineCheck,
+    ExecCheck,
+    HttpCheck,
+    Identity,
+    Probe,
+    Probes,
+    TcpCheck,
+)
+from mic_supervisor.plan.memory import Floor, InstanceMemory, Memory, Pause, Paused, Recorded
+from mic_supervisor.runtimes import identity
+from mic_supervisor.runtimes.docker import create
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIRST, BEFORE = FIXTURES / "state-0.1", FIXTURES / "state-before-codec"
+A = "GPU-aaaaaaaa-0000-0000-0000-000000000000"
+B = "GPU-bbbbbbbb-0000-0000-0000-000000000000"
+HASH = "a" * 64
+
+CONTAINER = Identity(
+    scope="prod",
+    host="0123456789ab",
+    instance="MAM-aaaaaaaa",
+    model="MAM",
+    backend="triton",
+    gpus=(A,),
+    ports={"grpc": 8001, "http": 8000},
+    spec={
+        "kind": "container",
+        "image": "nvcr.io/nvidia/tritonserver:24.08-py3",
+        "command": ["--model-control-mode=explicit"],
+        "env": {"TOKEN": "hmac-sha256:0a1b2c3d:00112233445566778899aabbccddeeff"},
+        "ports": {"http": {"container": 8000}},
+        "drain": {
+            "call": {"method": "GET", "path": "/queue", "body": None, "timeout": 10.0},
+            "timeout": 60.0,
+        },
+    },
+    spec_hash="fedcba9876543210",
+)
+PROCESS = Identity(
+    scope="prod",
+    host="0123456789ab",
+    instance="FACE-bbbbbbbb",
+    model="FACE",
+    backend="process",
+    gpus=(B,),
+    ports={"http": 9000},
+    spec={
+        "kind": "process",
+        "command": ["serve", "--port", "${port}"],
+        "stop_timeout": 5.5,
+        "limits": {"nofile": 1024},
+    },
+    spec_hash="0123456789abcdef",
+)
+HTTP = HttpCheck("/v2/health/ready", expect=(("ready", "true"),), listed=(("data[].id", "MAM"),))
+EVERYTHING = Memory(
+    instances={
+        "MAM-aaaaaaaa": InstanceMemory(
+            failures=3,
+            reason="it exited with 137 (SIGKILL)",
+            attempt="aaaa",
+            retry_at=1004.0,
+            failed="bbbb",
+            failed_reason="no such device ∅",
+            ready="cccc",
+            ready_workload="mic-prod-MAM-aaaaaaaa-1",
+            ready_probes=Probes(
+                Probe(HTTP, 2.5, 3.0, 60),
+                Probe(TcpCheck("grpc")),
+                Probe(ExecCheck(("test", "-e", "/ok"))),
+            ),
+            started="mic-prod-MAM-aaaaaaaa-2",
+            started_at=900.0,
+            restarts=7,
+            phase="backoff",
+            since=950.0,
+        ),
+        "FACE-bbbbbbbb": InstanceMemory(
+            ready="dddd",
+            ready_workload="FACE-bbbbbbbb",
+            ready_since=980.0,
+            ready_probes=Probes(liveness=Probe(EngineCheck())),
+            ready_record=Recorded("systemd", "FACE-bbbbbbbb", PROCESS),
+            started="FACE-bbbbbbbb",
+            phase="ready",
+            since=981.0,
+        ),
+        "MAM-aaaaaaaa/B": InstanceMemory(
+            failures=1, reason="cannot load B", attempt="eeee", retry_at=1005.0
+        ),
+    },
+    bindings={"0": A, "1": B},
+    paused=Paused({"MAM": Pause(1_800_000_500.0, "a look by hand")}, {B: Pause(1_800_000_600.5)}),
+    floors={A: Floor(300 << 20), B: Floor(2 << 30, 1 << 30)},
+    published={"MAM": {"MAM-aaaaaaaa": {"http": "http://127.0.0.1:8000"}}, "FACE": {}},
+    containers={"c1": True, "c2": False},
+)
+
+
+def state(path: Path) -> StateDir:
+    return StateDir(path, Clock(lambda: 1000.0, lambda: 1_800_001_000.0), "first")
+
+
+def text(name: str) -> bytes:
+    return (BEFORE / name).read_bytes()
+
+
+@pytest.fixture
+def scope(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(BEFORE, tmp_path / "prod"))
+
+
+def test_the_memory_is_read_whole() -> None:
+    assert state(BEFORE).memory() == EVERYTHING
+
+
+def test_what_is_written_now_has_the_members_that_the_version_before_reads(scope: Path) -> None:
+    before = json.loads(text("memory.json"))
+    state(scope).save_memory(EVERYTHING)
+    assert json.loads((scope / "memory.json").read_bytes()) == _without_none(before)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_none(item) for name, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def test_the_first_versions_memory_is_read() -> None:
+    found = state(FIRST).memory()
+    assert (found.lost, found.bindings, found.containers) == (None, {"0": A}, None)
+    assert found.instances == {
+        "MAM-aaaaaaaa": InstanceMemory(
+            failures=5,
+            reason="it ended",
+            attempt="aaaa",
+            retry_at=1030.0,
+            ready="cccc",
+            ready_workload="mic-1",
+            ready_since=950.0,
+            started="mic-2",
+            started_at=900.0,
+            restarts=2,
+            phase="backoff",
+            since=960.0,
+        )
+    }
+
+
+def test_the_accepted_generation_is_read() -> None:
+    assert generations.number_of(state(BEFORE), HASH) == 12
+    assert generations.number_of(state(FIRST), HASH) == 3
+
+
+def test_history_is_read_without_the_line_that_a_crash_cut_short() -> None:
+    begin, failed, phase = history.read(BEFORE / "history.jsonl")
+    assert begin == Event(
+        "begin",
+        1_800_000_001.5,
+        "MAM-aaaaaaaa",
+        "its specification changed: image",
+        "MAM",
+        (A, B),
+        "its specification changed: image",
+        phase="replace",
+    )
+    assert (failed.text, failed.seconds, failed.hint) == (
+        "cannot start it: 坏",
+        10.0,
+        "look at its log",
+    )
+    assert (phase.was, phase.phase) == ("starting", "backoff")
+    (old,) = history.read(FIRST / "history.jsonl")
+    assert (old.kind, old.gpus) == ("begin", (A,))
+
+
+def test_labels_and_a_units_environment_are_read_and_written_as_before() -> None:
+    labels = json.loads(text("labels.json"))
+    assert create.identity_of(labels, "name") == CONTAINER
+    assert create.labels(CONTAINER) == labels
+    assert identity.identity_of(json.loads(text("unit.json"))) == ("FACE-bbbbbbbb", PROCESS)
+
+
+def test_a_lock_and_an_event_on_the_socket_are_read() -> None:
+    assert codec.decode(LockHolder, codec.parse(text("lock"))) == LockHolder(
+        4711, "mic-supervisor apply", "ann", 1_800_000_000.25
+    )
+    event = codec.decode(Event, codec.parse(text("event.json"))["event"])
+    assert (event.kind, event.gpus) == ("warning", (A,))
+
+
+# --- damaged ------------------------------------------------------------------------------------
+
+
+def damage(scope: Path, *places: str, value: Any = "§") -> None:
+    path = scope / "memory.json"
+    document = json.loads(path.read_bytes())
+    for place in places:
+        *parents, name = place.split(" ")
+        holder = document
+        for parent in parents:
+            holder = holder[parent]
+        holder[name] = value
+    path.write_text(json.dumps(document))
+
+
+def with_entry(**values: Any) -> Memory:
+    entry = replace(EVERYTHING.of("MAM-aaaaaaaa"), **values)
+    return EVERYTHING.with_instance("MAM-aaaaaaaa", entry)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "kept"),
+    [
+        ("instances MAM-aaaaaaaa failures", "two", with_entry(failures=0)),
+        ("instances MAM-aaaaaaaa failures", True, with_entry(failures=0)),
+        ("instances MAM-aaaaaaaa retry_at", [], with_entry(retry_at=None)),
+        ("instances MAM-aaaaaaaa retry_at", float("inf"), with_entry(retry_at=None)),
+        ("instances", [], replace(EVERYTHING, instances={})),
+        ("bindings 0", 7, replace(EVERYTHING, bindings={"1": B})),
+        ("bindings", None, replace(EVERYTHING, bindings={})),
+        ("floors " + A, {"used": "1"}, replace(EVERYTHING, floors={B: EVERYTHING.floors[B]})),
+        ("published MAM", 3, replace(EVERYTHING, published={"FACE": {}})),
+        ("containers c2", "no", replace(EVERYTHING, containers={"c1": True})),
+        # What is paused stays as it is, whatever else of the pause is lost.
+        (
+            "paused gpus " + B,
+            {"since": "x"},
+            replace(EVERYTHING, paused=replace(EVERYTHING.paused, gpus={B: Pause()})),
+        ),
+    ],
+)
+def test_of_a_damaged_memory_the_rest_is_kept(
+    scope: Path, place: str, value: Any, kept: Memory
+) -> None:
+    damage(scope, place, value=value)
+    found = state(scope).memory()
+    assert replace(found, lost=None) == kept
+    infinite = value == float("inf")  # a number that is none is not known, and no damage
+    assert (found.lost is None) is infinite
+    assert infinite or ".".join(place.split(" ")[:2]) in (found.lost or "")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"\xff\xfe",
+        b'{"instances": ' + b"[" * 5000,
+        b'{"instances": ' + b"[" * 500 + b"]" * 500 + b"}",
+        b"9",
+    ],
+)
+def test_a_memory_that_is_none_is_started_without(scope: Path, content: bytes) -> None:
+    (scope / "memory.json").write_bytes(content)
+    found = state(scope).memory()
+    assert replace(found, lost=None) == Memory()
+    assert (found.lost or "").startswith(f"{scope / 'memory.json'} was damaged, and what it held")
+
+
+def test_what_was_damaged_is_kept_for_a_person_once(scope: Path) -> None:
+    for count in (1, 2):
+        (scope / "memory.json").write_bytes(b"{%d" % count)
+        host = state(scope)
+        memory = host.memory()
+        assert not (scope / f"memory.json.damaged-{count}").exists()  # who looks changes nothing
+        host.save_memory(memory)
+        host.save_memory(memory)
+        assert (scope / f"memory.json.damaged-{count}").read_bytes() == b"{%d" % count
+    assert state(scope).memory() == Memory()
+    assert len([*scope.glob("memory.json.damaged-*")]) == 2
+
+
+def test_what_only_a_later_version_can_know_is_no_damage(scope: Path) -> None:
+    damage(scope, "instances MAM-aaaaaaaa ready_probes startup check kind", value="grpc")
+    damage(scope, "instances FACE-bbbbbbbb ready_record identity", value=3)
+    found = state(scope).memory()
+    assert found.lost is None
+    assert found.of("MAM-aaaaaaaa").ready_probes is None
+    assert found.of("FACE-bbbbbbbb").ready_record is None
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b'{"generation": "x"}', b'{"hash": 3}'])
+def test_a_damaged_generation_has_nothing_confirmed(scope: Path, content: bytes) -> None:
+    (scope / "generation.json").write_bytes(content)
+    assert generations.number_of(state(scope), HASH) is None
+    assert generations.number_of(state(scope), "") == 0
+
+
+def test_text_that_is_no_unicode_is_kept_as_far_as_it_is(scope: Path) -> None:
+    path = "/models/\udcff"
+    state(scope).save_memory(with_entry(reason=path))
+    assert state(scope).memory() == with_entry(reason="/models/?")
