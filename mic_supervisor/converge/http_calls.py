@@ -9,7 +9,6 @@ import asyncio
 import errno
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,10 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import httpx
-
-# httpx loads its own command line where it can, and rich and pygments with it: 45 ms of processor
-# time and 3 MB, for nothing.
-sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
 
 _MOST = 4 << 20  # bytes of an answer that are read
 _HEADERS = {
