@@ -17,7 +17,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 256  # well below the 1024 open files that a service has by default
 MAX_HEADER = 16 * 1024  # bytes
-BACKLOG = 128  # connections that one turn of the event loop accepts at most
 KEEP_ALIVE = 20.0  # seconds between two requests; Prometheus comes every 15
 _TICK = 0.5  # seconds between two looks whether the server is to end
 

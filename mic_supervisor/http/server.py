@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger("mic")
 _TICK = 0.5  # seconds between two looks at what was published, and at who takes too long
+_BACKLOG = 128  # connections that one turn of the event loop accepts at most
 _FAREWELL = 2.0  # seconds that answers under way get when the server stops
 
 
@@ -73,11 +74,14 @@ class HttpServer:
         self._look = look
         self._stall_after = stall_after
         self._over = threading.Event()
+        self._tried = threading.Event()  # whether the address was had, or could not be
         self._thread = threading.Thread(target=self._run, name="mic-http", daemon=True)
         self._server: Any = None
 
     def start(self) -> None:
+        """Returns once clients can connect; they are answered as soon as the server is loaded."""
         self._thread.start()
+        self._tried.wait(self._retry)
 
     @property
     def alive(self) -> bool:
@@ -96,6 +100,7 @@ class HttpServer:
             try:
                 listener = _bind(self._listen)
             except OSError as error:
+                self._tried.set()
                 if not told:
                     _LOGGER.error(
                         "cannot serve HTTP on %s: %s; trying again every %g s, "
@@ -108,6 +113,7 @@ class HttpServer:
                 self._over.wait(self._retry)
                 continue
             told = False
+            self._tried.set()
             try:
                 asyncio.run(self._serve(listener))
                 if not self._over.is_set():
@@ -142,7 +148,7 @@ class HttpServer:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                backlog=connections.BACKLOG,
+                backlog=_BACKLOG,
                 timeout_keep_alive=int(connections.KEEP_ALIVE),
                 timeout_graceful_shutdown=int(_FAREWELL),
                 h11_max_incomplete_event_size=connections.MAX_HEADER,
@@ -175,6 +181,7 @@ def _bind(listen: Address) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((listen.host, listen.port))
+        listener.listen(_BACKLOG)
     except OSError:
         listener.close()
         raise

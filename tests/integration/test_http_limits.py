@@ -55,6 +55,17 @@ def impatient(free_port: Callable[[], int]) -> Iterator[int]:
     server.stop()
 
 
+def test_it_can_be_reached_once_it_was_started(free_port: Callable[[], int]) -> None:
+    """systemd is told that the daemon is ready after that: nobody's first request is refused."""
+    number = free_port()
+    server = serve(number)
+    server.start()
+    try:
+        assert answers(number)
+    finally:
+        server.stop()
+
+
 def connect(port: int, first: bytes = b"") -> socket.socket:
     client = socket.create_connection(("127.0.0.1", port), timeout=5)
     client.sendall(first)

@@ -293,6 +293,13 @@ def test_no_restart_of_many_has_to_kill_it(running: SystemdMachine) -> None:
     assert pids(running) == before
 
 
+def test_it_answers_once_systemd_calls_it_started(running: SystemdMachine) -> None:
+    ask = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:6004/healthz').status)"
+    for _ in range(3):
+        said = running.sh(f'systemctl restart mic && mic-supervisor status; python3 -c "{ask}"')
+        assert "200" in said.stdout.split()
+
+
 def test_a_stopped_daemon_leaves_its_instances(running: SystemdMachine) -> None:
     before = pids(running)
     running.exec("systemctl", "stop", "mic")
