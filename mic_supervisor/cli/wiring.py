@@ -119,7 +119,7 @@ def _docker(found: Settings, host: str, state: StateDir) -> Runtime:
 def _process(found: Settings, host: str, *, mends: bool) -> Runtime:
     kind = found.process_runtime
     if kind != "subprocess":
-        from mic_supervisor.runtimes.systemd import SystemdRuntime, systemd_is_pid1
+        from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime, systemd_is_pid1
 
         if kind == "systemd" or systemd_is_pid1():
             return SystemdRuntime(found.scope, host, directory=found.run_dir)

@@ -19,7 +19,7 @@ from mic_supervisor.errors import MicError
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, Launch, ProcessSpec
 from mic_supervisor.runtimes import checks
-from mic_supervisor.runtimes.systemd import SystemdRuntime
+from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime
 
 IDENTITY = Identity("confined", "h", "a", "MAM", "process", ("GPU-1",), {}, {}, "0")
 PROGRAM = "/home/alice/bin/serve"  # 0700, in a home that is 0700

@@ -16,7 +16,7 @@ from mic_supervisor import clocks
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable, StopFailed
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Limits, RunState, Stranger
-from mic_supervisor.runtimes.systemd import SystemdRuntime, systemd_is_pid1
+from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime, systemd_is_pid1
 from tests.integration.systemd.world import HOST, World, python, run, sh
 from tests.support.waiting import until
 
@@ -393,7 +393,7 @@ def test_who_is_not_root_may_look_and_not_touch(world: World) -> None:
 import json, sys
 sys.path[:0] = {[path for path in os.sys.path if path]!r}
 from mic_supervisor.errors import MicError
-from mic_supervisor.runtimes.systemd import SystemdRuntime
+from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime
 runtime = SystemdRuntime({world.scope!r}, {HOST!r})
 seen, = runtime.observe().workloads
 said = [seen.name, seen.pid]

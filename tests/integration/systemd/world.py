@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor.model import Identity, Launch, ObservedWorkload, Pairs, ProcessSpec, RunState
-from mic_supervisor.runtimes.systemd import SystemdRuntime
+from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime
 from tests.support.waiting import until
 
 HOST = "0123456789ab"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.model import Identity, Launch, Limits, ProcessSpec
-from mic_supervisor.runtimes import systemd_unit as units
 from mic_supervisor.runtimes.identity import IDENTITY as VARIABLE
 from mic_supervisor.runtimes.identity import OWN_VARIABLES, identity_of, identity_variables
+from mic_supervisor.runtimes.systemd import unit as units
 
 IDENTITY = Identity(
     scope="default",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mic_supervisor.errors import RuntimeRefused
-from mic_supervisor.runtimes import systemd_journal as journal
+from mic_supervisor.runtimes.systemd import journal
 
 RUN = "00112233445566778899aabbccddeeff"
 

@@ -15,7 +15,7 @@ from typing import Any
 from mic_supervisor import clocks
 from mic_supervisor.model import Doubt, ObservedWorkload, RunState, Stranger
 from mic_supervisor.runtimes.identity import identity_of, unknown_identity
-from mic_supervisor.runtimes.systemd_unit import SLICE, unit_name
+from mic_supervisor.runtimes.systemd.unit import SLICE, unit_name
 
 RUNTIME = "systemd"
 _NAMED = re.compile(r"-[0-9a-f]{8}$")  # how the name of every workload ends, see plan/launch.py

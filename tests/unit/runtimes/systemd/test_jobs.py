@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from mic_supervisor import clocks
-from mic_supervisor.runtimes import systemd_jobs
+from mic_supervisor.runtimes.systemd import jobs as systemd_jobs
 
 
 def test_only_what_starts_that_were_cut_short_left_is_deleted(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused
 from mic_supervisor.runtimes import checks
-from mic_supervisor.runtimes.systemd_bus import Bus, Lost, Refused, variants
-from mic_supervisor.runtimes.systemd_jobs import SpawnFailed, spawn_reason
-from mic_supervisor.runtimes.systemd_unit import SLICE, Property, command, user
-from mic_supervisor.runtimes.systemd_view import Unit, exit_code
+from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, variants
+from mic_supervisor.runtimes.systemd.jobs import SpawnFailed, spawn_reason
+from mic_supervisor.runtimes.systemd.unit import SLICE, Property, command, user
+from mic_supervisor.runtimes.systemd.view import Unit, exit_code
 
 _MOST_OUTPUT = 4096  # bytes that are kept
 _END_TIMEOUT = 1.0  # seconds from TERM to KILL, and for the rest of the output

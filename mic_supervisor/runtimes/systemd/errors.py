@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable
-from mic_supervisor.runtimes.systemd_bus import Lost, Refused
+from mic_supervisor.runtimes.systemd.bus import Lost, Refused
 
 _DBUS = "org.freedesktop.DBus.Error."
 _SYSTEMD = "org.freedesktop.systemd1."

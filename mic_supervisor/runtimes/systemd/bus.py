@@ -13,8 +13,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mic_supervisor.errors import RuntimeUnavailable
-from mic_supervisor.runtimes.systemd_unit import Property
-from mic_supervisor.runtimes.systemd_view import Process, Unit
+from mic_supervisor.runtimes.systemd.unit import Property
+from mic_supervisor.runtimes.systemd.view import Process, Unit
 
 if TYPE_CHECKING:
     import asyncio

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from mic_supervisor import clocks
 from mic_supervisor.errors import RuntimeRefused, RuntimeUnavailable, StopFailed
-from mic_supervisor.runtimes.systemd_bus import Bus, Refused, variants
-from mic_supervisor.runtimes.systemd_errors import job_reason
-from mic_supervisor.runtimes.systemd_unit import START_TIMEOUT, Property
-from mic_supervisor.runtimes.systemd_view import EXITED, Process, Unit, end_reason
+from mic_supervisor.runtimes.systemd.bus import Bus, Refused, variants
+from mic_supervisor.runtimes.systemd.errors import job_reason
+from mic_supervisor.runtimes.systemd.unit import START_TIMEOUT, Property
+from mic_supervisor.runtimes.systemd.view import EXITED, Process, Unit, end_reason
 
 
 @dataclass(frozen=True, slots=True)

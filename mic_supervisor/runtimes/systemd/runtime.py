@@ -41,12 +41,15 @@ from mic_supervisor.model import (
     RuntimeView,
     Stranger,
 )
-from mic_supervisor.runtimes import Progress, checks, systemd_journal, systemd_unit, systemd_view
+from mic_supervisor.runtimes import Progress, checks
 from mic_supervisor.runtimes.identity import OWN_VARIABLES
-from mic_supervisor.runtimes.systemd_bus import Bus, Lost, Refused
-from mic_supervisor.runtimes.systemd_errors import explain
-from mic_supervisor.runtimes.systemd_unit import Property
-from mic_supervisor.runtimes.systemd_view import Unit
+from mic_supervisor.runtimes.systemd import journal
+from mic_supervisor.runtimes.systemd import unit as units
+from mic_supervisor.runtimes.systemd import view as views
+from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused
+from mic_supervisor.runtimes.systemd.errors import explain
+from mic_supervisor.runtimes.systemd.unit import Property
+from mic_supervisor.runtimes.systemd.view import Unit
 
 if TYPE_CHECKING:
     import asyncio
@@ -74,7 +77,7 @@ class SystemdRuntime:
     control group may take to die of KILL: a driver may need long to take a GPU's memory back.
     """
 
-    name = systemd_view.RUNTIME
+    name = views.RUNTIME
     creates_ahead = False
 
     def __init__(
@@ -106,10 +109,10 @@ class SystemdRuntime:
     def observe(self) -> RuntimeView:
         """Every loaded unit that is called as ours are; a list, and a question for each."""
         try:
-            units = self._do("read the units of systemd", self._units(), _LOOK_TIMEOUT)
+            found = self._do("read the units of systemd", self._units(), _LOOK_TIMEOUT)
         except MicError as error:
             return RuntimeView(self.name, error=error.message, hint=error.hint)
-        judged = [systemd_view.judge(unit, self._scope, self._host) for unit in units]
+        judged = [views.judge(unit, self._scope, self._host) for unit in found]
         return RuntimeView(
             self.name,
             tuple(one for one in judged if isinstance(one, ObservedWorkload)),
@@ -119,7 +122,7 @@ class SystemdRuntime:
     async def _units(self) -> list[Unit]:
         import asyncio
 
-        listed = await self._bus.units(systemd_unit.pattern(self._scope))
+        listed = await self._bus.units(units.pattern(self._scope))
         found = await asyncio.gather(*(self._look(name, path) for name, path in sorted(listed)))
         return [unit for unit in found if unit is not None]
 
@@ -135,7 +138,7 @@ class SystemdRuntime:
     async def _look_ours(self, name: str, action: str) -> Unit | None:
         unit = await self._look(name)
         if unit is not None:
-            reason = systemd_view.stranger_reason(unit, self._scope, self._host)
+            reason = views.stranger_reason(unit, self._scope, self._host)
             if reason is not None:
                 raise RuntimeRefused(
                     f"cannot {action}: there is a unit of that name: {reason}",
@@ -154,8 +157,8 @@ class SystemdRuntime:
         plain = Limits(nofile=spec.limits.nofile, memlock=spec.limits.memlock)
         checks.preflight(replace(spec, limits=plain))
         _check_account(spec.user)
-        systemd_unit.check_texts(spec.command)
-        systemd_unit.check_variables(self._variables(spec))
+        units.check_texts(spec.command)
+        units.check_variables(self._variables(spec))
 
     def create(self, launch: Launch) -> None:
         """Never: see `creates_ahead`."""
@@ -169,20 +172,20 @@ class SystemdRuntime:
         if number is None:
             raise RuntimeRefused(f"cannot {action}: there is no signal {spec.stop_signal}")
         variables = self._variables(spec)
-        name = systemd_unit.unit_name(launch.name)
+        name = units.unit_name(launch.name)
         path = self._directory / hashlib.sha256(name.encode()).hexdigest()[:32]
         # PID 1 takes the path of an environment file for a pattern.
-        properties = systemd_unit.properties(
+        properties = units.properties(
             launch, spec, _program(spec, variables["PATH"]), number, glob.escape(str(path))
         )
         secret = path, format_env_file(variables)
-        timeout = systemd_unit.START_TIMEOUT + self._remains_grace + self._kill_timeout + 30.0
+        timeout = units.START_TIMEOUT + self._remains_grace + self._kill_timeout + 30.0
         failed = self._do(action, self._start(name, properties, secret, action), timeout)
         if failed is not None:
             reason, invocation = failed
-            told = systemd_journal.spawn_failure(name, invocation) if invocation else None
+            told = journal.spawn_failure(name, invocation) if invocation else None
             if told is None and invocation and spec.directories:
-                told = systemd_journal.last_words(invocation)
+                told = journal.last_words(invocation)
             raise RuntimeRefused(
                 f"cannot {action}: {told or reason}", hint=f"see journalctl --unit {name}"
             )
@@ -197,7 +200,7 @@ class SystemdRuntime:
         action: str,
     ) -> tuple[str, str] | None:
         """None, or why the program could not be executed, and the invocation that tried."""
-        from mic_supervisor.runtimes import systemd_jobs as jobs
+        from mic_supervisor.runtimes.systemd import jobs
 
         async with self._turn(name):
             unit = await self._look_ours(name, action)
@@ -256,7 +259,7 @@ class SystemdRuntime:
         self._do(action, self._stop(workload.ref, action, number, grace), timeout, StopFailed)
 
     async def _stop(self, name: str, action: str, number: int, grace: float) -> None:
-        from mic_supervisor.runtimes import systemd_jobs as jobs
+        from mic_supervisor.runtimes.systemd import jobs
 
         async with self._turn(name):
             unit = await self._look_ours(name, action)
@@ -272,7 +275,7 @@ class SystemdRuntime:
             self._launches.pop(workload.name, None)
 
     async def _remove(self, name: str, action: str) -> None:
-        from mic_supervisor.runtimes import systemd_jobs as jobs
+        from mic_supervisor.runtimes.systemd import jobs
 
         async with self._turn(name):
             unit = await self._look_ours(name, action)
@@ -301,7 +304,7 @@ class SystemdRuntime:
             now = self._do(what, self._look(workload.ref), _LOOK_TIMEOUT)
             return now is None or now.invocation != run or (now.is_over and not now.remains)
 
-        yield from systemd_journal.read(what, run, tail=tail, follow=follow, ended=ended)
+        yield from journal.read(what, run, tail=tail, follow=follow, ended=ended)
 
     def previous_logs(
         self, workload: ObservedWorkload, *, tail: int | None = None
@@ -317,10 +320,10 @@ class SystemdRuntime:
         identity = workload.identity
         run = None
         if begun is not None:
-            run = systemd_journal.previous(what, identity.scope, identity.instance, begun)
+            run = journal.previous(what, identity.scope, identity.instance, begun)
         if run is None:
             raise RuntimeRefused(f"cannot {what}: the journal holds no run before this one")
-        yield from systemd_journal.read(what, run, tail=tail)
+        yield from journal.read(what, run, tail=tail)
 
     def run_check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
@@ -338,12 +341,12 @@ class SystemdRuntime:
     async def _check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float, action: str
     ) -> tuple[int, str]:
-        from mic_supervisor.runtimes import systemd_check
+        from mic_supervisor.runtimes.systemd import check
 
         unit = await self._look_ours(workload.ref, action)
         if unit is None:
             raise RuntimeRefused(f"cannot {action}: there is no unit {workload.ref}")
-        return await systemd_check.run(self._bus, unit, command, timeout)
+        return await check.run(self._bus, unit, command, timeout)
 
     # --- events ---------------------------------------------------------------------------
 
@@ -356,7 +359,7 @@ class SystemdRuntime:
         """
         what = "follow the changes of systemd's units"
         heard: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
-        prefix = systemd_unit.path_prefix(self._scope)
+        prefix = units.path_prefix(self._scope)
 
         def hear(message: Message | None) -> None:
             change = _change(message, prefix) if message is not None else None
@@ -398,7 +401,7 @@ class SystemdRuntime:
                 continue  # `observe` tells of it, and `start` and `stop` try again
 
     async def _end_remains(self, name: str) -> None:
-        from mic_supervisor.runtimes import systemd_jobs as jobs
+        from mic_supervisor.runtimes.systemd import jobs
 
         async with self._turn(name):
             unit = await self._look(name)
@@ -433,7 +436,7 @@ class SystemdRuntime:
         return self._turns.setdefault(name, asyncio.Lock())
 
     def _patience(self) -> Any:
-        from mic_supervisor.runtimes.systemd_jobs import Patience
+        from mic_supervisor.runtimes.systemd.jobs import Patience
 
         return Patience(self._remains_grace, self._kill_timeout)
 
@@ -450,7 +453,7 @@ def _change(message: Message, prefix: str) -> tuple[str, str] | None:
     states = [changed[key].value for key in ("ActiveState", "SubState") if key in changed]
     if len(states) != 2:
         return None
-    return systemd_unit.name_of(path), f"{states[0]} ({states[1]})"
+    return units.name_of(path), f"{states[0]} ({states[1]})"
 
 
 def _program(spec: ProcessSpec, search: str) -> str:

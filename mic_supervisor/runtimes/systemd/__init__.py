@@ -1,0 +1,1 @@
+"""Transient services of systemd. `runtime.SystemdRuntime` is what the rest uses."""
