@@ -25,7 +25,7 @@ from mic_supervisor.plan import endpoints, render
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.pauses import free_of_pauses, to_resume
 from mic_supervisor.plan.selection import Names, Selection, select
-from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.plan.status import InstanceStatus, chosen_rows
 from mic_supervisor.views.apply import Failure, apply_document
 from mic_supervisor.views.plan import plan_document
 from mic_supervisor.views.status import instances, pauses, status_document
@@ -127,7 +127,7 @@ class Session:
         plan, busy = snapshot.plan, snapshot.busy
         if targets is not None:
             plan = snapshot.limited(targets)
-            busy &= {row.id for row in targets.rows(snapshot.desired, snapshot.statuses)}
+            busy &= {row.id for row in chosen_rows(targets, snapshot.desired, snapshot.statuses)}
         return {
             "document": asdict(
                 plan_document(plan, host=host_name(), config_hash=snapshot.desired.config_hash)
@@ -273,7 +273,9 @@ class Session:
         snapshot = await self._settling.next()
         targets = self._targets(params, snapshot, action)
         assert targets is not None  # there are some
-        return targets, {row.id for row in targets.rows(snapshot.desired, snapshot.statuses)}
+        return targets, {
+            row.id for row in chosen_rows(targets, snapshot.desired, snapshot.statuses)
+        }
 
     def _tell_what_is_under_way(self, tell: Tell, only: Collection[str] | None = None) -> None:
         """The watcher is often faster than the command: what it began is waited for as well."""

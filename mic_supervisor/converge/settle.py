@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mic_supervisor.plan.settled import settled
+from mic_supervisor.plan.status import chosen_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.loop import Converger
@@ -79,7 +80,7 @@ def all_settled(snapshot: Snapshot, began: float, targets: Selection | None = No
     """Whether an apply that began then has nothing left to wait for."""
     only = None
     if targets is not None:
-        only = {row.id for row in targets.rows(snapshot.desired, snapshot.statuses)}
+        only = {row.id for row in chosen_rows(targets, snapshot.desired, snapshot.statuses)}
     if snapshot.busy if only is None else snapshot.busy & only:
         return False
     return settled(

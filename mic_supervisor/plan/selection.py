@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mic_supervisor.desired.bind import bind
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import DesiredState, GpuInventory, Instance
-
-if TYPE_CHECKING:
-    from mic_supervisor.plan.status import InstanceStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,29 +24,6 @@ class Selection:
 
     def concerns(self, model: str | None, gpus: Collection[str]) -> bool:
         return model in self.models or not self.gpus.isdisjoint(gpus)
-
-    def rows(self, desired: DesiredState, rows: Iterable[InstanceStatus]) -> list[InstanceStatus]:
-        """Those that tell how the chosen fare.
-
-        The rows of their instances, of their entries in trouble, and of what still has to leave
-        their GPUs.
-        """
-        named = {item.id for item in desired.instances}
-        chosen = [item for item in desired.instances if self.has(item)]
-        ids = {item.id for item in chosen}
-        needed = {uuid for item in chosen for uuid in item.gpus}
-        needed |= self.gpus & {*desired.kept_empty}
-        lost = {entry.subject for entry in desired.unsatisfiable}
-        lost |= {one for entry in desired.unsatisfiable for one in entry.instances}
-
-        def wanted(row: InstanceStatus) -> bool:
-            if row.id in named:
-                return row.id in ids
-            if row.id in lost:
-                return self.concerns(row.model, row.gpus)
-            return bool(needed & {*row.gpus})
-
-        return [row for row in rows if wanted(row)]
 
     def called(self, indices: Mapping[str, int]) -> list[str]:
         """ "MAM", "GPU 3", and the UUID of a GPU that is not there."""

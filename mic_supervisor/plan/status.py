@@ -13,6 +13,7 @@ from mic_supervisor.plan.fallback import as_it_runs, fallback
 from mic_supervisor.plan.health import Phase, phase_of
 from mic_supervisor.plan.loads import memory_key
 from mic_supervisor.plan.memory import InstanceMemory, Memory, Rest
+from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.words import Code, Reason, because
 
 Sync = Literal["in_sync", "out_of_sync", "unknown"]
@@ -140,6 +141,32 @@ def instance_statuses(
     ]
     rows = [row if row.id in activities else _resting(row, memory.of(row.id).rest) for row in rows]
     return tuple(sorted(rows, key=lambda row: row.id))
+
+
+def chosen_rows(
+    targets: Selection, desired: DesiredState, rows: Iterable[InstanceStatus]
+) -> list[InstanceStatus]:
+    """Those that tell how the chosen fare.
+
+    The rows of their instances, of their entries in trouble, and of what still has to leave
+    their GPUs.
+    """
+    named = {item.id for item in desired.instances}
+    chosen = [item for item in desired.instances if targets.has(item)]
+    ids = {item.id for item in chosen}
+    needed = {uuid for item in chosen for uuid in item.gpus}
+    needed |= targets.gpus & {*desired.kept_empty}
+    lost = {entry.subject for entry in desired.unsatisfiable}
+    lost |= {one for entry in desired.unsatisfiable for one in entry.instances}
+
+    def wanted(row: InstanceStatus) -> bool:
+        if row.id in named:
+            return row.id in ids
+        if row.id in lost:
+            return targets.concerns(row.model, row.gpus)
+        return bool(needed & {*row.gpus})
+
+    return [row for row in rows if wanted(row)]
 
 
 def by_model(row: InstanceStatus) -> list[InstanceStatus]:

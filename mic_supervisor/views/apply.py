@@ -11,7 +11,7 @@ from pydantic import Field
 from mic_supervisor.plan.actions import Change
 from mic_supervisor.plan.look import Look
 from mic_supervisor.plan.selection import Selection
-from mic_supervisor.plan.status import InstanceStatus, by_model
+from mic_supervisor.plan.status import InstanceStatus, by_model, chosen_rows
 from mic_supervisor.views.plan import LeftOut, PlanDocument, left_out, plan_document
 from mic_supervisor.views.status import StatusInstance, instances
 
@@ -60,7 +60,7 @@ def apply_document(
     """
     rows = [*look.statuses]
     if targets is not None:
-        rows = targets.rows(look.desired, rows)
+        rows = chosen_rows(targets, look.desired, rows)
         chosen = {row.id for row in rows} | {change.instance for change in look.plan.changes}
         failures = [one for one in failures if one.instance in chosen]
     config_hash = look.desired.config_hash
