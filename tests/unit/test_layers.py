@@ -93,19 +93,14 @@ def _dotted(node: ast.expr) -> str:
 
 
 def circle(sources: dict[str, tuple[str, bool]]) -> list[str]:
-    """Modules that import each other when they run, in a row; none where there is no circle.
+    """Modules that import each other, for types too, in a row; none where there is no circle.
 
-    `sources` maps a module to its text and whether it is a package. What stands below
-    TYPE_CHECKING runs never.
+    `sources` maps a module to its text and whether it is a package.
     """
     graph: dict[str, set[str]] = {}
     for module, (source, is_package) in sources.items():
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and _dotted(node.test).endswith("TYPE_CHECKING"):
-                node.body = [ast.Pass()]
         targets = graph[module] = set()
-        for _, target in imports(ast.unparse(tree), module, is_package):
+        for _, target in imports(source, module, is_package):
             while target and target not in sources:
                 target = target.rpartition(".")[0]
             targets.add(target)
@@ -309,7 +304,7 @@ def test_upward_finds(module: str, source: str, wrong: list[str]) -> None:
         ("import a", ["a", "b", "a"]),
         ("def f():\n    from a import x", ["a", "b", "a"]),
         ("from importlib import import_module\nimport_module('a')", ["a", "b", "a"]),
-        ("if TYPE_CHECKING:\n    from a import X", []),
+        ("if TYPE_CHECKING:\n    from a import X", ["a", "b", "a"]),
         ("import c", []),
     ],
 )
