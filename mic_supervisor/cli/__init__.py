@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import io
 import os
 import signal
 import sys
@@ -98,6 +99,10 @@ def group() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0, or as the command says; 1 failed, 64 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a terminal's encoding lacks is shown as an escape, which JSON knows as well.
+            stream.reconfigure(errors="backslashreplace")
     if arguments and arguments[0] in _BRIEF:
         gc.disable()  # they end before there is anything to collect
     if arguments and arguments[0] == "run":

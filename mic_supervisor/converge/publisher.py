@@ -162,7 +162,7 @@ def run(hook: EndpointsHook, told: Mapping[str, object]) -> None:
     program = hook.command[0]
     env = {key: value for key, value in os.environ.items() if key.startswith("MIC_")}
     env["PATH"] = os.environ.get("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin")
-    document = json.dumps(told, ensure_ascii=False).encode()
+    document = json.dumps(told, ensure_ascii=False).encode(errors="backslashreplace")
     try:
         done = programs.run(
             hook.command, hook.timeout, given=document, env=env, most=_OUTPUT, last=True

@@ -178,4 +178,6 @@ def _send(writer: asyncio.StreamWriter, **document: Any) -> None:
     if writer.transport.get_write_buffer_size() > _MOST_UNREAD:
         writer.transport.abort()
         return
-    writer.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+    # Half a surrogate, from a terminal of another encoding, becomes its escape in JSON.
+    line = json.dumps(document, ensure_ascii=False).encode(errors="backslashreplace")
+    writer.write(line + b"\n")

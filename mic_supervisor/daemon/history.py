@@ -39,7 +39,7 @@ class History:
             if self._lines >= 2 * KEPT:
                 self._rewrite()
             else:
-                with self._path.open("a") as file:
+                with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     # A line that a crash cut short must not spoil this one.
                     file.write(("" if self._whole else "\n") + _line(event))
                 self._whole = True
@@ -52,7 +52,8 @@ class History:
 
     def _rewrite(self) -> None:
         scratch = self._path.with_suffix(".new")
-        scratch.write_text("".join(_line(event) for event in self._events))
+        text = "".join(_line(event) for event in self._events)
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
         scratch.replace(self._path)
         self._lines = len(self._events)
 

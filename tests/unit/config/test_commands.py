@@ -66,6 +66,15 @@ def test_check_reports_on_stderr_and_fails(config: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("command", ["schema", "models", "check"])
+def test_a_terminal_of_another_encoding_gets_escapes(config: Path, command: str) -> None:
+    file = () if command == "schema" else (config,) if command == "check" else ()
+    done = mic(command, *file, TOKEN="x", MIC_CONFIG=str(config), PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (0, "")
+    if command == "models":
+        assert "\\u6362\\u8138" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [

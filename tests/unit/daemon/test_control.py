@@ -103,6 +103,16 @@ def test_a_result_comes_after_its_events(tmp_path: Path) -> None:
     serving(tmp_path, test)
 
 
+def test_half_a_surrogate_breaks_no_answer(tmp_path: Path) -> None:
+    """As `--reason` is from a terminal that is not UTF-8."""
+
+    async def test(served: Served) -> None:
+        answer, _ = await call(served, "echo", reason="caf\udce9")
+        assert answer["reason"].startswith("caf")
+
+    serving(tmp_path, test)
+
+
 def test_errors_keep_their_words_and_kind(tmp_path: Path) -> None:
     async def test(served: Served) -> None:
         with pytest.raises(MicError) as refused:

@@ -97,6 +97,13 @@ def test_what_was_told_is_kept_over_restarts(tmp_path: Path) -> None:
     assert [*read(path)] == [event(number) for number in range(4)]
 
 
+def test_half_a_surrogate_breaks_no_history(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    History(path).add(Event("pause", 1.0, "MAM", "paused: caf\udce9"))
+    (event,) = read(path)
+    assert event.text.startswith("paused: caf")
+
+
 def test_the_last_thousand_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "KEPT", 10)
     path = tmp_path / "history.jsonl"
