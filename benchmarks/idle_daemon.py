@@ -12,18 +12,17 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 from benchmarks._common import machine, table
+from mic_supervisor.demo import server
 from tests.integration.job_world import World, web
 from tests.support.waiting import until
 
 COUNT = 8
 _SETTLE = 15.0  # seconds, until what a start leaves to be done is done
-_SERVER = Path(__file__).parents[1] / "tests/support/server/server.py"
 
 
 class Used(NamedTuple):
@@ -38,7 +37,7 @@ TARGET = Used(0.4, 60, 8)
 
 
 def process() -> str:
-    command = json.dumps([sys.executable, str(_SERVER), "--port", "${port}"])
+    command = json.dumps([sys.executable, server.__file__, "--port", "${port}"])
     return f"{{backend: process, command: {command}, probe: {{http: /health}}}}"
 
 
