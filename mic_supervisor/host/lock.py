@@ -36,7 +36,10 @@ def writer(path: Path, command: str, timeout: float) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # Whoever can open it can hold it, and keep everybody else from converging.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
+        os.fchmod(descriptor, 0o600)
     except OSError as error:
         raise MicError(
             f"cannot open the lock {path}: {error.strerror}",
