@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 KILLS = 50
 IN_FLIGHT = 30
-SECONDS = 150.0  # more rounds than KILLS are made where the aim was bad, but not for longer
+SECONDS = 400.0  # more rounds than KILLS are made where the aim was bad, but not for longer
 
 STEADY = {0: "c", 1: "p"}
 KEPT = [identity("c", 0), identity("p", 1)]

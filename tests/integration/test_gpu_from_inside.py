@@ -52,9 +52,12 @@ def test_a_container_that_lost_its_gpu_is_made_anew_and_its_neighbour_is_not(
             f"nvidia-smi says there: {FAILS}"
         )
         until(lambda: f"a-a0000001: replace: {cause}" in daemon.text(), "that", timeout=90)
+        until(
+            lambda: world.rows()["a-a0000001"]["container_id"] != before["a-a0000001"],
+            "another container",
+        )
         world.settled(*names)
         now = {name: row["container_id"] for name, row in world.rows().items()}
-        assert now["a-a0000001"] != before["a-a0000001"]
         # One has it yet; of the other image nobody can tell, and it is left alone.
         assert {**now, "a-a0000001": ""} == {**before, "a-a0000001": ""}
         assert world.rows()["a-a0000001"]["restarts"] == 0

@@ -156,7 +156,10 @@ def test_a_model_that_does_not_load_leaves_the_others_serving(made: World) -> No
     use(made, "shared", {0: "bad", 1: "MAM", 2: "web"}, bad="{backend: triton}")
     with asked(made, (SHARED, "MAM"), (SHARED, "web")):
         done = made.mic("apply", rc=3)
+        plan = made.plan()  # first of all: the next try comes after 5 s
         assert "told to fail" in done.stdout
+    (line,) = lines_of(plan, "! blocked")
+    assert line.startswith("! blocked  triton-shared on GPU 0,1,2: bad: backoff: cannot load bad: ")
     row = made.instances()[SHARED]
     assert (row["phase"], row["health"]) == ("degraded", "degraded")
     assert {name: one["phase"] for name, one in models_of(made, SHARED).items()} == {
@@ -165,8 +168,6 @@ def test_a_model_that_does_not_load_leaves_the_others_serving(made: World) -> No
         "web": "ready",
     }
     assert "told to fail" in models_of(made, SHARED)["bad"]["reason"]
-    (line,) = lines_of(made.plan(), "! blocked")
-    assert line.startswith("! blocked  triton-shared on GPU 0,1,2: bad: backoff: cannot load bad: ")
     assert made.mic("status", "bad", rc=3).stdout
 
     made.repository.model("bad")
