@@ -93,6 +93,7 @@ def test_the_plan_as_json(story: Story) -> None:
                 "backend": "container" if instance.startswith("web") else "triton",
                 "gpus": [simulated(index)],
                 "cause": "nothing runs for it yet",
+                "code": "missing",
                 "waits": None,
                 "diff": [],
             }

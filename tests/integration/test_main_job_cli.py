@@ -184,6 +184,7 @@ def test_status_as_json_field_by_field(ready: World) -> None:
         "sync": "in_sync",
         "health": "healthy",
         "reason": None,
+        "code": None,
         "restarts": 0,
         "next_retry": None,
         "endpoints": {"http": ready.url(ID[0])},
@@ -236,7 +237,8 @@ def test_plan_as_json_for_every_kind_of_change(one: World) -> None:
     actions: dict[str, dict[str, Any]] = {item["instance"]: item for item in document["actions"]}
     for action in actions.values():
         assert set(action) == {
-            *("action", "instance", "model", "backend", "gpus", "cause", "waits", "diff", "steps")
+            *("action", "instance", "model", "backend", "gpus", "cause", "code", "waits"),
+            *("diff", "steps"),
         }
     summary = {name: (item["action"], item["cause"]) for name, item in actions.items()}
     assert summary == {

@@ -44,7 +44,9 @@ def test_from_a_fresh_machine_to_one_that_runs(systemd_machine: SystemdMachine) 
     # It serves HTTP a moment after it has told systemd that it is ready.
     until(lambda: "serving HTTP" in machine.journal("mic"), "the daemon")
     running = findings(machine, rc=0)
-    assert running["config"] == ["ok: /etc/mic/gpus.yaml is valid: 2 GPUs; 0 models"]
+    assert running["config"] == [
+        "ok: /etc/mic/gpus.yaml is valid: 2 GPUs, 2 of them kept empty; 0 models"
+    ]
     assert running["mic.service"] == ["ok: runs"]
     assert running["daemon"][0].startswith("ok: answers at /run/mic/mic.sock; ")
     assert running["http"] == ["ok: the daemon answers at 127.0.0.1:6004"]
@@ -77,7 +79,7 @@ def test_a_plain_user_is_told_what_only_root_may_know(systemd_machine: SystemdMa
     )
     written = machine.exec("mic-supervisor", "init", "--output=/root/x.yaml", user="alice", rc=1)
     assert written.stderr == (
-        "error: cannot write /root/x.yaml: permission denied\n"
+        "error: cannot write /root/x.yaml: Permission denied\n"
         "hint: run as root, or name another file with --output\n"
     )
 

@@ -226,7 +226,8 @@ def test_restart_takes_who_started_it(world: World) -> None:
     world.runtime.restart(world.look("a"))
     second = world.look("a")
     assert second.state is RunState.RUNNING
-    assert (procfs.environ(second.pid or 0) or {})["KEY"] == "secret"
+    environ = lambda: procfs.environ(second.pid or 0) or {}  # noqa: E731
+    until(lambda: environ().get("KEY") == "secret", "its environment")
 
 
 def test_remove_makes_systemd_forget(world: World) -> None:
