@@ -511,6 +511,7 @@ def test_images_of_the_file(mic: Mic, busybox_image: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_beside_a_running_daemon(mic: Mic) -> None:
     mic.env["MIC_DOCKER_HOST"] = "none"
     mic.write(

@@ -293,6 +293,7 @@ def test_doctor_lists_what_works_and_what_does_not(monkeypatch: pytest.MonkeyPat
     ]
 
 
+@pytest.mark.slow
 def test_doctor_says_what_makes_every_command_wait(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

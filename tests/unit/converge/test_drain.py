@@ -154,12 +154,14 @@ def test_one_answer_that_is_missing_is_no_idleness(server: Server) -> None:
     assert len(server.asked) == 3
 
 
+@pytest.mark.slow
 def test_three_of_them_are_enough(server: Server) -> None:
     server.script = [lambda: time.sleep(0.3)]
     run(drain(server.port))
     assert len(server.asked) == 3
 
 
+@pytest.mark.slow
 def test_what_this_end_lacks_is_no_silence_of_the_server(
     monkeypatch: pytest.MonkeyPatch, server: Server
 ) -> None:

@@ -285,6 +285,7 @@ def test_tells_its_own_lack_from_the_servers(
 # --- side by side -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_that_hangs_holds_up_no_other_and_leaves_no_descriptor() -> None:
     def descriptors() -> int:
         return len([*Path("/proc/self/fd").iterdir()])

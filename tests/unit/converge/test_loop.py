@@ -203,7 +203,7 @@ async def converging(file: File, *engines: Engine) -> AsyncIterator[Rig]:
         for engine in engines:
             for gate in engine.gates.values():
                 gate.set()
-        await rig.converger.close()
+        await rig.converger.close(patience=0.2)
 
 
 def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -140,6 +140,7 @@ def test_a_gpu_that_fell_off_the_bus_is_still_named(
     assert (event.uuid, event.xid, event.action) == (mock_uuid(1), 79, None)
 
 
+@pytest.mark.slow
 def test_a_library_that_fails_is_tried_again(
     mock: MockNvml, two: NvmlSource, follow: Follow
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_library_that_fails_is_tried_again(
     "function",
     ["nvmlInitWithFlags", "nvmlEventSetCreate", "nvmlDeviceGetCount_v2", "nvmlEventSetFree"],
 )
+@pytest.mark.slow
 def test_no_failure_ends_the_watch(
     mock: MockNvml, two: NvmlSource, follow: Follow, function: str
 ) -> None:
@@ -205,6 +207,7 @@ def test_without_any_gpu_to_follow_the_library_is_left_alone(
     followed.close()
 
 
+@pytest.mark.slow
 def test_it_lets_the_source_enumerate_anew(
     mock: MockNvml, two: NvmlSource, follow: Follow, clock: object
 ) -> None:

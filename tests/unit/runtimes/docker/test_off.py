@@ -76,6 +76,7 @@ def test_the_setting_says_none_and_nothing_like_it() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_container_is_blocked_and_its_neighbour_runs(mic: Mic) -> None:
     mic.env["MIC_DOCKER_HOST"] = "none"
     mic.write(

@@ -151,6 +151,7 @@ def test_a_start_takes_little_time(world: World) -> None:
     assert min(times) < 0.15  # 0.03 on a machine that does nothing else
 
 
+@pytest.mark.slow
 def test_waiting_costs_nearly_nothing(world: World) -> None:
     world.start("one", ("sleep", "60"))
     pid = world.record("one")["keeper"]["pid"]

@@ -46,6 +46,7 @@ def ended(world: World) -> World:
     return world
 
 
+@pytest.mark.slow
 def test_an_end_is_told_of_at_once(ended: World) -> None:
     seen = ended.start("one", ("sleep", "60"))
     listening = Listening(ended)
@@ -76,6 +77,7 @@ def test_what_starts_later_is_watched_too(ended: World) -> None:
     listening.end()
 
 
+@pytest.mark.slow
 def test_the_end_of_a_keeper_is_told_of_and_so_is_that_of_its_child(world: World) -> None:
     seen = world.start("one", ("sleep", "60"))
     listening = Listening(world)

@@ -241,6 +241,7 @@ def test_removing_ends_what_was_left_first(world: World) -> None:
     assert world.names() == []
 
 
+@pytest.mark.slow
 def test_a_keeper_that_does_not_answer_is_replaced(world: World) -> None:
     seen = world.start("one", ("sleep", "60"))
     os.kill(world.record("one")["keeper"]["pid"], signal.SIGSTOP)

@@ -127,6 +127,7 @@ def test_with_an_address_that_is_none(tmp_path: Path) -> None:
     assert view.error.startswith("cannot use the D-Bus address: ")
 
 
+@pytest.mark.slow
 def test_every_call_says_what_it_could_not_do(runtime: SystemdRuntime, tmp_path: Path) -> None:
     cause = "there is no D-Bus to reach systemd by"
     name = LAUNCH.name

@@ -76,6 +76,7 @@ def test_a_failure_says_why(journalctl: Journalctl) -> None:
     assert str(refused.value) == "cannot read it: journalctl failed"
 
 
+@pytest.mark.slow
 def test_one_that_hangs_is_not_waited_for(journalctl: Journalctl) -> None:
     journalctl.does("exec sleep 60")
     begun = time.monotonic()
