@@ -39,19 +39,25 @@ def read(
 ) -> Iterator[str]:
     """Lines of one run. With `follow` it goes on until `ended` says so and everything was read.
 
+    Who follows may lag behind the journal. So what is left at the end is asked for by the cursor
+    of the last line that came.
+
     Raises RuntimeRefused, "cannot WHAT: …".
     """
     sync()
+    run = f"_SYSTEMD_INVOCATION_ID={invocation}"
     arguments = [
-        *("--output=cat", "--all", f"--lines={'all' if tail is None else max(tail, 0)}"),
-        *(["--follow"] if follow else []),
-        f"_SYSTEMD_INVOCATION_ID={invocation}",
+        *("--follow", "--output=json", "--output-fields=MESSAGE") * follow,
+        *("--output=cat",) * (not follow),
+        *("--all", f"--lines={'all' if tail is None else max(tail, 0)}", run),
     ]
     process = _open(what, arguments)
-    seen, patience = False, 0.0
+    seen, patience, cursor = False, 0.0, ""
     try:
         for line in _lines(process, ended if follow else None):
             seen = True
+            if follow:
+                cursor, line = _entry(line)
             yield line
         patience = _QUIET  # at the end of its output it is about to end
     finally:
@@ -66,6 +72,11 @@ def read(
         raise RuntimeRefused(f"cannot {what}: the journal gave no answer in {_SILENCE:g} s")
     if over and process.returncode:
         raise RuntimeRefused(f"cannot {what}: {said or f'{_PROGRAM} failed'}")
+    if cursor:
+        rest = _ask(what, "--output=cat", "--all", f"--after-cursor={cursor}", run)
+        yield from rest.rstrip("\n").split("\n") if rest else ()
+    elif follow:
+        yield from read(what, invocation, tail=tail)
 
 
 def previous(what: str, scope: str, instance: str, before: float) -> str | None:
@@ -179,13 +190,24 @@ def _last(said: bytes) -> str:
     return said.decode(errors="replace").strip().rpartition("\n")[2]
 
 
+def _entry(line: str) -> tuple[str, str]:
+    """The cursor and the text of an entry, which is a list of its bytes where it is not UTF-8."""
+    entry = json.loads(line)
+    text = entry.get("MESSAGE") or ""
+    if not isinstance(text, str):
+        text = bytes(text).decode(errors="replace")
+    return entry["__CURSOR"], text
+
+
 def _lines(process: subprocess.Popen[bytes], ended: Callable[[], bool] | None) -> Iterator[str]:
-    """Until the end of the output; with `ended`, until that and a while without output."""
+    """Whole lines until the end of the output; with `ended`, until that, asked while it is quiet.
+
+    A last line without an end counts where nothing is followed.
+    """
     assert process.stdout is not None
     pipe = process.stdout.fileno()
     os.set_blocking(pipe, False)
     partial = b""
-    over_since: float | None = None
     heard = time.monotonic()
     with selectors.DefaultSelector() as waiting:
         waiting.register(pipe, selectors.EVENT_READ)
@@ -203,11 +225,8 @@ def _lines(process: subprocess.Popen[bytes], ended: Callable[[], bool] | None) -
             elif ended is None:
                 if time.monotonic() - heard >= _SILENCE:
                     break
-            else:
-                if over_since is None and ended():
-                    sync()
-                    over_since = time.monotonic()
-                elif over_since is not None and time.monotonic() - over_since >= _QUIET:
-                    break
-    if partial:
+            elif ended():
+                sync()
+                break
+    if partial and ended is None:
         yield partial.decode(errors="replace")

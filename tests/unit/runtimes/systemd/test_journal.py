@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,22 +103,39 @@ def test_an_empty_journal_that_may_not_be_read(
     assert refused.value.hint == "run as root, or as a member of the group systemd-journal"
 
 
+def follow(ended: Callable[[], bool] = lambda: True) -> list[str]:
+    return [*journal.read("read it", RUN, tail=None, follow=True, ended=ended)]
+
+
 @pytest.mark.slow
 def test_following_goes_on_until_the_end_and_reads_what_came_late(
-    journalctl: Journalctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    journalctl: Journalctl, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(journal, "_QUIET", 1.0)
     go = tmp_path / "go"
-    journalctl.does(f"echo one; until test -e {go}; do sleep 0.02; done; echo two; exec sleep 60")
+    journalctl.does(f"""case "$*" in
+*--follow*)
+  echo '{{"__CURSOR": "c1", "MESSAGE": "one"}}'
+  until test -e {go}; do sleep 0.02; done
+  echo '{{"__CURSOR": "c2", "MESSAGE": [116, 119, 111, 255]}}'
+  printf '{{"__CURSOR": "c3", "MESS'
+  exec sleep 60 ;;
+*--after-cursor=c2*) printf 'three\\n\\nfour\\n' ;;
+esac""")
 
     def ended() -> bool:
+        there = go.exists()
         go.touch()
-        return True
+        return there
 
     begun = time.monotonic()
-    assert [*journal.read("read it", RUN, tail=None, follow=True, ended=ended)] == ["one", "two"]
-    assert "--follow" in journalctl.calls[0].split()
+    assert follow(ended) == ["one", "two\ufffd", "three", "", "four"]
     assert time.monotonic() - begun < 15
+
+
+@pytest.mark.slow
+def test_following_what_says_nothing_in_time_reads_it_at_the_end(journalctl: Journalctl) -> None:
+    journalctl.does('case "$*" in *--follow*) exec sleep 60 ;; *--output=cat*) echo late ;; esac')
+    assert follow() == ["late"]
 
 
 def test_the_run_before_is_the_one_of_the_last_line_before(journalctl: Journalctl) -> None:
