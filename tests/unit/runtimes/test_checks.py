@@ -213,7 +213,7 @@ def test_a_check_ends_at_its_deadline_with_all_it_started(world: World) -> None:
     text = STUBBORN + f"MARK = '{mark}'\nescape(1)\nprint('so far', flush=True)\ntime.sleep(60)"
     before = time.monotonic()
     code, said = world.runtime.run_check(seen, python(text), 0.4)
-    assert time.monotonic() - before < 8.0
+    assert time.monotonic() - before < 2.0
     assert (code, said) == (checks.TIMED_OUT, "it did not end within 0.4 s: so far")
     assert marked(mark) == []
 
@@ -224,7 +224,7 @@ def test_a_check_leaves_nothing_behind(world: World) -> None:
     text = STUBBORN + f"MARK = '{mark}'\nescape(1)\nprint('done')"
     before = time.monotonic()
     assert world.runtime.run_check(seen, python(text), 10) == (0, "done")
-    assert time.monotonic() - before < 8.0  # although the pipe was held open for longer
+    assert time.monotonic() - before < 2.0  # although the pipe was held open
     assert marked(mark) == []
 
 
