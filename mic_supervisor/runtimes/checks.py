@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mic_supervisor.errors import PreflightFailed
+from mic_supervisor.errors import PreflightFailed, RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host import programs
-from mic_supervisor.model import ProcessSpec
+from mic_supervisor.model import Launch, ProcessSpec
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TIMED_OUT = 124
@@ -109,6 +109,20 @@ def signal_number(name: str) -> int | None:
     full = text if text.startswith("SIG") else f"SIG{text}"
     # SIGRTMIN+1 and so on are not in the enumeration, and nobody stops a server with them.
     return signal.Signals[full].value if full in signal.Signals.__members__ else None
+
+
+def startable(name: str, launch: Launch | None) -> Launch:
+    """What this very program started `name` with: nothing on disk holds an environment.
+
+    Raises RuntimeRefused where there is none.
+    """
+    if launch is None:
+        raise RuntimeRefused(
+            f"cannot start {name} again: its environment may hold secrets, is therefore not "
+            "kept, and was lost when the supervisor was restarted",
+            hint="it can be started from its specification only",
+        )
+    return launch
 
 
 def preflight(spec: ProcessSpec) -> None:

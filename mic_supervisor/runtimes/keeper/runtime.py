@@ -256,14 +256,7 @@ class KeeperRuntime:
 
         Raises RuntimeRefused otherwise; `start` with a launch of the same specification does it.
         """
-        launch = self._launches.get(workload.name)
-        if launch is None:
-            raise RuntimeRefused(
-                f"cannot start {workload.name} again: its environment may hold secrets, is "
-                "therefore not kept on disk, and was lost when the supervisor was restarted",
-                hint="it can be started from its specification only",
-            )
-        self.start(launch)
+        self.start(checks.startable(workload.name, self._launches.get(workload.name)))
 
     # --- stopping -------------------------------------------------------------------------
 

@@ -239,13 +239,7 @@ class SystemdRuntime:
         """
         with self._guard:
             launch = self._launches.get(workload.name)
-        if launch is None:
-            raise RuntimeRefused(
-                f"cannot start {workload.name} again: its environment may hold secrets, is "
-                "therefore not kept, and was lost when the supervisor was restarted",
-                hint="it can be started from its specification only",
-            )
-        self.start(launch)
+        self.start(checks.startable(workload.name, launch))
 
     # --- stopping -------------------------------------------------------------------------
 

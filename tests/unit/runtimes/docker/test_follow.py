@@ -6,9 +6,7 @@ import json
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -29,28 +27,6 @@ from tests.unit.runtimes.docker.engine_fake import (
     refuse,
     reply,
 )
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> Iterator[FakeEngine]:
-    fake = FakeEngine(tmp_path / "d.sock")
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
-def runtime(fake: FakeEngine) -> Iterator[DockerRuntime]:
-    runtime = DockerRuntime(
-        "default",
-        "h",
-        base_url=fake.url,
-        docker_config=None,
-        timeout=0.4,
-        patience=0.5,
-        kill_wait=0.3,
-    )
-    yield runtime
-    runtime.close()
 
 
 def frame(data: bytes) -> bytes:

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,28 +45,6 @@ OURS = {
     "Config": {"Labels": labels(IDENTITY), "Image": "x:1"},
     "State": {"Status": "created", "StartedAt": "0001-01-01T00:00:00Z"},
 }
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> Iterator[FakeEngine]:
-    fake = FakeEngine(tmp_path / "d.sock")
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
-def runtime(fake: FakeEngine) -> Iterator[DockerRuntime]:
-    runtime = DockerRuntime(
-        "default",
-        "h",
-        base_url=fake.url,
-        docker_config=None,
-        timeout=0.4,
-        patience=0.5,
-        kill_wait=0.3,
-    )
-    yield runtime
-    runtime.close()
 
 
 # --- The API version --------------------------------------------------------------------------

@@ -1,0 +1,33 @@
+"""The real runtime, over the real SDK, on an engine that does what a test says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mic_supervisor.runtimes.docker.runtime import DockerRuntime
+from tests.unit.runtimes.docker.engine_fake import FakeEngine
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeEngine]:
+    fake = FakeEngine(tmp_path / "d.sock")
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def runtime(fake: FakeEngine) -> Iterator[DockerRuntime]:
+    runtime = DockerRuntime(
+        "default",
+        "h",
+        base_url=fake.url,
+        docker_config=None,
+        timeout=0.4,
+        patience=0.5,
+        kill_wait=0.3,
+    )
+    yield runtime
+    runtime.close()
