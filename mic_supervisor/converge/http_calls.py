@@ -9,6 +9,7 @@ import asyncio
 import errno
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,6 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import httpx
+
+# httpx imports its own command where it can. With rich and pygments that is 3 MB of the daemon's
+# memory for nothing. None says that there is no such module, which httpx is prepared for.
+sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
 
 _MOST = 4 << 20  # bytes of an answer that are read
 _HEADERS = {

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from email.utils import formatdate, parsedate_to_datetime
-from functools import partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, HTTPException, Request, Response, Security
-from fastapi.security import HTTPBearer
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from mic_supervisor import __version__
 from mic_supervisor.http import documents, metrics, page
 from mic_supervisor.http.access import wants_html
 from mic_supervisor.http.documents import LivenessStatus
+from mic_supervisor.http.openapi import Served, describe
 from mic_supervisor.http.readonly import UNGUARDED, ReadOnly, command_for, refusal
 from mic_supervisor.http.views import JSON, Answer, Views, encode
 from mic_supervisor.plan.endpoints import EndpointsDocument
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
     from mic_supervisor.http.access import Access
     from mic_supervisor.http.published import Published
 
-# It describes: who may ask is decided in readonly.py, before anything else is looked at.
-_TOKEN = HTTPBearer(scheme_name="token", auto_error=False)
 _UNREAD = {503: "nothing was read yet"}
 Handler = Callable[..., Awaitable[Response]]
 
@@ -37,15 +38,27 @@ def asgi(views: Views, access: Access) -> ReadOnly:
     return ReadOnly(build(views, guarded=access.token is not None), access)
 
 
-def build(views: Views, *, guarded: bool) -> FastAPI:
-    """The application. Handlers run on the server's own loop and wait for nothing."""
-    app = FastAPI(
-        title="mic-supervisor",
-        version=__version__,
-        description="What runs on the GPUs of this machine. Read-only: commands change things.",
-        docs_url=None,  # its page would load scripts from other hosts
-        redoc_url=None,
+def build(views: Views, *, guarded: bool) -> Starlette:
+    """The application. Who may ask is decided in readonly.py, before anything else is looked at."""
+    served = paths(views)
+
+    @cache  # seldom asked, and schemas take memory: made for who asks first
+    def description() -> bytes:
+        return encode(describe(served, UNGUARDED if guarded else None))
+
+    async def openapi(_request: Request) -> Response:
+        return Response(description(), media_type=JSON)
+
+    app = Starlette(
+        routes=[*(Route(one.path, one.handler) for one in served), Route("/openapi.json", openapi)],
+        exception_handlers={HTTPException: _problem},
     )
+    app.router.redirect_slashes = False  # to whatever host the request names
+    return app
+
+
+def paths(views: Views) -> list[Served]:
+    """All that is served of a machine. Handlers run on the server's loop and wait for nothing."""
 
     def document(name: str, make: Callable[[Published, Snapshot], Any]) -> Handler:
         def made_from(published: Published) -> Any:
@@ -77,7 +90,8 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
                 raise HTTPException(501, trouble)
         return await gpus_document(request)
 
-    async def running_one(request: Request, model_name: str) -> Response:
+    async def running_one(request: Request) -> Response:
+        model_name = request.path_params["model_name"]
         published = views.current()
         snapshot = published.snapshot
         if snapshot is None:
@@ -96,10 +110,7 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
     async def command(request: Request) -> Response:
         return _reply(request, views.once(refusal(request.url.path)))
 
-    async def command_of(request: Request, pid: str) -> Response:
-        return _reply(request, views.once(refusal(f"/api/v1/processes/{pid}")))
-
-    async def healthz() -> Response:
+    async def healthz(_request: Request) -> Response:
         stalled, down = views.stalled(), views.down()
         state: LivenessStatus = "ok" if down is None else "broken"
         if stalled is not None:
@@ -108,7 +119,7 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
         body = documents.Liveness(state, detail, round(views.age(), 3))
         return _live(body, 200 if detail is None else 503)
 
-    async def readyz() -> Response:
+    async def readyz(_request: Request) -> Response:
         body = documents.readiness(views.current(), views.stalled())
         return _live(body, 200 if body["status"] == "ready" else 503)
 
@@ -117,43 +128,81 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
         headers = {"Cache-Control": "no-store", "Vary": "Accept"}
         return Response(made.body, media_type=made.media, headers=headers)
 
-    add = partial(_add, app, guarded)
-    add("/", root, "The page for a browser, else that the daemon is there", documents.Root)
-    status = document("status", documents.served_status)
-    plan = document("plan", documents.served_plan)
-    add("/api/v1/status", status, "Desired against actual", StatusDocument, _UNREAD)
-    add("/api/v1/plan", plan, "What is still out of sync, and why", PlanDocument, _UNREAD)
-    add(
-        "/api/v1/gpus",
-        gpus,
-        "Memory, power and holders of each GPU",
-        list[documents.GpuUse],
-        {501: "there is no NVML", **_UNREAD},
-    )
     models = list[documents.RunningModel]
-    add("/api/v1/models/status", running, "What runs, and where", models, _UNREAD)
-    add(
-        "/api/v1/models/status/{model_name}",
-        running_one,
-        "Where one model runs",
-        models,
-        {404: "it does not run", **_UNREAD},
-    )
-    add("/api/v1/models/supported", supported, "The backend of what may run", dict[str, str])
-    for path in ("/api/v1/models/start", "/api/v1/models/stop"):
-        add(path, command, f"The command for it: {command_for(path)}", documents.Refusal)
-    add("/api/v1/processes/{pid}", command_of, "The command that ends it", documents.Refusal)
-    endpoints = document("endpoints", documents.served_endpoints)
-    add("/api/v1/endpoints", endpoints, "Who serves each model", EndpointsDocument, _UNREAD)
-    sd = document("sd", lambda _, snapshot: documents.discovery(snapshot))
-    add("/api/v1/sd", sd, "Prometheus HTTP service discovery", list[documents.Target], _UNREAD)
-    for path, handler, asked, model in (
-        ("/healthz", healthz, "Whether the daemon lives", documents.Liveness),
-        ("/readyz", readyz, "Whether every instance is as the file says", documents.Readiness),
-    ):
-        add(path, handler, asked, model, {503: model})
-    add("/metrics", metrics_text, "Metrics for Prometheus", None)
-    return app
+    return [
+        Served("/", root, "The page for a browser, else that the daemon is there", documents.Root),
+        Served(
+            "/api/v1/status",
+            document("status", documents.served_status),
+            "Desired against actual",
+            StatusDocument,
+            _UNREAD,
+        ),
+        Served(
+            "/api/v1/plan",
+            document("plan", documents.served_plan),
+            "What is still out of sync, and why",
+            PlanDocument,
+            _UNREAD,
+        ),
+        Served(
+            "/api/v1/gpus",
+            gpus,
+            "Memory, power and holders of each GPU",
+            list[documents.GpuUse],
+            {501: "there is no NVML", **_UNREAD},
+        ),
+        Served("/api/v1/models/status", running, "What runs, and where", models, _UNREAD),
+        Served(
+            "/api/v1/models/status/{model_name}",
+            running_one,
+            "Where one model runs",
+            models,
+            {404: "it does not run", **_UNREAD},
+        ),
+        Served(
+            "/api/v1/models/supported", supported, "The backend of what may run", dict[str, str]
+        ),
+        *(
+            Served(path, command, f"The command for it: {command_for(path)}", documents.Refusal)
+            for path in ("/api/v1/models/start", "/api/v1/models/stop")
+        ),
+        Served("/api/v1/processes/{pid}", command, "The command that ends it", documents.Refusal),
+        Served(
+            "/api/v1/endpoints",
+            document("endpoints", documents.served_endpoints),
+            "Who serves each model",
+            EndpointsDocument,
+            _UNREAD,
+        ),
+        Served(
+            "/api/v1/sd",
+            document("sd", lambda _, snapshot: documents.discovery(snapshot)),
+            "Prometheus HTTP service discovery",
+            list[documents.Target],
+            _UNREAD,
+        ),
+        Served(
+            "/healthz",
+            healthz,
+            "Whether the daemon lives",
+            documents.Liveness,
+            {503: documents.Liveness},
+        ),
+        Served(
+            "/readyz",
+            readyz,
+            "Whether every instance is as the file says",
+            documents.Readiness,
+            {503: documents.Readiness},
+        ),
+        Served("/metrics", metrics_text, "Metrics for Prometheus"),
+    ]
+
+
+async def _problem(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # what this handler is registered for
+    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
 
 def _reply(request: Request, made: Answer, **headers: str) -> Response:
@@ -186,52 +235,3 @@ def _fresh(request: Request, made: Answer) -> bool:
         return int(made.modified) == parsedate_to_datetime(since).timestamp()
     except (ValueError, OverflowError):
         return False  # RFC 9110, 13.1.3: an invalid date is ignored
-
-
-def _add(
-    app: FastAPI,
-    guarded: bool,
-    path: str,
-    handler: Handler,
-    summary: str,
-    model: Any,
-    errors: Mapping[int, Any] | None = None,
-) -> None:
-    """Register a path for GET and for HEAD, and describe both truly.
-
-    An error is described by a sentence, or by the model of its document. No model: it is text.
-    """
-    responses: dict[int | str, dict[str, Any]] = {200: {"description": summary}}
-    text = {"schema": {"type": "string"}}
-    if model is None:
-        responses[200]["content"] = {"text/plain": text}
-    else:
-        responses[200]["model"] = model
-    if path == "/":
-        responses[200]["content"] = {"text/html": text}
-    if path not in ("/healthz", "/readyz", "/metrics"):
-        responses[304] = {"description": "The client has it already"}
-    for code, what in (errors or {}).items():
-        responses[code] = (
-            {"description": what, "model": documents.Problem}
-            if isinstance(what, str)
-            else {"description": "It is not", "model": what}
-        )
-    asked = guarded and path not in UNGUARDED
-    if asked:
-        responses[401] = {"description": "The token is missing or wrong"}
-    bare = {code: {"description": one["description"]} for code, one in responses.items()}
-    name = re.sub(r"\W+", "_", path).strip("_") or "root"
-    for method, shown in (("GET", responses), ("HEAD", bare)):
-        app.add_api_route(
-            path,
-            handler,
-            methods=[method],
-            summary=summary,
-            operation_id=f"{method.lower()}_{name}",
-            responses=shown,
-            dependencies=[Security(_TOKEN)] if asked else None,
-            openapi_extra={"security": []} if guarded and not asked else None,
-            response_class=Response,
-            response_model=None,
-        )

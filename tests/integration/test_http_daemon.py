@@ -334,7 +334,7 @@ def test_no_other_command_loads_a_web_server(world: Mic, command: str) -> None:
     )
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "click" in loaded, done.stderr
-    assert not loaded & {"fastapi", "starlette", "uvicorn", "prometheus_client"}
+    assert not loaded & {"starlette", "uvicorn", "prometheus_client"}
 
 
 # --- what it keeps to itself ----------------------------------------------------------------------

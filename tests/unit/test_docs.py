@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import click
 import pytest
-from fastapi.routing import APIRoute
 from pydantic_core import PydanticUndefined
 
 from mic_supervisor import __version__
@@ -283,13 +282,10 @@ def test_exit_codes_agree_between_the_two_pages() -> None:
 
 
 def test_every_path_of_the_http_interface() -> None:
-    from mic_supervisor.http.app import build
+    from mic_supervisor.http.app import paths
 
     views: Any = None  # asked by the handlers alone
-    served = {
-        route.path for route in build(views, guarded=False).routes if isinstance(route, APIRoute)
-    }
-    assert set(reference()["HTTP", "Path"]) == served
+    assert set(reference()["HTTP", "Path"]) == {served.path for served in paths(views)}
 
 
 # --- examples, links, paths --------------------------------------------------------------------

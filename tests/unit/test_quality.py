@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("docker", "fastapi", "jinja2", "pynvml", "requests", "tritonclient", "google.protobuf")
+HEAVY = ("docker", "jinja2", "pynvml", "requests", "starlette", "tritonclient", "google.protobuf")
 
 
 def _cache(name: str) -> str:

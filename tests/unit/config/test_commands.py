@@ -151,6 +151,6 @@ def test_nothing_heavy_is_imported(config: Path, arguments: list[str], needed: s
     assert done.returncode == 0
     found = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert needed <= found
-    heavy = {"docker", "fastapi", "pynvml", "asyncio", "rich", "pydantic", "pydantic_settings"}
+    heavy = {"docker", "pynvml", "starlette", "asyncio", "rich", "pydantic", "pydantic_settings"}
     more = {"httpx", "jinja2", "requests", "tritonclient", "google.protobuf"}
     assert found & (heavy | more) == needed
