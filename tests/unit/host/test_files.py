@@ -1,0 +1,66 @@
+"""The one reader: regular files of a bounded size, without waiting."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from mic_supervisor.host.files import read_file, read_text
+
+
+def test_reads_a_regular_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"\xe4\xb8\xad\n")
+    assert read_file(path) == b"\xe4\xb8\xad\n"
+    assert read_text(path) == "中\n"
+
+
+def test_follows_links(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "b").symlink_to("a")
+    assert read_text(tmp_path / "b") == "x"
+
+
+@pytest.mark.parametrize("size", [0, 99, 100])
+def test_takes_what_is_as_large_as_allowed(tmp_path: Path, size: int) -> None:
+    (tmp_path / "a").write_bytes(b"x" * size)
+    assert len(read_file(tmp_path / "a", most=100)) == size
+
+
+def test_refuses_what_is_larger(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 2049)
+    with pytest.raises(OSError, match="it is larger than 2 KiB") as caught:
+        read_file(tmp_path / "a", most=2048)
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_does_not_wait_for_a_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(OSError, match="it is not a regular file"):
+        read_file(tmp_path / "a")
+
+
+def test_does_not_read_a_device() -> None:
+    with pytest.raises(OSError, match="it is not a regular file"):
+        read_file(Path("/dev/zero"))
+
+
+def test_says_what_else_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for path, code in {
+            tmp_path: errno.EISDIR,
+            tmp_path / "none": errno.ENOENT,
+            tmp_path / "loop": errno.ELOOP,
+            tmp_path / "socket": errno.ENXIO,
+            Path(f"{tmp_path}/a\0b"): errno.EINVAL,
+        }.items():
+            with pytest.raises(OSError) as caught:
+                read_file(path)
+            assert caught.value.errno == code
+            assert caught.value.strerror
