@@ -37,6 +37,8 @@ FIRST_RETRY = 10.0  # seconds
 LAST_RETRY = 300.0
 _PARTING = 2.0  # seconds for others to leave NVML before it is initialised anew
 
+_LAST_PID = 1 << 22  # PID_MAX_LIMIT of Linux, include/linux/threads.h
+
 _LISTS = (
     ("compute", "nvmlDeviceGetComputeRunningProcesses"),
     ("graphics", "nvmlDeviceGetGraphicsRunningProcesses"),
@@ -73,6 +75,10 @@ class _Unreadable(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+class _Implausible(Exception):
+    """A list of processes that cannot be true."""
 
 
 class NvmlSource:
@@ -279,8 +285,8 @@ class NvmlSource:
             index=device.index,
             name=device.name,
             pci_bus_id=device.pci_bus_id,
-            memory=self._memory(nvml, handle),
-            processes=self._processes(nvml, handle, names),
+            memory=(memory := self._memory(nvml, handle)),
+            **self._processes(nvml, handle, memory.total if memory else None, names),
             power_draw=None if draw is None else draw / 1000,
             power_limit=None if limit is None else limit / 1000,
             utilization=None if rates is None else rates.gpu / 100,
@@ -339,19 +345,22 @@ class NvmlSource:
         return None if value is None else float(value)
 
     def _processes(
-        self, nvml: Any, handle: Any, names: dict[int, processes.Stat | None]
-    ) -> tuple[GpuProcess, ...] | None:
-        """Everyone on the GPU, by PID; None unless every list that the driver has could be read."""
+        self, nvml: Any, handle: Any, total: int | None, names: dict[int, processes.Stat | None]
+    ) -> dict[str, Any]:
+        """Everyone on the GPU, by PID; or why not, unless every list of the driver can be read."""
         kinds: dict[int, list[str]] = {}
         used: dict[int, int | None] = {}
         for kind, function in _LISTS:
             try:
-                rows = self._list(nvml, function, handle)
+                rows = self._list(nvml, function, handle, total)
+            except _Implausible:
+                return {"processes": None, "unlisted": "implausible"}
             except nvml.NVMLError as error:
                 if error.value in MISSING and kind != "compute":
                     continue  # this driver knows no such processes
                 self._note(error.value)
-                return None
+                untold = "untold" if error.value in MISSING else None
+                return {"processes": None, "unlisted": untold}
             for row in rows:
                 kinds.setdefault(row.pid, []).append(kind)
                 amounts = [n for n in (used.get(row.pid), row.usedGpuMemory) if n is not None]
@@ -359,7 +368,7 @@ class NvmlSource:
         for pid in kinds:
             if pid not in names:
                 names[pid] = processes.readable(pid)
-        return tuple(
+        found = tuple(
             GpuProcess(
                 pid=pid,
                 name=stat.name if (stat := names[pid]) else None,
@@ -370,29 +379,45 @@ class NvmlSource:
             )
             for pid in sorted(kinds)
         )
+        return {"processes": found}
 
-    def _list(self, nvml: Any, function: str, handle: Any) -> list[Any]:
-        """One list of processes, from the newest version of the function that the driver has.
+    def _list(self, nvml: Any, function: str, handle: Any, total: int | None) -> list[Any]:
+        """One list of processes, from the newest version of the function that gives a true one.
 
-        Raises NVMLError.
+        Drivers 535.43 to 535.86 answer the third with rows of another size, so that numbers stand
+        in each other's places. Raises NVMLError, and _Implausible where no list can be true.
         """
         version = "_v3"
-        for _ in range(4):
+        for _ in range(5):
             try:
                 rows: list[Any] = getattr(nvml, function + version)(handle)
-                return rows
             except nvml.NVMLError as error:
                 if error.value == FUNCTION_NOT_FOUND and version == "_v3":
                     version = "_v2"
                 # More processes came between the question for the size and that for the list.
                 elif error.value != INSUFFICIENT_SIZE:
                     raise
+                continue
+            if all(_plausible(row, total) for row in rows):
+                return rows
+            if version == "_v2":
+                raise _Implausible
+            version = "_v2"
         raise nvml.NVMLError(INSUFFICIENT_SIZE)
 
     def _note(self, code: int) -> None:
         self._codes.add(code)
         if code in GONE:
             raise _Unreadable(code)
+
+
+def _plausible(row: Any, total: int | None) -> bool:
+    """Whether a row of a list of processes can be true; `total` is the card's memory in bytes.
+
+    A process of another PID namespace has PID 0 here, which names nobody.
+    """
+    fits = total is None or row.usedGpuMemory is None or row.usedGpuMemory <= total
+    return 0 < row.pid <= _LAST_PID and fits
 
 
 @dataclass(frozen=True, slots=True)
