@@ -69,6 +69,11 @@ class GpuTelemetry:
     ecc_errors: tuple[tuple[str, int], ...] = ()  # "corrected", "uncorrected" since the driver load
 
 
+# Why nobody will ever say who is on a GPU: what the driver lists cannot be true, or this platform
+# does not tell (WSL2, some vGPU).
+Unlisted = Literal["implausible", "untold"]
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """One GPU, keyed by `uuid`. `index` is NVML's today and may be another one tomorrow."""
@@ -78,7 +83,8 @@ class Gpu:
     name: str
     pci_bus_id: str | None = None  # "00000000:3B:00.0", lower or upper case as the driver gives it
     memory: GpuMemory | None = None
-    processes: tuple[GpuProcess, ...] | None = None  # None: could not be read
+    processes: tuple[GpuProcess, ...] | None = None  # None: not known
+    unlisted: Unlisted | None = None  # why not; None: they cannot be read now
     power_draw: float | None = None  # watts
     power_limit: float | None = None  # watts
     utilization: float | None = None  # ratio

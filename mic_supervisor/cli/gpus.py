@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.model import RuntimeView
 
+_UNLISTED = {
+    None: "its holders cannot be read",
+    "implausible": "its holders are unknown: what the driver lists cannot be true",
+    "untold": "its holders are unknown: this platform does not tell them",
+}
+
 
 @click.command(name="gpus")
 @json_option
@@ -30,7 +36,7 @@ def command(as_json: bool) -> int:
     of all, power drawn of the limit, utilization, temperature, holders, remarks. What is not known
     is "?".
     """
-    from mic_supervisor.host.identity import host_name
+    from mic_supervisor.host import host_name
 
     inventory, warnings = look(wiring.settings())
     error = inventory.unreadable
@@ -144,7 +150,7 @@ def print_tables(inventory: GpuInventory) -> None:
         console.print(f"GPU {unopened.index}: {printable(unopened.told)}", style="red")
     for gpu in inventory.gpus:
         if gpu.processes is None:
-            console.print(f"GPU {gpu.index}: its holders cannot be read", style="yellow")
+            console.print(f"GPU {gpu.index}: {_UNLISTED[gpu.unlisted]}", style="yellow")
         for remark in _remarks(gpu):
             style = "red" if gpu.trouble is not None else "yellow"
             console.print(f"GPU {gpu.index}: {printable(remark)}", style=style)

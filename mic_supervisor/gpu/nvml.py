@@ -8,18 +8,15 @@ exception, and never in a number that was made up.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from mic_supervisor import clocks
-from mic_supervisor.gpu import telemetry
-from mic_supervisor.gpu.contained import Contained, DidNotReturn
-from mic_supervisor.gpu.events import RECOVERY_ACTION, recovery_action, trouble_of
-from mic_supervisor.gpu.guests import Guests
-from mic_supervisor.gpu.nvml_errors import (
+from mic_supervisor.gpu.driver import (
     ARGUMENT_VERSION_MISMATCH,
     FUNCTION_NOT_FOUND,
     GONE,
@@ -27,15 +24,20 @@ from mic_supervisor.gpu.nvml_errors import (
     LIB_RM_VERSION_MISMATCH,
     MISSING,
     REINITIALISE,
+    cuda_version,
     gpu_error,
     library_error,
+    read_telemetry,
 )
+from mic_supervisor.gpu.events import RECOVERY_ACTION, Guests, recovery_action, trouble_of
 from mic_supervisor.host import processes
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
 
 FIRST_RETRY = 10.0  # seconds
 LAST_RETRY = 300.0
 _PARTING = 2.0  # seconds for others to leave NVML before it is initialised anew
+
+_LAST_PID = 1 << 22  # PID_MAX_LIMIT of Linux, include/linux/threads.h
 
 _LISTS = (
     ("compute", "nvmlDeviceGetComputeRunningProcesses"),
@@ -73,6 +75,10 @@ class _Unreadable(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+class _Implausible(Exception):
+    """A list of processes that cannot be true."""
 
 
 class NvmlSource:
@@ -206,7 +212,7 @@ class NvmlSource:
         with suppress(nvml.NVMLError):
             session.nvml = nvml.nvmlSystemGetNVMLVersion()
         with suppress(nvml.NVMLError):
-            session.cuda = telemetry.cuda_version(nvml.nvmlSystemGetCudaDriverVersion())
+            session.cuda = cuda_version(nvml.nvmlSystemGetCudaDriverVersion())
         for index in range(nvml.nvmlDeviceGetCount()):
             self._open_device(nvml, session, index)
         self.guests.admit()
@@ -279,13 +285,13 @@ class NvmlSource:
             index=device.index,
             name=device.name,
             pci_bus_id=device.pci_bus_id,
-            memory=self._memory(nvml, handle),
-            processes=self._processes(nvml, handle, names),
+            memory=(memory := self._memory(nvml, handle)),
+            **self._processes(nvml, handle, memory.total if memory else None, names),
             power_draw=None if draw is None else draw / 1000,
             power_limit=None if limit is None else limit / 1000,
             utilization=None if rates is None else rates.gpu / 100,
             temperature=self._temperature(nvml, handle),
-            telemetry=telemetry.read(nvml, handle, self._get),
+            telemetry=read_telemetry(nvml, handle, self._get),
             **self._condition(nvml, handle),
         )
 
@@ -313,9 +319,7 @@ class NvmlSource:
         try:
             return function(*args)
         except pynvml.NVMLError as error:
-            self._codes.add(error.value)
-            if error.value in GONE:
-                raise _Unreadable(error.value) from error
+            self._note(error.value)
         except (pynvml.NVMLLibraryMismatchError, UnicodeDecodeError):
             pass
         return None
@@ -341,19 +345,22 @@ class NvmlSource:
         return None if value is None else float(value)
 
     def _processes(
-        self, nvml: Any, handle: Any, names: dict[int, processes.Stat | None]
-    ) -> tuple[GpuProcess, ...] | None:
-        """Everyone on the GPU, by PID; None unless every list that the driver has could be read."""
+        self, nvml: Any, handle: Any, total: int | None, names: dict[int, processes.Stat | None]
+    ) -> dict[str, Any]:
+        """Everyone on the GPU, by PID; or why not, unless every list of the driver can be read."""
         kinds: dict[int, list[str]] = {}
         used: dict[int, int | None] = {}
         for kind, function in _LISTS:
             try:
-                rows = self._list(nvml, function, handle)
+                rows = self._list(nvml, function, handle, total)
+            except _Implausible:
+                return {"processes": None, "unlisted": "implausible"}
             except nvml.NVMLError as error:
                 if error.value in MISSING and kind != "compute":
                     continue  # this driver knows no such processes
                 self._note(error.value)
-                return None
+                untold = "untold" if error.value in MISSING else None
+                return {"processes": None, "unlisted": untold}
             for row in rows:
                 kinds.setdefault(row.pid, []).append(kind)
                 amounts = [n for n in (used.get(row.pid), row.usedGpuMemory) if n is not None]
@@ -361,7 +368,7 @@ class NvmlSource:
         for pid in kinds:
             if pid not in names:
                 names[pid] = processes.readable(pid)
-        return tuple(
+        found = tuple(
             GpuProcess(
                 pid=pid,
                 name=stat.name if (stat := names[pid]) else None,
@@ -372,23 +379,30 @@ class NvmlSource:
             )
             for pid in sorted(kinds)
         )
+        return {"processes": found}
 
-    def _list(self, nvml: Any, function: str, handle: Any) -> list[Any]:
-        """One list of processes, from the newest version of the function that the driver has.
+    def _list(self, nvml: Any, function: str, handle: Any, total: int | None) -> list[Any]:
+        """One list of processes, from the newest version of the function that gives a true one.
 
-        Raises NVMLError.
+        Drivers 535.43 to 535.86 answer the third with rows of another size, so that numbers stand
+        in each other's places. Raises NVMLError, and _Implausible where no list can be true.
         """
         version = "_v3"
-        for _ in range(4):
+        for _ in range(5):
             try:
                 rows: list[Any] = getattr(nvml, function + version)(handle)
-                return rows
             except nvml.NVMLError as error:
                 if error.value == FUNCTION_NOT_FOUND and version == "_v3":
                     version = "_v2"
                 # More processes came between the question for the size and that for the list.
                 elif error.value != INSUFFICIENT_SIZE:
                     raise
+                continue
+            if all(_plausible(row, total) for row in rows):
+                return rows
+            if version == "_v2":
+                raise _Implausible
+            version = "_v2"
         raise nvml.NVMLError(INSUFFICIENT_SIZE)
 
     def _note(self, code: int) -> None:
@@ -397,5 +411,97 @@ class NvmlSource:
             raise _Unreadable(code)
 
 
+def _plausible(row: Any, total: int | None) -> bool:
+    """Whether a row of a list of processes can be true; `total` is the card's memory in bytes.
+
+    A process of another PID namespace has PID 0 here, which names nobody.
+    """
+    fits = total is None or row.usedGpuMemory is None or row.usedGpuMemory <= total
+    return 0 < row.pid <= _LAST_PID and fits
+
+
+@dataclass(frozen=True, slots=True)
+class GpuModes:
+    """None: this GPU does not have the mode, or does not tell."""
+
+    index: int
+    persistence: bool | None
+    mig: bool | None
+
+
+def read_modes() -> tuple[GpuModes, ...]:
+    """The modes of every GPU that can be read; empty where NVML does not answer."""
+    source = NvmlSource()
+    try:
+        return tuple(GpuModes(gpu.index, gpu.persistence, gpu.mig) for gpu in source.observe().gpus)
+    finally:
+        source.close()
+
+
 def _failed(cause: str, hint: str) -> GpuInventory:
     return GpuInventory(source="nvml", error=f"cannot read GPUs: {cause}", hint=hint)
+
+
+# --- calls that may never return ----------------------------------------------------------------
+
+
+T = TypeVar("T")
+
+
+class DidNotReturn(Exception):
+    """The call, or one before it, still runs. `timeout` is what it was given, in seconds."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(timeout)
+        self.timeout = timeout
+
+
+class Contained:
+    """Runs one call at a time, each on a thread of its own, and waits no longer than asked.
+
+    A call that outlives its time is left running, since a thread inside a C library cannot be
+    ended. Until it returns every further call fails at once; its own result is dropped, being
+    old by then. The threads are daemons: they do not keep the interpreter from exiting.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._turn = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._timeout = 0.0
+
+    def call(self, function: Callable[[], T], timeout: float) -> T:
+        """What `function` returns or raises.
+
+        Raises DidNotReturn after `timeout` seconds, the wait for other callers included, and
+        RuntimeError if no thread can be started.
+        """
+        deadline = time.monotonic() + timeout
+        if not self._turn.acquire(timeout=timeout):
+            raise DidNotReturn(self._timeout)
+        try:
+            if self._thread is not None and self._thread.is_alive():
+                raise DidNotReturn(self._timeout)
+            results: list[T] = []
+            errors: list[BaseException] = []
+
+            def run() -> None:
+                try:
+                    results.append(function())
+                # Whatever it is belongs to the caller, who gets it below.
+                except BaseException as error:  # noqa: BLE001
+                    errors.append(error)
+
+            self._timeout = timeout
+            thread = threading.Thread(target=run, name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                raise DidNotReturn(self._timeout)
+            self._thread = None
+        finally:
+            self._turn.release()
+        if errors:
+            raise errors[0]
+        return results[0]

@@ -86,10 +86,14 @@ def _strangers(s: Situation, instance: Instance) -> Reason | None:
     for gpu in (s.gpus[uuid] for uuid in instance.gpus):
         if gpu.simulated:
             continue
-        if gpu.processes is None:
+        if gpu.processes is None and gpu.unlisted is None:
             return because(Code.HOLDERS_UNREADABLE, gpu=gpu.index)
         if instance.on_foreign == "ignore":
             continue
+        if gpu.processes is None:
+            untold = gpu.unlisted == "untold"
+            code = Code.HOLDERS_UNTOLD if untold else Code.HOLDERS_IMPLAUSIBLE
+            return because(code, gpu=gpu.index, model=instance.model)
         expected = {instance.id, *s.on_gpu(gpu.uuid)}
         for process in sorted(gpu.processes, key=lambda item: item.pid):
             if is_foreign(process, expected, instance.foreign_threshold):

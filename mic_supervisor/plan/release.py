@@ -72,10 +72,11 @@ def judge(
         return _late(Waiting(f"waiting for {missing} to be there"), waited)
     held: list[int] = []
     for gpu in there:
-        if gpu.processes is None:
+        if gpu.processes is None and gpu.unlisted is None:
             text = f"waiting for the processes on GPU {gpu.index} to be readable"
             return _late(Waiting(text), waited)
-        held += [process.pid for process in gpu.processes if _former(process)]
+        # Where nobody is ever listed, what the memory says decides alone.
+        held += [process.pid for process in gpu.processes or () if _former(process)]
     if held:
         listed = ", ".join(map(str, sorted(set(held))))
         return _late(Waiting(f"waiting for the GPU to be released by PID {listed}"), waited)

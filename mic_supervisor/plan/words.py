@@ -75,6 +75,14 @@ class Code(Enum):
         "end what uses the GPU, or move the model to another one",
     )
     HOLDERS_UNREADABLE = "the processes on GPU {gpu} cannot be read"
+    HOLDERS_UNTOLD = (
+        "this platform does not tell who is on GPU {gpu}",
+        "set `on_foreign: ignore` for {model} if nobody else uses that GPU",
+    )
+    HOLDERS_IMPLAUSIBLE = (
+        "what the driver lists on GPU {gpu} cannot be true",
+        "upgrade the driver, or set `on_foreign: ignore` for {model} if nobody else uses that GPU",
+    )
     STRANGER = _STRANGER, "end that process, or move the model to another GPU"
     WAITS_FOR_STRANGER = (
         f"waiting for the GPU: {_STRANGER}",

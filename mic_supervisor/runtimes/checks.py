@@ -1,8 +1,14 @@
-"""What a host process needs before it can start, and the commands that probe one."""
+"""What both runtimes of host processes share: what one needs before it can start, and its checks.
+
+A supervisor that systemd runs may write next to nowhere, and become nobody else. There PID 1 makes
+the directories: it runs this as a program, `python -I -c PROGRAM USER DIRECTORY…`, before the
+process itself.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import grp
 import os
 import pwd
@@ -10,8 +16,10 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +27,7 @@ from typing import Any
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host import programs
-from mic_supervisor.model import Launch, ProcessSpec
+from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TIMED_OUT = 124
@@ -92,13 +100,25 @@ def _group(name: str) -> int | None:
 
 def environment(spec: ProcessSpec, who: Account) -> dict[str, str]:
     """PATH, HOME and LANG, unless the specification sets them, and what it sets."""
-    return {"PATH": DEFAULT_PATH, "HOME": who.home, "LANG": "C.UTF-8", **dict(spec.env)}
+    return {**plain_environment(who.home), **dict(spec.env)}
+
+
+def plain_environment(home: str) -> dict[str, str]:
+    """What a process has that is given nothing else."""
+    return {"PATH": DEFAULT_PATH, "HOME": home, "LANG": "C.UTF-8"}
 
 
 def limits(spec: ProcessSpec) -> dict[str, int]:
     """Names of `resource` -> both bounds; -1 is unlimited."""
     named = {"RLIMIT_NOFILE": spec.limits.nofile, "RLIMIT_MEMLOCK": spec.limits.memlock}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def stop_signal(workload: ObservedWorkload, name: str) -> int:
+    """The number of a signal to stop a workload with. Raises RuntimeRefused."""
+    if (number := signal_number(name)) is None:
+        raise RuntimeRefused(f"cannot stop {workload.name}: there is no signal {name}")
+    return number
 
 
 def signal_number(name: str) -> int | None:
@@ -111,18 +131,52 @@ def signal_number(name: str) -> int | None:
     return signal.Signals[full].value if full in signal.Signals.__members__ else None
 
 
-def startable(name: str, launch: Launch | None) -> Launch:
-    """What this very program started `name` with: nothing on disk holds an environment.
+def ended_by(number: int) -> str:
+    """A death by signal, in words."""
+    try:
+        return f"ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"ended by signal {number}"
 
-    Raises RuntimeRefused where there is none.
+
+class ProcessRuntime:
+    """What a runtime of host processes does whatever keeps them. See `Runtime` for the contract.
+
+    Nothing on disk holds an environment, which may hold secrets: what `restart` needs is kept here.
     """
-    if launch is None:
-        raise RuntimeRefused(
-            f"cannot start {name} again: its environment may hold secrets, is therefore not "
-            "kept, and was lost when the supervisor was restarted",
-            hint="it can be started from its specification only",
-        )
-    return launch
+
+    creates_ahead = False
+
+    def __init__(self) -> None:
+        self._launches: dict[str, Launch] = {}
+
+    def start(self, launch: Launch) -> None:
+        raise NotImplementedError
+
+    def create(self, launch: Launch) -> None:
+        """Never: see `creates_ahead`."""
+        raise RuntimeRefused(f"cannot create {launch.name} without starting it: it is a process")
+
+    def restart(self, workload: ObservedWorkload) -> None:
+        """Start it again, if this very program started it.
+
+        Raises RuntimeRefused otherwise; `start` with a launch of the same specification does it.
+        """
+        launch = self._launches.get(workload.name)
+        if launch is None:
+            raise RuntimeRefused(
+                f"cannot start {workload.name} again: its environment may hold secrets, is "
+                "therefore not kept, and was lost when the supervisor was restarted",
+                hint="it can be started from its specification only",
+            )
+        self.start(launch)
+
+
+def process_spec(launch: Launch) -> ProcessSpec:
+    """Raises PreflightFailed for a container."""
+    if not isinstance(launch.spec, ProcessSpec):
+        raise PreflightFailed(f"cannot start {launch.name}: a container is no host process")
+    return launch.spec
 
 
 def preflight(spec: ProcessSpec) -> None:
@@ -190,19 +244,22 @@ def _check_limits(spec: ProcessSpec) -> None:
             )
 
 
+def find_program(name: str, directory: Path, search: str) -> Path:
+    """What is executed for a command that begins with `name`. Raises PreflightFailed."""
+    if "/" in name:
+        return directory / name
+    found = shutil.which(name, path=search)
+    if found is None:
+        raise PreflightFailed(
+            f"cannot run {name}: it is not on the PATH {search}",
+            hint="write its absolute path, or set PATH in `env`",
+        )
+    return Path(found)
+
+
 def _check_program(spec: ProcessSpec, directory: Path, search: str) -> Path:
     """Where the program is. A script needs its interpreter, too."""
-    program = spec.command[0]
-    if "/" not in program:
-        found = shutil.which(program, path=search)
-        if found is None:
-            raise PreflightFailed(
-                f"cannot run {program}: it is not on the PATH {search}",
-                hint="write its absolute path, or set PATH in `env`",
-            )
-        path = Path(found)
-    else:
-        path = directory / program
+    path = find_program(spec.command[0], directory, search)
     try:
         if not path.exists():
             raise PreflightFailed(f"cannot run {path}: it does not exist")
@@ -238,7 +295,12 @@ def _interpreter(path: Path) -> Path | None:
 
 
 def run_check(
-    command: tuple[str, ...], timeout: float, who: Account, directory: str
+    command: tuple[str, ...],
+    timeout: float,
+    who: Account,
+    directory: str,
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[int, str]:
     """(exit code, output) of a command with a minimal environment, stdout and stderr together.
 
@@ -249,17 +311,22 @@ def run_check(
     done = programs.run(
         command,
         timeout,
-        env={"PATH": DEFAULT_PATH, "HOME": who.home, "LANG": "C.UTF-8", _CHECK_ID: nonce},
+        env={**plain_environment(who.home), _CHECK_ID: nonce},
         cwd=directory,
         most=_MOST_OUTPUT,
         end=lambda process: _end_check(process, nonce),
+        clock=clock,
         **_as(who),
     )
     text = done.output.decode(errors="replace").strip()
     if done.code is None:
-        said = f": {text}" if text else ""
-        return TIMED_OUT, f"it did not end within {timeout:g} s{said}"
+        return timed_out(timeout, text)
     return (128 - done.code if done.code < 0 else done.code), text
+
+
+def timed_out(timeout: float, said: str) -> tuple[int, str]:
+    """What a check gives that was ended at its deadline."""
+    return TIMED_OUT, f"it did not end within {timeout:g} s" + (f": {said}" if said else "")
 
 
 def _as(who: Account) -> dict[str, Any]:
@@ -272,14 +339,119 @@ def _as(who: Account) -> dict[str, Any]:
 def _end_check(process: subprocess.Popen[bytes], nonce: str) -> None:
     # It is not waited for before this: its PID is its own until then.
     for _ in range(50):
-        found = {*procfs.descendants([process.pid]), *procfs.with_environ(_CHECK_ID, [nonce])}
+        below = procfs.descendants([process.pid])
+        found = {process.pid, *below, *procfs.with_environ(_CHECK_ID, [nonce])}
         running = [one for pid in found if (one := procfs.stat(pid)) is not None and one.running]
-        own = procfs.stat(process.pid)
-        if own is not None and own.running and own not in running:
-            running.append(own)
         if not running:
             break
         for one in running:
             with contextlib.suppress(PermissionError):
                 procfs.send_signal(one.pid, one.start_time, signal.SIGKILL)
         time.sleep(0.01)
+
+
+# --- directories --------------------------------------------------------------------------------
+
+
+_PATIENCE = 10.0  # seconds for a command that makes or tries a directory
+# -I leaves out the current directory and the user's own, but a checkout has to be found, too.
+PROGRAM = f"""\
+import sys
+sys.path.append({str(Path(__file__).parents[2])!r})
+from mic_supervisor.runtimes.checks import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+_MODE = 0o700
+_PARENTS = 0o755
+
+# Prints the first of its arguments that is of no use to whoever runs it.
+_TRY = 'for d; do [ -r "$d" ] && [ -w "$d" ] && [ -x "$d" ] || { printf %s "$d"; exit 1; }; done'
+
+
+def make_directories(spec: ProcessSpec) -> None:
+    """Make what is missing of `spec.directories`. What is there stays as it is. Idempotent.
+
+    What belongs to the process's user may become a link to anywhere at any moment: below it, only
+    that user makes anything. Raises PreflightFailed.
+    """
+    if not spec.directories:
+        return
+    who = account(spec.user)
+    for text in spec.directories:
+        path = Path(text)
+        try:
+            if not path.is_dir():
+                _make(path, who)
+        except OSError as error:
+            raise PreflightFailed(
+                f"cannot make the directory {path}: {error.strerror or error}",
+                hint="make room for it, or name another place in the file",
+            ) from error
+    try:
+        useless = _useless(spec.directories, who)
+    except OSError as error:
+        raise PreflightFailed(
+            f"cannot try the directories as {spec.user}: {error.strerror or error}"
+        ) from error
+    if useless is not None:
+        raise PreflightFailed(
+            f"cannot use the directory {useless}: {spec.user or 'this user'} may not write there",
+            hint=f"see which part keeps it out: namei -l {useless}",
+        )
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status; why, in one line on stderr."""
+    user, *directories = arguments
+    try:
+        make_directories(ProcessSpec(("",), user=user or None, directories=tuple(directories)))
+    except PreflightFailed as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        sys.stderr.write(f"{error}{hint}\n")
+        return 1
+    return 0
+
+
+def _make(path: Path, who: Account) -> None:
+    missing = [path]
+    while not missing[-1].parent.is_dir():
+        missing.append(missing[-1].parent)
+    there = [*path.parents][len(missing) - 1 :]
+    if who.switch and any(part.lstat().st_uid == who.uid for part in there):
+        _make_as(path, who)
+        return
+    for part in reversed(missing):
+        part.mkdir(exist_ok=True)  # two lanes may have a parent in common
+        # Not by mkdir's mode, which the umask has a say in.
+        part.chmod(_MODE if part == path else _PARENTS, follow_symlinks=True)
+    if who.switch:
+        os.chown(path, who.uid, who.gid, follow_symlinks=False)
+
+
+def _make_as(path: Path, who: Account) -> None:
+    code, said = _run(["mkdir", "-p", "-m", f"{_MODE:o}", "--", str(path)], who)
+    if code:
+        raise OSError(0, said.rpartition(": ")[2] or "mkdir failed")
+
+
+def _useless(paths: tuple[str, ...], who: Account) -> str | None:
+    """The first directory in which the user cannot work; None: there is none."""
+    if not who.switch:
+        return next((p for p in paths if not os.access(p, os.R_OK | os.W_OK | os.X_OK)), None)
+    code, said = _run(["sh", "-c", _TRY, "sh", *paths], who)
+    return said if code == 1 and said else None
+
+
+def _run(command: list[str], who: Account) -> tuple[int, str]:
+    """(exit code, output). Raises OSError, for a command that does not end, too."""
+    done = programs.run(
+        command,
+        _PATIENCE,
+        env={"PATH": DEFAULT_PATH, "LC_ALL": "C"},
+        umask=0o022,
+        **_as(who),
+    )
+    if done.code is None:
+        raise OSError(errno.ETIMEDOUT, f"{command[0]} does not end")
+    return done.code, done.output.decode(errors="replace").strip()

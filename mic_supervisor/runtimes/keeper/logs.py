@@ -1,7 +1,7 @@
 """The logs of host processes: a directory for each run, in which `log.1` is older than `log`.
 
-They lie on a disk, since the records lie in memory. A log beside its record is of an earlier
-version, or of a run that found no room on the disk.
+They lie on a disk, since the records lie in memory. A log beside its record is of a run that found
+no room on the disk.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from mic_supervisor.runtimes import lines
 from mic_supervisor.runtimes.keeper.program import LOG
 
 _BLOCK = 1 << 16
-_LONGEST = 1 << 20  # bytes; a longer line is given in pieces
 _MOMENT = 0.01  # seconds; longer than a keeper takes from the truncation to the renaming
 _OLD = 7 * 86400.0  # seconds for which the logs of a workload without a record are kept
 
@@ -72,8 +72,8 @@ class LogStore:
     def _runs(self, name: str) -> list[Path]:
         """The directories that hold a log of `name`, oldest first."""
         beside = self._records / name
-        before = [path for path in (beside / "previous", beside) if (path / LOG).exists()]
         own = [path for path in (self._directory / name).glob("*") if (path / LOG).exists()]
+        before = [beside] if (beside / LOG).exists() else []
         return before + sorted(own, key=lambda path: path.stat().st_mtime)
 
 
@@ -90,17 +90,9 @@ def read(
     `tail` None is all of them. With `follow` it goes on until `ended` says so and everything was
     read, looking every `pause` seconds. Raises OSError.
     """
-    partial = b""
     with ExitStack() as files:
-        for part in _parts(_Log(directory, files), tail, ended if follow else lambda: True, pause):
-            *lines, partial = (partial + part).split(b"\n")
-            if len(partial) > _LONGEST:
-                lines.append(partial)
-                partial = b""
-            for line in lines:
-                yield line.removesuffix(b"\r").decode(errors="replace")
-    if partial:
-        yield partial.decode(errors="replace")
+        log = _Log(directory, files)
+        yield from lines(_parts(log, tail, ended if follow else lambda: True, pause))
 
 
 def _parts(log: _Log, tail: int | None, ended: Callable[[], bool], pause: float) -> Iterator[bytes]:

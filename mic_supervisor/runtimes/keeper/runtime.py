@@ -27,12 +27,19 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec, RunState, RuntimeView
-from mic_supervisor.runtimes import Progress, checks, directories
-from mic_supervisor.runtimes.copies import GivenName
+from mic_supervisor.runtimes import Progress, checks
+from mic_supervisor.runtimes.checks import ProcessRuntime, process_spec
+from mic_supervisor.runtimes.identity import GivenName
 from mic_supervisor.runtimes.keeper import logs, records
 from mic_supervisor.runtimes.keeper.records import BadRecord, Record
-from mic_supervisor.runtimes.keeper.start import START_TIMEOUT, start_kept
-from mic_supervisor.runtimes.keeper.stop import Options, await_exit_status, end_remains, end_tree
+from mic_supervisor.runtimes.keeper.run import (
+    START_TIMEOUT,
+    Options,
+    await_exit_status,
+    end_remains,
+    end_tree,
+    start_kept,
+)
 from mic_supervisor.runtimes.keeper.view import RecordsView
 
 _REMOVE_PATIENCE = 3.0  # seconds for a keeper that has written the exit status to be gone
@@ -40,20 +47,19 @@ _LOOK = 1.0  # seconds between two looks for new records
 _STOP = 0.25  # seconds between two looks at whether to stop listening
 
 
-class KeeperRuntime:
+class KeeperRuntime(ProcessRuntime):
     """Runs host processes of one scope. See `Runtime` for the contract.
 
     `directory` holds a directory per workload, and `log_directory` its logs; both are made when
     they are first needed. A log is rotated at `log_max_size` bytes, and one rotated file kept.
     `kill_timeout` is how many seconds a tree may take to die of KILL: a driver may need long to
     take a GPU's memory back. What a main process leaves behind when it ends has `remains_grace`
-    seconds between TERM and KILL. `given_name` tells copies of records from records: see copies.py.
-    `mends`: records that were damaged or lost are written again, which is for who has the scope's
-    lock.
+    seconds between TERM and KILL. `given_name` tells copies of records from records: see
+    identity.py. `mends`: records that were damaged or lost are written again, which is for who has
+    the scope's lock.
     """
 
     name = "subprocess"
-    creates_ahead = False
 
     def __init__(
         self,
@@ -71,18 +77,18 @@ class KeeperRuntime:
         enclosing_service: Callable[[], str | None] = procfs.enclosing_service,
         given_name: GivenName | None = None,
     ) -> None:
+        super().__init__()
         self._directory = directory
         self._logs = logs.LogStore(log_directory, directory)
         self._clock = clock  # for what is told
         self._options = Options(log_max_size, kill_timeout, remains_grace)
         self._enclosing_service = enclosing_service
         self._turns: dict[str, threading.Lock] = {}
-        self._launches: dict[str, Launch] = {}
         self._view = RecordsView(
-            scope,
-            host,
-            directory,
-            steady,
+            scope=scope,
+            host=host,
+            directory=directory,
+            steady=steady,
             mends=mends,
             given_name=given_name,
             turn=self._turn,
@@ -150,11 +156,11 @@ class KeeperRuntime:
 
     def prepare(self, launch: Launch, progress: Progress) -> None:  # noqa: ARG002
         """Look for all that a start needs. Raises PreflightFailed."""
-        spec = _spec(launch)
+        spec = process_spec(launch)
         self._refuse_inside_service()
         with _explained(f"start {launch.name}", PreflightFailed):
             checks.preflight(spec)
-            directories.make(spec)
+            checks.make_directories(spec)
         if launch.name.startswith(".") or "/" in launch.name or len(launch.name.encode()) > 200:
             raise PreflightFailed(f"cannot keep a record called {launch.name!r}")
         try:
@@ -169,17 +175,13 @@ class KeeperRuntime:
                 hint="set MIC_RUN_DIR to a directory that can be written",
             )
 
-    def create(self, launch: Launch) -> None:
-        """Never: see `creates_ahead`."""
-        raise RuntimeRefused(f"cannot create {launch.name} without starting it: it is a process")
-
     def start(self, launch: Launch) -> None:
         """Returns once the program was executed. Replaces an ended record of the same name."""
-        spec = _spec(launch)
+        spec = process_spec(launch)
         self._refuse_inside_service()
         path = self._directory / launch.name
         with _explained(f"start {launch.name}", RuntimeRefused), self._turn(launch.name):
-            directories.make(spec)
+            checks.make_directories(spec)
             twin = self._view.twin(launch, spec)
             if twin is not None:
                 raise RuntimeRefused(
@@ -251,20 +253,11 @@ class KeeperRuntime:
         self._clear(path, record, seen)
         return False
 
-    def restart(self, workload: ObservedWorkload) -> None:
-        """Start it again, if this very program started it: a record holds no environment.
-
-        Raises RuntimeRefused otherwise; `start` with a launch of the same specification does it.
-        """
-        self.start(checks.startable(workload.name, self._launches.get(workload.name)))
-
     # --- stopping -------------------------------------------------------------------------
 
     def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
         """Returns when no process of the tree is left and the exit status is on disk."""
-        number = checks.signal_number(signal)
-        if number is None:
-            raise RuntimeRefused(f"cannot stop {workload.name}: there is no signal {signal}")
+        number = checks.stop_signal(workload, signal)
         path = self._directory / workload.name
         with self._turn(workload.name), _explained(f"stop {workload.name}", StopFailed):
             record = self._settle(path)
@@ -393,9 +386,3 @@ def _explained(action: str, kind: type[MicError]) -> Iterator[None]:
         raise kind(f"cannot {action}: its record is not to be trusted: {error}") from error
     except OSError as error:
         raise kind(f"cannot {action}: {error}") from error
-
-
-def _spec(launch: Launch) -> ProcessSpec:
-    if not isinstance(launch.spec, ProcessSpec):
-        raise PreflightFailed(f"cannot start {launch.name}: a container is no host process")
-    return launch.spec

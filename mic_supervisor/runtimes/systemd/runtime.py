@@ -14,14 +14,15 @@ them together with one for mic.slice.
 
 from __future__ import annotations
 
+import asyncio
 import glob
 import grp
 import hashlib
 import pwd
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,18 +43,14 @@ from mic_supervisor.model import (
     Stranger,
 )
 from mic_supervisor.runtimes import Progress, checks
+from mic_supervisor.runtimes.checks import ProcessRuntime, process_spec
 from mic_supervisor.runtimes.identity import OWN_VARIABLES
-from mic_supervisor.runtimes.systemd import journal
+from mic_supervisor.runtimes.systemd import jobs, journal
 from mic_supervisor.runtimes.systemd import unit as units
-from mic_supervisor.runtimes.systemd import view as views
-from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused
-from mic_supervisor.runtimes.systemd.errors import explain
-from mic_supervisor.runtimes.systemd.unit import Property
-from mic_supervisor.runtimes.systemd.view import Unit
+from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, explain
+from mic_supervisor.runtimes.systemd.unit import Property, Unit
 
 if TYPE_CHECKING:
-    import asyncio
-
     from dbus_fast import Message
 
 T = TypeVar("T")
@@ -68,7 +65,7 @@ def systemd_is_pid1() -> bool:
     return _MARKER.is_dir()
 
 
-class SystemdRuntime:
+class SystemdRuntime(ProcessRuntime):
     """Runs host processes of one scope. See `Runtime` for the contract.
 
     `bus_address` is a D-Bus address, None the system bus. Environments are passed to PID 1 in
@@ -77,8 +74,7 @@ class SystemdRuntime:
     control group may take to die of KILL: a driver may need long to take a GPU's memory back.
     """
 
-    name = views.RUNTIME
-    creates_ahead = False
+    name = units.RUNTIME
 
     def __init__(
         self,
@@ -90,15 +86,14 @@ class SystemdRuntime:
         remains_grace: float = 2.0,
         kill_timeout: float = 30.0,
     ) -> None:
+        super().__init__()
         self._scope = scope
         self._host = host
         self._directory = directory / "environ" / scope
-        self._remains_grace = remains_grace
-        self._kill_timeout = kill_timeout
+        self._patience = jobs.Patience(remains_grace, kill_timeout)
+        self._ending = remains_grace + kill_timeout + 30.0  # seconds for all that ends something
         self._bus = Bus(bus_address)
-        self._guard = threading.Lock()
         self._turns: dict[str, asyncio.Lock] = {}
-        self._launches: dict[str, Launch] = {}
 
     def close(self) -> None:
         """Hang up; a later call connects again. What runs goes on."""
@@ -112,7 +107,7 @@ class SystemdRuntime:
             found = self._do("read the units of systemd", self._units(), _LOOK_TIMEOUT)
         except MicError as error:
             return RuntimeView(self.name, error=error.message, hint=error.hint)
-        judged = [views.judge(unit, self._scope, self._host) for unit in found]
+        judged = [units.judge(unit, self._scope, self._host) for unit in found]
         return RuntimeView(
             self.name,
             tuple(one for one in judged if isinstance(one, ObservedWorkload)),
@@ -120,16 +115,12 @@ class SystemdRuntime:
         )
 
     async def _units(self) -> list[Unit]:
-        import asyncio
-
         listed = await self._bus.units(units.pattern(self._scope))
         found = await asyncio.gather(*(self._look(name, path) for name, path in sorted(listed)))
         return [unit for unit in found if unit is not None]
 
     async def _look(self, name: str, path: str | None = None) -> Unit | None:
         """A unit, and what is left in its control group where its main process has ended."""
-        from dataclasses import replace
-
         unit = await self._bus.unit(name, path)
         if unit is None or not unit.is_over or not unit.text("ControlGroup"):
             return unit
@@ -138,7 +129,7 @@ class SystemdRuntime:
     async def _look_ours(self, name: str, action: str) -> Unit | None:
         unit = await self._look(name)
         if unit is not None:
-            reason = views.stranger_reason(unit, self._scope, self._host)
+            reason = units.stranger_reason(unit, self._scope, self._host)
             if reason is not None:
                 raise RuntimeRefused(
                     f"cannot {action}: there is a unit of that name: {reason}",
@@ -150,9 +141,7 @@ class SystemdRuntime:
 
     def prepare(self, launch: Launch, progress: Progress) -> None:  # noqa: ARG002
         """Look for all that a start needs. Raises PreflightFailed."""
-        from dataclasses import replace
-
-        spec = _spec(launch)
+        spec = process_spec(launch)
         # A unit has a control group to bound memory and CPU with; a bare process has none.
         plain = Limits(nofile=spec.limits.nofile, memlock=spec.limits.memlock)
         checks.preflight(replace(spec, limits=plain))
@@ -160,13 +149,9 @@ class SystemdRuntime:
         units.check_texts(spec.command)
         units.check_variables(self._variables(spec))
 
-    def create(self, launch: Launch) -> None:
-        """Never: see `creates_ahead`."""
-        raise RuntimeRefused(f"cannot create {launch.name} without starting it: it is a process")
-
     def start(self, launch: Launch) -> None:
         """Returns once the program was executed. Replaces an ended unit of the same name."""
-        spec = _spec(launch)
+        spec = process_spec(launch)
         action = f"start {launch.name}"
         number = checks.signal_number(spec.stop_signal)
         if number is None:
@@ -174,12 +159,14 @@ class SystemdRuntime:
         variables = self._variables(spec)
         name = units.unit_name(launch.name)
         path = self._directory / hashlib.sha256(name.encode()).hexdigest()[:32]
-        # PID 1 takes the path of an environment file for a pattern.
-        properties = units.properties(
-            launch, spec, _program(spec, variables["PATH"]), number, glob.escape(str(path))
+        # PID 1 would look for the program in a PATH of its own.
+        program = checks.find_program(
+            spec.command[0], Path(spec.working_dir or "/"), variables["PATH"]
         )
+        # It takes the path of an environment file for a pattern.
+        properties = units.properties(launch, spec, str(program), number, glob.escape(str(path)))
         secret = path, format_env_file(variables)
-        timeout = units.START_TIMEOUT + self._remains_grace + self._kill_timeout + 30.0
+        timeout = units.START_TIMEOUT + self._ending
         failed = self._do(action, self._start(name, properties, secret, action), timeout)
         if failed is not None:
             reason, invocation = failed
@@ -189,8 +176,7 @@ class SystemdRuntime:
             raise RuntimeRefused(
                 f"cannot {action}: {told or reason}", hint=f"see journalctl --unit {name}"
             )
-        with self._guard:
-            self._launches[launch.name] = launch
+        self._launches[launch.name] = launch
 
     async def _start(
         self,
@@ -200,14 +186,12 @@ class SystemdRuntime:
         action: str,
     ) -> tuple[str, str] | None:
         """None, or why the program could not be executed, and the invocation that tried."""
-        from mic_supervisor.runtimes.systemd import jobs
-
         async with self._turn(name):
             unit = await self._look_ours(name, action)
             if unit is not None and unit.main_pid is not None and unit.active != "deactivating":
                 return None
             if unit is not None:
-                await jobs.end_remains(self._bus, name, self._patience())
+                await jobs.end_remains(self._bus, name, self._patience)
                 await jobs.forget(self._bus, name)
             jobs.write_secret(*secret)
             try:
@@ -232,45 +216,28 @@ class SystemdRuntime:
         found = checks.environment(spec, checks.account(spec.user))
         return {name: found[name] for name in found if name not in OWN_VARIABLES}
 
-    def restart(self, workload: ObservedWorkload) -> None:
-        """Start it again, if this very program started it: a unit holds no environment.
-
-        Raises RuntimeRefused otherwise; `start` with a launch of the same specification does it.
-        """
-        with self._guard:
-            launch = self._launches.get(workload.name)
-        self.start(checks.startable(workload.name, launch))
-
     # --- stopping -------------------------------------------------------------------------
 
     def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
         """Returns when nothing of the control group is left. The unit stays, with its exit code."""
-        number = checks.signal_number(signal)
-        if number is None:
-            raise RuntimeRefused(f"cannot stop {workload.name}: there is no signal {signal}")
+        number = checks.stop_signal(workload, signal)
         action = f"stop {workload.name}"
-        timeout = grace + self._remains_grace + self._kill_timeout + 30.0
-        self._do(action, self._stop(workload.ref, action, number, grace), timeout, StopFailed)
+        work = self._stop(workload.ref, action, number, grace)
+        self._do(action, work, grace + self._ending, StopFailed)
 
     async def _stop(self, name: str, action: str, number: int, grace: float) -> None:
-        from mic_supervisor.runtimes.systemd import jobs
-
         async with self._turn(name):
             unit = await self._look_ours(name, action)
             if unit is not None:
-                await jobs.end(self._bus, unit, number, grace, self._patience())
+                await jobs.end(self._bus, unit, number, grace, self._patience)
 
     def remove(self, workload: ObservedWorkload) -> None:
         """Have PID 1 forget a unit that has ended. Its log goes when journald rotates it away."""
         action = f"remove {workload.name}"
-        timeout = self._remains_grace + self._kill_timeout + 30.0
-        self._do(action, self._remove(workload.ref, action), timeout)
-        with self._guard:
-            self._launches.pop(workload.name, None)
+        self._do(action, self._remove(workload.ref, action), self._ending)
+        self._launches.pop(workload.name, None)
 
     async def _remove(self, name: str, action: str) -> None:
-        from mic_supervisor.runtimes.systemd import jobs
-
         async with self._turn(name):
             unit = await self._look_ours(name, action)
             if unit is None:
@@ -335,12 +302,10 @@ class SystemdRuntime:
     async def _check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float, action: str
     ) -> tuple[int, str]:
-        from mic_supervisor.runtimes.systemd import check
-
         unit = await self._look_ours(workload.ref, action)
         if unit is None:
             raise RuntimeRefused(f"cannot {action}: there is no unit {workload.ref}")
-        return await check.run(self._bus, unit, command, timeout)
+        return await jobs.run_check(self._bus, unit, command, timeout)
 
     # --- events ---------------------------------------------------------------------------
 
@@ -386,21 +351,16 @@ class SystemdRuntime:
         """End what is left of every unit of ours whose main process has ended."""
         for workload in self.observe().workloads:
             try:
-                self._do(
-                    f"end what is left of {workload.name}",
-                    self._end_remains(workload.ref),
-                    self._remains_grace + self._kill_timeout + 30.0,
-                )
+                action = f"end what is left of {workload.name}"
+                self._do(action, self._end_remains(workload.ref), self._ending)
             except MicError:
                 continue  # `observe` tells of it, and `start` and `stop` try again
 
     async def _end_remains(self, name: str) -> None:
-        from mic_supervisor.runtimes.systemd import jobs
-
         async with self._turn(name):
             unit = await self._look(name)
             if unit is not None and unit.is_over and unit.remains:
-                await jobs.end_remains(self._bus, name, self._patience())
+                await jobs.end_remains(self._bus, name, self._patience)
 
     # --- helpers --------------------------------------------------------------------------
 
@@ -425,14 +385,7 @@ class SystemdRuntime:
 
     def _turn(self, name: str) -> asyncio.Lock:
         """One task at a time changes a unit. On the bus's thread."""
-        import asyncio
-
         return self._turns.setdefault(name, asyncio.Lock())
-
-    def _patience(self) -> Any:
-        from mic_supervisor.runtimes.systemd.jobs import Patience
-
-        return Patience(self._remains_grace, self._kill_timeout)
 
 
 def _change(message: Message, prefix: str) -> tuple[str, str] | None:
@@ -450,17 +403,6 @@ def _change(message: Message, prefix: str) -> tuple[str, str] | None:
     return units.name_of(path), f"{states[0]} ({states[1]})"
 
 
-def _program(spec: ProcessSpec, search: str) -> str:
-    """The absolute path of what is to be executed: PID 1 would look in a PATH of its own."""
-    name = spec.command[0]
-    if "/" in name:
-        return str(Path(spec.working_dir or "/") / name)
-    found = shutil.which(name, path=search)
-    if found is None:
-        raise PreflightFailed(f"cannot run {name}: it is not on the PATH {search}")
-    return found
-
-
 def _check_account(user: str | None) -> None:
     """Numbers, too, have to stand for somebody, see `User=`. Raises PreflightFailed."""
     name, _, group = (user or "").partition(":")
@@ -474,9 +416,3 @@ def _check_account(user: str | None) -> None:
             f"cannot run as {user}: systemd knows no such user or group",
             hint="create it: systemd runs nothing for numbers without a name",
         ) from None
-
-
-def _spec(launch: Launch) -> ProcessSpec:
-    if not isinstance(launch.spec, ProcessSpec):
-        raise PreflightFailed(f"cannot start {launch.name}: a container is no host process")
-    return launch.spec

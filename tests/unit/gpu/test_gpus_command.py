@@ -205,6 +205,7 @@ SCHEMA = record(
             mig=number("boolean"),
             persistence=number("boolean"),
             processes=optional({"type": "array", "items": PROCESS}),
+            unlisted={"enum": ["implausible", "untold", None]},
         ),
     },
     unopened={"type": "array", "items": record(index={"type": "integer"}, error=TEXT)},

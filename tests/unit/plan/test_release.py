@@ -15,6 +15,7 @@ from mic_supervisor.model import (
     Owner,
     OwnerKind,
     RunState,
+    Unlisted,
 )
 from mic_supervisor.plan.actions import Release
 from mic_supervisor.plan.memory import Floor, Memory
@@ -134,6 +135,16 @@ def test_what_cannot_be_read_is_waited_for_and_never_taken_for_free() -> None:
     )
     assert isinstance(verdict(error="NVML is gone", waited=31.0), Refused)
     assert reason(verdict()) == f"waiting for {uuid(0)} to be there"
+
+
+@pytest.mark.parametrize("unlisted", ["untold", "implausible"])
+def test_where_holders_are_never_told_the_memory_decides(unlisted: Unlisted) -> None:
+    def blind(count: int) -> Gpu:
+        return replace(used(count), processes=None, unlisted=unlisted)
+
+    assert isinstance(verdict(blind(0)), Released)
+    assert reason(verdict(blind(3 * GIB))) == "waiting for 2.0 GiB to be released on GPU 0"
+    assert isinstance(verdict(replace(blind(0), memory=None)), Released)
 
 
 def test_all_gpus_of_a_group_have_to_be_free() -> None:

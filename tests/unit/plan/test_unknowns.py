@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from mic_supervisor.model import (
     Doubt,
     RunState,
+    Unlisted,
     UnopenedGpu,
 )
 from mic_supervisor.plan.assess import assess
@@ -91,6 +94,28 @@ def test_nvml_that_cannot_be_read_stops_and_starts_nothing() -> None:
 def test_processes_that_cannot_be_read_block_a_start() -> None:
     plan = plan_for([MAM], observed(gpus=[gpu(0, processes=None)]))
     assert plan.blocked[0].reason == "the processes on GPU 0 cannot be read"
+
+
+@pytest.mark.parametrize(
+    ("unlisted", "reason"),
+    [
+        ("untold", "this platform does not tell who is on GPU 0"),
+        ("implausible", "what the driver lists on GPU 0 cannot be true"),
+    ],
+)
+def test_holders_that_are_never_told_block_a_start_unless_it_is_said_to_ignore_them(
+    unlisted: Unlisted, reason: str
+) -> None:
+    state = observed(gpus=[gpu(0, processes=None, unlisted=unlisted)])
+    blocked = plan_for([MAM], state).blocked[0]
+    assert blocked.reason == reason
+    assert "`on_foreign: ignore` for MAM" in (blocked.hint or "")
+    assert not plan_for([replace(MAM, on_foreign="ignore")], state).blocked
+
+
+def test_holders_that_cannot_be_read_now_are_not_ignored() -> None:
+    state = observed(gpus=[gpu(0, processes=None)])
+    assert plan_for([replace(MAM, on_foreign="ignore")], state).blocked
 
 
 def test_a_workload_whose_state_cannot_be_read_counts_as_holding_its_gpu() -> None:

@@ -1,9 +1,14 @@
-"""NVML's return codes, and what each means for the person who has to mend it.
+"""What the driver says, in our terms: return codes, and what decides nothing.
 
 Codes: nvmlReturn_t in nvml.h of NVIDIA's driver.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mic_supervisor.model import GpuTelemetry
 
 UNINITIALIZED = 1
 NOT_SUPPORTED = 3
@@ -69,3 +74,57 @@ def gpu_error(what: str, code: int, text: str = "") -> tuple[str, str]:
     if code == NO_PERMISSION:
         return f"cannot {what}: no permission", "check the mode of its /dev/nvidia device"
     return f"cannot {what}: NVML says: {text} ({code})", "check it with: nvidia-smi"
+
+
+# --- what decides nothing -----------------------------------------------------------------------
+
+
+# nvmlClockType_t and nvmlMemoryErrorType_t of nvml.h, by their number there.
+_CLOCKS = ("graphics", "sm", "memory", "video")
+_ERRORS = ("corrected", "uncorrected")
+_SINCE_DRIVER_LOAD = 0  # NVML_VOLATILE_ECC
+
+# nvmlClocksEventReason* of nvml.h.
+_REASONS = (
+    ("gpu_idle", 0x1),
+    ("applications_clocks_setting", 0x2),
+    ("sw_power_cap", 0x4),
+    ("hw_slowdown", 0x8),
+    ("sync_boost", 0x10),
+    ("sw_thermal_slowdown", 0x20),
+    ("hw_thermal_slowdown", 0x40),
+    ("hw_power_brake_slowdown", 0x80),
+    ("display_clock_setting", 0x100),
+)
+
+_MEGA = 1e6
+
+
+def read_telemetry(nvml: Any, handle: Any, get: Callable[..., Any]) -> GpuTelemetry:
+    """`get(function, *arguments)` calls it, and answers None where this GPU does not know."""
+    energy = get(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+    clocks = [
+        (name, get(nvml.nvmlDeviceGetClockInfo, handle, number))
+        for number, name in enumerate(_CLOCKS)
+    ]
+    # Drivers before 535 know the reasons by their former name only.
+    reasons = get(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    if reasons is None:
+        reasons = get(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+    errors = [
+        (name, get(nvml.nvmlDeviceGetTotalEccErrors, handle, number, _SINCE_DRIVER_LOAD))
+        for number, name in enumerate(_ERRORS)
+    ]
+    return GpuTelemetry(
+        energy=None if energy is None else energy / 1000,
+        clocks=tuple((name, value * _MEGA) for name, value in clocks if value is not None),
+        clock_events=()
+        if reasons is None
+        else tuple((name, bool(reasons & bit)) for name, bit in _REASONS),
+        ecc_errors=tuple((name, int(value)) for name, value in errors if value is not None),
+    )
+
+
+def cuda_version(number: int | None) -> str | None:
+    """ "12.9" of 12090, as cuDriverGetVersion counts."""
+    return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
