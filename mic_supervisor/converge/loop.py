@@ -16,12 +16,11 @@ from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
 from mic_supervisor.converge.gpu_news import GpuNews
-from mic_supervisor.converge.observe import Sources, combine, with_holders
+from mic_supervisor.converge.observe import Sources, combine, read_in, with_holders
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Checker, Target
 from mic_supervisor.converge.publisher import Publisher
 from mic_supervisor.converge.snapshot import Desired, Snapshot
-from mic_supervisor.converge.sources import read_in
 from mic_supervisor.converge.tasks import Threads
 from mic_supervisor.errors import LoadFailed, MicError
 from mic_supervisor.gpu.events import XidRecord, with_xids

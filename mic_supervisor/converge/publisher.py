@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from mic_supervisor.errors import MicError
 from mic_supervisor.host import programs
 from mic_supervisor.model import EndpointsHook
-from mic_supervisor.plan.endpoints import Endpoints, document, serving
 from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.views.endpoints import Endpoints, document, serving
 
 _FIRST_REST = 5.0  # seconds before a hook that failed is run again, doubling to the last
 _LAST_REST = 300.0

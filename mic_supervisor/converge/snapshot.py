@@ -9,8 +9,8 @@ from typing import Protocol
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.publisher import HookState
 from mic_supervisor.model import DesiredState, GpuInventory
-from mic_supervisor.plan.endpoints import Endpoints
 from mic_supervisor.plan.look import Look
+from mic_supervisor.views.endpoints import Endpoints
 from mic_supervisor.views.status import ConfigInUse
 
 

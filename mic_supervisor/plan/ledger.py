@@ -57,8 +57,7 @@ from mic_supervisor.plan.actions import (
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.fallback import fallback, way_back
 from mic_supervisor.plan.health import Phase, ended, never_ran
-from mic_supervisor.plan.loads import memory_key
-from mic_supervisor.plan.memory import Floor, InstanceMemory, Memory, Recorded, Rest
+from mic_supervisor.plan.memory import Floor, InstanceMemory, Memory, Recorded, Rest, memory_key
 from mic_supervisor.plan.status import InstanceStatus
 
 # --- what is done -----------------------------------------------------------------------------

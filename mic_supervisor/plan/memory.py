@@ -15,7 +15,7 @@ from mic_supervisor.plan import backoff
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A host process that was ready, by what it carried; plan/rebuild.py says what for."""
+    """A host process that was ready, by what it carried; plan/fallback.py says what for."""
 
     runtime: str
     name: str
@@ -58,6 +58,11 @@ class InstanceMemory:
     def troubled(self) -> bool:
         """Whether it has failed since it was last well for long, or was rolled back."""
         return self.failures > 0 or self.failed is not None or self.rest is not None
+
+
+def memory_key(instance: str, model: str) -> str:
+    """Under what it is remembered how loading a model of a shared server went."""
+    return f"{instance}/{model}"
 
 
 @dataclass(frozen=True, slots=True)

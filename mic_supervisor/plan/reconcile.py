@@ -17,7 +17,7 @@ code:
 5. An instance that runs and lacks a model, or has it with another configuration, gets it loaded.
 6. What ended and is neither a match nor the predecessor to roll back to is removed.
 7. What is paused, in doubt, or was not chosen, is left as it is: see plan/holds.py.
-8. Of one model, no more instances change at a time than its rollout allows: see plan/rollout.py.
+8. Of one model, no more instances change at a time than its rollout allows: see plan/holds.py.
 9. Where something failed just now that no specification is to blame for, the next try is later.
 """
 
@@ -40,7 +40,7 @@ from mic_supervisor.plan.actions import (
     Step,
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
-from mic_supervisor.plan.bring_up import BringUp, way_up
+from mic_supervisor.plan.bring_up import BringUp, inside, way_up
 from mic_supervisor.plan.departures import (
     Departures,
     departures,
@@ -49,13 +49,10 @@ from mic_supervisor.plan.departures import (
     superseded,
 )
 from mic_supervisor.plan.fallback import fallback
-from mic_supervisor.plan.holds import hold
-from mic_supervisor.plan.loads import inside
+from mic_supervisor.plan.holds import hold, rest, roll
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.obstacles import warnings
-from mic_supervisor.plan.rollout import rest, roll
+from mic_supervisor.plan.obstacles import lets_go, warnings
 from mic_supervisor.plan.situation import Lane, Situation
-from mic_supervisor.plan.strangers import lets_go
 from mic_supervisor.plan.words import Code, Reason, because
 
 

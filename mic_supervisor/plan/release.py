@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from mic_supervisor.model import Gpu, GpuInventory, GpuProcess, OwnerKind
 from mic_supervisor.plan.memory import Floor
-from mic_supervisor.plan.strangers import SLACK
+from mic_supervisor.plan.obstacles import SLACK
 from mic_supervisor.plan.words import size
 
 PATIENCE = 30.0  # seconds for each of the two

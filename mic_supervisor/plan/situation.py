@@ -8,8 +8,8 @@ from functools import cached_property
 
 from mic_supervisor.model import DesiredState, Gpu, ObservedState, ObservedWorkload
 from mic_supervisor.plan.assess import Assessment, Context, is_alive, workloads
+from mic_supervisor.plan.launch import Ports, assign
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.plan.ports import Ports, assign
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,11 @@ def gpu_names(gpus: Iterable[str], indices: Mapping[str, int]) -> str:
     return "GPU " + ",".join(str(indices.get(uuid, uuid)) for uuid in gpus)
 
 
+def left_out_line(instance: str, action: str, cause: str) -> str:
+    """What is due and was not chosen."""
+    return f"left out: {instance} ({action}: {cause})"
+
+
 def size(count: int) -> str:
     """ "3.1 GiB", "512 MiB"."""
     if count < 1 << 30:

@@ -14,7 +14,7 @@ import pytest
 
 from mic_supervisor.backends import BackendBase
 from mic_supervisor.clocks import Clock
-from mic_supervisor.converge import sources
+from mic_supervisor.converge import observe
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.observe import Sources
@@ -398,7 +398,7 @@ def test_nothing_is_removed_that_nobody_confirmed() -> None:
 def test_a_runtime_that_hangs_freezes_its_own_and_nothing_is_asked_of_it_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sources, "_QUICK", 0.1)
+    monkeypatch.setattr(observe, "_QUICK", 0.1)
 
     async def body() -> None:
         engine = Engine()

@@ -15,8 +15,7 @@ from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import Restart, Start
 from mic_supervisor.plan.assess import workloads
 from mic_supervisor.plan.memory import InstanceMemory, Memory, Pause, Paused
-from mic_supervisor.plan.pauses import free_of_pauses, to_resume
-from mic_supervisor.plan.selection import Names, Selection, select
+from mic_supervisor.plan.selection import Names, Selection, free_of_pauses, select, to_resume
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,

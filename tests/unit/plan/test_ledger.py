@@ -18,7 +18,7 @@ from mic_supervisor.plan.actions import Load, Release, Remove, Start, Step, Stop
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.look import Look, look
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.settled import settled
+from mic_supervisor.plan.status import settled
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,

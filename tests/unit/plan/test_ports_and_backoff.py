@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mic_supervisor.model import Port
 from mic_supervisor.plan import backoff
-from mic_supervisor.plan.ports import assign, choose
+from mic_supervisor.plan.launch import assign, choose
 from tests.unit.plan.builders import assessment, changed, on, workload
 
 RANGE = (20000, 20009)
