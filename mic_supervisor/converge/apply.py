@@ -31,7 +31,7 @@ from mic_supervisor.plan.actions import (
     Unload,
 )
 from mic_supervisor.plan.release import Refused, Released, judge
-from mic_supervisor.runtimes import Progress, Runtime
+from mic_supervisor.runtimes import Progress
 
 T = TypeVar("T")
 
@@ -74,41 +74,40 @@ class Steps:
 
         `progress` may be called from any thread.
         """
-        if isinstance(step, Release):
-            return await self._release(step, progress)
-        if isinstance(step, Drain):
-            await self._drain(step, progress)
-        elif isinstance(step, Load):
-            await self._load(step, progress)
-        elif isinstance(step, Unload):
-            await self._unload(step)
-        else:
-            await self._blocking(self._call, step, progress)
+        match step:
+            case Release():
+                return await self._release(step, progress)
+            case Drain():
+                await self._drain(step, progress)
+            case Load():
+                await self._load(step, progress)
+            case Unload():
+                await self._unload(step)
+            case _:
+                await self._blocking(self._call, step, progress)
         return None
 
     def _call(self, step: Step, progress: Progress) -> None:
         """One call of a runtime, which blocks."""
-        if isinstance(step, Prepare):
-            self._runtime(step.launch.runtime).prepare(step.launch, progress)
-        elif isinstance(step, Create):
-            self._runtime(step.launch.runtime).create(step.launch)
-        elif isinstance(step, Start):
-            self._runtime(step.launch.runtime).start(step.launch)
-        elif isinstance(step, Restart):
-            self._runtime(step.workload.runtime).restart(step.workload)
-        elif isinstance(step, Stop):
-            runtime = self._runtime(step.workload.runtime)
-            runtime.stop(step.workload, signal=step.signal, grace=step.grace)
-        elif isinstance(step, Remove):
-            self._runtime(step.workload.runtime).remove(step.workload)
-        else:
-            raise AssertionError(f"unknown step {step!r}")
+        runtimes = self._sources.runtimes
+        match step:
+            case Prepare(launch=launch):
+                runtimes[launch.runtime].prepare(launch, progress)
+            case Create(launch=launch):
+                runtimes[launch.runtime].create(launch)
+            case Start(launch=launch):
+                runtimes[launch.runtime].start(launch)
+            case Restart(workload=workload):
+                runtimes[workload.runtime].restart(workload)
+            case Stop(workload=workload, signal=signal, grace=grace):
+                runtimes[workload.runtime].stop(workload, signal=signal, grace=grace)
+            case Remove(workload=workload):
+                runtimes[workload.runtime].remove(workload)
+            case _:
+                raise AssertionError(f"unknown step {step!r}")
 
     async def _blocking(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-
-    def _runtime(self, name: str) -> Runtime:
-        return self._sources.runtimes[name]
 
     async def _release(self, step: Release, progress: Progress) -> Released:
         """Until the GPUs are free, as plan/release.py judges each look at them."""
@@ -184,19 +183,17 @@ class Steps:
     async def _load(self, step: Load, progress: Progress) -> None:
         target, placement = self._target_of(step), step.placement
         progress(f"loading {placement.model}")
+
+        def refused(why: object) -> LoadFailed:
+            hint = f"see `mic-supervisor logs {step.instance}`"
+            return LoadFailed(f"cannot load {placement.model}: {why}", hint=hint)
+
         try:
             answer = await self._checker.call(target, placement.load)
         except NoAnswer as error:
-            raise LoadFailed(
-                f"cannot load {placement.model}: {error}",
-                hint=f"see `mic-supervisor logs {step.instance}`",
-            ) from error
+            raise refused(error) from error
         if not answer.ok:
-            why = await self._blocking(self._why_not, target, step, answer.body)
-            raise LoadFailed(
-                f"cannot load {placement.model}: {why}",
-                hint=f"see `mic-supervisor logs {step.instance}`",
-            )
+            raise refused(await self._blocking(self._why_not, target, step, answer.body))
         deadline = time.monotonic() + _VERIFY_TIMEOUT
         while True:
             state = await self._checker.placement_state(target, placement)
@@ -204,10 +201,9 @@ class Steps:
                 return
             if time.monotonic() >= deadline:
                 runs = ", ".join(f"{key}={value}" for key, value in state.summary)
-                raise LoadFailed(
-                    f"cannot load {placement.model}: the server took the configuration and runs "
-                    f"another one ({runs or state.reason or state.state.value})",
-                    hint=f"see `mic-supervisor logs {step.instance}`",
+                raise refused(
+                    "the server took the configuration and runs another one "
+                    f"({runs or state.reason or state.state.value})"
                 )
             await asyncio.sleep(_VERIFY_LOOK)
 
@@ -220,7 +216,7 @@ class Steps:
             raise LoadFailed(f"cannot unload {step.placement.model}: {answer.body[:300]}")
 
     def _why_not(self, target: Target, step: Load, answer: str) -> str:
-        runtime = self._runtime(step.workload.runtime)
+        runtime = self._sources.runtimes[step.workload.runtime]
         try:
             log = [*runtime.logs(step.workload, tail=_LOG_LINES)]
         except MicError:

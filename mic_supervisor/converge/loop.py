@@ -265,7 +265,7 @@ class Converger:
         there = self._readable or inventory
         desired = await loop.run_in_executor(self._pool, self._desired.state, there, bindings)
         offset = self._clock.offset()
-        self._indices = {gpu.uuid: gpu.index for gpu in there.gpus}
+        self._indices = there.indices
         now = self._now()
         inventory = with_xids(inventory, self.xids(), now)
         observed = combine(inventory, views, listeners, dict(self._prober.health), now + offset)
@@ -466,7 +466,10 @@ class Converger:
             await self._withdraw(step, change)
             return
         loop = asyncio.get_running_loop()
-        progress = _from_thread(loop, lambda text: self._tell("progress", change, text))
+
+        def progress(text: str) -> None:  # from any thread
+            loop.call_soon_threadsafe(self._tell, "progress", change, text)
+
         # As it is before the start: afterwards it is the instance's own.
         seen = {g.uuid: f for g in self._inventory.gpus if (f := floor_of(g)) is not None}
         began = self._now()
@@ -500,9 +503,3 @@ class Converger:
         at, about = self._clock.wall(), (change.instance, text, change.model, change.gpus)
         event = Event(kind, at, *about, change.cause, seconds, hint, phase=change.kind)
         self._events.tell(event)
-
-
-def _from_thread(
-    loop: asyncio.AbstractEventLoop, tell: Callable[[str], None]
-) -> Callable[[str], None]:
-    return lambda text: (loop.call_soon_threadsafe(tell, text), None)[1]

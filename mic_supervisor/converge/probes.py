@@ -122,7 +122,8 @@ class Checker:
         if "readiness" in due:
             readiness = await result(probes.readiness, readiness)
         if DEVICES in due:
-            devices = await self._blocking(_devices, target, devices, now)
+            verdict = await self._blocking(_devices, target)
+            devices = _counted(*verdict, now, devices, DEVICES_AGAIN)
         if "placements" in due and target.instance.inventory is not None:
             surplus = await self._surplus(target)
         return Health(startup, liveness, readiness, placements, surplus=surplus, devices=devices)
@@ -178,7 +179,7 @@ def has_devices(target: Target) -> bool:
     return isinstance(workload, ContainerSpec) and bool(workload.devices)
 
 
-def _devices(target: Target, before: ProbeResult | None, now: float) -> ProbeResult:
+def _devices(target: Target) -> Verdict:
     """What `nvidia-smi -L` says inside. An image without it says nothing.
 
     After a `systemctl daemon-reload` in legacy mode it says "Failed to initialize NVML: Unknown
@@ -187,15 +188,13 @@ def _devices(target: Target, before: ProbeResult | None, now: float) -> ProbeRes
     try:
         status, output = target.execute(target.workload, _SEE_GPUS, _SEE_TIMEOUT)
     except MicError as error:
-        return _counted(None, error.message, now, before, DEVICES_AGAIN)
-    said = (output.strip().splitlines() or [""])[-1][:200]
+        return None, error.message
+    said = _last_line(output)
     if "Failed to initialize NVML" in output or (status == 0 and "GPU " not in output):
-        reason = f"nvidia-smi says there: {said or 'nothing'}"
-        return _counted(False, reason, now, before, DEVICES_AGAIN)
+        return False, f"nvidia-smi says there: {said or 'nothing'}"
     if status == 0:
-        return _counted(True, "it sees its GPUs", now, before, DEVICES_AGAIN)
-    reason = f"nvidia-smi exits there with {status}: {said}"
-    return _counted(None, reason, now, before, DEVICES_AGAIN)
+        return True, "it sees its GPUs"
+    return None, f"nvidia-smi exits there with {status}: {said}"
 
 
 def _within_budget(instance: Instance) -> Probe | None:
@@ -292,9 +291,12 @@ def _exec(target: Target, check: ExecCheck, timeout: float) -> Verdict:
         status, output = target.execute(target.workload, command, timeout)
     except MicError as error:
         return None, error.message
-    last = output.strip().splitlines()[-1:]
-    shown = f": {last[0][:200]}" if last else ""
-    return status == 0, f"{command[0]} exits with {status}{shown}"
+    said = _last_line(output)
+    return status == 0, f"{command[0]} exits with {status}" + (f": {said}" if said else "")
+
+
+def _last_line(output: str) -> str:
+    return (output.strip().splitlines() or [""])[-1][:200]
 
 
 def _published(target: Target, name: str) -> tuple[str, int]:

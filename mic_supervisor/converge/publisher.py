@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
+from mic_supervisor.clocks import later
 from mic_supervisor.errors import MicError
 from mic_supervisor.host import programs
 from mic_supervisor.model import EndpointsHook
@@ -38,8 +39,8 @@ class HookState:
         """For people: with the clocks' offset added to every time."""
         return replace(
             self,
-            last_success_at=None if self.last_success_at is None else self.last_success_at + offset,
-            retry_at=None if self.retry_at is None else self.retry_at + offset,
+            last_success_at=later(self.last_success_at, offset),
+            retry_at=later(self.retry_at, offset),
         )
 
 

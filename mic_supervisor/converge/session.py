@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mic_supervisor import __version__
 from mic_supervisor.config.document import NONE, WAY_OUT
@@ -22,6 +22,7 @@ from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host.identity import host_name
+from mic_supervisor.plan.actions import Change
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.selection import Names, Selection, free_of_pauses, select, to_resume
 from mic_supervisor.plan.status import InstanceStatus, chosen_rows, settled
@@ -123,7 +124,7 @@ class Session:
         plan, busy = snapshot.plan, snapshot.busy
         if targets is not None:
             plan = snapshot.limited(targets)
-            busy &= {row.id for row in chosen_rows(targets, snapshot.desired, snapshot.statuses)}
+            busy &= _ids(targets, snapshot)
         return {
             "document": asdict(
                 plan_document(plan, host=host_name(), config_hash=snapshot.desired.config_hash)
@@ -175,12 +176,10 @@ class Session:
             self._begin(targets)
             self._tell_what_is_under_way(tell, only)
             snapshot = await self._settling.settled(targets)
-        if targets is None:
-            return asdict(apply_document(snapshot, errors.values(), host_name()))
-        left_out = snapshot.limited(targets).left_out
+        left_out = () if targets is None else snapshot.limited(targets).left_out
         if not self._own:  # of what else is due, a daemon leaves only removals
             left_out = tuple(change for change in left_out if change.kind == "remove")
-        return asdict(apply_document(snapshot, errors.values(), host_name(), targets, left_out))
+        return _outcome(snapshot, errors, targets, left_out)
 
     async def _edited(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         """As apply, after one entry was edited: no removal is confirmed, nothing is forgiven."""
@@ -191,27 +190,30 @@ class Session:
             self._begin(targets)
             snapshot = await self._settling.settled(targets)
         left_out = () if targets is None or not self._own else snapshot.limited(targets).left_out
-        return asdict(apply_document(snapshot, errors.values(), host_name(), targets, left_out))
+        return _outcome(snapshot, errors, targets, left_out)
 
     async def _restart(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        names = await self._named(str(params.get("name", "")), "restart")
-        with self._listening(tell) as errors:
-            await self._check_file()
-            self._converger.forgive(names)
-            self._converger.force(names)
-            self._begin(None)
-            snapshot = await self._settling.settled()
-        return asdict(apply_document(snapshot, errors.values(), host_name()))
+        document, _ = await self._again(params, tell, "restart")
+        return document
 
     async def _retry(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        names = await self._named(str(params.get("name", "")), "retry")
+        document, failed = await self._again(params, tell, "retry")
+        return document | {"failed_before": sorted(failed)}
+
+    async def _again(
+        self, params: Mapping[str, Any], tell: Tell, action: Literal["restart", "retry"]
+    ) -> tuple[dict[str, Any], set[str]]:
+        """The outcome, and which of the instances had failed before."""
+        names = await self._named(str(params.get("name", "")), action)
         with self._listening(tell) as errors:
-            await self._check_file()
+            if self._own:  # it follows the file as it is now; a daemon already does
+                await self._read_file(confirm=False)
             failed = self._converger.forgive(names)
+            if action == "restart":
+                self._converger.force(names)
             self._begin(None)
             snapshot = await self._settling.settled()
-        document = asdict(apply_document(snapshot, errors.values(), host_name()))
-        return document | {"failed_before": sorted(failed)}
+        return _outcome(snapshot, errors), failed
 
     async def _pause(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         """Returns when nothing is done any more for what is paused."""
@@ -244,16 +246,11 @@ class Session:
             if not self._own:
                 snapshot = await self._settling.settled(chosen)
         ids = {row.id for row in _concerned(chosen, snapshot)}
-        document = asdict(apply_document(snapshot, errors.values(), host_name()))
+        document = _outcome(snapshot, errors)
         rows = [row for row in document["instances"] if row["id"] in ids]
         return document | {"instances": rows, "resumed": chosen.called(snapshot.indices)}
 
     # --- what several have in common ------------------------------------------------------------
-
-    async def _check_file(self) -> None:
-        """A command of its own follows the file that it has just read; a daemon already does."""
-        if self._own:
-            await self._read_file(confirm=False)
 
     def _begin(self, targets: Selection | None) -> None:
         """Have a converger of one's own act, on these alone."""
@@ -269,9 +266,7 @@ class Session:
         snapshot = await self._settling.next()
         targets = self._targets(params, snapshot, action)
         assert targets is not None  # there are some
-        return targets, {
-            row.id for row in chosen_rows(targets, snapshot.desired, snapshot.statuses)
-        }
+        return targets, _ids(targets, snapshot)
 
     def _tell_what_is_under_way(self, tell: Tell, only: Collection[str] | None = None) -> None:
         """The watcher is often faster than the command: what it began is waited for as well."""
@@ -280,17 +275,8 @@ class Session:
             return
         for row in snapshot.statuses:
             if row.phase in _ON_ITS_WAY and (only is None or row.id in only):
-                tell(
-                    Event(
-                        "begin",
-                        time.time(),
-                        row.id,
-                        row.reason or "under way already",
-                        row.model,
-                        row.gpus,
-                        phase=row.phase.value,
-                    )
-                )
+                about = (row.id, row.reason or "under way already", row.model, row.gpus)
+                tell(Event("begin", time.time(), *about, phase=row.phase.value))
 
     def _check_path(self, params: Mapping[str, Any]) -> None:
         path = Path(str(params.get("path", self._path)))
@@ -350,6 +336,21 @@ class Session:
             self._events.listeners.remove(listen)
 
 
+def _outcome(
+    snapshot: Snapshot,
+    errors: Mapping[str, Failure],
+    targets: Selection | None = None,
+    left_out: Iterable[Change] = (),
+) -> dict[str, Any]:
+    """The document of `apply`, and of all that converge as it does."""
+    return asdict(apply_document(snapshot, errors.values(), host_name(), targets, left_out))
+
+
+def _ids(targets: Selection, snapshot: Snapshot) -> set[str]:
+    """Of the instances by which it is told how the chosen fare."""
+    return {row.id for row in chosen_rows(targets, snapshot.desired, snapshot.statuses)}
+
+
 def _concerned(chosen: Selection, snapshot: Snapshot) -> list[InstanceStatus]:
     """The rows of everything that a pause of these holds, named by the file or not."""
     return [
@@ -366,24 +367,18 @@ class Settling:
     def __init__(self, converger: Converger, clock: Callable[[], float]) -> None:
         self._converger = converger
         self._clock = clock
-        self._waiters: list[_Waiter] = []
-        self._seen = asyncio.Event()
+        self._waiting: list[Callable[[Snapshot], None]] = []
         self._last: Snapshot | None = None
 
     def look(self, snapshot: Snapshot) -> None:
         """To be called with every snapshot."""
         self._last = snapshot
-        self._seen.set()
-        for waiter in [*self._waiters]:
-            waiter.look(snapshot)
+        for tell in [*self._waiting]:
+            tell(snapshot)
 
     async def first(self) -> Snapshot:
         """The last snapshot, once there is one."""
-        if self._last is None:
-            self._converger.wake()
-        await self._seen.wait()
-        assert self._last is not None  # set before the event
-        return self._last
+        return self._last or await self._wait(lambda _snapshot: True)
 
     async def next(self) -> Snapshot:
         """The first snapshot of a round that begins from now on."""
@@ -399,33 +394,27 @@ class Settling:
 
     async def seen(self, enough: Callable[[Snapshot], bool]) -> Snapshot:
         """The first snapshot of a round from now on that is enough."""
-        waiter = _Waiter(self._converger.rounds_begun, enough)
-        self._waiters.append(waiter)
+        after = self._converger.rounds_begun
+        return await self._wait(lambda snapshot: snapshot.round > after and enough(snapshot))
+
+    async def _wait(self, enough: Callable[[Snapshot], bool]) -> Snapshot:
+        found: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
+
+        def tell(snapshot: Snapshot) -> None:
+            if not found.done() and enough(snapshot):
+                found.set_result(snapshot)
+
+        self._waiting.append(tell)
         self._converger.wake()
         try:
-            return await waiter.future
+            return await found
         finally:
-            self._waiters.remove(waiter)
-
-
-class _Waiter:
-    def __init__(self, after: int, enough: Callable[[Snapshot], bool]) -> None:
-        self.future: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
-        self._after = after
-        self._enough = enough
-
-    def look(self, snapshot: Snapshot) -> None:
-        if self.future.done() or snapshot.round <= self._after:
-            return
-        if self._enough(snapshot):
-            self.future.set_result(snapshot)
+            self._waiting.remove(tell)
 
 
 def all_settled(snapshot: Snapshot, began: float, targets: Selection | None = None) -> bool:
     """Whether an apply that began then has nothing left to wait for."""
-    only = None
-    if targets is not None:
-        only = {row.id for row in chosen_rows(targets, snapshot.desired, snapshot.statuses)}
+    only = None if targets is None else _ids(targets, snapshot)
     if snapshot.busy if only is None else snapshot.busy & only:
         return False
     return settled(

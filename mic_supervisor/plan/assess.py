@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mic_supervisor.model import (
     ContainerSpec,
@@ -23,11 +23,9 @@ from mic_supervisor.model import (
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import Blocked, FieldDiff
 from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.words import Reason
 from mic_supervisor.runtimes.copies import known_from
-
-if TYPE_CHECKING:
-    from mic_supervisor.plan.selection import Selection
 
 _ALIVE = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.REMOVING, RunState.UNKNOWN})
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from mic_supervisor.config.diagnostics import closest
+from mic_supervisor.config.document import GpuEntry, Place
+from mic_supervisor.config.names import BadKey, composed, parse_gpu_key
 from mic_supervisor.desired.bind import bind
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import DesiredState, GpuInventory, Instance
@@ -87,17 +90,11 @@ def select(names: Iterable[str], there: Names, action: str) -> Selection:
 
 
 def _model(name: str, there: Names) -> str | None:
-    from mic_supervisor.config.names import composed
-
     return composed(name) if composed(name) in there.models else None
 
 
 def _gpus(name: str, there: Names) -> tuple[str, ...]:
     """The UUIDs. Raises MicError, with the reason alone."""
-    from mic_supervisor.config.diagnostics import closest
-    from mic_supervisor.config.document import GpuEntry, Place
-    from mic_supervisor.config.names import BadKey, parse_gpu_key
-
     try:
         keys = parse_gpu_key(name).keys
     except BadKey as error:
@@ -145,14 +142,15 @@ def resume(names: Iterable[str]) -> str:
 
 def to_resume(names: Collection[str], there: Names, paused: Paused) -> Selection:
     """What these names mean that is paused; no name is everything. Raises MicError."""
+    everything = Selection(frozenset(paused.models), frozenset(paused.gpus))
     if not names:
-        return Selection(frozenset(paused.models), frozenset(paused.gpus))
+        return everything
     action = f"resume {' '.join(names)}"
     chosen = select(names, there, action)
-    indices = {gpu.uuid: gpu.index for gpu in there.inventory.gpus}
-    free = Selection(chosen.models - paused.models.keys(), chosen.gpus - paused.gpus.keys())
+    indices = there.inventory.indices
+    free = Selection(chosen.models - everything.models, chosen.gpus - everything.gpus)
     if free.models or free.gpus:
-        known = Selection(frozenset(paused.models), frozenset(paused.gpus)).called(indices)
+        known = everything.called(indices)
         which = free.called(indices)
         raise MicError(
             f"cannot {action}: {', '.join(which)} {'is' if len(which) == 1 else 'are'} not paused",
@@ -192,14 +190,9 @@ def free_of_pauses(
 
     Raises MicError "cannot ACTION: …" where all of them are.
     """
-    free: list[str] = []
-    reasons: list[tuple[str, str]] = []
-    for instance, model, gpus in found:
-        held = held_by(paused, model, gpus, indices, now)
-        if held is None:
-            free.append(instance)
-        else:
-            reasons.append(held)
+    held = {one: held_by(paused, model, gpus, indices, now) for one, model, gpus in found}
+    free = [instance for instance, why in held.items() if why is None]
+    reasons = [why for why in held.values() if why is not None]
     if reasons and not free:
         reason, out = reasons[0]
         raise MicError(f"cannot {action}: {reason}", hint=out)

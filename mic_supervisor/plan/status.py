@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mic_supervisor.clocks import later
 from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
 from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
@@ -86,15 +87,13 @@ class InstanceStatus:
 
     def in_wall(self, offset: float) -> InstanceStatus:
         """For people: with the clocks' offset added to every time."""
-
-        def wall(at: float | None) -> float | None:
-            return None if at is None else at + offset
-
         return replace(
             self,
-            since=wall(self.since),
-            next_retry=wall(self.next_retry),
-            models=tuple(replace(one, next_retry=wall(one.next_retry)) for one in self.models),
+            since=later(self.since, offset),
+            next_retry=later(self.next_retry, offset),
+            models=tuple(
+                replace(one, next_retry=later(one.next_retry, offset)) for one in self.models
+            ),
         )
 
     @property
