@@ -34,7 +34,7 @@ from tests.unit.plan.builders import (
     text,
     workload,
 )
-from tests.unit.plan.test_servers import BOTH, IT, A
+from tests.unit.plan.test_bring_up_servers import BOTH, IT, A
 
 MAM = on("MAM", 0, workload=container("mam:1"))
 RUNS = workload(MAM)
