@@ -43,6 +43,7 @@ from mic_supervisor.plan.actions import (
 from mic_supervisor.plan.assess import Assessment, Context, is_alive
 from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import Phase, phase_of_step
+from mic_supervisor.plan.launch import listed
 from mic_supervisor.plan.look import Look, look
 from mic_supervisor.plan.memory import Floor, Memory, Pause
 from mic_supervisor.plan.release import floor_of
@@ -334,9 +335,7 @@ class Converger:
             workload=workload,
             backend=self._desired.backend(item.instance.backend),
             execute=self._sources.runtimes[workload.runtime].run_check,
-            indices=",".join(
-                str(self._indices[uuid]) for uuid in item.instance.gpus if uuid in self._indices
-            ),
+            indices=listed(item.instance.gpus, self._indices),
         )
 
     def _target_of(self, step: Load | Unload) -> Target:

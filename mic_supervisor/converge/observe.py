@@ -59,8 +59,9 @@ def combine(
 ) -> ObservedState:
     """One state from the parts, with every GPU process mapped to its owner. `at` is wall time."""
     views = tuple(_with_doubtful_gpus(view, inventory) for view in views)
+    processes = any(gpu.processes for gpu in inventory.gpus)
     return ObservedState(
-        inventory=_with_owners(inventory, views),
+        inventory=annotate(inventory, managed_refs(views)) if processes else inventory,
         runtimes=views,
         health=health,
         listeners=listeners,
@@ -85,12 +86,6 @@ def _with_doubtful_gpus(view: RuntimeView, inventory: GpuInventory) -> RuntimeVi
         return replace(item, identity=replace(item.identity, gpus=named or rest))
 
     return replace(view, workloads=tuple(placed(item) for item in view.workloads))
-
-
-def _with_owners(inventory: GpuInventory, views: tuple[RuntimeView, ...]) -> GpuInventory:
-    if not any(gpu.processes for gpu in inventory.gpus):
-        return inventory
-    return annotate(inventory, managed_refs(views))
 
 
 def with_holders(observed: ObservedState, desired: DesiredState, sources: Sources) -> ObservedState:

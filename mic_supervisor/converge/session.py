@@ -23,21 +23,13 @@ from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host.identity import host_name
 from mic_supervisor.plan.actions import Change
-from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.health import ON_ITS_WAY
 from mic_supervisor.plan.selection import Names, Selection, free_of_pauses, select, to_resume
 from mic_supervisor.plan.status import InstanceStatus, chosen_rows, settled
 from mic_supervisor.views import endpoints
 from mic_supervisor.views.apply import Failure, apply_document
 from mic_supervisor.views.plan import plan_document, to_text
 from mic_supervisor.views.status import instances, pauses, status_document
-
-_ON_ITS_WAY = (
-    Phase.PENDING,
-    Phase.STOPPING,
-    Phase.WAITING_VRAM,
-    Phase.STARTING,
-    Phase.LOADING,
-)
 
 Tell = Callable[[Event], None]
 Method = Callable[[Mapping[str, Any], Tell], Awaitable[Any]]
@@ -274,7 +266,7 @@ class Session:
         if self._own or snapshot is None:
             return
         for row in snapshot.statuses:
-            if row.phase in _ON_ITS_WAY and (only is None or row.id in only):
+            if row.phase in ON_ITS_WAY and (only is None or row.id in only):
                 about = (row.id, row.reason or "under way already", row.model, row.gpus)
                 tell(Event("begin", time.time(), *about, phase=row.phase.value))
 

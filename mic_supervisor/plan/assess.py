@@ -86,10 +86,15 @@ class Assessment:
         return self.match if self.runs else next(iter(self.alive), None)
 
     @property
+    def ours(self) -> tuple[ObservedWorkload, ...]:
+        """Every workload that carries its id."""
+        return (*((self.match,) if self.match is not None else ()), *self.alive, *self.ended)
+
+    @property
     def gpus(self) -> set[str]:
         """Those that it has, and those that it is to have."""
-        ours = [workload for workload in (self.match, *self.alive) if workload is not None]
-        return {*self.instance.gpus, *(uuid for item in ours for uuid in item.identity.gpus)}
+        has = [workload for workload in (self.match, *self.alive) if workload is not None]
+        return {*self.instance.gpus, *(uuid for item in has for uuid in item.identity.gpus)}
 
     @property
     def started_up(self) -> bool:
@@ -98,22 +103,20 @@ class Assessment:
             return False
         if self.instance.probes.startup is None:
             return self.match.state in (RunState.RUNNING, RunState.PAUSED)
-        return _passes(self.health.startup)
+        return passes(self.health.startup)
 
     def loaded(self, placement: Placement) -> bool:
         state = self.placement(placement)
         return state.state is LoadState.LOADED and state.digest == placement.digest
 
     def placement(self, placement: Placement) -> PlacementState:
-        for state in self.health.placements:
-            if state.model == placement.model:
-                return state
-        return PlacementState(placement.model, LoadState.UNKNOWN)
+        found = (state for state in self.health.placements if state.model == placement.model)
+        return next(found, PlacementState(placement.model, LoadState.UNKNOWN))
 
     @property
     def lives(self) -> bool:
-        """Its liveness probe passes."""
-        return _passes(self.health.liveness)
+        """Its liveness probe passes, where it has one."""
+        return self.instance.probes.liveness is None or passes(self.health.liveness)
 
     @property
     def placed_gpus(self) -> set[str]:
@@ -125,12 +128,11 @@ class Assessment:
     @property
     def serves(self) -> bool:
         """Everything that can be checked is as it should be; of an unprobed one that is little."""
-        probes = self.instance.probes
         return (
             self.started_up
             and all(self.loaded(placement) for placement in self.instance.placements)
-            and (probes.liveness is None or _passes(self.health.liveness))
-            and (probes.readiness is None or _passes(self.health.readiness))
+            and self.lives
+            and (self.instance.probes.readiness is None or passes(self.health.readiness))
         )
 
     @property
@@ -168,12 +170,11 @@ class Assessment:
     @property
     def live_failure(self) -> str | None:
         """Why the liveness probe says that it must be restarted."""
-        probe, result = self.instance.probes.liveness, self.health.liveness
-        if not self.started_up or probe is None or result is None or result.ok is not False:
+        probe = self.instance.probes.liveness
+        if probe is None or not self.started_up:
             return None
-        if result.failures < probe.failures:
-            return None
-        return f"not alive: {result.reason}"
+        said = _refusal(self.health.liveness, probe.failures)
+        return None if said is None else f"not alive: {said}"
 
     @property
     def blind(self) -> str | None:
@@ -181,13 +182,9 @@ class Assessment:
 
         Once may be a driver that is being reset; twice in a row is not.
         """
-        result = self.health.devices
-        if not self.runs or result is None or result.ok is not False or result.failures < 2:
-            return None
-        return (
-            "it lost its GPU inside the container, as a systemd daemon-reload does in legacy mode: "
-            f"{result.reason}"
-        )
+        said = _refusal(self.health.devices, 2) if self.runs else None
+        how = "as a systemd daemon-reload does in legacy mode"
+        return None if said is None else f"it lost its GPU inside the container, {how}: {said}"
 
     def blocked(self, why: Reason, until: float | None = None) -> Blocked:
         return Blocked(self.instance.id, why, self.instance.gpus, self.instance.model, until)
@@ -200,16 +197,13 @@ class Assessment:
         An adopted instance spent its budget long ago. So what was not asked yet, or could not
         tell, says nothing, nor does the first failure of a probe that is allowed several.
         """
-        probe, result = self.instance.probes.startup, self.health.startup
+        probe, budget = self.instance.probes.startup, self.instance.start_timeout
         began = self.match.running_since if self.match else None
         started = began if began is not None else started_at
-        if not self.runs or probe is None or result is None or result.ok is not False:
+        if probe is None or not self.runs or started is None or now - started < budget:
             return None
-        if started is None or now - started < self.instance.start_timeout:
-            return None
-        if result.failures < probe.failures:
-            return None
-        return f"not up within {self.instance.start_timeout:g} s: {result.reason}"
+        said = _refusal(self.health.startup, probe.failures)
+        return None if said is None else f"not up within {budget:g} s: {said}"
 
 
 def is_alive(workload: ObservedWorkload) -> bool:
@@ -225,14 +219,12 @@ def assess(
 ) -> list[Assessment]:
     """One assessment per desired instance, in the order of their ids."""
     memory = memory or Memory()
-    by_instance: dict[str, list[ObservedWorkload]] = {}
-    for workload in workloads(observed):
-        by_instance.setdefault(workload.identity.instance, []).append(workload)
+    found = by_instance(workloads(observed))
     readable = {view.runtime for view in observed.runtimes if view.error is None}
     return [
         _assess(
             instance,
-            by_instance.get(instance.id, ()),
+            found.get(instance.id, ()),
             observed,
             context,
             readable,
@@ -246,6 +238,14 @@ def workloads(observed: ObservedState) -> Iterable[ObservedWorkload]:
     """Everything of ours, in every runtime, in a stable order."""
     found = [workload for view in observed.runtimes for workload in view.workloads]
     return sorted(found, key=lambda item: (item.identity.instance, item.name, item.ref))
+
+
+def by_instance(found: Iterable[ObservedWorkload]) -> dict[str, list[ObservedWorkload]]:
+    """The same by the ids that they carry, otherwise in the same order."""
+    out: dict[str, list[ObservedWorkload]] = {}
+    for workload in found:
+        out.setdefault(workload.identity.instance, []).append(workload)
+    return out
 
 
 def with_containers(memory: Memory, observed: ObservedState) -> Memory:
@@ -325,5 +325,12 @@ def _hash(spec: Mapping[str, Any], instance: Instance) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _passes(result: ProbeResult | None) -> bool:
+def passes(result: ProbeResult | None) -> bool:
     return result is not None and result.ok is True
+
+
+def _refusal(result: ProbeResult | None, times: int) -> str | None:
+    """What a probe said that has said no at least so many times in a row; None: it has not."""
+    if result is None or result.ok is not False or result.failures < times:
+        return None
+    return result.reason

@@ -56,7 +56,7 @@ def departures(
     not keep a GPU from those that were.
     """
     out = Departures()
-    going = [w for item in lane.wanted for w in (item.match, *item.alive) if w is not None]
+    going = [workload for item in lane.wanted for workload in item.ours]
     for workload in [w for w in (*going, *orphans) if is_alive(w)]:
         instance = workload.identity.instance
         up, kept = ups.get(instance), serving.get(instance)

@@ -29,7 +29,7 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.assess import Assessment
-from mic_supervisor.plan.launch import fill
+from mic_supervisor.plan.launch import fill, listed
 from mic_supervisor.plan.memory import InstanceMemory, Recorded
 
 
@@ -93,14 +93,13 @@ def _as(workload: ObservedWorkload | None, entry: InstanceMemory, item: Assessme
         instance = _instance(runtime, workload.name, workload.identity, entry, instance)
     elif record is not None:
         instance = _instance(runtime, record.name, record.identity, entry, instance)
-    others = [w for w in (item.match, *item.alive, *item.ended) if w not in (None, workload)]
     return replace(
         item,
         instance=instance,
         runtime=runtime,
         match=workload,
         alive=(),
-        ended=tuple(w for w in others if w is not None),
+        ended=tuple(other for other in item.ours if other != workload),
         diff=(),
         health=item.healths.get(workload.ref, Health()) if workload is not None else Health(),
     )
@@ -186,8 +185,8 @@ def rebuilt(record: Recorded | None, item: Assessment) -> ProcessSpec | None:
 def relaunch(record: Recorded, spec: ProcessSpec, indices: Mapping[str, int]) -> Launch:
     """What to start: the same in every respect, on the ports that it had."""
     identity = record.identity
-    numbers = ",".join(str(indices[uuid]) for uuid in identity.gpus if uuid in indices)
-    return Launch(record.name, record.runtime, identity, fill(spec, identity.ports, numbers))
+    filled = fill(spec, identity.ports, listed(identity.gpus, indices))
+    return Launch(record.name, record.runtime, identity, filled)
 
 
 def _known(name: str, spec: Mapping[str, Any], item: Assessment) -> Pairs:

@@ -33,7 +33,7 @@ from mic_supervisor.plan.actions import (
     ToModel,
     ToWorkload,
 )
-from mic_supervisor.plan.assess import Assessment, is_alive
+from mic_supervisor.plan.assess import Assessment, by_instance, is_alive
 from mic_supervisor.plan.departures import follows, needs
 from mic_supervisor.plan.memory import Rest
 from mic_supervisor.plan.selection import resume, since
@@ -95,10 +95,7 @@ def _find(s: Situation) -> Iterable[_Hold]:
         if (why := _why(s, one.model, item.gpus, s.is_chosen(item))) is not None:
             yield _Hold(one.id, one.model, one.gpus, why)
     # Of several with one id, those that are alive say where it is.
-    by_instance: dict[str, list[ObservedWorkload]] = {}
-    for orphan in s.orphans:
-        by_instance.setdefault(orphan.identity.instance, []).append(orphan)
-    for several in by_instance.values():
+    for several in by_instance(s.orphans).values():
         alive = [item for item in several if is_alive(item)] or several
         gpus = {uuid for item in alive for uuid in item.identity.gpus}
         identity = alive[0].identity

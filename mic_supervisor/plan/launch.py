@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from mic_supervisor import codec
@@ -36,7 +36,6 @@ def launch(
 ) -> Launch:
     """What to create for an instance, with these host ports. `indices` maps UUIDs to indices."""
     instance = assessment.instance
-    numbers = ",".join(str(indices[uuid]) for uuid in instance.gpus if uuid in indices)
     identity = Identity(
         scope=context.scope,
         host=context.host,
@@ -54,7 +53,7 @@ def launch(
         name=given_name(identity),
         runtime=assessment.runtime,
         identity=identity,
-        spec=fill(instance.workload, ports, numbers),
+        spec=fill(instance.workload, ports, listed(instance.gpus, indices)),
     )
 
 
@@ -69,6 +68,11 @@ def given_name(identity: Identity) -> str:
     parts = [identity.spec_hash, sorted(identity.ports.items()), list(identity.gpus)]
     unique = hashlib.sha256(codec.canonical(parts).encode()).hexdigest()[:8]
     return f"mic-{identity.scope}-{identity.instance}-{unique}"
+
+
+def listed(gpus: Iterable[str], indices: Mapping[str, int]) -> str:
+    """What `${gpu_indices}` stands for: "0,1"."""
+    return ",".join(str(indices[uuid]) for uuid in gpus if uuid in indices)
 
 
 def text_of(workload: Workload, value: str, ports: Mapping[str, int], indices: str) -> str:
@@ -102,17 +106,8 @@ def fill(workload: Workload, ports: Mapping[str, int], indices: str) -> Workload
         for port in workload.ports
     )
     command = tuple(text(item) for item in workload.command)
-    if isinstance(workload, ContainerSpec):
-        entrypoint = workload.entrypoint
-        return replace(
-            workload,
-            command=command,
-            entrypoint=None if entrypoint is None else tuple(text(item) for item in entrypoint),
-            env=env,
-            file_env=(),
-            variables=(),
-            ports=filled_ports,
-        )
+    if isinstance(workload, ContainerSpec) and workload.entrypoint is not None:
+        workload = replace(workload, entrypoint=tuple(text(item) for item in workload.entrypoint))
     return replace(
         workload, command=command, env=env, file_env=(), variables=(), ports=filled_ports
     )
@@ -179,11 +174,10 @@ def assign(
         instance = item.instance
         if instance.id in out:
             continue
-        known = [w for w in (item.match, *item.alive, *item.ended) if w is not None]
         numbers = choose(
             instance.id,
             instance.workload.ports,
-            recorded=known[0].identity.ports if known else {},
+            recorded=item.ours[0].identity.ports if item.ours else {},
             taken={*taken(instance.id), *reserved},
             port_range=port_range,
         )

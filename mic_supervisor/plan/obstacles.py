@@ -86,12 +86,11 @@ def _strangers(s: Situation, instance: Instance) -> Reason | None:
         for process in sorted(gpu.processes, key=lambda item: item.pid):
             if is_foreign(process, expected, instance.foreign_threshold):
                 waits = instance.on_foreign == "wait"
-                whose = belongs(process, s.observed)
                 return because(
                     Code.WAITS_FOR_STRANGER if waits else Code.STRANGER,
                     gpu=gpu.index,
                     who=describe(process),
-                    whose=f": {whose}" if whose else "",
+                    whose=_whose(process, s.observed),
                 )
     return None
 
@@ -267,8 +266,7 @@ def intruders(
 def sentence(intruder: Intruder, observed: ObservedState) -> str:
     """What a warning says of one that is there."""
     gpu, who = intruder.gpu, describe(intruder.process)
-    whose = belongs(intruder.process, observed)
-    tail = f": {whose}" if whose else ""
+    tail = _whose(intruder.process, observed)
     if intruder.instance is None:
         return f"GPU {gpu.index} is to be kept empty, and {who} holds it{tail}"
     return f"GPU {gpu.index} is for {intruder.instance} alone, and {who} is on it as well{tail}"
@@ -280,8 +278,8 @@ def describe(process: GpuProcess) -> str:
     return f"PID {process.pid} ({process.name or 'gone'}, {used})"
 
 
-def belongs(process: GpuProcess, observed: ObservedState) -> str:
-    """ "container jupyter, since 12:04:10": whose it is and since when, as far as is known."""
+def _whose(process: GpuProcess, observed: ObservedState) -> str:
+    """ ": container jupyter, since 12:04:10": whose it is and since when, as far as is known."""
     owner = process.owner
     parts: list[str] = []
     if owner is not None and owner.kind is OwnerKind.MANAGED:
@@ -292,7 +290,7 @@ def belongs(process: GpuProcess, observed: ObservedState) -> str:
         parts.append(f"unit {owner.ref}")
     if process.started_at is not None:
         parts.append(f"since {moment(process.started_at, observed.at)}")
-    return ", ".join(parts)
+    return f": {', '.join(parts)}" if parts else ""
 
 
 def memory_of(processes: Iterable[GpuProcess]) -> int:
@@ -301,8 +299,5 @@ def memory_of(processes: Iterable[GpuProcess]) -> int:
 
 
 def _name(ref: str, observed: ObservedState) -> str | None:
-    for view in observed.runtimes:
-        for stranger in view.strangers:
-            if stranger.ref == ref:
-                return stranger.name
-    return None
+    strangers = (stranger for view in observed.runtimes for stranger in view.strangers)
+    return next((stranger.name for stranger in strangers if stranger.ref == ref), None)

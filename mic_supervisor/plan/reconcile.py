@@ -39,7 +39,7 @@ from mic_supervisor.plan.actions import (
     Remove,
     Step,
 )
-from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
+from mic_supervisor.plan.assess import Assessment, Context, assess, by_instance, is_alive
 from mic_supervisor.plan.bring_up import BringUp, inside, way_up
 from mic_supervisor.plan.departures import (
     Departures,
@@ -272,11 +272,8 @@ def _beside(
 def _leavers(
     s: Situation, lane: Lane, orphans: Iterable[ObservedWorkload], stops: Departures
 ) -> list[Change]:
-    by_instance: dict[str, list[ObservedWorkload]] = {}
-    for orphan in orphans:
-        by_instance.setdefault(orphan.identity.instance, []).append(orphan)
     changes: list[Change] = []
-    for instance, found in by_instance.items():
+    for instance, found in by_instance(orphans).items():
         steps: list[Step] = []
         for workload in found:
             stop = stops.of(workload)
@@ -302,8 +299,7 @@ def _why_leaving(s: Situation, lane: Lane, workload: ObservedWorkload) -> Reason
 
 
 def _own_stops(item: Assessment, stops: Departures) -> list[Step]:
-    mine = [workload for workload in (item.match, *item.alive) if workload is not None]
-    return [step for workload in mine for step in stops.of(workload)]
+    return [step for workload in item.ours for step in stops.of(workload)]
 
 
 def _former(s: Situation, item: Assessment, stops: Departures) -> tuple[ObservedWorkload, ...]:

@@ -64,21 +64,20 @@ def judge(
     have been gone, None while they were not.
     """
     if inventory.error is not None:
-        return _late(Waiting(f"waiting for the GPUs to be readable: {inventory.told}"), waited)
+        return _late(f"waiting for the GPUs to be readable: {inventory.told}", waited)
     found = {gpu.uuid: gpu for gpu in inventory.gpus}
     there = [found[uuid] for uuid in gpus if uuid in found]
     if len(there) < len(gpus):
         missing = ", ".join(uuid for uuid in gpus if uuid not in found)
-        return _late(Waiting(f"waiting for {missing} to be there"), waited)
+        return _late(f"waiting for {missing} to be there", waited)
     held: list[int] = []
     for gpu in there:
         if gpu.processes is None:
-            text = f"waiting for the processes on GPU {gpu.index} to be readable"
-            return _late(Waiting(text), waited)
+            return _late(f"waiting for the processes on GPU {gpu.index} to be readable", waited)
         held += [process.pid for process in gpu.processes if _former(process)]
     if held:
         listed = ", ".join(map(str, sorted(set(held))))
-        return _late(Waiting(f"waiting for the GPU to be released by PID {listed}"), waited)
+        return _late(f"waiting for the GPU to be released by PID {listed}", waited)
     lingering = [(gpu, excess) for gpu in there if (excess := _excess(gpu, floors)) > 0]
     released = {gpu.uuid: floor for gpu in there if (floor := floor_of(gpu)) is not None}
     if not lingering:
@@ -117,10 +116,10 @@ def free_of(gpu: Gpu) -> int | None:
     return None if memory.used is None else memory.total - memory.used
 
 
-def _late(verdict: Waiting, waited: float) -> Waiting | Refused:
+def _late(reason: str, waited: float) -> Waiting | Refused:
     if waited < PATIENCE:
-        return verdict
-    return Refused(f"after {PATIENCE:g} s still {verdict.reason}")
+        return Waiting(reason)
+    return Refused(f"after {PATIENCE:g} s still {reason}")
 
 
 def _former(process: GpuProcess) -> bool:

@@ -14,7 +14,7 @@ from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
 from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
 from mic_supervisor.plan.fallback import as_it_runs, fallback
-from mic_supervisor.plan.health import Phase, phase_of
+from mic_supervisor.plan.health import ON_ITS_WAY, Phase, phase_of
 from mic_supervisor.plan.memory import InstanceMemory, Memory, Rest, memory_key
 from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.words import Code, Reason, because
@@ -199,32 +199,29 @@ def _desired(
     activities: Mapping[str, Phase],
 ) -> InstanceStatus:
     instance, entry = item.instance, memory.of(item.instance.id)
+    activity = activities.get(instance.id)
     retry_at = blocked.until if blocked is not None else None
     phase, reason = phase_of(
-        item,
-        activity=activities.get(instance.id),
-        blocked=blocked is not None,
-        retry_at=retry_at,
+        item, activity=activity, blocked=blocked is not None, retry_at=retry_at
     )
     why: Reason | None = None
-    if blocked is None or blocked.paused or activities.get(instance.id) is not None:
-        pass
-    elif phase is not Phase.READY:
-        why, reason = blocked.why, blocked.reason
+    held = blocked if activity is None else None
+    if held is not None and not held.paused and phase is not Phase.READY:
+        why, reason = held.why, held.reason
         if item.alive and entry.failed == item.hash:
             phase, reason = Phase.DEGRADED, f"{reason}{_how(entry, item)}"
         elif retry_at is not None:
             phase = Phase.BACKOFF
-        elif blocked.queued and phase is Phase.BLOCKED:
+        elif held.queued and phase is Phase.BLOCKED:
             phase = Phase.WAITING_VRAM
         if instance.shared and item.started_up:
             # A model that does not load is its own trouble; the server has others.
             phase = Phase.DEGRADED
-    if blocked is not None and blocked.paused and activities.get(instance.id) is None:
+    if held is not None and held.paused:
         troubled = item.runs and phase not in (Phase.READY, Phase.UNPROBED)
         how = f"; it runs, {phase.value}" + (f": {reason}" if reason else "")
-        phase, reason = Phase.PAUSED, blocked.reason + (how if troubled else "")
-        why = blocked.why
+        phase, reason = Phase.PAUSED, held.reason + (how if troubled else "")
+        why = held.why
     elif instance.id in waits:
         why = waits[instance.id]
         reason = f"waits for {why}"
@@ -272,9 +269,10 @@ def _models(
         if not item.started_up or phase is Phase.PAUSED:
             found.append(ModelStatus(*where, phase, reason, why=why))
         elif item.loaded(placement):
-            live = item.instance.probes.liveness is None or item.lives
-            state = (Phase.READY, None) if live else (phase, reason)
-            found.append(ModelStatus(*where, *state, why=None if live else why))
+            if item.lives:
+                found.append(ModelStatus(*where, Phase.READY))
+            else:
+                found.append(ModelStatus(*where, phase, reason, why=why))
         elif entry.retry_at is not None:
             late = because(Code.BACKOFF, failure=entry.reason)
             found.append(ModelStatus(*where, Phase.BACKOFF, entry.reason, entry.retry_at, late))
@@ -314,13 +312,8 @@ def _resting(row: InstanceStatus, rest: Rest | None) -> InstanceStatus:
 
 
 def _health(phase: Phase, item: Assessment) -> str:
-    if phase in _HEALTH:
-        return _HEALTH[phase]
-    if phase is Phase.BLOCKED and not item.runs and not item.alive:
-        return "missing"
-    if phase is Phase.PENDING and not item.alive:
-        return "missing"
-    return "progressing"
+    missing = phase is Phase.PENDING or (phase is Phase.BLOCKED and not item.runs)
+    return _HEALTH.get(phase, "missing" if missing and not item.alive else "progressing")
 
 
 def _leaving(
@@ -377,10 +370,9 @@ def _endpoints(
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
     if ":" in host:
         host = f"[{host}]"
-    schemes = {"grpc": "grpc"}
-    paths = {"metrics": "/metrics"}
     endpoints = {
-        name: f"{schemes.get(name, 'http')}://{host}:{number}{paths.get(name, '')}"
+        name: f"{'grpc' if name == 'grpc' else 'http'}://{host}:{number}"
+        + ("/metrics" if name == "metrics" else "")
         for name, number in sorted(workload.identity.ports.items())
     }
     if metrics_path is not None and "http" in endpoints:
@@ -391,16 +383,7 @@ def _endpoints(
 # --- whether an apply has nothing left to wait for ----------------------------------------------
 
 _SLACK = 5.0  # seconds beyond a start's budget, in which the planner says that it is spent
-_FINAL = frozenset(
-    {
-        Phase.READY,
-        Phase.UNPROBED,
-        Phase.BACKOFF,
-        Phase.BLOCKED,
-        Phase.PAUSED,
-        Phase.STUCK_STOPPING,
-    }
-)
+_FINAL = frozenset({*Phase} - ON_ITS_WAY - {Phase.DEGRADED})
 
 
 def settled(
