@@ -71,6 +71,11 @@ class GpuProcess:
     owner: Owner | None = None
     started_at: float | None = None  # seconds since the epoch, as exact as the clock was at boot
 
+    @property
+    def managed(self) -> bool:
+        """Whether it is of an instance of ours, as far as is known."""
+        return self.owner is not None and self.owner.kind is OwnerKind.MANAGED
+
 
 @dataclass(frozen=True, slots=True)
 class GpuTelemetry:
@@ -284,6 +289,11 @@ class Unsatisfiable:
     instances: tuple[str, ...] = ()
     model: str | None = None
     hint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """An id that it would have had; where none is known, how the file calls it."""
+        return self.instances[0] if self.instances else self.subject
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar
 
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.http_calls import NoAnswer
 from mic_supervisor.converge.observe import Sources
 from mic_supervisor.converge.probes import Checker, Target
+from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import LoadFailed, MicError, ReleaseFailed, StopFailed
 from mic_supervisor.gpu.owners import annotate, managed_refs
 from mic_supervisor.model import GpuInventory, LoadState, RuntimeView
@@ -28,12 +28,11 @@ from mic_supervisor.plan.actions import (
     Start,
     Step,
     Stop,
+    ToModel,
     Unload,
 )
 from mic_supervisor.plan.release import Refused, Released, judge
 from mic_supervisor.runtimes import Progress
-
-T = TypeVar("T")
 
 _RELEASE_LOOK = 0.05  # seconds between two looks at GPUs that are about to be free
 _DRAIN_LOOK = 0.25  # seconds between two questions to a server that is drained
@@ -53,7 +52,7 @@ class Steps:
     def __init__(
         self,
         sources: Sources,
-        target_of: Callable[[Load | Unload], Target],
+        target_of: Callable[[ToModel], Target],
         backend: Callable[[str], Backend],
         checker: Checker,
         pool: Executor,
@@ -84,7 +83,7 @@ class Steps:
             case Unload():
                 await self._unload(step)
             case _:
-                await self._blocking(self._call, step, progress)
+                await blocking(self._pool, self._call, step, progress)
         return None
 
     def _call(self, step: Step, progress: Progress) -> None:
@@ -106,16 +105,13 @@ class Steps:
             case _:
                 raise AssertionError(f"unknown step {step!r}")
 
-    async def _blocking(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-
     async def _release(self, step: Release, progress: Progress) -> Released:
         """Until the GPUs are free, as plan/release.py judges each look at them."""
         began = time.monotonic()
         clear_since: float | None = None
         told = ""
         while True:
-            inventory = await self._blocking(self._with_former, step)
+            inventory = await blocking(self._pool, self._with_former, step)
             now = time.monotonic()
             for_memory = None if clear_since is None else now - clear_since
             verdict = judge(step.gpus, step.floors, step.vram, inventory, now - began, for_memory)
@@ -162,7 +158,7 @@ class Steps:
             else:
                 silent = 0
                 try:
-                    if await self._blocking(backend.is_drained, answer.status, answer.body):
+                    if await blocking(self._pool, backend.is_drained, answer.status, answer.body):
                         return
                 except MicError as error:
                     # Whether requests are in flight is unknown, which is not that there are none.
@@ -193,7 +189,7 @@ class Steps:
         except NoAnswer as error:
             raise refused(error) from error
         if not answer.ok:
-            raise refused(await self._blocking(self._why_not, target, step, answer.body))
+            raise refused(await blocking(self._pool, self._why_not, target, step, answer.body))
         deadline = time.monotonic() + _VERIFY_TIMEOUT
         while True:
             state = await self._checker.placement_state(target, placement)

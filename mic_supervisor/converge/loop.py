@@ -21,7 +21,7 @@ from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Checker, Target
 from mic_supervisor.converge.publisher import Publisher
 from mic_supervisor.converge.snapshot import Desired, Snapshot
-from mic_supervisor.converge.tasks import Threads
+from mic_supervisor.converge.tasks import Threads, blocking
 from mic_supervisor.errors import LoadFailed, MicError
 from mic_supervisor.gpu.events import XidRecord, with_xids
 from mic_supervisor.host.identity import host_name
@@ -30,13 +30,12 @@ from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import (
     Change,
     Create,
-    Load,
     Plan,
     Prepare,
     Restart,
     Step,
     Stop,
-    Unload,
+    ToModel,
     Withdraw,
     in_order,
 )
@@ -45,7 +44,7 @@ from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import Phase, phase_of_step
 from mic_supervisor.plan.launch import listed
 from mic_supervisor.plan.look import Look, look
-from mic_supervisor.plan.memory import Floor, Memory, Pause
+from mic_supervisor.plan.memory import Floor, Memory, Pause, Paused
 from mic_supervisor.plan.release import floor_of
 from mic_supervisor.plan.selection import Selection
 
@@ -185,17 +184,15 @@ class Converger:
         """Leave these as they are from now on. A lane that is past its preparations goes on."""
         pause = Pause(self._clock.wall(), reason)
         paused = self.memory.paused.including(chosen.models, chosen.gpus, pause)
-        self.memory = replace(self.memory, paused=paused)
-        self._tell_pause(chosen, f"paused: {reason}" if reason else "paused")
+        self._note_pause(paused, chosen, f"paused: {reason}" if reason else "paused")
 
     def resume(self, chosen: Selection) -> None:
         """Look after these again."""
         paused = self.memory.paused.without(chosen.models, chosen.gpus)
-        self.memory = replace(self.memory, paused=paused)
-        self._tell_pause(chosen, "resumed")
+        self._note_pause(paused, chosen, "resumed")
 
-    def _tell_pause(self, chosen: Selection, text: str) -> None:
-        now = self._clock.wall()
+    def _note_pause(self, paused: Paused, chosen: Selection, text: str) -> None:
+        self.memory, now = replace(self.memory, paused=paused), self._clock.wall()
         for model in sorted(chosen.models):
             self._events.tell(Event("pause", now, model, text, model))
         for uuid in sorted(chosen.gpus):
@@ -257,22 +254,19 @@ class Converger:
         # After the runtimes: the port of a container that dies in between would look like a
         # stranger's.
         listeners = await self._listeners.get()
-        loop = asyncio.get_running_loop()
         bindings, self._bound = (self.memory.bindings if self._bound else {}), True
         if inventory.error is None:
             self._readable = inventory
         # While the driver does not answer nothing is started or stopped. But what runs is still
         # what the file asks for, and is probed: GPUs that cannot be read are not absent.
         there = self._readable or inventory
-        desired = await loop.run_in_executor(self._pool, self._desired.state, there, bindings)
+        desired = await blocking(self._pool, self._desired.state, there, bindings)
         offset = self._clock.offset()
         self._indices = there.indices
         now = self._now()
         inventory = with_xids(inventory, self.xids(), now)
         observed = combine(inventory, views, listeners, dict(self._prober.health), now + offset)
-        observed = await loop.run_in_executor(
-            self._pool, with_holders, observed, desired, self._sources
-        )
+        observed = await blocking(self._pool, with_holders, observed, desired, self._sources)
         context = replace(
             self.context,
             busy=frozenset(name for lane in lanes for name in lane.instances),
@@ -338,7 +332,7 @@ class Converger:
             indices=listed(item.instance.gpus, self._indices),
         )
 
-    def _target_of(self, step: Load | Unload) -> Target:
+    def _target_of(self, step: ToModel) -> Target:
         item = self._assessments.get(step.instance)
         if item is None:
             raise LoadFailed(f"cannot change {step.instance}: the file no longer names it")
@@ -369,7 +363,7 @@ class Converger:
             if self.memory == self._saved:
                 return
             self._saved = self.memory
-            await asyncio.get_running_loop().run_in_executor(self._pool, self._save, self.memory)
+            await blocking(self._pool, self._save, self.memory)
 
     def _pause(self, snapshot: Snapshot) -> float:
         """Seconds until the next round, unless something wakes the loop before."""
@@ -444,7 +438,7 @@ class Converger:
             if failed & set(step.depends_on):
                 failed.add(step.id)
                 broken.add((change.instance, change.model))
-            elif isinstance(step, Load | Unload):
+            elif isinstance(step, ToModel):
                 # Nothing depends on one, and one that hangs must not hold up the others.
                 beside.append(asyncio.create_task(attempt(step, change)))
             else:
@@ -481,7 +475,7 @@ class Converger:
                 self._tell("warning", change, found.warning)
         floors = lane.floors.get(change.instance, seen)
         self.memory = ledger.done(self.memory, step, change, self._now(), floors)
-        if isinstance(step, Load | Unload):
+        if isinstance(step, ToModel):
             # The next round must see what is loaded now, or it would ask for it again.
             await self._prober.look_now(step.workload.ref)
 

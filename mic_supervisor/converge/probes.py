@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.http_calls import Answer, HttpCalls, NoAnswer, lacks, reachable
+from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import (
     Check,
@@ -36,7 +37,6 @@ _SEE_GPUS = ("nvidia-smi", "-L")
 _SEE_TIMEOUT = 20.0  # seconds; with persistence mode off it wakes the GPU first
 DEVICES_AGAIN = 5.0  # seconds after a look that did not see them, until another such look counts
 
-T = TypeVar("T")
 Verdict = tuple[bool | None, str]
 """(passed, in a few words why not). None: the prober itself could not tell."""
 
@@ -79,7 +79,7 @@ class Checker:
     async def placement_state(self, target: Target, placement: Placement) -> PlacementState:
         """What the server says of one model now."""
         status, body = await self._answer(target, placement.verify)
-        return await self._blocking(target.backend.placement_state, placement, status, body)
+        return await blocking(self._pool, target.backend.placement_state, placement, status, body)
 
     async def look(
         self,
@@ -122,7 +122,7 @@ class Checker:
         if "readiness" in due:
             readiness = await result(probes.readiness, readiness)
         if DEVICES in due:
-            verdict = await self._blocking(_devices, target)
+            verdict = await blocking(self._pool, _devices, target)
             devices = _counted(*verdict, now, devices, DEVICES_AGAIN)
         if "placements" in due and target.instance.inventory is not None:
             surplus = await self._surplus(target)
@@ -136,7 +136,7 @@ class Checker:
                 return await _connect(*_dialled(target, check), timeout)
             if isinstance(check, EngineCheck):
                 return _engine(target.workload)
-            return await self._blocking(_exec, target, check, timeout)
+            return await blocking(self._pool, _exec, target, check, timeout)
         except KeyError as error:
             return None, f"its port {error} is not recorded"
 
@@ -160,7 +160,7 @@ class Checker:
             except TimeoutError:
                 return None, ""
 
-        return await self._blocking(target.backend.surplus, target.instance, ask)
+        return await blocking(self._pool, target.backend.surplus, target.instance, ask)
 
     async def _answer(self, target: Target, what: HttpCall) -> tuple[int | None, str]:
         try:
@@ -168,9 +168,6 @@ class Checker:
         except NoAnswer:
             return None, ""
         return answer.status, answer.body
-
-    async def _blocking(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
 
 def has_devices(target: Target) -> bool:

@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from mic_supervisor.clocks import later
+from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import MicError
 from mic_supervisor.host import programs
 from mic_supervisor.model import EndpointsHook
@@ -126,9 +127,8 @@ class Publisher:
             if hook is None or wanted == self.published:
                 return True
             self.state = replace(self.state, runs=self.state.runs + 1)
-            loop = asyncio.get_running_loop()
             try:
-                await loop.run_in_executor(self._pool, run, hook, document(wanted, self._host))
+                await blocking(self._pool, run, hook, document(wanted, self._host))
             except MicError as error:
                 self._failed(error)
                 return False

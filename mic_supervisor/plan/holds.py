@@ -104,8 +104,7 @@ def _find(s: Situation) -> Iterable[_Hold]:
             yield _Hold(identity.instance, identity.model, identity.gpus, why)
     for entry in s.desired.unsatisfiable:
         if targets is not None and not targets.concerns(entry.model, entry.gpus):
-            name = entry.instances[0] if entry.instances else entry.subject
-            yield _Hold(name, entry.model, entry.gpus, because(Code.NOT_CHOSEN))
+            yield _Hold(entry.name, entry.model, entry.gpus, because(Code.NOT_CHOSEN))
 
 
 def _why(s: Situation, model: str, gpus: Collection[str], chosen: bool) -> Reason | None:

@@ -59,11 +59,7 @@ def _too_small(s: Situation, instance: Instance) -> Reason | None:
         }
         if instance.vram > total:
             return because(Code.GPU_TOO_SMALL, **facts, total=size(total), model=instance.model)
-        others = [
-            process
-            for process in gpu.processes or ()
-            if process.owner is None or process.owner.kind is not OwnerKind.MANAGED
-        ]
+        others = [process for process in gpu.processes or () if not process.managed]
         taken = memory_of(process for process in others if not lets_go(process))
         if taken and instance.vram > total - taken:
             who = ", ".join(describe(process) for process in others if process.used_memory)
@@ -218,9 +214,7 @@ def is_foreign(process: GpuProcess, expected: Collection[str], threshold: int) -
     if lets_go(process):
         return False
     owner = process.owner
-    if owner is not None and owner.kind is OwnerKind.MANAGED:
-        return owner.instance not in expected
-    return True
+    return owner is None or not process.managed or owner.instance not in expected
 
 
 def lets_go(process: GpuProcess) -> bool:
@@ -257,8 +251,7 @@ def intruders(
         found += [
             Intruder(gpu, process, instance)
             for process in sorted(gpu.processes or (), key=lambda item: item.pid)
-            if (process.owner is None or process.owner.kind is not OwnerKind.MANAGED)
-            and is_foreign(process, (), thresholds.get(gpu.uuid, THRESHOLD))
+            if not process.managed and is_foreign(process, (), thresholds.get(gpu.uuid, THRESHOLD))
         ]
     return tuple(found)
 

@@ -83,7 +83,7 @@ def _decide(s: Situation) -> Plan:
     changes: list[Change] = []
     why_not = [
         Blocked(
-            entry.instances[0] if entry.instances else entry.subject,
+            entry.name,
             because(Code.ENTRY_IN_TROUBLE, trouble=entry.reason, hint=entry.hint),
             entry.gpus,
             entry.model,

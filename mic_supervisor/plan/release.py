@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mic_supervisor.model import Gpu, GpuInventory, GpuProcess, OwnerKind
+from mic_supervisor.model import Gpu, GpuInventory, GpuProcess
 from mic_supervisor.plan.memory import Floor
 from mic_supervisor.plan.obstacles import SLACK
 from mic_supervisor.plan.words import size
@@ -124,9 +124,7 @@ def _late(reason: str, waited: float) -> Waiting | Refused:
 
 def _former(process: GpuProcess) -> bool:
     # A PID that is gone from /proc and still listed is the driver, letting go.
-    return process.start_time is None or (
-        process.owner is not None and process.owner.kind is OwnerKind.MANAGED
-    )
+    return process.start_time is None or process.managed
 
 
 def _excess(gpu: Gpu, floors: Mapping[str, Floor]) -> int:
@@ -142,8 +140,4 @@ def _excess(gpu: Gpu, floors: Mapping[str, Floor]) -> int:
 
 
 def _strangers(gpu: Gpu) -> int:
-    return sum(
-        process.used_memory or 0
-        for process in gpu.processes or ()
-        if process.owner is None or process.owner.kind is not OwnerKind.MANAGED
-    )
+    return sum(process.used_memory or 0 for process in gpu.processes or () if not process.managed)

@@ -132,7 +132,7 @@ def instance_statuses(
     known = {row.id for row in rows}
     rows += [
         _absent(
-            entry.instances[0] if entry.instances else entry.subject,
+            entry.name,
             entry.model,
             entry.gpus,
             because(Code.ENTRY_IN_TROUBLE, trouble=entry.reason),

@@ -291,10 +291,7 @@ def _gpu_state(
         return "managed"
     if gpu.processes is None:
         return "unknown"
-    foreign = any(
-        process.owner is None or process.owner.kind is not OwnerKind.MANAGED
-        for process in gpu.processes
-    )
+    foreign = not all(process.managed for process in gpu.processes)
     if gpu.uuid in desired.kept_empty:
         return "foreign" if foreign else "kept_empty"
     if any(gpu.uuid in item.gpus for item in desired.unsatisfiable):
