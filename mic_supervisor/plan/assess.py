@@ -212,10 +212,7 @@ def is_alive(workload: ObservedWorkload) -> bool:
 
 
 def assess(
-    desired: DesiredState,
-    observed: ObservedState,
-    context: Context,
-    memory: Memory | None = None,
+    desired: DesiredState, observed: ObservedState, context: Context, memory: Memory | None = None
 ) -> list[Assessment]:
     """One assessment per desired instance, in the order of their ids."""
     memory = memory or Memory()

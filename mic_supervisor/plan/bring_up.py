@@ -109,10 +109,7 @@ def _keeps_down(s: Situation, item: Assessment, sick: Gpu | None) -> Reason | No
 
 
 def _bring_up(
-    s: Situation,
-    item: Assessment,
-    unhealthy: str | None,
-    blind: str | None,
+    s: Situation, item: Assessment, unhealthy: str | None, blind: str | None
 ) -> BringUp | Reason:
     """The way up, or what stands in it. `blind`: it must be made anew, and that is why."""
     instance, match = item.instance, item.match

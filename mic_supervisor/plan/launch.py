@@ -29,10 +29,7 @@ _PLACEHOLDER = re.compile(
 
 
 def launch(
-    assessment: Assessment,
-    ports: Mapping[str, int],
-    indices: Mapping[str, int],
-    context: Context,
+    assessment: Assessment, ports: Mapping[str, int], indices: Mapping[str, int], context: Context
 ) -> Launch:
     """What to create for an instance, with these host ports. `indices` maps UUIDs to indices."""
     instance = assessment.instance

@@ -50,12 +50,7 @@ class Look:
         return replace(
             self,
             statuses=instance_statuses(
-                self.desired,
-                self.observed,
-                self.assessments,
-                self.plan,
-                self.memory,
-                activities,
+                self.desired, self.observed, self.assessments, self.plan, self.memory, activities
             ),
         )
 

@@ -14,11 +14,7 @@ from mic_supervisor.plan.words import Code, Reason, because, gpus_down, moment, 
 
 
 def in_the_way(
-    s: Situation,
-    instance: Instance,
-    runtime: str,
-    name: str,
-    numbers: Collection[int],
+    s: Situation, instance: Instance, runtime: str, name: str, numbers: Collection[int]
 ) -> Reason | None:
     """The first thing that keeps a workload called `name` from starting, or None.
 

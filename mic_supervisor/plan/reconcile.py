@@ -41,13 +41,7 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.assess import Assessment, Context, assess, by_instance, is_alive
 from mic_supervisor.plan.bring_up import BringUp, inside, way_up
-from mic_supervisor.plan.departures import (
-    Departures,
-    departures,
-    left_over,
-    needs,
-    superseded,
-)
+from mic_supervisor.plan.departures import Departures, departures, left_over, needs, superseded
 from mic_supervisor.plan.fallback import fallback
 from mic_supervisor.plan.holds import hold, rest, roll
 from mic_supervisor.plan.memory import Memory

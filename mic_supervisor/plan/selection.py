@@ -162,11 +162,7 @@ def to_resume(names: Collection[str], there: Names, paused: Paused) -> Selection
 
 
 def held_by(
-    paused: Paused,
-    model: str,
-    gpus: Collection[str],
-    indices: Mapping[str, int],
-    now: float,
+    paused: Paused, model: str, gpus: Collection[str], indices: Mapping[str, int], now: float
 ) -> tuple[str, str] | None:
     """("GPU 3 is paused since 12:04:10", the way out) for who would act on these; None: free."""
     held = [uuid for uuid in gpus if uuid in paused.gpus]

@@ -47,10 +47,7 @@ class Code(Enum):
     # Something failed.
     BACKOFF = "backoff: {failure}"
     MODEL_BACKOFF = "{model}: backoff: {failure}"
-    FAILED_ELSEWHERE = (
-        "the new specification failed on {instance}; the earlier one runs",
-        _RETRY,
-    )
+    FAILED_ELSEWHERE = ("the new specification failed on {instance}; the earlier one runs", _RETRY)
     ROLLED_BACK = f"{_FAILED}; the last good one runs", _RETRY
     ROLLBACK_BACKOFF = f"{_FAILED}; the last good one {{how}}; backoff: {{last}}", _RETRY
     ROLLBACK_BLOCKED = f"{_FAILED}; the last good one is to take over; {{obstacle}}", _RETRY
@@ -66,10 +63,7 @@ class Code(Enum):
     PORT_TAKEN = "port {port} is taken by {who}", "free the port, or give {model} another one"
     NAME_TAKEN = "the name {name} is taken by a workload that is not ours: {stranger}"
     NO_VARIABLE = "its texts refer to {name}, which it does not have"
-    GPU_TOO_SMALL = (
-        f"{_NEEDS}{{total}}",
-        "give it a larger GPU, or correct `vram` of {model}",
-    )
+    GPU_TOO_SMALL = (f"{_NEEDS}{{total}}", "give it a larger GPU, or correct `vram` of {model}")
     GPU_TOO_FULL = (
         f"{_NEEDS}{{free}} beside {{who}}, not ours",
         "end what uses the GPU, or move the model to another one",
