@@ -40,7 +40,8 @@ def way_back(entry: InstanceMemory, item: Assessment) -> bool:
     if item.match is not None and item.match.name == entry.ready_workload:
         return False
     back = _predecessor(entry, item)
-    return _is_kept(back) or rebuilt(entry.ready_record, item) is not None
+    kept = back is not None and back.runtime == "docker"  # it can itself be started again
+    return kept or rebuilt(entry.ready_record, item) is not None
 
 
 def fallback(entry: InstanceMemory, item: Assessment) -> Assessment | None:
@@ -63,11 +64,6 @@ def _predecessor(entry: InstanceMemory, item: Assessment) -> ObservedWorkload | 
         ):
             return workload
     return None
-
-
-def _is_kept(workload: ObservedWorkload | None) -> bool:
-    """Whether the workload itself can be started again: a container can."""
-    return workload is not None and workload.runtime == "docker"
 
 
 def earlier(entry: InstanceMemory, item: Assessment) -> Assessment | None:

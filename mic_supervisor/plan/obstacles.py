@@ -274,7 +274,9 @@ def _whose(process: GpuProcess, observed: ObservedState) -> str:
     if owner is not None and owner.kind is OwnerKind.MANAGED:
         parts.append(f"instance {owner.instance}")
     elif owner is not None and owner.kind is OwnerKind.CONTAINER and owner.ref:
-        parts.append(f"container {_name(owner.ref, observed) or owner.ref[:12]}")
+        strangers = (stranger for view in observed.runtimes for stranger in view.strangers)
+        names = (stranger.name for stranger in strangers if stranger.ref == owner.ref)
+        parts.append(f"container {next(names, None) or owner.ref[:12]}")
     elif owner is not None and owner.kind is OwnerKind.UNIT and owner.ref:
         parts.append(f"unit {owner.ref}")
     if process.started_at is not None:
@@ -285,8 +287,3 @@ def _whose(process: GpuProcess, observed: ObservedState) -> str:
 def memory_of(processes: Iterable[GpuProcess]) -> int:
     """Bytes that they have together, as far as the driver tells."""
     return sum(process.used_memory or 0 for process in processes)
-
-
-def _name(ref: str, observed: ObservedState) -> str | None:
-    strangers = (stranger for view in observed.runtimes for stranger in view.strangers)
-    return next((stranger.name for stranger in strangers if stranger.ref == ref), None)

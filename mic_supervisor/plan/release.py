@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from mic_supervisor.model import Gpu, GpuInventory, GpuProcess
 from mic_supervisor.plan.memory import Floor
-from mic_supervisor.plan.obstacles import SLACK
+from mic_supervisor.plan.obstacles import SLACK, memory_of
 from mic_supervisor.plan.words import size
 
 PATIENCE = 30.0  # seconds for each of the two
@@ -104,7 +104,8 @@ def floor_of(gpu: Gpu) -> Floor | None:
     """What is used on a GPU now; None where the driver does not tell."""
     if gpu.memory is None or gpu.memory.used is None:
         return None
-    return Floor(gpu.memory.used, _strangers(gpu))
+    strangers = memory_of(one for one in gpu.processes or () if not one.managed)
+    return Floor(gpu.memory.used, strangers)
 
 
 def free_of(gpu: Gpu) -> int | None:
@@ -137,7 +138,3 @@ def _excess(gpu: Gpu, floors: Mapping[str, Floor]) -> int:
         return max(now.used - now.strangers - UNKNOWN_FLOOR, 0)
     grown = max(now.strangers - floor.strangers, 0)
     return max(now.used - grown - floor.used - SLACK, 0)
-
-
-def _strangers(gpu: Gpu) -> int:
-    return sum(process.used_memory or 0 for process in gpu.processes or () if not process.managed)

@@ -70,7 +70,7 @@ def select(names: Iterable[str], there: Names, action: str) -> Selection:
     models: set[str] = set()
     gpus: set[str] = set()
     for name in names:
-        of_model = _model(name, there)
+        of_model = composed(name) if composed(name) in there.models else None
         try:
             of_gpus = _gpus(name, there)
         except MicError as error:
@@ -87,10 +87,6 @@ def select(names: Iterable[str], there: Names, action: str) -> Selection:
             models.add(of_model)
         gpus.update(of_gpus)
     return Selection(frozenset(models), frozenset(gpus))
-
-
-def _model(name: str, there: Names) -> str | None:
-    return composed(name) if composed(name) in there.models else None
 
 
 def _gpus(name: str, there: Names) -> tuple[str, ...]:

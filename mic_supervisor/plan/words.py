@@ -108,13 +108,9 @@ class Code(Enum):
     LATER = "{instance}, whose turn comes later"
     NEXT_TRY = "its next try, since the last one failed: {failure}"
 
-    @property
-    def sentence(self) -> str:
-        return self.value if isinstance(self.value, str) else str(self.value[0])
-
-    @property
-    def hint(self) -> str | None:
-        return None if isinstance(self.value, str) else str(self.value[1])
+    def __init__(self, sentence: str, hint: str | None = None) -> None:
+        self.sentence = sentence
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
