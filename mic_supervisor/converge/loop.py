@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.apply import Steps
@@ -47,6 +47,7 @@ from mic_supervisor.plan.look import Look, look
 from mic_supervisor.plan.memory import Floor, Memory, Pause, Paused
 from mic_supervisor.plan.release import floor_of
 from mic_supervisor.plan.selection import Selection
+from mic_supervisor.views import view
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke
 CRASH_WATCH = 0.5  # seconds between two rounds while something starts
@@ -236,8 +237,9 @@ class Converger:
             seen = self._look(desired, replace(observed, health=answers), context)
             self._publisher.follow(None, seen.statuses)
         told = seen.in_wall()
-        self.snapshot = Snapshot(
-            **{field.name: getattr(told, field.name) for field in fields(Look)},
+        self.snapshot = view(
+            Snapshot,
+            told,
             busy=context.busy | {name for lane in self._lanes.values() for name in lane.instances},
             round=self.rounds_begun,
             seconds=self._now() - began,

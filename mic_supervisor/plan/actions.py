@@ -196,6 +196,11 @@ class Blocked:
         return self.why.kind is Code.PAUSED
 
     @property
+    def chosen(self) -> bool:
+        """It is no other one than those that the plan was limited to."""
+        return self.why.kind is not Code.NOT_CHOSEN
+
+    @property
     def queued(self) -> bool:
         """The file says to wait for it: a stranger has the GPU."""
         return self.why.queued

@@ -237,6 +237,12 @@ def workloads(observed: ObservedState) -> Iterable[ObservedWorkload]:
     return sorted(found, key=lambda item: (item.identity.instance, item.name, item.ref))
 
 
+def left_alone(workload: ObservedWorkload, why: Reason) -> Blocked:
+    """Why nothing happens with what runs, by what it carries."""
+    one = workload.identity
+    return Blocked(one.instance, why, one.gpus, one.model)
+
+
 def by_instance(found: Iterable[ObservedWorkload]) -> dict[str, list[ObservedWorkload]]:
     """The same by the ids that they carry, otherwise in the same order."""
     out: dict[str, list[ObservedWorkload]] = {}

@@ -19,7 +19,7 @@ something failed that no specification is to blame for has a rest.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.plan.actions import (
@@ -33,7 +33,7 @@ from mic_supervisor.plan.actions import (
     ToModel,
     ToWorkload,
 )
-from mic_supervisor.plan.assess import Assessment, by_instance, is_alive
+from mic_supervisor.plan.assess import Assessment, by_instance, is_alive, left_alone
 from mic_supervisor.plan.departures import follows, needs
 from mic_supervisor.plan.memory import Rest
 from mic_supervisor.plan.selection import resume, since
@@ -41,23 +41,9 @@ from mic_supervisor.plan.situation import Situation
 from mic_supervisor.plan.words import Code, Reason, because
 
 
-@dataclass(frozen=True, slots=True)
-class _Hold:
-    """One instance, or entry in trouble, that is left as it is."""
-
-    instance: str
-    model: str | None
-    gpus: tuple[str, ...]
-    why: Reason
-
-    @property
-    def chosen(self) -> bool:
-        return self.why.kind is not Code.NOT_CHOSEN
-
-
 def hold(plan: Plan, s: Situation) -> Plan:
     """The same plan without the changes of what is held, and without all that depends on them."""
-    held = {one.instance: one for one in (*_find(s), *_doubted(s))}
+    held = {one.instance: one for one in _held(s)}
     if not held and not s.memory.paused:
         return plan
     plan = _take_out(plan, {name: one for name, one in held.items() if one.chosen}, s)
@@ -65,46 +51,40 @@ def hold(plan: Plan, s: Situation) -> Plan:
     return _take_out(plan, {name: one for name, one in held.items() if not one.chosen}, s)
 
 
-def _take_out(plan: Plan, held: Mapping[str, _Hold], s: Situation) -> Plan:
+def _take_out(plan: Plan, held: Mapping[str, Blocked], s: Situation) -> Plan:
     taken = [change for change in plan.changes if change.instance in held]
     rest = [change for change in plan.changes if change.instance not in held]
     rest, stuck = _without(rest, taken, held, s)
     told = {item.instance: item for item in plan.blocked if item.instance not in held} | stuck
-    blocked = [_renamed(item, held) for item in told.values()]
-    blocked += [_told(one, plan) for one in held.values() if one.chosen]
+    why_not = [_renamed(item, held) for item in told.values()]
+    why_not += [_told(one, plan) for one in held.values() if one.chosen]
     left_out = [
         replace(change, steps=())
         for change in taken
         if not held[change.instance].chosen and change.kind != "adopt"
     ]
-    return replace(plan, changes=tuple(rest), blocked=tuple(blocked), left_out=tuple(left_out))
+    return replace(plan, changes=tuple(rest), blocked=tuple(why_not), left_out=tuple(left_out))
 
 
-def _doubted(s: Situation) -> Iterable[_Hold]:
-    for item in s.alive:
-        one = item.identity
-        if item.doubt is not None:
-            why = because(Code.IN_DOUBT, doubt=item.doubt.reason, hint=item.doubt.hint)
-            yield _Hold(one.instance, one.model, one.gpus, why)
-
-
-def _find(s: Situation) -> Iterable[_Hold]:
+def _held(s: Situation) -> Iterable[Blocked]:
+    """Every instance, and entry in trouble, that is left as it is; of several the last counts."""
     targets = s.context.targets
     for item in s.assessments:
-        one = item.instance
-        if (why := _why(s, one.model, item.gpus, s.is_chosen(item))) is not None:
-            yield _Hold(one.id, one.model, one.gpus, why)
+        if (why := _why(s, item.instance.model, item.gpus, s.is_chosen(item))) is not None:
+            yield item.blocked(why)
     # Of several with one id, those that are alive say where it is.
     for several in by_instance(s.orphans).values():
         alive = [item for item in several if is_alive(item)] or several
         gpus = {uuid for item in alive for uuid in item.identity.gpus}
-        identity = alive[0].identity
         chosen = targets is None or not s.needed.isdisjoint(gpus)
-        if (why := _why(s, identity.model, gpus, chosen)) is not None:
-            yield _Hold(identity.instance, identity.model, identity.gpus, why)
+        if (why := _why(s, alive[0].identity.model, gpus, chosen)) is not None:
+            yield left_alone(alive[0], why)
     for entry in s.desired.unsatisfiable:
         if targets is not None and not targets.concerns(entry.model, entry.gpus):
-            yield _Hold(entry.name, entry.model, entry.gpus, because(Code.NOT_CHOSEN))
+            yield Blocked(entry.name, because(Code.NOT_CHOSEN), entry.gpus, entry.model)
+    for workload in s.alive:
+        if (doubt := workload.doubt) is not None:
+            yield left_alone(workload, because(Code.IN_DOUBT, doubt=doubt.reason, hint=doubt.hint))
 
 
 def _why(s: Situation, model: str, gpus: Collection[str], chosen: bool) -> Reason | None:
@@ -123,7 +103,7 @@ def _why(s: Situation, model: str, gpus: Collection[str], chosen: bool) -> Reaso
 
 
 def _without(
-    rest: list[Change], taken: Iterable[Change], held: Mapping[str, _Hold], s: Situation
+    rest: list[Change], taken: Iterable[Change], held: Mapping[str, Blocked], s: Situation
 ) -> tuple[list[Change], dict[str, Blocked]]:
     """`rest` without what depends on steps that are `taken` out, and why each start is blocked.
 
@@ -170,7 +150,7 @@ def _what_stays(
     return None
 
 
-def _renamed(item: Blocked, held: Mapping[str, _Hold]) -> Blocked:
+def _renamed(item: Blocked, held: Mapping[str, Blocked]) -> Blocked:
     """With the hold as the reason, where what is in the way is held."""
     one = held.get(item.why.facts.get("holder", ""))
     if one is None:
@@ -180,10 +160,10 @@ def _renamed(item: Blocked, held: Mapping[str, _Hold]) -> Blocked:
     return replace(item, why=Reason(code, facts), until=None)
 
 
-def _told(one: _Hold, plan: Plan) -> Blocked:
+def _told(one: Blocked, plan: Plan) -> Blocked:
     """That it is held; of what is paused, what the plan would have done for it as well."""
-    if one.why.kind is not Code.PAUSED:
-        return Blocked(one.instance, one.why, one.gpus, one.model)
+    if not one.paused:
+        return one
     due = [
         because(Code.WOULD, kind=change.kind, cause=change.why)
         for change in plan.changes
@@ -194,7 +174,7 @@ def _told(one: _Hold, plan: Plan) -> Blocked:
         for item in plan.blocked
         if item.instance == one.instance
     ]
-    return Blocked(one.instance, replace(one.why, also=tuple(due)), one.gpus, one.model)
+    return replace(one, why=replace(one.why, also=tuple(due)))
 
 
 def _take_out_loads(plan: Plan, s: Situation) -> Plan:

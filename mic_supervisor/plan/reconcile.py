@@ -39,7 +39,14 @@ from mic_supervisor.plan.actions import (
     Remove,
     Step,
 )
-from mic_supervisor.plan.assess import Assessment, Context, assess, by_instance, is_alive
+from mic_supervisor.plan.assess import (
+    Assessment,
+    Context,
+    assess,
+    by_instance,
+    is_alive,
+    left_alone,
+)
 from mic_supervisor.plan.bring_up import BringUp, inside, way_up
 from mic_supervisor.plan.departures import Departures, departures, left_over, needs, superseded
 from mic_supervisor.plan.fallback import fallback
@@ -104,8 +111,9 @@ def _lane(s: Situation, lane: Lane) -> tuple[list[Change], Iterable[Blocked]]:
             )
             return [], _frozen(lane.wanted, lane.orphans, unknown)
     # One reason for each instance is enough.
+    unconfirmed = because(Code.UNCONFIRMED, what="it", hint=CONFIRM)
     blocked = {
-        orphan.identity.instance: _told(orphan, because(Code.UNCONFIRMED, what="it", hint=CONFIRM))
+        orphan.identity.instance: left_alone(orphan, unconfirmed)
         for orphan in lane.orphans
         if s.is_unconfirmed(orphan)
     }
@@ -147,11 +155,9 @@ def _frozen(
 ) -> list[Blocked]:
     """Of everything that may have to change. What is known to run is not troubled."""
     blocked = [item.blocked(why) for item in wanted if item.alive or not item.runs]
-    return blocked + [_told(one, why) for one in {o.identity.instance: o for o in orphans}.values()]
-
-
-def _told(orphan: ObservedWorkload, why: Reason) -> Blocked:
-    return Blocked(orphan.identity.instance, why, orphan.identity.gpus, orphan.identity.model)
+    return blocked + [
+        left_alone(one, why) for one in {o.identity.instance: o for o in orphans}.values()
+    ]
 
 
 def _obstructed(

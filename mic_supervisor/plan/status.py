@@ -6,7 +6,7 @@ By the rows it is told, too, whether an apply has nothing left to wait for.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from mic_supervisor.clocks import later
@@ -177,12 +177,7 @@ def by_model(row: InstanceStatus) -> list[InstanceStatus]:
     return [
         replace(
             row,
-            model=item.model,
-            gpus=item.gpus,
-            phase=item.phase,
-            reason=item.reason,
-            why=item.why,
-            next_retry=item.next_retry,
+            **{field.name: getattr(item, field.name) for field in fields(item)},
             sync="in_sync" if item.phase is Phase.READY else row.sync,
             models=(),
         )

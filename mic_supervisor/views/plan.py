@@ -11,6 +11,7 @@ from pydantic import Field
 
 from mic_supervisor.plan.actions import Blocked, Change, ChangeKind, FieldDiff, Plan
 from mic_supervisor.plan.words import clock, gpu_names, left_out_line
+from mic_supervisor.views import view
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +70,11 @@ def plan_document(plan: Plan, *, host: str, config_hash: str) -> PlanDocument:
         config_hash=config_hash,
         changes=plan.count,
         actions=[
-            PlanAction(
+            view(
+                PlanAction,
+                change,
                 action=change.kind,
-                instance=change.instance,
-                model=change.model,
-                backend=change.backend,
                 gpus=[*change.gpus],
-                cause=change.cause,
                 code=change.why.code,
                 waits=None if change.waits is None else str(change.waits),
                 diff=[*change.diff],
@@ -84,16 +83,7 @@ def plan_document(plan: Plan, *, host: str, config_hash: str) -> PlanDocument:
             for change in plan.changes
         ],
         blocked=[
-            PlanBlocked(
-                instance=item.instance,
-                model=item.model,
-                gpus=[*item.gpus],
-                reason=reason(item),
-                code=item.why.code,
-                hint=item.hint,
-                until=item.until,
-                paused=item.paused,
-            )
+            view(PlanBlocked, item, gpus=[*item.gpus], reason=reason(item), code=item.why.code)
             for item in plan.blocked
         ],
         left_out=left_out(plan.left_out),
@@ -102,10 +92,7 @@ def plan_document(plan: Plan, *, host: str, config_hash: str) -> PlanDocument:
 
 
 def left_out(changes: Iterable[Change]) -> list[LeftOut]:
-    return [
-        LeftOut(change.instance, change.model, [*change.gpus], change.kind, change.cause)
-        for change in changes
-    ]
+    return [view(LeftOut, one, gpus=[*one.gpus], action=one.kind) for one in changes]
 
 
 # --- for people ---------------------------------------------------------------------------------
