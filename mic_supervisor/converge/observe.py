@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from mic_supervisor.gpu import GpuSource
@@ -123,6 +123,7 @@ _QUICK = 2.0  # seconds for a source that has always answered quickly
 _USUAL = 4.0  # a source may take so many times what it took when it last answered well
 
 
+@dataclass(eq=False, slots=True)
 class Source(Generic[T]):
     """One source of facts.
 
@@ -132,25 +133,16 @@ class Source(Generic[T]):
     `late` builds that answer from a sentence. `well` says whether an answer is one.
     """
 
-    def __init__(
-        self,
-        name: str,
-        read: Callable[[], T],
-        late: Callable[[str], T],
-        well: Callable[[T], bool],
-        pool: Executor,
-        awake: Callable[[], None],
-    ) -> None:
-        self.name = name
-        self._read = read
-        self._late = late
-        self._well = well
-        self._pool = pool
-        self._awake = awake
-        self._pending: asyncio.Future[T] | None = None
-        self._began = 0.0
-        self._was_late = False
-        self._patience = _QUICK
+    name: str
+    read: Callable[[], T]
+    late: Callable[[str], T]
+    well: Callable[[T], bool]
+    pool: Executor
+    awake: Callable[[], None]
+    _pending: asyncio.Future[T] | None = field(default=None, init=False)
+    _began: float = field(default=0.0, init=False)
+    _was_late: bool = field(default=False, init=False)
+    _patience: float = field(default_factory=lambda: _QUICK, init=False)
 
     async def get(self) -> T:
         """What the source says now: of a call that began after `get` did, or that it is late."""
@@ -161,7 +153,7 @@ class Source(Generic[T]):
             return self._give_up()
         self._was_late = False
         self._began = loop.time()
-        self._pending = loop.run_in_executor(self._pool, self._read)
+        self._pending = loop.run_in_executor(self.pool, self.read)
         self._pending.add_done_callback(self._measure)
         if not await self._finished(self._pending, self._patience):
             return self._give_up()
@@ -171,12 +163,12 @@ class Source(Generic[T]):
     def _give_up(self) -> T:
         self._was_late = True
         waited = asyncio.get_running_loop().time() - self._began
-        return self._late(f"{self.name} has not answered for {waited:.0f} s")
+        return self.late(f"{self.name} has not answered for {waited:.0f} s")
 
     def _measure(self, call: asyncio.Future[T]) -> None:
         if self._was_late:
-            self._awake()
-        if call.cancelled() or call.exception() is not None or not self._well(call.result()):
+            self.awake()
+        if call.cancelled() or call.exception() is not None or not self.well(call.result()):
             return
         took = asyncio.get_running_loop().time() - self._began
         self._patience = min(max(_QUICK, _USUAL * took), PATIENCE)

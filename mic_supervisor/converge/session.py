@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ QUESTIONS = frozenset({"ping", "status", "plan", "endpoints", "history"})
 """Methods that change nothing. They need no lock."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """The methods by name. Questions are answered from the last snapshot.
 
@@ -47,30 +48,16 @@ class Session:
     follows the whole file all the time.
     """
 
-    def __init__(
-        self,
-        *,
-        scope: str,
-        path: Path,
-        converger: Converger,
-        events: Events,
-        settling: Settling,
-        config: Callable[[], ConfigState],
-        history: Callable[[], Iterable[Event]],
-        reload: Callable[[bool], Awaitable[Reloaded]],
-        follows: Callable[[], bool] = lambda: True,
-        own: bool = False,
-    ) -> None:
-        self._scope = scope
-        self._path = path
-        self._converger = converger
-        self._events = events
-        self._settling = settling
-        self._config = config
-        self._history = history
-        self._reload = reload
-        self._follows = follows
-        self._own = own
+    scope: str
+    path: Path
+    converger: Converger
+    events: Events
+    settling: Settling
+    config: Callable[[], ConfigState]
+    history: Callable[[], Iterable[Event]]
+    reload: Callable[[bool], Awaitable[Reloaded]]
+    follows: Callable[[], bool] = lambda: True
+    own: bool = False
 
     def methods(self) -> dict[str, Method]:
         return {
@@ -91,14 +78,14 @@ class Session:
     # --- questions ------------------------------------------------------------------------------
 
     async def _ping(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        return {"version": __version__, "scope": self._scope}
+        return {"version": __version__, "scope": self.scope}
 
     async def _status(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        snapshot = await self._settling.first()
-        return asdict(status_document(snapshot, self._config().in_use, host_name()))
+        snapshot = await self.settling.first()
+        return asdict(status_document(snapshot, self.config().in_use, host_name()))
 
     async def _endpoints(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        snapshot = await self._settling.first()
+        snapshot = await self.settling.first()
         return endpoints.document(snapshot.endpoints, host_name())
 
     async def _plan(self, params: Mapping[str, Any], _tell: Tell) -> dict[str, Any] | None:
@@ -107,11 +94,11 @@ class Session:
         None: that would not be about the file at `path`, as it is now.
         """
         path = params.get("path")
-        if not self._own and path is not None and Path(path).resolve() != self._path.resolve():
+        if not self.own and path is not None and Path(path).resolve() != self.path.resolve():
             return None
-        if not await asyncio.to_thread(self._follows):
+        if not await asyncio.to_thread(self.follows):
             return None
-        snapshot = await self._settling.first()
+        snapshot = await self.settling.first()
         targets = self._targets(params, snapshot, "plan")
         plan, busy = snapshot.plan, snapshot.busy
         if targets is not None:
@@ -130,7 +117,7 @@ class Session:
         name = params.get("name")
         return [
             asdict(event)
-            for event in reversed([*self._history()])
+            for event in reversed([*self.history()])
             if name in (None, event.instance, event.model)
         ]
 
@@ -141,7 +128,7 @@ class Session:
 
     async def _read_file(self, *, confirm: bool) -> dict[str, Any]:
         # Whoever asked may be gone already; what was begun is finished.
-        outcome = await asyncio.shield(asyncio.ensure_future(self._reload(confirm)))
+        outcome = await asyncio.shield(asyncio.ensure_future(self.reload(confirm)))
         if outcome.error is not None:
             raise ConfigError(
                 "the configuration has errors",
@@ -162,14 +149,14 @@ class Session:
         with self._listening(tell) as errors:
             await self._read_file(confirm=not params.get("targets"))
             if params.get("rebind"):
-                self._converger.rebind()
+                self.converger.rebind()
             targets, only = await self._chosen(params, "apply")
-            self._converger.forgive(only)
+            self.converger.forgive(only)
             self._begin(targets)
             self._tell_what_is_under_way(tell, only)
-            snapshot = await self._settling.settled(targets)
+            snapshot = await self.settling.settled(targets)
         left_out = () if targets is None else snapshot.limited(targets).left_out
-        if not self._own:  # of what else is due, a daemon leaves only removals
+        if not self.own:  # of what else is due, a daemon leaves only removals
             left_out = tuple(change for change in left_out if change.kind == "remove")
         return _outcome(snapshot, errors, targets, left_out)
 
@@ -180,8 +167,8 @@ class Session:
             await self._read_file(confirm=False)
             targets, _ = await self._chosen(params, "follow the file on")
             self._begin(targets)
-            snapshot = await self._settling.settled(targets)
-        left_out = () if targets is None or not self._own else snapshot.limited(targets).left_out
+            snapshot = await self.settling.settled(targets)
+        left_out = () if targets is None or not self.own else snapshot.limited(targets).left_out
         return _outcome(snapshot, errors, targets, left_out)
 
     async def _restart(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
@@ -198,24 +185,24 @@ class Session:
         """The outcome, and which of the instances had failed before."""
         names = await self._named(str(params.get("name", "")), action)
         with self._listening(tell) as errors:
-            if self._own:  # it follows the file as it is now; a daemon already does
+            if self.own:  # it follows the file as it is now; a daemon already does
                 await self._read_file(confirm=False)
-            failed = self._converger.forgive(names)
+            failed = self.converger.forgive(names)
             if action == "restart":
-                self._converger.force(names)
+                self.converger.force(names)
             self._begin(None)
-            snapshot = await self._settling.settled()
+            snapshot = await self.settling.settled()
         return _outcome(snapshot, errors), failed
 
     async def _pause(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         """Returns when nothing is done any more for what is paused."""
-        snapshot = await self._settling.first()
+        snapshot = await self.settling.first()
         names = [str(name) for name in params.get("names", ())]
         chosen = select(names, self._names(snapshot), f"pause {' '.join(names)}")
         reason = params.get("reason")
         with self._listening(tell):
-            self._converger.pause(chosen, str(reason) if reason else None)
-            snapshot = await self._settling.seen(
+            self.converger.pause(chosen, str(reason) if reason else None)
+            snapshot = await self.settling.seen(
                 lambda seen: not seen.busy & {row.id for row in _concerned(chosen, seen)}
             )
         indices = snapshot.indices
@@ -230,13 +217,13 @@ class Session:
 
         A command of its own starts nothing for it: the next apply does.
         """
-        snapshot = await self._settling.first()
+        snapshot = await self.settling.first()
         names = [str(name) for name in params.get("names", ())]
-        chosen = to_resume(names, self._names(snapshot), self._converger.memory.paused)
+        chosen = to_resume(names, self._names(snapshot), self.converger.memory.paused)
         with self._listening(tell) as errors:
-            self._converger.resume(chosen)
-            if not self._own:
-                snapshot = await self._settling.settled(chosen)
+            self.converger.resume(chosen)
+            if not self.own:
+                snapshot = await self.settling.settled(chosen)
         ids = {row.id for row in _concerned(chosen, snapshot)}
         document = _outcome(snapshot, errors)
         rows = [row for row in document["instances"] if row["id"] in ids]
@@ -246,8 +233,8 @@ class Session:
 
     def _begin(self, targets: Selection | None) -> None:
         """Have a converger of one's own act, on these alone."""
-        if self._own:
-            self._converger.act(targets)
+        if self.own:
+            self.converger.act(targets)
 
     async def _chosen(
         self, params: Mapping[str, Any], action: str
@@ -255,15 +242,15 @@ class Session:
         """The targets, and the ids of their instances; None, None: everything."""
         if not params.get("targets"):
             return None, None
-        snapshot = await self._settling.next()
+        snapshot = await self.settling.next()
         targets = self._targets(params, snapshot, action)
         assert targets is not None  # there are some
         return targets, _ids(targets, snapshot)
 
     def _tell_what_is_under_way(self, tell: Tell, only: Collection[str] | None = None) -> None:
         """The watcher is often faster than the command: what it began is waited for as well."""
-        snapshot = self._converger.snapshot
-        if self._own or snapshot is None:
+        snapshot = self.converger.snapshot
+        if self.own or snapshot is None:
             return
         for row in snapshot.statuses:
             if row.phase in ON_ITS_WAY and (only is None or row.id in only):
@@ -271,17 +258,17 @@ class Session:
                 tell(Event("begin", time.time(), *about, phase=row.phase.value))
 
     def _check_path(self, params: Mapping[str, Any]) -> None:
-        path = Path(str(params.get("path", self._path)))
-        if path.resolve() != self._path.resolve():
+        path = Path(str(params.get("path", self.path)))
+        if path.resolve() != self.path.resolve():
             raise MicError(
-                f"cannot apply {path}: the daemon runs {self._path}",
+                f"cannot apply {path}: the daemon runs {self.path}",
                 hint="edit that file; `mic-supervisor plan FILE` compares another one",
             )
 
     def _names(self, snapshot: Snapshot) -> Names:
         """What there is to be named: in the file, running, or paused."""
         paused = snapshot.memory.paused
-        models = {*self._config().models, *paused.models}
+        models = {*self.config().models, *paused.models}
         models |= {row.model for row in snapshot.statuses if row.model != NONE}
         return Names.of(snapshot.desired, models, snapshot.observed.inventory, paused.gpus)
 
@@ -295,7 +282,7 @@ class Session:
 
     async def _named(self, name: str, action: str) -> list[str]:
         """The instances of a name, but for those that are paused; all paused is an error."""
-        snapshot = await self._settling.first()
+        snapshot = await self.settling.first()
         found = [row for row in snapshot.statuses if composed(name) in (row.id, row.model)]
         if not found:
             known = ", ".join(row.id for row in snapshot.statuses)
@@ -321,11 +308,11 @@ class Session:
                 errors[event.instance] = Failure(event.instance, event.text, event.hint)
             tell(event)
 
-        self._events.listeners.append(listen)
+        self.events.listeners.append(listen)
         try:
             yield errors
         finally:
-            self._events.listeners.remove(listen)
+            self.events.listeners.remove(listen)
 
 
 def _outcome(
