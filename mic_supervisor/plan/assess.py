@@ -217,14 +217,12 @@ def assess(
     """One assessment per desired instance, in the order of their ids."""
     memory = memory or Memory()
     found = by_instance(workloads(observed))
-    readable = {view.runtime for view in observed.runtimes if view.error is None}
     return [
         _assess(
             instance,
             found.get(instance.id, ()),
             observed,
             context,
-            readable,
             memory.of(instance.id).started,
         )
         for instance in sorted(desired.instances, key=lambda item: item.id)
@@ -264,7 +262,6 @@ def _assess(
     found: Iterable[ObservedWorkload],
     observed: ObservedState,
     context: Context,
-    readable: Collection[str],
     known: str | None,
 ) -> Assessment:
     spec = specs.of_instance(instance, context.key)
@@ -280,16 +277,10 @@ def _assess(
             -(item.created_at or 0.0),
         ),
     )
-    match: ObservedWorkload | None = None
-    others: list[ObservedWorkload] = []
-    diff: tuple[FieldDiff, ...] = ()
-    for workload in ordered:
-        found_diff = _diff(workload, instance, spec, runtime)
-        if match is None and not found_diff:
-            match = workload
-        else:
-            others.append(workload)
-            diff = diff or found_diff
+    diffs = [_diff(workload, instance, spec, runtime) for workload in ordered]
+    match = next((one for one, diff in zip(ordered, diffs, strict=True) if not diff), None)
+    others = [workload for workload in ordered if workload is not match]
+    diff = next((diff for diff in diffs if diff), ())
     if match is not None and (is_alive(match) or not is_alive(ordered[0])):
         diff = ()  # an ended one that has the desired specification only has to be started
     return Assessment(
@@ -302,7 +293,7 @@ def _assess(
         ended=tuple(item for item in others if not is_alive(item)),
         diff=diff,
         health=observed.health.get(match.ref, Health()) if match is not None else Health(),
-        readable=runtime in readable,
+        readable=any(v.runtime == runtime and v.error is None for v in observed.runtimes),
         healths=observed.health,
     )
 

@@ -29,7 +29,7 @@ from mic_supervisor.plan.fallback import fallback, rebuilt, relaunch
 from mic_supervisor.plan.health import ended
 from mic_supervisor.plan.launch import launch
 from mic_supervisor.plan.memory import memory_key
-from mic_supervisor.plan.obstacles import in_the_way
+from mic_supervisor.plan.obstacles import in_the_way, in_trouble
 from mic_supervisor.plan.situation import Situation
 from mic_supervisor.plan.words import Code, Reason, because, gpu_names, shortened
 
@@ -71,7 +71,7 @@ def way_up(s: Situation, item: Assessment) -> Way:
     if (good := fallback(entry, item)) is not None:
         up, why = _fall_back(s, good)
         if sick and up is not None:
-            return Way(good.match, None, item.blocked(_unhealthy(sick)))
+            return Way(good.match, None, item.blocked(in_trouble(sick)))
         return Way(good.match, cleared(up, item) if up is not None else None, why)
     unhealthy = item.live_failure or item.overdue(entry.started_at, s.now)
     forced = item.instance.id in s.context.forced
@@ -96,7 +96,7 @@ def _keeps_down(s: Situation, item: Assessment, sick: Gpu | None) -> Reason | No
     if lost:
         return because(Code.GPU_LOST, gpus=", ".join(lost))
     if sick is not None:
-        return _unhealthy(sick)
+        return in_trouble(sick)
     missing = {uuid for workload in item.alive for uuid in workload.identity.gpus} - s.named
     if missing and item.instance.shared and not s.context.confirmed:
         # One of the entries of a server is missing, and it would be replaced since it is.
@@ -209,11 +209,6 @@ def _take_over(s: Situation, good: Assessment, unhealthy: str | None) -> BringUp
         why = because(Code.ROLLED_BACK_UNHEALTHY, failure=unhealthy)
         return BringUp("restart", why, early, late, back)
     return BringUp("start", because(Code.ROLLBACK, failure=entry.failed_reason), early, late)
-
-
-def _unhealthy(gpu: Gpu) -> Reason:
-    """Nothing is started on a GPU that is in trouble: it would fail, again and again."""
-    return because(Code.GPU_UNHEALTHY, gpu=gpu.index, trouble=gpu.trouble)
 
 
 def host_ports(step: Step) -> set[int]:

@@ -18,6 +18,7 @@ something failed that no specification is to blame for has a rest.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
@@ -189,14 +190,11 @@ def _take_out_loads(plan: Plan, s: Situation) -> Plan:
             rest.append(change)
             continue
         model = step.placement.model
-        pause = since(paused[model], s.observed.at)
         names.setdefault(change.instance, []).append(model)
-        told.setdefault(change.instance, []).extend(
-            [
-                because(Code.MODEL_PAUSED, model=model, pause=pause),
-                because(Code.WOULD, kind=change.kind, cause=change.why),
-            ]
-        )
+        pause = since(paused[model], s.observed.at)
+        due = because(Code.WOULD, kind=change.kind, cause=change.why)
+        reasons = told.setdefault(change.instance, [])
+        reasons += [because(Code.MODEL_PAUSED, model=model, pause=pause), due]
     known = {item.instance for item in plan.blocked}  # one reason for each is enough
     blocked = [
         s.by_id[name].blocked(
@@ -219,11 +217,10 @@ def roll(plan: Plan, s: Situation) -> Plan:
     could take down too; what is blocked from outside, or was not chosen, says nothing about them.
     """
     blocked = {item.instance for item in plan.blocked if item.until is None}
-    down: dict[str, int] = {}
+    down: Counter[str] = Counter()  # instances, by model
     for item in s.assessments:
         changing = item.instance.id in s.context.busy
         failing = not _serves(item) and item.instance.id not in blocked and s.is_chosen(item)
-        down.setdefault(item.instance.model, 0)
         down[item.instance.model] += changing or failing
     out: list[Change] = []
     for change in plan.changes:

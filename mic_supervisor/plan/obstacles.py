@@ -87,6 +87,11 @@ def _strangers(s: Situation, instance: Instance) -> Reason | None:
     return None
 
 
+def in_trouble(gpu: Gpu) -> Reason:
+    """Nothing is started on a GPU that is in trouble: it would fail, again and again."""
+    return because(Code.GPU_UNHEALTHY, gpu=gpu.index, trouble=gpu.trouble)
+
+
 def warnings(s: Situation) -> tuple[str, ...]:
     """What an operator should know and no plan changes. Another scope's workloads are no news."""
     out = [s.context.hook_error] if s.context.hook_error is not None and s.desired.hook else []
@@ -119,7 +124,7 @@ def _of_gpus(s: Situation) -> Iterable[str]:
         if gpu.uuid not in named and gpu.uuid not in s.desired.kept_empty:
             continue
         if gpu.trouble is not None:
-            yield str(because(Code.GPU_UNHEALTHY, gpu=gpu.index, trouble=gpu.trouble))
+            yield str(in_trouble(gpu))
         if gpu.mig and gpu.uuid in named:
             yield (
                 f"GPU {gpu.index} has MIG on, which is reported and not managed: "

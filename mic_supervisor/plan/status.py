@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from mic_supervisor.clocks import later
-from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
+from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload, Unsatisfiable
 from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import Assessment, is_alive, workloads
 from mic_supervisor.plan.fallback import as_it_runs, fallback
@@ -130,16 +130,7 @@ def instance_statuses(
         if workload.identity.instance not in known
     ]
     known = {row.id for row in rows}
-    rows += [
-        _absent(
-            entry.name,
-            entry.model,
-            entry.gpus,
-            because(Code.ENTRY_IN_TROUBLE, trouble=entry.reason),
-        )
-        for entry in desired.unsatisfiable
-        if not known & set(entry.instances)
-    ]
+    rows += [_absent(entry) for entry in desired.unsatisfiable if not known & set(entry.instances)]
     rows = [row if row.id in activities else _resting(row, memory.of(row.id).rest) for row in rows]
     return tuple(sorted(rows, key=lambda row: row.id))
 
@@ -342,13 +333,14 @@ def _leaving(
     )
 
 
-def _absent(name: str, model: str | None, gpus: tuple[str, ...], why: Reason) -> InstanceStatus:
+def _absent(entry: Unsatisfiable) -> InstanceStatus:
+    why = because(Code.ENTRY_IN_TROUBLE, trouble=entry.reason)
     return InstanceStatus(
-        id=name,
+        id=entry.name,
         origin="file",
-        model=model or "none",
+        model=entry.model or "none",
         backend="",
-        gpus=gpus,
+        gpus=entry.gpus,
         phase=Phase.BLOCKED,
         sync="unknown",
         health="missing",
