@@ -39,14 +39,13 @@ from mic_supervisor.plan.actions import (
     Withdraw,
     in_order,
 )
-from mic_supervisor.plan.assess import Assessment, Context, is_alive
+from mic_supervisor.plan.assess import Assessment, Context, Selection, is_alive
 from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import Phase, phase_of_step
 from mic_supervisor.plan.launch import listed
 from mic_supervisor.plan.look import Look, look
 from mic_supervisor.plan.memory import Floor, Memory, Pause, Paused
 from mic_supervisor.plan.release import floor_of
-from mic_supervisor.plan.selection import Selection
 from mic_supervisor.views import view
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke

@@ -23,8 +23,9 @@ from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host.identity import host_name
 from mic_supervisor.plan.actions import Change
+from mic_supervisor.plan.assess import Selection
 from mic_supervisor.plan.health import ON_ITS_WAY
-from mic_supervisor.plan.selection import Names, Selection, free_of_pauses, select, to_resume
+from mic_supervisor.plan.selection import Names, free_of_pauses, select, to_resume
 from mic_supervisor.plan.status import InstanceStatus, chosen_rows, settled
 from mic_supervisor.views import endpoints
 from mic_supervisor.views.apply import Failure, apply_document

@@ -23,11 +23,32 @@ from mic_supervisor.model import (
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import Blocked, FieldDiff
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.words import Reason
 from mic_supervisor.runtimes.copies import known_from
 
 _ALIVE = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.REMOVING, RunState.UNKNOWN})
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Models by their names, GPUs by their UUIDs."""
+
+    models: frozenset[str] = frozenset()
+    gpus: frozenset[str] = frozenset()
+
+    def has(self, instance: Instance) -> bool:
+        """Whether it is of one of the models, serves one, or has one of the GPUs."""
+        served = any(item.model in self.models for item in instance.placements)
+        return served or self.concerns(instance.model, instance.gpus)
+
+    def concerns(self, model: str | None, gpus: Collection[str]) -> bool:
+        return model in self.models or not self.gpus.isdisjoint(gpus)
+
+    def called(self, indices: Mapping[str, int]) -> list[str]:
+        """ "MAM", "GPU 3", and the UUID of a GPU that is not there."""
+        known = sorted((indices[uuid], uuid) for uuid in self.gpus if uuid in indices)
+        lost = sorted(uuid for uuid in self.gpus if uuid not in indices)
+        return [*sorted(self.models), *(f"GPU {index}" for index, _ in known), *lost]
 
 
 @dataclass(frozen=True, slots=True)

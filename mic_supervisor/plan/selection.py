@@ -10,31 +10,10 @@ from mic_supervisor.config.document import GpuEntry, Place
 from mic_supervisor.config.names import BadKey, composed, parse_gpu_key
 from mic_supervisor.desired.bind import bind
 from mic_supervisor.errors import MicError
-from mic_supervisor.model import DesiredState, GpuInventory, Instance
+from mic_supervisor.model import DesiredState, GpuInventory
+from mic_supervisor.plan.assess import Selection
 from mic_supervisor.plan.memory import Pause, Paused
 from mic_supervisor.plan.words import Code, Reason, because, moment
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Models by their names, GPUs by their UUIDs."""
-
-    models: frozenset[str] = frozenset()
-    gpus: frozenset[str] = frozenset()
-
-    def has(self, instance: Instance) -> bool:
-        """Whether it is of one of the models, serves one, or has one of the GPUs."""
-        served = any(item.model in self.models for item in instance.placements)
-        return served or self.concerns(instance.model, instance.gpus)
-
-    def concerns(self, model: str | None, gpus: Collection[str]) -> bool:
-        return model in self.models or not self.gpus.isdisjoint(gpus)
-
-    def called(self, indices: Mapping[str, int]) -> list[str]:
-        """ "MAM", "GPU 3", and the UUID of a GPU that is not there."""
-        known = sorted((indices[uuid], uuid) for uuid in self.gpus if uuid in indices)
-        lost = sorted(uuid for uuid in self.gpus if uuid not in indices)
-        return [*sorted(self.models), *(f"GPU {index}" for index, _ in known), *lost]
 
 
 @dataclass(frozen=True, slots=True)

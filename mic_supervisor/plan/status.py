@@ -12,11 +12,10 @@ from typing import Literal
 from mic_supervisor.clocks import later
 from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload, Unsatisfiable
 from mic_supervisor.plan.actions import Blocked, Plan
-from mic_supervisor.plan.assess import Assessment, is_alive, workloads
+from mic_supervisor.plan.assess import Assessment, Selection, is_alive, workloads
 from mic_supervisor.plan.fallback import as_it_runs, fallback
 from mic_supervisor.plan.health import ON_ITS_WAY, Phase, phase_of
 from mic_supervisor.plan.memory import InstanceMemory, Memory, Rest, memory_key
-from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.words import Code, Reason, because
 
 Sync = Literal["in_sync", "out_of_sync", "unknown"]

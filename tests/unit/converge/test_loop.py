@@ -10,7 +10,7 @@ import pytest
 
 from mic_supervisor.converge import observe
 from mic_supervisor.errors import RuntimeRefused, RuntimeUnavailable
-from mic_supervisor.plan.selection import Selection
+from mic_supervisor.plan.assess import Selection
 from tests.unit.converge.rig import (
     PATIENCE,
     SHORT,

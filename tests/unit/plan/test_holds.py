@@ -12,9 +12,8 @@ from mic_supervisor import codec
 from mic_supervisor.model import LoadState, RunState
 from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import Restart, Start
-from mic_supervisor.plan.assess import workloads
+from mic_supervisor.plan.assess import Selection, workloads
 from mic_supervisor.plan.memory import InstanceMemory, Memory, Pause, Paused
-from mic_supervisor.plan.selection import Selection
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,

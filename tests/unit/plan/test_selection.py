@@ -8,8 +8,9 @@ import pytest
 
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import GpuInventory
+from mic_supervisor.plan.assess import Selection
 from mic_supervisor.plan.memory import Pause, Paused
-from mic_supervisor.plan.selection import Names, Selection, free_of_pauses, select, to_resume
+from mic_supervisor.plan.selection import Names, free_of_pauses, select, to_resume
 from tests.unit.plan.builders import NOW, gpus, on, uuid
 
 MAM = on("MAM", 0)
