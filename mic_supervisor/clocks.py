@@ -63,6 +63,11 @@ def from_monotonic(stamp: float) -> float:
     return stamp + round(steady() - time.monotonic(), 1)
 
 
+def later(at: float | None, seconds: float) -> float | None:
+    """A stamp on another clock, which says that much more; None stays None."""
+    return None if at is None else at + seconds
+
+
 def in_wall(at: float, noted: float | None = None) -> float:
     """When something was, by the wall clock as it is set now.
 

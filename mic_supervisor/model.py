@@ -12,6 +12,19 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+from mic_supervisor.calls import Check as Check
+from mic_supervisor.calls import EngineCheck as EngineCheck
+from mic_supervisor.calls import ExecCheck as ExecCheck
+from mic_supervisor.calls import HttpCall as HttpCall
+from mic_supervisor.calls import HttpCheck as HttpCheck
+from mic_supervisor.calls import LoadState as LoadState
+from mic_supervisor.calls import Pairs as Pairs
+from mic_supervisor.calls import Placement as Placement
+from mic_supervisor.calls import PlacementState as PlacementState
+from mic_supervisor.calls import Probe as Probe
+from mic_supervisor.calls import Probes as Probes
+from mic_supervisor.calls import TcpCheck as TcpCheck
+
 # --- GPUs -------------------------------------------------------------------------------------
 
 
@@ -57,6 +70,11 @@ class GpuProcess:
     kinds: tuple[str, ...] = ()  # of "compute", "graphics", "mps"
     owner: Owner | None = None
     started_at: float | None = None  # seconds since the epoch, as exact as the clock was at boot
+
+    @property
+    def managed(self) -> bool:
+        """Whether it is of an instance of ours, as far as is known."""
+        return self.owner is not None and self.owner.kind is OwnerKind.MANAGED
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +196,6 @@ class Limits:
     memlock: int | None = None  # bytes, -1 is unlimited
 
 
-Pairs = tuple[tuple[str, str], ...]
-
-
 @dataclass(frozen=True, slots=True)
 class ContainerSpec:
     """A container. `devices` are the GPU UUIDs to ask the engine for; empty for simulated GPUs.
@@ -236,130 +251,6 @@ class ProcessSpec:
 Workload = ContainerSpec | ProcessSpec
 
 
-# --- Probes -----------------------------------------------------------------------------------
-#
-# They are remembered, so that what runs by an earlier specification can be asked by it. `kind` says
-# which check it was.
-
-# A probe that a later version wrote, with something that this one does not know, is no probe: what
-# it would ask is unknown.
-_WHOLE = {"extra": "forbid"}
-
-
-@dataclass(frozen=True, slots=True)
-class HttpCheck:
-    """GET `path` on the port called `port`; 2xx or 3xx passes.
-
-    A port may be answered by a stranger. `expect` names top-level members of the JSON answer and
-    the values they must have; `listed` names lists in it by their path ("system.argv", or
-    "data[].id" for that member of each item), and an item that each must hold.
-    """
-
-    path: str
-    port: str = "http"
-    expect: Pairs = ()
-    listed: Pairs = ()
-    kind: Literal["http"] = field(default="http", kw_only=True)
-    __pydantic_config__ = _WHOLE
-
-
-@dataclass(frozen=True, slots=True)
-class TcpCheck:
-    port: str = "http"
-    kind: Literal["tcp"] = field(default="tcp", kw_only=True)
-    __pydantic_config__ = _WHOLE
-
-
-@dataclass(frozen=True, slots=True)
-class ExecCheck:
-    """A command, run on the host for a process and inside the container for a container."""
-
-    command: tuple[str, ...]
-    kind: Literal["exec"] = field(default="exec", kw_only=True)
-    __pydantic_config__ = _WHOLE
-
-
-@dataclass(frozen=True, slots=True)
-class EngineCheck:
-    """The health check that the image itself declares, as the engine reports it."""
-
-    kind: Literal["engine"] = field(default="engine", kw_only=True)
-    __pydantic_config__ = _WHOLE
-
-
-Check = HttpCheck | TcpCheck | ExecCheck | EngineCheck
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    check: Check
-    period: float = 5.0  # seconds from the end of one try to the next
-    timeout: float = 3.0  # seconds
-    failures: int = 3  # in a row, until it counts
-    __pydantic_config__ = _WHOLE
-
-    def __post_init__(self) -> None:
-        if min(self.period, self.timeout, self.failures) <= 0:
-            raise ValueError(f"{self} would never be asked, or never count")
-
-
-@dataclass(frozen=True, slots=True)
-class Probes:
-    """Startup gates the other two; liveness restarts; readiness only reports."""
-
-    startup: Probe | None = None
-    liveness: Probe | None = None
-    readiness: Probe | None = None
-    __pydantic_config__ = _WHOLE
-
-
-# --- Placements: models inside a server -------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class HttpCall:
-    """One call to a running server's port "http". A 2xx answer is success."""
-
-    method: Literal["GET", "POST"]
-    path: str
-    body: str | None = None
-    timeout: float = 10.0  # seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """One model inside a server, on some of the server's GPUs. `digest` identifies the
-    configuration to be loaded.
-    """
-
-    model: str
-    gpus: tuple[str, ...]
-    digest: str
-    load: HttpCall = field(repr=False)
-    unload: HttpCall = field(repr=False)
-    verify: HttpCall = field(repr=False)  # its answer goes to the backend's `placement_state`
-    summary: Pairs = ()  # what a person would call it: (("instances_per_gpu", "8"),)
-
-
-class LoadState(StrEnum):
-    LOADED = "loaded"
-    LOADING = "loading"
-    ABSENT = "absent"
-    FAILED = "failed"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, slots=True)
-class PlacementState:
-    """What the server says of one model. `digest` is comparable with Placement's, None unknown."""
-
-    model: str
-    state: LoadState
-    digest: str | None = None
-    reason: str | None = None
-    summary: Pairs = ()
-
-
 # --- Desired state ----------------------------------------------------------------------------
 
 
@@ -372,7 +263,7 @@ class Instance:
     backend: str
     gpus: tuple[str, ...]  # UUIDs, in the file's order
     workload: Workload
-    probes: Probes = Probes()
+    probes: Probes = field(default_factory=Probes)
     placements: tuple[Placement, ...] = ()
     shared: bool = False  # a server of several models: a load that fails is that model's trouble
     inventory: HttpCall | None = None  # whose answer the backend's `surplus` wants to see first
@@ -404,6 +295,11 @@ class Unsatisfiable:
     instances: tuple[str, ...] = ()
     model: str | None = None
     hint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """An id that it would have had; where none is known, how the file calls it."""
+        return self.instances[0] if self.instances else self.subject
 
 
 @dataclass(frozen=True, slots=True)

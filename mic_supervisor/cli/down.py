@@ -68,7 +68,7 @@ def command(yes: bool) -> int:
 def _check_paused(
     machine: wiring.Machine, ours: list[ObservedWorkload], observed: ObservedState
 ) -> None:
-    from mic_supervisor.plan.pauses import held_by
+    from mic_supervisor.plan.selection import held_by
 
     paused = machine.state.memory().paused
     indices = observed.inventory.indices

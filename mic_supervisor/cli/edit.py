@@ -237,7 +237,7 @@ class Opened:
 
 def check_paused(file: Opened, model: str | None) -> None:
     """Refuse to write what would not be followed. Raises MicError."""
-    from mic_supervisor.plan.pauses import held_by
+    from mic_supervisor.plan.selection import held_by
 
     machine = file.machine
     paused = machine.state.memory().paused

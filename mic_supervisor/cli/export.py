@@ -14,7 +14,7 @@ from mic_supervisor.cli.session import ask
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
-    from mic_supervisor.plan.endpoints import Endpoints
+    from mic_supervisor.views.endpoints import Endpoints
 
 _FORMATS = ("nginx", "haproxy")
 
@@ -44,7 +44,7 @@ def command(form: str, port: str, output: Path | None, source: Any) -> None:
 
     A model that nobody serves has an upstream, too, which answers at once that it has none.
     """
-    from mic_supervisor.plan.export import FORMATS
+    from mic_supervisor.views.endpoints import FORMATS
 
     found = wiring.settings()
     endpoints = _given(source) if source is not None else _parsed(ask("endpoints"))

@@ -12,8 +12,7 @@ import click
 
 from mic_supervisor.config.names import composed
 from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.render import left_out_line
-from mic_supervisor.plan.words import gpu_names
+from mic_supervisor.plan.words import gpu_names, left_out_line
 
 if TYPE_CHECKING:
     from rich.table import Table

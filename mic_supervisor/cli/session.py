@@ -92,8 +92,7 @@ async def _call(
     from mic_supervisor.clocks import Clock
     from mic_supervisor.converge.events import Events
     from mic_supervisor.converge.loop import Converger
-    from mic_supervisor.converge.session import Session
-    from mic_supervisor.converge.settle import Settling
+    from mic_supervisor.converge.session import Session, Settling
     from mic_supervisor.converge.snapshot import ConfigState, Reloaded
     from mic_supervisor.daemon.generations import accept, has_accepted, number_of
     from mic_supervisor.desired import FileDesired

@@ -206,7 +206,7 @@ def _remarks(document: dict[str, Any]) -> list[str]:
 
 def _paused(pause: dict[str, Any]) -> str:
     from mic_supervisor.plan.memory import Pause
-    from mic_supervisor.plan.pauses import since
+    from mic_supervisor.plan.selection import since
 
     return str(since(Pause(pause["since"], pause["reason"]), time.time()))
 

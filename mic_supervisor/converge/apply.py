@@ -8,12 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar
 
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.http_calls import NoAnswer
 from mic_supervisor.converge.observe import Sources
 from mic_supervisor.converge.probes import Checker, Target
+from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import LoadFailed, MicError, ReleaseFailed, StopFailed
 from mic_supervisor.gpu.owners import annotate, managed_refs
 from mic_supervisor.model import GpuInventory, LoadState, RuntimeView
@@ -28,12 +28,11 @@ from mic_supervisor.plan.actions import (
     Start,
     Step,
     Stop,
+    ToModel,
     Unload,
 )
 from mic_supervisor.plan.release import Refused, Released, judge
-from mic_supervisor.runtimes import Progress, Runtime
-
-T = TypeVar("T")
+from mic_supervisor.runtimes import Progress
 
 _RELEASE_LOOK = 0.05  # seconds between two looks at GPUs that are about to be free
 _DRAIN_LOOK = 0.25  # seconds between two questions to a server that is drained
@@ -53,7 +52,7 @@ class Steps:
     def __init__(
         self,
         sources: Sources,
-        target_of: Callable[[Load | Unload], Target],
+        target_of: Callable[[ToModel], Target],
         backend: Callable[[str], Backend],
         checker: Checker,
         pool: Executor,
@@ -74,41 +73,37 @@ class Steps:
 
         `progress` may be called from any thread.
         """
-        if isinstance(step, Release):
-            return await self._release(step, progress)
-        if isinstance(step, Drain):
-            await self._drain(step, progress)
-        elif isinstance(step, Load):
-            await self._load(step, progress)
-        elif isinstance(step, Unload):
-            await self._unload(step)
-        else:
-            await self._blocking(self._call, step, progress)
+        match step:
+            case Release():
+                return await self._release(step, progress)
+            case Drain():
+                await self._drain(step, progress)
+            case Load():
+                await self._load(step, progress)
+            case Unload():
+                await self._unload(step)
+            case _:
+                await blocking(self._pool, self._call, step, progress)
         return None
 
     def _call(self, step: Step, progress: Progress) -> None:
         """One call of a runtime, which blocks."""
-        if isinstance(step, Prepare):
-            self._runtime(step.launch.runtime).prepare(step.launch, progress)
-        elif isinstance(step, Create):
-            self._runtime(step.launch.runtime).create(step.launch)
-        elif isinstance(step, Start):
-            self._runtime(step.launch.runtime).start(step.launch)
-        elif isinstance(step, Restart):
-            self._runtime(step.workload.runtime).restart(step.workload)
-        elif isinstance(step, Stop):
-            runtime = self._runtime(step.workload.runtime)
-            runtime.stop(step.workload, signal=step.signal, grace=step.grace)
-        elif isinstance(step, Remove):
-            self._runtime(step.workload.runtime).remove(step.workload)
-        else:
-            raise AssertionError(f"unknown step {step!r}")
-
-    async def _blocking(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-
-    def _runtime(self, name: str) -> Runtime:
-        return self._sources.runtimes[name]
+        runtimes = self._sources.runtimes
+        match step:
+            case Prepare(launch=launch):
+                runtimes[launch.runtime].prepare(launch, progress)
+            case Create(launch=launch):
+                runtimes[launch.runtime].create(launch)
+            case Start(launch=launch):
+                runtimes[launch.runtime].start(launch)
+            case Restart(workload=workload):
+                runtimes[workload.runtime].restart(workload)
+            case Stop(workload=workload, signal=signal, grace=grace):
+                runtimes[workload.runtime].stop(workload, signal=signal, grace=grace)
+            case Remove(workload=workload):
+                runtimes[workload.runtime].remove(workload)
+            case _:
+                raise AssertionError(f"unknown step {step!r}")
 
     async def _release(self, step: Release, progress: Progress) -> Released:
         """Until the GPUs are free, as plan/release.py judges each look at them."""
@@ -116,7 +111,7 @@ class Steps:
         clear_since: float | None = None
         told = ""
         while True:
-            inventory = await self._blocking(self._with_former, step)
+            inventory = await blocking(self._pool, self._with_former, step)
             now = time.monotonic()
             for_memory = None if clear_since is None else now - clear_since
             verdict = judge(step.gpus, step.floors, step.vram, inventory, now - began, for_memory)
@@ -163,7 +158,7 @@ class Steps:
             else:
                 silent = 0
                 try:
-                    if await self._blocking(backend.is_drained, answer.status, answer.body):
+                    if await blocking(self._pool, backend.is_drained, answer.status, answer.body):
                         return
                 except MicError as error:
                     # Whether requests are in flight is unknown, which is not that there are none.
@@ -184,19 +179,17 @@ class Steps:
     async def _load(self, step: Load, progress: Progress) -> None:
         target, placement = self._target_of(step), step.placement
         progress(f"loading {placement.model}")
+
+        def refused(why: object) -> LoadFailed:
+            hint = f"see `mic-supervisor logs {step.instance}`"
+            return LoadFailed(f"cannot load {placement.model}: {why}", hint=hint)
+
         try:
             answer = await self._checker.call(target, placement.load)
         except NoAnswer as error:
-            raise LoadFailed(
-                f"cannot load {placement.model}: {error}",
-                hint=f"see `mic-supervisor logs {step.instance}`",
-            ) from error
+            raise refused(error) from error
         if not answer.ok:
-            why = await self._blocking(self._why_not, target, step, answer.body)
-            raise LoadFailed(
-                f"cannot load {placement.model}: {why}",
-                hint=f"see `mic-supervisor logs {step.instance}`",
-            )
+            raise refused(await blocking(self._pool, self._why_not, target, step, answer.body))
         deadline = time.monotonic() + _VERIFY_TIMEOUT
         while True:
             state = await self._checker.placement_state(target, placement)
@@ -204,10 +197,9 @@ class Steps:
                 return
             if time.monotonic() >= deadline:
                 runs = ", ".join(f"{key}={value}" for key, value in state.summary)
-                raise LoadFailed(
-                    f"cannot load {placement.model}: the server took the configuration and runs "
-                    f"another one ({runs or state.reason or state.state.value})",
-                    hint=f"see `mic-supervisor logs {step.instance}`",
+                raise refused(
+                    "the server took the configuration and runs another one "
+                    f"({runs or state.reason or state.state.value})"
                 )
             await asyncio.sleep(_VERIFY_LOOK)
 
@@ -220,7 +212,7 @@ class Steps:
             raise LoadFailed(f"cannot unload {step.placement.model}: {answer.body[:300]}")
 
     def _why_not(self, target: Target, step: Load, answer: str) -> str:
-        runtime = self._runtime(step.workload.runtime)
+        runtime = self._sources.runtimes[step.workload.runtime]
         try:
             log = [*runtime.logs(step.workload, tail=_LOG_LINES)]
         except MicError:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.model import DesiredState, ObservedState
-from mic_supervisor.plan.strangers import Intruder, describe, intruders, sentence
+from mic_supervisor.plan.obstacles import Intruder, describe, intruders, sentence
 
 
 class GpuNews:

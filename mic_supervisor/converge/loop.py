@@ -10,19 +10,18 @@ import asyncio
 import random
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
 from mic_supervisor.converge.gpu_news import GpuNews
-from mic_supervisor.converge.observe import Sources, combine, with_holders
+from mic_supervisor.converge.observe import Sources, combine, read_in, with_holders
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Checker, Target
 from mic_supervisor.converge.publisher import Publisher
 from mic_supervisor.converge.snapshot import Desired, Snapshot
-from mic_supervisor.converge.sources import read_in
-from mic_supervisor.converge.tasks import Threads
+from mic_supervisor.converge.tasks import Threads, blocking
 from mic_supervisor.errors import LoadFailed, MicError
 from mic_supervisor.gpu.events import XidRecord, with_xids
 from mic_supervisor.host import host_name
@@ -31,23 +30,23 @@ from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import (
     Change,
     Create,
-    Load,
     Plan,
     Prepare,
     Restart,
     Step,
     Stop,
-    Unload,
+    ToModel,
     Withdraw,
     in_order,
 )
-from mic_supervisor.plan.assess import Assessment, Context, is_alive
+from mic_supervisor.plan.assess import Assessment, Context, Selection, is_alive
 from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import Phase, phase_of_step
+from mic_supervisor.plan.launch import listed
 from mic_supervisor.plan.look import Look, look
-from mic_supervisor.plan.memory import Floor, Memory, Pause
+from mic_supervisor.plan.memory import Floor, Memory, Pause, Paused
 from mic_supervisor.plan.release import floor_of
-from mic_supervisor.plan.selection import Selection
+from mic_supervisor.views import view
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke
 CRASH_WATCH = 0.5  # seconds between two rounds while something starts
@@ -185,17 +184,15 @@ class Converger:
         """Leave these as they are from now on. A lane that is past its preparations goes on."""
         pause = Pause(self._clock.wall(), reason)
         paused = self.memory.paused.including(chosen.models, chosen.gpus, pause)
-        self.memory = replace(self.memory, paused=paused)
-        self._tell_pause(chosen, f"paused: {reason}" if reason else "paused")
+        self._note_pause(paused, chosen, f"paused: {reason}" if reason else "paused")
 
     def resume(self, chosen: Selection) -> None:
         """Look after these again."""
         paused = self.memory.paused.without(chosen.models, chosen.gpus)
-        self.memory = replace(self.memory, paused=paused)
-        self._tell_pause(chosen, "resumed")
+        self._note_pause(paused, chosen, "resumed")
 
-    def _tell_pause(self, chosen: Selection, text: str) -> None:
-        now = self._clock.wall()
+    def _note_pause(self, paused: Paused, chosen: Selection, text: str) -> None:
+        self.memory, now = replace(self.memory, paused=paused), self._clock.wall()
         for model in sorted(chosen.models):
             self._events.tell(Event("pause", now, model, text, model))
         for uuid in sorted(chosen.gpus):
@@ -239,8 +236,9 @@ class Converger:
             seen = self._look(desired, replace(observed, health=answers), context)
             self._publisher.follow(None, seen.statuses)
         told = seen.in_wall()
-        self.snapshot = Snapshot(
-            **{field.name: getattr(told, field.name) for field in fields(Look)},
+        self.snapshot = view(
+            Snapshot,
+            told,
             busy=context.busy | {name for lane in self._lanes.values() for name in lane.instances},
             round=self.rounds_begun,
             seconds=self._now() - began,
@@ -257,22 +255,19 @@ class Converger:
         # After the runtimes: the port of a container that dies in between would look like a
         # stranger's.
         listeners = await self._listeners.get()
-        loop = asyncio.get_running_loop()
         bindings, self._bound = (self.memory.bindings if self._bound else {}), True
         if inventory.error is None:
             self._readable = inventory
         # While the driver does not answer nothing is started or stopped. But what runs is still
         # what the file asks for, and is probed: GPUs that cannot be read are not absent.
         there = self._readable or inventory
-        desired = await loop.run_in_executor(self._pool, self._desired.state, there, bindings)
+        desired = await blocking(self._pool, self._desired.state, there, bindings)
         offset = self._clock.offset()
-        self._indices = {gpu.uuid: gpu.index for gpu in there.gpus}
+        self._indices = there.indices
         now = self._now()
         inventory = with_xids(inventory, self.xids(), now)
         observed = combine(inventory, views, listeners, dict(self._prober.health), now + offset)
-        observed = await loop.run_in_executor(
-            self._pool, with_holders, observed, desired, self._sources
-        )
+        observed = await blocking(self._pool, with_holders, observed, desired, self._sources)
         context = replace(
             self.context,
             busy=frozenset(name for lane in lanes for name in lane.instances),
@@ -335,12 +330,10 @@ class Converger:
             workload=workload,
             backend=self._desired.backend(item.instance.backend),
             execute=self._sources.runtimes[workload.runtime].run_check,
-            indices=",".join(
-                str(self._indices[uuid]) for uuid in item.instance.gpus if uuid in self._indices
-            ),
+            indices=listed(item.instance.gpus, self._indices),
         )
 
-    def _target_of(self, step: Load | Unload) -> Target:
+    def _target_of(self, step: ToModel) -> Target:
         item = self._assessments.get(step.instance)
         if item is None:
             raise LoadFailed(f"cannot change {step.instance}: the file no longer names it")
@@ -371,7 +364,7 @@ class Converger:
             if self.memory == self._saved:
                 return
             self._saved = self.memory
-            await asyncio.get_running_loop().run_in_executor(self._pool, self._save, self.memory)
+            await blocking(self._pool, self._save, self.memory)
 
     def _pause(self, snapshot: Snapshot) -> float:
         """Seconds until the next round, unless something wakes the loop before."""
@@ -446,7 +439,7 @@ class Converger:
             if failed & set(step.depends_on):
                 failed.add(step.id)
                 broken.add((change.instance, change.model))
-            elif isinstance(step, Load | Unload):
+            elif isinstance(step, ToModel):
                 # Nothing depends on one, and one that hangs must not hold up the others.
                 beside.append(asyncio.create_task(attempt(step, change)))
             else:
@@ -467,7 +460,10 @@ class Converger:
             await self._withdraw(step, change)
             return
         loop = asyncio.get_running_loop()
-        progress = _from_thread(loop, lambda text: self._tell("progress", change, text))
+
+        def progress(text: str) -> None:  # from any thread
+            loop.call_soon_threadsafe(self._tell, "progress", change, text)
+
         # As it is before the start: afterwards it is the instance's own.
         seen = {g.uuid: f for g in self._inventory.gpus if (f := floor_of(g)) is not None}
         began = self._now()
@@ -480,7 +476,7 @@ class Converger:
                 self._tell("warning", change, found.warning)
         floors = lane.floors.get(change.instance, seen)
         self.memory = ledger.done(self.memory, step, change, self._now(), floors)
-        if isinstance(step, Load | Unload):
+        if isinstance(step, ToModel):
             # The next round must see what is loaded now, or it would ask for it again.
             await self._prober.look_now(step.workload.ref)
 
@@ -501,9 +497,3 @@ class Converger:
         at, about = self._clock.wall(), (change.instance, text, change.model, change.gpus)
         event = Event(kind, at, *about, change.cause, seconds, hint, phase=change.kind)
         self._events.tell(event)
-
-
-def _from_thread(
-    loop: asyncio.AbstractEventLoop, tell: Callable[[str], None]
-) -> Callable[[str], None]:
-    return lambda text: (loop.call_soon_threadsafe(tell, text), None)[1]

@@ -1,10 +1,12 @@
-"""Reads the machine into one immutable state."""
+"""Reads the machine into one immutable state: slow sources side by side, each for so long."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 from mic_supervisor.gpu import GpuSource
 from mic_supervisor.gpu.owners import annotate, managed_refs
@@ -18,9 +20,7 @@ from mic_supervisor.model import (
     RunState,
     RuntimeView,
 )
-
-if TYPE_CHECKING:
-    from mic_supervisor.runtimes import Runtime
+from mic_supervisor.runtimes import Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,9 @@ def combine(
 ) -> ObservedState:
     """One state from the parts, with every GPU process mapped to its owner. `at` is wall time."""
     views = tuple(_with_doubtful_gpus(view, inventory) for view in views)
+    processes = any(gpu.processes for gpu in inventory.gpus)
     return ObservedState(
-        inventory=_with_owners(inventory, views),
+        inventory=annotate(inventory, managed_refs(views)) if processes else inventory,
         runtimes=views,
         health=health,
         listeners=listeners,
@@ -85,12 +86,6 @@ def _with_doubtful_gpus(view: RuntimeView, inventory: GpuInventory) -> RuntimeVi
         return replace(item, identity=replace(item.identity, gpus=named or rest))
 
     return replace(view, workloads=tuple(placed(item) for item in view.workloads))
-
-
-def _with_owners(inventory: GpuInventory, views: tuple[RuntimeView, ...]) -> GpuInventory:
-    if not any(gpu.processes for gpu in inventory.gpus):
-        return inventory
-    return annotate(inventory, managed_refs(views))
 
 
 def with_holders(observed: ObservedState, desired: DesiredState, sources: Sources) -> ObservedState:
@@ -119,3 +114,98 @@ def with_holders(observed: ObservedState, desired: DesiredState, sources: Source
         for item in observed.listeners
     )
     return replace(observed, listeners=named)
+
+
+T = TypeVar("T")
+
+PATIENCE = 15.0  # seconds that a source has to answer at most before it counts as unreadable
+_QUICK = 2.0  # seconds for a source that has always answered quickly
+_USUAL = 4.0  # a source may take so many times what it took when it last answered well
+
+
+@dataclass(eq=False, slots=True)
+class Source(Generic[T]):
+    """One source of facts.
+
+    Everything else waits with a round, so a source is waited for as long as it usually takes, with
+    room, and from 2 s to 15 s. A call that hangs is left to hang in its thread, once: until it
+    returns, the source counts as unreadable, and no second call is made; `awake` is called then.
+    `late` builds that answer from a sentence. `well` says whether an answer is one.
+    """
+
+    name: str
+    read: Callable[[], T]
+    late: Callable[[str], T]
+    well: Callable[[T], bool]
+    pool: Executor
+    awake: Callable[[], None]
+    _pending: asyncio.Future[T] | None = field(default=None, init=False)
+    _began: float = field(default=0.0, init=False)
+    _was_late: bool = field(default=False, init=False)
+    _patience: float = field(default_factory=lambda: _QUICK, init=False)
+
+    async def get(self) -> T:
+        """What the source says now: of a call that began after `get` did, or that it is late."""
+        loop = asyncio.get_running_loop()
+        # Once late, it is not waited for again: others would wait with it, round after round.
+        patience = 0.0 if self._was_late else self._patience
+        if self._pending is not None and not await self._finished(self._pending, patience):
+            return self._give_up()
+        self._was_late = False
+        self._began = loop.time()
+        self._pending = loop.run_in_executor(self.pool, self.read)
+        self._pending.add_done_callback(self._measure)
+        if not await self._finished(self._pending, self._patience):
+            return self._give_up()
+        pending, self._pending = self._pending, None
+        return pending.result()
+
+    def _give_up(self) -> T:
+        self._was_late = True
+        waited = asyncio.get_running_loop().time() - self._began
+        return self.late(f"{self.name} has not answered for {waited:.0f} s")
+
+    def _measure(self, call: asyncio.Future[T]) -> None:
+        if self._was_late:
+            self.awake()
+        if call.cancelled() or call.exception() is not None or not self.well(call.result()):
+            return
+        took = asyncio.get_running_loop().time() - self._began
+        self._patience = min(max(_QUICK, _USUAL * took), PATIENCE)
+
+    async def _finished(self, future: asyncio.Future[T], patience: float) -> bool:
+        done, _ = await asyncio.wait({future}, timeout=patience)
+        return bool(done)
+
+
+def read_in(
+    sources: Sources, pool: Executor, awake: Callable[[], None]
+) -> tuple[Source[GpuInventory], list[Source[RuntimeView]], Source[tuple[Listener, ...] | None]]:
+    """The machine's sources, to be asked side by side in `pool`: GPUs, runtimes, listeners."""
+    gpus = Source(
+        "NVML",
+        sources.gpus.observe,
+        lambda error: GpuInventory("nvml", error=error),
+        lambda inventory: inventory.error is None,
+        pool,
+        awake,
+    )
+    views = [
+        Source(
+            name, runtime.observe, _late_view(name), lambda view: view.error is None, pool, awake
+        )
+        for name, runtime in sources.runtimes.items()
+    ]
+    listeners: Source[tuple[Listener, ...] | None] = Source(
+        "/proc/net",
+        sources.listeners,
+        lambda _error: None,
+        lambda found: found is not None,
+        pool,
+        awake,
+    )
+    return gpus, views, listeners
+
+
+def _late_view(name: str) -> Callable[[str], RuntimeView]:
+    return lambda error: RuntimeView(name, error=error)

@@ -17,6 +17,7 @@ from mic_supervisor.converge.probes import (
 )
 from mic_supervisor.converge.tasks import end, tell_of_death
 from mic_supervisor.model import Health, LoadState, ProbeResult
+from mic_supervisor.plan.assess import passes
 
 FIRST_LOOK = 0.05  # seconds after a start
 _DEVICES_PERIOD = 60.0  # seconds between two looks at a container's GPUs from inside
@@ -159,13 +160,14 @@ class Schedule:
         """These were asked for, and this is what came of it."""
         probes = target.instance.probes
         period = probes.startup.period if probes.startup is not None else 5.0
-        if probes.startup is not None and not _ok(health.startup):
+        if probes.startup is not None and not passes(health.startup):
             self._due.update(dict.fromkeys(kinds, now + self._next_pace(period)))
             return
+        lost = health.devices is not None and health.devices.ok is False
         pauses = {
             "liveness": probes.liveness.period if probes.liveness is not None else period,
             "readiness": probes.readiness.period if probes.readiness is not None else period,
-            DEVICES: DEVICES_AGAIN if _fails(health.devices) else _DEVICES_PERIOD,
+            DEVICES: DEVICES_AGAIN if lost else _DEVICES_PERIOD,
         }
         pauses["placements"] = pauses["liveness"]
         if "placements" in kinds:
@@ -190,14 +192,6 @@ def _loaded(target: Target, health: Health) -> bool:
         item.model: item.digest for item in health.placements if item.state is LoadState.LOADED
     }
     return all(loaded.get(item.model) == item.digest for item in target.instance.placements)
-
-
-def _ok(result: ProbeResult | None) -> bool:
-    return result is not None and result.ok is True
-
-
-def _fails(result: ProbeResult | None) -> bool:
-    return result is not None and result.ok is False
 
 
 def _gist(health: Health) -> Health:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.http_calls import Answer, HttpCalls, NoAnswer, lacks, reachable
+from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import (
     Check,
@@ -36,7 +37,6 @@ _SEE_GPUS = ("nvidia-smi", "-L")
 _SEE_TIMEOUT = 20.0  # seconds; with persistence mode off it wakes the GPU first
 DEVICES_AGAIN = 5.0  # seconds after a look that did not see them, until another such look counts
 
-T = TypeVar("T")
 Verdict = tuple[bool | None, str]
 """(passed, in a few words why not). None: the prober itself could not tell."""
 
@@ -79,7 +79,7 @@ class Checker:
     async def placement_state(self, target: Target, placement: Placement) -> PlacementState:
         """What the server says of one model now."""
         status, body = await self._answer(target, placement.verify)
-        return await self._blocking(target.backend.placement_state, placement, status, body)
+        return await blocking(self._pool, target.backend.placement_state, placement, status, body)
 
     async def look(
         self,
@@ -122,7 +122,8 @@ class Checker:
         if "readiness" in due:
             readiness = await result(probes.readiness, readiness)
         if DEVICES in due:
-            devices = await self._blocking(_devices, target, devices, now)
+            verdict = await blocking(self._pool, _devices, target)
+            devices = _counted(*verdict, now, devices, DEVICES_AGAIN)
         if "placements" in due and target.instance.inventory is not None:
             surplus = await self._surplus(target)
         return Health(startup, liveness, readiness, placements, surplus=surplus, devices=devices)
@@ -135,7 +136,7 @@ class Checker:
                 return await _connect(*_dialled(target, check), timeout)
             if isinstance(check, EngineCheck):
                 return _engine(target.workload)
-            return await self._blocking(_exec, target, check, timeout)
+            return await blocking(self._pool, _exec, target, check, timeout)
         except KeyError as error:
             return None, f"its port {error} is not recorded"
 
@@ -159,7 +160,7 @@ class Checker:
             except TimeoutError:
                 return None, ""
 
-        return await self._blocking(target.backend.surplus, target.instance, ask)
+        return await blocking(self._pool, target.backend.surplus, target.instance, ask)
 
     async def _answer(self, target: Target, what: HttpCall) -> tuple[int | None, str]:
         try:
@@ -168,9 +169,6 @@ class Checker:
             return None, ""
         return answer.status, answer.body
 
-    async def _blocking(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-
 
 def has_devices(target: Target) -> bool:
     """Whether it is a container that was given GPUs, and can lose them without ending."""
@@ -178,7 +176,7 @@ def has_devices(target: Target) -> bool:
     return isinstance(workload, ContainerSpec) and bool(workload.devices)
 
 
-def _devices(target: Target, before: ProbeResult | None, now: float) -> ProbeResult:
+def _devices(target: Target) -> Verdict:
     """What `nvidia-smi -L` says inside. An image without it says nothing.
 
     After a `systemctl daemon-reload` in legacy mode it says "Failed to initialize NVML: Unknown
@@ -187,15 +185,13 @@ def _devices(target: Target, before: ProbeResult | None, now: float) -> ProbeRes
     try:
         status, output = target.execute(target.workload, _SEE_GPUS, _SEE_TIMEOUT)
     except MicError as error:
-        return _counted(None, error.message, now, before, DEVICES_AGAIN)
-    said = (output.strip().splitlines() or [""])[-1][:200]
+        return None, error.message
+    said = _last_line(output)
     if "Failed to initialize NVML" in output or (status == 0 and "GPU " not in output):
-        reason = f"nvidia-smi says there: {said or 'nothing'}"
-        return _counted(False, reason, now, before, DEVICES_AGAIN)
+        return False, f"nvidia-smi says there: {said or 'nothing'}"
     if status == 0:
-        return _counted(True, "it sees its GPUs", now, before, DEVICES_AGAIN)
-    reason = f"nvidia-smi exits there with {status}: {said}"
-    return _counted(None, reason, now, before, DEVICES_AGAIN)
+        return True, "it sees its GPUs"
+    return None, f"nvidia-smi exits there with {status}: {said}"
 
 
 def _within_budget(instance: Instance) -> Probe | None:
@@ -292,9 +288,12 @@ def _exec(target: Target, check: ExecCheck, timeout: float) -> Verdict:
         status, output = target.execute(target.workload, command, timeout)
     except MicError as error:
         return None, error.message
-    last = output.strip().splitlines()[-1:]
-    shown = f": {last[0][:200]}" if last else ""
-    return status == 0, f"{command[0]} exits with {status}{shown}"
+    said = _last_line(output)
+    return status == 0, f"{command[0]} exits with {status}" + (f": {said}" if said else "")
+
+
+def _last_line(output: str) -> str:
+    return (output.strip().splitlines() or [""])[-1][:200]
 
 
 def _published(target: Target, name: str) -> tuple[str, int]:

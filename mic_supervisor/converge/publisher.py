@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
+from mic_supervisor.clocks import later
+from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import MicError
 from mic_supervisor.host import programs
 from mic_supervisor.model import EndpointsHook
-from mic_supervisor.plan.endpoints import Endpoints, document, serving
 from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.views.endpoints import Endpoints, document, serving
 
 _FIRST_REST = 5.0  # seconds before a hook that failed is run again, doubling to the last
 _LAST_REST = 300.0
@@ -38,8 +40,8 @@ class HookState:
         """For people: with the clocks' offset added to every time."""
         return replace(
             self,
-            last_success_at=None if self.last_success_at is None else self.last_success_at + offset,
-            retry_at=None if self.retry_at is None else self.retry_at + offset,
+            last_success_at=later(self.last_success_at, offset),
+            retry_at=later(self.retry_at, offset),
         )
 
 
@@ -125,9 +127,8 @@ class Publisher:
             if hook is None or wanted == self.published:
                 return True
             self.state = replace(self.state, runs=self.state.runs + 1)
-            loop = asyncio.get_running_loop()
             try:
-                await loop.run_in_executor(self._pool, run, hook, document(wanted, self._host))
+                await blocking(self._pool, run, hook, document(wanted, self._host))
             except MicError as error:
                 self._failed(error)
                 return False

@@ -10,37 +10,27 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from mic_supervisor import __version__
 from mic_supervisor.config.document import NONE, WAY_OUT
 from mic_supervisor.config.names import composed
 from mic_supervisor.converge.events import Event, Events
-from mic_supervisor.converge.settle import Settling
+from mic_supervisor.converge.loop import Converger
+from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host import host_name
-from mic_supervisor.plan import endpoints, render
-from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.pauses import free_of_pauses, to_resume
-from mic_supervisor.plan.selection import Names, Selection, select
-from mic_supervisor.plan.status import InstanceStatus, chosen_rows
+from mic_supervisor.plan.actions import Change
+from mic_supervisor.plan.assess import Selection
+from mic_supervisor.plan.health import ON_ITS_WAY
+from mic_supervisor.plan.selection import Names, free_of_pauses, select, to_resume
+from mic_supervisor.plan.status import InstanceStatus, chosen_rows, settled
+from mic_supervisor.views import endpoints
 from mic_supervisor.views.apply import Failure, apply_document
-from mic_supervisor.views.plan import plan_document
+from mic_supervisor.views.plan import plan_document, to_text
 from mic_supervisor.views.status import instances, pauses, status_document
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.loop import Converger
-    from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
-
-_ON_ITS_WAY = (
-    Phase.PENDING,
-    Phase.STOPPING,
-    Phase.WAITING_VRAM,
-    Phase.STARTING,
-    Phase.LOADING,
-)
 
 Tell = Callable[[Event], None]
 Method = Callable[[Mapping[str, Any], Tell], Awaitable[Any]]
@@ -49,6 +39,7 @@ QUESTIONS = frozenset({"ping", "status", "plan", "endpoints", "history"})
 """Methods that change nothing. They need no lock."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """The methods by name. Questions are answered from the last snapshot.
 
@@ -58,30 +49,16 @@ class Session:
     follows the whole file all the time.
     """
 
-    def __init__(
-        self,
-        *,
-        scope: str,
-        path: Path,
-        converger: Converger,
-        events: Events,
-        settling: Settling,
-        config: Callable[[], ConfigState],
-        history: Callable[[], Iterable[Event]],
-        reload: Callable[[bool], Awaitable[Reloaded]],
-        follows: Callable[[], bool] = lambda: True,
-        own: bool = False,
-    ) -> None:
-        self._scope = scope
-        self._path = path
-        self._converger = converger
-        self._events = events
-        self._settling = settling
-        self._config = config
-        self._history = history
-        self._reload = reload
-        self._follows = follows
-        self._own = own
+    scope: str
+    path: Path
+    converger: Converger
+    events: Events
+    settling: Settling
+    config: Callable[[], ConfigState]
+    history: Callable[[], Iterable[Event]]
+    reload: Callable[[bool], Awaitable[Reloaded]]
+    follows: Callable[[], bool] = lambda: True
+    own: bool = False
 
     def methods(self) -> dict[str, Method]:
         return {
@@ -102,14 +79,14 @@ class Session:
     # --- questions ------------------------------------------------------------------------------
 
     async def _ping(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        return {"version": __version__, "scope": self._scope}
+        return {"version": __version__, "scope": self.scope}
 
     async def _status(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        snapshot = await self._settling.first()
-        return asdict(status_document(snapshot, self._config().in_use, host_name()))
+        snapshot = await self.settling.first()
+        return asdict(status_document(snapshot, self.config().in_use, host_name()))
 
     async def _endpoints(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        snapshot = await self._settling.first()
+        snapshot = await self.settling.first()
         return endpoints.document(snapshot.endpoints, host_name())
 
     async def _plan(self, params: Mapping[str, Any], _tell: Tell) -> dict[str, Any] | None:
@@ -118,21 +95,21 @@ class Session:
         None: that would not be about the file at `path`, as it is now.
         """
         path = params.get("path")
-        if not self._own and path is not None and Path(path).resolve() != self._path.resolve():
+        if not self.own and path is not None and Path(path).resolve() != self.path.resolve():
             return None
-        if not await asyncio.to_thread(self._follows):
+        if not await asyncio.to_thread(self.follows):
             return None
-        snapshot = await self._settling.first()
+        snapshot = await self.settling.first()
         targets = self._targets(params, snapshot, "plan")
         plan, busy = snapshot.plan, snapshot.busy
         if targets is not None:
             plan = snapshot.limited(targets)
-            busy &= {row.id for row in chosen_rows(targets, snapshot.desired, snapshot.statuses)}
+            busy &= _ids(targets, snapshot)
         return {
             "document": asdict(
                 plan_document(plan, host=host_name(), config_hash=snapshot.desired.config_hash)
             ),
-            "text": render.to_text(plan, snapshot.indices),
+            "text": to_text(plan, snapshot.indices),
             "empty": plan.empty and not busy,
             "busy": sorted(busy),
         }
@@ -141,7 +118,7 @@ class Session:
         name = params.get("name")
         return [
             asdict(event)
-            for event in reversed([*self._history()])
+            for event in reversed([*self.history()])
             if name in (None, event.instance, event.model)
         ]
 
@@ -152,7 +129,7 @@ class Session:
 
     async def _read_file(self, *, confirm: bool) -> dict[str, Any]:
         # Whoever asked may be gone already; what was begun is finished.
-        outcome = await asyncio.shield(asyncio.ensure_future(self._reload(confirm)))
+        outcome = await asyncio.shield(asyncio.ensure_future(self.reload(confirm)))
         if outcome.error is not None:
             raise ConfigError(
                 "the configuration has errors",
@@ -173,18 +150,16 @@ class Session:
         with self._listening(tell) as errors:
             await self._read_file(confirm=not params.get("targets"))
             if params.get("rebind"):
-                self._converger.rebind()
+                self.converger.rebind()
             targets, only = await self._chosen(params, "apply")
-            self._converger.forgive(only)
+            self.converger.forgive(only)
             self._begin(targets)
             self._tell_what_is_under_way(tell, only)
-            snapshot = await self._settling.settled(targets)
-        if targets is None:
-            return asdict(apply_document(snapshot, errors.values(), host_name()))
-        left_out = snapshot.limited(targets).left_out
-        if not self._own:  # of what else is due, a daemon leaves only removals
+            snapshot = await self.settling.settled(targets)
+        left_out = () if targets is None else snapshot.limited(targets).left_out
+        if not self.own:  # of what else is due, a daemon leaves only removals
             left_out = tuple(change for change in left_out if change.kind == "remove")
-        return asdict(apply_document(snapshot, errors.values(), host_name(), targets, left_out))
+        return _outcome(snapshot, errors, targets, left_out)
 
     async def _edited(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         """As apply, after one entry was edited: no removal is confirmed, nothing is forgiven."""
@@ -193,39 +168,42 @@ class Session:
             await self._read_file(confirm=False)
             targets, _ = await self._chosen(params, "follow the file on")
             self._begin(targets)
-            snapshot = await self._settling.settled(targets)
-        left_out = () if targets is None or not self._own else snapshot.limited(targets).left_out
-        return asdict(apply_document(snapshot, errors.values(), host_name(), targets, left_out))
+            snapshot = await self.settling.settled(targets)
+        left_out = () if targets is None or not self.own else snapshot.limited(targets).left_out
+        return _outcome(snapshot, errors, targets, left_out)
 
     async def _restart(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        names = await self._named(str(params.get("name", "")), "restart")
-        with self._listening(tell) as errors:
-            await self._check_file()
-            self._converger.forgive(names)
-            self._converger.force(names)
-            self._begin(None)
-            snapshot = await self._settling.settled()
-        return asdict(apply_document(snapshot, errors.values(), host_name()))
+        document, _ = await self._again(params, tell, "restart")
+        return document
 
     async def _retry(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        names = await self._named(str(params.get("name", "")), "retry")
-        with self._listening(tell) as errors:
-            await self._check_file()
-            failed = self._converger.forgive(names)
-            self._begin(None)
-            snapshot = await self._settling.settled()
-        document = asdict(apply_document(snapshot, errors.values(), host_name()))
+        document, failed = await self._again(params, tell, "retry")
         return document | {"failed_before": sorted(failed)}
+
+    async def _again(
+        self, params: Mapping[str, Any], tell: Tell, action: Literal["restart", "retry"]
+    ) -> tuple[dict[str, Any], set[str]]:
+        """The outcome, and which of the instances had failed before."""
+        names = await self._named(str(params.get("name", "")), action)
+        with self._listening(tell) as errors:
+            if self.own:  # it follows the file as it is now; a daemon already does
+                await self._read_file(confirm=False)
+            failed = self.converger.forgive(names)
+            if action == "restart":
+                self.converger.force(names)
+            self._begin(None)
+            snapshot = await self.settling.settled()
+        return _outcome(snapshot, errors), failed
 
     async def _pause(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         """Returns when nothing is done any more for what is paused."""
-        snapshot = await self._settling.first()
+        snapshot = await self.settling.first()
         names = [str(name) for name in params.get("names", ())]
         chosen = select(names, self._names(snapshot), f"pause {' '.join(names)}")
         reason = params.get("reason")
         with self._listening(tell):
-            self._converger.pause(chosen, str(reason) if reason else None)
-            snapshot = await self._settling.seen(
+            self.converger.pause(chosen, str(reason) if reason else None)
+            snapshot = await self.settling.seen(
                 lambda seen: not seen.busy & {row.id for row in _concerned(chosen, seen)}
             )
         indices = snapshot.indices
@@ -240,29 +218,24 @@ class Session:
 
         A command of its own starts nothing for it: the next apply does.
         """
-        snapshot = await self._settling.first()
+        snapshot = await self.settling.first()
         names = [str(name) for name in params.get("names", ())]
-        chosen = to_resume(names, self._names(snapshot), self._converger.memory.paused)
+        chosen = to_resume(names, self._names(snapshot), self.converger.memory.paused)
         with self._listening(tell) as errors:
-            self._converger.resume(chosen)
-            if not self._own:
-                snapshot = await self._settling.settled(chosen)
+            self.converger.resume(chosen)
+            if not self.own:
+                snapshot = await self.settling.settled(chosen)
         ids = {row.id for row in _concerned(chosen, snapshot)}
-        document = asdict(apply_document(snapshot, errors.values(), host_name()))
+        document = _outcome(snapshot, errors)
         rows = [row for row in document["instances"] if row["id"] in ids]
         return document | {"instances": rows, "resumed": chosen.called(snapshot.indices)}
 
     # --- what several have in common ------------------------------------------------------------
 
-    async def _check_file(self) -> None:
-        """A command of its own follows the file that it has just read; a daemon already does."""
-        if self._own:
-            await self._read_file(confirm=False)
-
     def _begin(self, targets: Selection | None) -> None:
         """Have a converger of one's own act, on these alone."""
-        if self._own:
-            self._converger.act(targets)
+        if self.own:
+            self.converger.act(targets)
 
     async def _chosen(
         self, params: Mapping[str, Any], action: str
@@ -270,44 +243,33 @@ class Session:
         """The targets, and the ids of their instances; None, None: everything."""
         if not params.get("targets"):
             return None, None
-        snapshot = await self._settling.next()
+        snapshot = await self.settling.next()
         targets = self._targets(params, snapshot, action)
         assert targets is not None  # there are some
-        return targets, {
-            row.id for row in chosen_rows(targets, snapshot.desired, snapshot.statuses)
-        }
+        return targets, _ids(targets, snapshot)
 
     def _tell_what_is_under_way(self, tell: Tell, only: Collection[str] | None = None) -> None:
         """The watcher is often faster than the command: what it began is waited for as well."""
-        snapshot = self._converger.snapshot
-        if self._own or snapshot is None:
+        snapshot = self.converger.snapshot
+        if self.own or snapshot is None:
             return
         for row in snapshot.statuses:
-            if row.phase in _ON_ITS_WAY and (only is None or row.id in only):
-                tell(
-                    Event(
-                        "begin",
-                        time.time(),
-                        row.id,
-                        row.reason or "under way already",
-                        row.model,
-                        row.gpus,
-                        phase=row.phase.value,
-                    )
-                )
+            if row.phase in ON_ITS_WAY and (only is None or row.id in only):
+                about = (row.id, row.reason or "under way already", row.model, row.gpus)
+                tell(Event("begin", time.time(), *about, phase=row.phase.value))
 
     def _check_path(self, params: Mapping[str, Any]) -> None:
-        path = Path(str(params.get("path", self._path)))
-        if path.resolve() != self._path.resolve():
+        path = Path(str(params.get("path", self.path)))
+        if path.resolve() != self.path.resolve():
             raise MicError(
-                f"cannot apply {path}: the daemon runs {self._path}",
+                f"cannot apply {path}: the daemon runs {self.path}",
                 hint="edit that file; `mic-supervisor plan FILE` compares another one",
             )
 
     def _names(self, snapshot: Snapshot) -> Names:
         """What there is to be named: in the file, running, or paused."""
         paused = snapshot.memory.paused
-        models = {*self._config().models, *paused.models}
+        models = {*self.config().models, *paused.models}
         models |= {row.model for row in snapshot.statuses if row.model != NONE}
         return Names.of(snapshot.desired, models, snapshot.observed.inventory, paused.gpus)
 
@@ -321,7 +283,7 @@ class Session:
 
     async def _named(self, name: str, action: str) -> list[str]:
         """The instances of a name, but for those that are paused; all paused is an error."""
-        snapshot = await self._settling.first()
+        snapshot = await self.settling.first()
         found = [row for row in snapshot.statuses if composed(name) in (row.id, row.model)]
         if not found:
             known = ", ".join(row.id for row in snapshot.statuses)
@@ -347,11 +309,26 @@ class Session:
                 errors[event.instance] = Failure(event.instance, event.text, event.hint)
             tell(event)
 
-        self._events.listeners.append(listen)
+        self.events.listeners.append(listen)
         try:
             yield errors
         finally:
-            self._events.listeners.remove(listen)
+            self.events.listeners.remove(listen)
+
+
+def _outcome(
+    snapshot: Snapshot,
+    errors: Mapping[str, Failure],
+    targets: Selection | None = None,
+    left_out: Iterable[Change] = (),
+) -> dict[str, Any]:
+    """The document of `apply`, and of all that converge as it does."""
+    return asdict(apply_document(snapshot, errors.values(), host_name(), targets, left_out))
+
+
+def _ids(targets: Selection, snapshot: Snapshot) -> set[str]:
+    """Of the instances by which it is told how the chosen fare."""
+    return {row.id for row in chosen_rows(targets, snapshot.desired, snapshot.statuses)}
 
 
 def _concerned(chosen: Selection, snapshot: Snapshot) -> list[InstanceStatus]:
@@ -359,3 +336,73 @@ def _concerned(chosen: Selection, snapshot: Snapshot) -> list[InstanceStatus]:
     return [
         row for row in snapshot.statuses if row.model in chosen.models or chosen.gpus & {*row.gpus}
     ]
+
+
+# --- waiting for the loop to have nothing left to do --------------------------------------------
+
+
+class Settling:
+    """Lets many wait, each for a round that began after it had asked."""
+
+    def __init__(self, converger: Converger, clock: Callable[[], float]) -> None:
+        self._converger = converger
+        self._clock = clock
+        self._waiting: list[Callable[[Snapshot], None]] = []
+        self._last: Snapshot | None = None
+
+    def look(self, snapshot: Snapshot) -> None:
+        """To be called with every snapshot."""
+        self._last = snapshot
+        for tell in [*self._waiting]:
+            tell(snapshot)
+
+    async def first(self) -> Snapshot:
+        """The last snapshot, once there is one."""
+        return self._last or await self._wait(lambda _snapshot: True)
+
+    async def next(self) -> Snapshot:
+        """The first snapshot of a round that begins from now on."""
+        return await self.seen(lambda _snapshot: True)
+
+    async def settled(self, targets: Selection | None = None) -> Snapshot:
+        """The first snapshot of a round from now on that leaves nothing to wait for.
+
+        With `targets` it is about those alone.
+        """
+        began = self._clock()
+        return await self.seen(lambda snapshot: all_settled(snapshot, began, targets))
+
+    async def seen(self, enough: Callable[[Snapshot], bool]) -> Snapshot:
+        """The first snapshot of a round from now on that is enough."""
+        after = self._converger.rounds_begun
+        return await self._wait(lambda snapshot: snapshot.round > after and enough(snapshot))
+
+    async def _wait(self, enough: Callable[[Snapshot], bool]) -> Snapshot:
+        found: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
+
+        def tell(snapshot: Snapshot) -> None:
+            if not found.done() and enough(snapshot):
+                found.set_result(snapshot)
+
+        self._waiting.append(tell)
+        self._converger.wake()
+        try:
+            return await found
+        finally:
+            self._waiting.remove(tell)
+
+
+def all_settled(snapshot: Snapshot, began: float, targets: Selection | None = None) -> bool:
+    """Whether an apply that began then has nothing left to wait for."""
+    only = None if targets is None else _ids(targets, snapshot)
+    if snapshot.busy if only is None else snapshot.busy & only:
+        return False
+    return settled(
+        snapshot.desired,
+        snapshot.plan,
+        snapshot.statuses,
+        snapshot.memory,
+        began=began,
+        now=snapshot.now,
+        only=only,
+    )

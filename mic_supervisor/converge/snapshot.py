@@ -9,8 +9,9 @@ from typing import Protocol
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.publisher import HookState
 from mic_supervisor.model import DesiredState, GpuInventory
-from mic_supervisor.plan.endpoints import Endpoints
 from mic_supervisor.plan.look import Look
+from mic_supervisor.views import view
+from mic_supervisor.views.endpoints import Endpoints
 from mic_supervisor.views.status import ConfigInUse
 
 
@@ -48,9 +49,7 @@ class ConfigState:
     @property
     def in_use(self) -> ConfigInUse:
         """As `status --json` tells it."""
-        return ConfigInUse(
-            self.path, self.hash, self.generation, self.loaded_at, self.last_reload_ok, self.error
-        )
+        return view(ConfigInUse, self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,11 @@ _LOGGER = logging.getLogger("mic")
 _AGAIN = 0.5  # seconds until a task that did not end is cancelled once more
 
 
+async def blocking(pool: Executor, work: Callable[..., T], *args: Any) -> T:
+    """What a call that blocks gives, in a thread of `pool`."""
+    return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
+
+
 async def end(tasks: Iterable[asyncio.Task[Any]], patience: float = 2.0) -> None:
     """Cancel them, and wait until they have ended, `patience` seconds at most.
 

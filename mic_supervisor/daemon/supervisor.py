@@ -15,8 +15,7 @@ from mic_supervisor.clocks import Clock
 from mic_supervisor.config.document import WAY_OUT
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger
-from mic_supervisor.converge.session import Session
-from mic_supervisor.converge.settle import Settling, all_settled
+from mic_supervisor.converge.session import Session, Settling, all_settled
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.daemon.control import ControlServer

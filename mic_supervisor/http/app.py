@@ -20,7 +20,7 @@ from mic_supervisor.http.documents import LivenessStatus
 from mic_supervisor.http.openapi import Served, describe
 from mic_supervisor.http.readonly import UNGUARDED, ReadOnly, command_for, refusal
 from mic_supervisor.http.views import JSON, Answer, Views, encode
-from mic_supervisor.plan.endpoints import EndpointsDocument
+from mic_supervisor.views.endpoints import EndpointsDocument
 from mic_supervisor.views.plan import PlanDocument
 from mic_supervisor.views.status import StatusDocument
 

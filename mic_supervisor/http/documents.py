@@ -15,10 +15,10 @@ from pydantic import Field
 from mic_supervisor.http import redact
 from mic_supervisor.http.published import status_of
 from mic_supervisor.model import Gpu, OwnerKind
-from mic_supervisor.plan import endpoints
 from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import by_model
+from mic_supervisor.views import endpoints
 from mic_supervisor.views.plan import plan_document
 from mic_supervisor.views.status import GpuState, StatusGpu, gpu_rows
 

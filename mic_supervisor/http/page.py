@@ -20,9 +20,9 @@ from urllib.parse import quote
 from mic_supervisor.http.redact import Scrubber, config_error
 from mic_supervisor.http.verdict import Level, Verdict, judge, level_of
 from mic_supervisor.model import OwnerKind
-from mic_supervisor.plan.render import reason
 from mic_supervisor.plan.status import InstanceStatus, by_model
 from mic_supervisor.plan.words import gpu_names
+from mic_supervisor.views.plan import reason
 from mic_supervisor.views.status import GpuState, Holder, gpu_rows
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mic_supervisor.converge.sources import PATIENCE
+from mic_supervisor.converge.observe import PATIENCE
 from mic_supervisor.http.published import Samples
 from mic_supervisor.http.redact import Scrubber
 from mic_supervisor.http.verdict import judge

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from mic_supervisor.clocks import later
 from mic_supervisor.model import HttpCall, Launch, ObservedWorkload, Placement
 from mic_supervisor.plan.memory import Floor
 from mic_supervisor.plan.words import Code, Reason
@@ -195,12 +196,14 @@ class Blocked:
         return self.why.kind is Code.PAUSED
 
     @property
+    def chosen(self) -> bool:
+        """It is no other one than those that the plan was limited to."""
+        return self.why.kind is not Code.NOT_CHOSEN
+
+    @property
     def queued(self) -> bool:
         """The file says to wait for it: a stranger has the GPU."""
         return self.why.queued
-
-
-_Timed = TypeVar("_Timed", Change, Blocked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,17 +227,10 @@ class Plan:
 
     def in_wall(self, offset: float) -> Plan:
         """For people: steady times made times since the epoch by the clocks' offset."""
-
-        def wall(items: tuple[_Timed, ...]) -> tuple[_Timed, ...]:
-            return tuple(
-                item if item.until is None else replace(item, until=item.until + offset)
-                for item in items
-            )
-
         return replace(
             self,
-            changes=wall(self.changes),
-            blocked=wall(self.blocked),
+            changes=tuple(replace(one, until=later(one.until, offset)) for one in self.changes),
+            blocked=tuple(replace(one, until=later(one.until, offset)) for one in self.blocked),
         )
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mic_supervisor.model import (
     ContainerSpec,
@@ -26,10 +26,29 @@ from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.words import Reason
 from mic_supervisor.runtimes.identity import known_from
 
-if TYPE_CHECKING:
-    from mic_supervisor.plan.selection import Selection
-
 _ALIVE = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.REMOVING, RunState.UNKNOWN})
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Models by their names, GPUs by their UUIDs."""
+
+    models: frozenset[str] = frozenset()
+    gpus: frozenset[str] = frozenset()
+
+    def has(self, instance: Instance) -> bool:
+        """Whether it is of one of the models, serves one, or has one of the GPUs."""
+        served = any(item.model in self.models for item in instance.placements)
+        return served or self.concerns(instance.model, instance.gpus)
+
+    def concerns(self, model: str | None, gpus: Collection[str]) -> bool:
+        return model in self.models or not self.gpus.isdisjoint(gpus)
+
+    def called(self, indices: Mapping[str, int]) -> list[str]:
+        """ "MAM", "GPU 3", and the UUID of a GPU that is not there."""
+        known = sorted((indices[uuid], uuid) for uuid in self.gpus if uuid in indices)
+        lost = sorted(uuid for uuid in self.gpus if uuid not in indices)
+        return [*sorted(self.models), *(f"GPU {index}" for index, _ in known), *lost]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +107,15 @@ class Assessment:
         return self.match if self.runs else next(iter(self.alive), None)
 
     @property
+    def ours(self) -> tuple[ObservedWorkload, ...]:
+        """Every workload that carries its id."""
+        return (*((self.match,) if self.match is not None else ()), *self.alive, *self.ended)
+
+    @property
     def gpus(self) -> set[str]:
         """Those that it has, and those that it is to have."""
-        ours = [workload for workload in (self.match, *self.alive) if workload is not None]
-        return {*self.instance.gpus, *(uuid for item in ours for uuid in item.identity.gpus)}
+        has = [workload for workload in (self.match, *self.alive) if workload is not None]
+        return {*self.instance.gpus, *(uuid for item in has for uuid in item.identity.gpus)}
 
     @property
     def started_up(self) -> bool:
@@ -100,22 +124,20 @@ class Assessment:
             return False
         if self.instance.probes.startup is None:
             return self.match.state in (RunState.RUNNING, RunState.PAUSED)
-        return _passes(self.health.startup)
+        return passes(self.health.startup)
 
     def loaded(self, placement: Placement) -> bool:
         state = self.placement(placement)
         return state.state is LoadState.LOADED and state.digest == placement.digest
 
     def placement(self, placement: Placement) -> PlacementState:
-        for state in self.health.placements:
-            if state.model == placement.model:
-                return state
-        return PlacementState(placement.model, LoadState.UNKNOWN)
+        found = (state for state in self.health.placements if state.model == placement.model)
+        return next(found, PlacementState(placement.model, LoadState.UNKNOWN))
 
     @property
     def lives(self) -> bool:
-        """Its liveness probe passes."""
-        return _passes(self.health.liveness)
+        """Its liveness probe passes, where it has one."""
+        return self.instance.probes.liveness is None or passes(self.health.liveness)
 
     @property
     def placed_gpus(self) -> set[str]:
@@ -127,12 +149,11 @@ class Assessment:
     @property
     def serves(self) -> bool:
         """Everything that can be checked is as it should be; of an unprobed one that is little."""
-        probes = self.instance.probes
         return (
             self.started_up
             and all(self.loaded(placement) for placement in self.instance.placements)
-            and (probes.liveness is None or _passes(self.health.liveness))
-            and (probes.readiness is None or _passes(self.health.readiness))
+            and self.lives
+            and (self.instance.probes.readiness is None or passes(self.health.readiness))
         )
 
     @property
@@ -170,12 +191,11 @@ class Assessment:
     @property
     def live_failure(self) -> str | None:
         """Why the liveness probe says that it must be restarted."""
-        probe, result = self.instance.probes.liveness, self.health.liveness
-        if not self.started_up or probe is None or result is None or result.ok is not False:
+        probe = self.instance.probes.liveness
+        if probe is None or not self.started_up:
             return None
-        if result.failures < probe.failures:
-            return None
-        return f"not alive: {result.reason}"
+        said = _refusal(self.health.liveness, probe.failures)
+        return None if said is None else f"not alive: {said}"
 
     @property
     def blind(self) -> str | None:
@@ -183,13 +203,9 @@ class Assessment:
 
         Once may be a driver that is being reset; twice in a row is not.
         """
-        result = self.health.devices
-        if not self.runs or result is None or result.ok is not False or result.failures < 2:
-            return None
-        return (
-            "it lost its GPU inside the container, as a systemd daemon-reload does in legacy mode: "
-            f"{result.reason}"
-        )
+        said = _refusal(self.health.devices, 2) if self.runs else None
+        how = "as a systemd daemon-reload does in legacy mode"
+        return None if said is None else f"it lost its GPU inside the container, {how}: {said}"
 
     def blocked(self, why: Reason, until: float | None = None) -> Blocked:
         return Blocked(self.instance.id, why, self.instance.gpus, self.instance.model, until)
@@ -202,16 +218,13 @@ class Assessment:
         An adopted instance spent its budget long ago. So what was not asked yet, or could not
         tell, says nothing, nor does the first failure of a probe that is allowed several.
         """
-        probe, result = self.instance.probes.startup, self.health.startup
+        probe, budget = self.instance.probes.startup, self.instance.start_timeout
         began = self.match.running_since if self.match else None
         started = began if began is not None else started_at
-        if not self.runs or probe is None or result is None or result.ok is not False:
+        if probe is None or not self.runs or started is None or now - started < budget:
             return None
-        if started is None or now - started < self.instance.start_timeout:
-            return None
-        if result.failures < probe.failures:
-            return None
-        return f"not up within {self.instance.start_timeout:g} s: {result.reason}"
+        said = _refusal(self.health.startup, probe.failures)
+        return None if said is None else f"not up within {budget:g} s: {said}"
 
 
 def is_alive(workload: ObservedWorkload) -> bool:
@@ -220,24 +233,17 @@ def is_alive(workload: ObservedWorkload) -> bool:
 
 
 def assess(
-    desired: DesiredState,
-    observed: ObservedState,
-    context: Context,
-    memory: Memory | None = None,
+    desired: DesiredState, observed: ObservedState, context: Context, memory: Memory | None = None
 ) -> list[Assessment]:
     """One assessment per desired instance, in the order of their ids."""
     memory = memory or Memory()
-    by_instance: dict[str, list[ObservedWorkload]] = {}
-    for workload in workloads(observed):
-        by_instance.setdefault(workload.identity.instance, []).append(workload)
-    readable = {view.runtime for view in observed.runtimes if view.error is None}
+    found = by_instance(workloads(observed))
     return [
         _assess(
             instance,
-            by_instance.get(instance.id, ()),
+            found.get(instance.id, ()),
             observed,
             context,
-            readable,
             memory.of(instance.id).started,
         )
         for instance in sorted(desired.instances, key=lambda item: item.id)
@@ -248,6 +254,20 @@ def workloads(observed: ObservedState) -> Iterable[ObservedWorkload]:
     """Everything of ours, in every runtime, in a stable order."""
     found = [workload for view in observed.runtimes for workload in view.workloads]
     return sorted(found, key=lambda item: (item.identity.instance, item.name, item.ref))
+
+
+def left_alone(workload: ObservedWorkload, why: Reason) -> Blocked:
+    """Why nothing happens with what runs, by what it carries."""
+    one = workload.identity
+    return Blocked(one.instance, why, one.gpus, one.model)
+
+
+def by_instance(found: Iterable[ObservedWorkload]) -> dict[str, list[ObservedWorkload]]:
+    """The same by the ids that they carry, otherwise in the same order."""
+    out: dict[str, list[ObservedWorkload]] = {}
+    for workload in found:
+        out.setdefault(workload.identity.instance, []).append(workload)
+    return out
 
 
 def with_containers(memory: Memory, observed: ObservedState) -> Memory:
@@ -263,7 +283,6 @@ def _assess(
     found: Iterable[ObservedWorkload],
     observed: ObservedState,
     context: Context,
-    readable: Collection[str],
     known: str | None,
 ) -> Assessment:
     spec = specs.of_instance(instance, context.key)
@@ -279,16 +298,10 @@ def _assess(
             -(item.created_at or 0.0),
         ),
     )
-    match: ObservedWorkload | None = None
-    others: list[ObservedWorkload] = []
-    diff: tuple[FieldDiff, ...] = ()
-    for workload in ordered:
-        found_diff = _diff(workload, instance, spec, runtime)
-        if match is None and not found_diff:
-            match = workload
-        else:
-            others.append(workload)
-            diff = diff or found_diff
+    diffs = [_diff(workload, instance, spec, runtime) for workload in ordered]
+    match = next((one for one, diff in zip(ordered, diffs, strict=True) if not diff), None)
+    others = [workload for workload in ordered if workload is not match]
+    diff = next((diff for diff in diffs if diff), ())
     if match is not None and (is_alive(match) or not is_alive(ordered[0])):
         diff = ()  # an ended one that has the desired specification only has to be started
     return Assessment(
@@ -301,7 +314,7 @@ def _assess(
         ended=tuple(item for item in others if not is_alive(item)),
         diff=diff,
         health=observed.health.get(match.ref, Health()) if match is not None else Health(),
-        readable=runtime in readable,
+        readable=any(v.runtime == runtime and v.error is None for v in observed.runtimes),
         healths=observed.health,
     )
 
@@ -327,5 +340,12 @@ def _hash(spec: Mapping[str, Any], instance: Instance) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _passes(result: ProbeResult | None) -> bool:
+def passes(result: ProbeResult | None) -> bool:
     return result is not None and result.ok is True
+
+
+def _refusal(result: ProbeResult | None, times: int) -> str | None:
+    """What a probe said that has said no at least so many times in a row; None: it has not."""
+    if result is None or result.ok is not False or result.failures < times:
+        return None
+    return result.reason

@@ -5,7 +5,6 @@ from __future__ import annotations
 FIRST = 5.0  # seconds
 LONGEST = 300.0  # seconds
 JITTER = 0.1  # share of the delay that `jitter` = 1 adds
-FARTHEST = LONGEST * (1.0 + JITTER)  # seconds: no next try is later than that
 FIRST_REST, LONGEST_REST = 1.0, 60.0  # seconds, where nothing speaks against a specification
 STABLE = 600.0  # seconds of being ready after which earlier failures are forgotten
 

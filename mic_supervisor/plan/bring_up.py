@@ -1,28 +1,35 @@
-"""How one instance that does not run is brought up: what to launch, where, and what is early."""
+"""How one instance is brought up: what to launch, where, what is early, and what to load into it.
+
+In a server of several models each has a patience of its own. What merely is missing from the file
+is unloaded only when that is confirmed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from mic_supervisor.config.document import CONFIRM
-from mic_supervisor.model import Gpu, ObservedWorkload, RunState
+from mic_supervisor.model import Gpu, LoadState, ObservedWorkload, PlacementState, RunState
 from mic_supervisor.plan.actions import (
     Blocked,
     ChangeKind,
     Create,
+    FieldDiff,
+    Load,
     Prepare,
     Remove,
     Restart,
     Start,
     Step,
+    ToModel,
+    Unload,
 )
 from mic_supervisor.plan.assess import Assessment, is_alive
-from mic_supervisor.plan.fallback import fallback
+from mic_supervisor.plan.fallback import fallback, rebuilt, relaunch
 from mic_supervisor.plan.health import ended
 from mic_supervisor.plan.launch import launch
-from mic_supervisor.plan.loads import loads
-from mic_supervisor.plan.obstacles import in_the_way
-from mic_supervisor.plan.rebuild import rebuilt, relaunch
+from mic_supervisor.plan.memory import memory_key
+from mic_supervisor.plan.obstacles import in_the_way, in_trouble
 from mic_supervisor.plan.situation import Situation
 from mic_supervisor.plan.words import Code, Reason, because, gpu_names, shortened
 
@@ -64,7 +71,7 @@ def way_up(s: Situation, item: Assessment) -> Way:
     if (good := fallback(entry, item)) is not None:
         up, why = _fall_back(s, good)
         if sick and up is not None:
-            return Way(good.match, None, item.blocked(_unhealthy(sick)))
+            return Way(good.match, None, item.blocked(in_trouble(sick)))
         return Way(good.match, cleared(up, item) if up is not None else None, why)
     unhealthy = item.live_failure or item.overdue(entry.started_at, s.now)
     forced = item.instance.id in s.context.forced
@@ -89,7 +96,7 @@ def _keeps_down(s: Situation, item: Assessment, sick: Gpu | None) -> Reason | No
     if lost:
         return because(Code.GPU_LOST, gpus=", ".join(lost))
     if sick is not None:
-        return _unhealthy(sick)
+        return in_trouble(sick)
     missing = {uuid for workload in item.alive for uuid in workload.identity.gpus} - s.named
     if missing and item.instance.shared and not s.context.confirmed:
         # One of the entries of a server is missing, and it would be replaced since it is.
@@ -102,10 +109,7 @@ def _keeps_down(s: Situation, item: Assessment, sick: Gpu | None) -> Reason | No
 
 
 def _bring_up(
-    s: Situation,
-    item: Assessment,
-    unhealthy: str | None,
-    blind: str | None,
+    s: Situation, item: Assessment, unhealthy: str | None, blind: str | None
 ) -> BringUp | Reason:
     """The way up, or what stands in it. `blind`: it must be made anew, and that is why."""
     instance, match = item.instance, item.match
@@ -207,11 +211,6 @@ def _take_over(s: Situation, good: Assessment, unhealthy: str | None) -> BringUp
     return BringUp("start", because(Code.ROLLBACK, failure=entry.failed_reason), early, late)
 
 
-def _unhealthy(gpu: Gpu) -> Reason:
-    """Nothing is started on a GPU that is in trouble: it would fail, again and again."""
-    return because(Code.GPU_UNHEALTHY, gpu=gpu.index, trouble=gpu.trouble)
-
-
 def host_ports(step: Step) -> set[int]:
     """The ports that a step gives to its instance."""
     if isinstance(step, Start):
@@ -248,3 +247,97 @@ def _drift(item: Assessment) -> Reason:
     if paths == ["gpus"]:
         return because(Code.GPUS_CHANGED, down=down)
     return because(Code.SPEC_CHANGED, paths=shortened(paths), down=down)
+
+
+# --- models inside a server ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """One load or unload, why, and what differs."""
+
+    step: ToModel
+    why: Reason
+    diff: tuple[FieldDiff, ...] = ()
+
+
+def inside(s: Situation, item: Assessment) -> tuple[list[Due], Blocked | None]:
+    """What is due in one server, and one reason why no more than that.
+
+    Only a server that answers can say what it has loaded.
+    """
+    due = loads(item)
+    late: list[tuple[float, Reason]] = []
+    if item.instance.shared:
+        for load in [*due]:
+            model = load.step.placement.model
+            entry = s.memory.of(memory_key(item.instance.id, model))
+            if entry.retry_at is not None and entry.retry_at > s.now:
+                due.remove(load)
+                why = because(Code.MODEL_BACKOFF, model=model, failure=entry.reason)
+                late.append((entry.retry_at, why))
+    elif due:
+        entry = s.entry(item)
+        if entry.retry_at is not None and entry.retry_at > s.now:
+            due = []
+            late.append((entry.retry_at, because(Code.BACKOFF, failure=entry.reason)))
+    why_not = None
+    if late:
+        first, *others = (why for _, why in late)
+        both = Reason(first.kind, first.facts, tuple(others))
+        why_not = item.blocked(both, min(at for at, _ in late))
+    for unload in _unloads(item):
+        one = unload.step.placement
+        if s.context.confirmed or (one.gpus and {*one.gpus} <= s.placed):
+            due.append(unload)
+        elif why_not is None:
+            why_not = item.blocked(because(Code.UNCONFIRMED, what=one.model, hint=CONFIRM))
+    return due, why_not
+
+
+def loads(item: Assessment) -> list[Due]:
+    """Only of a server that has started up, and only where it is known what it has loaded."""
+    match = item.match
+    if match is None or not item.started_up:
+        return []
+    out = []
+    for placement in item.instance.placements:
+        state = item.placement(placement)
+        if item.loaded(placement) or not _is_known(state):
+            continue
+        before, after = dict(state.summary), dict(placement.summary)
+        diff = tuple(
+            FieldDiff(key, before.get(key), after.get(key))
+            for key in sorted({*before, *after})
+            if before.get(key) != after.get(key)
+        )
+        of = f"{placement.model}: " if item.instance.shared else ""
+        if state.state is LoadState.LOADED:
+            changed = ", ".join(entry.path for entry in diff) or "its configuration"
+            why = because(Code.MODEL_CHANGED, of=of, changed=changed)
+        else:
+            why = because(Code.NOT_LOADED, of=of, model=placement.model)
+        name = f"load {placement.model} into {match.name}"
+        out.append(Due(Load(name, item.instance.id, match, placement), why, diff))
+    return out
+
+
+def _unloads(item: Assessment) -> list[Due]:
+    """What a server has loaded for us that the file does not have in it any more."""
+    match = item.match
+    if match is None or not item.started_up or item.alive:
+        return []
+    return [
+        Due(
+            Unload(f"unload {one.model} from {match.name}", item.instance.id, match, one),
+            because(Code.SURPLUS, model=one.model),
+        )
+        for one in item.health.surplus
+    ]
+
+
+def _is_known(state: PlacementState) -> bool:
+    """Whether a server's word on a model is enough to send it anew."""
+    if state.state is LoadState.LOADED:
+        return state.digest is not None
+    return state.state in (LoadState.ABSENT, LoadState.FAILED)

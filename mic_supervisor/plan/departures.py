@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mic_supervisor.model import ObservedWorkload, RunState
 from mic_supervisor.plan import spec as specs
-from mic_supervisor.plan.actions import Drain, Restart, Step, Stop, Withdraw
+from mic_supervisor.plan.actions import Drain, Restart, Step, Stop, ToWorkload, Withdraw
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.bring_up import BringUp, host_ports
 from mic_supervisor.plan.memory import InstanceMemory
@@ -22,23 +22,23 @@ class Departures:
     """The steps that stop what must go, by workload."""
 
     def __init__(self) -> None:
-        self._steps: dict[_Key, tuple[ObservedWorkload, list[Step]]] = {}
+        self._steps: dict[_Key, list[ToWorkload]] = {}
 
     def __contains__(self, workload: ObservedWorkload) -> bool:
         return _key(workload) in self._steps
 
-    def add(self, workload: ObservedWorkload, steps: list[Step]) -> None:
-        self._steps[_key(workload)] = (workload, steps)
+    def add(self, workload: ObservedWorkload, steps: list[ToWorkload]) -> None:
+        self._steps[_key(workload)] = steps
 
-    def of(self, workload: ObservedWorkload) -> list[Step]:
-        return self._steps[_key(workload)][1] if workload in self else []
+    def of(self, workload: ObservedWorkload) -> list[ToWorkload]:
+        return self._steps.get(_key(workload), [])
 
     def before(self, item: Assessment, up: BringUp) -> list[str]:
         """The ids of the steps after which the GPUs and the ports of a start are free."""
         return [
             steps[-1].id
-            for workload, steps in self._steps.values()
-            if needs(item, up.late, workload) is not None
+            for steps in self._steps.values()
+            if needs(item, up.late, steps[-1].workload) is not None
         ]
 
 
@@ -56,7 +56,7 @@ def departures(
     not keep a GPU from those that were.
     """
     out = Departures()
-    going = [w for item in lane.wanted for w in (item.match, *item.alive) if w is not None]
+    going = [workload for item in lane.wanted for workload in item.ours]
     for workload in [w for w in (*going, *orphans) if is_alive(w)]:
         instance = workload.identity.instance
         up, kept = ups.get(instance), serving.get(instance)
@@ -105,7 +105,7 @@ def _alive(workload: ObservedWorkload | None) -> bool:
     return workload is not None and is_alive(workload)
 
 
-def _stop(s: Situation, workload: ObservedWorkload, after: tuple[str, ...]) -> list[Step]:
+def _stop(s: Situation, workload: ObservedWorkload, after: tuple[str, ...]) -> list[ToWorkload]:
     """Have nobody sent there any more, drain where the backend knows how, then stop.
 
     As the file says now, if it still says something of this instance and of the backend that runs
@@ -120,7 +120,7 @@ def _stop(s: Situation, workload: ObservedWorkload, after: tuple[str, ...]) -> l
         desired = owner.instance
         signal, grace = desired.workload.stop_signal, desired.workload.stop_timeout
         drain = (desired.drain, desired.drain_timeout) if desired.drain is not None else None
-    steps: list[Step] = []
+    steps: list[ToWorkload] = []
     if s.desired.hook is not None:
         withdraw = Withdraw(f"withdraw {workload.name}", instance, workload, depends_on=after)
         steps.append(withdraw)

@@ -7,7 +7,7 @@ of the file, as far as it has their ports. Of what it served with, its own recor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 from mic_supervisor.model import (
@@ -17,7 +17,10 @@ from mic_supervisor.model import (
     Health,
     Identity,
     Instance,
+    Launch,
+    Limits,
     ObservedWorkload,
+    Pairs,
     Port,
     Probe,
     Probes,
@@ -26,8 +29,8 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.assess import Assessment
-from mic_supervisor.plan.memory import InstanceMemory
-from mic_supervisor.plan.rebuild import rebuilt
+from mic_supervisor.plan.launch import fill, listed
+from mic_supervisor.plan.memory import InstanceMemory, Recorded
 
 
 def way_back(entry: InstanceMemory, item: Assessment) -> bool:
@@ -37,7 +40,8 @@ def way_back(entry: InstanceMemory, item: Assessment) -> bool:
     if item.match is not None and item.match.name == entry.ready_workload:
         return False
     back = _predecessor(entry, item)
-    return _is_kept(back) or rebuilt(entry.ready_record, item) is not None
+    kept = back is not None and back.runtime == "docker"  # it can itself be started again
+    return kept or rebuilt(entry.ready_record, item) is not None
 
 
 def fallback(entry: InstanceMemory, item: Assessment) -> Assessment | None:
@@ -60,11 +64,6 @@ def _predecessor(entry: InstanceMemory, item: Assessment) -> ObservedWorkload | 
         ):
             return workload
     return None
-
-
-def _is_kept(workload: ObservedWorkload | None) -> bool:
-    """Whether the workload itself can be started again: a container can."""
-    return workload is not None and workload.runtime == "docker"
 
 
 def earlier(entry: InstanceMemory, item: Assessment) -> Assessment | None:
@@ -90,14 +89,13 @@ def _as(workload: ObservedWorkload | None, entry: InstanceMemory, item: Assessme
         instance = _instance(runtime, workload.name, workload.identity, entry, instance)
     elif record is not None:
         instance = _instance(runtime, record.name, record.identity, entry, instance)
-    others = [w for w in (item.match, *item.alive, *item.ended) if w not in (None, workload)]
     return replace(
         item,
         instance=instance,
         runtime=runtime,
         match=workload,
         alive=(),
-        ended=tuple(w for w in others if w is not None),
+        ended=tuple(other for other in item.ours if other != workload),
         diff=(),
         health=item.healths.get(workload.ref, Health()) if workload is not None else Health(),
     )
@@ -151,3 +149,57 @@ def _that_fit(probes: Probes, ports: Mapping[str, int]) -> Probes:
         return probe if probe.check.port in ports else None
 
     return Probes(fits(probes.startup), fits(probes.liveness), fits(probes.readiness))
+
+
+# --- of a process, by its record alone ----------------------------------------------------------
+#
+# Nothing of an ended process remains but what is remembered of it: the record it carried. In that
+# its secrets stand as digests. A secret whose digest is the same in the file as it is now is known
+# again; where one has changed, or is gone, there is no way back.
+
+_SECRETS = ("env", "file_env", "variables")
+_NOT_OF_THE_PROCESS = frozenset({"kind", "drain"})
+
+
+def rebuilt(record: Recorded | None, item: Assessment) -> ProcessSpec | None:
+    """The specification that it was ready with; None: it is not known in full."""
+    if record is None or record.runtime != item.runtime:
+        return None
+    identity, instance = record.identity, item.instance
+    if (identity.gpus, identity.model) != (instance.gpus, instance.model):
+        return None
+    spec = {k: v for k, v in specs.mapping(identity.spec).items() if k not in _NOT_OF_THE_PROCESS}
+    if not spec or {*spec} - {known.name for known in fields(ProcessSpec)}:
+        return None  # a later version's
+    try:
+        secrets: dict[str, Any] = {name: _known(name, spec, item) for name in _SECRETS}
+        return ProcessSpec(**{name: _value(name, spec[name]) for name in spec} | secrets)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def relaunch(record: Recorded, spec: ProcessSpec, indices: Mapping[str, int]) -> Launch:
+    """What to start: the same in every respect, on the ports that it had."""
+    identity = record.identity
+    filled = fill(spec, identity.ports, listed(identity.gpus, indices))
+    return Launch(record.name, record.runtime, identity, filled)
+
+
+def _known(name: str, spec: Mapping[str, Any], item: Assessment) -> Pairs:
+    """The values of what was recorded as digests. Raises KeyError where one is not known."""
+    now = specs.mapping(item.spec.get(name))
+    values = dict(getattr(item.instance.workload, name))
+    out = []
+    for key, digest in specs.mapping(spec.get(name)).items():
+        if now[key] != digest:
+            raise KeyError(key)
+        out.append((str(key), values[key]))
+    return tuple(out)
+
+
+def _value(name: str, value: Any) -> Any:
+    if name == "ports":
+        return tuple(Port(port, **numbers) for port, numbers in value.items())
+    if name == "limits":
+        return Limits(**value)
+    return tuple(value) if isinstance(value, list) else value

@@ -53,6 +53,11 @@ class Phase(StrEnum):
     STUCK_STOPPING = "stuck_stopping"
 
 
+ON_ITS_WAY = frozenset(
+    {Phase.PENDING, Phase.STOPPING, Phase.WAITING_VRAM, Phase.STARTING, Phase.LOADING}
+)
+
+
 def phase_of(
     assessment: Assessment,
     *,

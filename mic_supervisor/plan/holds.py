@@ -1,4 +1,6 @@
-"""Takes out of a plan what is in doubt, what is paused, and what was not chosen.
+"""What holds up a plan: it takes changes out of it, or has them wait for their turn.
+
+Taken out is what is in doubt, what is paused, and what was not chosen.
 
 What runs and cannot be told for certain is in doubt: nothing is done with it, nor on its GPUs.
 
@@ -9,12 +11,16 @@ failure is counted. What needs something that is held waits for it.
 A plan may be limited to models and GPUs. Then whatever else there is stays as it is, apart from
 what has to leave the GPUs of the chosen so that they can start. What the file merely no longer
 names is left alone: to limit a plan is no word on that.
+
+Of one model, no more instances change at a time than its rollout allows. And a lane in which
+something failed that no specification is to blame for has a rest.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.plan.actions import (
@@ -28,30 +34,17 @@ from mic_supervisor.plan.actions import (
     ToModel,
     ToWorkload,
 )
-from mic_supervisor.plan.assess import Assessment, is_alive
+from mic_supervisor.plan.assess import Assessment, by_instance, is_alive, left_alone
 from mic_supervisor.plan.departures import follows, needs
-from mic_supervisor.plan.pauses import resume, since
+from mic_supervisor.plan.memory import Rest
+from mic_supervisor.plan.selection import resume, since
 from mic_supervisor.plan.situation import Situation
 from mic_supervisor.plan.words import Code, Reason, because
 
 
-@dataclass(frozen=True, slots=True)
-class _Hold:
-    """One instance, or entry in trouble, that is left as it is."""
-
-    instance: str
-    model: str | None
-    gpus: tuple[str, ...]
-    why: Reason
-
-    @property
-    def chosen(self) -> bool:
-        return self.why.kind is not Code.NOT_CHOSEN
-
-
 def hold(plan: Plan, s: Situation) -> Plan:
     """The same plan without the changes of what is held, and without all that depends on them."""
-    held = {one.instance: one for one in (*_find(s), *_doubted(s))}
+    held = {one.instance: one for one in _held(s)}
     if not held and not s.memory.paused:
         return plan
     plan = _take_out(plan, {name: one for name, one in held.items() if one.chosen}, s)
@@ -59,50 +52,40 @@ def hold(plan: Plan, s: Situation) -> Plan:
     return _take_out(plan, {name: one for name, one in held.items() if not one.chosen}, s)
 
 
-def _take_out(plan: Plan, held: Mapping[str, _Hold], s: Situation) -> Plan:
+def _take_out(plan: Plan, held: Mapping[str, Blocked], s: Situation) -> Plan:
     taken = [change for change in plan.changes if change.instance in held]
     rest = [change for change in plan.changes if change.instance not in held]
     rest, stuck = _without(rest, taken, held, s)
     told = {item.instance: item for item in plan.blocked if item.instance not in held} | stuck
-    blocked = [_renamed(item, held) for item in told.values()]
-    blocked += [_told(one, plan) for one in held.values() if one.chosen]
+    why_not = [_renamed(item, held) for item in told.values()]
+    why_not += [_told(one, plan) for one in held.values() if one.chosen]
     left_out = [
         replace(change, steps=())
         for change in taken
         if not held[change.instance].chosen and change.kind != "adopt"
     ]
-    return replace(plan, changes=tuple(rest), blocked=tuple(blocked), left_out=tuple(left_out))
+    return replace(plan, changes=tuple(rest), blocked=tuple(why_not), left_out=tuple(left_out))
 
 
-def _doubted(s: Situation) -> Iterable[_Hold]:
-    for item in s.alive:
-        one = item.identity
-        if item.doubt is not None:
-            why = because(Code.IN_DOUBT, doubt=item.doubt.reason, hint=item.doubt.hint)
-            yield _Hold(one.instance, one.model, one.gpus, why)
-
-
-def _find(s: Situation) -> Iterable[_Hold]:
+def _held(s: Situation) -> Iterable[Blocked]:
+    """Every instance, and entry in trouble, that is left as it is; of several the last counts."""
     targets = s.context.targets
     for item in s.assessments:
-        one = item.instance
-        if (why := _why(s, one.model, item.gpus, s.is_chosen(item))) is not None:
-            yield _Hold(one.id, one.model, one.gpus, why)
+        if (why := _why(s, item.instance.model, item.gpus, s.is_chosen(item))) is not None:
+            yield item.blocked(why)
     # Of several with one id, those that are alive say where it is.
-    by_instance: dict[str, list[ObservedWorkload]] = {}
-    for orphan in s.orphans:
-        by_instance.setdefault(orphan.identity.instance, []).append(orphan)
-    for several in by_instance.values():
+    for several in by_instance(s.orphans).values():
         alive = [item for item in several if is_alive(item)] or several
         gpus = {uuid for item in alive for uuid in item.identity.gpus}
-        identity = alive[0].identity
         chosen = targets is None or not s.needed.isdisjoint(gpus)
-        if (why := _why(s, identity.model, gpus, chosen)) is not None:
-            yield _Hold(identity.instance, identity.model, identity.gpus, why)
+        if (why := _why(s, alive[0].identity.model, gpus, chosen)) is not None:
+            yield left_alone(alive[0], why)
     for entry in s.desired.unsatisfiable:
         if targets is not None and not targets.concerns(entry.model, entry.gpus):
-            name = entry.instances[0] if entry.instances else entry.subject
-            yield _Hold(name, entry.model, entry.gpus, because(Code.NOT_CHOSEN))
+            yield Blocked(entry.name, because(Code.NOT_CHOSEN), entry.gpus, entry.model)
+    for workload in s.alive:
+        if (doubt := workload.doubt) is not None:
+            yield left_alone(workload, because(Code.IN_DOUBT, doubt=doubt.reason, hint=doubt.hint))
 
 
 def _why(s: Situation, model: str, gpus: Collection[str], chosen: bool) -> Reason | None:
@@ -121,7 +104,7 @@ def _why(s: Situation, model: str, gpus: Collection[str], chosen: bool) -> Reaso
 
 
 def _without(
-    rest: list[Change], taken: Iterable[Change], held: Mapping[str, _Hold], s: Situation
+    rest: list[Change], taken: Iterable[Change], held: Mapping[str, Blocked], s: Situation
 ) -> tuple[list[Change], dict[str, Blocked]]:
     """`rest` without what depends on steps that are `taken` out, and why each start is blocked.
 
@@ -168,7 +151,7 @@ def _what_stays(
     return None
 
 
-def _renamed(item: Blocked, held: Mapping[str, _Hold]) -> Blocked:
+def _renamed(item: Blocked, held: Mapping[str, Blocked]) -> Blocked:
     """With the hold as the reason, where what is in the way is held."""
     one = held.get(item.why.facts.get("holder", ""))
     if one is None:
@@ -178,10 +161,10 @@ def _renamed(item: Blocked, held: Mapping[str, _Hold]) -> Blocked:
     return replace(item, why=Reason(code, facts), until=None)
 
 
-def _told(one: _Hold, plan: Plan) -> Blocked:
+def _told(one: Blocked, plan: Plan) -> Blocked:
     """That it is held; of what is paused, what the plan would have done for it as well."""
-    if one.why.kind is not Code.PAUSED:
-        return Blocked(one.instance, one.why, one.gpus, one.model)
+    if not one.paused:
+        return one
     due = [
         because(Code.WOULD, kind=change.kind, cause=change.why)
         for change in plan.changes
@@ -192,7 +175,7 @@ def _told(one: _Hold, plan: Plan) -> Blocked:
         for item in plan.blocked
         if item.instance == one.instance
     ]
-    return Blocked(one.instance, replace(one.why, also=tuple(due)), one.gpus, one.model)
+    return replace(one, why=replace(one.why, also=tuple(due)))
 
 
 def _take_out_loads(plan: Plan, s: Situation) -> Plan:
@@ -207,14 +190,11 @@ def _take_out_loads(plan: Plan, s: Situation) -> Plan:
             rest.append(change)
             continue
         model = step.placement.model
-        pause = since(paused[model], s.observed.at)
         names.setdefault(change.instance, []).append(model)
-        told.setdefault(change.instance, []).extend(
-            [
-                because(Code.MODEL_PAUSED, model=model, pause=pause),
-                because(Code.WOULD, kind=change.kind, cause=change.why),
-            ]
-        )
+        pause = since(paused[model], s.observed.at)
+        due = because(Code.WOULD, kind=change.kind, cause=change.why)
+        reasons = told.setdefault(change.instance, [])
+        reasons += [because(Code.MODEL_PAUSED, model=model, pause=pause), due]
     known = {item.instance for item in plan.blocked}  # one reason for each is enough
     blocked = [
         s.by_id[name].blocked(
@@ -224,3 +204,92 @@ def _take_out_loads(plan: Plan, s: Situation) -> Plan:
         if name not in known
     ]
     return replace(plan, changes=tuple(rest), blocked=(*plan.blocked, *blocked))
+
+
+# --- what waits for its turn --------------------------------------------------------------------
+
+
+def roll(plan: Plan, s: Situation) -> Plan:
+    """The same plan, some of its changes told to wait, with all that depends on them.
+
+    Only the replacement of an instance that still serves waits: to bring up what is down makes
+    nothing less available. What is down with the new specification holds up the others, which it
+    could take down too; what is blocked from outside, or was not chosen, says nothing about them.
+    """
+    blocked = {item.instance for item in plan.blocked if item.until is None}
+    down: Counter[str] = Counter()  # instances, by model
+    for item in s.assessments:
+        changing = item.instance.id in s.context.busy
+        failing = not _serves(item) and item.instance.id not in blocked and s.is_chosen(item)
+        down[item.instance.model] += changing or failing
+    out: list[Change] = []
+    for change in plan.changes:
+        changed = s.by_id.get(change.instance)
+        if (
+            change.kind in ("replace", "restart")
+            and changed is not None
+            and _serves(changed)
+            and change.instance not in s.context.busy
+        ):
+            model, limit = changed.instance.model, changed.instance.max_unavailable
+            if _unpublished(s, change.instance, model):
+                # Else those who forward requests would for a moment know of neither.
+                change = replace(change, waits=because(Code.HOOK))
+            elif down[model] >= limit:
+                turn = because(Code.TURN, limit=limit, s="s" if limit > 1 else "", model=model)
+                change = replace(change, waits=turn)
+            else:
+                down[model] += 1
+        out.append(change)
+    return replace(plan, changes=_with_followers(out))
+
+
+def rest(plan: Plan, s: Situation) -> Plan:
+    """The same plan; the changes of a lane that rests are told to wait."""
+    rests: dict[str, Rest] = {}
+    for change in plan.changes:
+        one = s.memory.of(change.instance).rest
+        if one is not None and one.until > s.now and change.steps:
+            rests[change.lane] = max(rests.get(change.lane, one), one, key=lambda it: it.until)
+    changes = tuple(
+        replace(change, waits=because(Code.NEXT_TRY, failure=one.reason), until=one.until)
+        if change.steps and (one := rests.get(change.lane)) is not None
+        else change
+        for change in plan.changes
+    )
+    return replace(plan, changes=changes)
+
+
+def _unpublished(s: Situation, instance: str, model: str) -> bool:
+    """Whether another one that serves the model is not known to those who forward requests."""
+    if s.context.published is None:
+        return False
+    known = s.context.published.get(model, ())
+    return any(
+        item.ready and item.instance.id not in known
+        for item in s.assessments
+        if item.instance.model == model and item.instance.id != instance
+    )
+
+
+def _with_followers(changes: list[Change]) -> tuple[Change, ...]:
+    """A change with a step that depends on a step of one that waits, waits as well."""
+    while True:
+        waiting = {
+            step.id: one.instance for one in changes if one.waits is not None for step in one.steps
+        }
+        late = {
+            index: waiting[needed]
+            for index, one in enumerate(changes)
+            if one.waits is None
+            for _, needed in one.behind(waiting.keys())
+        }
+        if not late:
+            return tuple(changes)
+        for index, instance in late.items():
+            changes[index] = replace(changes[index], waits=because(Code.LATER, instance=instance))
+
+
+def _serves(item: Assessment) -> bool:
+    """As well as can be known with the desired specification, or alive with an earlier one."""
+    return item.serves or bool(item.alive)

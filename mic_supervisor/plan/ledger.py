@@ -44,21 +44,11 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.plan import backoff
-from mic_supervisor.plan.actions import (
-    Change,
-    Create,
-    Load,
-    Prepare,
-    Restart,
-    Start,
-    Step,
-    Stop,
-)
+from mic_supervisor.plan.actions import Change, Create, Load, Prepare, Restart, Start, Step, Stop
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.fallback import fallback, way_back
 from mic_supervisor.plan.health import Phase, ended, never_ran
-from mic_supervisor.plan.loads import memory_key
-from mic_supervisor.plan.memory import Floor, InstanceMemory, Memory, Recorded, Rest
+from mic_supervisor.plan.memory import Floor, InstanceMemory, Memory, Recorded, Rest, memory_key
 from mic_supervisor.plan.status import InstanceStatus
 
 # --- what is done -----------------------------------------------------------------------------
@@ -91,12 +81,7 @@ def done(
 
 
 def failed(
-    memory: Memory,
-    step: Step,
-    error: MicError,
-    item: Assessment | None,
-    now: float,
-    jitter: float,
+    memory: Memory, step: Step, error: MicError, item: Assessment | None, now: float, jitter: float
 ) -> Memory:
     """`item` is the instance as it was when the change was decided; None: it is not desired."""
     if item is not None and item.instance.shared and isinstance(step, Load):

@@ -8,11 +8,17 @@ from dataclasses import dataclass, replace
 from mic_supervisor.model import DesiredState, ObservedState
 from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import Plan
-from mic_supervisor.plan.assess import Assessment, Context, assess, with_containers, workloads
+from mic_supervisor.plan.assess import (
+    Assessment,
+    Context,
+    Selection,
+    assess,
+    with_containers,
+    workloads,
+)
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.reconcile import reconcile
-from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.status import InstanceStatus, instance_statuses
 
 
@@ -50,12 +56,7 @@ class Look:
         return replace(
             self,
             statuses=instance_statuses(
-                self.desired,
-                self.observed,
-                self.assessments,
-                self.plan,
-                self.memory,
-                activities,
+                self.desired, self.observed, self.assessments, self.plan, self.memory, activities
             ),
         )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from mic_supervisor.clocks import later
 from mic_supervisor.model import Identity, Probes
 from mic_supervisor.plan import backoff
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A host process that was ready, by what it carried; plan/rebuild.py says what for."""
+    """A host process that was ready, by what it carried; plan/fallback.py says what for."""
 
     runtime: str
     name: str
@@ -58,6 +59,11 @@ class InstanceMemory:
     def troubled(self) -> bool:
         """Whether it has failed since it was last well for long, or was rolled back."""
         return self.failures > 0 or self.failed is not None or self.rest is not None
+
+
+def memory_key(instance: str, model: str) -> str:
+    """Under what it is remembered how loading a model of a shared server went."""
+    return f"{instance}/{model}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +151,13 @@ class Memory:
 
     def moved(self, seconds: float) -> Memory:
         """With the times of instances on another clock, which says that much more."""
-
-        def one(at: float | None) -> float | None:
-            return None if at is None else at + seconds
-
         return self._with_times(
             lambda entry: replace(
                 entry,
-                retry_at=one(entry.retry_at),
-                started_at=one(entry.started_at),
-                ready_since=one(entry.ready_since),
-                since=one(entry.since),
+                retry_at=later(entry.retry_at, seconds),
+                started_at=later(entry.started_at, seconds),
+                ready_since=later(entry.ready_since, seconds),
+                since=later(entry.since, seconds),
                 rest=entry.rest and replace(entry.rest, until=entry.rest.until + seconds),
             )
         )

@@ -17,7 +17,7 @@ code:
 5. An instance that runs and lacks a model, or has it with another configuration, gets it loaded.
 6. What ended and is neither a match nor the predecessor to roll back to is removed.
 7. What is paused, in doubt, or was not chosen, is left as it is: see plan/holds.py.
-8. Of one model, no more instances change at a time than its rollout allows: see plan/rollout.py.
+8. Of one model, no more instances change at a time than its rollout allows: see plan/holds.py.
 9. Where something failed just now that no specification is to blame for, the next try is later.
 """
 
@@ -39,23 +39,21 @@ from mic_supervisor.plan.actions import (
     Remove,
     Step,
 )
-from mic_supervisor.plan.assess import Assessment, Context, assess, is_alive
-from mic_supervisor.plan.bring_up import BringUp, way_up
-from mic_supervisor.plan.departures import (
-    Departures,
-    departures,
-    left_over,
-    needs,
-    superseded,
+from mic_supervisor.plan.assess import (
+    Assessment,
+    Context,
+    assess,
+    by_instance,
+    is_alive,
+    left_alone,
 )
+from mic_supervisor.plan.bring_up import BringUp, inside, way_up
+from mic_supervisor.plan.departures import Departures, departures, left_over, needs, superseded
 from mic_supervisor.plan.fallback import fallback
-from mic_supervisor.plan.holds import hold
-from mic_supervisor.plan.loads import inside
+from mic_supervisor.plan.holds import hold, rest, roll
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.obstacles import warnings
-from mic_supervisor.plan.rollout import rest, roll
+from mic_supervisor.plan.obstacles import lets_go, warnings
 from mic_supervisor.plan.situation import Lane, Situation
-from mic_supervisor.plan.strangers import lets_go
 from mic_supervisor.plan.words import Code, Reason, because
 
 
@@ -86,7 +84,7 @@ def _decide(s: Situation) -> Plan:
     changes: list[Change] = []
     why_not = [
         Blocked(
-            entry.instances[0] if entry.instances else entry.subject,
+            entry.name,
             because(Code.ENTRY_IN_TROUBLE, trouble=entry.reason, hint=entry.hint),
             entry.gpus,
             entry.model,
@@ -113,8 +111,9 @@ def _lane(s: Situation, lane: Lane) -> tuple[list[Change], Iterable[Blocked]]:
             )
             return [], _frozen(lane.wanted, lane.orphans, unknown)
     # One reason for each instance is enough.
+    unconfirmed = because(Code.UNCONFIRMED, what="it", hint=CONFIRM)
     blocked = {
-        orphan.identity.instance: _told(orphan, because(Code.UNCONFIRMED, what="it", hint=CONFIRM))
+        orphan.identity.instance: left_alone(orphan, unconfirmed)
         for orphan in lane.orphans
         if s.is_unconfirmed(orphan)
     }
@@ -156,11 +155,9 @@ def _frozen(
 ) -> list[Blocked]:
     """Of everything that may have to change. What is known to run is not troubled."""
     blocked = [item.blocked(why) for item in wanted if item.alive or not item.runs]
-    return blocked + [_told(one, why) for one in {o.identity.instance: o for o in orphans}.values()]
-
-
-def _told(orphan: ObservedWorkload, why: Reason) -> Blocked:
-    return Blocked(orphan.identity.instance, why, orphan.identity.gpus, orphan.identity.model)
+    return blocked + [
+        left_alone(one, why) for one in {o.identity.instance: o for o in orphans}.values()
+    ]
 
 
 def _obstructed(
@@ -275,11 +272,8 @@ def _beside(
 def _leavers(
     s: Situation, lane: Lane, orphans: Iterable[ObservedWorkload], stops: Departures
 ) -> list[Change]:
-    by_instance: dict[str, list[ObservedWorkload]] = {}
-    for orphan in orphans:
-        by_instance.setdefault(orphan.identity.instance, []).append(orphan)
     changes: list[Change] = []
-    for instance, found in by_instance.items():
+    for instance, found in by_instance(orphans).items():
         steps: list[Step] = []
         for workload in found:
             stop = stops.of(workload)
@@ -305,8 +299,7 @@ def _why_leaving(s: Situation, lane: Lane, workload: ObservedWorkload) -> Reason
 
 
 def _own_stops(item: Assessment, stops: Departures) -> list[Step]:
-    mine = [workload for workload in (item.match, *item.alive) if workload is not None]
-    return [step for workload in mine for step in stops.of(workload)]
+    return [step for workload in item.ours for step in stops.of(workload)]
 
 
 def _former(s: Situation, item: Assessment, stops: Departures) -> tuple[ObservedWorkload, ...]:

@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mic_supervisor.model import Gpu, GpuInventory, GpuProcess, OwnerKind
+from mic_supervisor.model import Gpu, GpuInventory, GpuProcess
 from mic_supervisor.plan.memory import Floor
-from mic_supervisor.plan.strangers import SLACK
+from mic_supervisor.plan.obstacles import SLACK, memory_of
 from mic_supervisor.plan.words import size
 
 PATIENCE = 30.0  # seconds for each of the two
@@ -64,22 +64,21 @@ def judge(
     have been gone, None while they were not.
     """
     if inventory.error is not None:
-        return _late(Waiting(f"waiting for the GPUs to be readable: {inventory.told}"), waited)
+        return _late(f"waiting for the GPUs to be readable: {inventory.told}", waited)
     found = {gpu.uuid: gpu for gpu in inventory.gpus}
     there = [found[uuid] for uuid in gpus if uuid in found]
     if len(there) < len(gpus):
         missing = ", ".join(uuid for uuid in gpus if uuid not in found)
-        return _late(Waiting(f"waiting for {missing} to be there"), waited)
+        return _late(f"waiting for {missing} to be there", waited)
     held: list[int] = []
     for gpu in there:
         if gpu.processes is None and gpu.unlisted is None:
-            text = f"waiting for the processes on GPU {gpu.index} to be readable"
-            return _late(Waiting(text), waited)
+            return _late(f"waiting for the processes on GPU {gpu.index} to be readable", waited)
         # Where nobody is ever listed, what the memory says decides alone.
         held += [process.pid for process in gpu.processes or () if _former(process)]
     if held:
         listed = ", ".join(map(str, sorted(set(held))))
-        return _late(Waiting(f"waiting for the GPU to be released by PID {listed}"), waited)
+        return _late(f"waiting for the GPU to be released by PID {listed}", waited)
     lingering = [(gpu, excess) for gpu in there if (excess := _excess(gpu, floors)) > 0]
     released = {gpu.uuid: floor for gpu in there if (floor := floor_of(gpu)) is not None}
     if not lingering:
@@ -106,7 +105,8 @@ def floor_of(gpu: Gpu) -> Floor | None:
     """What is used on a GPU now; None where the driver does not tell."""
     if gpu.memory is None or gpu.memory.used is None:
         return None
-    return Floor(gpu.memory.used, _strangers(gpu))
+    strangers = memory_of(one for one in gpu.processes or () if not one.managed)
+    return Floor(gpu.memory.used, strangers)
 
 
 def free_of(gpu: Gpu) -> int | None:
@@ -118,17 +118,15 @@ def free_of(gpu: Gpu) -> int | None:
     return None if memory.used is None else memory.total - memory.used
 
 
-def _late(verdict: Waiting, waited: float) -> Waiting | Refused:
+def _late(reason: str, waited: float) -> Waiting | Refused:
     if waited < PATIENCE:
-        return verdict
-    return Refused(f"after {PATIENCE:g} s still {verdict.reason}")
+        return Waiting(reason)
+    return Refused(f"after {PATIENCE:g} s still {reason}")
 
 
 def _former(process: GpuProcess) -> bool:
     # A PID that is gone from /proc and still listed is the driver, letting go.
-    return process.start_time is None or (
-        process.owner is not None and process.owner.kind is OwnerKind.MANAGED
-    )
+    return process.start_time is None or process.managed
 
 
 def _excess(gpu: Gpu, floors: Mapping[str, Floor]) -> int:
@@ -141,11 +139,3 @@ def _excess(gpu: Gpu, floors: Mapping[str, Floor]) -> int:
         return max(now.used - now.strangers - UNKNOWN_FLOOR, 0)
     grown = max(now.strangers - floor.strangers, 0)
     return max(now.used - grown - floor.used - SLACK, 0)
-
-
-def _strangers(gpu: Gpu) -> int:
-    return sum(
-        process.used_memory or 0
-        for process in gpu.processes or ()
-        if process.owner is None or process.owner.kind is not OwnerKind.MANAGED
-    )

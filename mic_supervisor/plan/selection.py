@@ -5,31 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from mic_supervisor.config.diagnostics import closest
+from mic_supervisor.config.document import GpuEntry, Place
+from mic_supervisor.config.names import BadKey, composed, parse_gpu_key
 from mic_supervisor.desired.bind import bind
 from mic_supervisor.errors import MicError
-from mic_supervisor.model import DesiredState, GpuInventory, Instance
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Models by their names, GPUs by their UUIDs."""
-
-    models: frozenset[str] = frozenset()
-    gpus: frozenset[str] = frozenset()
-
-    def has(self, instance: Instance) -> bool:
-        """Whether it is of one of the models, serves one, or has one of the GPUs."""
-        served = any(item.model in self.models for item in instance.placements)
-        return served or self.concerns(instance.model, instance.gpus)
-
-    def concerns(self, model: str | None, gpus: Collection[str]) -> bool:
-        return model in self.models or not self.gpus.isdisjoint(gpus)
-
-    def called(self, indices: Mapping[str, int]) -> list[str]:
-        """ "MAM", "GPU 3", and the UUID of a GPU that is not there."""
-        known = sorted((indices[uuid], uuid) for uuid in self.gpus if uuid in indices)
-        lost = sorted(uuid for uuid in self.gpus if uuid not in indices)
-        return [*sorted(self.models), *(f"GPU {index}" for index, _ in known), *lost]
+from mic_supervisor.model import DesiredState, GpuInventory
+from mic_supervisor.plan.assess import Selection
+from mic_supervisor.plan.memory import Pause, Paused
+from mic_supervisor.plan.words import Code, Reason, because, moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +49,7 @@ def select(names: Iterable[str], there: Names, action: str) -> Selection:
     models: set[str] = set()
     gpus: set[str] = set()
     for name in names:
-        of_model = _model(name, there)
+        of_model = composed(name) if composed(name) in there.models else None
         try:
             of_gpus = _gpus(name, there)
         except MicError as error:
@@ -84,18 +68,8 @@ def select(names: Iterable[str], there: Names, action: str) -> Selection:
     return Selection(frozenset(models), frozenset(gpus))
 
 
-def _model(name: str, there: Names) -> str | None:
-    from mic_supervisor.config.names import composed
-
-    return composed(name) if composed(name) in there.models else None
-
-
 def _gpus(name: str, there: Names) -> tuple[str, ...]:
     """The UUIDs. Raises MicError, with the reason alone."""
-    from mic_supervisor.config.diagnostics import closest
-    from mic_supervisor.config.document import GpuEntry, Place
-    from mic_supervisor.config.names import BadKey, parse_gpu_key
-
     try:
         keys = parse_gpu_key(name).keys
     except BadKey as error:
@@ -125,3 +99,72 @@ def _there_is(there: Names) -> str:
     indices = ", ".join(str(gpu.index) for gpu in there.inventory.gpus)
     parts += [f"GPUs are {indices}"] if indices else []
     return "; ".join(parts) or "there is neither a model nor a GPU here"
+
+
+# --- pauses -------------------------------------------------------------------------------------
+
+
+def since(pause: Pause, now: float) -> Reason:
+    """ "paused since 12:04:10 (a new riser)"; with the date where that was not today."""
+    note = f" ({pause.reason})" if pause.reason else ""
+    return because(Code.PAUSED, since=moment(pause.since, now), note=note)
+
+
+def resume(names: Iterable[str]) -> str:
+    """The way out of pauses."""
+    return "; ".join(f"mic-supervisor resume {name}" for name in names)
+
+
+def to_resume(names: Collection[str], there: Names, paused: Paused) -> Selection:
+    """What these names mean that is paused; no name is everything. Raises MicError."""
+    everything = Selection(frozenset(paused.models), frozenset(paused.gpus))
+    if not names:
+        return everything
+    action = f"resume {' '.join(names)}"
+    chosen = select(names, there, action)
+    indices = there.inventory.indices
+    free = Selection(chosen.models - everything.models, chosen.gpus - everything.gpus)
+    if free.models or free.gpus:
+        known = everything.called(indices)
+        which = free.called(indices)
+        raise MicError(
+            f"cannot {action}: {', '.join(which)} {'is' if len(which) == 1 else 'are'} not paused",
+            hint=f"paused {'is' if len(known) == 1 else 'are'} {', '.join(known)}"
+            if known
+            else "nothing is paused",
+        )
+    return chosen
+
+
+def held_by(
+    paused: Paused, model: str, gpus: Collection[str], indices: Mapping[str, int], now: float
+) -> tuple[str, str] | None:
+    """("GPU 3 is paused since 12:04:10", the way out) for who would act on these; None: free."""
+    held = [uuid for uuid in gpus if uuid in paused.gpus]
+    if model in paused.models:
+        return f"{model} is {since(paused.models[model], now)}", resume([model])
+    if held:
+        (name,) = Selection(gpus=frozenset(held[:1])).called(indices)
+        out = resume(str(indices.get(uuid, uuid)) for uuid in held)
+        return f"{name} is {since(paused.gpus[held[0]], now)}", out
+    return None
+
+
+def free_of_pauses(
+    found: Iterable[tuple[str, str, Collection[str]]],
+    paused: Paused,
+    action: str,
+    indices: Mapping[str, int],
+    now: float,
+) -> list[str]:
+    """Of instances, as (id, model, GPUs), the ids of those that are not paused.
+
+    Raises MicError "cannot ACTION: …" where all of them are.
+    """
+    held = {one: held_by(paused, model, gpus, indices, now) for one, model, gpus in found}
+    free = [instance for instance, why in held.items() if why is None]
+    reasons = [why for why in held.values() if why is not None]
+    if reasons and not free:
+        reason, out = reasons[0]
+        raise MicError(f"cannot {action}: {reason}", hint=out)
+    return free

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from mic_supervisor.model import DesiredState, Gpu, ObservedState, ObservedWorkload
 from mic_supervisor.plan.assess import Assessment, Context, is_alive, workloads
+from mic_supervisor.plan.launch import Ports, assign
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.plan.ports import Ports, assign
 
 
 @dataclass(frozen=True)
@@ -167,25 +167,14 @@ def _gpus(workload: ObservedWorkload) -> tuple[str, ...]:
 
 
 class _Lanes:
-    """Union-find over GPUs and ports."""
+    """Connected sets of GPUs and ports."""
 
     def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
+        self._sets: dict[str, set[str]] = {}
 
     def join(self, members: Iterable[str]) -> None:
-        first: str | None = None
-        for member in members:
-            root = self.of(member)
-            if first is None:
-                first = root
-            elif root != first:
-                low, high = sorted((first, root))
-                self._parent[high] = low
-                first = low
+        whole = {other for member in members for other in self._sets.get(member, {member})}
+        self._sets.update(dict.fromkeys(whole, whole))
 
     def of(self, member: str) -> str:
-        self._parent.setdefault(member, member)
-        while self._parent[member] != member:
-            self._parent[member] = self._parent[self._parent[member]]
-            member = self._parent[member]
-        return member
+        return min(self._sets.get(member, {member}))

@@ -146,20 +146,20 @@ def _default(spec_field: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """Tuples become lists, nested records sparse maps; ports and mounts are keyed by name."""
-    if isinstance(value, Limits | Mount | Port):
-        pairs = ((f.name, getattr(value, f.name), _default(f)) for f in fields(value))
-        return {name: item for name, item, default in pairs if item != default}
+    if isinstance(value, Limits):
+        return _sparse(value)
     if isinstance(value, tuple):
         if value and all(isinstance(item, Port) for item in value):
-            return {item.name: _without(_plain(item), "name") for item in value}
+            return {item.name: _sparse(item, "name") for item in value}
         if value and all(isinstance(item, Mount) for item in value):
-            return {item.target: _without(_plain(item), "target") for item in value}
+            return {item.target: _sparse(item, "target") for item in value}
         return [_plain(item) for item in value]
     return value
 
 
-def _without(mapping: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in mapping.items() if name != key}
+def _sparse(value: Limits | Mount | Port, key: str = "") -> dict[str, Any]:
+    pairs = ((f.name, getattr(value, f.name), _default(f)) for f in fields(value))
+    return {name: item for name, item, default in pairs if item != default and name != key}
 
 
 def _walk(path: str, before: Any, after: Any) -> Iterator[FieldDiff]:

@@ -1,19 +1,21 @@
-"""Desired against actual, one row per instance: what `status` and HTTP show."""
+"""Desired against actual, one row per instance: what `status` and HTTP show.
+
+By the rows it is told, too, whether an apply has nothing left to wait for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload
+from mic_supervisor.clocks import later
+from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload, Unsatisfiable
 from mic_supervisor.plan.actions import Blocked, Plan
-from mic_supervisor.plan.assess import Assessment, is_alive, workloads
+from mic_supervisor.plan.assess import Assessment, Selection, is_alive, workloads
 from mic_supervisor.plan.fallback import as_it_runs, fallback
-from mic_supervisor.plan.health import Phase, phase_of
-from mic_supervisor.plan.loads import memory_key
-from mic_supervisor.plan.memory import InstanceMemory, Memory, Rest
-from mic_supervisor.plan.selection import Selection
+from mic_supervisor.plan.health import ON_ITS_WAY, Phase, phase_of
+from mic_supervisor.plan.memory import InstanceMemory, Memory, Rest, memory_key
 from mic_supervisor.plan.words import Code, Reason, because
 
 Sync = Literal["in_sync", "out_of_sync", "unknown"]
@@ -84,15 +86,13 @@ class InstanceStatus:
 
     def in_wall(self, offset: float) -> InstanceStatus:
         """For people: with the clocks' offset added to every time."""
-
-        def wall(at: float | None) -> float | None:
-            return None if at is None else at + offset
-
         return replace(
             self,
-            since=wall(self.since),
-            next_retry=wall(self.next_retry),
-            models=tuple(replace(one, next_retry=wall(one.next_retry)) for one in self.models),
+            since=later(self.since, offset),
+            next_retry=later(self.next_retry, offset),
+            models=tuple(
+                replace(one, next_retry=later(one.next_retry, offset)) for one in self.models
+            ),
         )
 
     @property
@@ -129,16 +129,7 @@ def instance_statuses(
         if workload.identity.instance not in known
     ]
     known = {row.id for row in rows}
-    rows += [
-        _absent(
-            entry.instances[0] if entry.instances else entry.subject,
-            entry.model,
-            entry.gpus,
-            because(Code.ENTRY_IN_TROUBLE, trouble=entry.reason),
-        )
-        for entry in desired.unsatisfiable
-        if not known & set(entry.instances)
-    ]
+    rows += [_absent(entry) for entry in desired.unsatisfiable if not known & set(entry.instances)]
     rows = [row if row.id in activities else _resting(row, memory.of(row.id).rest) for row in rows]
     return tuple(sorted(rows, key=lambda row: row.id))
 
@@ -176,12 +167,7 @@ def by_model(row: InstanceStatus) -> list[InstanceStatus]:
     return [
         replace(
             row,
-            model=item.model,
-            gpus=item.gpus,
-            phase=item.phase,
-            reason=item.reason,
-            why=item.why,
-            next_retry=item.next_retry,
+            **{field.name: getattr(item, field.name) for field in fields(item)},
             sync="in_sync" if item.phase is Phase.READY else row.sync,
             models=(),
         )
@@ -198,32 +184,29 @@ def _desired(
     activities: Mapping[str, Phase],
 ) -> InstanceStatus:
     instance, entry = item.instance, memory.of(item.instance.id)
+    activity = activities.get(instance.id)
     retry_at = blocked.until if blocked is not None else None
     phase, reason = phase_of(
-        item,
-        activity=activities.get(instance.id),
-        blocked=blocked is not None,
-        retry_at=retry_at,
+        item, activity=activity, blocked=blocked is not None, retry_at=retry_at
     )
     why: Reason | None = None
-    if blocked is None or blocked.paused or activities.get(instance.id) is not None:
-        pass
-    elif phase is not Phase.READY:
-        why, reason = blocked.why, blocked.reason
+    held = blocked if activity is None else None
+    if held is not None and not held.paused and phase is not Phase.READY:
+        why, reason = held.why, held.reason
         if item.alive and entry.failed == item.hash:
             phase, reason = Phase.DEGRADED, f"{reason}{_how(entry, item)}"
         elif retry_at is not None:
             phase = Phase.BACKOFF
-        elif blocked.queued and phase is Phase.BLOCKED:
+        elif held.queued and phase is Phase.BLOCKED:
             phase = Phase.WAITING_VRAM
         if instance.shared and item.started_up:
             # A model that does not load is its own trouble; the server has others.
             phase = Phase.DEGRADED
-    if blocked is not None and blocked.paused and activities.get(instance.id) is None:
+    if held is not None and held.paused:
         troubled = item.runs and phase not in (Phase.READY, Phase.UNPROBED)
         how = f"; it runs, {phase.value}" + (f": {reason}" if reason else "")
-        phase, reason = Phase.PAUSED, blocked.reason + (how if troubled else "")
-        why = blocked.why
+        phase, reason = Phase.PAUSED, held.reason + (how if troubled else "")
+        why = held.why
     elif instance.id in waits:
         why = waits[instance.id]
         reason = f"waits for {why}"
@@ -271,9 +254,10 @@ def _models(
         if not item.started_up or phase is Phase.PAUSED:
             found.append(ModelStatus(*where, phase, reason, why=why))
         elif item.loaded(placement):
-            live = item.instance.probes.liveness is None or item.lives
-            state = (Phase.READY, None) if live else (phase, reason)
-            found.append(ModelStatus(*where, *state, why=None if live else why))
+            if item.lives:
+                found.append(ModelStatus(*where, Phase.READY))
+            else:
+                found.append(ModelStatus(*where, phase, reason, why=why))
         elif entry.retry_at is not None:
             late = because(Code.BACKOFF, failure=entry.reason)
             found.append(ModelStatus(*where, Phase.BACKOFF, entry.reason, entry.retry_at, late))
@@ -313,13 +297,8 @@ def _resting(row: InstanceStatus, rest: Rest | None) -> InstanceStatus:
 
 
 def _health(phase: Phase, item: Assessment) -> str:
-    if phase in _HEALTH:
-        return _HEALTH[phase]
-    if phase is Phase.BLOCKED and not item.runs and not item.alive:
-        return "missing"
-    if phase is Phase.PENDING and not item.alive:
-        return "missing"
-    return "progressing"
+    missing = phase is Phase.PENDING or (phase is Phase.BLOCKED and not item.runs)
+    return _HEALTH.get(phase, "missing" if missing and not item.alive else "progressing")
 
 
 def _leaving(
@@ -353,13 +332,14 @@ def _leaving(
     )
 
 
-def _absent(name: str, model: str | None, gpus: tuple[str, ...], why: Reason) -> InstanceStatus:
+def _absent(entry: Unsatisfiable) -> InstanceStatus:
+    why = because(Code.ENTRY_IN_TROUBLE, trouble=entry.reason)
     return InstanceStatus(
-        id=name,
+        id=entry.name,
         origin="file",
-        model=model or "none",
+        model=entry.model or "none",
         backend="",
-        gpus=gpus,
+        gpus=entry.gpus,
         phase=Phase.BLOCKED,
         sync="unknown",
         health="missing",
@@ -376,12 +356,65 @@ def _endpoints(
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
     if ":" in host:
         host = f"[{host}]"
-    schemes = {"grpc": "grpc"}
-    paths = {"metrics": "/metrics"}
     endpoints = {
-        name: f"{schemes.get(name, 'http')}://{host}:{number}{paths.get(name, '')}"
+        name: f"{'grpc' if name == 'grpc' else 'http'}://{host}:{number}"
+        + ("/metrics" if name == "metrics" else "")
         for name, number in sorted(workload.identity.ports.items())
     }
     if metrics_path is not None and "http" in endpoints:
         endpoints.setdefault("metrics", endpoints["http"] + metrics_path)
     return endpoints
+
+
+# --- whether an apply has nothing left to wait for ----------------------------------------------
+
+_SLACK = 5.0  # seconds beyond a start's budget, in which the planner says that it is spent
+_FINAL = frozenset({*Phase} - ON_ITS_WAY - {Phase.DEGRADED})
+
+
+def settled(
+    desired: DesiredState,
+    plan: Plan,
+    statuses: Iterable[InstanceStatus],
+    memory: Memory,
+    *,
+    began: float,
+    now: float,
+    only: Collection[str] | None = None,
+) -> bool:
+    """Every instance is ready, or has failed in a way that patience alone does not mend.
+
+    `only` are the instances that matter; None: all.
+
+    1. A change that can be executed is work left, unless its last try failed.
+    2. An instance on its way is waited for, within the budget that its start has. One that queues
+       for its GPU is on its way.
+    3. A change whose turn has not come is waited for through those it waits for.
+    4. What took over in a rollback is waited for like any other start.
+    """
+    failing = {name for name, entry in memory.instances.items() if entry.rest is not None}
+    if any(
+        change.steps and change.waits is None and change.instance not in failing
+        for change in plan.changes
+        if only is None or change.instance in only
+    ):
+        return False
+    final = {item.instance for item in plan.blocked if not item.queued}
+    final |= {
+        change.instance
+        for change in plan.changes
+        if change.waits is not None and change.waits.kind is not Code.HOOK
+    }
+    final |= failing
+    budgets = {item.id: item.start_timeout for item in desired.instances}
+    for row in statuses:
+        entry = memory.of(row.id)
+        took_over = row.phase is Phase.DEGRADED and entry.failed is not None  # 4
+        if only is not None and row.id not in only:
+            continue
+        if row.phase in _FINAL or (row.id in final and not (took_over and not entry.ready_since)):
+            continue
+        started = entry.started_at or began
+        if now - max(started, began) < budgets.get(row.id, 0.0) + _SLACK:
+            return False
+    return True

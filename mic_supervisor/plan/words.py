@@ -47,10 +47,7 @@ class Code(Enum):
     # Something failed.
     BACKOFF = "backoff: {failure}"
     MODEL_BACKOFF = "{model}: backoff: {failure}"
-    FAILED_ELSEWHERE = (
-        "the new specification failed on {instance}; the earlier one runs",
-        _RETRY,
-    )
+    FAILED_ELSEWHERE = ("the new specification failed on {instance}; the earlier one runs", _RETRY)
     ROLLED_BACK = f"{_FAILED}; the last good one runs", _RETRY
     ROLLBACK_BACKOFF = f"{_FAILED}; the last good one {{how}}; backoff: {{last}}", _RETRY
     ROLLBACK_BLOCKED = f"{_FAILED}; the last good one is to take over; {{obstacle}}", _RETRY
@@ -66,10 +63,7 @@ class Code(Enum):
     PORT_TAKEN = "port {port} is taken by {who}", "free the port, or give {model} another one"
     NAME_TAKEN = "the name {name} is taken by a workload that is not ours: {stranger}"
     NO_VARIABLE = "its texts refer to {name}, which it does not have"
-    GPU_TOO_SMALL = (
-        f"{_NEEDS}{{total}}",
-        "give it a larger GPU, or correct `vram` of {model}",
-    )
+    GPU_TOO_SMALL = (f"{_NEEDS}{{total}}", "give it a larger GPU, or correct `vram` of {model}")
     GPU_TOO_FULL = (
         f"{_NEEDS}{{free}} beside {{who}}, not ours",
         "end what uses the GPU, or move the model to another one",
@@ -122,13 +116,9 @@ class Code(Enum):
     LATER = "{instance}, whose turn comes later"
     NEXT_TRY = "its next try, since the last one failed: {failure}"
 
-    @property
-    def sentence(self) -> str:
-        return self.value if isinstance(self.value, str) else str(self.value[0])
-
-    @property
-    def hint(self) -> str | None:
-        return None if isinstance(self.value, str) else str(self.value[1])
+    def __init__(self, sentence: str, hint: str | None = None) -> None:
+        self.sentence = sentence
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +182,11 @@ def gpu_names(gpus: Iterable[str], indices: Mapping[str, int]) -> str:
     if not any(uuid in indices for uuid in gpus):
         return ",".join(gpus) or "no GPU"
     return "GPU " + ",".join(str(indices.get(uuid, uuid)) for uuid in gpus)
+
+
+def left_out_line(instance: str, action: str, cause: str) -> str:
+    """What is due and was not chosen."""
+    return f"left out: {instance} ({action}: {cause})"
 
 
 def size(count: int) -> str:

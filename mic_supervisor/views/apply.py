@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mic_supervisor.plan.actions import Change
+from mic_supervisor.plan.assess import Selection
 from mic_supervisor.plan.look import Look
-from mic_supervisor.plan.selection import Selection
 from mic_supervisor.plan.status import InstanceStatus, by_model, chosen_rows
 from mic_supervisor.views.plan import LeftOut, PlanDocument, left_out, plan_document
 from mic_supervisor.views.status import StatusInstance, instances

@@ -1,15 +1,17 @@
-"""The document of `plan --json`."""
+"""Plans as programs and people read them. Equal plans give equal texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mic_supervisor.plan.actions import Change, ChangeKind, FieldDiff, Plan
-from mic_supervisor.plan.render import reason
+from mic_supervisor.plan.actions import Blocked, Change, ChangeKind, FieldDiff, Plan
+from mic_supervisor.plan.words import clock, gpu_names, left_out_line
+from mic_supervisor.views import view
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +70,11 @@ def plan_document(plan: Plan, *, host: str, config_hash: str) -> PlanDocument:
         config_hash=config_hash,
         changes=plan.count,
         actions=[
-            PlanAction(
+            view(
+                PlanAction,
+                change,
                 action=change.kind,
-                instance=change.instance,
-                model=change.model,
-                backend=change.backend,
                 gpus=[*change.gpus],
-                cause=change.cause,
                 code=change.why.code,
                 waits=None if change.waits is None else str(change.waits),
                 diff=[*change.diff],
@@ -83,16 +83,7 @@ def plan_document(plan: Plan, *, host: str, config_hash: str) -> PlanDocument:
             for change in plan.changes
         ],
         blocked=[
-            PlanBlocked(
-                instance=item.instance,
-                model=item.model,
-                gpus=[*item.gpus],
-                reason=reason(item),
-                code=item.why.code,
-                hint=item.hint,
-                until=item.until,
-                paused=item.paused,
-            )
+            view(PlanBlocked, item, gpus=[*item.gpus], reason=reason(item), code=item.why.code)
             for item in plan.blocked
         ],
         left_out=left_out(plan.left_out),
@@ -101,7 +92,97 @@ def plan_document(plan: Plan, *, host: str, config_hash: str) -> PlanDocument:
 
 
 def left_out(changes: Iterable[Change]) -> list[LeftOut]:
-    return [
-        LeftOut(change.instance, change.model, [*change.gpus], change.kind, change.cause)
-        for change in changes
-    ]
+    return [view(LeftOut, one, gpus=[*one.gpus], action=one.kind) for one in changes]
+
+
+# --- for people ---------------------------------------------------------------------------------
+
+_MARKS = {
+    "create": "+",
+    "start": "+",
+    "restart": "~",
+    "replace": "~",
+    "load": "~",
+    "stop": "-",
+    "remove": "-",
+    "unload": "-",
+    "adopt": "=",
+}
+
+
+def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
+    """What `plan` prints: a line per change with its cause, then its field diffs and the names of
+    what it removes.
+
+    `indices` maps UUIDs to the numbers that the driver gives them today.
+    """
+    lines: list[str] = []
+    width = max((len(change.instance) for change in plan.changes), default=0)
+    places = {change.gpus: gpu_names(change.gpus, indices) for change in plan.changes}
+    place_width = max((len(place) for place in places.values()), default=0)
+    for change in plan.changes:
+        lines.append(
+            f"{_MARKS[change.kind]} {change.kind:<7}  {change.instance:<{width}}  "
+            f"{places[change.gpus]:<{place_width}}  {change.cause}"
+        )
+        lines += [f"    {diff_line(diff)}" for diff in change.diff]
+        lines += [f"    {line}" for line in ending_lines(change)]
+        if change.waits is not None:
+            lines.append(f"    waits for {_timed(str(change.waits), change.until)}")
+    if plan.blocked:
+        lines += [""] if lines else []
+        for item in plan.blocked:
+            place = f" on {gpu_names(item.gpus, indices)}" if item.gpus else ""
+            mark = "paused " if item.paused else "blocked"
+            lines.append(f"! {mark}  {item.instance}{place}: {reason(item)}")
+            if item.hint:
+                lines.append(f"    hint: {item.hint}")
+    if plan.left_out:
+        lines += [""] if lines else []
+        lines += [
+            left_out_line(change.instance, change.kind, change.cause) for change in plan.left_out
+        ]
+    if plan.warnings:
+        lines += [""] if lines else []
+        lines += [f"warning: {text}" for text in plan.warnings]
+    lines += [""] if lines else []
+    lines.append(summary(plan))
+    return "\n".join(lines) + "\n"
+
+
+def ending_lines(change: Change) -> list[str]:
+    """What is removed, and what is stopped where the instance does not say it: it runs twice."""
+    removed = [f"removes {name}" for name in change.removes]
+    if change.kind == "stop" or len(change.stops) > 1:
+        removed = [*(f"stops {n}" for n in change.stops if n not in change.removes), *removed]
+    return removed
+
+
+def summary(plan: Plan) -> str:
+    """ "Plan: 2 to create, 1 to replace; 1 blocked." or "No changes." """
+    counts: dict[str, int] = {}
+    for change in plan.changes:
+        counts[change.kind] = counts.get(change.kind, 0) + 1
+    parts = [f"{counts[kind]} to {kind}" for kind in _MARKS if kind in counts and kind != "adopt"]
+    rest = [f"{counts['adopt']} to adopt"] if "adopt" in counts else []
+    paused = sum(item.paused for item in plan.blocked)
+    rest += [f"{len(plan.blocked) - paused} blocked"] if len(plan.blocked) > paused else []
+    rest += [f"{paused} paused"] if paused else []
+    rest += [f"{len(plan.left_out)} left out"] if plan.left_out else []
+    return "; ".join([f"Plan: {', '.join(parts)}" if parts else "No changes", *rest]) + "."
+
+
+def reason(item: Blocked) -> str:
+    return _timed(item.reason, item.until)
+
+
+def _timed(why: str, until: float | None) -> str:
+    return why if until is None else f"{why}; next try at {clock(until)}"
+
+
+def diff_line(diff: FieldDiff) -> str:
+    return f"{diff.path}: {_value(diff.before)} -> {_value(diff.after)}"
+
+
+def _value(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mic_supervisor.model import DesiredState, Gpu, ObservedState, OwnerKind
+from mic_supervisor.model import DesiredState, Gpu, ObservedState, Owner, OwnerKind
 from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.look import Look
 from mic_supervisor.plan.memory import Paused
 from mic_supervisor.plan.status import InstanceStatus, Sync
 from mic_supervisor.plan.words import gpus_down
+from mic_supervisor.views import view
 
 GpuState = Literal[
     "managed", "idle", "kept_empty", "unmanaged", "foreign", "unhealthy", "lost", "unknown"
@@ -173,37 +174,14 @@ def instances(rows: Iterable[InstanceStatus], indices: Mapping[str, int]) -> lis
 
 
 def _instance(row: InstanceStatus, indices: Mapping[str, int]) -> StatusInstance:
-    return StatusInstance(
-        id=row.id,
-        origin=row.origin,
-        model=row.model,
-        backend=row.backend,
+    return view(
+        StatusInstance,
+        row,
         gpus=_refs(row.gpus, indices),
-        phase=row.phase,
-        sync=row.sync,
-        health=row.health,
-        reason=row.reason,
-        code=row.code,
-        since=row.since,
-        restarts=row.restarts,
-        next_retry=row.next_retry,
         endpoints={**row.endpoints},
         container_id=row.ref if row.runtime == "docker" else None,
         unit=row.ref if row.runtime == "systemd" else None,
-        pid=row.pid,
-        spec_hash=row.spec_hash,
-        serving=row.serving,
-        models=[
-            StatusModel(
-                model=item.model,
-                gpus=_refs(item.gpus, indices),
-                phase=item.phase,
-                reason=item.reason,
-                code=item.code,
-                next_retry=item.next_retry,
-            )
-            for item in row.models
-        ],
+        models=[view(StatusModel, one, gpus=_refs(one.gpus, indices)) for one in row.models],
         as_desired=row.settled_well,
     )
 
@@ -235,13 +213,11 @@ def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[StatusGpu]:
         for uuid in workload.identity.gpus
     }
     rows = [
-        StatusGpu(
-            uuid=gpu.uuid,
-            index=gpu.index,
-            name=gpu.name,
+        view(
+            StatusGpu,
+            gpu,
             instance=running.get(gpu.uuid) or wanted.get(gpu.uuid),
             state=_gpu_state(gpu, desired, wanted, running),
-            trouble=gpu.trouble,
             holders=_holders(gpu),
         )
         for gpu in observed.inventory.gpus
@@ -269,16 +245,16 @@ def _holders(gpu: Gpu) -> list[Holder] | None:
     if gpu.processes is None:
         return None
     return [
-        Holder(
-            pid=process.pid,
-            name=process.name,
-            used_memory=process.used_memory,
+        view(
+            Holder,
+            process,
             since=process.started_at,
-            owner=process.owner.kind if process.owner is not None else OwnerKind.UNKNOWN,
-            ref=process.owner.ref if process.owner is not None else None,
-            instance=process.owner.instance if process.owner is not None else None,
+            owner=owner.kind,
+            ref=owner.ref,
+            instance=owner.instance,
         )
         for process in gpu.processes
+        for owner in [process.owner or Owner(OwnerKind.UNKNOWN)]
     ]
 
 
@@ -291,10 +267,7 @@ def _gpu_state(
         return "managed"
     if gpu.processes is None:
         return "unknown"
-    foreign = any(
-        process.owner is None or process.owner.kind is not OwnerKind.MANAGED
-        for process in gpu.processes
-    )
+    foreign = not all(process.managed for process in gpu.processes)
     if gpu.uuid in desired.kept_empty:
         return "foreign" if foreign else "kept_empty"
     if any(gpu.uuid in item.gpus for item in desired.unsatisfiable):

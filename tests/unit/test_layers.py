@@ -17,8 +17,8 @@ PACKAGE = ROOT / "mic_supervisor"
 # From the top down: a layer may import what stands below it, and itself.
 LAYERS = (
     *("cli", "demo", "doctor", "takeover", "kill", "daemon", "http", "converge", "views", "plan"),
-    *("desired", "backends", "runtimes", "gpu", "config", "host", "model", "errors", "clocks"),
-    "codec",
+    *("desired", "backends", "runtimes", "gpu", "config", "host", "model", "calls", "errors"),
+    *("clocks", "codec"),
 )
 
 STRANGERS = {("backends", "runtimes"), ("runtimes", "backends")}

@@ -16,9 +16,9 @@ import pytest
 from mic_supervisor.converge.publisher import Publisher, run
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import EndpointsHook
-from mic_supervisor.plan.endpoints import Endpoints
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.views.endpoints import Endpoints
 
 ONE: Endpoints = {"MAM": {"MAM-1": {"http": "http://127.0.0.1:1"}}}
 NONE: Endpoints = {"MAM": {}}

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from mic_supervisor.http import documents
 from mic_supervisor.http.published import Published
-from mic_supervisor.plan.endpoints import EndpointsDocument
+from mic_supervisor.views.endpoints import EndpointsDocument
 from mic_supervisor.views.plan import PlanDocument
 from mic_supervisor.views.status import StatusDocument
 from tests.unit.http import views_of

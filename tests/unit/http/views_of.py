@@ -29,10 +29,10 @@ from mic_supervisor.model import (
     UnopenedGpu,
 )
 from mic_supervisor.plan.assess import assess
-from mic_supervisor.plan.endpoints import serving
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.status import instance_statuses
+from mic_supervisor.views.endpoints import serving
 from tests.unit.plan import builders as b
 
 NOW = 1_795_300_000.0  # a Sunday in November 2026

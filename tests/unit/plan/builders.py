@@ -46,12 +46,11 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan.actions import Plan
 from mic_supervisor.plan.assess import Assessment, Context, assess
-from mic_supervisor.plan.launch import launch
+from mic_supervisor.plan.launch import choose, launch
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.plan.ports import choose
 from mic_supervisor.plan.reconcile import reconcile
-from mic_supervisor.plan.render import to_text
 from mic_supervisor.plan.spec import SpecKey
+from mic_supervisor.views.plan import to_text
 
 HTTP = Port("http")
 PROBE = Probe(HttpCheck("/health"))

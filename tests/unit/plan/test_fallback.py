@@ -25,8 +25,7 @@ from mic_supervisor.plan import ledger
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.fallback import as_it_runs, earlier, fallback
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.plan.settled import settled
-from mic_supervisor.plan.status import InstanceStatus, instance_statuses
+from mic_supervisor.plan.status import InstanceStatus, instance_statuses, settled
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,

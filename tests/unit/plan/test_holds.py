@@ -9,14 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mic_supervisor import codec
-from mic_supervisor.errors import MicError
-from mic_supervisor.model import GpuInventory, LoadState, RunState
+from mic_supervisor.model import LoadState, RunState
 from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import Restart, Start
-from mic_supervisor.plan.assess import workloads
+from mic_supervisor.plan.assess import Selection, workloads
 from mic_supervisor.plan.memory import InstanceMemory, Memory, Pause, Paused
-from mic_supervisor.plan.pauses import free_of_pauses, to_resume
-from mic_supervisor.plan.selection import Names, Selection, select
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,
@@ -26,7 +23,6 @@ from tests.unit.plan.builders import (
     desired,
     failing,
     gpu,
-    gpus,
     known,
     loaded,
     observed,
@@ -42,7 +38,7 @@ from tests.unit.plan.builders import (
     workload,
 )
 from tests.unit.plan.cases import GPUS, Case, cases
-from tests.unit.plan.test_invariants import INVARIANTS, starts, steps_of, subject
+from tests.unit.plan.test_reconcile_invariants import INVARIANTS, starts, steps_of, subject
 
 MAM, FACE = on("MAM", 0), on("face", 2)
 AT = Pause(600.0)
@@ -466,100 +462,3 @@ def test_to_choose_everything_is_to_choose_nothing(case: Case) -> None:
     whole = case.plan
     chosen = replace(case, context=replace(case.context, targets=every)).plan
     assert (chosen.changes, chosen.left_out) == (whole.changes, ())
-
-
-# --- names --------------------------------------------------------------------------------------
-
-THERE = Names(
-    ["7", "MAM", "face"],
-    GpuInventory("nvml", gpus(4)),
-    {"0": uuid(0), "5": uuid(5)},
-    [uuid(0), uuid(5)],
-)
-
-
-@pytest.mark.parametrize(
-    ("names", "models", "indices"),
-    [
-        (["MAM"], {"MAM"}, set()),
-        (["0"], set(), {0}),
-        ([uuid(1).upper().replace("GPU", "gpu")], set(), {1}),
-        (["MAM", "1-2"], {"MAM"}, {1, 2}),
-        (["1,3"], set(), {1, 3}),
-        (["7"], {"7"}, set()),
-        (["5"], set(), {5}),  # bound to one that is not there now
-        ([uuid(5)], set(), {5}),
-    ],
-)
-def test_names_of_models_and_gpus(names: list[str], models: set[str], indices: set[int]) -> None:
-    found = select(names, THERE, "pause x")
-    assert (found.models, found.gpus) == (models, {uuid(index) for index in indices})
-
-
-@pytest.mark.parametrize(
-    ("name", "told", "hint"),
-    [
-        ("Mam", "there is no model and no GPU 'Mam'", "did you mean MAM?"),
-        (
-            "whisper",
-            "there is no model and no GPU 'whisper'",
-            "models are 7, MAM, face; GPUs are 0, 1, 2, 3",
-        ),
-        (
-            "9",
-            "there is no GPU 9; this machine has 4",
-            "models are 7, MAM, face; GPUs are 0, 1, 2, 3",
-        ),
-        ("GPU-12", "'GPU-12': this is not a whole UUID", None),
-        (
-            uuid(4),
-            f"{uuid(4)} is not in this machine",
-            "models are 7, MAM, face; GPUs are 0, 1, 2, 3",
-        ),
-        ("", "'': this names no GPU", None),
-    ],
-)
-def test_what_there_is_not_is_told(name: str, told: str, hint: str | None) -> None:
-    with pytest.raises(MicError) as caught:
-        select([name], THERE, f"pause {name}")
-    assert str(caught.value) == f"cannot pause {name}: {told}"
-    assert hint is None or caught.value.hint == hint
-
-
-def test_a_name_that_is_both_is_not_guessed_at() -> None:
-    there = replace(THERE, models=["0"])
-    with pytest.raises(MicError) as caught:
-        select(["0"], there, "pause 0")
-    assert str(caught.value) == "cannot pause 0: 0 is a model and a GPU"
-    assert str(caught.value.hint).startswith(f"name the GPU by its UUID, {uuid(0)}, or")
-
-
-def test_what_is_not_paused_cannot_be_resumed() -> None:
-    pauses = Paused({"face": AT}, {uuid(2): AT})
-    assert to_resume([], THERE, pauses) == Selection(frozenset({"face"}), frozenset({uuid(2)}))
-    assert to_resume(["2"], THERE, pauses) == Selection(gpus=frozenset({uuid(2)}))
-    with pytest.raises(MicError) as caught:
-        to_resume(["MAM"], THERE, pauses)
-    assert (str(caught.value), caught.value.hint) == (
-        "cannot resume MAM: MAM is not paused",
-        "paused are face, GPU 2",
-    )
-    with pytest.raises(MicError) as caught:
-        to_resume(["0-1"], THERE, Paused())
-    assert (str(caught.value), caught.value.hint) == (
-        "cannot resume 0-1: GPU 0, GPU 1 are not paused",
-        "nothing is paused",
-    )
-
-
-def test_who_acts_on_a_paused_one_is_refused_with_the_way_out() -> None:
-    one, two = (MAM.id, "MAM", MAM.gpus), ("MAM-b", "MAM", (uuid(1),))
-    pauses = Paused(gpus={uuid(0): AT})
-    indices = {uuid(0): 0}
-    assert free_of_pauses([one, two], pauses, "restart MAM", indices, NOW) == ["MAM-b"]
-    with pytest.raises(MicError) as caught:
-        free_of_pauses([one], pauses, "restart MAM", indices, NOW)
-    assert (str(caught.value), caught.value.hint) == (
-        "cannot restart MAM: GPU 0 is paused since 00:10:00",
-        "mic-supervisor resume 0",
-    )

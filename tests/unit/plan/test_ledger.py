@@ -18,7 +18,7 @@ from mic_supervisor.plan.actions import Load, Release, Remove, Start, Step, Stop
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.look import Look, look
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.settled import settled
+from mic_supervisor.plan.status import settled
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,
@@ -34,7 +34,7 @@ from tests.unit.plan.builders import (
     text,
     workload,
 )
-from tests.unit.plan.test_servers import BOTH, IT, A
+from tests.unit.plan.test_bring_up_servers import BOTH, IT, A
 
 MAM = on("MAM", 0, workload=container("mam:1"))
 RUNS = workload(MAM)

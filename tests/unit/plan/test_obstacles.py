@@ -21,9 +21,8 @@ from mic_supervisor.plan.actions import Plan
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.settled import settled
-from mic_supervisor.plan.status import instance_statuses
-from mic_supervisor.plan.strangers import intruders
+from mic_supervisor.plan.obstacles import intruders
+from mic_supervisor.plan.status import instance_statuses, settled
 from mic_supervisor.plan.words import moment
 from tests.unit.plan.builders import (
     CONTEXT,

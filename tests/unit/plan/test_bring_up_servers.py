@@ -21,10 +21,8 @@ from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import Load, Plan
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.loads import memory_key
-from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.settled import settled
-from mic_supervisor.plan.status import by_model, instance_statuses
+from mic_supervisor.plan.memory import Memory, memory_key
+from mic_supervisor.plan.status import by_model, instance_statuses, settled
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,

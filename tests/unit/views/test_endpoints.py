@@ -7,11 +7,10 @@ from typing import Any
 
 from mic_supervisor.model import EndpointsHook, ObservedState, RunState
 from mic_supervisor.plan.assess import assess
-from mic_supervisor.plan.endpoints import Endpoints, document, serving
-from mic_supervisor.plan.export import haproxy, name_of, nginx
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.status import InstanceStatus, instance_statuses
+from mic_supervisor.views.endpoints import Endpoints, document, haproxy, name_of, nginx, serving
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,

@@ -11,10 +11,9 @@ from mic_supervisor import codec
 from mic_supervisor.model import Limits, Port, ProcessSpec, RunState
 from mic_supervisor.plan import ledger
 from mic_supervisor.plan.assess import assess
-from mic_supervisor.plan.fallback import fallback, way_back
+from mic_supervisor.plan.fallback import fallback, rebuilt, relaunch, way_back
 from mic_supervisor.plan.launch import fill
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.plan.rebuild import rebuilt, relaunch
 from tests.unit.plan.builders import (
     CONTEXT,
     HTTP,
