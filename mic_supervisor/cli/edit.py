@@ -14,7 +14,7 @@ import click
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.progress import named, on, show, tell_left_out
 from mic_supervisor.cli.session import ask, order, reach
-from mic_supervisor.config.names import composed
+from mic_supervisor.config.document import composed
 from mic_supervisor.errors import ConfigError, LockHeld, MicError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class GpuParameter(click.ParamType["tuple[GpuKey, ...]"]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[GpuKey, ...]:
-        from mic_supervisor.config.names import BadKey, parse_gpu_key
+        from mic_supervisor.config.document import BadKey, parse_gpu_key
 
         if isinstance(value, tuple):
             return value

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor import __version__
-from mic_supervisor.config.document import NONE, WAY_OUT
-from mic_supervisor.config.names import composed
+from mic_supervisor.config.document import NONE, WAY_OUT, composed
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.settle import Settling
 from mic_supervisor.errors import ConfigError, MicError

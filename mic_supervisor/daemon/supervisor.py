@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mic_supervisor import __version__
 from mic_supervisor.clocks import Clock
-from mic_supervisor.config.document import WAY_OUT
+from mic_supervisor.config.document import WAY_OUT, Config
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.session import Session
@@ -21,21 +21,17 @@ from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.daemon.control import ControlServer
 from mic_supervisor.daemon.generations import Generations
-from mic_supervisor.daemon.gpu_watch import GpuWatch
-from mic_supervisor.daemon.history import History
-from mic_supervisor.daemon.log import LOGGER, log_event
-from mic_supervisor.daemon.notify import Notifier
+from mic_supervisor.daemon.log import LOGGER, History, log_event
+from mic_supervisor.daemon.notify import Notifier, sentence
 from mic_supervisor.daemon.parts import Parts, in_thread
-from mic_supervisor.daemon.summary import sentence
-from mic_supervisor.daemon.watch import watch
+from mic_supervisor.daemon.watch import GpuWatch, watch
 from mic_supervisor.desired import FileDesired
 from mic_supervisor.errors import MicError, RuntimeUnavailable
 from mic_supervisor.host.identity import host_name
-from mic_supervisor.http.published import LoopState, Published
+from mic_supervisor.http.documents import LoopState, Published
 
 if TYPE_CHECKING:
     from mic_supervisor.backends.registry import Registry
-    from mic_supervisor.config.document import Config
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.converge.observe import Sources
     from mic_supervisor.http.server import HttpServer
@@ -75,7 +71,7 @@ class Supervisor:
         self._events = Events([log_event, self._record, self._count])
         self._state = state
         self._complaints: set[str] = set()
-        self._loop_state = LoopState(started_at=self._clock.wall())
+        self._loop_state = LoopState()
         self._started_with = self._generations.start(self._clock.steady())
         self._desired = FileDesired(self._config(), registry, settings.instance_data)
         self._converger = Converger(
@@ -204,8 +200,6 @@ class Supervisor:
 
     async def _stop_instances(self) -> None:
         """Remove nothing by a file's word: this is the operator's setting MIC_ON_STOP=stop."""
-        from mic_supervisor.config.document import Config
-
         nothing = Config(self._settings.config, (), "", (), {}, {})
         self._desired.use(nothing)
         self._converger.removal_confirmed = lambda _hash: True
@@ -299,8 +293,6 @@ class Supervisor:
 
         That one is never confirmed, so it removes nothing either.
         """
-        from mic_supervisor.config.document import Config
-
         return self._generations.config or Config(self._settings.config, (), "", (), {}, {})
 
     # --- what is told ---------------------------------------------------------------------------

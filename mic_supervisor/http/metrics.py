@@ -6,10 +6,12 @@ Names and units: https://prometheus.io/docs/practices/naming/
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
@@ -31,7 +33,7 @@ from mic_supervisor.views.status import GpuState, gpu_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.published import Durations, Published
+    from mic_supervisor.http.documents import Durations, Published
     from mic_supervisor.http.views import Answer, Views
     from mic_supervisor.model import Gpu, GpuInventory
 
@@ -416,9 +418,6 @@ def revision() -> str:
 
     Source: PEP 610, direct_url.json.
     """
-    import json
-    from importlib.metadata import PackageNotFoundError, distribution
-
     try:
         text = distribution("mic-supervisor").read_text("direct_url.json")
         commit = json.loads(text or "{}").get("vcs_info", {}).get("commit_id")

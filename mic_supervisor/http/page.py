@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from mic_supervisor.http.redact import Scrubber, config_error
+from mic_supervisor.http.access import Scrubber, config_error
 from mic_supervisor.http.verdict import Level, Verdict, judge, level_of
 from mic_supervisor.model import OwnerKind
 from mic_supervisor.plan.render import reason
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from mic_supervisor.converge.events import Event
     from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.published import Published, Sample
-    from mic_supervisor.http.views import Answer, Views
+    from mic_supervisor.http.documents import Published
+    from mic_supervisor.http.views import Answer, Sample, Views
     from mic_supervisor.model import Gpu
 
 MEDIA = "text/html; charset=utf-8"

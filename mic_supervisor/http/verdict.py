@@ -8,14 +8,14 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
-from mic_supervisor.http.redact import Scrubber, config_error
+from mic_supervisor.http.access import Scrubber, config_error
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.words import gpu_names
 from mic_supervisor.views.status import gpu_rows
 
 if TYPE_CHECKING:
     from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.published import Published
+    from mic_supervisor.http.documents import Published
     from mic_supervisor.plan.status import InstanceStatus
 
 _UNDER_WAY = frozenset(

@@ -85,7 +85,7 @@ def select(names: Iterable[str], there: Names, action: str) -> Selection:
 
 
 def _model(name: str, there: Names) -> str | None:
-    from mic_supervisor.config.names import composed
+    from mic_supervisor.config.document import composed
 
     return composed(name) if composed(name) in there.models else None
 
@@ -93,8 +93,7 @@ def _model(name: str, there: Names) -> str | None:
 def _gpus(name: str, there: Names) -> tuple[str, ...]:
     """The UUIDs. Raises MicError, with the reason alone."""
     from mic_supervisor.config.diagnostics import closest
-    from mic_supervisor.config.document import GpuEntry, Place
-    from mic_supervisor.config.names import BadKey, parse_gpu_key
+    from mic_supervisor.config.document import BadKey, GpuEntry, Place, parse_gpu_key
 
     try:
         keys = parse_gpu_key(name).keys

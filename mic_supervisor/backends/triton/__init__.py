@@ -24,7 +24,7 @@ from mic_supervisor.backends.triton.config import (
     positions_of,
 )
 from mic_supervisor.backends.triton.log import load_failure
-from mic_supervisor.config.names import BadKey, parse_gpu_key
+from mic_supervisor.config.document import BadKey, parse_gpu_key
 from mic_supervisor.config.options import (
     AbsolutePath,
     EnvName,
