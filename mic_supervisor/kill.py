@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from mic_supervisor import clocks
 from mic_supervisor.config.diagnostics import printable
+from mic_supervisor.converge.observe import Sources
 from mic_supervisor.errors import MicError
 from mic_supervisor.gpu.owners import (
     INSTANCE_VARIABLE,
@@ -36,9 +37,6 @@ from mic_supervisor.model import (
     OwnerKind,
     RuntimeView,
 )
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.observe import Sources
 
 KILL_WAIT = 10.0  # seconds from KILL until a process counts as one that does not end
 RELEASE_WAIT = 15.0  # seconds until the driver has to have forgotten it
@@ -324,10 +322,7 @@ def end(
 
 
 def _signal_all(
-    targets: Sequence[Target],
-    look: Callable[[], Survey],
-    number: int,
-    results: dict[int, Result],
+    targets: Sequence[Target], look: Callable[[], Survey], number: int, results: dict[int, Result]
 ) -> list[Target]:
     """Those that were signalled."""
     now = look()

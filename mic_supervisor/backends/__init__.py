@@ -15,14 +15,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from mic_supervisor.model import (
-    Gpu,
-    HttpCall,
-    Instance,
-    LoadState,
-    Placement,
-    PlacementState,
-)
+from mic_supervisor.model import Gpu, HttpCall, Instance, LoadState, Placement, PlacementState
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +141,7 @@ class Backend(Protocol):
         raise NotImplementedError(why)
 
     def compile_server(
-        self,
-        request: CompileRequest,
-        members: Sequence[Member],
-        placements: Sequence[Placement],
+        self, request: CompileRequest, members: Sequence[Member], placements: Sequence[Placement]
     ) -> Instance:
         """The server. `placements` lack those of `members` that could not be compiled."""
         why = f"{request.model} is no server of several models"

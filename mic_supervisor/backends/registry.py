@@ -7,13 +7,11 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mic_supervisor.backends import plug_ins
+from mic_supervisor.backends import Backend, Recognised, plug_ins
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
-
-    from mic_supervisor.backends import Backend, Recognised
 
 GROUP = "mic_supervisor.backends"
 

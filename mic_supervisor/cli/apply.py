@@ -44,12 +44,7 @@ def command(
     config = wiring.load_config(found, file, Registry())
     params = {"path": str(config.path), "targets": targets, "rebind": rebind}
     document = order(
-        "apply",
-        params,
-        command="apply",
-        config=config,
-        patience=lock_timeout,
-        quiet=as_json,
+        "apply", params, command="apply", config=config, patience=lock_timeout, quiet=as_json
     )
     if as_json:
         print_json(document)

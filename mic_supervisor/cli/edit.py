@@ -103,8 +103,7 @@ def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
         if model is not None and composed(model) != file.model:
             has = file.model or ("none" if file.entry is not None else "no entry")
             raise MicError(
-                f"cannot {what}: {found.config} has {has} there",
-                hint="see `mic-supervisor status`",
+                f"cannot {what}: {found.config} has {has} there", hint="see `mic-supervisor status`"
             )
         check_paused(file, file.model)
         if file.entry is not None and file.model is None:

@@ -86,11 +86,7 @@ def unconfirmed(machine: Machine, config: Config) -> str | None:
 
     found = machine.settings
     return generations.unconfirmed(
-        machine.state,
-        config,
-        machine.registry,
-        found.environ,
-        prune_on_watch=found.prune_on_watch,
+        machine.state, config, machine.registry, found.environ, prune_on_watch=found.prune_on_watch
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from yaml.events import (
@@ -28,9 +28,6 @@ from yaml.events import (
 
 from mic_supervisor.config.diagnostics import At, Report, dotted, show
 from mic_supervisor.config.document import Place, composed
-
-if TYPE_CHECKING:
-    from yaml import Mark, MarkedYAMLError
 
 Scalar = str | int | float | bool | None
 
@@ -337,7 +334,7 @@ _SPECIAL = re.compile(r"found character '(.)' that cannot start any token")
 
 
 def report_syntax_error(
-    error: MarkedYAMLError, opened: Mark | None, file: str, report: Report
+    error: yaml.MarkedYAMLError, opened: yaml.Mark | None, file: str, report: Report
 ) -> None:
     """`opened` is where the innermost bracket stands that was open when the parser gave up."""
     problem = error.problem or "the text is not YAML"

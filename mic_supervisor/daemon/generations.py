@@ -10,18 +10,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mic_supervisor import codec
-from mic_supervisor.config.document import doubt
+from mic_supervisor.backends.registry import Registry
+from mic_supervisor.config.document import Config, doubt
 from mic_supervisor.config.load import load
 from mic_supervisor.converge.snapshot import Reloaded
+from mic_supervisor.converge.state import StateDir
 from mic_supervisor.errors import ConfigError, MicError
-
-if TYPE_CHECKING:
-    from mic_supervisor.backends.registry import Registry
-    from mic_supervisor.config.document import Config
-    from mic_supervisor.converge.state import StateDir
 
 _KEPT = "last-good"
 _RECORD = "generation.json"

@@ -8,13 +8,15 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from mic_supervisor import __version__
+from mic_supervisor.backends.registry import Registry
 from mic_supervisor.clocks import Clock
 from mic_supervisor.config.document import WAY_OUT, Config
+from mic_supervisor.config.settings import Settings
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger
+from mic_supervisor.converge.observe import Sources
 from mic_supervisor.converge.session import Session
 from mic_supervisor.converge.settle import Settling, all_settled
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
@@ -29,15 +31,10 @@ from mic_supervisor.desired import FileDesired
 from mic_supervisor.errors import MicError, RuntimeUnavailable
 from mic_supervisor.host.identity import host_name
 from mic_supervisor.http.documents import LoopState, Published
-
-if TYPE_CHECKING:
-    from mic_supervisor.backends.registry import Registry
-    from mic_supervisor.config.settings import Settings
-    from mic_supervisor.converge.observe import Sources
-    from mic_supervisor.http.server import HttpServer
-    from mic_supervisor.plan.assess import Context
-    from mic_supervisor.plan.memory import Memory
-    from mic_supervisor.runtimes import Runtime
+from mic_supervisor.http.server import HttpServer
+from mic_supervisor.plan.assess import Context
+from mic_supervisor.plan.memory import Memory
+from mic_supervisor.runtimes import Runtime
 
 _STREAM_REST = 1.0  # seconds between two tries to follow a runtime's events
 _LAST_STEPS = 2.5  # seconds for steps under way to end: a daemon is gone 5 s after SIGTERM

@@ -9,24 +9,14 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.converge.tasks import tell_of_death
 from mic_supervisor.daemon.log import LOGGER
 from mic_supervisor.daemon.parts import in_thread
 from mic_supervisor.errors import MicError
-from mic_supervisor.gpu.events import (
-    SAYS,
-    XidEvent,
-    XidRecord,
-    XidSeverity,
-    counted,
-    watcher_of,
-)
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.gpu import GpuSource
+from mic_supervisor.gpu import GpuSource
+from mic_supervisor.gpu.events import SAYS, XidEvent, XidRecord, XidSeverity, counted, watcher_of
 
 POLL = 2.0  # seconds between two looks at the files' content, for what no event tells
 _STEP = 100  # milliseconds between two looks of the listener at what the kernel told it

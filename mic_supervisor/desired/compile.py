@@ -115,11 +115,7 @@ class Servers:
     """The shared servers of one desired state."""
 
     def __init__(
-        self,
-        compiler: Compiler,
-        inventory: GpuInventory,
-        binding: Binding,
-        kept: Mapping[str, str],
+        self, compiler: Compiler, inventory: GpuInventory, binding: Binding, kept: Mapping[str, str]
     ) -> None:
         self.bindings: list[tuple[str, str]] = []
         self._compiler = compiler

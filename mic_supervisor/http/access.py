@@ -14,14 +14,11 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mic_supervisor.config.settings import Settings
 from mic_supervisor.errors import MicError
-from mic_supervisor.model import ContainerSpec
-
-if TYPE_CHECKING:
-    from mic_supervisor.config.settings import Settings
-    from mic_supervisor.model import DesiredState, Workload
+from mic_supervisor.model import ContainerSpec, DesiredState, Workload
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1: what a header can carry
 _SHORTEST = 16

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response, Security
 from fastapi.security import HTTPBearer
@@ -19,17 +19,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mic_supervisor import __version__
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http import documents, metrics, page
-from mic_supervisor.http.documents import LivenessStatus, Problem, Refusal
+from mic_supervisor.http.access import Access
+from mic_supervisor.http.documents import LivenessStatus, Problem, Published, Refusal
 from mic_supervisor.http.views import JSON, Answer, Views, encode
 from mic_supervisor.plan.endpoints import EndpointsDocument
 from mic_supervisor.views.plan import PlanDocument
 from mic_supervisor.views.status import StatusDocument
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.access import Access
-    from mic_supervisor.http.documents import Published
 
 # It describes: who may ask is decided by ReadOnly, before anything else is looked at.
 _TOKEN = HTTPBearer(scheme_name="token", auto_error=False)
@@ -48,10 +45,7 @@ COMMANDS = (
 )
 OTHERWISE = "mic-supervisor apply"
 
-HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-)
+HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
 # For a browser that wants a page, and a program that wants a document.
 _DOCUMENT = ("application/json", "application/*")

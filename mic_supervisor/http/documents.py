@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -18,22 +18,13 @@ from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.snapshot import ConfigState, Snapshot
 from mic_supervisor.gpu.events import XidRecord
 from mic_supervisor.http import access
-from mic_supervisor.model import Gpu, OwnerKind
+from mic_supervisor.model import Gpu, ObservedWorkload, OwnerKind
 from mic_supervisor.plan import endpoints
 from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.status import by_model
+from mic_supervisor.plan.status import InstanceStatus, by_model
 from mic_supervisor.views.plan import plan_document
-from mic_supervisor.views.status import (
-    GpuState,
-    StatusGpu,
-    gpu_rows,
-    status_document,
-)
-
-if TYPE_CHECKING:
-    from mic_supervisor.model import ObservedWorkload
-    from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.views.status import GpuState, StatusGpu, gpu_rows, status_document
 
 MIB = 1 << 20
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 from prometheus_client.core import (
@@ -25,17 +25,14 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http import documents
-from mic_supervisor.model import OwnerKind
+from mic_supervisor.http.documents import Durations, Published
+from mic_supervisor.http.views import Answer, Views
+from mic_supervisor.model import Gpu, GpuInventory, OwnerKind
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import InstanceStatus, by_model
 from mic_supervisor.views.status import GpuState, gpu_rows
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.documents import Durations, Published
-    from mic_supervisor.http.views import Answer, Views
-    from mic_supervisor.model import Gpu, GpuInventory
 
 _OPENMETRICS = "application/openmetrics-text"
 _OWNERS = {

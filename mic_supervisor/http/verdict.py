@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
 from mic_supervisor.http.access import Scrubber, config_error
+from mic_supervisor.http.documents import Published
 from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.status import InstanceStatus
 from mic_supervisor.plan.words import gpu_names
 from mic_supervisor.views.status import gpu_rows
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.documents import Published
-    from mic_supervisor.plan.status import InstanceStatus
 
 _UNDER_WAY = frozenset(
     {Phase.PENDING, Phase.STOPPING, Phase.WAITING_VRAM, Phase.STARTING, Phase.LOADING}

@@ -8,15 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mic_supervisor.converge.sources import PATIENCE
 from mic_supervisor.http.access import Scrubber
+from mic_supervisor.http.documents import Published
 from mic_supervisor.http.verdict import judge
-
-if TYPE_CHECKING:
-    from mic_supervisor.http.documents import Published
-    from mic_supervisor.model import GpuInventory
+from mic_supervisor.model import GpuInventory
 
 JSON = "application/json"
 

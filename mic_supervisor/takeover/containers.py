@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.errors import RuntimeRefused
+from mic_supervisor.kill import Survey
 from mic_supervisor.model import OwnerKind
 from mic_supervisor.runtimes.docker.create import MANAGED_BY
 from mic_supervisor.takeover import Proposal, for_env_file, indices_of, refusal
 
 if TYPE_CHECKING:
-    from mic_supervisor.kill import Survey
     from mic_supervisor.runtimes.docker.engine import Engine
 
 _CDI = "nvidia.com/gpu="
@@ -55,8 +55,7 @@ def _name(listed: Any) -> str:
 
 def _inspect(engine: Engine, ref: str) -> dict[str, Any]:
     found: dict[str, Any] = engine.call(
-        f"cannot inspect container {ref[:12]}",
-        lambda api: api.inspect_container(ref),
+        f"cannot inspect container {ref[:12]}", lambda api: api.inspect_container(ref)
     )
     return found
 

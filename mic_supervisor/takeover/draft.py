@@ -16,11 +16,11 @@ from mic_supervisor.config.diagnostics import printable
 from mic_supervisor.config.load import load
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host.identity import host_name
+from mic_supervisor.kill import Survey
 from mic_supervisor.model import Gpu, GpuInventory
 from mic_supervisor.takeover import Proposal, containers, distinct, processes
 
 if TYPE_CHECKING:
-    from mic_supervisor.kill import Survey
     from mic_supervisor.runtimes.docker.engine import Engine
 
 

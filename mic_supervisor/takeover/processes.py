@@ -7,18 +7,16 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from mic_supervisor.backends import Recognised
 from mic_supervisor.backends.registry import recognise
 from mic_supervisor.host import processes
+from mic_supervisor.kill import Survey
 from mic_supervisor.model import Owner, OwnerKind
 from mic_supervisor.takeover import Proposal, base_name, for_env_file, refusal
-
-if TYPE_CHECKING:
-    from mic_supervisor.kill import Survey
 
 _SHELLS = re.compile(
     r"(ba|z|da|k|fi|c|tc)?sh|tmux.*|screen|sshd.*|login|sudo|su|systemd|init|make|supervisord|"

@@ -17,12 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mic_supervisor.backends import Ask, BackendBase, CompileRequest, Member, common, error_text
-from mic_supervisor.backends.triton.config import (
-    generate,
-    is_ours,
-    mark_of,
-    positions_of,
-)
+from mic_supervisor.backends.triton.config import generate, is_ours, mark_of, positions_of
 from mic_supervisor.backends.triton.log import load_failure
 from mic_supervisor.config.document import BadKey, parse_gpu_key
 from mic_supervisor.config.options import (
@@ -370,10 +365,7 @@ def _command(bridge: bool, listen: str, exit_timeout: int) -> list[str]:
 
 
 def _instance(
-    request: CompileRequest,
-    options: Options,
-    probes: Probes,
-    placements: tuple[Placement, ...],
+    request: CompileRequest, options: Options, probes: Probes, placements: tuple[Placement, ...]
 ) -> Instance:
     settings: Settings = request.settings
     exit_timeout = math.ceil(settings.exit_timeout)
