@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,10 +10,10 @@ import click
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import confirm
 from mic_supervisor.cli.session import order
+from mic_supervisor.config.document import Config
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
-    from mic_supervisor.config.document import Config
     from mic_supervisor.model import ObservedState, ObservedWorkload
 
 
@@ -48,7 +47,7 @@ def command(yes: bool) -> int:
     names = sorted({workload.identity.instance for workload in ours})
     click.echo(f"To be removed: {', '.join(names)}")
     confirm("Remove them?", yes=yes)
-    document = order("apply", {}, command="down", config=_nothing(found.config))
+    document = order("apply", {}, command="down", config=Config.nothing(found.config))
     left = {row["id"] for row in document["instances"]}
     left |= {item["instance"] for item in document["remaining"]["actions"]}
     errors = {item["instance"]: item["reason"] for item in document["failures"]}
@@ -80,10 +79,3 @@ def _check_paused(
                 f"cannot remove {identity.instance}: {held[0]}",
                 hint=f"{held[1]}, or all of them: mic-supervisor resume --all",
             )
-
-
-def _nothing(path: Path) -> Config:
-    """A configuration that asks for nothing: what a file must never say, and a person may."""
-    from mic_supervisor.config.document import Config
-
-    return Config(path=path, files=(), hash="", entries=(), models={}, backends={})

@@ -93,6 +93,11 @@ class Config:
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)  # merged, plain data
     texts: tuple[str, ...] = field(default=(), repr=False)  # of `files`, each line end as "\n"
 
+    @classmethod
+    def nothing(cls, path: Path) -> Config:
+        """One that asks for nothing: what a file must never say, and a person may."""
+        return cls(path=path, files=(), hash="", entries=(), models={}, backends={})
+
 
 # --- doubt: may files that changed be no more than a part of what somebody meant? -----------------
 #

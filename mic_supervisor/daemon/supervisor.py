@@ -197,8 +197,7 @@ class Supervisor:
 
     async def _stop_instances(self) -> None:
         """Remove nothing by a file's word: this is the operator's setting MIC_ON_STOP=stop."""
-        nothing = Config(self._settings.config, (), "", (), {}, {})
-        self._desired.use(nothing)
+        self._desired.use(Config.nothing(self._settings.config))
         self._converger.removal_confirmed = lambda _hash: True
         notice = asyncio.create_task(self._ask_for_time())
         began = self._clock.steady()
@@ -290,7 +289,7 @@ class Supervisor:
 
         That one is never confirmed, so it removes nothing either.
         """
-        return self._generations.config or Config(self._settings.config, (), "", (), {}, {})
+        return self._generations.config or Config.nothing(self._settings.config)
 
     # --- what is told ---------------------------------------------------------------------------
 
