@@ -117,9 +117,6 @@ class Survey:
         workloads = (item for view in self.views for item in view.workloads)
         return next((item.identity.instance for item in workloads if item.keeper == pid), None)
 
-    def index_of(self, uuid: str) -> int | None:
-        return next((gpu.index for gpu in self.inventory.gpus if gpu.uuid == uuid), None)
-
     def container_name(self, ref: str | None) -> str | None:
         strangers = (item for view in self.views for item in view.strangers)
         return next((item.name for item in strangers if item.ref == ref), None)
@@ -213,8 +210,8 @@ def _refuse_ours(look: Survey, target: Target, scope: str, *, force: bool) -> No
         workload = look.workload_of(ours)
         hint = None
         if workload is not None:
-            uuids = workload.identity.gpus
-            indices = [index for uuid in uuids if (index := look.index_of(uuid)) is not None]
+            known = look.inventory.indices
+            indices = [known[uuid] for uuid in workload.identity.gpus if uuid in known]
             where = f" --gpu {indices[0]}" if indices else ""
             hint = f"stop it with: mic-supervisor stop {workload.identity.model}{where}"
         _refuse(target.pid, f"it belongs to our instance {ours}", hint)

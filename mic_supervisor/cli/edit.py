@@ -202,8 +202,8 @@ class Opened:
         """What the file has there; None for `none`, and for what is not listed."""
         return self.entry.model if self.entry is not None else None
 
-    def put(self, model: str | None) -> bool:
-        """Have the file say so; False where it does already. Raises MicError, changing nothing."""
+    def put(self, model: str | None) -> None:
+        """Have the file say so. Raises MicError, changing nothing."""
         from mic_supervisor.config.document import WAY_OUT
         from mic_supervisor.config.edit import assign
 
@@ -222,7 +222,7 @@ class Opened:
         except MicError as error:
             raise MicError(f"cannot {self.action}: {error}", hint=error.hint) from error
         if after == text:
-            return False
+            return
         data = self.file.encode(after)
         try:
             _load(self.machine, data)
@@ -231,7 +231,6 @@ class Opened:
                 error.message, rendered=error.rendered, hint=f"{path} was left as it was"
             ) from error
         self.file.replace(data)
-        return True
 
 
 def check_paused(file: Opened, model: str | None) -> None:

@@ -318,7 +318,7 @@ def engine(facts: Callable[[], Mapping[str, Any]], *, real_gpus: bool) -> Iterat
     yield _life(found)
     if not real_gpus:
         return
-    cdi = _cdi(found)
+    cdi = [name for name in found["cdi_devices"] if name.startswith("nvidia.com/gpu=")]
     yield _gpus(found, cdi)
     if found["cgroup_driver"] == "systemd" and not cdi:
         yield warn(
@@ -355,10 +355,6 @@ def _life(found: Mapping[str, Any]) -> Finding:
         "is off: every container ends when Docker is restarted or upgraded",
         'set "live-restore": true in /etc/docker/daemon.json, then: systemctl reload docker',
     )
-
-
-def _cdi(found: Mapping[str, Any]) -> list[str]:
-    return [name for name in found["cdi_devices"] if name.startswith("nvidia.com/gpu=")]
 
 
 def _gpus(found: Mapping[str, Any], cdi: list[str]) -> Finding:

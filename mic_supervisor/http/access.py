@@ -11,7 +11,7 @@ from __future__ import annotations
 import hmac
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,23 +138,17 @@ def _secrets(workload: Workload) -> Iterator[str]:
 
 def plan_document(document: dict[str, Any]) -> dict[str, Any]:
     """A plan without the commands and values that its diffs show."""
-    actions = [{**action, "diff": [_diff(d) for d in action["diff"]]} for action in _all(document)]
+    actions = [
+        {**action, "diff": [_diff(one) for one in action["diff"]]} for action in document["actions"]
+    ]
     return {**document, "actions": actions}
-
-
-def _all(document: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    actions: list[dict[str, Any]] = document["actions"]
-    return actions
 
 
 def _diff(diff: dict[str, Any]) -> dict[str, Any]:
     if not _PRIVATE.match(str(diff["path"])):
         return diff
-    return {
-        "path": diff["path"],
-        "before": None if diff["before"] is None else HIDDEN,
-        "after": None if diff["after"] is None else HIDDEN,
-    }
+    values = {key: None if diff[key] is None else HIDDEN for key in ("before", "after")}
+    return {"path": diff["path"], **values}
 
 
 def config_error(report: str | None) -> str | None:

@@ -25,6 +25,7 @@ from mic_supervisor.http.access import Access
 from mic_supervisor.http.documents import LivenessStatus, Problem, Published, Refusal
 from mic_supervisor.http.views import JSON, Answer, Views, encode
 from mic_supervisor.plan.endpoints import EndpointsDocument
+from mic_supervisor.plan.endpoints import document as document_of
 from mic_supervisor.views.plan import PlanDocument
 from mic_supervisor.views.status import StatusDocument
 
@@ -163,7 +164,7 @@ def build(views: Views, *, guarded: bool) -> FastAPI:
     for path in ("/api/v1/models/start", "/api/v1/models/stop"):
         add(path, command, f"The command for it: {command_for(path)}", documents.Refusal)
     add("/api/v1/processes/{pid}", command_of, "The command that ends it", documents.Refusal)
-    endpoints = document("endpoints", documents.served_endpoints)
+    endpoints = document("endpoints", lambda one, look: document_of(look.endpoints, one.host))
     add("/api/v1/endpoints", endpoints, "Who serves each model", EndpointsDocument, _UNREAD)
     sd = document("sd", lambda _, snapshot: documents.discovery(snapshot))
     add("/api/v1/sd", sd, "Prometheus HTTP service discovery", list[documents.Target], _UNREAD)

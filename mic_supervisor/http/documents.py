@@ -18,11 +18,10 @@ from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.snapshot import ConfigState, Snapshot
 from mic_supervisor.gpu.events import XidRecord
 from mic_supervisor.http import access
-from mic_supervisor.model import Gpu, ObservedWorkload, OwnerKind
-from mic_supervisor.plan import endpoints
+from mic_supervisor.model import Gpu, OwnerKind
 from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.status import InstanceStatus, by_model
+from mic_supervisor.plan.status import by_model
 from mic_supervisor.views.plan import plan_document
 from mic_supervisor.views.status import GpuState, StatusGpu, gpu_rows, status_document
 
@@ -184,8 +183,7 @@ def served_status(published: Published, snapshot: Snapshot) -> dict[str, Any]:
     """The document of `status --json`, without what is confidential."""
     document = asdict(status_document(snapshot, published.config.in_use, published.host))
     document["config"]["error"] = access.config_error(published.config.error)
-    scrubbed: dict[str, Any] = access.Scrubber(snapshot.desired).document(document)
-    return scrubbed
+    return _scrubbed(document, snapshot)
 
 
 def served_plan(published: Published, snapshot: Snapshot) -> dict[str, Any]:
@@ -193,9 +191,12 @@ def served_plan(published: Published, snapshot: Snapshot) -> dict[str, Any]:
     document = plan_document(
         snapshot.plan, host=published.host, config_hash=snapshot.desired.config_hash
     )
-    scrubbed: dict[str, Any] = access.Scrubber(snapshot.desired).document(
-        access.plan_document(asdict(document))
-    )
+    return _scrubbed(access.plan_document(asdict(document)), snapshot)
+
+
+def _scrubbed(document: dict[str, Any], snapshot: Snapshot | None) -> dict[str, Any]:
+    desired = snapshot.desired if snapshot is not None else None
+    scrubbed: dict[str, Any] = access.Scrubber(desired).document(document)
     return scrubbed
 
 
@@ -241,7 +242,7 @@ def running(snapshot: Snapshot) -> list[RunningModel]:
 
     It runs as soon as its process does; `phase` says how far it is.
     """
-    alive = _alive(snapshot)
+    alive = started(snapshot)
     indices = snapshot.observed.inventory.indices
     return [
         RunningModel(
@@ -260,19 +261,9 @@ def running(snapshot: Snapshot) -> list[RunningModel]:
     ]
 
 
-def _alive(snapshot: Snapshot) -> Mapping[str, ObservedWorkload]:
-    return {item.ref: item for item in workloads(snapshot.observed) if is_alive(item)}
-
-
-def started_at(snapshot: Snapshot, row: InstanceStatus) -> float | None:
-    """When the process or container behind this row began."""
-    workload = _alive(snapshot).get(row.ref or "")
-    return workload.started_at if workload is not None else None
-
-
-def served_endpoints(published: Published, snapshot: Snapshot) -> dict[str, Any]:
-    """Who serves each model now: what the hook on_endpoints_change is told."""
-    return endpoints.document(snapshot.endpoints, published.host)
+def started(snapshot: Snapshot) -> dict[str, float | None]:
+    """What runs, by its reference, and when its process or container began."""
+    return {item.ref: item.started_at for item in workloads(snapshot.observed) if is_alive(item)}
 
 
 def discovery(snapshot: Snapshot) -> list[Target]:
@@ -308,7 +299,4 @@ def readiness(published: Published, stalled: str | None) -> dict[str, Any]:
         if not row.settled_well
     ]
     document = Readiness("not ready" if stalled or waiting else "ready", stalled, waiting)
-    scrubbed: dict[str, Any] = access.Scrubber(snapshot.desired if snapshot else None).document(
-        asdict(document)
-    )
-    return scrubbed
+    return _scrubbed(asdict(document), snapshot)

@@ -231,7 +231,8 @@ def _models(snapshot: Snapshot) -> Iterator[Metric]:
     memory = [((*key, uuid), used.get((row.id, uuid))) for key, row in rows for uuid in row.gpus]
     text = "Memory of the GPU that it uses."
     yield _gauges("mic_model_gpu_memory_bytes", text, f"{_MODEL} uuid", memory)
-    began = [(key, documents.started_at(snapshot, row)) for key, row in rows]
+    started = documents.started(snapshot)
+    began = [(key, started.get(row.ref or "")) for key, row in rows]
     text = "When its process or container started."
     yield _gauges("mic_model_start_time_seconds", text, _MODEL, began)
     retry = [(key, row.next_retry) for key, row in rows]
