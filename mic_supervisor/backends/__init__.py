@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
+from mic_supervisor.config.options import ModelOptions
 from mic_supervisor.model import Gpu, HttpCall, Instance, LoadState, Placement, PlacementState
 
 
@@ -74,7 +75,7 @@ class Backend(Protocol):
 
     name: str
     Settings: type[BaseModel]
-    Options: type[BaseModel]
+    Options: type[ModelOptions]
 
     def compile(self, request: CompileRequest) -> Instance:
         """The instance that serves `request.model` on `request.gpus`.

@@ -33,19 +33,15 @@ def run() -> int:
     set_up(found.log_level, found.log_format, journal="JOURNAL_STREAM" in os.environ)
     with writer(found.lock_path, "mic-supervisor run", _LOCK_PATIENCE):
         machine = wiring.machine(found, create_key=True)
-
-        async def supervise() -> None:
-            supervisor = Supervisor(
-                settings=found,
-                registry=machine.registry,
-                sources=machine.sources,
-                state=machine.state,
-                context=machine.context,
-            )
-            await supervisor.run(serve)
-
+        supervisor = Supervisor(
+            settings=found,
+            registry=machine.registry,
+            sources=machine.sources,
+            state=machine.state,
+            context=machine.context,
+        )
         # Not asyncio.run, which waits without an end for threads that hang.
-        asyncio.new_event_loop().run_until_complete(supervise())
+        asyncio.new_event_loop().run_until_complete(supervisor.run(serve))
     return 0
 
 

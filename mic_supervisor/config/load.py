@@ -27,7 +27,7 @@ from mic_supervisor.config.document import (
     is_model_name,
 )
 from mic_supervisor.config.merge import RESERVED, GpuItem, Merged, read_merged
-from mic_supervisor.config.options import Defaults, Hooks
+from mic_supervisor.config.options import Defaults, Hooks, ModelOptions
 from mic_supervisor.config.validate import check_placeholders, validate
 from mic_supervisor.config.yaml import Entry, Node
 from mic_supervisor.errors import MicError
@@ -39,7 +39,7 @@ class BackendTypes(Protocol):
     """The part of a backend that the configuration needs: what it lets a file say."""
 
     Settings: type[BaseModel]
-    Options: type[BaseModel]
+    Options: type[ModelOptions]
 
     def server_of(self, settings: Any, model: str) -> str | None: ...
 
@@ -196,7 +196,7 @@ class Checker:
     def _check_defaults_act(self, defaults: Mapping[str | int, Entry]) -> None:
         """A default is passed over for a backend that refuses it, but some model must take it."""
         for key, entry in defaults.items():
-            reasons = [_refused(types).get(str(key)) for types, _ in self._used.values()]
+            reasons = [types.Options.unavailable.get(str(key)) for types, _ in self._used.values()]
             if reasons and reasons[0] is not None and None not in reasons:
                 self._report.add(entry, reasons[0])
 
@@ -248,7 +248,7 @@ class Checker:
     ) -> BaseModel | None:
         before = len(self._report)
         given = dict(entry.node.entries)
-        refused = _refused(types)
+        refused = types.Options.unavailable
         for key, reason in refused.items():
             if key in given:
                 self._report.add(given.pop(key), reason)
@@ -360,11 +360,6 @@ class Checker:
         for node in (*([keys["port"].node] if "port" in keys else ()), *named):
             if isinstance(node.value, int):
                 yield node.value, node
-
-
-def _refused(types: BackendTypes) -> Mapping[str, str]:
-    refused: Mapping[str, str] = getattr(types.Options, "unavailable", {})
-    return refused
 
 
 def _with_defaults(node: Node, defaults: Mapping[str | int, Entry]) -> Node:

@@ -56,7 +56,7 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
     for name, types in backends.items():
         options = defs[f"{name}_options"]
         _describe(options)
-        _restrict(options, name, getattr(types.Options, "unavailable", {}))
+        _restrict(options, name, types.Options.unavailable)
     _describe(defs["defaults"])
     return {
         "$schema": DIALECT,

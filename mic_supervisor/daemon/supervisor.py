@@ -128,9 +128,10 @@ class Supervisor:
             keep("the HTTP server", lambda: self._serve(serve))
         keep("the loop", self._converger.run)
         keep("the control socket", control.keep_listening)
+        changed = partial(self._reload, confirm=False, why="the file changed")
         keep(
             "the file watch",
-            lambda: watch(self._settings.config, self._generations.differs, self._file_changed),
+            lambda: watch(self._settings.config, self._generations.differs, changed),
         )
         for runtime in self._sources.runtimes.values():
             keep(f"the follower of {runtime.name}", partial(self._follow, runtime, streams_over))
@@ -235,9 +236,6 @@ class Supervisor:
                     LOGGER.warning("%s; looking every few seconds until it is back", error)
                 broken = True
             await asyncio.sleep(_STREAM_REST)
-
-    async def _file_changed(self) -> None:
-        await self._reload(confirm=False, why="the file changed")
 
     def _asked_to_reload(self, confirm: bool) -> Awaitable[Reloaded]:
         return self._reload(confirm=confirm, why="reload" if confirm else "an edit")

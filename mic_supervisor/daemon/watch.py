@@ -25,7 +25,7 @@ _LONGEST = 3.0  # seconds after which a file that never rests is read all the sa
 
 
 async def watch(
-    path: Path, differs: Callable[[], bool], changed: Callable[[], Awaitable[None]]
+    path: Path, differs: Callable[[], bool], changed: Callable[[], Awaitable[object]]
 ) -> None:
     """Call `changed` once for each burst of changes, until cancelled.
 

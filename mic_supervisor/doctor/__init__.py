@@ -65,7 +65,7 @@ def _findings(check: Check) -> list[Finding]:
         return list(check.look())
     except MicError as error:
         return [fail(check.subject, error.message, error.hint)]
-    # A check looks at a machine of which anything may be broken: what it did not expect is a
-    # finding, and must not hide those of the others.
-    except Exception as error:  # noqa: BLE001
+    # A check looks at a machine of which anything may be broken, and may run a plug-in's code: what
+    # it did not expect is a finding, and must not hide those of the others.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         return [fail(check.subject, f"cannot be checked: {type(error).__name__}: {error}")]
