@@ -254,14 +254,15 @@ def opened(found: Settings, keys: tuple[GpuKey, ...], action: str) -> Iterator[O
     `action` is what is to be done, for errors: "start MAM on GPU 1".
     """
     from mic_supervisor.config.edit import locked
-    from mic_supervisor.daemon.generations import has_accepted
+    from mic_supervisor.daemon.generations import has_accepted, unconfirmed
 
     machine = wiring.machine(found, create_key=False)
     with locked(found.config) as file:
         config = _load(machine, file.data)
         entry, keys, uuids = _find(machine, config, keys, action)
         # A first file has nothing to lose.
-        why = wiring.unconfirmed(machine, config) if has_accepted(machine.state) else None
+        state, registry = machine.state, machine.registry
+        why = unconfirmed(state, config, registry, found) if has_accepted(state) else None
         yield Opened(machine, file, config, entry, keys, uuids, action, why)
 
 

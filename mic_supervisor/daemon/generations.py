@@ -15,6 +15,7 @@ from mic_supervisor import codec
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.document import Config, doubt
 from mic_supervisor.config.load import load
+from mic_supervisor.config.settings import Settings
 from mic_supervisor.converge.snapshot import Reloaded
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.errors import ConfigError, MicError
@@ -203,21 +204,16 @@ def has_accepted(state: StateDir) -> bool:
 
 
 def unconfirmed(
-    state: StateDir,
-    config: Config,
-    registry: Registry,
-    environ: Mapping[str, str],
-    *,
-    prune_on_watch: bool,
+    state: StateDir, config: Config, registry: Registry, settings: Settings
 ) -> str | None:
     """Why a daemon does not follow `config` before a person confirms it; None: it does."""
     if config.hash == _recorded(state).confirmed:
         return None
     try:
-        accepted = last_good(state, registry, environ)
+        accepted = last_good(state, registry, settings.environ)
     except ConfigError:
         accepted = None  # then nothing can be compared with it
-    return doubt(accepted, config, prune=prune_on_watch)
+    return doubt(accepted, config, prune=settings.prune_on_watch)
 
 
 def accept(state: StateDir, config: Config, *, confirmed: bool) -> None:
