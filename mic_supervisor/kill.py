@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from mic_supervisor import clocks
 from mic_supervisor.config.diagnostics import printable
+from mic_supervisor.converge.observe import Sources
 from mic_supervisor.errors import MicError
 from mic_supervisor.gpu.owners import (
     INSTANCE_VARIABLE,
@@ -36,9 +37,6 @@ from mic_supervisor.model import (
     OwnerKind,
     RuntimeView,
 )
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.observe import Sources
 
 KILL_WAIT = 10.0  # seconds from KILL until a process counts as one that does not end
 RELEASE_WAIT = 15.0  # seconds until the driver has to have forgotten it
@@ -118,9 +116,6 @@ class Survey:
         """The instance whose process tree this one keeps."""
         workloads = (item for view in self.views for item in view.workloads)
         return next((item.identity.instance for item in workloads if item.keeper == pid), None)
-
-    def index_of(self, uuid: str) -> int | None:
-        return next((gpu.index for gpu in self.inventory.gpus if gpu.uuid == uuid), None)
 
     def container_name(self, ref: str | None) -> str | None:
         strangers = (item for view in self.views for item in view.strangers)
@@ -215,8 +210,8 @@ def _refuse_ours(look: Survey, target: Target, scope: str, *, force: bool) -> No
         workload = look.workload_of(ours)
         hint = None
         if workload is not None:
-            uuids = workload.identity.gpus
-            indices = [index for uuid in uuids if (index := look.index_of(uuid)) is not None]
+            known = look.inventory.indices
+            indices = [known[uuid] for uuid in workload.identity.gpus if uuid in known]
             where = f" --gpu {indices[0]}" if indices else ""
             hint = f"stop it with: mic-supervisor stop {workload.identity.model}{where}"
         _refuse(target.pid, f"it belongs to our instance {ours}", hint)
@@ -324,10 +319,7 @@ def end(
 
 
 def _signal_all(
-    targets: Sequence[Target],
-    look: Callable[[], Survey],
-    number: int,
-    results: dict[int, Result],
+    targets: Sequence[Target], look: Callable[[], Survey], number: int, results: dict[int, Result]
 ) -> list[Target]:
     """Those that were signalled."""
     now = look()

@@ -15,14 +15,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from mic_supervisor.model import (
-    Gpu,
-    HttpCall,
-    Instance,
-    LoadState,
-    Placement,
-    PlacementState,
-)
+from mic_supervisor.config.options import ModelOptions
+from mic_supervisor.model import Gpu, HttpCall, Instance, LoadState, Placement, PlacementState
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +75,7 @@ class Backend(Protocol):
 
     name: str
     Settings: type[BaseModel]
-    Options: type[BaseModel]
+    Options: type[ModelOptions]
 
     def compile(self, request: CompileRequest) -> Instance:
         """The instance that serves `request.model` on `request.gpus`.
@@ -148,10 +142,7 @@ class Backend(Protocol):
         raise NotImplementedError(why)
 
     def compile_server(
-        self,
-        request: CompileRequest,
-        members: Sequence[Member],
-        placements: Sequence[Placement],
+        self, request: CompileRequest, members: Sequence[Member], placements: Sequence[Placement]
     ) -> Instance:
         """The server. `placements` lack those of `members` that could not be compiled."""
         why = f"{request.model} is no server of several models"

@@ -14,11 +14,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, Recognised, common
-from mic_supervisor.config.options import (
-    AbsolutePath,
-    ModelOptions,
-    Strict,
-)
+from mic_supervisor.config.options import AbsolutePath, ModelOptions, Strict
 from mic_supervisor.config.types import SignalName
 from mic_supervisor.model import HttpCall, HttpCheck, Instance, Probe, Probes
 

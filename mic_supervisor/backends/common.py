@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mic_supervisor.backends import CompileRequest
 from mic_supervisor.config.env_file import parse_env_file
 from mic_supervisor.config.options import CheckOptions, ModelOptions, Strict
 from mic_supervisor.errors import CompileError
@@ -30,9 +31,6 @@ from mic_supervisor.model import (
     TcpCheck,
     Workload,
 )
-
-if TYPE_CHECKING:
-    from mic_supervisor.backends import CompileRequest
 
 NO_DRAIN = (
     "nothing is known of its requests that could be waited for; remove the key, and raise "
@@ -198,10 +196,7 @@ def read(request: CompileRequest, path: Path, what: str) -> str:
 
 
 def ports(
-    options: ModelOptions,
-    *,
-    container: Mapping[str, int] | None = None,
-    also: Iterable[str] = (),
+    options: ModelOptions, *, container: Mapping[str, int] | None = None, also: Iterable[str] = ()
 ) -> tuple[Port, ...]:
     """The ports of a model: always "http", and those that the file or the backend names.
 

@@ -25,7 +25,7 @@ from typing import (
 
 from pydantic import BaseModel
 
-from mic_supervisor.backends import Ask, BackendBase, CompileRequest, Member
+from mic_supervisor.backends import Ask, Backend, BackendBase, CompileRequest, Member
 from mic_supervisor.config.options import ModelOptions
 from mic_supervisor.errors import CompileError, MicError
 from mic_supervisor.model import (
@@ -41,8 +41,6 @@ from mic_supervisor.model import (
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
-
-    from mic_supervisor.backends import Backend
 
 DEFECT = (Exception, SystemExit)
 """What a plug-in may raise without taking this program with it. Ctrl-C is not the plug-in's."""

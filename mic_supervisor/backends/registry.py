@@ -7,12 +7,11 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mic_supervisor.backends import Backend, Recognised, plug_ins
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
-
-    from mic_supervisor.backends import Backend, Recognised
 
 GROUP = "mic_supervisor.backends"
 
@@ -92,9 +91,7 @@ class Registry:
 
     def origin(self, name: str) -> str:
         """What brings the plug-in of this name: "mic-supervisor-x 1.0 (mic_x:XBackend)"."""
-        from mic_supervisor.backends.plug_ins import source_of
-
-        sources = {source_of(entry) for entry in self._installed() if entry.name == name}
+        sources = {plug_ins.source_of(entry) for entry in self._installed() if entry.name == name}
         return " and ".join(sorted(sources))
 
     def is_built_in(self, name: str) -> bool:
@@ -113,8 +110,6 @@ class Registry:
                 entries = [entry for entry in self._installed() if entry.name == name]
                 if not entries:
                     return None
-                from mic_supervisor.backends import plug_ins
-
                 try:
                     self._loaded[name] = plug_ins.load(name, entries)
                 except MicError as error:

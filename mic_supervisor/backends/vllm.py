@@ -16,16 +16,7 @@ from pydantic import Field, model_validator
 from mic_supervisor.backends import BackendBase, CompileRequest, Recognised, common
 from mic_supervisor.config.options import AbsolutePath, ModelOptions, Strict, Text
 from mic_supervisor.config.types import PositiveDuration, Size
-from mic_supervisor.model import (
-    HttpCall,
-    HttpCheck,
-    Instance,
-    Mount,
-    Port,
-    Probe,
-    Probes,
-    Workload,
-)
+from mic_supervisor.model import HttpCall, HttpCheck, Instance, Mount, Port, Probe, Probes, Workload
 
 _CACHE = "/cache"  # inside the container
 _TOKEN = "/run/secrets/hf_token"  # inside the container

@@ -35,13 +35,13 @@ COMMANDS = {
     "doctor": ("doctor", "Check this machine, and say how to fix it."),
     "gpus": ("gpus", "Memory, power, temperature and holders of each GPU."),
     "models": ("file:models", "The models that may run, and their backends."),
-    "logs": ("logs", "Show the log of an instance."),
+    "logs": ("instances:logs", "Show the log of an instance."),
     "history": ("daemon:history", "The last transitions, with cause and duration."),
     "run": ("daemon:run", "The daemon, as systemd starts it."),
     "reload": ("daemon:reload", "Make the daemon read its file again."),
     "export": ("export", "Upstreams for nginx or HAProxy, from what serves now."),
     "kill": ("kill", "End a process that holds a GPU."),
-    "down": ("down", "Remove every managed instance."),
+    "down": ("apply:down", "Remove every managed instance."),
     "schema": ("file:schema", "Print the JSON Schema of gpus.yaml."),
     "demo": ("demo", "A guided tour on simulated GPUs."),
 }
@@ -85,8 +85,7 @@ class Commands(click.Group):
 
 
 @click.group(
-    cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(__version__, prog_name="mic-supervisor")
 def group() -> None:

@@ -33,19 +33,15 @@ def run() -> int:
     set_up(found.log_level, found.log_format, journal="JOURNAL_STREAM" in os.environ)
     with writer(found.lock_path, "mic-supervisor run", _LOCK_PATIENCE):
         machine = wiring.machine(found, create_key=True)
-
-        async def supervise() -> None:
-            supervisor = Supervisor(
-                settings=found,
-                registry=machine.registry,
-                sources=machine.sources,
-                state=machine.state,
-                context=machine.context,
-            )
-            await supervisor.run(serve)
-
+        supervisor = Supervisor(
+            settings=found,
+            registry=machine.registry,
+            sources=machine.sources,
+            state=machine.state,
+            context=machine.context,
+        )
         # Not asyncio.run, which waits without an end for threads that hang.
-        asyncio.new_event_loop().run_until_complete(supervise())
+        asyncio.new_event_loop().run_until_complete(supervisor.run(serve))
     return 0
 
 
@@ -89,7 +85,7 @@ def history(instance: str | None, as_json: bool) -> int:
     """
     from dataclasses import asdict
 
-    from mic_supervisor.daemon.history import read
+    from mic_supervisor.daemon.log import read
     from mic_supervisor.host import host_name
 
     found = wiring.settings()

@@ -14,7 +14,7 @@ import click
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.progress import named, on, show, tell_left_out
 from mic_supervisor.cli.session import ask, order, reach
-from mic_supervisor.config.names import composed
+from mic_supervisor.config.document import composed
 from mic_supervisor.errors import ConfigError, LockHeld, MicError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class GpuParameter(click.ParamType["tuple[GpuKey, ...]"]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[GpuKey, ...]:
-        from mic_supervisor.config.names import BadKey, parse_gpu_key
+        from mic_supervisor.config.document import BadKey, parse_gpu_key
 
         if isinstance(value, tuple):
             return value
@@ -103,8 +103,7 @@ def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
         if model is not None and composed(model) != file.model:
             has = file.model or ("none" if file.entry is not None else "no entry")
             raise MicError(
-                f"cannot {what}: {found.config} has {has} there",
-                hint="see `mic-supervisor status`",
+                f"cannot {what}: {found.config} has {has} there", hint="see `mic-supervisor status`"
             )
         check_paused(file, file.model)
         if file.entry is not None and file.model is None:
@@ -203,8 +202,8 @@ class Opened:
         """What the file has there; None for `none`, and for what is not listed."""
         return self.entry.model if self.entry is not None else None
 
-    def put(self, model: str | None) -> bool:
-        """Have the file say so; False where it does already. Raises MicError, changing nothing."""
+    def put(self, model: str | None) -> None:
+        """Have the file say so. Raises MicError, changing nothing."""
         from mic_supervisor.config.document import WAY_OUT
         from mic_supervisor.config.edit import assign
 
@@ -223,7 +222,7 @@ class Opened:
         except MicError as error:
             raise MicError(f"cannot {self.action}: {error}", hint=error.hint) from error
         if after == text:
-            return False
+            return
         data = self.file.encode(after)
         try:
             _load(self.machine, data)
@@ -232,7 +231,6 @@ class Opened:
                 error.message, rendered=error.rendered, hint=f"{path} was left as it was"
             ) from error
         self.file.replace(data)
-        return True
 
 
 def check_paused(file: Opened, model: str | None) -> None:
@@ -256,14 +254,15 @@ def opened(found: Settings, keys: tuple[GpuKey, ...], action: str) -> Iterator[O
     `action` is what is to be done, for errors: "start MAM on GPU 1".
     """
     from mic_supervisor.config.edit import locked
-    from mic_supervisor.daemon.generations import has_accepted
+    from mic_supervisor.daemon.generations import has_accepted, unconfirmed
 
     machine = wiring.machine(found, create_key=False)
     with locked(found.config) as file:
         config = _load(machine, file.data)
         entry, keys, uuids = _find(machine, config, keys, action)
         # A first file has nothing to lose.
-        why = wiring.unconfirmed(machine, config) if has_accepted(machine.state) else None
+        state, registry = machine.state, machine.registry
+        why = unconfirmed(state, config, registry, found) if has_accepted(state) else None
         yield Opened(machine, file, config, entry, keys, uuids, action, why)
 
 

@@ -88,7 +88,7 @@ def _running(found: Settings) -> tuple[GpuInventory, list[Proposal], list[str]]:
     from mic_supervisor.config.settings import NO_DOCKER
     from mic_supervisor.kill import survey
     from mic_supervisor.runtimes.docker.engine import Engine
-    from mic_supervisor.takeover.look import running
+    from mic_supervisor.takeover.draft import running
 
     machine = wiring.machine(found, create_key=False)
     try:

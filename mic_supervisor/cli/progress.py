@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mic_supervisor.config.names import composed
+from mic_supervisor.config.document import composed
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.words import gpu_names, left_out_line
 

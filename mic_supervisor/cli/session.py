@@ -64,6 +64,7 @@ class Alone:
 
         from mic_supervisor.cli import wiring
         from mic_supervisor.converge.session import QUESTIONS
+        from mic_supervisor.daemon.generations import unconfirmed
         from mic_supervisor.host.lock import writer
 
         orders = method not in QUESTIONS
@@ -74,7 +75,7 @@ class Alone:
             config = self._config or wiring.load_config(found, self._file, machine.registry)
             doubt = None
             if config.path.resolve() == found.config.resolve() and config.hash:
-                doubt = wiring.unconfirmed(machine, config)
+                doubt = unconfirmed(machine.state, config, machine.registry, found)
             return asyncio.run(_call(machine, config, doubt, method, params or {}, tell, orders))
 
 

@@ -80,20 +80,6 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
     )
 
 
-def unconfirmed(machine: Machine, config: Config) -> str | None:
-    """Why a daemon does not follow `config` before a person confirms it; None: it does."""
-    from mic_supervisor.daemon import generations
-
-    found = machine.settings
-    return generations.unconfirmed(
-        machine.state,
-        config,
-        machine.registry,
-        found.environ,
-        prune_on_watch=found.prune_on_watch,
-    )
-
-
 def _docker(found: Settings, host: str, state: StateDir) -> Runtime:
     if found.docker_host == NO_DOCKER:
         from mic_supervisor.runtimes.docker import DockerOff

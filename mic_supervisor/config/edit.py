@@ -15,19 +15,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mic_supervisor.config.diagnostics import Report
-from mic_supervisor.config.document import NONE, GpuKey
-from mic_supervisor.config.names import parse_gpu_key
-from mic_supervisor.config.yaml import Entry
-from mic_supervisor.config.yaml.reader import MAX_BYTES, Budget, cause_of, parse
-from mic_supervisor.config.yaml.words import resolve
+from mic_supervisor.config.document import NONE, GpuEntry, GpuKey, parse_gpu_key
+from mic_supervisor.config.merge import MAX_BYTES, cause_of
+from mic_supervisor.config.yaml import Budget, Entry, parse, resolve
 from mic_supervisor.errors import LockHeld, MicError
-
-if TYPE_CHECKING:
-    from mic_supervisor.config.document import GpuEntry
-
 
 _INDENT = "  "  # below a `gpus:` that has no entry yet
 

@@ -1,16 +1,60 @@
-"""From gpus.yaml to a Config, or to every error in it at once."""
+"""From gpus.yaml to a Config, or to every error in it at once.
+
+The merged document is checked against what each backend lets a file say, and `gpus:` against
+`models:`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from mic_supervisor.config.checks import BackendSource, Checker
-from mic_supervisor.config.diagnostics import Report
-from mic_supervisor.config.document import Config
-from mic_supervisor.config.merge import read_merged
+from pydantic import BaseModel
+
+from mic_supervisor.config.diagnostics import At, Located, Report, dotted, show
+from mic_supervisor.config.document import (
+    MAX_NAME,
+    NONE,
+    Config,
+    GpuEntry,
+    ModelDefinition,
+    Place,
+    composed,
+    is_model_name,
+)
+from mic_supervisor.config.merge import RESERVED, GpuItem, Merged, read_merged
+from mic_supervisor.config.options import Defaults, Hooks, ModelOptions
+from mic_supervisor.config.validate import check_placeholders, validate
+from mic_supervisor.config.yaml import Entry, Node
+from mic_supervisor.errors import MicError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class BackendTypes(Protocol):
+    """The part of a backend that the configuration needs: what it lets a file say."""
+
+    Settings: type[BaseModel]
+    Options: type[ModelOptions]
+
+    def server_of(self, settings: Any, model: str) -> str | None: ...
+
+    def conflicts(self, settings: Any, given: Iterable[str]) -> dict[str, str]: ...
+
+
+class BackendSource(Protocol):
+    """Where backends are found; `backends.registry` fits it.
+
+    `get` returns None for an unknown name and raises MicError for a backend that cannot be loaded.
+    """
+
+    def names(self) -> Sequence[str]: ...
+
+    def get(self, name: str) -> BackendTypes | None: ...
 
 
 def load(
@@ -51,3 +95,286 @@ def load(
         document=document,
         texts=tuple("\n".join(report.lines[str(file)]) for file in merged.files),
     )
+
+
+class Checker:
+    """Reports what is wrong; what is right stands in its attributes after `check`.
+
+    `tolerant`: a backend that cannot be used is the fault of the models that name it, and no error
+    of the file.
+    """
+
+    models: dict[str, ModelDefinition]
+    backends: dict[str, BaseModel]  # settings, of those that the file lists or a model uses
+    hooks: Hooks | None
+    entries: tuple[GpuEntry, ...]  # by kind of key and number
+    servers: dict[str, str]  # of each model all of whose entries share one
+    variables: dict[str, str]  # what `${env:NAME}` refers to
+
+    def __init__(
+        self,
+        merged: Merged,
+        registry: BackendSource,
+        environ: Mapping[str, str],
+        report: Report,
+        *,
+        tolerant: bool = False,
+    ) -> None:
+        self.variables = {}
+        self._merged = merged
+        self._registry = registry
+        self._environ = environ
+        self._report = report
+        self._tolerant = tolerant
+        self._used: dict[str, tuple[BackendTypes, Place]] = {}  # and the first model that does
+
+    def check(self) -> None:
+        self.models = self._models()
+        self.backends = self._backends()
+        self.hooks = self._section("hooks", Hooks)
+        self.entries = self._entries()
+        self.servers = self._servers()
+        self._check_ports()
+
+    def _section(self, name: str, model: type[M]) -> M | None:
+        entry = self._merged.sections.get(name)
+        return None if entry is None or entry.node.value is None else self._validate(model, entry)
+
+    def _validate(self, model: type[M], entry: Entry) -> M | None:
+        try:
+            return validate(model, entry, self._report)
+        except MicError as error:
+            self._report.add(entry, str(error), hint=error.hint)
+        # A plug-in's own validators run in here, and they may even end the program.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            self._report.add(entry, f"cannot be checked: {type(error).__name__}: {error}")
+        return None
+
+    def _check_placeholders(self, node: Node) -> None:
+        check_placeholders(node, self._environ, self._report, self.variables)
+
+    # --- models: and backends: --------------------------------------------------------------------
+
+    def _models(self) -> dict[str, ModelDefinition]:
+        checked = self._section("defaults", Defaults)
+        defaults = self._merged.entries("defaults") if checked is not None else {}
+        models: dict[str, ModelDefinition] = {}
+        for key, entry in self._merged.entries("models").items():
+            name = self._name(key, entry)
+            model = self._model(name, entry, defaults)
+            if model is not None and name is not None:
+                models[name] = model
+        if not any(model.fault for model in models.values()):
+            self._check_defaults_act(defaults)
+        return models
+
+    def _model(
+        self, name: str | None, entry: Entry, defaults: Mapping[str | int, Entry]
+    ) -> ModelDefinition | None:
+        node = entry.node
+        if not node.sound:
+            return None
+        if not isinstance(node.value, dict):
+            text = "has no value" if node.value is None else "must be a map"
+            self._report.add(entry, text, hint="write at least the backend: {backend: NAME}")
+            return None
+        self._check_placeholders(node)
+        backend = self._backend_of(entry)
+        if backend is None:
+            return None
+        types = self._get(backend, node.entries["backend"].node)
+        if isinstance(types, MicError):
+            if not self._tolerant:
+                return None
+            return ModelDefinition(name or "", backend, None, entry.place, str(types), types.hint)
+        self._used.setdefault(backend, (types, entry.place))
+        options = None if name is None else self._options(types, entry, defaults)
+        if name is None or options is None:
+            return None
+        return ModelDefinition(name, backend, options, entry.place)
+
+    def _check_defaults_act(self, defaults: Mapping[str | int, Entry]) -> None:
+        """A default is passed over for a backend that refuses it, but some model must take it."""
+        for key, entry in defaults.items():
+            reasons = [types.Options.unavailable.get(str(key)) for types, _ in self._used.values()]
+            if reasons and reasons[0] is not None and None not in reasons:
+                self._report.add(entry, reasons[0])
+
+    def _name(self, key: str | int, entry: Entry) -> str | None:
+        problem = hint = None
+        if isinstance(key, int):
+            problem, hint = "a model's name must be a text", f'quote it: "{key}"'
+        elif key == NONE or key in RESERVED:
+            problem = f"{key} cannot be a model's name: under gpus: it has a meaning of its own"
+        elif len(key) > MAX_NAME:
+            problem = f"a model's name has at most {MAX_NAME} characters"
+        elif not is_model_name(key):
+            problem = "a model's name has letters and digits of any script, and - _ . between them"
+        if problem is not None:
+            self._report.add(entry, problem, hint=hint)
+            return None
+        return str(key)
+
+    def _backend_of(self, entry: Entry) -> str | None:
+        given = entry.node.entries.get("backend")
+        if given is None and entry.node.whole:
+            known = ", ".join(self._registry.names())
+            self._report.add(entry, "the key backend is missing", hint=f"known are {known}")
+        elif given is not None and given.node.sound:
+            if isinstance(given.node.value, str):
+                return given.node.value
+            self._report.add(given.node, "must be the name of a backend")
+        return None
+
+    def _get(self, name: str, at: Located) -> BackendTypes | MicError:
+        """The backend, or why there is none, reported at each place that names it."""
+        like = None
+        try:
+            types = self._registry.get(name)
+            if types is not None:
+                return types
+            like = (name, list(self._registry.names()))
+            fault = MicError(
+                f"unknown backend {show(name)}", hint=f"known are {', '.join(like[1])}"
+            )
+        except MicError as error:
+            fault = error
+        if not self._tolerant:
+            self._report.add(at, str(fault), like=like, hint=fault.hint)
+        return fault
+
+    def _options(
+        self, types: BackendTypes, entry: Entry, defaults: Mapping[str | int, Entry]
+    ) -> BaseModel | None:
+        before = len(self._report)
+        given = dict(entry.node.entries)
+        refused = types.Options.unavailable
+        for key, reason in refused.items():
+            if key in given:
+                self._report.add(given.pop(key), reason)
+        usable: dict[str | int, Entry] = {
+            key: one
+            for key, one in defaults.items()
+            if key in types.Options.model_fields and key not in refused
+        }
+        node = _with_defaults(replace(entry.node, value=given), usable)
+        options = self._validate(types.Options, Entry(entry.place, node))
+        return options if len(self._report) == before else None
+
+    def _backends(self) -> dict[str, BaseModel]:
+        """The settings of every backend that the file lists or a model uses."""
+        settings: dict[str, BaseModel | None] = {}
+        for key, entry in self._merged.entries("backends").items():
+            settings[str(key)] = None
+            if not entry.node.sound:
+                continue
+            self._check_placeholders(entry.node)
+            types = self._get(str(key), entry)
+            if not isinstance(types, MicError):
+                settings[str(key)] = self._validate(types.Settings, entry)
+        for name, (types, place) in self._used.items():
+            if name not in settings:
+                # A setting that is missing is reported at the model that needs it.
+                empty = Entry(place, Node(place, dotted("backends", name), {}))
+                settings[name] = self._validate(types.Settings, empty)
+        return {name: one for name, one in sorted(settings.items()) if one is not None}
+
+    # --- gpus: --------------------------------------------------------------------------------
+
+    def _entries(self) -> tuple[GpuEntry, ...]:
+        merged = self._merged
+        if not merged.names_gpus:
+            hint = f"give each GPU a model, or {NONE} to keep it empty"
+            self._report.add(At(merged.anchor, "gpus"), "names no GPU", hint=hint)
+        listed = dict.fromkeys(map(str, merged.entries("models")))
+        entries: list[GpuEntry] = []
+        for item in (*merged.gpus.values(), *merged.refused):
+            model = self._target(item, listed)
+            if model == NONE:
+                entries += [GpuEntry((gpu,), None, item.entry.place) for gpu in item.keys]
+            elif model in self.models and item.keys:
+                entries.append(GpuEntry(item.keys, model, item.entry.place))
+        return tuple(sorted(entries, key=_by_key))
+
+    def _target(self, item: GpuItem, listed: Mapping[str, None]) -> str | None:
+        node = item.entry.node
+        if not node.sound:
+            return None
+        if isinstance(node.value, str):
+            name = composed(node.value)
+            if name in RESERVED:
+                self._report.add(node, f"{name} is {RESERVED[name]}")
+            elif name != NONE and name not in listed:
+                like = (name, (NONE, *listed))
+                self._report.add(node, f"unknown model {show(node.value)}", like=like)
+            else:
+                node.value = name
+                return name
+        elif node.value is None:
+            hint = f"write {NONE} to keep the GPU empty"
+            self._report.add(item.entry, "has no value", hint=hint)
+        elif node.branching:
+            self._report.add(node, "must be the name of one model")
+        else:
+            self._report.add(node, "must be the name of a model", hint="quote it")
+        return None
+
+    def _servers(self) -> dict[str, str]:
+        """The server of each model that shares one; reports keys that mean nothing in it."""
+        servers: dict[str, str] = {}
+        for name, model in self.models.items():
+            if model.fault is not None or model.backend not in self.backends:
+                continue
+            backend, settings = self._used[model.backend][0], self.backends[model.backend]
+            server = backend.server_of(settings, name)
+            if server is not None:
+                servers[name] = server
+            given = self._merged.entries("models")[name].node.entries
+            for key, why in backend.conflicts(settings, [str(key) for key in given]).items():
+                self._report.add(given[key], why)
+        return servers
+
+    def _check_ports(self) -> None:
+        """A fixed port serves one instance."""
+        running: dict[str, int] = {}
+        for entry in self.entries:
+            if entry.model is not None:
+                count = running.get(entry.model, 0) + 1
+                running[entry.model] = 1 if entry.model in self.servers else count
+        taken: dict[int, tuple[str, Place]] = {}
+        for name in (name for name in self.models if name in running):
+            for port, node in self._fixed_ports(name):
+                if running[name] > 1:
+                    fits = f"the port {port} fits one instance only, and {name} has {running[name]}"
+                    hint = "leave it out: each instance then gets a port of its own"
+                    self._report.add(node, fits, hint=hint)
+                elif port in taken:
+                    other, first = taken[port]
+                    self._report.add(node, f"the port {port} is taken by {other}, in {first}")
+                else:
+                    taken[port] = (name, node.place)
+
+    def _fixed_ports(self, model: str) -> Iterator[tuple[int, Node]]:
+        keys = self._merged.entries("models")[model].node.entries
+        named = keys["ports"].node.below() if "ports" in keys else ()
+        for node in (*([keys["port"].node] if "port" in keys else ()), *named):
+            if isinstance(node.value, int):
+                yield node.value, node
+
+
+def _with_defaults(node: Node, defaults: Mapping[str | int, Entry]) -> Node:
+    """`node` with what `defaults` has and it lacks; maps are completed key by key."""
+    entries = dict(node.entries)
+    for key, default in defaults.items():
+        own = entries.get(key)
+        if own is None:
+            entries[key] = Entry(default.place, default.node.moved(dotted(node.path, str(key))))
+        elif isinstance(own.node.value, dict) and isinstance(default.node.value, dict):
+            entries[key] = Entry(own.place, _with_defaults(own.node, default.node.entries))
+    return replace(node, value=entries)
+
+
+def _by_key(entry: GpuEntry) -> tuple[int, int, str]:
+    key = entry.keys[0]
+    number = int(key.value) if key.kind == "index" else 0
+    return (("index", "uuid", "pci").index(key.kind), number, key.value)

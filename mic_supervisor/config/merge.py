@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mic_supervisor.config.diagnostics import At, Report, show
-from mic_supervisor.config.document import GpuKey, Place
-from mic_supervisor.config.names import BadKey, parse_gpu_key
-from mic_supervisor.config.yaml import Entry, Node
-from mic_supervisor.config.yaml.reader import Budget, cause_of, parse, read_text, text_of
+from mic_supervisor.config.document import BadKey, GpuKey, Place, parse_gpu_key
+from mic_supervisor.config.yaml import Budget, Entry, Node, parse
 
 VERSION = 1
 SECTIONS = ("defaults", "backends", "models", "hooks", "gpus")
@@ -205,3 +206,80 @@ def _check_overlap(merged: Merged, report: Report) -> None:
                     f"{gpu} is named twice, {first}",
                     hint=f'to replace that entry, use its key: "{other}"',
                 )
+
+
+# --- the text of a file -------------------------------------------------------------------------
+
+MAX_BYTES = 256 * 1024
+
+# What YAML calls printable, less what it counts as the end of a line and no editor does (NEL, LS,
+# PS, a lone CR): places would be wrong after it.
+_UNFIT = re.compile(
+    "[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd"
+    "\U00010000-\U0010ffff]|\r(?!\n)"
+)
+
+
+def read_text(path: Path, report: Report) -> str | None:
+    """The text of a regular file, or None after reporting why not. Never blocks on a FIFO."""
+    report.lines.setdefault(str(path), [])
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return text_of(file.read(MAX_BYTES + 1), path, report)
+            problem = "it is not a regular file"
+    except IsADirectoryError:
+        problem = "it is a directory"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        problem = cause_of(error)
+    report.add(At(Place(str(path))), f"cannot read the file: {problem}")
+    return None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def text_of(data: bytes, path: Path, report: Report) -> str | None:
+    """The text of a file that holds `data`, or None after reporting why it has none."""
+    file = str(path)
+    report.lines.setdefault(file, [])
+    if len(data) > MAX_BYTES:
+        problem = f"cannot read the file: it is larger than {MAX_BYTES // 1024} KiB"
+        report.add(At(Place(file)), problem)
+        return None
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        problem = "cannot read the file: it is UTF-16"
+        report.add(At(Place(file, 1, 1)), problem, hint="save it as UTF-8")
+        return None
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        report.lines[file] = data.decode("utf-8", "replace").split("\n")
+        place = _place_of(file, data[: error.start].decode("utf-8"))
+        problem = f"the byte 0x{data[error.start]:02x} is not UTF-8"
+        report.add(At(place), problem, hint="save the file as UTF-8")
+        return None
+    report.lines[file] = [line.removesuffix("\r") for line in text.split("\n")]
+    bad = _UNFIT.search(text)
+    if bad is not None:
+        number = ord(bad[0])
+        hint = f'inside double quotes it can be written as "\\u{number:04x}"'
+        report.add(
+            At(_place_of(file, text[: bad.start()])),
+            f"the character U+{number:04X} cannot stand here",
+            hint=hint if 0 < number < 0x10000 else None,
+        )
+        return None
+    return text
+
+
+def _place_of(file: str, before: str) -> Place:
+    """The place after the text `before`."""
+    return Place(file, before.count("\n") + 1, len(before) - before.rfind("\n"))
+
+
+def cause_of(error: OSError | ValueError) -> str:
+    """What the system says, as the end of a sentence."""
+    cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return cause[:1].lower() + cause[1:]

@@ -9,10 +9,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from mic_supervisor.config.checks import BackendSource, BackendTypes
-from mic_supervisor.config.document import NONE
+from mic_supervisor.config.document import MAX_NAME, NONE
+from mic_supervisor.config.load import BackendSource, BackendTypes
 from mic_supervisor.config.merge import RESERVED, VERSION
-from mic_supervisor.config.names import MAX_NAME
 from mic_supervisor.config.options import Defaults, Hooks, ModelOptions
 from mic_supervisor.config.types import format_duration
 from mic_supervisor.errors import MicError
@@ -57,7 +56,7 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
     for name, types in backends.items():
         options = defs[f"{name}_options"]
         _describe(options)
-        _restrict(options, name, getattr(types.Options, "unavailable", {}))
+        _restrict(options, name, types.Options.unavailable)
     _describe(defs["defaults"])
     return {
         "$schema": DIALECT,

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mic_supervisor import __version__
-from mic_supervisor.config.document import NONE, WAY_OUT
-from mic_supervisor.config.names import composed
+from mic_supervisor.config.document import NONE, WAY_OUT, composed
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot

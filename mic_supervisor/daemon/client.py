@@ -31,21 +31,14 @@ class Client:
         connection.settimeout(_CONNECT_TIMEOUT)
         try:
             connection.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
-            connection.close()
-            return None
-        except PermissionError as error:
-            connection.close()
-            raise MicError(
-                f"cannot talk to the daemon at {path}: permission denied",
-                hint="run as root, or add yourself to the group mic",
-            ) from error
         except OSError as error:
             connection.close()
-            raise MicError(
-                f"cannot talk to the daemon at {path}: {error.strerror or 'it does not answer'}",
-                hint="see `systemctl status mic`",
-            ) from error
+            if isinstance(error, FileNotFoundError | ConnectionRefusedError | NotADirectoryError):
+                return None
+            why, hint = error.strerror or "it does not answer", "see `systemctl status mic`"
+            if isinstance(error, PermissionError):
+                why, hint = "permission denied", "run as root, or add yourself to the group mic"
+            raise MicError(f"cannot talk to the daemon at {path}: {why}", hint=hint) from error
         return cls(connection, path)
 
     def send(self, method: str) -> None:

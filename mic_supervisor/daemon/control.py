@@ -19,9 +19,9 @@ from typing import Any
 from mic_supervisor import codec
 from mic_supervisor.converge.session import Method
 from mic_supervisor.converge.tasks import end
+from mic_supervisor.daemon.client import VERSION
 from mic_supervisor.errors import ConfigError, MicError
 
-VERSION = 1
 _LONGEST_REQUEST = 1 << 16  # bytes
 _REQUEST_TIMEOUT = 10.0  # seconds for a client to say what it wants
 _LOOK = 2.0  # seconds between two looks at whether the socket is still there
@@ -139,8 +139,6 @@ class ControlServer:
             if not work.done():
                 return
             _send(writer, result=work.result())
-        except ConfigError as error:
-            _send(writer, error=_document(error) | {"rendered": error.rendered})
         except MicError as error:
             _send(writer, error=_document(error))
         finally:
@@ -169,7 +167,8 @@ def _request(line: bytes) -> tuple[str, Mapping[str, Any]]:
 
 
 def _document(error: MicError) -> dict[str, Any]:
-    return {"message": error.message, "hint": error.hint}
+    rendered = {"rendered": error.rendered} if isinstance(error, ConfigError) else {}
+    return {"message": error.message, "hint": error.hint, **rendered}
 
 
 def _send(writer: asyncio.StreamWriter, **document: Any) -> None:

@@ -10,18 +10,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mic_supervisor import codec
-from mic_supervisor.config.document import doubt
+from mic_supervisor.backends.registry import Registry
+from mic_supervisor.config.document import Config, doubt
 from mic_supervisor.config.load import load
+from mic_supervisor.config.settings import Settings
 from mic_supervisor.converge.snapshot import Reloaded
+from mic_supervisor.converge.state import StateDir
 from mic_supervisor.errors import ConfigError, MicError
-
-if TYPE_CHECKING:
-    from mic_supervisor.backends.registry import Registry
-    from mic_supervisor.config.document import Config
-    from mic_supervisor.converge.state import StateDir
 
 _KEPT = "last-good"
 _RECORD = "generation.json"
@@ -79,7 +76,9 @@ class Generations:
 
     def start(self, now: float) -> Reloaded:
         """The file, or else what ran before. Never raises for what is in either."""
-        self.number, self._kept_hash, self._confirmed_hash = _recorded(self._state)
+        before = _recorded(self._state)
+        self.number, self._kept_hash = before.generation, before.hash
+        self._confirmed_hash = before.confirmed
         unusable = ""
         try:
             self._accepted = last_good(self._state, self._registry, self._environ)
@@ -125,7 +124,7 @@ class Generations:
             return Reloaded(changed, self.number)
         try:
             # First: what may be removed is never said by an older record than the files.
-            record(self._state, self.number, config.hash, self._confirmed_hash)
+            _write_record(self._state, _Record(self.number, config.hash, self._confirmed_hash))
             self._keep(config)
         except MicError as error:
             # A disk that is full must not end the supervision, nor hold up a change.
@@ -201,25 +200,20 @@ def last_good(state: StateDir, registry: Registry, environ: Mapping[str, str]) -
 
 def has_accepted(state: StateDir) -> bool:
     """Whether a daemon or a command has ever followed a file in this scope."""
-    return _recorded(state)[1] != "" or (state.path / _KEPT).exists()
+    return _recorded(state).hash != "" or (state.path / _KEPT).exists()
 
 
 def unconfirmed(
-    state: StateDir,
-    config: Config,
-    registry: Registry,
-    environ: Mapping[str, str],
-    *,
-    prune_on_watch: bool,
+    state: StateDir, config: Config, registry: Registry, settings: Settings
 ) -> str | None:
     """Why a daemon does not follow `config` before a person confirms it; None: it does."""
-    if config.hash == _recorded(state)[2]:
+    if config.hash == _recorded(state).confirmed:
         return None
     try:
-        accepted = last_good(state, registry, environ)
+        accepted = last_good(state, registry, settings.environ)
     except ConfigError:
         accepted = None  # then nothing can be compared with it
-    return doubt(accepted, config, prune=prune_on_watch)
+    return doubt(accepted, config, prune=settings.prune_on_watch)
 
 
 def accept(state: StateDir, config: Config, *, confirmed: bool) -> None:
@@ -227,36 +221,35 @@ def accept(state: StateDir, config: Config, *, confirmed: bool) -> None:
 
     A confirmation ends with another document here as well. Raises MicError.
     """
-    number, last, before = _recorded(state)
-    kept = config.hash if confirmed or config.hash == before else ""
-    if (last, before) != (config.hash, kept):
-        record(state, number + (last != config.hash), config.hash, kept)
+    before = _recorded(state)
+    number = before.generation + (before.hash != config.hash)
+    kept = config.hash if confirmed or config.hash == before.confirmed else ""
+    if (record := _Record(number, config.hash, kept)) != before:
+        _write_record(state, record)
 
 
 def number_of(state: StateDir, config_hash: str) -> int | None:
     """The generation as which this document was accepted last; None: another one was, or none."""
-    number, last, _ = _recorded(state)
-    return number if last == config_hash else None
+    found = _recorded(state)
+    return found.generation if found.hash == config_hash else None
 
 
-def record(state: StateDir, generation: int, config_hash: str, confirmed: str) -> None:
+def _write_record(state: StateDir, record: _Record) -> None:
     """One that cannot be renewed goes: an old one would confirm what nobody asked for."""
-    content = codec.encode(_Record(generation, config_hash, confirmed))
     try:
-        state.write(_RECORD, json.dumps(content))
+        state.write(_RECORD, json.dumps(codec.encode(record)))
     except MicError:
         with suppress(OSError):
             (state.path / _RECORD).unlink(missing_ok=True)
         raise
 
 
-def _recorded(state: StateDir) -> tuple[int, str, str]:
-    """Generation, hash and confirmed hash; without a record, counting starts anew."""
+def _recorded(state: StateDir) -> _Record:
+    """Without a record, counting starts anew."""
     try:
-        found = codec.decode(_Record, state.read(_RECORD))
+        return codec.decode(_Record, state.read(_RECORD))
     except (MicError, codec.BadDocument):
-        found = _Record()  # a removal has to be confirmed again
-    return found.generation, found.hash, found.confirmed
+        return _Record()  # a removal has to be confirmed again
 
 
 def _write(path: Path, content: bytes) -> None:

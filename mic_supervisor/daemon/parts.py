@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 from mic_supervisor.converge import tasks
 from mic_supervisor.daemon.log import LOGGER
@@ -83,27 +81,7 @@ async def in_thread(name: str, work: Callable[[], None]) -> None:
 
     A thread cannot be cancelled: one that is waited for no more is left, and keeps nothing alive.
     """
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[None] = loop.create_future()
-
-    def end(error: Exception | None) -> None:
-        if outcome.done():
-            return
-        if error is None:
-            outcome.set_result(None)
-        else:
-            outcome.set_exception(error)
-
-    def body() -> None:
-        error: Exception | None = RuntimeError(f"the thread {name} was ended")
-        try:
-            work()
-            error = None
-        except Exception as caught:  # noqa: BLE001 - it is raised where the thread is waited for
-            error = caught
-        finally:
-            with suppress(RuntimeError):  # the loop has ended meanwhile
-                loop.call_soon_threadsafe(end, error)
-
-    threading.Thread(target=body, name=name, daemon=True).start()
-    await outcome
+    try:
+        await asyncio.wrap_future(tasks.Threads(1, name).submit(work))
+    except SystemExit:
+        raise RuntimeError(f"the thread {name} was ended") from None

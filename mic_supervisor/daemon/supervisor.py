@@ -8,39 +8,32 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from mic_supervisor import __version__
+from mic_supervisor.backends.registry import Registry
 from mic_supervisor.clocks import Clock
-from mic_supervisor.config.document import WAY_OUT
+from mic_supervisor.config.document import WAY_OUT, Config
+from mic_supervisor.config.settings import Settings
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger
+from mic_supervisor.converge.observe import Sources
 from mic_supervisor.converge.session import Session, Settling, all_settled
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.daemon.control import ControlServer
 from mic_supervisor.daemon.generations import Generations
-from mic_supervisor.daemon.gpu_watch import GpuWatch
-from mic_supervisor.daemon.history import History
-from mic_supervisor.daemon.log import LOGGER, log_event
-from mic_supervisor.daemon.notify import Notifier
+from mic_supervisor.daemon.log import LOGGER, History, log_event
+from mic_supervisor.daemon.notify import Notifier, sentence
 from mic_supervisor.daemon.parts import Parts, in_thread
-from mic_supervisor.daemon.summary import sentence
-from mic_supervisor.daemon.watch import watch
+from mic_supervisor.daemon.watch import GpuWatch, watch
 from mic_supervisor.desired import FileDesired
 from mic_supervisor.errors import MicError, RuntimeUnavailable
 from mic_supervisor.host import host_name
-from mic_supervisor.http.published import LoopState, Published
-
-if TYPE_CHECKING:
-    from mic_supervisor.backends.registry import Registry
-    from mic_supervisor.config.document import Config
-    from mic_supervisor.config.settings import Settings
-    from mic_supervisor.converge.observe import Sources
-    from mic_supervisor.http.server import HttpServer
-    from mic_supervisor.plan.assess import Context
-    from mic_supervisor.plan.memory import Memory
-    from mic_supervisor.runtimes import Runtime
+from mic_supervisor.http.documents import LoopState, Published
+from mic_supervisor.http.server import HttpServer
+from mic_supervisor.plan.assess import Context
+from mic_supervisor.plan.memory import Memory
+from mic_supervisor.runtimes import Runtime
 
 _STREAM_REST = 1.0  # seconds between two tries to follow a runtime's events
 _LAST_STEPS = 2.5  # seconds for steps under way to end: a daemon is gone 5 s after SIGTERM
@@ -74,7 +67,7 @@ class Supervisor:
         self._events = Events([log_event, self._record, self._count])
         self._state = state
         self._complaints: set[str] = set()
-        self._loop_state = LoopState(started_at=self._clock.wall())
+        self._loop_state = LoopState()
         self._started_with = self._generations.start(self._clock.steady())
         self._desired = FileDesired(self._config(), registry, settings.instance_data)
         self._converger = Converger(
@@ -134,9 +127,10 @@ class Supervisor:
             keep("the HTTP server", lambda: self._serve(serve))
         keep("the loop", self._converger.run)
         keep("the control socket", control.keep_listening)
+        changed = partial(self._reload, confirm=False, why="the file changed")
         keep(
             "the file watch",
-            lambda: watch(self._settings.config, self._generations.differs, self._file_changed),
+            lambda: watch(self._settings.config, self._generations.differs, changed),
         )
         for runtime in self._sources.runtimes.values():
             keep(f"the follower of {runtime.name}", partial(self._follow, runtime, streams_over))
@@ -203,10 +197,7 @@ class Supervisor:
 
     async def _stop_instances(self) -> None:
         """Remove nothing by a file's word: this is the operator's setting MIC_ON_STOP=stop."""
-        from mic_supervisor.config.document import Config
-
-        nothing = Config(self._settings.config, (), "", (), {}, {})
-        self._desired.use(nothing)
+        self._desired.use(Config.nothing(self._settings.config))
         self._converger.removal_confirmed = lambda _hash: True
         notice = asyncio.create_task(self._ask_for_time())
         began = self._clock.steady()
@@ -244,9 +235,6 @@ class Supervisor:
                     LOGGER.warning("%s; looking every few seconds until it is back", error)
                 broken = True
             await asyncio.sleep(_STREAM_REST)
-
-    async def _file_changed(self) -> None:
-        await self._reload(confirm=False, why="the file changed")
 
     def _asked_to_reload(self, confirm: bool) -> Awaitable[Reloaded]:
         return self._reload(confirm=confirm, why="reload" if confirm else "an edit")
@@ -298,9 +286,7 @@ class Supervisor:
 
         That one is never confirmed, so it removes nothing either.
         """
-        from mic_supervisor.config.document import Config
-
-        return self._generations.config or Config(self._settings.config, (), "", (), {}, {})
+        return self._generations.config or Config.nothing(self._settings.config)
 
     # --- what is told ---------------------------------------------------------------------------
 

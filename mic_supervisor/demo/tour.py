@@ -58,14 +58,11 @@ class Screen:
         self._put(f"{self._number}. {text}", bold=True)
 
     def say(self, text: str) -> None:
-        self._put(text)
+        self._put(text.rstrip("\n"))
 
     def command(self, line: str) -> None:
         self._put("")
         self._put(f"$ {line}", fg="cyan")
-
-    def output(self, text: str) -> None:
-        self._put(text.rstrip("\n"))
 
     def note(self, text: str) -> None:
         """What a check found out."""
@@ -114,7 +111,7 @@ class Tour:
         self._screen.heading("One file says which model runs on which GPU")
         self._world.write(_FILE.format(path=self._world.path))
         self._screen.command(f"cat {self._world.config}")
-        self._screen.output(self._world.config.read_text())
+        self._screen.say(self._world.config.read_text())
         self._mic("check", rc=0, expect=["valid: 4 GPUs, 1 of them kept empty; 2 models"])
 
     def _first_apply(self) -> None:
@@ -128,7 +125,7 @@ class Tour:
         model = self._models["2 change_face"]
         self._screen.command(f"curl -d '{{\"image\": 7}}' {model.url}/infer")
         try:
-            self._screen.output(_post(model.url, {"image": 7}))
+            self._screen.say(_post(model.url, {"image": 7}))
         except OSError as error:
             raise DemoFailed(
                 f"the tour went wrong: {model.url} does not answer: {error}"
@@ -207,7 +204,7 @@ class Tour:
             lambda: _is_answered(f"{self._world.url}/readyz", answers),
             "the daemon does not say over HTTP that all is ready",
         )
-        self._screen.output(answers[-1])
+        self._screen.say(answers[-1])
 
     def _daemon_dies(self) -> None:
         self._screen.heading("The supervisor itself crashes: the models do not notice")
@@ -236,7 +233,7 @@ class Tour:
             found, text = self._world.mic(*arguments), ""
         else:
             found, text = self._world.read(*arguments)
-            self._screen.output("\n".join(text.splitlines()[-last:]))
+            self._screen.say("\n".join(text.splitlines()[-last:]))
         self._expect(found == rc, f"`{line}` exits with {found} instead of {rc}")
         for part in expect or ():
             self._expect(part in text, f"`{line}` does not say {part!r}")
@@ -248,7 +245,7 @@ class Tour:
         changed = [line for line in lines if line[:2] not in ("--", "++", "@@")]
         self._expect(bool(changed), "the edit changed nothing")
         self._screen.command(f"$EDITOR {self._world.config}")
-        self._screen.output("\n".join(changed))
+        self._screen.say("\n".join(changed))
         return before
 
     def _kill(self, victim: Model) -> float:
@@ -264,11 +261,8 @@ class Tour:
         self._mic("status", rc=0)
         found = {}
         for row in self._world.status()["instances"]:
-            gpu, model, url = (
-                row["gpus"][0]["index"],
-                row["model"],
-                row["endpoints"].get("http", ""),
-            )
+            gpu, model = row["gpus"][0]["index"], row["model"]
+            url = row["endpoints"].get("http", "")
             pid = _pid(url) if row["phase"] == "ready" else None
             if pid is not None:
                 found[f"{gpu} {model}"] = Model(gpu, model, url, pid)
@@ -345,21 +339,20 @@ def play(*, once: bool) -> None:
                 _stay(world, screen)
         finally:
             world.close()
-    screen.say("")
-    screen.say(f"The tour took {seconds:.1f} s. Everything of the demo is removed.")
+    screen.say(f"\nThe tour took {seconds:.1f} s. Everything of the demo is removed.")
 
 
 def _stay(world: World, screen: Screen) -> None:
     """Show what the daemon logs, until Ctrl-C or SIGTERM."""
     screen.heading("Your turn")
-    screen.say(f"The daemon keeps running, and shows itself at {world.url}/")
-    screen.say("In another terminal:")
-    screen.say("")
-    screen.say(f"  . {world.env}")
-    screen.say("  mic-supervisor status")
-    screen.say(f"  $EDITOR {world.config}")
-    screen.say("")
-    screen.say("What the daemon does about it is shown here. Ctrl-C ends the demo.")
+    screen.say(
+        f"The daemon keeps running, and shows itself at {world.url}/\n"
+        "In another terminal:\n\n"
+        f"  . {world.env}\n"
+        "  mic-supervisor status\n"
+        f"  $EDITOR {world.config}\n\n"
+        "What the daemon does about it is shown here. Ctrl-C ends the demo."
+    )
     screen.say("")
     try:
         with world.daemon_log.open(errors="replace") as log:
@@ -367,7 +360,7 @@ def _stay(world: World, screen: Screen) -> None:
             while True:
                 text = log.read()
                 if text:
-                    screen.output(text)
+                    screen.say(text)
                 elif not world.daemon_runs:
                     screen.say("The daemon has ended. The models run until Ctrl-C.")
                     signal.pause()

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mic_supervisor.daemon.client import Client
 from mic_supervisor.errors import MicError
+from mic_supervisor.host.processes import with_environ
 
 GPUS = 4
 _BLOCK = 20  # ports, the last of them for the daemon
@@ -140,8 +142,6 @@ class World:
     def status(self) -> dict[str, Any]:
         """The document of `status --json`; the daemon's own while it runs."""
         if self.daemon_runs:
-            from mic_supervisor.daemon.client import Client
-
             client = Client.connect(Path(self.settings["MIC_SOCKET"]))
             if client is not None:
                 document: dict[str, Any] = client.call("status", timeout=10.0)
@@ -181,8 +181,6 @@ class World:
     def _daemon_answers(self) -> bool:
         if not self.daemon_runs:
             raise DemoFailed(f"the daemon ended:\n{self.daemon_log.read_text().strip()}")
-        from mic_supervisor.daemon.client import Client
-
         client = Client.connect(Path(self.settings["MIC_SOCKET"]))
         return client is not None and bool(client.call("ping", timeout=10.0))
 
@@ -216,8 +214,6 @@ class World:
 
     def processes(self) -> list[int]:
         """PIDs of everything that runs for this scope: keepers and models."""
-        from mic_supervisor.host.processes import with_environ
-
         return sorted(set(with_environ("MIC_SCOPE", [self.scope])) - {os.getpid()})
 
     def close(self) -> None:

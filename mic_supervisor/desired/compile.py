@@ -14,8 +14,7 @@ from typing import TypeVar
 
 from mic_supervisor.backends import Backend, CompileRequest, Member
 from mic_supervisor.backends.registry import Registry
-from mic_supervisor.config.document import Config, GpuEntry, Place
-from mic_supervisor.config.names import parse_gpu_key
+from mic_supervisor.config.document import Config, GpuEntry, Place, parse_gpu_key
 from mic_supervisor.desired.bind import Binding, BoundEntry, bind, safe_name
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import Gpu, GpuInventory, Instance, Placement, Unsatisfiable
@@ -116,11 +115,7 @@ class Servers:
     """The shared servers of one desired state."""
 
     def __init__(
-        self,
-        compiler: Compiler,
-        inventory: GpuInventory,
-        binding: Binding,
-        kept: Mapping[str, str],
+        self, compiler: Compiler, inventory: GpuInventory, binding: Binding, kept: Mapping[str, str]
     ) -> None:
         self.bindings: list[tuple[str, str]] = []
         self._compiler = compiler

@@ -5,12 +5,12 @@ Each check is on its own: one that hangs or fails is one line, and the others go
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Literal
 
+from mic_supervisor.converge.tasks import Threads
 from mic_supervisor.errors import MicError
 
 BOUND = 15.0  # seconds for all checks together; they run side by side
@@ -50,30 +50,22 @@ class Check:
 
 def examine(checks: Sequence[Check], bound: float = BOUND) -> list[Finding]:
     """The findings of all checks, in the checks' order, after at most `bound` seconds."""
-    found: list[list[Finding] | None] = [None] * len(checks)
-
-    def run(place: int, check: Check) -> None:
-        try:
-            findings = list(check.look())
-        except MicError as error:
-            findings = [fail(check.subject, error.message, error.hint)]
-        # A check looks at a machine of which anything may be broken: what it did not expect is a
-        # finding, and must not hide those of the others.
-        except Exception as error:  # noqa: BLE001
-            findings = [fail(check.subject, f"cannot be checked: {type(error).__name__}: {error}")]
-        found[place] = findings
-
-    threads = [
-        threading.Thread(target=run, args=item, name=item[1].subject, daemon=True)
-        for item in enumerate(checks)
-    ]
-    deadline = time.monotonic() + bound
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+    threads = Threads(len(checks), "doctor")
+    looks = [threads.submit(_findings, check) for check in checks]
+    done, _ = wait(looks, bound)
     results: list[Finding] = []
-    for check, findings in zip(checks, found, strict=True):
-        late = [fail(check.subject, f"cannot be checked: no answer within {bound:g} s")]
-        results += late if findings is None else findings
+    for check, look in zip(checks, looks, strict=True):
+        late = fail(check.subject, f"cannot be checked: no answer within {bound:g} s")
+        results += look.result() if look in done else [late]
     return results
+
+
+def _findings(check: Check) -> list[Finding]:
+    try:
+        return list(check.look())
+    except MicError as error:
+        return [fail(check.subject, error.message, error.hint)]
+    # A check looks at a machine of which anything may be broken, and may run a plug-in's code: what
+    # it did not expect is a finding, and must not hide those of the others.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        return [fail(check.subject, f"cannot be checked: {type(error).__name__}: {error}")]

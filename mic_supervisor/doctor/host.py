@@ -1,21 +1,26 @@
-"""The machine: its GPUs, ports and clock, systemd, and the daemon."""
+"""The machine: its GPUs, ports and clock, systemd, the daemon, and Docker."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mic_supervisor.config.settings import Address, PortRange
+from mic_supervisor.config.settings import Address, PortRange, Settings
 from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.errors import MicError
 from mic_supervisor.gpu.nvml import GpuModes
 from mic_supervisor.host import programs
 from mic_supervisor.host.lock import lock_holder
+from mic_supervisor.host.processes import environ, processes
 from mic_supervisor.model import GpuInventory, Listener
+from mic_supervisor.runtimes.docker.engine import Engine
+from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
@@ -282,3 +287,86 @@ def _ask(*command: str) -> str:
     if done.code is None:
         raise MicError(f"cannot ask {command[0]}: it gives no answer within {_PATIENCE:g} s")
     return done.output.decode(errors="replace")
+
+
+# --- Docker: whether it answers, gives GPUs away, and lets containers live -----------------------
+
+_HOOK = "nvidia-container-runtime-hook"
+
+
+def questions(found: Settings) -> tuple[Callable[[], Mapping[str, Any]], Callable[[str], bool]]:
+    """What the engine tells of itself, asked once, and whether it has an image."""
+    runtime = DockerRuntime(
+        found.scope, "", base_url=found.docker_host, docker_config=None, timeout=10.0
+    )
+    client = Engine(found.docker_host, timeout=10.0, patience=10.0)
+
+    def has_image(image: str) -> bool:
+        return client.image(f"cannot look for the image {image}", image) is not None
+
+    return cache(runtime.version), has_image
+
+
+def engine(facts: Callable[[], Mapping[str, Any]], *, real_gpus: bool) -> Iterator[Finding]:
+    """`facts` is DockerRuntime.version. Raises MicError when the engine cannot be reached."""
+    found = facts()
+    yield ok(
+        "docker",
+        f"Engine {found['version'] or '?'} (API {found['api'] or '?'}) answers at "
+        f"{found['address']}",
+    )
+    yield _life(found)
+    if not real_gpus:
+        return
+    cdi = [name for name in found["cdi_devices"] if name.startswith("nvidia.com/gpu=")]
+    yield _gpus(found, cdi)
+    if found["cgroup_driver"] == "systemd" and not cdi:
+        yield warn(
+            "docker cgroups",
+            "`systemctl daemon-reload` takes the GPUs from running containers (legacy mode, "
+            "cgroup driver systemd)",
+            "use CDI: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml, with Engine 25 or "
+            'later; or set "exec-opts": ["native.cgroupdriver=cgroupfs"] in '
+            "/etc/docker/daemon.json",
+        )
+    else:
+        yield ok("docker cgroups", f"driver {found['cgroup_driver'] or 'unknown'}")
+    if found["default_runtime"] == "nvidia":
+        yield warn(
+            "docker runtime",
+            "nvidia is the default runtime: a container that asks for no GPU may see all of them",
+            'remove "default-runtime" from /etc/docker/daemon.json and restart Docker',
+        )
+
+
+def _path_of_dockerd() -> str | None:
+    """Where the engine looks for programs; None: as here."""
+    for stat in processes().values():
+        if stat.name == "dockerd" and (environment := environ(stat.pid)):
+            return environment.get("PATH")
+    return None
+
+
+def _life(found: Mapping[str, Any]) -> Finding:
+    if found["live_restore"]:
+        return ok("docker live-restore", "containers outlive a restart of Docker")
+    return warn(
+        "docker live-restore",
+        "is off: every container ends when Docker is restarted or upgraded",
+        'set "live-restore": true in /etc/docker/daemon.json, then: systemctl reload docker',
+    )
+
+
+def _gpus(found: Mapping[str, Any], cdi: list[str]) -> Finding:
+    if cdi:
+        return ok("docker gpus", f"{len(cdi)} CDI devices of nvidia.com/gpu")
+    if "nvidia" in (found["runtimes"] or ()):
+        return ok("docker gpus", "the NVIDIA runtime is there")
+    if shutil.which(_HOOK, path=_path_of_dockerd()):
+        return ok("docker gpus", f"{_HOOK} is there; Docker looks for it only when it starts")
+    return fail(
+        "docker gpus",
+        "neither the NVIDIA runtime nor CDI devices are there: no container gets a GPU",
+        "install nvidia-container-toolkit, then: nvidia-ctk runtime configure --runtime=docker "
+        "and systemctl restart docker",
+    )

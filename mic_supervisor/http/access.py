@@ -1,6 +1,9 @@
-"""Who may ask: loopback, holders of a token, or everybody when that is said to be meant.
+"""Who may ask (loopback, holders of a token, or everybody when that is said to be meant), and what
+nobody is told.
 
-And whether it is a browser that wants a page, or a program that wants a document.
+The interface may be open to more people than the machine is. Values of environments and the
+arguments of commands have no place in it, wherever a sentence picked them up: a log line that a
+reason quotes, a line of the file that a configuration error shows.
 """
 
 from __future__ import annotations
@@ -8,19 +11,17 @@ from __future__ import annotations
 import hmac
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from mic_supervisor.config.settings import Settings
 from mic_supervisor.errors import MicError
-
-if TYPE_CHECKING:
-    from mic_supervisor.config.settings import Settings
+from mic_supervisor.model import ContainerSpec, DesiredState, Workload
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1: what a header can carry
 _SHORTEST = 16
-_PAGE = ("text/html", "application/xhtml+xml")
-_DOCUMENT = ("application/json", "application/*")
 _MAKE = "make one with: openssl rand -hex 32"
 
 
@@ -80,26 +81,89 @@ def _read(path: Path) -> bytes:
     return text.encode()
 
 
-def wants_html(accept: str | None) -> bool:
-    """Only who names HTML gets it, and only if it is not liked less than JSON.
+# --- what nobody is told ------------------------------------------------------------------------
 
-    `*/*` is what curl, requests and the clients of the former service send: they get JSON.
-    """
-    weights: dict[str, float] = {}
-    for part in (accept or "").split(","):
-        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        weights[media] = _weight(parameters)
-    html = max((weights[media] for media in _PAGE if media in weights), default=0.0)
-    document = max((weights[media] for media in _DOCUMENT if media in weights), default=0.0)
-    return html > 0 and html >= document
+HIDDEN = "(hidden)"
+SHORTEST = 6  # characters; what is shorter is "true" or "8192" far more often than a secret
+
+_FREE_TEXT = frozenset(
+    {"reason", "hint", "error", "cause", "waits", "warnings", "unreadable", "text", "detail"}
+)
+_PRIVATE = re.compile(r"(command|entrypoint|env|args|file_env|variables)(?=[.\[]|$)")
+_PRIVATE_KEY = re.compile(r"\.(env|args|command|entrypoint|exec)(?=[.\[:])")
+_HEADLINE = re.compile(r"(?P<place>.*?: error: )(?P<rest>.*)")
 
 
-def _weight(parameters: list[str]) -> float:
-    for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip() == "q":
-            try:
-                return float(value)
-            except ValueError:
-                return 0.0
-    return 1.0
+class Scrubber:
+    """Replaces what the desired workloads hold in confidence by "(hidden)"."""
+
+    def __init__(self, desired: DesiredState | None) -> None:
+        found = {
+            secret
+            for instance in (desired.instances if desired is not None else ())
+            for secret in _secrets(instance.workload)
+            if len(secret) >= SHORTEST
+        }
+        # The longest first: a secret may begin with another one.
+        ordered = sorted(found, key=lambda item: (-len(item), item))
+        self._pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+    def text(self, text: str) -> str:
+        return text if self._pattern is None else self._pattern.sub(HIDDEN, text)
+
+    def document(self, value: Any, key: str = "") -> Any:
+        """A JSON document with its sentences scrubbed; names, ids and addresses stay."""
+        if isinstance(value, dict):
+            return {name: self.document(item, name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self.document(item, key) for item in value]
+        if isinstance(value, str) and key in _FREE_TEXT:
+            return self.text(value)
+        return value
+
+
+def _secrets(workload: Workload) -> Iterator[str]:
+    for pairs in (workload.env, workload.file_env, workload.variables):
+        yield from (value for _, value in pairs)
+    command = workload.command
+    # A container's whole command is arguments; a process's begins with its program.
+    arguments = command if isinstance(workload, ContainerSpec) else command[1:]
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        word = value if equals and name.startswith("-") else argument
+        # Options and paths are what a reason has to name to be of use.
+        if not word.startswith(("-", "/", "${")):
+            yield word
+
+
+def plan_document(document: dict[str, Any]) -> dict[str, Any]:
+    """A plan without the commands and values that its diffs show."""
+    actions = [
+        {**action, "diff": [_diff(one) for one in action["diff"]]} for action in document["actions"]
+    ]
+    return {**document, "actions": actions}
+
+
+def _diff(diff: dict[str, Any]) -> dict[str, Any]:
+    if not _PRIVATE.match(str(diff["path"])):
+        return diff
+    values = {key: None if diff[key] is None else HIDDEN for key in ("before", "after")}
+    return {"path": diff["path"], **values}
+
+
+def config_error(report: str | None) -> str | None:
+    """The report on a broken file: places and sentences, without the lines of the file itself."""
+    if report is None:
+        return None
+    return "\n".join(_headline(line) for line in report.splitlines() if line[:1] != " ")
+
+
+def _headline(line: str) -> str:
+    match = _HEADLINE.fullmatch(line)
+    if match is None:
+        return line
+    private = _PRIVATE_KEY.search(match["rest"])
+    if private is None:
+        return line
+    path, _, _ = match["rest"].partition(": ")
+    return f"{match['place']}{path}: is not valid; `mic-supervisor check` says why"

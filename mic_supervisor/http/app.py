@@ -1,36 +1,57 @@
-"""The routes: which path answers with which view."""
+"""The routes: which path answers with which view, and what is answered before there is a view.
+
+Nothing can be changed over HTTP: every other method is told which command does it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from email.utils import formatdate, parsedate_to_datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mic_supervisor import __version__
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http import documents, metrics, page
-from mic_supervisor.http.access import wants_html
-from mic_supervisor.http.documents import LivenessStatus
+from mic_supervisor.http.access import Access
+from mic_supervisor.http.documents import LivenessStatus, Problem, Published, Refusal
 from mic_supervisor.http.openapi import Served, describe
-from mic_supervisor.http.readonly import UNGUARDED, ReadOnly, command_for, refusal
 from mic_supervisor.http.views import JSON, Answer, Views, encode
 from mic_supervisor.views.endpoints import EndpointsDocument
+from mic_supervisor.views.endpoints import document as document_of
 from mic_supervisor.views.plan import PlanDocument
 from mic_supervisor.views.status import StatusDocument
 
-if TYPE_CHECKING:
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.access import Access
-    from mic_supervisor.http.published import Published
-
 _UNREAD = {503: "nothing was read yet"}
 Handler = Callable[..., Awaitable[Response]]
+
+ALLOWED = ("GET", "HEAD")
+UNGUARDED = frozenset({"/healthz"})  # says nothing but whether the loop lives
+
+# What the former service did over HTTP, and the command that does it now.
+COMMANDS = (
+    (re.compile(r"/api/v1/models/start/?"), "mic-supervisor start MODEL --gpu N"),
+    (re.compile(r"/api/v1/models/stop/?"), "mic-supervisor stop MODEL --gpu N"),
+    (re.compile(r"/api/v1/processes/(?P<pid>[0-9]{1,10})/?"), "mic-supervisor kill {pid}"),
+    (re.compile(r"/api/v1/processes(/.*)?"), "mic-supervisor kill PID"),
+)
+OTHERWISE = "mic-supervisor apply"
+
+HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
+
+# For a browser that wants a page, and a program that wants a document.
+_DOCUMENT = ("application/json", "application/*")
+_PAGE = ("text/html", "application/xhtml+xml")
 
 
 def asgi(views: Views, access: Access) -> ReadOnly:
@@ -39,7 +60,7 @@ def asgi(views: Views, access: Access) -> ReadOnly:
 
 
 def build(views: Views, *, guarded: bool) -> Starlette:
-    """The application. Who may ask is decided in readonly.py, before anything else is looked at."""
+    """The application. Who may ask is decided by ReadOnly, before anything else is looked at."""
     served = paths(views)
 
     @cache  # seldom asked, and schemas take memory: made for who asks first
@@ -170,7 +191,7 @@ def paths(views: Views) -> list[Served]:
         Served("/api/v1/processes/{pid}", command, "The command that ends it", documents.Refusal),
         Served(
             "/api/v1/endpoints",
-            document("endpoints", documents.served_endpoints),
+            document("endpoints", lambda one, look: document_of(look.endpoints, one.host)),
             "Who serves each model",
             EndpointsDocument,
             _UNREAD,
@@ -235,3 +256,84 @@ def _fresh(request: Request, made: Answer) -> bool:
         return int(made.modified) == parsedate_to_datetime(since).timestamp()
     except (ValueError, OverflowError):
         return False  # RFC 9110, 13.1.3: an invalid date is ignored
+
+
+# --- what is refused before it is looked at -----------------------------------------------------
+
+
+def command_for(path: str) -> str | None:
+    """The command line that does what a request to this path once did, None where none did."""
+    for pattern, command in COMMANDS:
+        match = pattern.fullmatch(path)
+        if match is not None:
+            return command.format(**match.groupdict())
+    return None
+
+
+def refusal(path: str) -> Refusal:
+    command = command_for(path)
+    if command is None:
+        return Refusal(
+            f"this interface only reads: edit gpus.yaml and run `{OTHERWISE}`", OTHERWISE
+        )
+    return Refusal(f"this interface only reads: run `{command}`", command)
+
+
+class ReadOnly:
+    """Answers what is not allowed before it reaches the application; reads no body for it."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            await send(message)
+
+        path, authorization = scope["path"], Headers(scope=scope).get("authorization")
+        document: Problem | Refusal
+        if path not in UNGUARDED and not self._access.admits(authorization):
+            document = Problem("send the token of MIC_HTTP_TOKEN_FILE as a bearer token")
+            status, extra = 401, {"WWW-Authenticate": 'Bearer realm="mic-supervisor"'}
+        elif scope["method"] not in ALLOWED:
+            document = refusal(path)
+            status, extra = 405, {"Allow": ", ".join(ALLOWED)}
+        else:
+            await self._app(scope, receive, send_with_headers)
+            return
+        answer = JSONResponse(asdict(document), status, {"Cache-Control": "no-store", **extra})
+        await answer(scope, receive, send_with_headers)
+
+
+# --- a page or a document -----------------------------------------------------------------------
+
+
+def wants_html(accept: str | None) -> bool:
+    """Only who names HTML gets it, and only if it is not liked less than JSON.
+
+    `*/*` is what curl, requests and the clients of the former service send: they get JSON.
+    """
+    weights: dict[str, float] = {}
+    for part in (accept or "").split(","):
+        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weights[media] = _weight(parameters)
+    html = max((weights[media] for media in _PAGE if media in weights), default=0.0)
+    document = max((weights[media] for media in _DOCUMENT if media in weights), default=0.0)
+    return html > 0 and html >= document
+
+
+def _weight(parameters: list[str]) -> float:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0

@@ -1,34 +1,89 @@
-"""The JSON documents of HTTP, made from what was published. Nothing is asked for them.
+"""What the daemon publishes after every round, and the JSON documents that HTTP makes of it.
 
-Those that HTTP alone has are defined here, as in `mic_supervisor.views`.
+Nothing is asked for them, and nothing else is looked at. Those that HTTP alone has are defined
+here, as in `mic_supervisor.views`.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from mic_supervisor.http import redact
-from mic_supervisor.http.published import status_of
+from mic_supervisor.converge.events import Event
+from mic_supervisor.converge.snapshot import ConfigState, Snapshot
+from mic_supervisor.gpu.events import XidRecord
+from mic_supervisor.http import access
 from mic_supervisor.model import Gpu, OwnerKind
 from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import by_model
-from mic_supervisor.views import endpoints
 from mic_supervisor.views.plan import plan_document
-from mic_supervisor.views.status import GpuState, StatusGpu, gpu_rows
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.published import Published
-    from mic_supervisor.model import ObservedWorkload
-    from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.views.status import GpuState, StatusGpu, gpu_rows, status_document
 
 MIB = 1 << 20
+
+RELEASE_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """How often something took how long, in seconds.
+
+    `counts[i]` are those of at most `bounds[i]` that no smaller bound holds; the last count is of
+    those above every bound.
+    """
+
+    bounds: tuple[float, ...] = RELEASE_BOUNDS
+    counts: tuple[int, ...] = (0,) * (len(RELEASE_BOUNDS) + 1)
+    total: float = 0.0
+
+    def with_one(self, seconds: float) -> Durations:
+        place = bisect_left(self.bounds, seconds)
+        counts = (*self.counts[:place], self.counts[place] + 1, *self.counts[place + 1 :])
+        return replace(self, counts=counts, total=self.total + seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopState:
+    """How the loop itself is. Durations in seconds, times since the epoch.
+
+    `errors` counts changes that failed. `releases` are the waits for the memory of a GPU after its
+    holder was stopped.
+    """
+
+    rounds: int = 0
+    errors: int = 0
+    last_duration: float | None = None
+    last_success_at: float | None = None
+    releases: Durations = Durations()
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One consistent view. `snapshot` is None until the first round is done.
+
+    `history` is the newest first. `xids` counts since the daemon started. `down` names the parts of
+    the daemon that are not alive, and says why.
+    All times are the wall clock's as it is set now; less `offset` they are steady.
+    """
+
+    host: str
+    version: str
+    config: ConfigState
+    loop: LoopState
+    snapshot: Snapshot | None = None
+    offset: float = 0.0
+    history: tuple[Event, ...] = ()
+    xids: tuple[XidRecord, ...] = ()
+    down: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- the documents ------------------------------------------------------------------------------
 
 Mib = Annotated[int | None, Field(description="MiB")]
 Watts = Annotated[float | None, Field(description="watts")]
@@ -126,12 +181,9 @@ class Readiness:
 
 def served_status(published: Published, snapshot: Snapshot) -> dict[str, Any]:
     """The document of `status --json`, without what is confidential."""
-    status = status_of(published)
-    assert status is not None  # there is a snapshot
-    document = asdict(status)
-    document["config"]["error"] = redact.config_error(published.config.error)
-    scrubbed: dict[str, Any] = redact.Scrubber(snapshot.desired).document(document)
-    return scrubbed
+    document = asdict(status_document(snapshot, published.config.in_use, published.host))
+    document["config"]["error"] = access.config_error(published.config.error)
+    return _scrubbed(document, snapshot)
 
 
 def served_plan(published: Published, snapshot: Snapshot) -> dict[str, Any]:
@@ -139,9 +191,12 @@ def served_plan(published: Published, snapshot: Snapshot) -> dict[str, Any]:
     document = plan_document(
         snapshot.plan, host=published.host, config_hash=snapshot.desired.config_hash
     )
-    scrubbed: dict[str, Any] = redact.Scrubber(snapshot.desired).document(
-        redact.plan_document(asdict(document))
-    )
+    return _scrubbed(access.plan_document(asdict(document)), snapshot)
+
+
+def _scrubbed(document: dict[str, Any], snapshot: Snapshot | None) -> dict[str, Any]:
+    desired = snapshot.desired if snapshot is not None else None
+    scrubbed: dict[str, Any] = access.Scrubber(desired).document(document)
     return scrubbed
 
 
@@ -187,7 +242,7 @@ def running(snapshot: Snapshot) -> list[RunningModel]:
 
     It runs as soon as its process does; `phase` says how far it is.
     """
-    alive = _alive(snapshot)
+    alive = started(snapshot)
     indices = snapshot.observed.inventory.indices
     return [
         RunningModel(
@@ -206,19 +261,9 @@ def running(snapshot: Snapshot) -> list[RunningModel]:
     ]
 
 
-def _alive(snapshot: Snapshot) -> Mapping[str, ObservedWorkload]:
-    return {item.ref: item for item in workloads(snapshot.observed) if is_alive(item)}
-
-
-def started_at(snapshot: Snapshot, row: InstanceStatus) -> float | None:
-    """When the process or container behind this row began."""
-    workload = _alive(snapshot).get(row.ref or "")
-    return workload.started_at if workload is not None else None
-
-
-def served_endpoints(published: Published, snapshot: Snapshot) -> dict[str, Any]:
-    """Who serves each model now: what the hook on_endpoints_change is told."""
-    return endpoints.document(snapshot.endpoints, published.host)
+def started(snapshot: Snapshot) -> dict[str, float | None]:
+    """What runs, by its reference, and when its process or container began."""
+    return {item.ref: item.started_at for item in workloads(snapshot.observed) if is_alive(item)}
 
 
 def discovery(snapshot: Snapshot) -> list[Target]:
@@ -254,7 +299,4 @@ def readiness(published: Published, stalled: str | None) -> dict[str, Any]:
         if not row.settled_well
     ]
     document = Readiness("not ready" if stalled or waiting else "ready", stalled, waiting)
-    scrubbed: dict[str, Any] = redact.Scrubber(snapshot.desired if snapshot else None).document(
-        asdict(document)
-    )
-    return scrubbed
+    return _scrubbed(asdict(document), snapshot)

@@ -6,11 +6,13 @@ Names and units: https://prometheus.io/docs/practices/naming/
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, get_args
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 from prometheus_client.core import (
@@ -23,17 +25,14 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http import documents
-from mic_supervisor.model import OwnerKind
+from mic_supervisor.http.documents import Durations, Published
+from mic_supervisor.http.views import Answer, Views
+from mic_supervisor.model import Gpu, GpuInventory, OwnerKind
 from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.status import by_model
+from mic_supervisor.plan.status import InstanceStatus, by_model
 from mic_supervisor.views.status import GpuState, gpu_rows
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.published import Durations, Published
-    from mic_supervisor.http.views import Answer, Views
-    from mic_supervisor.model import Gpu, GpuInventory
 
 _OPENMETRICS = "application/openmetrics-text"
 _OWNERS = {
@@ -42,7 +41,9 @@ _OWNERS = {
     OwnerKind.UNIT: "foreign",
     OwnerKind.ORPHAN: "orphan",
 }
-_MODEL = ("model", "backend", "mic_instance")
+_MODEL = "model backend mic_instance"
+Row = tuple[tuple[str, ...], float | None]
+"""The values of the labels, and the value of the series; None is not known."""
 
 
 def render(views: Views, accept: str) -> Answer:
@@ -99,7 +100,7 @@ class SnapshotCollector(Collector):
             "The version of mic-supervisor that runs.",
             {"version": published.version, "revision": revision()},
         )
-        yield _gauge(
+        yield GaugeMetricFamily(
             "mic_collect_duration_seconds",
             "Time that it took to make these metrics.",
             time.perf_counter() - began,
@@ -110,30 +111,24 @@ class SnapshotCollector(Collector):
 
 
 def _gpus(inventory: GpuInventory) -> Iterator[Metric]:
-    info = GaugeMetricFamily(
-        "mic_gpu_info",
-        "A GPU that is there; its index is the driver's of today.",
-        labels=("uuid", "index", "name", "pci_bus_id"),
-    )
-    for gpu in inventory.gpus:
-        info.add_metric((gpu.uuid, str(gpu.index), gpu.name, gpu.pci_bus_id or ""), 1)
-    yield info
-    for name, text, values in (
-        ("memory_total_bytes", "Memory of the GPU.", _memory(inventory, "total")),
-        ("memory_used_bytes", "Memory in use, without the driver's.", _memory(inventory, "used")),
-        ("memory_free_bytes", "Memory that can be allocated.", _memory(inventory, "free")),
-        ("memory_reserved_bytes", "Memory that the driver keeps.", _memory(inventory, "reserved")),
-        ("utilization_ratio", "Share of the time with a kernel.", _field(inventory, "utilization")),
-        ("power_draw_watts", "Power that is drawn.", _field(inventory, "power_draw")),
-        ("power_limit_watts", "Power limit that is enforced.", _field(inventory, "power_limit")),
-        ("temperature_celsius", "Temperature of the chip.", _field(inventory, "temperature")),
+    gpus = inventory.gpus
+    names = [((gpu.uuid, str(gpu.index), gpu.name, gpu.pci_bus_id or ""), 1) for gpu in gpus]
+    text = "A GPU that is there; its index is the driver's of today."
+    yield _gauges("mic_gpu_info", text, "uuid index name pci_bus_id", names)
+    for name, text, path in (
+        ("memory_total_bytes", "Memory of the GPU.", "memory.total"),
+        ("memory_used_bytes", "Memory in use, without the driver's.", "memory.used"),
+        ("memory_free_bytes", "Memory that can be allocated.", "memory.free"),
+        ("memory_reserved_bytes", "Memory that the driver keeps.", "memory.reserved"),
+        ("utilization_ratio", "Share of the time with a kernel.", "utilization"),
+        ("power_draw_watts", "Power that is drawn.", "power_draw"),
+        ("power_limit_watts", "Power limit that is enforced.", "power_limit"),
+        ("temperature_celsius", "Temperature of the chip.", "temperature"),
     ):
-        family = GaugeMetricFamily(f"mic_gpu_{name}", text, labels=("uuid",))
-        for uuid, value in values:
-            family.add_metric((uuid,), value)
-        yield family
-    yield from _telemetry(inventory.gpus)
-    yield _holders(inventory.gpus)
+        rows = [((gpu.uuid,), _measured(gpu, path)) for gpu in gpus]
+        yield _gauges(f"mic_gpu_{name}", text, "uuid", rows)
+    yield from _telemetry(gpus)
+    yield _holders(gpus)
     if inventory.driver is not None:
         versions = {"driver": inventory.driver, "nvml": inventory.nvml, "cuda": inventory.cuda}
         yield InfoMetricFamily(
@@ -143,56 +138,30 @@ def _gpus(inventory: GpuInventory) -> Iterator[Metric]:
         )
 
 
-def _memory(inventory: GpuInventory, what: str) -> Iterator[tuple[str, float]]:
-    for gpu in inventory.gpus:
-        value = getattr(gpu.memory, what, None)
-        if value is not None:
-            yield gpu.uuid, float(value)
-
-
-def _field(inventory: GpuInventory, what: str) -> Iterator[tuple[str, float]]:
-    for gpu in inventory.gpus:
-        value = getattr(gpu, what)
-        if value is not None:
-            yield gpu.uuid, float(value)
+def _measured(found: Any, path: str) -> float | None:
+    """An attribute of a GPU, or, as in "memory.used", of what it may have."""
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return None if found is None else float(found)
 
 
 def _telemetry(gpus: Iterable[Gpu]) -> Iterator[Metric]:
-    energy = CounterMetricFamily(
-        "mic_gpu_energy_joules", "Energy used since the driver was loaded.", labels=("uuid",)
-    )
-    clocks = GaugeMetricFamily(
-        "mic_gpu_clock_hertz", "Clock of a domain.", labels=("uuid", "domain")
-    )
-    events = GaugeMetricFamily(
-        "mic_gpu_clock_event_active",
-        "Whether this holds the clocks back.",
-        labels=("uuid", "reason"),
-    )
-    errors = CounterMetricFamily(
-        "mic_gpu_ecc_errors", "Memory errors since the driver was loaded.", labels=("uuid", "kind")
-    )
-    for gpu in gpus:
-        telemetry = gpu.telemetry
-        if telemetry is None:
-            continue
-        if telemetry.energy is not None:
-            energy.add_metric((gpu.uuid,), telemetry.energy)
-        for domain, hertz in telemetry.clocks:
-            clocks.add_metric((gpu.uuid, domain), hertz)
-        for reason, active in telemetry.clock_events:
-            events.add_metric((gpu.uuid, reason), float(active))
-        for kind, count in telemetry.ecc_errors:
-            errors.add_metric((gpu.uuid, kind), count)
-    yield from (energy, clocks, events, errors)
+    told = [(gpu.uuid, gpu.telemetry) for gpu in gpus if gpu.telemetry is not None]
+    energy = [((uuid,), one.energy) for uuid, one in told]
+    text = "Energy used since the driver was loaded."
+    yield _counters("mic_gpu_energy_joules", text, "uuid", energy)
+    clocks = [((uuid, domain), hertz) for uuid, one in told for domain, hertz in one.clocks]
+    yield _gauges("mic_gpu_clock_hertz", "Clock of a domain.", "uuid domain", clocks)
+    held = [((uuid, reason), active) for uuid, one in told for reason, active in one.clock_events]
+    text = "Whether this holds the clocks back."
+    yield _gauges("mic_gpu_clock_event_active", text, "uuid reason", held)
+    errors = [((uuid, kind), count) for uuid, one in told for kind, count in one.ecc_errors]
+    text = "Memory errors since the driver was loaded."
+    yield _counters("mic_gpu_ecc_errors", text, "uuid kind", errors)
 
 
 def _holders(gpus: Iterable[Gpu]) -> Metric:
-    family = GaugeMetricFamily(
-        "mic_gpu_holders",
-        "Processes that hold the GPU, by whose they are.",
-        labels=("uuid", "owner"),
-    )
+    rows: list[Row] = []
     for gpu in gpus:
         if gpu.processes is None:
             continue
@@ -200,50 +169,35 @@ def _holders(gpus: Iterable[Gpu]) -> Metric:
             _OWNERS.get(process.owner.kind, "unknown") if process.owner else "unknown"
             for process in gpu.processes
         )
-        for owner in ("managed", "foreign", "orphan"):
-            family.add_metric((gpu.uuid, owner), count[owner])
-        if count["unknown"]:
-            family.add_metric((gpu.uuid, "unknown"), count["unknown"])
-    return family
+        rows += [((gpu.uuid, owner), count[owner]) for owner in ("managed", "foreign", "orphan")]
+        rows.append(((gpu.uuid, "unknown"), count["unknown"] or None))
+    text = "Processes that hold the GPU, by whose they are."
+    return _gauges("mic_gpu_holders", text, "uuid owner", rows)
 
 
 def _states(snapshot: Snapshot) -> Iterator[Metric]:
     """Also of GPUs that the file binds and that are not there: that is what one wants to know."""
-    healthy = GaugeMetricFamily(
-        "mic_gpu_healthy",
-        "Whether it is there, and nothing speaks against it.",
-        labels=("uuid",),
-    )
-    state = GaugeMetricFamily(
-        "mic_gpu_state",
-        "What the GPU is to the supervisor: 1 for one state.",
-        labels=("uuid", "state"),
-    )
-    for row in gpu_rows(snapshot.desired, snapshot.observed):
-        healthy.add_metric((row.uuid,), float(row.state not in ("lost", "unhealthy")))
-        for name in get_args(GpuState):
-            state.add_metric((row.uuid, name), float(row.state == name))
-    unopened = _gauge(
-        "mic_gpus_unopened",
-        "GPUs that the driver counts and does not open.",
-        len(snapshot.observed.inventory.unopened),
-    )
-    yield from (healthy, state, unopened)
+    rows = gpu_rows(snapshot.desired, snapshot.observed)
+    healthy = [((row.uuid,), row.state not in ("lost", "unhealthy")) for row in rows]
+    text = "Whether it is there, and nothing speaks against it."
+    yield _gauges("mic_gpu_healthy", text, "uuid", healthy)
+    states = [((row.uuid, one), row.state == one) for row in rows for one in get_args(GpuState)]
+    text = "What the GPU is to the supervisor: 1 for one state."
+    yield _gauges("mic_gpu_state", text, "uuid state", states)
+    unopened = len(snapshot.observed.inventory.unopened)
+    text = "GPUs that the driver counts and does not open."
+    yield GaugeMetricFamily("mic_gpus_unopened", text, unopened)
 
 
 def _xids(published: Published) -> Iterator[Metric]:
     """Counted since the daemon started; of a GPU that nobody could name there is nothing to say."""
-    errors = CounterMetricFamily(
-        "mic_gpu_xid_errors", "Xid errors that the driver reported.", labels=("uuid", "xid")
-    )
-    last = GaugeMetricFamily(
-        "mic_gpu_xid_last_timestamp_seconds", "When this Xid came last.", labels=("uuid", "xid")
-    )
-    for record in published.xids:
-        if record.uuid is not None:
-            errors.add_metric((record.uuid, str(record.xid)), record.count)
-            last.add_metric((record.uuid, str(record.xid)), record.last_at)
-    yield from (errors, last)
+    named = [((one.uuid, str(one.xid)), one) for one in published.xids if one.uuid is not None]
+    counts = [(key, record.count) for key, record in named]
+    text = "Xid errors that the driver reported."
+    yield _counters("mic_gpu_xid_errors", text, "uuid xid", counts)
+    last = [(key, record.last_at) for key, record in named]
+    text = "When this Xid came last."
+    yield _gauges("mic_gpu_xid_last_timestamp_seconds", text, "uuid xid", last)
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -254,56 +208,47 @@ def _models(snapshot: Snapshot) -> Iterator[Metric]:
 
     It is not called `instance`, which is Prometheus' own name for the target.
     """
-    info = GaugeMetricFamily(
-        "mic_model_info",
-        "An instance, its GPUs and its unit.",
-        labels=(*_MODEL, "gpu_uuids", "unit"),
-    )
-    state = GaugeMetricFamily(
-        "mic_model_state", "Where the instance is on its way: 1 for one.", labels=(*_MODEL, "state")
-    )
-    ready = GaugeMetricFamily(
-        "mic_model_ready", "Whether a probe says that it serves.", labels=_MODEL
-    )
-    desired = GaugeMetricFamily(
-        "mic_model_as_desired",
-        "Whether it is as the file says, as far as can be known.",
-        labels=_MODEL,
-    )
-    restarts = CounterMetricFamily(
-        "mic_model_restarts", "Restarts by the supervisor since the file named it.", labels=_MODEL
-    )
-    memory = GaugeMetricFamily(
-        "mic_model_gpu_memory_bytes", "Memory of the GPU that it uses.", labels=(*_MODEL, "uuid")
-    )
-    began = GaugeMetricFamily(
-        "mic_model_start_time_seconds", "When its process or container started.", labels=_MODEL
-    )
-    retry = GaugeMetricFamily(
-        "mic_model_next_retry_timestamp_seconds", "When its start is tried again.", labels=_MODEL
-    )
+    rows = [
+        ((row.model, row.backend, row.id), row)
+        for whole in snapshot.statuses
+        for row in by_model(whole)
+    ]
+    names = [((*key, ",".join(row.gpus), _unit(row)), 1) for key, row in rows]
+    text = "An instance, its GPUs and its unit."
+    yield _gauges("mic_model_info", text, f"{_MODEL} gpu_uuids unit", names)
+    states = [((*key, phase.value), row.phase is phase) for key, row in rows for phase in Phase]
+    text = "Where the instance is on its way: 1 for one."
+    yield _gauges("mic_model_state", text, f"{_MODEL} state", states)
+    ready = [(key, _is_ready(row)) for key, row in rows]
+    yield _gauges("mic_model_ready", "Whether a probe says that it serves.", _MODEL, ready)
+    desired = [(key, row.settled_well) for key, row in rows]
+    text = "Whether it is as the file says, as far as can be known."
+    yield _gauges("mic_model_as_desired", text, _MODEL, desired)
+    restarts = [(key, row.restarts) for key, row in rows]
+    text = "Restarts by the supervisor since the file named it."
+    yield _counters("mic_model_restarts", text, _MODEL, restarts)
     used = _memory_by_instance(snapshot)
-    for row in (one for whole in snapshot.statuses for one in by_model(whole)):
-        key = (row.model, row.backend, row.id)
-        unit = row.ref if row.runtime == "systemd" and row.ref is not None else ""
-        info.add_metric((*key, ",".join(row.gpus), unit), 1)
-        for phase in Phase:
-            state.add_metric((*key, phase.value), float(row.phase is phase))
-        if row.phase is not Phase.UNPROBED and (
-            row.phase is not Phase.PAUSED or row.serving is not None
-        ):
-            ready.add_metric(key, float(row.phase is Phase.READY or row.serving is True))
-        desired.add_metric(key, float(row.settled_well))
-        restarts.add_metric(key, row.restarts)
-        for uuid in row.gpus:
-            if (row.id, uuid) in used:
-                memory.add_metric((*key, uuid), used[row.id, uuid])
-        at = documents.started_at(snapshot, row)
-        if at is not None:
-            began.add_metric(key, at)
-        if row.next_retry is not None:
-            retry.add_metric(key, row.next_retry)
-    yield from (info, state, ready, desired, restarts, memory, began, retry)
+    memory = [((*key, uuid), used.get((row.id, uuid))) for key, row in rows for uuid in row.gpus]
+    text = "Memory of the GPU that it uses."
+    yield _gauges("mic_model_gpu_memory_bytes", text, f"{_MODEL} uuid", memory)
+    started = documents.started(snapshot)
+    began = [(key, started.get(row.ref or "")) for key, row in rows]
+    text = "When its process or container started."
+    yield _gauges("mic_model_start_time_seconds", text, _MODEL, began)
+    retry = [(key, row.next_retry) for key, row in rows]
+    text = "When its start is tried again."
+    yield _gauges("mic_model_next_retry_timestamp_seconds", text, _MODEL, retry)
+
+
+def _unit(row: InstanceStatus) -> str:
+    return row.ref if row.runtime == "systemd" and row.ref is not None else ""
+
+
+def _is_ready(row: InstanceStatus) -> bool | None:
+    """None where no probe says anything."""
+    if row.phase is Phase.UNPROBED or (row.phase is Phase.PAUSED and row.serving is None):
+        return None
+    return row.phase is Phase.READY or row.serving is True
 
 
 def _memory_by_instance(snapshot: Snapshot) -> dict[tuple[str, str], int]:
@@ -327,78 +272,72 @@ def _memory_by_instance(snapshot: Snapshot) -> dict[tuple[str, str], int]:
 
 def _loop(published: Published) -> Iterator[Metric]:
     loop, config = published.loop, published.config
-    yield _counter("mic_reconcile", "Rounds of the loop.", loop.rounds)
-    yield _counter("mic_reconcile_errors", "Changes that failed.", loop.errors)
-    if loop.last_duration is not None:
-        yield _gauge(
-            "mic_reconcile_duration_seconds", "Time that the last round took.", loop.last_duration
-        )
-    if loop.last_success_at is not None:
-        yield _gauge(
-            "mic_reconcile_last_success_timestamp_seconds",
+    yield CounterMetricFamily("mic_reconcile", "Rounds of the loop.", loop.rounds)
+    yield CounterMetricFamily("mic_reconcile_errors", "Changes that failed.", loop.errors)
+    known: list[Row] = [((config.hash,), 1)] if config.hash else []
+    yield _gauges("mic_config_hash_info", "The configuration that runs.", "hash", known)
+    for name, text, value in (
+        ("reconcile_duration_seconds", "Time that the last round took.", loop.last_duration),
+        (
+            "reconcile_last_success_timestamp_seconds",
             "When the last round ended.",
             loop.last_success_at,
-        )
-    yield _gauge(
-        "mic_config_last_reload_successful",
-        "Whether the file as it is now is what runs.",
-        float(config.last_reload_ok),
-    )
-    if config.loaded_at is not None:
-        yield _gauge(
-            "mic_config_last_reload_success_timestamp_seconds",
+        ),
+        (
+            "config_last_reload_successful",
+            "Whether the file as it is now is what runs.",
+            config.last_reload_ok,
+        ),
+        (
+            "config_last_reload_success_timestamp_seconds",
             "When the configuration that runs was loaded.",
             config.loaded_at,
-        )
-    if config.hash:
-        family = GaugeMetricFamily(
-            "mic_config_hash_info", "The configuration that runs.", labels=("hash",)
-        )
-        family.add_metric((config.hash,), 1)
-        yield family
+        ),
+    ):
+        yield GaugeMetricFamily(f"mic_{name}", text, value)
 
 
 def _hook(snapshot: Snapshot) -> Iterator[Metric]:
     if snapshot.desired.hook is None:
         return
-    state = snapshot.hook
-    yield _counter("mic_endpoints_hook_runs", "Runs of on_endpoints_change.", state.runs)
-    yield _counter(
-        "mic_endpoints_hook_failures", "Runs of on_endpoints_change that failed.", state.failures
-    )
-    if state.last_success_at is not None:
-        yield _gauge(
-            "mic_endpoints_hook_last_success_timestamp_seconds",
-            "When on_endpoints_change ended well last.",
-            state.last_success_at,
-        )
+    name, state = "mic_endpoints_hook", snapshot.hook
+    yield CounterMetricFamily(f"{name}_runs", "Runs of on_endpoints_change.", state.runs)
+    text = "Runs of on_endpoints_change that failed."
+    yield CounterMetricFamily(f"{name}_failures", text, state.failures)
+    text = "When on_endpoints_change ended well last."
+    yield GaugeMetricFamily(f"{name}_last_success_timestamp_seconds", text, state.last_success_at)
 
 
 def _sources(snapshot: Snapshot) -> Iterator[Metric]:
-    inventory = snapshot.observed.inventory
+    inventory, plan = snapshot.observed.inventory, snapshot.plan
     if inventory.source == "nvml":
-        yield _gauge("mic_nvml_up", "Whether NVML can be read.", float(inventory.error is None))
+        yield GaugeMetricFamily("mic_nvml_up", "Whether NVML can be read.", inventory.error is None)
     for view in snapshot.observed.runtimes:
         if view.off is None:
-            yield _gauge(
-                f"mic_{view.runtime}_up",
-                f"Whether {view.runtime} can be read.",
-                float(view.error is None),
-            )
-    yield _gauge(
-        "mic_plan_changes", "Changes that are due, those that wait included.", snapshot.plan.count
-    )
-    yield _gauge(
-        "mic_plan_blocked", "Instances for which nothing can be done.", len(snapshot.plan.blocked)
-    )
+            text = f"Whether {view.runtime} can be read."
+            yield GaugeMetricFamily(f"mic_{view.runtime}_up", text, view.error is None)
+    text = "Changes that are due, those that wait included."
+    yield GaugeMetricFamily("mic_plan_changes", text, plan.count)
+    text = "Instances for which nothing can be done."
+    yield GaugeMetricFamily("mic_plan_blocked", text, len(plan.blocked))
 
 
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, text, value=value)
+# --- families: one without a value, or without a series, says nothing, and is left out ----------
 
 
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(name, text, value=value)
+def _gauges(name: str, text: str, labels: str, rows: Iterable[Row]) -> Metric:
+    return _filled(GaugeMetricFamily(name, text, labels=labels.split()), rows)
+
+
+def _counters(name: str, text: str, labels: str, rows: Iterable[Row]) -> Metric:
+    return _filled(CounterMetricFamily(name, text, labels=labels.split()), rows)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, rows: Iterable[Row]) -> Metric:
+    for values, value in rows:
+        if value is not None:
+            family.add_metric(values, value)
+    return family
 
 
 def _histogram(name: str, text: str, seen: Durations) -> Metric:
@@ -416,9 +355,6 @@ def revision() -> str:
 
     Source: PEP 610, direct_url.json.
     """
-    import json
-    from importlib.metadata import PackageNotFoundError, distribution
-
     try:
         text = distribution("mic-supervisor").read_text("direct_url.json")
         commit = json.loads(text or "{}").get("vcs_info", {}).get("commit_id")

@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from mic_supervisor.http.redact import Scrubber, config_error
+from mic_supervisor.converge.events import Event
+from mic_supervisor.converge.snapshot import Snapshot
+from mic_supervisor.http.access import Scrubber, config_error
+from mic_supervisor.http.documents import Published
 from mic_supervisor.http.verdict import Level, Verdict, judge, level_of
-from mic_supervisor.model import OwnerKind
+from mic_supervisor.http.views import Answer, Sample, Views
+from mic_supervisor.model import Gpu, OwnerKind
 from mic_supervisor.plan.status import InstanceStatus, by_model
 from mic_supervisor.plan.words import gpu_names
 from mic_supervisor.views.plan import reason
@@ -27,12 +31,6 @@ from mic_supervisor.views.status import GpuState, Holder, gpu_rows
 
 if TYPE_CHECKING:
     from jinja2 import Template
-
-    from mic_supervisor.converge.events import Event
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.published import Published, Sample
-    from mic_supervisor.http.views import Answer, Views
-    from mic_supervisor.model import Gpu
 
 MEDIA = "text/html; charset=utf-8"
 _EVENTS = 12

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mic_supervisor.config.settings import Address, Settings
 from mic_supervisor.http.access import Access, access_of
+from mic_supervisor.http.documents import Published
 from mic_supervisor.http.views import Views, stall_limit
 
 if TYPE_CHECKING:
-    from mic_supervisor.config.settings import Address, Settings
     from mic_supervisor.http.connections import Connections
-    from mic_supervisor.http.published import Published
 
 _LOGGER = logging.getLogger("mic")
 _TICK = 0.5  # seconds between two looks at what was published, and at who takes too long

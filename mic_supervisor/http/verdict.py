@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
+from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
-from mic_supervisor.http.redact import Scrubber, config_error
+from mic_supervisor.http.access import Scrubber, config_error
+from mic_supervisor.http.documents import Published
 from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.status import InstanceStatus
 from mic_supervisor.plan.words import gpu_names
+from mic_supervisor.views.config import counted
 from mic_supervisor.views.status import gpu_rows
-
-if TYPE_CHECKING:
-    from mic_supervisor.converge.snapshot import Snapshot
-    from mic_supervisor.http.published import Published
-    from mic_supervisor.plan.status import InstanceStatus
 
 _UNDER_WAY = frozenset(
     {Phase.PENDING, Phase.STOPPING, Phase.WAITING_VRAM, Phase.STARTING, Phase.LOADING}
@@ -91,28 +89,22 @@ def _worst(problems: tuple[Problem, ...]) -> Level:
 
 def _sentence(problems: tuple[Problem, ...], snapshot: Snapshot) -> str:
     bad = sum(problem.level is Level.BAD for problem in problems)
+    asked = counted(len(snapshot.statuses), "instance")
     paused = sum(row.phase is Phase.PAUSED for row in snapshot.statuses)
     busy = sum(problem.level is Level.BUSY for problem in problems) - paused
     if bad:
         more = f", {busy} more on the way" if busy else ""
         more += f", {paused} more paused" if paused else ""
-        return f"{_things(bad)} not as {'it' if bad == 1 else 'they'} should be{more}"
+        are = "1 thing is not as it" if bad == 1 else f"{bad} things are not as they"
+        return f"{are} should be{more}"
     if busy:
         more = f", {paused} paused" if paused else ""
-        return f"{busy} of {_instances(len(snapshot.statuses))} on the way{more}"
+        return f"{busy} of {asked} on the way{more}"
     if paused:
-        return f"{paused} of {_instances(len(snapshot.statuses))} paused"
+        return f"{paused} of {asked} paused"
     if not snapshot.statuses:
         return "Nothing is asked for, and nothing runs"
     return "Everything is as it should be"
-
-
-def _things(count: int) -> str:
-    return "1 thing is" if count == 1 else f"{count} things are"
-
-
-def _instances(count: int) -> str:
-    return "1 instance" if count == 1 else f"{count} instances"
 
 
 def _problems(published: Published) -> Iterator[Problem]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mic_supervisor.converge.observe import PATIENCE
-from mic_supervisor.http.published import Samples
-from mic_supervisor.http.redact import Scrubber
+from mic_supervisor.http.access import Scrubber
+from mic_supervisor.http.documents import Published
 from mic_supervisor.http.verdict import judge
-
-if TYPE_CHECKING:
-    from mic_supervisor.http.published import Published
+from mic_supervisor.model import GpuInventory
 
 JSON = "application/json"
 
@@ -159,3 +158,47 @@ def encode(document: Any) -> bytes:
     """As JSON. A name that is no UTF-8 must not keep the rest from being served."""
     text = json.dumps(document, default=asdict, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", errors="replace")
+
+
+# --- what the page's sparklines show ------------------------------------------------------------
+
+KEPT = 90
+SPACING = 9.0  # seconds between two samples at least: 90 of them are a quarter of an hour or more
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """`memory` is a ratio, `power` is in watts; None was unknown then."""
+
+    at: float  # steady
+    memory: float | None
+    power: float | None
+
+
+class Samples:
+    """The last samples of each GPU that is there now. A GPU that was away leaves a gap."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, deque[Sample]] = {}
+        self._last = float("-inf")
+
+    def add(self, at: float, inventory: GpuInventory) -> None:
+        if at - self._last < SPACING:
+            return
+        self._last = at
+        found = {gpu.uuid: gpu for gpu in inventory.gpus}
+        for uuid in found:
+            self._of.setdefault(uuid, deque(maxlen=KEPT))
+        for uuid, ring in [*self._of.items()]:
+            gpu = found.get(uuid)
+            memory = gpu.memory if gpu is not None else None
+            used = None
+            if memory is not None and memory.used is not None and memory.total:
+                used = memory.used / memory.total
+            ring.append(Sample(at, used, gpu.power_draw if gpu is not None else None))
+            if all(sample.memory is None and sample.power is None for sample in ring):
+                del self._of[uuid]
+
+    def of(self, uuid: str) -> tuple[Sample, ...]:
+        """Oldest first; empty for a GPU that nothing was measured of."""
+        return tuple(self._of.get(uuid, ()))

@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from mic_supervisor.config.diagnostics import closest
-from mic_supervisor.config.document import GpuEntry, Place
-from mic_supervisor.config.names import BadKey, composed, parse_gpu_key
+from mic_supervisor.config.document import BadKey, GpuEntry, Place, composed, parse_gpu_key
 from mic_supervisor.desired.bind import bind
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import DesiredState, GpuInventory

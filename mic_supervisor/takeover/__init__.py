@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from mic_supervisor.config.document import is_model_name
 from mic_supervisor.config.env_file import SYSTEMD_NAME
-from mic_supervisor.config.names import is_model_name
 from mic_supervisor.model import Pairs
 
 RESERVED = frozenset({"none", "fleet"})

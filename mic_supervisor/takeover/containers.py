@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mic_supervisor.errors import RuntimeRefused
+from mic_supervisor.kill import Survey
+from mic_supervisor.model import OwnerKind
 from mic_supervisor.runtimes.docker.create import MANAGED_BY
 from mic_supervisor.takeover import Proposal, for_env_file, indices_of, refusal
+
+if TYPE_CHECKING:
+    from mic_supervisor.runtimes.docker.engine import Engine
 
 _CDI = "nvidia.com/gpu="
 _DEFAULT_SHM = 64 << 20
@@ -20,6 +26,58 @@ _NOT_CARRIED = (
     ("SecurityOpt", "security options"),
     ("Tmpfs", "tmpfs mounts"),
 )
+
+
+def proposals(look: Survey, engine: Engine) -> list[Proposal]:
+    what = "cannot look for containers"
+    info = engine.call(what, lambda api: api.info())
+    default = info.get("DefaultRuntime")
+    known = {gpu.uuid: gpu.index for gpu in look.inventory.gpus}
+    found = []
+    for listed in sorted(engine.call(what, lambda api: api.containers()), key=_name):
+        try:
+            inspected = _inspect(engine, str(listed["Id"]))
+            wanted = wanted_gpus(inspected, default)
+            held = _held(look, str(listed["Id"]))
+            if not is_candidate(inspected) or not (wanted or held):
+                continue
+            image = _image(engine, str(inspected.get("Image")))
+        except RuntimeRefused:
+            continue  # it has ended meanwhile
+        wanted = wanted or [str(index) for index in held]
+        found.append(propose(inspected, image, wanted, known, held))
+    return found
+
+
+def _name(listed: Any) -> str:
+    return str((listed.get("Names") or [listed.get("Id")])[0])
+
+
+def _inspect(engine: Engine, ref: str) -> dict[str, Any]:
+    found: dict[str, Any] = engine.call(
+        f"cannot inspect container {ref[:12]}", lambda api: api.inspect_container(ref)
+    )
+    return found
+
+
+def _image(engine: Engine, ref: str) -> dict[str, Any] | None:
+    try:
+        return engine.image(f"cannot inspect image {ref}", ref)
+    except RuntimeRefused:
+        return None
+
+
+def _held(look: Survey, container: str) -> list[int]:
+    return [
+        gpu.index
+        for gpu in look.inventory.gpus
+        if any(
+            process.owner is not None
+            and process.owner.kind is OwnerKind.CONTAINER
+            and process.owner.ref == container
+            for process in gpu.processes or ()
+        )
+    ]
 
 
 def wanted_gpus(inspected: Mapping[str, Any], default_runtime: str | None) -> list[str]:

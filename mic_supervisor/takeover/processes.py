@@ -14,6 +14,7 @@ import psutil
 from mic_supervisor.backends import Recognised
 from mic_supervisor.backends.registry import recognise
 from mic_supervisor.host import processes
+from mic_supervisor.kill import Survey
 from mic_supervisor.model import Owner, OwnerKind
 from mic_supervisor.takeover import Proposal, base_name, for_env_file, refusal
 
@@ -29,6 +30,49 @@ _NOT_ITS_OWN = re.compile(
     r"INVOCATION_ID|JOURNAL_STREAM|NOTIFY_SOCKET|LISTEN_.*|SYSTEMD_.*|WATCHDOG_.*|MAINPID|"
     r"CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|MIC_.*)"
 )
+
+
+def proposals(look: Survey, warnings: list[str]) -> list[Proposal]:
+    known = processes.processes()
+    roots: dict[int, list[int]] = {}
+    for pid in sorted({*look.pids(OwnerKind.ORPHAN), *look.pids(OwnerKind.UNIT)}):
+        target = look.target(pid)
+        if target is None:
+            continue
+        if target.instance is not None:
+            warnings.append(
+                f"PID {pid} is left out: it belongs to instance {target.instance} "
+                f"of scope {target.scope}"
+            )
+            continue
+        roots.setdefault(root_of(pid, known), []).append(pid)
+    for pid in look.pids(OwnerKind.UNKNOWN):
+        warnings.append(f"PID {pid} is left out: whose it is cannot be read")
+    if not roots:
+        return []
+    owners = processes.listener_owners()
+    ports = {port: one.pid for port, one in owners.items() if one.pid is not None}
+    found = []
+    for root, holders in sorted(roots.items()):
+        target = look.target(holders[0])
+        indices = sorted({hold.index for pid in holders for hold in _holds(look, pid)})
+        if target is None:
+            continue
+        try:
+            proposal = propose(root, holders, indices, target.owner, ports)
+        except psutil.NoSuchProcess:
+            continue  # it has ended meanwhile
+        except (OSError, psutil.AccessDenied):
+            warnings.append(f"PID {root} is left out: it may be looked at by root alone")
+            continue
+        if proposal is not None:
+            found.append(proposal)
+    return found
+
+
+def _holds(look: Survey, pid: int) -> Any:
+    target = look.target(pid)
+    return () if target is None else target.holds
 
 
 def root_of(pid: int, known: Mapping[int, processes.Stat]) -> int:

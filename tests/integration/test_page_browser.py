@@ -13,7 +13,7 @@ import pytest
 
 from mic_supervisor.config.settings import Address
 from mic_supervisor.http.access import Access
-from mic_supervisor.http.published import Published
+from mic_supervisor.http.documents import Published
 from mic_supervisor.http.server import HttpServer
 from tests.support.browser import Browser
 from tests.support.waiting import http, until

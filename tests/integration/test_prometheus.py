@@ -16,7 +16,7 @@ import yaml
 from mic_supervisor.config.settings import Address
 from mic_supervisor.gpu.events import XidRecord, XidSeverity
 from mic_supervisor.http.access import Access
-from mic_supervisor.http.published import Durations, LoopState, Published
+from mic_supervisor.http.documents import Durations, LoopState, Published
 from mic_supervisor.http.server import HttpServer
 from tests.support.mic import Mic
 from tests.support.ports import PortBlock

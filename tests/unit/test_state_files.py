@@ -14,7 +14,7 @@ from mic_supervisor import codec
 from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.state import StateDir
-from mic_supervisor.daemon import generations, history
+from mic_supervisor.daemon import generations, log
 from mic_supervisor.host.lock import LockHolder
 from mic_supervisor.model import (
     EngineCheck,
@@ -173,7 +173,7 @@ def test_the_accepted_generation_is_read() -> None:
 
 
 def test_history_is_read_without_the_line_that_a_crash_cut_short() -> None:
-    begin, failed, phase = history.read(BEFORE / "history.jsonl")
+    begin, failed, phase = log.read(BEFORE / "history.jsonl")
     assert begin == Event(
         "begin",
         1_800_000_001.5,
@@ -190,7 +190,7 @@ def test_history_is_read_without_the_line_that_a_crash_cut_short() -> None:
         "look at its log",
     )
     assert (phase.was, phase.phase) == ("starting", "backoff")
-    (old,) = history.read(FIRST / "history.jsonl")
+    (old,) = log.read(FIRST / "history.jsonl")
     assert (old.kind, old.gpus) == ("begin", (A,))
 
 

@@ -17,14 +17,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mic_supervisor.backends import Ask, BackendBase, CompileRequest, Member, common, error_text
-from mic_supervisor.backends.triton.config import (
-    generate,
-    is_ours,
-    mark_of,
-    positions_of,
-)
+from mic_supervisor.backends.triton.config import generate, is_ours, mark_of, positions_of
 from mic_supervisor.backends.triton.log import load_failure
-from mic_supervisor.config.names import BadKey, parse_gpu_key
+from mic_supervisor.config.document import BadKey, parse_gpu_key
 from mic_supervisor.config.options import (
     AbsolutePath,
     EnvName,
@@ -37,7 +32,6 @@ from mic_supervisor.config.options import (
 )
 from mic_supervisor.config.types import Duration, ListenAddress, PositiveDuration, Size
 from mic_supervisor.model import (
-    Gpu,
     HttpCall,
     HttpCheck,
     Instance,
@@ -251,7 +245,7 @@ class TritonBackend(BackendBase):
         settings: Settings = request.settings
         options: Options = member.options
         own = replace(request, model=member.model, options=options)
-        model, gpus = _model(own), _uuids(member.gpus)
+        model, gpus = _model(own), tuple(gpu.uuid for gpu in member.gpus)
         positions = [number for number, gpu in enumerate(request.gpus) if gpu.uuid in gpus]
         repository, count = Path(settings.model_repository), options.instances_per_gpu
         generated = generate(own, repository, model, count, positions)
@@ -370,10 +364,7 @@ def _command(bridge: bool, listen: str, exit_timeout: int) -> list[str]:
 
 
 def _instance(
-    request: CompileRequest,
-    options: Options,
-    probes: Probes,
-    placements: tuple[Placement, ...],
+    request: CompileRequest, options: Options, probes: Probes, placements: tuple[Placement, ...]
 ) -> Instance:
     settings: Settings = request.settings
     exit_timeout = math.ceil(settings.exit_timeout)
@@ -418,10 +409,6 @@ def _options_of_shared(request: CompileRequest) -> Options:
     given["ports"] = PortOptions(**{**_PORTS, **fixed})
     # What was validated as a setting needs no validation as an option, which is of texts.
     return Options(backend="triton").model_copy(update=given)
-
-
-def _uuids(gpus: Iterable[Gpu]) -> tuple[str, ...]:
-    return tuple(gpu.uuid for gpu in gpus)
 
 
 def _probes(instance: str, model: str | None, options: Options) -> Probes:

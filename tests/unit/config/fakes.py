@@ -9,9 +9,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from mic_supervisor.backends import BackendBase
-from mic_supervisor.config.checks import BackendTypes
 from mic_supervisor.config.document import Config
-from mic_supervisor.config.load import load
+from mic_supervisor.config.load import BackendTypes, load
 from mic_supervisor.config.options import ModelOptions, Strict, Text
 from mic_supervisor.config.types import PositiveDuration, Size
 from mic_supervisor.errors import MicError

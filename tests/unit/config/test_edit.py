@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mic_supervisor.config.document import Config, GpuEntry, GpuKey
+from mic_supervisor.config.document import Config, GpuEntry, GpuKey, parse_gpu_key
 from mic_supervisor.config.edit import assign, locked
 from mic_supervisor.config.load import load
-from mic_supervisor.config.names import parse_gpu_key
 from mic_supervisor.errors import LockHeld, MicError
 from tests.unit.config.fakes import FakeRegistry
 

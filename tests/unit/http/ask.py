@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from mic_supervisor.http.access import Access
 from mic_supervisor.http.app import asgi
-from mic_supervisor.http.published import Published
+from mic_supervisor.http.documents import Published
 from mic_supervisor.http.views import Views
 from tests.unit.http import views_of
 

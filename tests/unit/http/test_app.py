@@ -6,9 +6,11 @@ from dataclasses import replace
 from email.utils import formatdate, parsedate_to_datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mic_supervisor.http.access import Access
-from mic_supervisor.http.readonly import command_for
+from mic_supervisor.http.app import command_for, wants_html
 from mic_supervisor.model import GpuInventory
 from tests.unit.http import views_of
 from tests.unit.http.ask import Site
@@ -292,3 +294,35 @@ def test_the_description_says_when_a_token_is_asked_for(good: Site) -> None:
     }
     assert described["paths"]["/metrics"]["get"]["security"] == [{"token": []}]
     assert described["paths"]["/healthz"]["get"]["security"] == []
+
+
+# --- a page or a document -----------------------------------------------------------------------
+
+CHROMIUM = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
+
+
+@pytest.mark.parametrize(
+    ("accept", "page"),
+    [
+        (CHROMIUM, True),
+        ("text/html", True),
+        ("TEXT/HTML; charset=utf-8", True),
+        ("application/json;q=0.5, text/html", True),
+        (None, False),
+        ("", False),
+        ("*/*", False),
+        ("text/*", False),
+        ("application/json", False),
+        ("application/json, text/html;q=0.9", False),
+        ("text/html;q=0", False),
+        ("text/html;q=nonsense", False),
+        ("application/json, text/plain, */*", False),
+    ],
+)
+def test_only_who_names_html_gets_the_page(accept: str | None, page: bool) -> None:
+    assert wants_html(accept) is page
+
+
+@given(st.text(alphabet="text/html,;q=.01*application json"))
+def test_no_header_is_too_strange(accept: str) -> None:
+    assert wants_html(accept) in (True, False)

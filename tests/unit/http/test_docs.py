@@ -10,8 +10,8 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from mic_supervisor.gpu.events import XidRecord, XidSeverity
-from mic_supervisor.http import connections, page, readonly
-from mic_supervisor.http.redact import HIDDEN
+from mic_supervisor.http import app, connections, page
+from mic_supervisor.http.access import HIDDEN
 from mic_supervisor.http.views import stall_limit
 from mic_supervisor.model import RuntimeView
 from tests.unit.http import views_of
@@ -68,5 +68,5 @@ def test_the_refusal_reads_as_it_is_shown() -> None:
     answer = Site(views_of.good())("/api/v1/processes/4121", "DELETE")
     assert json.dumps(answer.json(), indent=2) in TEXT
     for verb in ("start", "stop"):
-        command = readonly.command_for(f"/api/v1/models/{verb}")
+        command = app.command_for(f"/api/v1/models/{verb}")
         assert command is not None and command in TEXT

@@ -8,7 +8,7 @@ from typing import Any
 
 from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http import documents
-from mic_supervisor.http.published import Published
+from mic_supervisor.http.documents import Published
 from mic_supervisor.http.views import encode
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, RunState
 from tests.unit.http import views_of

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from mic_supervisor.gpu.events import XidRecord, XidSeverity
 from mic_supervisor.http import metrics
-from mic_supervisor.http.published import Durations, LoopState, Published
+from mic_supervisor.http.documents import Durations, LoopState, Published
 from mic_supervisor.model import GpuInventory, RuntimeView
 from tests.unit.http import views_of
 from tests.unit.http.ask import Site

@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from mic_supervisor.http import documents
-from mic_supervisor.http.published import Published
+from mic_supervisor.http.documents import Published
 from mic_supervisor.views.endpoints import EndpointsDocument
 from mic_supervisor.views.plan import PlanDocument
 from mic_supervisor.views.status import StatusDocument

@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.http import page
+from mic_supervisor.http.documents import Published
 from mic_supervisor.http.page import Sparkline, duration, sparkline
-from mic_supervisor.http.published import KEPT, Published, Sample, Samples
+from mic_supervisor.http.views import KEPT, Sample, Samples
 from mic_supervisor.model import GpuInventory
 from mic_supervisor.views.status import GpuState
 from tests.unit.http import views_of

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mic_supervisor.gpu.events import RecoveryAction, XidRecord, XidSeverity
-from mic_supervisor.http.published import Published
+from mic_supervisor.http.documents import Published
 from mic_supervisor.http.verdict import Level, Problem, judge
 from mic_supervisor.model import GpuInventory
 from tests.unit.http import views_of

@@ -12,7 +12,7 @@ from typing import Any
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.publisher import HookState
 from mic_supervisor.converge.snapshot import Snapshot
-from mic_supervisor.http.published import ConfigState, LoopState, Published
+from mic_supervisor.http.documents import ConfigState, LoopState, Published
 from mic_supervisor.http.views import Views
 from mic_supervisor.model import (
     DesiredState,
@@ -120,9 +120,7 @@ def published(found: Snapshot | None, **values: Any) -> Published:
         "models": {"MAM": "triton", "qwen": "vllm", "whisper": "process"},
         **values.pop("config", {}),
     }
-    loop = LoopState(
-        rounds=7, errors=1, last_duration=0.012, last_success_at=NOW, started_at=NOW - 9000
-    )
+    loop = LoopState(rounds=7, errors=1, last_duration=0.012, last_success_at=NOW)
     return Published(
         host="gpu-01.example",
         version="0.1.0",

@@ -1,84 +1,16 @@
-"""The daemon's word to systemd, its history and its log."""
+"""The history that the daemon keeps."""
 
 from __future__ import annotations
 
 import json
-import socket
-import time
 from pathlib import Path
 
 import pytest
 
 from mic_supervisor.converge.events import Event
-from mic_supervisor.daemon import history
-from mic_supervisor.daemon.history import History, read
-from mic_supervisor.daemon.notify import Notifier
+from mic_supervisor.daemon import log
+from mic_supervisor.daemon.log import History, read
 from mic_supervisor.errors import MicError
-
-# --- systemd ------------------------------------------------------------------------------------
-
-
-class Ear:
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
-        self._socket.setblocking(False)
-
-    def heard(self) -> list[str]:
-        found = []
-        while True:
-            try:
-                found.append(self._socket.recv(65536).decode())
-            except BlockingIOError:
-                return found
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-def test_systemd_is_told_in_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ear = Ear(tmp_path / "notify")
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-    notifier = Notifier({"WATCHDOG_USEC": "30000000"})
-    assert notifier.watchdog == 30.0
-    notifier.ready()
-    notifier.reloading()
-    notifier.status("two\nlines")
-    notifier.status("two lines")
-    notifier.alive()
-    notifier.extend(15.0)
-    notifier.stopping()
-    heard = ear.heard()
-    ear.close()
-    state, _, since = heard.pop(1).partition("\n")
-    assert state == "RELOADING=1"
-    name, _, value = since.partition("=")
-    assert name == "MONOTONIC_USEC"
-    assert abs(int(value) / 1e6 - time.monotonic()) < 5
-    assert heard == [
-        "READY=1", "STATUS=two lines", "WATCHDOG=1", "EXTEND_TIMEOUT_USEC=15000000", "STOPPING=1",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {},
-        {"WATCHDOG_USEC": ""},
-        {"WATCHDOG_USEC": "soon"},
-        {"WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"},
-    ],
-)
-def test_nobody_asks_for_signs_of_life(
-    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    notifier = Notifier(environ)
-    assert notifier.watchdog is None
-    notifier.ready()  # and nothing is heard, and nothing fails
-
-
-# --- history ------------------------------------------------------------------------------------
 
 
 def event(number: int, kind: str = "phase") -> Event:
@@ -105,7 +37,7 @@ def test_half_a_surrogate_breaks_no_history(tmp_path: Path) -> None:
 
 
 def test_the_last_thousand_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "KEPT", 10)
+    monkeypatch.setattr(log, "KEPT", 10)
     path = tmp_path / "history.jsonl"
     found = History(path)
     for number in range(57):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.backends.registry import Registry, examples, recognise
-from mic_supervisor.config.draft import Draft, DraftGpu, DraftModel, render, scalar
 from mic_supervisor.config.load import load
+from mic_supervisor.takeover.draft import Draft, DraftGpu, DraftModel, render, scalar
 
 DRAFT = Draft(
     "A title,\n\nand more",

@@ -1,0 +1,408 @@
+"""Strict YAML, as a tree of plain values: what could be read in two ways is an error, and every
+value keeps its place.
+
+PyYAML's scanner and parser deliver events; the tree is built here, so that a repeated key, an alias
+or a bare `on` is reported instead of resolved, all of them in one pass, and so that depth and size
+have bounds. The scalar rules take YAML 1.1 and 1.2 together: a text that either of them reads as
+something else than text or a plain decimal number has to be quoted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+import yaml
+from yaml.events import (
+    AliasEvent,
+    CollectionStartEvent,
+    DocumentStartEvent,
+    MappingEndEvent,
+    MappingStartEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+)
+
+from mic_supervisor.config.diagnostics import At, Report, dotted, show
+from mic_supervisor.config.document import Place, composed
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(slots=True)
+class Entry:
+    """One `key: value` of a mapping; `span` is the key's, as a node's is."""
+
+    place: Place  # of the key
+    node: Node
+    span: tuple[int, int] = (0, 0)
+
+    @property
+    def path(self) -> str:
+        return self.node.path
+
+
+@dataclass(slots=True)
+class Node:
+    """A value and where it stands: its place in the file, its path in the document.
+
+    `sound` False: an error was already reported for it, and what is wrong with its value is a
+    consequence. `whole` False: an entry was left out of a map, since its key is none. `span` is
+    where it stands in `text`, quotes included; of a map or a list, only its beginning counts.
+    """
+
+    place: Place
+    path: str
+    value: Scalar | list[Node] | dict[str | int, Entry]
+    sound: bool = True
+    whole: bool = True
+    text: str = field(default="", repr=False)
+    span: tuple[int, int] = (0, 0)
+
+    @property
+    def entries(self) -> dict[str | int, Entry]:
+        """The entries of a mapping; empty for anything else."""
+        return self.value if isinstance(self.value, dict) else {}
+
+    @property
+    def branching(self) -> bool:
+        """Whether it is a map or a list."""
+        return isinstance(self.value, (dict, list))
+
+    def below(self) -> Iterator[Node]:
+        """The values of a map, the items of a list."""
+        if isinstance(self.value, list):
+            yield from self.value
+        for entry in self.entries.values():
+            yield entry.node
+
+    def moved(self, path: str) -> Node:
+        """The same, at another path of the document."""
+        if not isinstance(self.value, dict):
+            return replace(self, path=path)
+        moved: dict[str | int, Entry] = {
+            key: Entry(entry.place, entry.node.moved(dotted(path, str(key))))
+            for key, entry in self.value.items()
+        }
+        return replace(self, path=path, value=moved)
+
+    def plain(self) -> Any:
+        """The value as plain data; whole numbers as keys become text, nulls stay."""
+        if isinstance(self.value, dict):
+            return {str(key): entry.node.plain() for key, entry in self.value.items()}
+        if isinstance(self.value, list):
+            return [item.plain() for item in self.value]
+        return self.value
+
+    def places_of(self, mark: str) -> list[Place]:
+        """The place of each `mark` in a scalar's value, in order.
+
+        All are the scalar's own place where escapes hide the text's own form.
+        """
+        count = self.value.count(mark) if isinstance(self.value, str) else 0
+        start, end = self.span
+        parts = self.text[start:end].split(mark)
+        if len(parts) != count + 1:
+            return [self.place] * count
+        places = []
+        line, column = self.place.line, self.place.column
+        for part in parts[:-1]:
+            lines = part.count("\n")
+            column = len(part) - part.rindex("\n") if lines else column + len(part)
+            line += lines
+            places.append(Place(self.place.file, line, column))
+            column += len(mark)
+        return places
+
+
+# --- from text to a tree ------------------------------------------------------------------------
+
+MAX_NODES = 10_000
+MAX_DEPTH = 32
+MAX_SCALAR = 64 * 1024
+"""Characters of one text; Linux takes no argument or variable above 128 KiB (MAX_ARG_STRLEN)."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """What is left to be read, over all files of a configuration."""
+
+    nodes: int = MAX_NODES
+
+
+class _Stop(Exception):
+    """The file cannot be read any further; why has been reported."""
+
+
+def parse(text: str, file: str, report: Report, budget: Budget) -> Node | None:
+    """The document as a tree; None for an empty document, or after reporting what broke it.
+
+    `report.lines` must hold the file's lines, and `budget` is used up. Takes well under a second
+    for any text that `read_text` lets through.
+    """
+    loader: Any = yaml.SafeLoader(text)
+    try:
+        return _Builder(text, file, report, loader, budget).document()
+    except _Stop:
+        return None
+    except yaml.MarkedYAMLError as error:
+        opened = loader.marks[-1] if loader.flow_level and loader.marks else None
+        report_syntax_error(error, opened, file, report)
+        return None
+    except (ValueError, OverflowError):
+        # PyYAML lets chr() and int() fail on escapes and directives out of their range.
+        place = Place(file, loader.line + 1, loader.column + 1)
+        report.add(At(place), "an escape or a directive holds a number that is out of range")
+        return None
+    finally:
+        loader.dispose()
+
+
+class _Builder:
+    """Builds the tree of one document."""
+
+    def __init__(self, text: str, file: str, report: Report, loader: Any, budget: Budget) -> None:
+        self._text = text
+        self._file = file
+        self._report = report
+        self._loader = loader
+        self._budget = budget
+
+    def document(self) -> Node | None:
+        root = None
+        documents = 0
+        while self._loader.check_event():
+            event = self._loader.get_event()
+            if isinstance(event, DocumentStartEvent):
+                documents += 1
+                if documents > 1:
+                    self._stop(event, "a second document begins here: one file holds one document")
+            elif isinstance(event, (AliasEvent, ScalarEvent, CollectionStartEvent)):
+                root = self._node(event, "", 1)
+        if root is not None and root.value is None and root.span[0] == root.span[1]:
+            return None  # "---" and nothing else
+        return root
+
+    def _place(self, event: Any) -> Place:
+        mark = event.start_mark
+        return Place(self._file, mark.line + 1, mark.column + 1)
+
+    def _add(self, event: Any, path: str, message: str, hint: str | None = None) -> None:
+        self._report.add(At(self._place(event), path), message, hint=hint)
+
+    def _stop(self, event: Any, message: str) -> NoReturn:
+        self._add(event, "", message)
+        raise _Stop
+
+    def _node(self, event: Any, path: str, depth: int) -> Node:
+        self._budget.nodes -= 1
+        if self._budget.nodes < 0:
+            self._stop(event, f"cannot read on: more than {MAX_NODES} keys and values")
+        if depth > MAX_DEPTH:
+            self._stop(event, f"cannot read on: nested more than {MAX_DEPTH} deep")
+        node = Node(self._place(event), path, None, self._check_properties(event, path))
+        node.span = _span(event)
+        if isinstance(event, ScalarEvent):
+            self._scalar(event, node)
+        elif isinstance(event, MappingStartEvent):
+            node.value = self._mapping(node, depth)
+        elif isinstance(event, SequenceStartEvent):
+            node.value = self._sequence(path, depth)
+        return node
+
+    def _check_properties(self, event: Any, path: str) -> bool:
+        if isinstance(event, AliasEvent):
+            self._add(event, path, f"*{event.anchor}: aliases are not used here", "write it out")
+            return False
+        if event.anchor is not None:
+            self._add(event, path, f"&{event.anchor}: anchors are not used here", "remove it")
+        if event.tag is not None:
+            short = event.tag.replace("tag:yaml.org,2002:", "!!")
+            self._add(event, path, f"{short}: tags are not used here", "remove it")
+        return event.tag is None
+
+    def _scalar(self, event: Any, node: Node) -> None:
+        node.value, node.text = event.value, self._text
+        problem = hint = None
+        if len(event.value) > MAX_SCALAR:
+            node.value, problem = "", f"the text is longer than {MAX_SCALAR} characters"
+        elif event.style is None:
+            node.value, surprise = resolve(event.value)
+            if surprise is not None and node.sound:
+                problem, hint = surprise, "quote it if a text is meant"
+        elif "\0" in event.value or not _encodable(event.value):
+            node.value, problem = "", "the text holds a character that no program takes"
+        if problem is not None:
+            self._add(event, node.path, problem, hint)
+            node.sound = False
+
+    def _sequence(self, path: str, depth: int) -> list[Node]:
+        items: list[Node] = []
+        while not isinstance(event := self._loader.get_event(), SequenceEndEvent):
+            items.append(self._node(event, dotted(path, len(items)), depth + 1))
+        return items
+
+    def _mapping(self, mapping: Node, depth: int) -> dict[str | int, Entry]:
+        entries: dict[str | int, Entry] = {}
+        while not isinstance(event := self._loader.get_event(), MappingEndEvent):
+            key = self._key(event, mapping.path, depth)
+            mapping.whole = mapping.whole and key is not None
+            # Where a key is a map or a list, no map was meant: "{{ template }}".
+            mapping.sound = mapping.sound and isinstance(event, ScalarEvent)
+            path = dotted(mapping.path, "?" if key is None else str(key))
+            node = self._node(self._loader.get_event(), path, depth + 1)
+            if key in entries:
+                first = entries[key].place.line
+                self._add(event, path, f"stands here twice, first in line {first}")
+            elif key is not None:
+                entries[key] = Entry(self._place(event), node, _span(event))
+        return entries
+
+    def _key(self, event: Any, path: str, depth: int) -> str | int | None:
+        """The key, or None after reporting that it is none."""
+        if isinstance(event, ScalarEvent) and event.style is None and event.value == "<<":
+            self._add(event, path, "<<: merge keys are not used here", "write the keys out")
+            return None
+        node = self._node(event, path, depth + 1)
+        value = node.value
+        if isinstance(value, (dict, list)):
+            hint = None
+            if self._text.startswith("{{", max(0, event.start_mark.index - 1)):
+                hint = "quote a text that begins with a brace; there are no templates here"
+            self._add(event, path, "a key must be a text, not a map or a list", hint)
+        elif not node.sound:
+            pass  # it has been said
+        elif value is None:
+            self._add(event, path, "a key is missing before the ':'")
+        elif isinstance(value, (bool, float)):
+            self._add(event, path, f"the key {show(value)} must be a text", "quote it")
+        else:
+            return composed(value) if isinstance(value, str) else value
+        return None
+
+
+def _span(event: Any) -> tuple[int, int]:
+    return event.start_mark.index, event.end_mark.index
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, from an escape
+        return False
+    return True
+
+
+# --- what a parser's complaints mean, and which unquoted texts surprise -------------------------
+
+_WORDS = {
+    "mapping values are not allowed here": (
+        "a ':' that ends a key cannot stand here",
+        "quote the text that holds it, or check the indentation",
+    ),
+    "could not find expected ':'": ("a ':' is missing after this key", None),
+    "found character '\\t' that cannot start any token": (
+        "a tab cannot stand here",
+        "indent with spaces",
+    ),
+    "found unexpected end of stream": ("the quote that opens here is not closed", None),
+    "found unexpected document separator": ("the quote that opens here is not closed", None),
+    "expected <block end>, but found '<block mapping start>'": (
+        "this line is indented more than the one that it belongs to",
+        "give the keys of one map the same indentation",
+    ),
+    "expected <block end>, but found '<block sequence start>'": (
+        "this item is indented more than the one that it belongs to",
+        "give the items of one list the same indentation",
+    ),
+    "expected <block end>, but found '<scalar>'": (
+        "a text follows where the value had ended",
+        "quote the whole value",
+    ),
+    "expected <block end>, but found ':'": ("a key is missing before the ':'", None),
+    "expected <block end>, but found '-'": ("a list's item cannot stand here", None),
+}
+_FROM_START = {
+    "could not find expected ':'",
+    "found unexpected end of stream",
+    "found unexpected document separator",
+}
+_SPECIAL = re.compile(r"found character '(.)' that cannot start any token")
+
+
+def report_syntax_error(
+    error: yaml.MarkedYAMLError, opened: yaml.Mark | None, file: str, report: Report
+) -> None:
+    """`opened` is where the innermost bracket stands that was open when the parser gave up."""
+    problem = error.problem or "the text is not YAML"
+    mark = error.problem_mark or error.context_mark
+    if opened is not None and problem.endswith("'<stream end>'"):
+        message, hint = "the bracket that opens here is not closed", None
+        mark = opened
+    elif problem in _WORDS:
+        message, hint = _WORDS[problem]
+        if problem in _FROM_START:
+            mark = error.context_mark or mark
+    elif special := _SPECIAL.fullmatch(problem):
+        message, hint = f"a text cannot begin with {special[1]} unless it is quoted", "quote it"
+    else:
+        message, hint = problem.replace("'<stream end>'", "the end of the file"), None
+    line, column = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
+    lines = report.lines.get(file, [])
+    # Inside brackets a brace ends an unquoted text: "$" is one, and "{port}" no part of it.
+    if opened is not None and line <= len(lines) and lines[line - 1][column - 2 : column] == "${":
+        hint = 'inside brackets, quote a text that holds ${…}: "${port}"'
+    report.add(At(Place(file, line, column)), message, hint=hint)
+
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_DECIMAL = re.compile(r"-?(?:0|[1-9][0-9]{0,17})\.[0-9]{1,17}")
+_BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False}
+_BOOLEANS["FALSE"] = False
+
+# Each is read as something else than text by YAML 1.1 or 1.2; the words say what as.
+# Sources: yaml.org/type (bool, int, float, timestamp, value), YAML 1.2.2 chapter 10.3.
+_SURPRISES = [
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (r"y|Y|yes|Yes|YES|n|N|no|No|NO|on|On|ON|off|Off|OFF", "a truth value"),
+        (r"~|null|Null|NULL", "no value"),
+        (r"[-+]?0[0-9_]+|[-+]?0o[0-7_]+", "an octal number"),
+        (r"[-+]?0x[0-9a-fA-F_]+", "a hexadecimal number"),
+        (r"[-+]?0b[01_]+", "a binary number"),
+        (r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?", "a number to base 60"),
+        (r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "a number that is none"),
+        (
+            r"[0-9]{4}-[0-9][0-9]?-[0-9][0-9]?"
+            r"(?:(?:[Tt]|[ \t]+)[0-9][0-9]?:[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?"
+            r"(?:[ \t]*(?:Z|[-+][0-9][0-9]?(?::?[0-9]{2})?))?)?",
+            "a date",
+        ),
+        (r"=", "a default value"),
+        (r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?", "a number"),
+    )
+]
+
+
+def resolve(text: str) -> tuple[str | int | float | bool | None, str | None]:
+    """The value of an unquoted scalar, and what is surprising about it, None if nothing is.
+
+    An empty text is None. A surprising one keeps its text as its value.
+    """
+    if text == "":
+        return None, None
+    if text in _BOOLEANS:
+        return _BOOLEANS[text], None
+    if len(text) > 64:  # nothing that long is read as anything but text, and the rules stay cheap
+        return text, None
+    if _INTEGER.fullmatch(text):
+        return int(text), None
+    if _DECIMAL.fullmatch(text):
+        return float(text), None
+    for pattern, what in _SURPRISES:
+        if pattern.fullmatch(text):
+            return text, f"{text} is read as {what} by some YAML readers"
+    return text, None
