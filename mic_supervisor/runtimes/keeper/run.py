@@ -15,17 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mic_supervisor import clocks
-from mic_supervisor.errors import RuntimeRefused, StopFailed
+from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host.processes import Stat
 from mic_supervisor.model import Identity, ObservedWorkload, ProcessSpec
 from mic_supervisor.runtimes import checks
-from mic_supervisor.runtimes.identity import (
-    IDENTITY,
-    identity_of,
-    identity_variables,
-)
+from mic_supervisor.runtimes.identity import IDENTITY, identity_of, identity_variables
 from mic_supervisor.runtimes.keeper import program, records
 from mic_supervisor.runtimes.keeper.records import RUN_ID, Anchor, BadRecord, Record, machine
 
@@ -116,10 +114,7 @@ def _kill(
         empty = 0
         now = time.monotonic()
         if now >= give_up:
-            raise StopFailed(
-                f"cannot stop {record.name}: {_named(left)} survived KILL",
-                hint="where the kernel does not let go of it, only a restart of the machine helps",
-            )
+            raise checks.survived(record.name, _named(left))
         if now >= deadline:
             _signal(left.items(), signal.SIGKILL)
         elif record.keeper is None or not record.keeper.runs():
@@ -401,6 +396,6 @@ def _anchor(one: Stat) -> Anchor:
 
 def _working_dir(pid: int) -> str:
     try:
-        return os.readlink(f"/proc/{pid}/cwd")  # noqa: PTH115 - a magic link, not a path
-    except OSError:
+        return psutil.Process(pid).cwd()
+    except psutil.Error:
         return "/"

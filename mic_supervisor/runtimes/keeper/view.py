@@ -15,14 +15,7 @@ from pathlib import Path
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host.lock import lock_pids
-from mic_supervisor.model import (
-    Doubt,
-    Launch,
-    ObservedWorkload,
-    ProcessSpec,
-    RunState,
-    Stranger,
-)
+from mic_supervisor.model import Doubt, Launch, ObservedWorkload, ProcessSpec, RunState, Stranger
 from mic_supervisor.runtimes.identity import GivenName, in_doubt, unknown_identity
 from mic_supervisor.runtimes.keeper import records
 from mic_supervisor.runtimes.keeper.program import RECORD
@@ -168,7 +161,7 @@ class RecordsView:
                 )
         runs = {record.run_id for record, _ in read.good.values()}
         for run, (pid, instance) in known.others.items():
-            if run not in runs and Path(f"/proc/{pid}").exists():
+            if run not in runs and procfs.exists(pid):
                 reason = f"it was started for {instance}, and its record is gone"
                 strangers.append(Stranger(_RUNTIME, instance, f"PID {pid}", reason=reason))
         return tuple(workloads), tuple(strangers)

@@ -10,11 +10,12 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from mic_supervisor import clocks
-from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable, StopFailed
-from mic_supervisor.runtimes import checks
-from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, job_reason, variants
+from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable
+from mic_supervisor.runtimes import TIMED_OUT, checks
+from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, variants
 from mic_supervisor.runtimes.systemd.unit import (
     EXITED,
     SLICE,
@@ -57,6 +58,14 @@ _STEPS = {
     205: "its limits cannot be set",
     216: "its group does not exist",
     217: "its user does not exist",
+}
+
+# Results of a job, see JobRemoved in org.freedesktop.systemd1(5).
+_RESULTS = {
+    "canceled": "somebody else cancelled it",
+    "timeout": "it did not come up in time",
+    "dependency": "something that it depends on failed",
+    "collected": "systemd dropped the job",
 }
 
 
@@ -116,7 +125,8 @@ async def start(bus: Bus, name: str, properties: Sequence[Property]) -> None:
 def spawn_reason(failure: SpawnFailed) -> str:
     """Why, as far as PID 1 itself tells."""
     if failure.result != "failed":
-        return job_reason(failure.result)
+        told = f"systemd ended the job with “{failure.result}”"
+        return _RESULTS.get(failure.result, told)
     if failure.unit is None:
         return "systemd does not say why"
     return failure.step or end_reason(failure.unit) or "systemd does not say why"
@@ -188,10 +198,7 @@ async def _kill(bus: Bus, name: str, patience: float) -> None:
     give_up, again = _now() + patience, 0.0
     async for _, remains in _looks(bus, name, give_up):
         if _now() >= give_up:
-            raise StopFailed(
-                f"cannot stop {name}: {_named(remains)} survived KILL",
-                hint="where the kernel does not let go of it, only a restart of the machine helps",
-            )
+            raise checks.survived(name, _named(remains))
         if _now() >= again:
             await _signal(bus, name, "all", signal.SIGKILL)
             again = _now() + _KILL_PAUSE
@@ -287,9 +294,7 @@ def _now() -> float:
 # user nor see all that an instance sees. PID 1 runs the check as the instance's user, in its
 # directory, and ends whatever the check started.
 
-_MOST_OUTPUT = 4096  # bytes that are kept
 _END_TIMEOUT = 1.0  # seconds from TERM to KILL, and for the rest of the output
-_MARGIN = 5.0  # seconds beyond PID 1's own bound
 
 
 async def run_check(bus: Bus, unit: Unit, argv: tuple[str, ...], timeout: float) -> tuple[int, str]:
@@ -300,35 +305,36 @@ async def run_check(bus: Bus, unit: Unit, argv: tuple[str, ...], timeout: float)
     name = f"run-mic-check-{uuid.uuid4().hex[:16]}.service"
     # Looking up a user may take a while where a directory service is asked.
     properties = await asyncio.to_thread(_properties, unit, argv, timeout)
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    os.set_blocking(writer, True)
-    output = _Output(reader)
-    try:
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    output = bytearray()
+    with os.fdopen(reader, "rb", 0) as pipe:
+        reading = asyncio.create_task(_keep_beginning(pipe, output))
         try:
-            result = await bus.job(
-                *("StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail"),
-                *(variants(properties), []),
-                timeout=timeout + _END_TIMEOUT + _MARGIN,
-                descriptors=[writer],
-            )
+            try:
+                result = await bus.job(
+                    *("StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail"),
+                    *(variants(properties), []),
+                    timeout=timeout + _END_TIMEOUT + _JOB_MARGIN,
+                    descriptors=[writer],
+                )
+            finally:
+                os.close(writer)
+            code = 0 if result == "done" else _code(await bus.unit(name), result, argv)
+            # What a process outside of the unit holds open is not waited for.
+            await asyncio.wait([reading], timeout=_END_TIMEOUT)
         finally:
-            os.close(writer)
-        code = 0
-        if result != "done":
-            code = _code(await bus.unit(name), result, argv)
-        await output.rest(_END_TIMEOUT)
-    finally:
-        output.close()
-        # The last reference: PID 1 forgets it. It does so too when this connection ends.
-        with contextlib.suppress(Refused, Lost):
-            await bus.call("UnrefUnit", "s", name)
-    text = output.text()
-    return checks.timed_out(timeout, text) if code == checks.TIMED_OUT else (code, text)
+            reading.cancel()
+            await asyncio.wait([reading])
+            # The last reference: PID 1 forgets it. It does so too when this connection ends.
+            with contextlib.suppress(Refused, Lost):
+                await bus.call("UnrefUnit", "s", name)
+    text = output.decode(errors="replace").strip()
+    return checks.timed_out(timeout, text) if code == TIMED_OUT else (code, text)
 
 
 def _code(unit: Unit | None, result: str, argv: tuple[str, ...]) -> int:
     if unit is not None and unit.text("Result") == "timeout":
-        return checks.TIMED_OUT
+        return TIMED_OUT
     failure = SpawnFailed(unit, result)
     code = None if unit is None else exit_code(unit)
     if code is None or not failure.ran:
@@ -368,35 +374,14 @@ def _properties(unit: Unit, argv: tuple[str, ...], timeout: float) -> list[Prope
     ]
 
 
-class _Output:
-    """Reads a pipe on the running loop, and keeps the beginning of it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._kept = bytearray()
-        self._over = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(descriptor, self._read)
-
-    def _read(self) -> None:
-        try:
-            part = os.read(self._descriptor, 1 << 16)
-        except BlockingIOError:
-            return
-        if not part:
-            self._loop.remove_reader(self._descriptor)
-            self._over.set()
-        self._kept += part[: max(0, _MOST_OUTPUT - len(self._kept))]
-
-    async def rest(self, timeout: float) -> None:
-        """Until all was read; what a process outside of the unit holds open is not waited for."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self._over.wait()
-
-    def text(self) -> str:
-        return self._kept.decode(errors="replace").strip()
-
-    def close(self) -> None:
-        self._loop.remove_reader(self._descriptor)
-        os.close(self._descriptor)
+async def _keep_beginning(pipe: BinaryIO, kept: bytearray) -> None:
+    """Read a pipe to its end."""
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    try:
+        while part := await reader.read(1 << 16):
+            kept += part[: max(0, checks.MOST_OUTPUT - len(kept))]
+    finally:
+        transport.close()
