@@ -158,7 +158,7 @@ def process(mic: Mic, *more: str, **env: object) -> None:
 
 
 def row(mic: Mic) -> dict[str, Any]:
-    (found,) = mic("status", "--json").json()["instances"]
+    (found,) = mic.status()["instances"]
     return dict(found)
 
 

@@ -1,8 +1,10 @@
 """kill -9 of the supervisor, again and again, in the middle of what it does.
 
-Fifty times, most of them between the beginning and the end of an action, while the file changes.
-Seen from outside, all the time: no GPU has two holders, nothing is left over, and what did not
-change runs on as it was.
+Most of the kills come between the beginning and the end of an action, while the file changes. Seen
+from outside, all the time: no GPU has two holders, nothing is left over, and what did not change
+runs on as it was.
+
+KILLS in the environment sets how often. A change of the loop or of a runtime deserves 50.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from tests.support.waiting import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-KILLS = 50
-IN_FLIGHT = 30
-SECONDS = 400.0  # more rounds than KILLS are made where the aim was bad, but not for longer
+KILLS = int(os.environ.get("KILLS", "15"))
+IN_FLIGHT = KILLS * 3 // 5
+SECONDS = 8.0 * KILLS  # more rounds than KILLS are made where the aim was bad, but not for longer
 
 STEADY = {0: "c", 1: "p"}
 KEPT = [identity("c", 0), identity("p", 1)]
@@ -99,7 +101,7 @@ def in_flight(daemon: Daemon) -> bool:
     return any(count > 0 for count in open_.values())
 
 
-def test_fifty_kills_cost_no_instance(world: DaemonWorld) -> None:
+def test_kills_cost_no_instance(world: DaemonWorld) -> None:
     chance = random.Random(7)
     world.write({**STEADY, 2: "c", 3: "p"})
     world.mic.run(http=False)

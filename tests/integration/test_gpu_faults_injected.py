@@ -37,7 +37,7 @@ class World:
         self.daemon: Daemon = mic.run()
 
     def rows(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.mic("status", "--json").json()["instances"]
+        found: list[dict[str, Any]] = self.mic.status()["instances"]
         return sorted(found, key=lambda row: row["id"])
 
     def row(self, number: int) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class World:
         return [row["pid"] for row in self.rows()]
 
     def gpu(self, number: int) -> dict[str, Any]:
-        found: list[dict[str, Any]] = self.mic("status", "--json").json()["gpus"]
+        found: list[dict[str, Any]] = self.mic.status()["gpus"]
         return next(gpu for gpu in found if gpu["uuid"] == mock_uuid(number))
 
     def ready(self, *numbers: int) -> bool:

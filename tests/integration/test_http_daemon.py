@@ -308,11 +308,11 @@ def test_clients_cost_the_loop_neither_files_nor_time(world: Mic) -> None:
             client.sendall(b"GET / HTTP/1.1\r\nX: ")
         assert http(f"{world.url}/healthz").status == 200
         assert len([*files.iterdir()]) - before <= MAX_CONNECTIONS + 10
-        (pid,) = [row["pid"] for row in world("status", "--json").json()["instances"]]
+        (pid,) = [row["pid"] for row in world.status()["instances"]]
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
         until(
-            lambda: world("status", "--json").json()["instances"][0]["pid"] not in (pid, None),
+            lambda: world.status()["instances"][0]["pid"] not in (pid, None),
             "the restart",
         )
         assert time.monotonic() - began < 5

@@ -76,7 +76,7 @@ def gpus_of(mic: Mic) -> str:
 
 
 def rows(mic: Mic) -> dict[int, dict[str, Any]]:
-    found = mic("status", "--json").json()["instances"]
+    found = mic.status()["instances"]
     return {row["gpus"][0]["index"]: row for row in found}
 
 

@@ -59,7 +59,7 @@ def write(mic: Mic, gpus: str, *, settings: str = "", **options: str) -> None:
 
 
 def the_row(mic: Mic) -> dict[str, Any]:
-    (row,) = mic("status", "--json").json()["instances"]
+    (row,) = mic.status()["instances"]
     found: dict[str, Any] = row
     return found
 
