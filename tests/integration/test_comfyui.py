@@ -136,11 +136,11 @@ def test_without_time_for_it_the_queue_is_lost(comfy: Comfy) -> None:
     comfy.mic("apply", rc=0)
     row = comfy.rows()[0]
     own = comfy.own(row)
-    comfy.queue(row, 5.0, 5.0)
+    comfy.queue(row, 60.0, 60.0)
     comfy.write(gpu0="none")
     began = time.monotonic()
     assert "draining" not in comfy.mic("apply", rc=0).stdout
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 40.0
     assert finished(own) == []
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 import time
 from collections.abc import Iterator
 
@@ -25,6 +24,7 @@ from tests.integration.daemon_world import (
     identity,
     process,
 )
+from tests.integration.eye import Watcher
 from tests.support import scopes
 from tests.support.mic import Daemon
 from tests.support.waiting import until
@@ -46,42 +46,6 @@ def world(
     with daemon_world(tmp_path_factory.mktemp("killed"), engine) as made:
         made.models = {"p": process(), "c": container("stop_timeout: 2s")}
         yield made
-
-
-class Watcher:
-    """Looks at what runs, from outside, for as long as it is entered.
-
-    A process that is being replaced may be seen beside its successor by a look that takes a
-    moment; so what looks doubled is looked at again, and counts when it is doubled still.
-    """
-
-    def __init__(self, world: DaemonWorld) -> None:
-        self.looks = 0
-        self.doubled: list[str] = []
-        self._world = world
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> Watcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.05):
-            try:
-                self._world.marks()
-            except AssertionError:
-                try:
-                    self._world.marks()
-                except AssertionError as error:
-                    self.doubled.append(str(error))
-            except docker.errors.NotFound:
-                continue  # removed while it was looked at
-            self.looks += 1
 
 
 def in_flight(daemon: Daemon) -> bool:

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fcntl import ioctl
@@ -125,13 +124,11 @@ def gone(home: Home) -> bool:
 @pytest.mark.slow
 def test_once_plays_the_tour_and_leaves_nothing(home: Home, tmp_path: Path) -> None:
     log = tmp_path / "output"
-    began = time.monotonic()
     with log.open("wb") as output:
         process = start(home, "--once", output=output.fileno())
         rc = process.wait(120)
     text = log.read_text()
     assert rc == 0, text
-    assert time.monotonic() - began < 60, "an idle machine needs 15 s"
     assert gone(home)
     told = re.sub(r"/\S*mic-demo-\w+", "DIR", text)
     told = re.sub(r"\d+\.\d s", "N s", re.sub(r"127\.0\.0\.1:\d+", "HOST", told))

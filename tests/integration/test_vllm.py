@@ -16,7 +16,7 @@ from typing import Any
 import docker
 import pytest
 
-from tests.integration.job_world import World, world
+from tests.integration.job_world import World
 from tests.mock_nvml import MockGpu, MockNvml
 from tests.setup.steps import CHECKOUT
 from tests.support.mic import Mic
@@ -174,12 +174,6 @@ def image(engine: docker.APIClient, server_image: str) -> Iterator[str]:
         engine.remove_image(tag, force=True)
     finally:
         engine.remove_container(made, force=True)
-
-
-@pytest.fixture
-def job(tmp_path: Path, engine: docker.APIClient) -> Iterator[World]:
-    with world(tmp_path, engine) as made:
-        yield made
 
 
 @pytest.mark.engine
