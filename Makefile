@@ -9,9 +9,6 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-# Real processes on a shared machine miss a deadline now and then. Who fails twice in a row is wrong;
-# a first failure is shown as a rerun, and is worth a look.
-RERUNS ?= --reruns 1 -raR
 
 VENV := .venv/bin
 PYTEST := $(VENV)/python -m pytest $(PYTEST_ARGS)
@@ -24,8 +21,8 @@ help:  ## this list
 
 test: venv-test  ## everything: sets this machine up (root, Debian 12), then lint, types, unit, integration
 	$(VENV)/python -m tests.setup.machine
-	$(PYTEST) -n 2 $(RERUNS) tests/unit
-	$(PYTEST) -n 2 $(RERUNS) --dist loadscope tests/integration
+	$(PYTEST) -n 2 tests/unit
+	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder tests/integration
 
 check: venv-test  ## lint, types and unit tests but the slow ones: under a minute, no root, no Docker
 	$(PYTEST) -n 2 -m "not slow" tests/unit

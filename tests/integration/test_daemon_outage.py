@@ -31,7 +31,7 @@ from tests.support.waiting import until
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 IMAGE = "mic-test/busybox:1"
-AWAY = 6.0  # seconds
+AWAY = 3.0  # seconds; the daemon looks every second
 C0, C1, P2, P3 = identity("c", 0), identity("c", 1), identity("p", 2), identity("p", 3)
 
 

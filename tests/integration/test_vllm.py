@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,14 +132,12 @@ def test_what_is_in_flight_is_waited_for(mic: Mic) -> None:
     url = row["endpoints"]["http"]
     put(url, "/metrics", GAUGES.format("1.0"))
     write(mic, "0: none", runtime="process", drain_timeout="30s")
-    done: list[Any] = []
-    apply = threading.Thread(target=lambda: done.append(mic("apply")))
-    apply.start()
-    time.sleep(2.0)
-    assert apply.is_alive() and runs(row["pid"])
+    apply = mic.start("apply")
+    until(lambda: "draining" in apply.text(), "the wait")
+    time.sleep(1.0)  # it asks four times a second
+    assert apply.process.poll() is None and runs(row["pid"])
     put(url, "/metrics", GAUGES.format("0.0"))
-    apply.join(15)
-    assert done[0].rc == 0 and "draining" in done[0].stdout
+    assert apply.process.wait(15) == 0
     assert not runs(row["pid"])
 
 

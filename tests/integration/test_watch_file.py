@@ -78,8 +78,9 @@ def byte_by_byte(config: Path, text: str) -> None:
 def with_pauses(config: Path, text: str) -> None:
     """Halves of it are read, however patient the reader."""
     with config.open("w") as file:
-        for part in text.splitlines(keepends=True):
-            file.write(part)
+        lines = text.splitlines(keepends=True)
+        for first in range(0, len(lines), 3):
+            file.writelines(lines[first : first + 3])
             file.flush()
             time.sleep(0.4)
 
