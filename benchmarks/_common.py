@@ -107,6 +107,6 @@ def judge(*targets: Target) -> None:
     for name, value, most, unit in targets:
         missed |= value > most
         word = "missed" if value > most else "met"
-        print(f"{name} {value:.2f}{unit}, target {most:g}{unit} or less: {word}")
+        print(f"{name} {value:.3g}{unit}, target {most:g}{unit} or less: {word}")
     if missed:
         sys.exit(1)
