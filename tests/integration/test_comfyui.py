@@ -14,21 +14,13 @@ import pytest
 
 from tests.support.comfyui.world import Comfy
 from tests.support.mic import Mic
+from tests.support.scopes import runs
 from tests.support.waiting import until
 
 
 @pytest.fixture
 def comfy(mic: Mic, tmp_path: Path) -> Comfy:
     return Comfy(mic, tmp_path / "ComfyUI")
-
-
-def runs(pid: int) -> bool:
-    """Whether it does more than wait to be reaped by somebody who is not ours."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 # --- starting -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from tests.integration.job_world import World
 from tests.mock_nvml import MockGpu, MockNvml
 from tests.setup.steps import CHECKOUT
 from tests.support.mic import Mic
+from tests.support.scopes import runs
 from tests.support.waiting import http, until
 
 PROGRAM = CHECKOUT / "tests" / "support" / "vllm" / "vllm"
@@ -27,15 +28,6 @@ GAUGES = (
     'vllm:num_requests_running{{engine="0",model_name="Qwen/Qwen3-8B"}} {0}\n'
     'vllm:num_requests_waiting{{engine="0",model_name="Qwen/Qwen3-8B"}} 0.0\n'
 )
-
-
-def runs(pid: int) -> bool:
-    """Whether it does more than wait to be reaped by somebody who is not ours."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 @pytest.fixture
