@@ -1,4 +1,4 @@
-"""What the measurements share: a world with containers, alternating runs, a table."""
+"""What the measurements share: a world with containers, alternating runs, tables, targets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import docker
 from docker.errors import DockerException, ImageNotFound
@@ -73,3 +74,39 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         print("  ".join((first, *others)).rstrip())
+
+
+def times(title: str, taken: Mapping[str, Sequence[float]], base: float, ratio: str) -> None:
+    """A table of what each took, in seconds; `ratio` heads the median's share of `base`."""
+    table(
+        title,
+        ("", "median", "least", "most", ratio),
+        [
+            (
+                name,
+                *(f"{value * 1000:.0f} ms" for value in (median(values), min(values), max(values))),
+                f"{median(values) / base:.2f}",
+            )
+            for name, values in taken.items()
+        ],
+    )
+
+
+class Target(NamedTuple):
+    """`name` may be `most` at most; both are in `unit`."""
+
+    name: str
+    value: float
+    most: float
+    unit: str = ""
+
+
+def judge(*targets: Target) -> None:
+    """Prints which targets were met. Exits with 1 where one was missed."""
+    missed = False
+    for name, value, most, unit in targets:
+        missed |= value > most
+        word = "missed" if value > most else "met"
+        print(f"{name} {value:.3g}{unit}, target {most:g}{unit} or less: {word}")
+    if missed:
+        sys.exit(1)

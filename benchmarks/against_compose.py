@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks._common import alternating, installed, machine, median, table
+from benchmarks._common import Target, alternating, installed, judge, machine, median, times
 from tests.integration.job_world import web
 from tests.setup.peers import compose
 from tests.setup.steps import Missing
@@ -75,33 +74,13 @@ def main(tries: int) -> None:
         finally:
             daemon.stop()
     base = median(taken["docker compose up -d"])
-    table(
-        f"Nothing to do, 8 running containers, {tries} tries each",
-        ("", "median", "least", "most", "ratio"),
-        [
-            (
-                name,
-                f"{median(values) * 1000:.0f} ms",
-                f"{min(values) * 1000:.0f} ms",
-                f"{max(values) * 1000:.0f} ms",
-                f"{median(values) / base:.2f}",
-            )
-            for name, values in taken.items()
-        ],
-    )
+    times(f"Nothing to do, 8 running containers, {tries} tries each", taken, base, "ratio")
     through = max(median(taken[f"{one}, through a daemon"]) / base for one in ("plan", "status"))
     alone = median(taken["plan, without a daemon"])
-    print(
-        textwrap.dedent(
-            f"""\
-            through a daemon {through:.2f} of Compose, target {TARGET}: {_met(through <= TARGET)}
-            without one {alone:.2f} s, target {ALONE} s: {_met(alone <= ALONE)}"""
-        )
+    judge(
+        Target("through a daemon, of Compose's time", through, TARGET),
+        Target("without a daemon", alone, ALONE, " s"),
     )
-
-
-def _met(yes: bool) -> str:
-    return "met" if yes else "missed"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import psutil
 
-from benchmarks._common import machine, table
+from benchmarks._common import Target, judge, machine, table
 from mic_supervisor.demo import server
 from tests.integration.job_world import World, web
 from tests.support.waiting import until
@@ -65,6 +65,15 @@ def main(seconds: float) -> None:
             (name, f"{used.processor:.2f} %", f"{used.memory:.0f} MiB", f"{used.threads:.0f}")
             for name, used in [*found.items(), ("target, at most", TARGET)]
         ],
+    )
+    judge(
+        *(
+            Target(f"{name}: {what}", value, most, unit)
+            for name, used in found.items()
+            for what, value, most, unit in zip(
+                ("of a core", "memory", "threads"), used, TARGET, (" %", " MiB", ""), strict=True
+            )
+        )
     )
 
 

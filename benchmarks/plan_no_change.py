@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks._common import alternating, installed, machine, median, table
+from benchmarks._common import Target, alternating, installed, judge, machine, median, times
 from tests.integration.job_world import LABEL, web
 from tests.support.mic import PROGRAM
 
@@ -60,22 +60,9 @@ def main(tries: int) -> None:
             },
         )
     base = median(taken["Docker SDK, one list"])
-    table(
-        f"A plan without changes, 8 running containers, {tries} tries each",
-        ("", "median", "least", "most", "ratio"),
-        [
-            (
-                name,
-                f"{median(values) * 1000:.0f} ms",
-                f"{min(values) * 1000:.0f} ms",
-                f"{max(values) * 1000:.0f} ms",
-                f"{median(values) / base:.2f}",
-            )
-            for name, values in taken.items()
-        ],
-    )
-    ratio = median(taken["mic-supervisor plan"]) / base
-    print(f"ratio {ratio:.2f}, target {TARGET} or less: {'met' if ratio <= TARGET else 'missed'}")
+    title = f"A plan without changes, 8 running containers, {tries} tries each"
+    times(title, taken, base, "ratio")
+    judge(Target("ratio", median(taken["mic-supervisor plan"]) / base, TARGET))
 
 
 if __name__ == "__main__":

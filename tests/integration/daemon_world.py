@@ -78,6 +78,11 @@ class DaemonWorld:
         self.models |= models
         self.mic.write(self.text(gpus))
 
+    @property
+    def drop_ins(self) -> Path:
+        """The directory of drop-ins; a test makes it."""
+        return self.mic.config.with_name("gpus.yaml.d")
+
     # --- what the daemon says ---------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:

@@ -1,35 +1,35 @@
-"""Sees from outside which processes hold which GPU: in /proc, not by what an engine lists."""
+"""Sees from outside which runs hold which GPU, again and again while a test does something."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Self
 
-from tests.integration.daemon_world import start_time
+import docker
+
+from tests.integration.daemon_world import DaemonWorld, start_time
 
 Run = tuple[int, int]
 """PID, and the kernel's start time of it."""
 
 
-class Eye:
-    """Looks every 50 ms, for as long as it is entered, at every process of some scope.
+class _Watch:
+    """Looks every 50 ms, for as long as it is entered.
 
-    A model has to say what it holds in its environment: `HOLDS: "${gpu_uuids}"`. Of a tree of
-    processes the first counts. `doubled` is what two looks in a row found held twice.
+    What looks doubled is looked at again, and counts when it is doubled still: one that was ending
+    while it was looked at is gone from the second look. `looks` is how many there were.
     """
 
     PAUSE = 0.05
 
-    def __init__(self, marker: str) -> None:
-        """`marker` stands in the environment of all that counts: `SCOPE=test-1`."""
+    def __init__(self) -> None:
         self.looks = 0
-        self.runs: set[Run] = set()
         self.doubled: list[str] = []
-        self._marker = marker.encode()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
-    def __enter__(self) -> Eye:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -39,17 +39,59 @@ class Eye:
 
     def _watch(self) -> None:
         while not self._over.wait(self.PAUSE):
-            first = self.holders()
+            self.doubled += self._look()
             self.looks += 1
-            self.runs |= {run for runs in first.values() for run in runs}
-            if all(len(runs) == 1 for runs in first.values()):
-                continue
-            # One that was ending while it was looked at is gone from the second look.
-            second = self.holders()
-            for gpu, runs in first.items():
-                both = runs & second.get(gpu, set())
-                if len(both) > 1:
-                    self.doubled.append(f"{gpu}: {sorted(both)}")
+
+    def _look(self) -> list[str]:
+        """What is doubled."""
+        raise NotImplementedError
+
+
+class Watcher(_Watch):
+    """Sees what a world says that runs: no instance twice, and no GPU of two."""
+
+    def __init__(self, world: DaemonWorld) -> None:
+        super().__init__()
+        self._world = world
+
+    def _look(self) -> list[str]:
+        try:
+            if self._twice() is not None:
+                again = self._twice()
+                return [again] if again is not None else []
+        except docker.errors.NotFound:
+            pass  # removed while it was looked at
+        return []
+
+    def _twice(self) -> str | None:
+        try:
+            self._world.marks()
+        except AssertionError as error:
+            return str(error)
+        return None
+
+
+class Eye(_Watch):
+    """Sees every process of some scope.
+
+    A model has to say what it holds in its environment: `HOLDS: "${gpu_uuids}"`. Of a tree of
+    processes the first counts.
+    """
+
+    def __init__(self, marker: str) -> None:
+        """`marker` stands in the environment of all that counts: `SCOPE=test-1`."""
+        super().__init__()
+        self.runs: set[Run] = set()
+        self._marker = marker.encode()
+
+    def _look(self) -> list[str]:
+        first = self.holders()
+        self.runs |= {run for runs in first.values() for run in runs}
+        if all(len(runs) == 1 for runs in first.values()):
+            return []
+        second = self.holders()
+        both = {gpu: runs & second.get(gpu, set()) for gpu, runs in first.items()}
+        return [f"{gpu}: {sorted(runs)}" for gpu, runs in both.items() if len(runs) > 1]
 
     def holders(self) -> dict[str, set[Run]]:
         """By GPU, the runs that hold it."""

@@ -111,7 +111,7 @@ class World:
 
     def instances(self) -> dict[str, dict[str, Any]]:
         """`status --json`, by instance."""
-        return {row["id"]: row for row in self.status()["instances"]}
+        return {row["id"]: row for row in self.mic.status()["instances"]}
 
     def unchanged(self) -> None:
         """Fails unless plan finds nothing to do."""

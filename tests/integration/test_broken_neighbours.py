@@ -11,19 +11,11 @@ from pathlib import Path
 import docker
 import pytest
 
-from tests.integration.job_world import World, lines_of, outcome, web, world
+from tests.integration.job_world import World, lines_of, outcome, web
 from tests.support import scopes
 from tests.support.waiting import http, until
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture
-def job(
-    tmp_path_factory: pytest.TempPathFactory, engine: docker.APIClient, busybox_image: str
-) -> Iterator[World]:
-    with world(tmp_path_factory.mktemp("job"), engine) as made:
-        yield made
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ P = identity("p", 1)
 @pytest.fixture
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonWorld]:
     with daemon_world(tmp_path_factory.mktemp("records"), None) as made:
+        made.mic.env["MIC_RESYNC"] = "300ms"
         made.models = {"p": process(), "q": process("limits: {nofile: 512}")}
         made.write({1: "p"})
         yield made
@@ -78,7 +78,6 @@ def test_a_daemon_has_every_damaged_record_back(world: DaemonWorld) -> None:
         world.settled(P)
         assert world.rows()[P]["pid"] == pid
         assert world.marks() == before
-        time.sleep(1.2)  # so that the events have seen it good, and tell of the next at once
     daemon.stop()
     assert world.marks() == before
 

@@ -48,7 +48,7 @@ def test_a_container_that_exits_at_once(good: World) -> None:
     good.write({0: "a", 3: "good"}, a=server(EXIT_UNLESS="/never", EXIT_CODE=7))
     begun = time.monotonic()
     done = good.mic("apply", rc=3)
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 50  # a start may take 60 s
     assert outcome(done.stdout) == (
         "backoff    a-51000000  GPU 0  backoff: it exited with 7\n"
         f"{GOOD}Apply: 1 as desired, 1 not.\n"
@@ -197,7 +197,7 @@ def test_a_stop_that_ignores_sigterm_ends_with_kill(good: World) -> None:
     good.write({0: "a", 3: "good"}, a=web("stop_timeout: 1s"))
     begun = time.monotonic()
     good.apply()
-    assert 1 < time.monotonic() - begun < 12
+    assert 1 < time.monotonic() - begun < 28  # and not 30 s, as without `stop_timeout`
     state = good.engine.inspect_container(ref)["State"]
     assert (state["Running"], state["ExitCode"]) == (False, 137)
     assert "ignoring SIGTERM" in good.mic("logs", "--previous", "a-51000000", rc=0).stdout

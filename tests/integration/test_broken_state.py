@@ -8,29 +8,17 @@ import pwd
 import re
 import subprocess
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-import docker
 import pytest
 
-from tests.integration.job_world import World, gated, progress, web, world
+from tests.integration.job_world import World, gated, progress, web
 from tests.support.mic import PROGRAM, Result
 from tests.support.require import program
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture
-def job(
-    tmp_path_factory: pytest.TempPathFactory,
-    engine: docker.APIClient,
-    busybox_image: str,
-) -> Iterator[World]:
-    with world(tmp_path_factory.mktemp("job"), engine) as made:
-        yield made
 
 
 def kept(job: World, name: str) -> Path:

@@ -14,21 +14,13 @@ import pytest
 
 from tests.support.comfyui.world import Comfy
 from tests.support.mic import Mic
+from tests.support.scopes import runs
 from tests.support.waiting import until
 
 
 @pytest.fixture
 def comfy(mic: Mic, tmp_path: Path) -> Comfy:
     return Comfy(mic, tmp_path / "ComfyUI")
-
-
-def runs(pid: int) -> bool:
-    """Whether it does more than wait to be reaped by somebody who is not ours."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 # --- starting -----------------------------------------------------------------------------------
@@ -136,11 +128,11 @@ def test_without_time_for_it_the_queue_is_lost(comfy: Comfy) -> None:
     comfy.mic("apply", rc=0)
     row = comfy.rows()[0]
     own = comfy.own(row)
-    comfy.queue(row, 5.0, 5.0)
+    comfy.queue(row, 60.0, 60.0)
     comfy.write(gpu0="none")
     began = time.monotonic()
     assert "draining" not in comfy.mic("apply", rc=0).stdout
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 40.0
     assert finished(own) == []
 
 

@@ -280,7 +280,7 @@ def test_clients_that_go_stall_or_never_read(world: DaemonWorld) -> None:
     deaf.sendall(apply)
     began = time.monotonic()
     assert world.mic.ask("status")["result"]["instances"]
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5  # a client that says nothing is given 10 s
     # What the first one asked for is done although he did not wait for it.
     world.settled(P0, P1, C2, identity("s", 3))
     for connection in [*stalled, deaf]:

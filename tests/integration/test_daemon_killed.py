@@ -1,15 +1,16 @@
 """kill -9 of the supervisor, again and again, in the middle of what it does.
 
-Fifty times, most of them between the beginning and the end of an action, while the file changes.
-Seen from outside, all the time: no GPU has two holders, nothing is left over, and what did not
-change runs on as it was.
+Most of the kills come between the beginning and the end of an action, while the file changes. Seen
+from outside, all the time: no GPU has two holders, nothing is left over, and what did not change
+runs on as it was.
+
+KILLS in the environment sets how often. A change of the loop or of a runtime deserves 50.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import threading
 import time
 from collections.abc import Iterator
 
@@ -23,15 +24,16 @@ from tests.integration.daemon_world import (
     identity,
     process,
 )
+from tests.integration.eye import Watcher
 from tests.support import scopes
 from tests.support.mic import Daemon
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-KILLS = 50
-IN_FLIGHT = 30
-SECONDS = 400.0  # more rounds than KILLS are made where the aim was bad, but not for longer
+KILLS = int(os.environ.get("KILLS", "15"))
+IN_FLIGHT = KILLS * 3 // 5
+SECONDS = 8.0 * KILLS  # more rounds than KILLS are made where the aim was bad, but not for longer
 
 STEADY = {0: "c", 1: "p"}
 KEPT = [identity("c", 0), identity("p", 1)]
@@ -44,42 +46,6 @@ def world(
     with daemon_world(tmp_path_factory.mktemp("killed"), engine) as made:
         made.models = {"p": process(), "c": container("stop_timeout: 2s")}
         yield made
-
-
-class Watcher:
-    """Looks at what runs, from outside, for as long as it is entered.
-
-    A process that is being replaced may be seen beside its successor by a look that takes a
-    moment; so what looks doubled is looked at again, and counts when it is doubled still.
-    """
-
-    def __init__(self, world: DaemonWorld) -> None:
-        self.looks = 0
-        self.doubled: list[str] = []
-        self._world = world
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> Watcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.05):
-            try:
-                self._world.marks()
-            except AssertionError:
-                try:
-                    self._world.marks()
-                except AssertionError as error:
-                    self.doubled.append(str(error))
-            except docker.errors.NotFound:
-                continue  # removed while it was looked at
-            self.looks += 1
 
 
 def in_flight(daemon: Daemon) -> bool:
@@ -99,7 +65,7 @@ def in_flight(daemon: Daemon) -> bool:
     return any(count > 0 for count in open_.values())
 
 
-def test_fifty_kills_cost_no_instance(world: DaemonWorld) -> None:
+def test_kills_cost_no_instance(world: DaemonWorld) -> None:
     chance = random.Random(7)
     world.write({**STEADY, 2: "c", 3: "p"})
     world.mic.run(http=False)

@@ -31,7 +31,7 @@ from tests.support.waiting import until
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 IMAGE = "mic-test/busybox:1"
-AWAY = 6.0  # seconds
+AWAY = 3.0  # seconds; the daemon looks every second
 C0, C1, P2, P3 = identity("c", 0), identity("c", 1), identity("p", 2), identity("p", 3)
 
 
@@ -146,7 +146,7 @@ def test_an_engine_that_is_away(
     while time.monotonic() - gone < AWAY:
         began = time.perf_counter()
         phases = world.phases()
-        assert time.perf_counter() - began < 1
+        assert time.perf_counter() - began < 4  # an engine that is given up is so after 15 s
         assert phases[P2] == "unprobed"
         assert sorted(phases) == sorted([C0, C1, P2])
         assert "restart" not in phases[C0] + phases[C1]

@@ -49,13 +49,13 @@ def world(
 
 
 def answers_at_once(world: DaemonWorld) -> None:
-    """The best of several: a machine that is busy with other tests delays any of them."""
+    """In the middle of several: whoever waited for what hangs would take seconds each time."""
     taken = []
     for _ in range(10):
         began = time.perf_counter()
         assert world.mic.ask("status")["result"]["instances"]
         taken.append(time.perf_counter() - began)
-    assert sorted(taken)[len(taken) // 2] < 0.1, taken
+    assert sorted(taken)[len(taken) // 2] < 1, taken
 
 
 def up_soon(world: DaemonWorld, name: str) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from docker import APIClient
 
 from mic_supervisor.errors import (
     PreflightFailed,
@@ -31,15 +30,6 @@ from tests.integration.docker_world import (
 )
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture
-def world(engine: APIClient, busybox_image: str, scope: str) -> Iterator[World]:
-    """`scope` removes what the test leaves."""
-    assert busybox_image == IMAGE
-    world = World(scope)
-    yield world
-    world.runtime.close()
 
 
 class Registry:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from docker import APIClient
 
 from mic_supervisor.errors import (
     PreflightFailed,
@@ -30,15 +29,6 @@ from tests.integration.docker_world import (
 )
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture
-def world(engine: APIClient, busybox_image: str, scope: str) -> Iterator[World]:
-    """`scope` removes what the test leaves."""
-    assert busybox_image == IMAGE
-    world = World(scope)
-    yield world
-    world.runtime.close()
 
 
 def test_a_missing_program_is_found_before_anything_starts(world: World) -> None:

@@ -211,7 +211,7 @@ def test_a_daemon_that_starts_again_tells_nobody_what_is_known(mic: Mic, hook: P
     until(lambda: mic("status", rc=None).rc == 0, "it to be ready again")
     time.sleep(1)
     assert len(told(hook)) == count
-    pid = mic("status", "--json").json()["instances"][0]["pid"]
+    pid = mic.status()["instances"][0]["pid"]
     subprocess.run(["kill", "-9", str(pid)], check=True)
     until(lambda: len(told(hook)) >= count + 2, "that it was gone and is back")
     assert told(hook)[-1] == ["a-51000000"]

@@ -31,7 +31,7 @@ def nvml(tmp_path: Path, mic: Mic) -> MockNvml:
 
 def pid_of(mic: Mic) -> int:
     def running() -> int | None:
-        rows = mic("status", "--json").json()["instances"]
+        rows = mic.status()["instances"]
         return next((row["pid"] for row in rows if row["phase"] == "unprobed"), None)
 
     return until(running, "the instance") or 0
@@ -87,7 +87,7 @@ def test_a_library_that_never_fitted_does_not_end_the_daemon(mic: Mic, nvml: Moc
     nvml.break_library(18)
     mic.write(ENTRY)
     daemon = mic.run()
-    (gpu,) = {row["reason"] for row in mic("status", "--json").json()["instances"]} or {""}
+    (gpu,) = {row["reason"] for row in mic.status()["instances"]} or {""}
     assert "differ in version" in gpu
     assert daemon.process.poll() is None
     assert daemon.stop() == 0

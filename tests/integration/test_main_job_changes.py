@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import docker
 import pytest
 
-from tests.integration.job_world import LABEL, World, masked, outcome, progress, web, world
+from tests.integration.job_world import LABEL, World, gated, masked, outcome, progress, web, world
 from tests.support.waiting import http, until
 
 pytestmark = pytest.mark.engine
@@ -377,3 +377,14 @@ def test_instances_per_gpu_changes_in_place(job: World, triton_image: str) -> No
     job.apply()
     assert job.runs() == before
     job.unchanged()
+
+
+def test_one_that_is_slow_delays_no_other(two: World) -> None:
+    gate = two.gate()
+    two.write({0: "a", 1: "b", 2: "slow", 3: "c"}, slow=gated(gate), c=web())
+    apply = two.mic.start("apply")
+    until(lambda: "c-51000003: ready" in apply.text(), "the other one")
+    assert "slow-51000002: ready" not in apply.text()
+    (gate / "go").touch()
+    assert apply.process.wait(30) == 0
+    assert "slow-51000002: ready" in apply.text()

@@ -47,7 +47,7 @@ def machine(mic: Mic, request: pytest.FixtureRequest) -> Mic:
 
 
 def rows(mic: Mic) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in mic("status", "--json").json()["instances"]}
+    return {row["id"]: row for row in mic.status()["instances"]}
 
 
 def pids(mic: Mic) -> dict[str, int | None]:

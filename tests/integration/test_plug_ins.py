@@ -89,7 +89,7 @@ def write(mic: Mic, program: Path, path: Path, gpus: str, more: str = "") -> Non
 
 
 def rows(mic: Mic) -> dict[int, dict[str, Any]]:
-    found = mic("status", "--json").json()["instances"]
+    found = mic.status()["instances"]
     return {row["gpus"][0]["index"]: row for row in found}
 
 
@@ -209,7 +209,7 @@ def test_one_that_is_gone_takes_nothing_of_others_with_it(
     daemon.stop()
     del mic.env["PYTHONPATH"]
     mic.run()
-    status = mic("status", "--json").json()
+    status = mic.status()
     assert "models.echo.backend: unknown backend 'mlserver'" in status["config"]["error"]
     os.kill(before[1]["pid"], signal.SIGKILL)
     until(lambda: rows(mic)[1]["restarts"] == 1, "the other one to be restarted")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import docker
 import pytest
 
-from tests.integration.job_world import World, masked, outcome, progress, server, web, world
+from tests.integration.job_world import World, masked, outcome, progress, server, web
 from tests.support.waiting import http, until
 
 pytestmark = pytest.mark.engine
@@ -15,17 +12,6 @@ pytestmark = pytest.mark.engine
 WHY = "the new specification failed (it exited with 3)"
 HINT = "    hint: change the file, or: mic-supervisor retry\n"
 BAD = server(EXIT_UNLESS="/never", EXIT_CODE=3)
-
-
-@pytest.fixture
-def job(
-    tmp_path_factory: pytest.TempPathFactory,
-    engine: docker.APIClient,
-    busybox_image: str,
-    server_image: str,
-) -> Iterator[World]:
-    with world(tmp_path_factory.mktemp("job"), engine) as made:
-        yield made
 
 
 def test_a_roll_out_halts_where_the_first_one_failed(job: World) -> None:

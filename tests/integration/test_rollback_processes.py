@@ -48,7 +48,7 @@ def alone(mic: Mic) -> Mic:
 
 
 def row(mic: Mic, index: int = 0) -> dict[str, Any]:
-    found: dict[str, Any] = mic("status", "--json").json()["instances"][index]
+    found: dict[str, Any] = mic.status()["instances"][index]
     return found
 
 

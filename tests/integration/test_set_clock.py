@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,18 @@ SECOND = f'{sys.executable}, -B, {SERVER}, --port, "${{port}}"'
 HANGS = '/bin/sleep, "100000"'
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[tuple[DaemonWorld, SetClock]]:
-    clock = SetClock(tmp_path)
-    with daemon_world(tmp_path, None, gpus=1) as found:
+@contextmanager
+def clocked(home: Path) -> Iterator[tuple[DaemonWorld, SetClock]]:
+    clock = SetClock(home)
+    with daemon_world(home, None, gpus=1) as found:
         found.mic.env |= {**clock.env(), "MIC_RESYNC": "1s"}
         yield found, clock
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[tuple[DaemonWorld, SetClock]]:
+    with clocked(tmp_path) as made:
+        yield made
 
 
 def row(world: DaemonWorld) -> dict[str, Any]:
@@ -116,12 +124,28 @@ def test_a_start_that_hangs_is_given_up_in_its_budget_and_rolled_back(
     until(lambda: row(daemon)["serving"], "the last good one to serve", timeout=40)
 
 
-@pytest.mark.parametrize("jump", [-HOUR, HOUR], ids=["set back", "set forward"])
-@pytest.mark.parametrize("restart", [False, True], ids=["daemon stays", "daemon restarts"])
-def test_a_backoff_neither_ends_nor_lasts_longer(
-    world: tuple[DaemonWorld, SetClock], jump: int, restart: bool
-) -> None:
-    daemon, clock = world
+def test_a_backoff_neither_ends_nor_lasts_longer(tmp_path: Path) -> None:
+    """Set back and forward, while the daemon stays and while it restarts: side by side, since each
+    waits for the end of a backoff.
+    """
+    cases = [(jump, restart) for jump in (-HOUR, HOUR) for restart in (False, True)]
+
+    def play(number: int) -> None:
+        jump, restart = cases[number]
+        home = tmp_path / str(number)
+        home.mkdir()
+        try:
+            with clocked(home) as (daemon, clock):
+                wait_for_a_backoff(daemon, clock, jump, restart)
+        except BaseException as error:
+            error.add_note(f"set by {jump} s; the daemon {'restarts' if restart else 'stays'}")
+            raise
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        list(pool.map(play, range(len(cases))))
+
+
+def wait_for_a_backoff(daemon: DaemonWorld, clock: SetClock, jump: int, restart: bool) -> None:
     clock.set(-jump)
     daemon.write({0: "face"}, face=model(FIRST, EXIT_AFTER="0"))
     daemon.mic.run()
@@ -132,16 +156,18 @@ def test_a_backoff_neither_ends_nor_lasts_longer(
         return at - clock.now() if at is not None else 0.0
 
     until(lambda: left() > 9, "a wait of 10 s", timeout=60)
-    until(lambda: left() < 8, "a part of it to be over")
     tries = len(said(daemon, "begin"))
-    began = time.monotonic()
+    until(lambda: left() < 8, "a part of it to be over")
+    due = time.monotonic() + left()
     if restart:
         daemon.mic.daemons[-1].stop()
     clock.set(0)
     if restart:
         daemon.mic.run()
     until(lambda: abs(metric(daemon, "mic_model_next_retry") - clock.now()) < 30, "its time")
-    assert len(said(daemon, "begin")) == tries
-    assert left() <= 11
+    found, rest = len(said(daemon, "begin")), left()
+    if time.monotonic() < due:  # else the machine was so busy that the next try is due already
+        assert found == tries
+        assert rest <= 11
     until(lambda: len(said(daemon, "begin")) > tries, "the next try", timeout=40)
-    assert time.monotonic() - began >= 5
+    assert time.monotonic() >= due - 1

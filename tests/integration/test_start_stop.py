@@ -76,7 +76,7 @@ def gpus_of(mic: Mic) -> str:
 
 
 def rows(mic: Mic) -> dict[int, dict[str, Any]]:
-    found = mic("status", "--json").json()["instances"]
+    found = mic.status()["instances"]
     return {row["gpus"][0]["index"]: row for row in found}
 
 
@@ -230,7 +230,7 @@ def test_another_that_is_slow_is_not_waited_for(mic: Mic) -> None:
     mic.run()
     began = time.monotonic()
     mic("start", "face", "--gpu", "1", rc=0)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 50  # the slow one is given 60 s
     assert rows(mic)[0]["phase"] == "starting"
 
 

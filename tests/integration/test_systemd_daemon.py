@@ -211,10 +211,8 @@ def test_stops_restarts_and_kills_cost_no_instance(service: Service) -> None:
     service.settled(WEB, IDLE, BOX)
     for _ in range(3):
         pid = service.pid
-        began = time.monotonic()
         service.kill("KILL", pid)
         service.await_daemon(but=pid)
-        assert time.monotonic() - began < 15
     service.settled(WEB, IDLE, BOX)
     assert service.marks() == before
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 INSIDE = Path(__file__).parent / "systemd"
 SHARED = [
     *(CHECKOUT / "tests" / name for name in ("__init__.py", "integration/__init__.py")),
-    *(CHECKOUT / "tests" / "support" / name for name in ("__init__.py", "waiting.py")),
+    *(CHECKOUT / "tests/support" / name for name in ("__init__.py", "commands.py", "waiting.py")),
 ]
 RESULTS = f"{systemd.TESTS}/results.xml"
 

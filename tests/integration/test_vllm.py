@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 import docker
 import pytest
 
-from tests.integration.job_world import World, world
+from tests.integration.job_world import World
 from tests.mock_nvml import MockGpu, MockNvml
 from tests.setup.steps import CHECKOUT
 from tests.support.mic import Mic
+from tests.support.scopes import runs
 from tests.support.waiting import http, until
 
 PROGRAM = CHECKOUT / "tests" / "support" / "vllm" / "vllm"
@@ -28,15 +28,6 @@ GAUGES = (
     'vllm:num_requests_running{{engine="0",model_name="Qwen/Qwen3-8B"}} {0}\n'
     'vllm:num_requests_waiting{{engine="0",model_name="Qwen/Qwen3-8B"}} 0.0\n'
 )
-
-
-def runs(pid: int) -> bool:
-    """Whether it does more than wait to be reaped by somebody who is not ours."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 @pytest.fixture
@@ -59,7 +50,7 @@ def write(mic: Mic, gpus: str, *, settings: str = "", **options: str) -> None:
 
 
 def the_row(mic: Mic) -> dict[str, Any]:
-    (row,) = mic("status", "--json").json()["instances"]
+    (row,) = mic.status()["instances"]
     found: dict[str, Any] = row
     return found
 
@@ -133,14 +124,12 @@ def test_what_is_in_flight_is_waited_for(mic: Mic) -> None:
     url = row["endpoints"]["http"]
     put(url, "/metrics", GAUGES.format("1.0"))
     write(mic, "0: none", runtime="process", drain_timeout="30s")
-    done: list[Any] = []
-    apply = threading.Thread(target=lambda: done.append(mic("apply")))
-    apply.start()
-    time.sleep(2.0)
-    assert apply.is_alive() and runs(row["pid"])
+    apply = mic.start("apply")
+    until(lambda: "draining" in apply.text(), "the wait")
+    time.sleep(1.0)  # it asks four times a second
+    assert apply.process.poll() is None and runs(row["pid"])
     put(url, "/metrics", GAUGES.format("0.0"))
-    apply.join(15)
-    assert done[0].rc == 0 and "draining" in done[0].stdout
+    assert apply.process.wait(15) == 0
     assert not runs(row["pid"])
 
 
@@ -174,12 +163,6 @@ def image(engine: docker.APIClient, server_image: str) -> Iterator[str]:
         engine.remove_image(tag, force=True)
     finally:
         engine.remove_container(made, force=True)
-
-
-@pytest.fixture
-def job(tmp_path: Path, engine: docker.APIClient) -> Iterator[World]:
-    with world(tmp_path, engine) as made:
-        yield made
 
 
 @pytest.mark.engine

@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -237,6 +237,7 @@ class MockNvml:
         self.versions: dict[str, str | None] = {}
         self._events: list[tuple[str, int, int, int]] = []  # uuid, seq, type, data
         self._generation = 0
+        self._turn = threading.RLock()  # a thread of a test may change it at the same time
         self.set()
 
     def set(
@@ -263,8 +264,9 @@ class MockNvml:
 
     def change(self, number: int, **changes: Any) -> None:
         """Change fields of the GPU at this place of the list."""
-        self.gpus[number] = replace(self.gpus[number], **changes)
-        self._write()
+        with self._turn:
+            self.gpus[number] = replace(self.gpus[number], **changes)
+            self._write()
 
     def break_library(self, code: int) -> None:
         """Every call fails with this code from now on: 18 is a driver that was upgraded under us.
@@ -317,22 +319,25 @@ class MockNvml:
         return int(_library().mock_nvml_calls(function.encode()))
 
     def _write(self) -> None:
-        lines = [f"set {key} {value}" for key, value in self.versions.items() if value is not None]
-        lines += self.rules.lines()
+        # Two that write at once would leave what the slower one has seen, not what holds now.
+        with self._turn:
+            partial = self.state.with_suffix(".partial")
+            # A file system's clock ticks slowly and inodes come back: the size tells two quick
+            # writes apart for sure.
+            self._generation += 1
+            partial.write_text("\n".join(self._lines()) + "\n" * (1 + self._generation % 64))
+            partial.replace(self.state)
+
+    def _lines(self) -> Iterator[str]:
+        yield from (
+            f"set {key} {value}" for key, value in self.versions.items() if value is not None
+        )
+        yield from self.rules.lines()
         for number, gpu in enumerate(self.gpus):
-            lines += gpu.lines(number)
-            lines += [
-                f"event {seq} {type_} {data}"
-                for uuid, seq, type_, data in self._events[-64:]
-                if uuid == gpu.uuid
-            ]
-        # A thread of a test may write at the same time.
-        partial = self.state.with_suffix(f".{threading.get_ident()}.partial")
-        # A file system's clock ticks slowly and inodes come back: the size tells two quick writes
-        # apart for sure.
-        self._generation += 1
-        partial.write_text("\n".join(lines) + "\n" * (1 + self._generation % 64))
-        partial.replace(self.state)
+            yield from gpu.lines(number)
+            for uuid, seq, type_, data in self._events[-64:]:
+                if uuid == gpu.uuid:
+                    yield f"event {seq} {type_} {data}"
 
 
 def build() -> Path:

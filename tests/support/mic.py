@@ -18,6 +18,17 @@ from tests.support import waiting
 from tests.support.ports import PortBlock
 
 PROGRAM = Path(sys.executable).with_name("mic-supervisor")
+_SHORTENED = """\
+import importlib, sys
+for name, value in {times!r}.items():
+    module, _, constant = name.rpartition(".")
+    found = importlib.import_module(module)
+    assert isinstance(getattr(found, constant), float), name
+    setattr(found, constant, value)
+sys.argv[0] = {program!r}
+from mic_supervisor.cli import main
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,8 @@ class Mic:
     """The command with its settings in `env`, which a test may change before a call.
 
     Calling it runs `mic-supervisor ARGS`. Nothing of the caller's MIC_* settings shines through.
+    `shortened` are times of the program itself that a test cannot wait for, as in
+    {"mic_supervisor.plan.release.PATIENCE": 3.0}; unit tests hold them to what they really are.
     """
 
     home: Path
@@ -76,6 +89,7 @@ class Mic:
     gpus: int = 4
     env: dict[str, str] = field(default_factory=dict)
     daemons: list[Daemon] = field(default_factory=list)
+    shortened: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for directory in (self.state_dir, self.run_dir):
@@ -122,6 +136,13 @@ class Mic:
         fresh.write_text(textwrap.dedent(text))
         return fresh.replace(self.config)
 
+    def program(self) -> list[str]:
+        """The first words of every command."""
+        if not self.shortened:
+            return [str(PROGRAM)]
+        code = _SHORTENED.format(times=self.shortened, program=str(PROGRAM))
+        return [sys.executable, "-c", code]
+
     def environment(self) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("MIC_")}
         if inherited.pop("PYTHONDONTWRITEBYTECODE", None) is not None:
@@ -137,7 +158,7 @@ class Mic:
         """Runs to the end. With `rc`, another exit code fails the test and shows both streams."""
         try:
             done = subprocess.run(
-                [PROGRAM, *args],
+                [*self.program(), *args],
                 env=self.environment(),
                 cwd=self.home,
                 input=stdin,
@@ -158,7 +179,7 @@ class Mic:
         log = self.home / f"daemon-{len(self.daemons)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [PROGRAM, *args],
+                [*self.program(), *args],
                 env=self.environment(),
                 cwd=self.home,
                 stdin=subprocess.DEVNULL,
@@ -199,6 +220,14 @@ class Mic:
             except OSError:
                 return {}
         found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """The document of `status --json`. Where a daemon listens it is asked on its socket: a
+        program that is started for each look of a test that waits takes most of a core.
+        """
+        asked = self.ask("status").get("result")
+        found: dict[str, Any] = asked if asked is not None else self("status", "--json").json()
         return found
 
     def close(self) -> None:

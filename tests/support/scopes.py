@@ -67,6 +67,15 @@ def processes(scope: str) -> list[int]:
     return sorted(found)
 
 
+def runs(pid: int) -> bool:
+    """Whether it does more than wait to be reaped by somebody who is not ours."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
 def end_processes(scope: str, seconds: float = 10.0) -> None:
     """Kills every process of a scope until none is left: a keeper may start one meanwhile."""
     end = time.monotonic() + seconds

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mic_supervisor.errors import RuntimeRefused
-from tests.integration.systemd.world import World, run, sh
+from tests.integration.systemd.world import World, run
+from tests.support.commands import sh
 
 
 def shown(path: Path) -> tuple[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,29 +13,6 @@ from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime
 from tests.support.waiting import until
 
 HOST = "0123456789ab"
-
-# Deaf to TERM, in a session of its own, its parent gone, and so once more.
-STUBBORN = """
-import os, signal, time
-def escape(depth):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if os.fork() == 0:
-        os.setsid()
-        if os.fork() == 0:
-            if depth:
-                escape(depth - 1)
-            while True:
-                time.sleep(1)
-        os._exit(0)
-"""
-
-
-def python(text: str, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-I", "-S", "-u", "-c", text, *arguments)
-
-
-def sh(text: str) -> tuple[str, ...]:
-    return ("/bin/sh", "-c", text)
 
 
 def run(*argv: str, rc: int | None = 0) -> str:

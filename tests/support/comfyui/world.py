@@ -50,7 +50,7 @@ class Comfy:
 
     def rows(self) -> dict[int, dict[str, Any]]:
         """The instances of `status --json` by the index of their GPU."""
-        rows = self.mic("status", "--json").json()["instances"]
+        rows = self.mic.status()["instances"]
         return {row["gpus"][0]["index"]: row for row in rows}
 
     def own(self, row: dict[str, Any]) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +10,12 @@ from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, Launch, Limits, ObservedWorkload, Pairs, ProcessSpec
 from mic_supervisor.runtimes.keeper.runtime import KeeperRuntime
 from tests.support import scopes
+from tests.support.commands import STUBBORN, python, sh
 from tests.support.waiting import until
 
+__all__ = ["HOST", "STUBBORN", "World", "python", "runs", "sh"]
+
 HOST = "0123456789abcdef"
-
-# Ignores SIGTERM, in a session of its own, orphaned, with nothing of ours in its environment but
-# what it was started with.
-STUBBORN = """
-import os, signal, time
-def escape(depth):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if os.fork() == 0:
-        os.setsid()
-        if os.fork() == 0:
-            if depth:
-                escape(depth - 1)
-            while True:
-                time.sleep(1)
-        os._exit(0)
-"""
-
-
-def python(text: str) -> tuple[str, ...]:
-    return (sys.executable, "-I", "-S", "-c", text)
-
-
-def sh(text: str) -> tuple[str, ...]:
-    return ("/bin/sh", "-c", text)
 
 
 class World:

@@ -1,0 +1,65 @@
+"""What modules of this folder share; one that has a `world` or a `job` of its own says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import docker
+import pytest
+
+from tests.integration.docker_world import IMAGE
+from tests.integration.docker_world import World as DockerWorld
+from tests.integration.job_world import World as JobWorld
+from tests.integration.job_world import world as job_world
+
+# The longest first, for two workers that take a module at a time (`--no-loadscope-reorder`): what
+# takes a minute and comes last keeps one of them busy alone. There is one machine with systemd at a
+# time, so that two modules with one are far from each other.
+FIRST = (
+    "test_systemd_runtime",
+    "test_starts_killed",
+    "test_start_stop",
+    "test_demo",
+    "test_main_job_cli",
+    "test_systemd_daemon",
+    "test_daemon_killed",
+    "test_triton_ways",
+    "test_http_schema",
+    "test_watch_file",
+    "test_pause_and_target",
+    "test_broken_engine",
+    "test_main_job_changes",
+    "test_plug_ins",
+    "test_systemd_service",
+    "test_daemon_outage",
+    "test_ownership",
+    "test_page_browser",
+    "test_broken_starts",
+    "test_prometheus",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture
+def world(engine: docker.APIClient, busybox_image: str, scope: str) -> Iterator[DockerWorld]:
+    """A Docker runtime in a scope of its own; `scope` removes what the test leaves."""
+    assert busybox_image == IMAGE
+    made = DockerWorld(scope)
+    yield made
+    made.runtime.close()
+
+
+@pytest.fixture
+def job(
+    tmp_path_factory: pytest.TempPathFactory,
+    engine: docker.APIClient,
+    busybox_image: str,
+    server_image: str,
+) -> Iterator[JobWorld]:
+    """A file and the command, on the real engine."""
+    with job_world(tmp_path_factory.mktemp("job"), engine) as made:
+        yield made
