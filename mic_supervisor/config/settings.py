@@ -115,6 +115,17 @@ def _from_here(text: str) -> Path:
     return Path(os.path.abspath(text))  # noqa: PTH100 - a symlink stays as it is
 
 
+def _host_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().lower() for name in text.split(","))
+    for name in names:
+        if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", name):
+            raise ValueError(
+                f"{show(name)} is no name of a host: write names without ports, with commas "
+                "between them, as in gpu-01.example.com, status.example.com"
+            )
+    return names
+
+
 def _scope(text: str) -> str:
     if not re.fullmatch("[a-z0-9][a-z0-9-]{0,30}", text):
         raise ValueError(
@@ -171,6 +182,7 @@ class Settings(BaseSettings):
     docker_config: AbsolutePath | None = None
     http_token_file: AbsolutePath | None = None
     http_open: bool = False
+    http_hosts: Annotated[tuple[str, ...], PlainValidator(_host_names)] = ()
     prune_on_watch: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"

@@ -9,7 +9,9 @@ reason quotes, a line of the file that a configuration error shows.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import re
+import socket
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,14 +24,35 @@ from mic_supervisor.model import ContainerSpec, DesiredState, Workload
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1: what a header can carry
 _SHORTEST = 16
+_PORT = re.compile(r":[0-9]*$")
 _MAKE = "make one with: openssl rand -hex 32"
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """`token` None: whoever reaches the address may read."""
+    """`token` None: whoever reaches the address may read.
+
+    `hosts` are the names under which requests may come, in lower case; None: any. Addresses and
+    localhost always may.
+    """
 
     token: bytes | None = field(default=None, repr=False)
+    hosts: frozenset[str] | None = None
+
+    def answers_to(self, host: str | None) -> bool:
+        """Whether the value of a Host header means this machine.
+
+        A page of another site can have the site's name point to loopback (DNS rebinding): the
+        browser then takes us for that site. It sends the site's name, which no address is.
+        """
+        if self.hosts is None or not host:
+            return True
+        name = _PORT.sub("", host).lower().rstrip(".")
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return name in self.hosts or name.rpartition(".")[2] == "localhost"
+        return True
 
     def admits(self, authorization: str | None) -> bool:
         """Whether the value of an Authorization header is good enough."""
@@ -53,7 +76,9 @@ def access_of(settings: Settings) -> Access:
             hint="set MIC_HTTP_TOKEN_FILE to a file that holds one, or MIC_HTTP_OPEN=true "
             "if everybody may read; 127.0.0.1 behind a reverse proxy needs neither",
         )
-    return Access()
+    if settings.http_open:
+        return Access()
+    return Access(hosts=frozenset({socket.gethostname().lower(), *settings.http_hosts}))
 
 
 def _read(path: Path) -> bytes:

@@ -46,6 +46,7 @@ COMMANDS = (
     (re.compile(r"/api/v1/processes(/.*)?"), "mic-supervisor kill PID"),
 )
 OTHERWISE = "mic-supervisor apply"
+_LONGEST_NAME = 255  # characters of a name that is refused
 
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
@@ -296,9 +297,14 @@ class ReadOnly:
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
-        path, authorization = scope["path"], Headers(scope=scope).get("authorization")
+        path, headers = scope["path"], Headers(scope=scope)
         document: Problem | Refusal
-        if path not in UNGUARDED and not self._access.admits(authorization):
+        extra: dict[str, str] = {}
+        if path not in UNGUARDED and not self._access.answers_to(headers.get("host")):
+            name = headers["host"][:_LONGEST_NAME]
+            document = Problem(f"{name} is no name of this machine: add it to MIC_HTTP_HOSTS")
+            status = 421
+        elif path not in UNGUARDED and not self._access.admits(headers.get("authorization")):
             document = Problem("send the token of MIC_HTTP_TOKEN_FILE as a bearer token")
             status, extra = 401, {"WWW-Authenticate": 'Bearer realm="mic-supervisor"'}
         elif scope["method"] not in ALLOWED:

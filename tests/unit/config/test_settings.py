@@ -44,8 +44,8 @@ def test_without_anything_the_defaults_hold(tmp_path: Path) -> None:
 def test_every_variable_of_the_contract_is_there() -> None:
     names = """
         CONFIG LISTEN SOCKET STATE_DIR RUN_DIR DOCKER_HOST GPU_SOURCE PROCESS_RUNTIME PORT_RANGE
-        RESYNC SCOPE ON_STOP DOCKER_CONFIG HTTP_TOKEN_FILE HTTP_OPEN PRUNE_ON_WATCH LOG_LEVEL
-        LOG_FORMAT
+        RESYNC SCOPE ON_STOP DOCKER_CONFIG HTTP_TOKEN_FILE HTTP_OPEN HTTP_HOSTS
+        PRUNE_ON_WATCH LOG_LEVEL LOG_FORMAT
     """
     assert set(VARIABLES) == {f"MIC_{name}" for name in names.split()}
 
@@ -56,6 +56,7 @@ def test_every_variable_of_the_contract_is_there() -> None:
         ("CONFIG", "/a/b.yaml", Path("/a/b.yaml")),
         ("LISTEN", "0.0.0.0:80", Address("0.0.0.0", 80)),
         ("LISTEN", "[::1]:6004", Address("::1", 6004)),
+        ("HTTP_HOSTS", "gpu-01.Example.com, status", ("gpu-01.example.com", "status")),
         ("GPU_SOURCE", "none", GpuSourceSetting("none")),
         ("GPU_SOURCE", "simulated:4", GpuSourceSetting("simulated", 4)),
         ("PORT_RANGE", "1-65535", PortRange(1, 65535)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ def token_file(tmp_path: Path, text: str = TOKEN, mode: int = 0o600) -> Path:
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:6004", "127.8.8.8:6004", "[::1]:6004"])
 def test_loopback_needs_nothing(tmp_path: Path, listen: str) -> None:
-    assert access_of(settings(tmp_path, listen=listen)) == Access(None)
+    found = access_of(settings(tmp_path, listen=listen))
+    assert found == Access(None, frozenset({socket.gethostname().lower()}))
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:6004", "[::]:6004", "192.0.2.7:80"])
@@ -110,6 +112,51 @@ def test_a_token_that_is_not_text(tmp_path: Path) -> None:
 def test_what_admits(authorization: str | None, good: bool) -> None:
     assert Access(TOKEN.encode()).admits(authorization) is good
     assert Access(None).admits(authorization)
+
+
+@pytest.mark.parametrize(
+    ("host", "good"),
+    [
+        ("localhost:6004", True),
+        ("LOCALHOST", True),
+        ("mic.localhost:6004", True),
+        ("localhost.:6004", True),
+        ("127.0.0.1:6004", True),
+        ("[::1]:6004", True),
+        ("192.0.2.7", True),  # nobody can make an address point elsewhere
+        ("gpu-01", True),
+        ("status.example.com:443", True),
+        (None, True),  # HTTP/1.0, which no browser speaks
+        ("evil.example", False),
+        ("evil.example:6004", False),
+        ("localhost.evil.example", False),
+        ("gpu-01.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("1", False),
+    ],
+)
+def test_on_loopback_only_names_of_this_machine_are_answered(host: str | None, good: bool) -> None:
+    guarded = Access(hosts=frozenset({"gpu-01", "status.example.com"}))
+    assert guarded.answers_to(host) is good
+    assert Access().answers_to(host)
+    site = Site(views_of.good(), access=guarded)
+    headers = {} if host is None else {"Host": host}
+    for path in ("/", "/metrics", "/api/v1/status"):
+        assert site(path, headers=headers).status == (200 if good else 421)
+    assert site("/api/v1/models/start", "POST", headers).status == (405 if good else 421)
+    assert site("/healthz", headers=headers).status == 200
+    if not good:
+        assert site("/metrics", headers=headers).json() == {
+            "detail": f"{host} is no name of this machine: add it to MIC_HTTP_HOSTS"
+        }
+
+
+def test_more_names_are_a_setting(tmp_path: Path) -> None:
+    found = access_of(settings(tmp_path, http_hosts="status.example.com,proxy"))
+    assert found.answers_to("Status.Example.com") and found.answers_to("proxy:80")
+    assert access_of(settings(tmp_path, http_open="true")).hosts is None
+    token = access_of(settings(tmp_path, http_token_file=str(token_file(tmp_path))))
+    assert token.hosts is None  # who knows the token is who is meant
 
 
 def test_without_the_token_nothing_is_told_but_life() -> None:
