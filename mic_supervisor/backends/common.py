@@ -162,6 +162,12 @@ def file_env(request: CompileRequest) -> Pairs:
     if path is None:
         return ()
     found, bad = parse_env_file(read(request, Path(path), "env_file"), _ENV_NAME)
+    if bad and bad[0].unseen is not None:
+        raise cannot(
+            request,
+            f"{path}:{bad[0].line} holds {bad[0].unseen}, which nobody sees",
+            "remove it: it would be part of the name or of the value",
+        )
     if bad:
         raise cannot(
             request,

@@ -20,6 +20,7 @@ def check(file: Path | None) -> None:
     """
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.cli import wiring
+    from mic_supervisor.config.merge import NOT_A_DROP_IN, not_read
     from mic_supervisor.views.config import summary
 
     found = wiring.settings()
@@ -30,6 +31,8 @@ def check(file: Path | None) -> None:
             click.echo(f"note: {found.unread}; what it sets counts as unset", err=True)
         raise
     click.echo(f"{config.path}: {summary(config)}")
+    for path in not_read(config.path):
+        click.echo(f"warning: {path} is not read: {NOT_A_DROP_IN}", err=True)
 
 
 @click.command(name="models")

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mic_supervisor.text import unseen
+
 ENV_FILE = Path("/etc/mic/mic.env")
 SOCKET = "/run/mic/mic.sock"
 
@@ -42,11 +44,12 @@ class Assignment:
 
 
 class BadLine(ValueError):
-    """A line that is no assignment."""
+    """A line that is no assignment. `unseen` names a character in it that nobody sees."""
 
-    def __init__(self, line: int, message: str) -> None:
+    def __init__(self, line: int, message: str, unseen: str | None = None) -> None:
         super().__init__(message)
         self.line = line
+        self.unseen = unseen
 
 
 def parse_env_file(
@@ -64,7 +67,9 @@ def parse_env_file(
     for match in _LINE.finditer(text):
         number += match["before"].count("\n")
         name, plain = match["name"].strip(" \t"), match["plain"]
-        if plain is None:
+        if plain is not None and (there := unseen(match["name"] + match["quoted"] + plain)):
+            bad.append(BadLine(number, f"holds {there}, which nobody sees: remove it", there))
+        elif plain is None:
             if name:  # else it is the end of the file
                 bad.append(BadLine(number, "is not NAME=VALUE"))
         elif plain.startswith(("'", '"')):
@@ -75,8 +80,6 @@ def parse_env_file(
             if name.startswith("export "):
                 problem = "begins with export, which systemd does not know: remove it"
             bad.append(BadLine(number, f"{name[:64]!r} {problem}"))
-        elif "\0" in match[0]:
-            bad.append(BadLine(number, "holds a NUL, which no variable can"))
         else:
             value = _unquoted(match["quoted"]) + _ESCAPE.sub(r"\1", plain)
             found.append(Assignment(name, value, number))

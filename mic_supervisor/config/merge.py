@@ -18,6 +18,7 @@ SECTIONS = ("defaults", "backends", "models", "hooks", "gpus")
 RESERVED = {"fleet": "reserved for a later version, where a scheduler decides what runs"}
 """Values under `gpus:`, and names, that mean nothing yet."""
 
+NOT_A_DROP_IN = "the name of a drop-in ends in .yaml, and begins with no dot"
 MAX_FILES = 64
 MAX_TOTAL = 384 * 1024
 """Bytes of all files together."""
@@ -77,14 +78,22 @@ def read_merged(path: Path, report: Report, data: bytes | None = None) -> Merged
     return merged
 
 
+def not_read(path: Path) -> list[Path]:
+    """What lies among the drop-ins of this file and is none by its name, as 10-more.yml is."""
+    try:
+        return sorted(entry for entry in Path(f"{path}.d").iterdir() if not _is_drop_in(entry))
+    except OSError:
+        return []  # whoever reads the drop-ins says so
+
+
+def _is_drop_in(entry: Path) -> bool:
+    return entry.suffix == ".yaml" and not entry.name.startswith(".")
+
+
 def _drop_ins(path: Path, report: Report) -> list[Path]:
     directory = Path(f"{path}.d")
     try:
-        found = sorted(
-            entry
-            for entry in directory.iterdir()
-            if entry.suffix == ".yaml" and not entry.name.startswith(".")
-        )
+        found = sorted(entry for entry in directory.iterdir() if _is_drop_in(entry))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError) as error:

@@ -182,7 +182,7 @@ class Settings(BaseSettings):
     docker_config: AbsolutePath | None = None
     http_token_file: AbsolutePath | None = None
     http_open: bool = False
-    http_hosts: Annotated[tuple[str, ...], PlainValidator(_host_names)] = ()
+    http_hosts: Annotated[tuple[str, ...], PlainValidator(_host_names)] | None = None
     prune_on_watch: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"

@@ -28,6 +28,7 @@ from yaml.events import (
 
 from mic_supervisor.config.diagnostics import At, Report, dotted, show
 from mic_supervisor.config.document import Place, composed
+from mic_supervisor.text import unseen
 
 Scalar = str | int | float | bool | None
 
@@ -229,6 +230,11 @@ class _Builder:
         problem = hint = None
         if len(event.value) > MAX_SCALAR:
             node.value, problem = "", f"the text is longer than {MAX_SCALAR} characters"
+        elif (there := unseen(self._text[slice(*node.span)])) is not None:
+            problem = f"the text holds {there}, which nobody sees"
+            code = int(there.split()[0][2:], 16)
+            escape = f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+            hint = f'remove it; if it is meant, write it as "{escape}" between double quotes'
         elif event.style is None:
             node.value, surprise = resolve(event.value)
             if surprise is not None and node.sound:

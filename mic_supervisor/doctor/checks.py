@@ -14,6 +14,7 @@ from typing import Any
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.document import Config
 from mic_supervisor.config.load import load
+from mic_supervisor.config.merge import NOT_A_DROP_IN, not_read
 from mic_supervisor.config.settings import NO_DOCKER, Settings
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.daemon.client import Client
@@ -150,6 +151,8 @@ def config(found: Settings, load: Callable[[], Config]) -> Iterator[Finding]:
         yield fail("config", error.message, "see all of its errors: mic-supervisor check")
         return
     yield ok("config", f"{path} is {summary(loaded)}")
+    for file in not_read(path):
+        yield warn("config", f"{file} is not read: {NOT_A_DROP_IN}", "rename it, or move it away")
     for file in loaded.files:
         if file.stat().st_mode & 0o022:
             yield warn(

@@ -78,7 +78,7 @@ def access_of(settings: Settings) -> Access:
         )
     if settings.http_open:
         return Access()
-    return Access(hosts=frozenset({socket.gethostname().lower(), *settings.http_hosts}))
+    return Access(hosts=frozenset({socket.gethostname().lower(), *(settings.http_hosts or ())}))
 
 
 def _read(path: Path) -> bytes:

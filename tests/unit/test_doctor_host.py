@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mic_supervisor.gpu.telemetry import GpuModes, read_modes
 
 from mic_supervisor.cli.doctor import lines
 from mic_supervisor.config.settings import Address, PortRange
@@ -17,6 +16,7 @@ from mic_supervisor.doctor import (
     Finding,
     host,
 )
+from mic_supervisor.gpu.nvml import GpuModes, read_modes
 from mic_supervisor.host.lock import lock_holder, writer
 from mic_supervisor.model import Gpu, GpuInventory, Listener, UnopenedGpu
 from tests.mock_nvml import MockGpu, MockNvml

@@ -55,6 +55,20 @@ def test_check_says_what_it_read(config: Path) -> None:
     assert done.stdout == f"{config}: valid: 5 GPUs; 3 models; 1 drop-in\n"
 
 
+def test_check_names_what_lies_among_the_drop_ins_and_is_not_read(config: Path) -> None:
+    drop_ins = config.parent / "gpus.yaml.d"
+    drop_ins.mkdir()
+    for name in ("10-a.yaml", "20.yml", "30.YAML", "40.yaml~", ".50.yaml.swp", "60.yaml.bak"):
+        (drop_ins / name).write_text("gpus: {5: spare}\n")
+    done = mic("check", config, TOKEN="x")
+    assert (done.returncode, done.stdout.endswith("1 drop-in\n")) == (0, True)
+    why = "is not read: the name of a drop-in ends in .yaml, and begins with no dot"
+    assert done.stderr.splitlines() == [
+        f"warning: {drop_ins / name} {why}"
+        for name in (".50.yaml.swp", "20.yml", "30.YAML", "40.yaml~", "60.yaml.bak")
+    ]
+
+
 def test_check_reports_on_stderr_and_fails(config: Path) -> None:
     done = mic("check", config)
     assert (done.returncode, done.stdout) == (1, "")

@@ -68,14 +68,14 @@ SNIPPETS = [
 def try_load(directory: Path, data: bytes) -> None:
     path = directory / "gpus.yaml"
     path.write_bytes(data)
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         load(path, FakeRegistry(), environ=ENVIRON)
     except ConfigError as error:
         assert error.rendered.strip()
         assert all(char.isprintable() or char == "\n" for char in error.rendered)
         error.rendered.encode()
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from typing import Any
 
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.publisher import HookState
-from mic_supervisor.converge.snapshot import Snapshot
-from mic_supervisor.http.documents import ConfigState, LoopState, Published
+from mic_supervisor.converge.snapshot import ConfigState, Snapshot
+from mic_supervisor.http.documents import LoopState, Published
 from mic_supervisor.http.views import Views
 from mic_supervisor.model import (
     DesiredState,
@@ -259,7 +259,9 @@ class Clock:
         return self.now
 
 
-def views(*shown: Published, stall_after: float = 60.0, clock: Callable[[], float] | None = None):
+def views(
+    *shown: Published, stall_after: float = 60.0, clock: Callable[[], float] | None = None
+) -> Views:
     """Views over the last of these, each of which was looked at in turn."""
     box = [shown[0]]
     made = Views(lambda: box[0], stall_after=stall_after, clock=clock or Clock(), wall=lambda: NOW)
