@@ -1,4 +1,7 @@
-"""Models and GPUs as a person names them: what is paused, and what a plan is limited to."""
+"""Models and GPUs as a person names them: what is paused, and what a plan is limited to.
+
+And what is said of pauses to who wants to act in spite of one, or to end one.
+"""
 
 from __future__ import annotations
 
