@@ -126,7 +126,7 @@ def _template() -> Template:
 
 def render(published: Published, verdict: Verdict, views: Views) -> str:
     snapshot = published.snapshot
-    scrubber = Scrubber(snapshot.desired if snapshot is not None else None)
+    scrubber = published.scrubber
     shown: dict[str, Any] = {
         "host": published.host,
         "version": published.version,

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
-from mic_supervisor.http.access import Scrubber, config_error
+from mic_supervisor.http.access import config_error
 from mic_supervisor.http.documents import Published
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import InstanceStatus
@@ -65,7 +65,7 @@ def judge(
 ) -> Verdict:
     """`firsts` says since when problems that do not tell themselves have been seen, by key."""
     snapshot = published.snapshot
-    scrubber = Scrubber(snapshot.desired if snapshot is not None else None)
+    scrubber = published.scrubber
     problems = tuple(
         replace(
             problem,
