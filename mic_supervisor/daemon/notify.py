@@ -59,7 +59,7 @@ def sentence(published: Published) -> str:
     snapshot, config = published.snapshot, published.config
     if snapshot is None:
         return "looking at the machine"
-    indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
+    indices = snapshot.indices
     rows = snapshot.statuses
     parts = [f"{sum(row.settled_well for row in rows)}/{len(rows)} ready"]
     troubled = [row for row in rows if not row.settled_well]

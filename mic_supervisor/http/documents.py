@@ -247,7 +247,7 @@ def running(snapshot: Snapshot) -> list[RunningModel]:
     It runs as soon as its process does; `phase` says how far it is.
     """
     alive = started(snapshot)
-    indices = snapshot.observed.inventory.indices
+    indices = snapshot.indices
     return [
         RunningModel(
             model_name=row.model,

@@ -145,7 +145,7 @@ def render(published: Published, verdict: Verdict, views: Views) -> str:
         "scrub": scrubber.text,
     }
     if snapshot is not None:
-        shown["indices"] = snapshot.observed.inventory.indices
+        shown["indices"] = snapshot.indices
         shown["tiles"] = [*_tiles(snapshot, views)]
         shown["no_gpus"] = snapshot.observed.inventory.unreadable
         if verdict.level is Level.GOOD and snapshot.statuses:

@@ -129,7 +129,7 @@ def _problems(published: Published) -> Iterator[Problem]:
     if snapshot is None:
         return
     yield from _unreadable(snapshot)
-    indices = snapshot.observed.inventory.indices
+    indices = snapshot.indices
     yield from _xids(published, snapshot.at, indices)
     hints = {item.instance: item.hint for item in snapshot.plan.blocked}
     told: set[str] = set()
