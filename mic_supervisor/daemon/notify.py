@@ -12,6 +12,8 @@ from mic_supervisor.http.documents import Published
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.words import clock, gpu_names
 
+_SHOWN = 3  # instances that the sentence names
+
 
 class Notifier:
     """`watchdog` is how many seconds may pass between two signs of life; None: nobody asks."""
@@ -49,9 +51,6 @@ class Notifier:
 
     def _send(self, text: str) -> None:
         self._notifier.notify(text)
-
-
-_SHOWN = 3
 
 
 def sentence(published: Published) -> str:
