@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from mic_supervisor.backends import CompileRequest
 from mic_supervisor.config.env_file import parse_env_file
-from mic_supervisor.config.options import CheckOptions, ModelOptions, Strict
+from mic_supervisor.config.options import AbsolutePath, CheckOptions, ModelOptions, Strict
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import (
     Check,
@@ -42,6 +44,11 @@ _PLACEHOLDER = re.compile(r"\$\{([^{}]*)(\}?)")
 _NAMED_PORT = re.compile(r"\$\{port:(http|grpc|metrics)\}")
 _KNOWN = "${port}, ${port:NAME}, ${gpu_uuids}, ${gpu_indices}, ${model}, ${instance}, ${env:NAME}"
 _ENV_NAME = re.compile(r"[^\s=]+")  # a container may have names that systemd would not take
+
+
+MetricsPath = Annotated[
+    AbsolutePath | None, Field(description="The path of metrics for Prometheus on its port.")
+]
 
 
 class NoSettings(Strict):

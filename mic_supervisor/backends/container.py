@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, common
-from mic_supervisor.config.options import AbsolutePath, ModelOptions, Text
+from mic_supervisor.config.options import ModelOptions, Text
 from mic_supervisor.model import Instance
 
 
@@ -26,9 +26,7 @@ class Options(ModelOptions):
     entrypoint: list[Text] | None = Field(
         default=None, description="Instead of the image's own; [] is none."
     )
-    metrics: AbsolutePath | None = Field(
-        default=None, description="The path of metrics for Prometheus on its port."
-    )
+    metrics: common.MetricsPath = None
 
     @model_validator(mode="after")
     def _container_port_needs_a_bridge(self) -> Self:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, common
-from mic_supervisor.config.options import AbsolutePath, ModelOptions, Text
+from mic_supervisor.config.options import ModelOptions, Text
 from mic_supervisor.model import Instance
 
 _CONTAINERS_ONLY = "a host process has no container; remove the key"
@@ -25,9 +25,7 @@ class Options(ModelOptions):
     command: Annotated[list[Text], Field(min_length=1)] = Field(
         description="The program's absolute path and its arguments."
     )
-    metrics: AbsolutePath | None = Field(
-        default=None, description="The path of metrics for Prometheus on its port."
-    )
+    metrics: common.MetricsPath = None
 
     @model_validator(mode="after")
     def _runs_on_the_host(self) -> Self:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from mic_supervisor.config.diagnostics import At, Located, Report, dotted, show
+from mic_supervisor.config.env_file import SYSTEMD_NAME
 from mic_supervisor.config.yaml import Entry, Node
 
 M = TypeVar("M", bound=BaseModel)
@@ -252,7 +253,6 @@ NAMES = ("port", "gpu_uuids", "gpu_indices", "model", "instance")
 PORTS = ("http", "grpc", "metrics")
 
 _OPEN = re.compile(r"\$?\$\{(?P<body>[^{}$]*)(?P<close>\})?")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KNOWN = "known are ${port}, ${gpu_uuids}, ${gpu_indices}, ${model}, ${instance} and ${env:NAME}"
 _NOT_HERE = (
     "${…} is not replaced here",
@@ -305,14 +305,14 @@ def _problem(
         known = "named ports are ${port:http}, ${port:grpc} and ${port:metrics}"
         return f"${{{body}}} names no port", known
     if kind == "env" and colon:
-        if not _VARIABLE.fullmatch(name):
+        if not SYSTEMD_NAME.fullmatch(name):
             return f"{show(name)} is no name of a variable", None
         if name not in environ:
             where = "set it in the environment of mic-supervisor, or in /etc/mic/mic.env"
             return f"${{env:{name}}} is not set", where
         variables[name] = environ[name]
         return "", None
-    if _VARIABLE.fullmatch(body) and body in environ:
+    if SYSTEMD_NAME.fullmatch(body) and body in environ:
         hint = f"write ${{env:{body}}} for the variable of the supervisor's own environment"
         return f"${{{body}}} is unknown", hint
     return f"${{{body}}} is unknown", _KNOWN

@@ -123,6 +123,7 @@ class Node:
 
 MAX_NODES = 10_000
 MAX_DEPTH = 32
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")  # a NUL, and half a surrogate: both from escapes
 MAX_SCALAR = 64 * 1024
 """Characters of one text; Linux takes no argument or variable above 128 KiB (MAX_ARG_STRLEN)."""
 
@@ -239,7 +240,7 @@ class _Builder:
             node.value, surprise = resolve(event.value)
             if surprise is not None and node.sound:
                 problem, hint = surprise, "quote it if a text is meant"
-        elif "\0" in event.value or not _encodable(event.value):
+        elif _UNUSABLE.search(event.value):
             node.value, problem = "", "the text holds a character that no program takes"
         if problem is not None:
             self._add(event, node.path, problem, hint)
@@ -292,14 +293,6 @@ class _Builder:
 
 def _span(event: Any) -> tuple[int, int]:
     return event.start_mark.index, event.end_mark.index
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, from an escape
-        return False
-    return True
 
 
 # --- what a parser's complaints mean, and which unquoted texts surprise -------------------------

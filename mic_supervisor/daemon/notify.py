@@ -12,6 +12,8 @@ from mic_supervisor.http.documents import Published
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.words import clock, gpu_names
 
+_SHOWN = 3  # instances that the sentence names
+
 
 class Notifier:
     """`watchdog` is how many seconds may pass between two signs of life; None: nobody asks."""
@@ -51,15 +53,12 @@ class Notifier:
         self._notifier.notify(text)
 
 
-_SHOWN = 3
-
-
 def sentence(published: Published) -> str:
     """ "7/8 ready; GPU 3 backoff until 12:04:10; config generation 5" """
     snapshot, config = published.snapshot, published.config
     if snapshot is None:
         return "looking at the machine"
-    indices = {gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus}
+    indices = snapshot.indices
     rows = snapshot.statuses
     parts = [f"{sum(row.settled_well for row in rows)}/{len(rows)} ready"]
     troubled = [row for row in rows if not row.settled_well]

@@ -128,7 +128,7 @@ class GpuWatch:
 
     def look(self, snapshot: Snapshot) -> None:
         """For the observers of the converger."""
-        self._indices.update({gpu.uuid: gpu.index for gpu in snapshot.observed.inventory.gpus})
+        self._indices.update(snapshot.indices)
         if getattr(self._source, "outdated", False):
             self._outdated.set()
 

@@ -82,6 +82,11 @@ class Published:
     xids: tuple[XidRecord, ...] = ()
     down: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def scrubber(self) -> access.Scrubber:
+        """Knows what is confidential in this view."""
+        return access.Scrubber(self.snapshot.desired if self.snapshot is not None else None)
+
 
 # --- the documents ------------------------------------------------------------------------------
 
@@ -183,7 +188,7 @@ def served_status(published: Published, snapshot: Snapshot) -> dict[str, Any]:
     """The document of `status --json`, without what is confidential."""
     document = asdict(status_document(snapshot, published.config.in_use, published.host))
     document["config"]["error"] = access.config_error(published.config.error)
-    return _scrubbed(document, snapshot)
+    return _scrubbed(published, document)
 
 
 def served_plan(published: Published, snapshot: Snapshot) -> dict[str, Any]:
@@ -191,12 +196,11 @@ def served_plan(published: Published, snapshot: Snapshot) -> dict[str, Any]:
     document = plan_document(
         snapshot.plan, host=published.host, config_hash=snapshot.desired.config_hash
     )
-    return _scrubbed(access.plan_document(asdict(document)), snapshot)
+    return _scrubbed(published, access.plan_document(asdict(document)))
 
 
-def _scrubbed(document: dict[str, Any], snapshot: Snapshot | None) -> dict[str, Any]:
-    desired = snapshot.desired if snapshot is not None else None
-    scrubbed: dict[str, Any] = access.Scrubber(desired).document(document)
+def _scrubbed(published: Published, document: dict[str, Any]) -> dict[str, Any]:
+    scrubbed: dict[str, Any] = published.scrubber.document(document)
     return scrubbed
 
 
@@ -243,7 +247,7 @@ def running(snapshot: Snapshot) -> list[RunningModel]:
     It runs as soon as its process does; `phase` says how far it is.
     """
     alive = started(snapshot)
-    indices = snapshot.observed.inventory.indices
+    indices = snapshot.indices
     return [
         RunningModel(
             model_name=row.model,
@@ -299,4 +303,4 @@ def readiness(published: Published, stalled: str | None) -> dict[str, Any]:
         if not row.settled_well
     ]
     document = Readiness("not ready" if stalled or waiting else "ready", stalled, waiting)
-    return _scrubbed(asdict(document), snapshot)
+    return _scrubbed(published, asdict(document))

@@ -126,7 +126,7 @@ def _template() -> Template:
 
 def render(published: Published, verdict: Verdict, views: Views) -> str:
     snapshot = published.snapshot
-    scrubber = Scrubber(snapshot.desired if snapshot is not None else None)
+    scrubber = published.scrubber
     shown: dict[str, Any] = {
         "host": published.host,
         "version": published.version,
@@ -145,7 +145,7 @@ def render(published: Published, verdict: Verdict, views: Views) -> str:
         "scrub": scrubber.text,
     }
     if snapshot is not None:
-        shown["indices"] = snapshot.observed.inventory.indices
+        shown["indices"] = snapshot.indices
         shown["tiles"] = [*_tiles(snapshot, views)]
         shown["no_gpus"] = snapshot.observed.inventory.unreadable
         if verdict.level is Level.GOOD and snapshot.statuses:

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
-from mic_supervisor.http.access import Scrubber, config_error
+from mic_supervisor.http.access import config_error
 from mic_supervisor.http.documents import Published
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import InstanceStatus
@@ -65,7 +65,7 @@ def judge(
 ) -> Verdict:
     """`firsts` says since when problems that do not tell themselves have been seen, by key."""
     snapshot = published.snapshot
-    scrubber = Scrubber(snapshot.desired if snapshot is not None else None)
+    scrubber = published.scrubber
     problems = tuple(
         replace(
             problem,
@@ -129,7 +129,7 @@ def _problems(published: Published) -> Iterator[Problem]:
     if snapshot is None:
         return
     yield from _unreadable(snapshot)
-    indices = snapshot.observed.inventory.indices
+    indices = snapshot.indices
     yield from _xids(published, snapshot.at, indices)
     hints = {item.instance: item.hint for item in snapshot.plan.blocked}
     told: set[str] = set()

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mic_supervisor.converge.observe import PATIENCE
-from mic_supervisor.http.access import Scrubber
 from mic_supervisor.http.documents import Published
 from mic_supervisor.http.verdict import judge
 from mic_supervisor.model import GpuInventory
@@ -113,9 +112,8 @@ class Views:
     def down(self) -> str | None:
         """Which parts of the daemon are not alive, and why."""
         published = self.current()
-        desired = published.snapshot.desired if published.snapshot is not None else None
         told = (f"{part} is not alive: {why}" for part, why in published.down.items())
-        return Scrubber(desired).text("; ".join(told)) or None
+        return published.scrubber.text("; ".join(told)) or None
 
     def json(self, name: str, make: Callable[[Published], Any]) -> Answer:
         """The document called `name`."""

@@ -32,7 +32,7 @@ def proposals(look: Survey, engine: Engine) -> list[Proposal]:
     what = "cannot look for containers"
     info = engine.call(what, lambda api: api.info())
     default = info.get("DefaultRuntime")
-    known = {gpu.uuid: gpu.index for gpu in look.inventory.gpus}
+    known = look.inventory.indices
     found = []
     for listed in sorted(engine.call(what, lambda api: api.containers()), key=_name):
         try:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -69,10 +69,10 @@ def _refusal(
     """Why `check` refuses a file with this model alone."""
     key = ",".join(map(str, one.gpus)) or "0"
     model = DraftModel(one.name, _entry(one, target))
-    draft = Draft("", [DraftGpu(key, one.name)], [model], one.settings)
+    text = render("", [DraftGpu(key, one.name)], [model], one.settings)
     alone = Path(os.devnull) / "gpus.yaml"  # no drop-ins are beside it
     try:
-        load(alone, registry, environ=environ, data=render(draft).encode())
+        load(alone, registry, environ=environ, data=text.encode())
     except ConfigError as error:
         first = (error.rendered or error.message).split("\n", 1)[0]
         return first.partition("error: ")[2] or first
@@ -110,8 +110,7 @@ def first_file(
         "  mic-supervisor apply    does it, and waits until everything is ready"
     )
     gpus, placed = _gpu_lines(inventory, proposals)
-    draft = Draft(title, gpus, models, settings, examples(registry.names()))
-    return render(draft), placed
+    return render(title, gpus, models, settings, examples(registry.names())), placed
 
 
 def _model_notes(one: Proposal) -> Iterator[str]:
@@ -182,7 +181,7 @@ def env_path(target: Path, one: Proposal) -> Path:
     return target.parent / f"{one.name}.env"
 
 
-# --- The text of a file ---------------------------------------------------------------------------
+# --- the text of a file -------------------------------------------------------------------------
 
 _WIDTH = 96
 # What every YAML reader takes for this very text. Whatever else there is goes into quotes.
@@ -210,37 +209,35 @@ class DraftGpu:
     commented: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """`examples` is YAML that is written as comments."""
+def render(
+    title: str,
+    gpus: Sequence[DraftGpu],
+    models: Sequence[DraftModel] = (),
+    backends: Mapping[str, Mapping[str, Any]] | None = None,
+    examples: str = "",
+) -> str:
+    """The whole file. What is not commented out is read as it was meant, or refused by `check`.
 
-    title: str
-    gpus: Sequence[DraftGpu]
-    models: Sequence[DraftModel] = ()
-    backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    examples: str = ""
-
-
-def render(draft: Draft) -> str:
-    """The whole file. What is not commented out is read as it was meant, or refused by `check`."""
+    `examples` is YAML that is written as comments.
+    """
     out = [
         "# yaml-language-server: $schema=/usr/share/mic/gpus.schema.json",
         "#",
-        *(f"# {line}".rstrip() for line in draft.title.splitlines()),
+        *(f"# {line}".rstrip() for line in title.splitlines()),
         "",
         "version: 1",
         "",
     ]
-    if draft.backends:
+    if backends:
         out += ["backends:                       # settings of a backend on this host"]
-        for name, settings in draft.backends.items():
+        for name, settings in backends.items():
             out += [f"  {name}:", *_entries(settings, 4)]
         out.append("")
-    live = [model for model in draft.models if model.commented is None]
-    title = "models:                         # what may run: name -> backend and its options"
-    if draft.models:
-        out.append(title if live else f"# {title}")
-    for model in draft.models:
+    if models:
+        live = any(model.commented is None for model in models)
+        head = "models:                         # what may run: name -> backend and its options"
+        out.append(head if live else f"# {head}")
+    for model in models:
         out += _comments(model.notes)
         mark = "  " if model.commented is None else "  # "
         if model.commented is not None:
@@ -248,16 +245,16 @@ def render(draft: Draft) -> str:
         out.append(f"{mark}{scalar(model.name)}:")
         out += [mark + line[2:] for line in _entries(model.entry, 4)]
         out.append("")
-    if draft.examples:
+    if examples:
         out += ["", "# --- Examples. Take away the first two characters of what you need.", "#"]
-        out += [f"# {line}".rstrip() for line in draft.examples.splitlines()]
+        out += [f"# {line}".rstrip() for line in examples.splitlines()]
     out += [
         "",
         "# What should run where, by index, UUID or PCI bus id. `none` keeps a GPU empty: nothing",
         "# is started there, and no stranger is stopped. A GPU that is not listed is left alone.",
         "gpus:",
     ]
-    for gpu in draft.gpus:
+    for gpu in gpus:
         out += _comments(gpu.notes)
         key = gpu.key if gpu.key.isdigit() else json.dumps(gpu.key)
         mark = "  # " if gpu.commented else "  "

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from mic_supervisor.backends.registry import Registry, examples, recognise
 from mic_supervisor.config.load import load
-from mic_supervisor.takeover.draft import Draft, DraftGpu, DraftModel, render, scalar
+from mic_supervisor.takeover.draft import DraftGpu, DraftModel, render, scalar
 
-DRAFT = Draft(
+TEXT = render(
     "A title,\n\nand more",
     gpus=[
         DraftGpu("0", "web", ["GPU 0: NVIDIA A100"]),
@@ -35,7 +35,7 @@ DRAFT = Draft(
 
 
 def test_the_whole_text() -> None:
-    assert render(DRAFT) == (
+    assert (
         "# yaml-language-server: $schema=/usr/share/mic/gpus.schema.json\n"
         "#\n"
         "# A title,\n"
@@ -78,7 +78,7 @@ def test_the_whole_text() -> None:
         '  "2,3": web-2\n'
         "  # GPU 4 fell off the bus\n"
         "  # 4: none\n"
-    )
+    ) == TEXT
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1)
@@ -87,13 +87,13 @@ TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 @given(st.lists(TEXTS, min_size=1, max_size=6))
 def test_every_text_is_read_as_it_was(tmp_path_factory: Any, texts: list[str]) -> None:
     texts = [text.replace("$", "S") for text in texts]
-    draft = Draft(
+    text = render(
         "t",
         gpus=[DraftGpu("0", "m")],
         models=[DraftModel("m", {"backend": "process", "command": ["/bin/x", *texts]})],
     )
     path = tmp_path_factory.mktemp("draft", numbered=True) / "gpus.yaml"
-    path.write_text(render(draft), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     found = load(path, Registry(), environ={}).document["models"]["m"]["command"]
     assert found == ["/bin/x", *texts]
 
@@ -123,8 +123,8 @@ def test_scalars() -> None:
 
 def test_the_examples_are_valid_once_they_are_no_comments(tmp_path: Path) -> None:
     registry = Registry()
-    draft = Draft("t", gpus=[DraftGpu("0", None)], examples=examples(registry.names()))
-    _, _, rest = render(draft).partition("# --- Examples.")
+    text = render("t", gpus=[DraftGpu("0", None)], examples=examples(registry.names()))
+    _, _, rest = text.partition("# --- Examples.")
     head, _, tail = rest.partition("# What should run where")
     shown = re.sub(r"^# ?", "", head.partition("\n")[2], flags=re.MULTILINE)
     path = tmp_path / "gpus.yaml"

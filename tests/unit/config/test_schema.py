@@ -17,7 +17,7 @@ from mic_supervisor.config.options import Defaults, ModelOptions
 from mic_supervisor.config.schema import json_schema
 from mic_supervisor.config.types import format_duration, parse_duration
 from tests.unit.config.fakes import FakeRegistry, load_text
-from tests.unit.config.test_corpus import FILES
+from tests.unit.config.test_load_corpus import FILES
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "gpus.yaml"
 

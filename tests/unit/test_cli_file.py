@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mic_supervisor.cli.common import table
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 VALID = """\
 version: 1
 models:

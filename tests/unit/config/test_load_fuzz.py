@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mic_supervisor.config.load import load
 from mic_supervisor.errors import ConfigError
 from tests.unit.config.fakes import FakeRegistry
-from tests.unit.config.test_corpus import FILES
+from tests.unit.config.test_load_corpus import FILES
 
 VALID = """\
 # A comment, with ünïcode
