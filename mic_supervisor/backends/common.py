@@ -196,7 +196,9 @@ def read(request: CompileRequest, path: Path, what: str) -> str:
     except OSError as error:
         cause = error.strerror or str(error) or type(error).__name__
         hint = f"create {path}, or name another file"
-        if isinstance(error, PermissionError):
+        if isinstance(error, TimeoutError):
+            hint = f"find out why the file system of {path} does not answer"
+        elif isinstance(error, PermissionError):
             hint = f"let the supervisor's user read {path}"
         raise cannot(request, f"its {what} {path} cannot be read: {cause}", hint) from error
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import write_file
 from mic_supervisor.cli.session import ask
 from mic_supervisor.errors import MicError
+from mic_supervisor.host.files import read_text
 
 if TYPE_CHECKING:
     from mic_supervisor.views.endpoints import Endpoints
@@ -80,7 +81,7 @@ def _parsed(document: Any) -> Endpoints:
 def _write(path: Path, text: str) -> bool:
     """Whether the file had to be written. Who reads it sees the old one or the new one."""
     try:
-        if path.read_text(encoding="utf-8") == text:
+        if read_text(path) == text:
             return False
     except (OSError, UnicodeDecodeError):
         pass  # it is written then, and that says what is wrong

@@ -98,12 +98,13 @@ def _ask_http() -> dict[str, Any] | None:
 
     from mic_supervisor.cli import wiring
     from mic_supervisor.converge.http_calls import HttpCalls, NoAnswer, reachable
+    from mic_supervisor.host.files import read_text
 
     found = wiring.settings()
     headers = {}
     try:
         if found.http_token_file is not None:
-            token = found.http_token_file.read_text(encoding="utf-8").strip()
+            token = read_text(found.http_token_file).strip()
             headers["Authorization"] = f"Bearer {token}"
         host, port = found.listen
         asked = HttpCalls().ask(

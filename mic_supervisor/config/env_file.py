@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mic_supervisor.host.files import read_text
 from mic_supervisor.text import unseen
 
 ENV_FILE = Path("/etc/mic/mic.env")
@@ -114,7 +115,7 @@ def setting(name: str, default: str, environ: Mapping[str, str], env_file: Path 
     if name in environ:
         return environ[name]
     try:
-        found, _ = parse_env_file(env_file.read_text(encoding="utf-8"))
+        found, _ = parse_env_file(read_text(env_file))
     except (OSError, UnicodeDecodeError):
         return default
     return next((one.value for one in reversed(found) if one.name == name), default)

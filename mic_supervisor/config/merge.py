@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from mic_supervisor.config.diagnostics import At, Report, show
 from mic_supervisor.config.document import BadKey, GpuKey, Place, parse_gpu_key
 from mic_supervisor.config.yaml import Budget, Entry, Node, parse
+from mic_supervisor.host.files import read_file
 
 VERSION = 1
 SECTIONS = ("defaults", "backends", "models", "hooks", "gpus")
@@ -233,20 +232,13 @@ def read_text(path: Path, report: Report) -> str | None:
     """The text of a regular file, or None after reporting why not. Never blocks on a FIFO."""
     report.lines.setdefault(str(path), [])
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return text_of(file.read(MAX_BYTES + 1), path, report)
-            problem = "it is not a regular file"
+        return text_of(read_file(path, MAX_BYTES), path, report)
     except IsADirectoryError:
         problem = "it is a directory"
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+    except OSError as error:
         problem = cause_of(error)
     report.add(At(Place(str(path))), f"cannot read the file: {problem}")
     return None
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def text_of(data: bytes, path: Path, report: Report) -> str | None:

@@ -23,6 +23,7 @@ from mic_supervisor.config.diagnostics import At, Report, closest, show
 from mic_supervisor.config.document import Place
 from mic_supervisor.config.env_file import ENV_FILE, SOCKET, Assignment, parse_env_file
 from mic_supervisor.config.types import PositiveDuration
+from mic_supervisor.host.files import read_text
 
 PREFIX = "MIC_"
 
@@ -257,7 +258,7 @@ def load_settings(environ: Mapping[str, str], env_file: Path = ENV_FILE) -> Sett
 def _read(path: Path, report: Report) -> tuple[dict[str, Assignment], str | None]:
     """What the file sets, by name, and why it could not be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}, None
     except OSError as error:

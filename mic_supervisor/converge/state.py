@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import errno
 import json
 import os
 from contextlib import suppress
@@ -13,10 +13,15 @@ from typing import Any
 from mic_supervisor import codec
 from mic_supervisor.clocks import Clock, boot_id
 from mic_supervisor.errors import MicError
+from mic_supervisor.host.files import read_file, set_aside
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.spec import SpecKey
 
 _MEMORY = "memory.json"
+_PREVIOUS = "memory.json.old"
+_KEY = "spec.key"
+_KEY_LENGTH = 32  # bytes
+_MOST = 16 << 20  # bytes of a document
 _OF_OTHER_VERSIONS = ("ready_probes", "ready_record")  # which may hold what this one cannot know
 
 
@@ -48,15 +53,19 @@ class StateDir:
         """
         path = self.path / _MEMORY
         lost: str | None = None
+        data: Any = {}
+        memory = Memory()
         try:
-            if (data := self.read(_MEMORY)) is None:
-                data = {}
-            memory, places = codec.salvage(Memory, data, whole=_OF_OTHER_VERSIONS)
-            if places := [name for name in places if not name.endswith(_OF_OTHER_VERSIONS)]:
-                lost = f"{path} was damaged: {', '.join(places)} was lost"
+            if (found := self.read(_MEMORY)) is not None:
+                memory, lost = _salvaged(path, found)
+                data = found
         except codec.BadDocument as error:
-            memory, data = Memory(), {}
             lost = f"{path} was damaged, and what it held is lost: {error}"
+            with suppress(codec.BadDocument):
+                if (found := self.read(_PREVIOUS)) is not None:
+                    memory, _ = _salvaged(path, found)
+                    data = found
+                    lost = f"{path} was damaged; what it held before the last change is used"
         try:
             written = codec.decode(_Written, data.get("clock"))
         except codec.BadDocument:
@@ -70,35 +79,47 @@ class StateDir:
         return replace(memory.moved(-offset).in_time(now, rebooted=rebooted), lost=lost)
 
     def save_memory(self, memory: Memory) -> None:
-        """What was found damaged is kept beside it."""
+        """What was found damaged is kept beside it, and so is the document before this one."""
+        path = self.path / _MEMORY
         if self._damaged:
-            self._set_aside(self.path / _MEMORY)
+            self._set_aside(path)
             self._damaged = False
+        else:
+            with suppress(OSError):  # a copy less is not worth an end
+                (self.path / _PREVIOUS).unlink(missing_ok=True)
+                (self.path / _PREVIOUS).hardlink_to(path)
         offset = self._clock.wall() - self._clock.steady()
         document = codec.encode(replace(memory.moved(offset), lost=None))
         document |= {"version": 1, "clock": codec.encode(_Written(self._boot, offset))}
         self.write(_MEMORY, json.dumps(document, indent=1))
 
     def _set_aside(self, path: Path) -> None:
-        names = (path.with_name(f"{path.name}.damaged-{count}") for count in itertools.count(1))
         with suppress(OSError):  # then it is overwritten: it is of little use, and not worth an end
-            next(name for name in names if not name.exists()).hardlink_to(path)
+            set_aside(path)
 
     def key(self, *, create: bool) -> SpecKey:
         """The key that secrets in labels are digested with.
 
         `create` False, and there is none yet: one that is not kept. Then no label was written
-        either, and nothing can be compared with it.
+        either, and nothing can be compared with it. One that is damaged is made anew: what was
+        digested with the old one is unknown then, and the plan says so.
         """
-        path = self.path / "spec.key"
+        path = self.path / _KEY
         try:
-            value = path.read_bytes()
+            value = read_file(path, _KEY_LENGTH)
         except FileNotFoundError:
-            value = os.urandom(32)
-            if create:
-                self.write("spec.key", value)
+            value = b""
         except OSError as error:
-            raise _unreadable(path, error) from error
+            if not _is_damage(error):
+                raise _unreadable(path, error) from error
+            value = b""
+        # A short one, as a full disk leaves, would let secrets be guessed from their digests.
+        if len(value) == _KEY_LENGTH:
+            return SpecKey(value)
+        value = os.urandom(_KEY_LENGTH)
+        if create:
+            self._set_aside(path)
+            self.write(_KEY, value)
         return SpecKey(value)
 
     def write(self, name: str, content: str | bytes) -> None:
@@ -125,11 +146,25 @@ class StateDir:
         """A document, or None where there is none. Raises BadDocument, or MicError."""
         path = self.path / name
         try:
-            return codec.parse(path.read_bytes())
+            return codec.parse(read_file(path, _MOST))
         except FileNotFoundError:
             return None
         except OSError as error:
+            if _is_damage(error):
+                raise codec.BadDocument(error.strerror or str(error)) from error
             raise _unreadable(path, error) from error
+
+
+def _salvaged(path: Path, data: Any) -> tuple[Memory, str | None]:
+    """What is good of a document, and what to say of the rest. Raises BadDocument."""
+    memory, places = codec.salvage(Memory, data, whole=_OF_OTHER_VERSIONS)
+    places = [name for name in places if not name.endswith(_OF_OTHER_VERSIONS)]
+    return memory, f"{path} was damaged: {', '.join(places)} was lost" if places else None
+
+
+def _is_damage(error: OSError) -> bool:
+    """Whether something else stands in the place of a file, rather than that it may not be read."""
+    return error.errno in (errno.EINVAL, errno.EISDIR, errno.EFBIG, errno.ELOOP, errno.ENXIO)
 
 
 def _boot() -> str:

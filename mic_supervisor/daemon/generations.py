@@ -15,10 +15,12 @@ from mic_supervisor import codec
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.document import Config, doubt
 from mic_supervisor.config.load import load
+from mic_supervisor.config.merge import MAX_BYTES
 from mic_supervisor.config.settings import Settings
 from mic_supervisor.converge.snapshot import Reloaded
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.errors import ConfigError, MicError
+from mic_supervisor.host.files import read_file
 
 _KEPT = "last-good"
 _RECORD = "generation.json"
@@ -148,7 +150,7 @@ class Generations:
             parts = []
         for path in (self.path, *parts):
             try:
-                content = path.read_bytes()
+                content = read_file(path, MAX_BYTES)
             except OSError as error:
                 content = f"\0{error.errno}".encode()
             digest.update(f"{path}\0{len(content)}\0".encode() + content)
@@ -170,7 +172,7 @@ class Generations:
             (scratch / "gpus.yaml.d").mkdir(mode=0o700)
             for index, path in enumerate(config.files):
                 name = "gpus.yaml" if index == 0 else f"gpus.yaml.d/{path.name}"
-                _write(scratch / name, path.read_bytes())
+                _write(scratch / name, read_file(path, MAX_BYTES))
             if self.differs():
                 shutil.rmtree(scratch)
                 return

@@ -6,13 +6,15 @@ import json
 import logging
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mic_supervisor import codec
 from mic_supervisor.converge.events import Event
 from mic_supervisor.errors import MicError
+from mic_supervisor.host.files import read_file, set_aside
 
 LOGGER = logging.getLogger("mic")
 
@@ -102,6 +104,7 @@ class _Json(logging.Formatter):
 # --- the history --------------------------------------------------------------------------------
 
 KEPT = 1000
+_MOST = 64 << 20  # bytes of the file
 
 
 class History:
@@ -113,11 +116,16 @@ class History:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._events: deque[Event] = deque(maxlen=KEPT)
-        self._lines = 0
-        self._whole = _ends_with_a_line(path)
-        for event in read(path):
-            self._events.append(event)
-            self._lines += 1
+        try:
+            text = _text(path)
+        except MicError as error:
+            LOGGER.error("%s; the history begins anew", error.message)
+            with suppress(OSError):  # then nothing is added, and that is told of each time
+                set_aside(path)
+            text = ""
+        self._events.extend(_events(text))
+        self._lines = len(self._events)
+        self._whole = not text or text.endswith("\n")
 
     def add(self, event: Event) -> None:
         """Keep what changed something; progress is gone with the moment."""
@@ -150,25 +158,22 @@ class History:
 
 def read(path: Path) -> Iterable[Event]:
     """The kept events, oldest first. Raises MicError when the file is there and unreadable."""
+    return _events(_text(path))
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(errors="replace")
+        return read_file(path, _MOST).decode(errors="replace")
     except FileNotFoundError:
-        return
+        return ""
     except OSError as error:
         raise MicError(f"cannot read {path}: {error.strerror}", hint="run as root") from error
+
+
+def _events(text: str) -> Iterator[Event]:
     for line in text.splitlines()[-KEPT:]:
-        try:
+        with suppress(codec.BadDocument):  # cut short by a crash, or written by a newer version
             yield codec.decode(Event, codec.parse(line))
-        except codec.BadDocument:
-            continue  # cut short by a crash, or written by a newer version
-
-
-def _ends_with_a_line(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return not file.seek(0, 2) or (file.seek(-1, 2) > -1 and file.read(1) == b"\n")
-    except OSError:
-        return True  # `read` tells of it, where it is more than missing
 
 
 def _line(event: Event) -> str:

@@ -17,6 +17,7 @@ from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.document import Config, GpuEntry, Place, parse_gpu_key
 from mic_supervisor.desired.bind import Binding, BoundEntry, bind, safe_name
 from mic_supervisor.errors import CompileError
+from mic_supervisor.host.files import read_in_time
 from mic_supervisor.model import Gpu, GpuInventory, Instance, Placement, Unsatisfiable
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class Compiler:
             options=options,
             settings=self.config.backends[backend],
             gpus=gpus,
-            read_text=lambda path: path.read_text(encoding="utf-8"),
+            read_text=read_in_time,
             variables=self.config.variables,
             directory=self.directory / instance,
         )

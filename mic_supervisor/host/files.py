@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
+import threading
 from pathlib import Path
 
 MOST = 1 << 20  # bytes, of what people write
@@ -35,3 +37,41 @@ def read_file(path: Path, most: int = MOST) -> bytes:
 def read_text(path: Path, most: int = MOST) -> str:
     """The same as text. Raises OSError and UnicodeDecodeError."""
     return read_file(path, most).decode("utf-8")
+
+
+def read_in_time(path: Path, most: int = MOST, seconds: float = 2.0) -> str:
+    """The same, of a file that may lie on a file system that does not answer (a hung NFS).
+
+    Raises TimeoutError after `seconds`. The read is left behind then, since nothing can end it, and
+    every further one of this path fails at once until it returns.
+    """
+    left = _LEFT.get(path)
+    if left is not None and left.is_alive():
+        raise OSError(errno.ETIMEDOUT, "its file system does not answer")
+    outcome: list[str | Exception] = []
+
+    def read() -> None:
+        try:
+            outcome.append(read_text(path, most))
+        except (OSError, UnicodeDecodeError) as error:  # raised below, for who waits
+            outcome.append(error)
+
+    _LEFT[path] = thread = threading.Thread(target=read, name="mic-read", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise OSError(errno.ETIMEDOUT, f"it does not answer within {seconds:g} s")
+    del _LEFT[path]
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what cannot be read, whatever it is, and keep it for a person. Raises OSError."""
+    names = (path.with_name(f"{path.name}.damaged-{count}") for count in itertools.count(1))
+    target = next(name for name in names if not os.path.lexists(name))
+    return path.rename(target)
+
+
+_LEFT: dict[Path, threading.Thread] = {}  # reads that have not returned yet

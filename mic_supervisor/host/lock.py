@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mic_supervisor import codec
 from mic_supervisor.errors import LockHeld, MicError
+from mic_supervisor.host.files import read_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def lock_holder(path: Path) -> LockHolder | None:
     the lock.
     """
     try:
-        found = codec.decode(LockHolder, codec.parse(path.read_bytes()))
+        found = codec.decode(LockHolder, codec.parse(read_file(path, 4096)))
         pids = lock_pids(path)
     except (OSError, ValueError):
         return None

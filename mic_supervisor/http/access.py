@@ -20,6 +20,7 @@ from typing import Any
 
 from mic_supervisor.config.settings import Settings
 from mic_supervisor.errors import MicError
+from mic_supervisor.host.files import read_text
 from mic_supervisor.model import ContainerSpec, DesiredState, Workload
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1: what a header can carry
@@ -84,7 +85,7 @@ def access_of(settings: Settings) -> Access:
 def _read(path: Path) -> bytes:
     try:
         mode = path.stat().st_mode
-        text = path.read_text(encoding="utf-8").strip()
+        text = read_text(path).strip()
     except OSError as error:
         raise MicError(
             f"cannot read the token in {path}: {(error.strerror or str(error)).lower()}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from mic_supervisor.model import (
     TcpCheck,
 )
 from mic_supervisor.plan.memory import Floor, InstanceMemory, Memory, Pause, Paused, Recorded
+from mic_supervisor.plan.spec import SpecKey
 from mic_supervisor.runtimes import identity
 from mic_supervisor.runtimes.docker import create
 
@@ -292,6 +294,83 @@ def test_what_was_damaged_is_kept_for_a_person_once(scope: Path) -> None:
         assert (scope / f"memory.json.damaged-{count}").read_bytes() == b"{%d" % count
     assert state(scope).memory() == Memory()
     assert len([*scope.glob("memory.json.damaged-*")]) == 2
+
+
+STAND_INS = {
+    "directory": lambda path: path.mkdir(),
+    "fifo": os.mkfifo,
+    "loop": lambda path: path.symlink_to(path.name),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "dangling": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("kind", [*STAND_INS])
+def test_what_stands_in_the_place_of_the_memory_is_set_aside(scope: Path, kind: str) -> None:
+    path = scope / "memory.json"
+    path.unlink()
+    STAND_INS[kind](path)
+    host = state(scope)
+    found = host.memory()
+    assert replace(found, lost=None) == Memory()
+    assert (found.lost is None) is (kind == "dangling")  # which is no file, as on a first start
+    host.save_memory(EVERYTHING)
+    assert state(scope).memory() == EVERYTHING
+    assert os.path.lexists(scope / "memory.json.damaged-1") is (kind != "dangling")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\0" * 4096])
+def test_what_was_there_before_the_last_change_stands_in(scope: Path, content: bytes) -> None:
+    host = state(scope)
+    host.save_memory(EVERYTHING)
+    host.save_memory(replace(EVERYTHING, floors={}))
+    (scope / "memory.json").write_bytes(content)
+    again = state(scope)
+    found = again.memory()
+    assert replace(found, lost=None) == EVERYTHING
+    assert found.lost == (
+        f"{scope / 'memory.json'} was damaged; what it held before the last change is used"
+    )
+    again.save_memory(found)
+    assert state(scope).memory() == EVERYTHING
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"x" * 31, b"x" * 33, b"x" * 100])
+def test_a_key_of_another_length_is_made_anew_and_kept_for_a_person(
+    scope: Path, content: bytes
+) -> None:
+    (scope / "spec.key").write_bytes(content)
+    host = state(scope)
+    seen = host.key(create=False)
+    assert (scope / "spec.key").read_bytes() == content  # who looks changes nothing
+    made = host.key(create=True)
+    assert made.id not in (SpecKey(content).id, seen.id)
+    assert host.key(create=False).id == made.id
+    assert (scope / "spec.key.damaged-1").read_bytes() == content
+    assert (scope / "spec.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "loop", "device"])
+def test_what_stands_in_the_place_of_the_key_is_set_aside(scope: Path, kind: str) -> None:
+    path = scope / "spec.key"
+    path.unlink(missing_ok=True)
+    STAND_INS[kind](path)
+    made = state(scope).key(create=True)
+    assert state(scope).key(create=True).id == made.id
+
+
+def test_a_key_of_the_right_length_stays(scope: Path) -> None:
+    (scope / "spec.key").write_bytes(b"k" * 32)
+    assert state(scope).key(create=True).id == SpecKey(b"k" * 32).id
+
+
+@pytest.mark.parametrize("kind", [*STAND_INS])
+def test_what_stands_in_the_place_of_the_generation_has_nothing_confirmed(
+    scope: Path, kind: str
+) -> None:
+    (scope / "generation.json").unlink(missing_ok=True)
+    STAND_INS[kind](scope / "generation.json")
+    assert generations.number_of(state(scope), HASH) is None
 
 
 def test_what_only_a_later_version_can_know_is_no_damage(scope: Path) -> None:

@@ -17,6 +17,7 @@ from docker.utils.config import find_config_file
 
 from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.host import programs
+from mic_supervisor.host.files import read_text
 from mic_supervisor.runtimes import Progress
 from mic_supervisor.runtimes.docker.engine import Engine, is_read_timeout, refusal, refused
 
@@ -206,7 +207,7 @@ def credentials(config: Path | None, registry: str) -> dict[str, Any]:
             return {}
         path = Path(str(found))
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_text(path))
         if not isinstance(document, dict):
             raise ValueError("it is not a JSON object")
         for key in ("auths", "credHelpers"):

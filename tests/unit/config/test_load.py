@@ -356,7 +356,7 @@ def test_a_fifo_does_not_block(tmp_path: Path) -> None:
 
 
 def test_a_path_with_a_nul(tmp_path: Path) -> None:
-    assert "cannot read the file: embedded null byte" in message(tmp_path / "a\0b")
+    assert "cannot read the file: its path holds a NUL" in message(tmp_path / "a\0b")
 
 
 def test_an_unreadable_file() -> None:

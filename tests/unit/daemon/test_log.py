@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,8 +74,32 @@ def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
     assert [item.at for item in read(path)] == [1.0, 2.0]
 
 
-def test_a_history_that_cannot_be_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda path: path.mkdir(), "Is a directory"),
+        (os.mkfifo, "it is not a regular file"),
+        (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
+    ],
+    ids=["directory", "fifo", "loop", "device"],
+)
+def test_what_stands_in_the_place_of_the_history_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[Path], object], why: str
+) -> None:
     path = tmp_path / "history.jsonl"
-    path.mkdir()
-    with pytest.raises(MicError, match=r"cannot read .*history\.jsonl: Is a directory"):
-        History(path)
+    make(path)
+    with pytest.raises(MicError, match="cannot read"):
+        list(read(path))
+    history = History(path)
+    assert f"cannot read {path}: {why}; the history begins anew" in caplog.text
+    history.add(event(1))
+    assert [one.at for one in read(path)] == [1.0]
+    assert os.path.lexists(tmp_path / "history.jsonl.damaged-1")
+
+
+def test_a_history_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    history = History(tmp_path / "file" / "history.jsonl")
+    with pytest.raises(MicError, match=r"cannot write .*history\.jsonl"):
+        history.add(event(1))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
-from mic_supervisor.host.files import read_file, read_text
+from mic_supervisor.host import files
+from mic_supervisor.host.files import read_file, read_in_time, read_text, set_aside
 
 
 def test_reads_a_regular_file_whole(tmp_path: Path) -> None:
@@ -64,3 +66,46 @@ def test_says_what_else_is_in_the_way(tmp_path: Path) -> None:
                 read_file(path)
             assert caught.value.errno == code
             assert caught.value.strerror
+
+
+def test_a_read_that_hangs_is_left_and_fails_at_once_until_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_text("x")
+    other.write_text("y")
+    answers, asked = threading.Event(), []
+
+    def hangs(path: Path, most: int) -> str:
+        asked.append(path)
+        assert answers.wait(60)
+        return read_text(path, most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "read_text", hangs)
+        with pytest.raises(TimeoutError, match=r"it does not answer within 0\.1 s"):
+            read_in_time(path, seconds=0.1)
+        with pytest.raises(TimeoutError, match="its file system does not answer"):
+            read_in_time(path, seconds=60)
+        assert asked == [path]
+    assert read_in_time(other) == "y"
+    answers.set()
+    for thread in threading.enumerate():
+        if thread.name == "mic-read":
+            thread.join(60)
+    assert read_in_time(path) == "x"
+
+
+def test_what_a_read_raises_is_raised_where_it_is_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_in_time(tmp_path / "none")
+    (tmp_path / "a").write_bytes(b"\xff")
+    with pytest.raises(UnicodeDecodeError):
+        read_in_time(tmp_path / "a")
+
+
+def test_what_is_set_aside_takes_no_name_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.damaged-1").symlink_to("nowhere")
+    (tmp_path / "a").mkdir()
+    assert set_aside(tmp_path / "a") == tmp_path / "a.damaged-2"
+    assert (tmp_path / "a.damaged-2").is_dir()
