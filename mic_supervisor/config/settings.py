@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 from pydantic import Field, PlainValidator, ValidationError
 from pydantic_settings import (
@@ -65,24 +65,24 @@ class Address(NamedTuple):
         return ipaddress.ip_address(self.host).is_loopback
 
 
+def _refuse(text: str, why: str) -> NoReturn:
+    raise ValueError(f"{show(text)} {why}") from None
+
+
 def _gpu_source(text: Any) -> GpuSourceSetting:
     if text in ("nvml", "none"):
         return GpuSourceSetting(text)
     match = re.fullmatch(r"simulated:([0-9]{1,3})", text)
     if match is None or not 1 <= int(match[1]) <= MAX_SIMULATED:
-        raise ValueError(
-            f"{show(text)} is no source of GPUs: write nvml, none, or simulated:N "
-            f"with N from 1 to {MAX_SIMULATED}"
-        )
+        kinds = f"nvml, none, or simulated:N with N from 1 to {MAX_SIMULATED}"
+        _refuse(text, f"is no source of GPUs: write {kinds}")
     return GpuSourceSetting("simulated", int(match[1]))
 
 
 def _port_range(text: str) -> PortRange:
     match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 65535:
-        raise ValueError(
-            f"{show(text)} is no range of ports: write the first and the last, as in 20000-20999"
-        )
+        _refuse(text, "is no range of ports: write the first and the last, as in 20000-20999")
     return PortRange(int(match[1]), int(match[2]))
 
 
@@ -96,16 +96,14 @@ def _address(text: str) -> Address:
         else:
             ipaddress.IPv4Address(match["v4"])
     except ValueError:
-        raise ValueError(
-            f"{show(text)} is no address and port: write them as in 127.0.0.1:6004 or [::1]:6004"
-        ) from None
+        _refuse(text, "is no address and port: write them as in 127.0.0.1:6004 or [::1]:6004")
     return Address(match["v6"] or match["v4"], int(match["port"]))
 
 
 def _absolute(text: str) -> Path:
     path = Path(text)
     if not path.is_absolute():
-        raise ValueError(f"{show(text)} is not an absolute path: begin it with /")
+        _refuse(text, "is not an absolute path: begin it with /")
     return path
 
 
@@ -129,10 +127,8 @@ def _host_names(text: str) -> tuple[str, ...]:
 
 def _scope(text: str) -> str:
     if not re.fullmatch("[a-z0-9][a-z0-9-]{0,30}", text):
-        raise ValueError(
-            f"{show(text)} is no scope: write a to z, 0 to 9 and -, at most 31 of them, "
-            "and begin with no -"
-        )
+        form = "a to z, 0 to 9 and -, at most 31 of them, and begin with no -"
+        _refuse(text, f"is no scope: write {form}")
     return text
 
 
@@ -141,10 +137,9 @@ def _docker_host(text: str) -> str:
         why = "is no address of an engine"
         if text.startswith(("ssh://", "http://", "https://")):
             why += " that is used (GPUs and processes are looked at on this machine alone)"
-        raise ValueError(
-            f"{show(text)} {why}: write it as in unix:///run/docker.sock or "
-            f"tcp://127.0.0.1:2375, or {NO_DOCKER} for a machine that is to be used without Docker"
-        )
+        forms = "unix:///run/docker.sock or tcp://127.0.0.1:2375"
+        without = f"{NO_DOCKER} for a machine that is to be used without Docker"
+        _refuse(text, f"{why}: write it as in {forms}, or {without}")
     return text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import signal
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import BeforeValidator, WithJsonSchema
 
@@ -29,7 +29,7 @@ def parse_duration(value: Any) -> float:
         form = "write a number and a unit, as in 30s or 5m"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             form = f"a number needs a unit, as in {value}s or {value}m"
-        raise ValueError(f"{_shown(value)} is not a duration: {form}")
+        _refuse(value, f"is not a duration: {form}")
     seconds = float(value.removesuffix(match[2])) * _SECONDS[match[2]]
     if seconds > MAX_DURATION:
         raise ValueError(f"{value} is more than a year")
@@ -60,9 +60,7 @@ def parse_size(value: Any) -> int:
     else:
         match = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
         if match is None:
-            raise ValueError(
-                f"{_shown(value)} is not a size: write a number and a unit, as in 512m or 20GiB"
-            )
+            _refuse(value, "is not a size: write a number and a unit, as in 512m or 20GiB")
         unit = match[2] or ""
         size = int(float(value.removesuffix(unit)) * _BYTES[unit or "b"])
     if size > MAX_SIZE:
@@ -70,10 +68,11 @@ def parse_size(value: Any) -> int:
     return size
 
 
-def _shown(value: Any) -> str:
+def _refuse(value: Any, why: str) -> NoReturn:
+    shown = repr(value) if isinstance(value, str) else str(value)
     if isinstance(value, (list, dict)):
-        return "a list" if isinstance(value, list) else "a map"
-    return repr(value) if isinstance(value, str) else str(value)
+        shown = "a list" if isinstance(value, list) else "a map"
+    raise ValueError(f"{shown} {why}") from None
 
 
 def _parse_address(value: Any) -> str:
@@ -81,9 +80,7 @@ def _parse_address(value: Any) -> str:
     try:
         ipaddress.ip_address(value if isinstance(value, str) else "")
     except ValueError:
-        raise ValueError(
-            f"{_shown(value)} is not an IP address: write one, as in 127.0.0.1 or 0.0.0.0"
-        ) from None
+        _refuse(value, "is not an IP address: write one, as in 127.0.0.1 or 0.0.0.0")
     return str(value)
 
 
@@ -96,7 +93,7 @@ def _parse_signal(value: Any) -> str:
     name = value.upper() if isinstance(value, str) else ""
     name = name if name.startswith("SIG") else f"SIG{name}"
     if name not in signal.Signals.__members__:
-        raise ValueError(f"{_shown(value)} is not a signal: write a name, as in SIGTERM or SIGINT")
+        _refuse(value, "is not a signal: write a name, as in SIGTERM or SIGINT")
     return name
 
 

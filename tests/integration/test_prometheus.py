@@ -90,7 +90,7 @@ def everything() -> Published:
     """The good machine, with a series for everything that there can be."""
     seen = Durations().with_one(0.2).with_one(3.0)
     xid = XidRecord(b.uuid(0), 31, 1, views_of.NOW - 4000, XidSeverity.APP, None)
-    return views_of.good(loop=LoopState(9, 1, 0.012, views_of.NOW, 0.0, seen), xids=(xid,))
+    return views_of.good(loop=LoopState(9, 1, 0.012, views_of.NOW, seen), xids=(xid,))
 
 
 def metrics_of(published: Published) -> str:
