@@ -90,7 +90,7 @@ def history(instance: str | None, as_json: bool) -> int:
     from dataclasses import asdict
 
     from mic_supervisor.daemon.history import read
-    from mic_supervisor.host.identity import host_name
+    from mic_supervisor.host import host_name
 
     found = wiring.settings()
     events = [

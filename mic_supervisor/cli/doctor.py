@@ -53,7 +53,7 @@ def command(as_json: bool) -> int:
 
 
 def document(findings: Sequence[Finding]) -> dict[str, Any]:
-    from mic_supervisor.host.identity import host_name
+    from mic_supervisor.host import host_name
 
     return {
         "version": 1,

@@ -41,7 +41,7 @@ def models(as_json: bool) -> None:
     """
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.cli import wiring
-    from mic_supervisor.host.identity import host_name
+    from mic_supervisor.host import host_name
     from mic_supervisor.views.config import models_document
 
     config = wiring.load_config(wiring.settings(), None, Registry())

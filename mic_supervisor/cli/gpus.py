@@ -30,7 +30,7 @@ def command(as_json: bool) -> int:
     of all, power drawn of the limit, utilization, temperature, holders, remarks. What is not known
     is "?".
     """
-    from mic_supervisor.host.identity import host_name
+    from mic_supervisor.host import host_name
 
     inventory, warnings = look(wiring.settings())
     error = inventory.unreadable

@@ -12,7 +12,7 @@ from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.settings import NO_DOCKER, Settings, load_settings
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.errors import MicError
-from mic_supervisor.host.identity import host_id
+from mic_supervisor.host import host_id
 
 if TYPE_CHECKING:
     from mic_supervisor.config.document import Config
@@ -96,7 +96,7 @@ def unconfirmed(machine: Machine, config: Config) -> str | None:
 
 def _docker(found: Settings, host: str, state: StateDir) -> Runtime:
     if found.docker_host == NO_DOCKER:
-        from mic_supervisor.runtimes.docker.off import DockerOff
+        from mic_supervisor.runtimes.docker import DockerOff
 
         return DockerOff()
     from mic_supervisor.plan.launch import given_name

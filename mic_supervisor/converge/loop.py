@@ -25,7 +25,7 @@ from mic_supervisor.converge.sources import read_in
 from mic_supervisor.converge.tasks import Threads
 from mic_supervisor.errors import LoadFailed, MicError
 from mic_supervisor.gpu.events import XidRecord, with_xids
-from mic_supervisor.host.identity import host_name
+from mic_supervisor.host import host_name
 from mic_supervisor.model import DesiredState, GpuInventory, ObservedState, ObservedWorkload
 from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import (

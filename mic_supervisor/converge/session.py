@@ -20,7 +20,7 @@ from mic_supervisor.config.names import composed
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.settle import Settling
 from mic_supervisor.errors import ConfigError, MicError
-from mic_supervisor.host.identity import host_name
+from mic_supervisor.host import host_name
 from mic_supervisor.plan import endpoints, render
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.pauses import free_of_pauses, to_resume

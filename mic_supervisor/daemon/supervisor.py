@@ -30,7 +30,7 @@ from mic_supervisor.daemon.summary import sentence
 from mic_supervisor.daemon.watch import watch
 from mic_supervisor.desired import FileDesired
 from mic_supervisor.errors import MicError, RuntimeUnavailable
-from mic_supervisor.host.identity import host_name
+from mic_supervisor.host import host_name
 from mic_supervisor.http.published import LoopState, Published
 
 if TYPE_CHECKING:

@@ -8,18 +8,15 @@ exception, and never in a number that was made up.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from mic_supervisor import clocks
-from mic_supervisor.gpu import telemetry
-from mic_supervisor.gpu.contained import Contained, DidNotReturn
-from mic_supervisor.gpu.events import RECOVERY_ACTION, recovery_action, trouble_of
-from mic_supervisor.gpu.guests import Guests
-from mic_supervisor.gpu.nvml_errors import (
+from mic_supervisor.gpu.driver import (
     ARGUMENT_VERSION_MISMATCH,
     FUNCTION_NOT_FOUND,
     GONE,
@@ -27,9 +24,12 @@ from mic_supervisor.gpu.nvml_errors import (
     LIB_RM_VERSION_MISMATCH,
     MISSING,
     REINITIALISE,
+    cuda_version,
     gpu_error,
     library_error,
+    read_telemetry,
 )
+from mic_supervisor.gpu.events import RECOVERY_ACTION, Guests, recovery_action, trouble_of
 from mic_supervisor.host import processes
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
 
@@ -206,7 +206,7 @@ class NvmlSource:
         with suppress(nvml.NVMLError):
             session.nvml = nvml.nvmlSystemGetNVMLVersion()
         with suppress(nvml.NVMLError):
-            session.cuda = telemetry.cuda_version(nvml.nvmlSystemGetCudaDriverVersion())
+            session.cuda = cuda_version(nvml.nvmlSystemGetCudaDriverVersion())
         for index in range(nvml.nvmlDeviceGetCount()):
             self._open_device(nvml, session, index)
         self.guests.admit()
@@ -285,7 +285,7 @@ class NvmlSource:
             power_limit=None if limit is None else limit / 1000,
             utilization=None if rates is None else rates.gpu / 100,
             temperature=self._temperature(nvml, handle),
-            telemetry=telemetry.read(nvml, handle, self._get),
+            telemetry=read_telemetry(nvml, handle, self._get),
             **self._condition(nvml, handle),
         )
 
@@ -399,3 +399,68 @@ class NvmlSource:
 
 def _failed(cause: str, hint: str) -> GpuInventory:
     return GpuInventory(source="nvml", error=f"cannot read GPUs: {cause}", hint=hint)
+
+
+# --- calls that may never return ----------------------------------------------------------------
+
+
+T = TypeVar("T")
+
+
+class DidNotReturn(Exception):
+    """The call, or one before it, still runs. `timeout` is what it was given, in seconds."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(timeout)
+        self.timeout = timeout
+
+
+class Contained:
+    """Runs one call at a time, each on a thread of its own, and waits no longer than asked.
+
+    A call that outlives its time is left running, since a thread inside a C library cannot be
+    ended. Until it returns every further call fails at once; its own result is dropped, being
+    old by then. The threads are daemons: they do not keep the interpreter from exiting.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._turn = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._timeout = 0.0
+
+    def call(self, function: Callable[[], T], timeout: float) -> T:
+        """What `function` returns or raises.
+
+        Raises DidNotReturn after `timeout` seconds, the wait for other callers included, and
+        RuntimeError if no thread can be started.
+        """
+        deadline = time.monotonic() + timeout
+        if not self._turn.acquire(timeout=timeout):
+            raise DidNotReturn(self._timeout)
+        try:
+            if self._thread is not None and self._thread.is_alive():
+                raise DidNotReturn(self._timeout)
+            results: list[T] = []
+            errors: list[BaseException] = []
+
+            def run() -> None:
+                try:
+                    results.append(function())
+                # Whatever it is belongs to the caller, who gets it below.
+                except BaseException as error:  # noqa: BLE001
+                    errors.append(error)
+
+            self._timeout = timeout
+            thread = threading.Thread(target=run, name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                raise DidNotReturn(self._timeout)
+            self._thread = None
+        finally:
+            self._turn.release()
+        if errors:
+            raise errors[0]
+        return results[0]

@@ -24,7 +24,7 @@ from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import Blocked, FieldDiff
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.words import Reason
-from mic_supervisor.runtimes.copies import known_from
+from mic_supervisor.runtimes.identity import known_from
 
 if TYPE_CHECKING:
     from mic_supervisor.plan.selection import Selection

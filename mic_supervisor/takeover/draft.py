@@ -13,7 +13,7 @@ from mic_supervisor.config.diagnostics import printable
 from mic_supervisor.config.draft import Draft, DraftGpu, DraftModel, render
 from mic_supervisor.config.load import load
 from mic_supervisor.errors import ConfigError
-from mic_supervisor.host.identity import host_name
+from mic_supervisor.host import host_name
 from mic_supervisor.model import Gpu, GpuInventory
 from mic_supervisor.takeover import Proposal
 

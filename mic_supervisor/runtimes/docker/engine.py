@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import http.client
+import re
+import socket
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
+import requests
+import urllib3
+import yaml
 from docker import APIClient
-from docker.errors import NotFound
+from docker.errors import APIError, DockerException, InvalidConfigFile, NotFound, StreamParseError
 from docker.utils import version_lt
 from requests import PreparedRequest, Response
 
-from mic_supervisor.errors import RuntimeUnavailable
-from mic_supervisor.runtimes.docker.errors import ERRORS, ODD_ANSWERS, explain, other_version
+from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable
 
 T = TypeVar("T")
 
@@ -167,3 +176,216 @@ class Engine:
         # a call's time.
         client.trust_env = not self.local
         return client
+
+
+# --- what is said of a call that failed ---------------------------------------------------------
+
+
+# Everything that a call through the SDK raises when the other side fails. KeyError, TypeError and
+# the like are among them because the SDK takes the shape of an answer for granted, so that a
+# stranger behind the address breaks it in those ways.
+ODD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError)
+ERRORS: tuple[type[Exception], ...] = (
+    DockerException,
+    StreamParseError,
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+    EOFError,
+    struct.error,
+    *ODD_ANSWERS,
+)
+
+START_HINT = (
+    "start it with: systemctl start docker (MIC_DOCKER_HOST names another socket or address)"
+)
+ADDRESS_HINT = "check MIC_DOCKER_HOST"
+NO_ENGINE = "what answers at {address} is not a Docker Engine"
+LOOK_HINT = "see what it says: systemctl status docker; journalctl -u docker"
+
+_REFUSALS = Path(__file__).with_name("refusals.yaml")
+
+_BROKEN: tuple[type[Exception], ...] = (
+    ConnectionResetError,
+    BrokenPipeError,
+    EOFError,
+    http.client.IncompleteRead,
+    requests.exceptions.ChunkedEncodingError,
+)
+
+# When there was no answer, or none that an engine gives: kinds of errors, or their numbers, one of
+# which is among all that the error was made from. The first match counts.
+_NO_ANSWER: tuple[tuple[tuple[type[Exception] | int, ...], str, str], ...] = (
+    (
+        (FileNotFoundError, NotADirectoryError),
+        "there is no Docker socket at {address}",
+        START_HINT,
+    ),
+    (
+        (PermissionError,),
+        "access to {address} is denied",
+        "run as root, or add the user to the group docker: usermod -aG docker USER",
+    ),
+    ((ConnectionRefusedError,), "no Docker Engine listens at {address}", START_HINT),
+    (
+        (socket.gaierror, urllib3.exceptions.NameResolutionError),
+        "the host name in {address} cannot be resolved",
+        ADDRESS_HINT,
+    ),
+    (
+        _BROKEN,
+        "the engine at {address} hung up in the middle of the call",
+        LOOK_HINT,
+    ),
+    (
+        (TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError),
+        "the engine at {address} does not answer in time",
+        LOOK_HINT,
+    ),
+    (
+        (InvalidConfigFile,),
+        "the Docker client configuration cannot be read ({said})",
+        "mend or remove config.json in $DOCKER_CONFIG or ~/.docker",
+    ),
+    (
+        (requests.exceptions.JSONDecodeError, http.client.BadStatusLine),
+        NO_ENGINE,
+        ADDRESS_HINT,
+    ),
+    (
+        (errno.EMFILE, errno.ENFILE),
+        "too many files are open",
+        "raise LimitNOFILE of mic.service",
+    ),
+    ((errno.EHOSTUNREACH, errno.ENETUNREACH), "there is no route to {address}", ADDRESS_HINT),
+    (
+        (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema),
+        "{address} is not an address of an engine",
+        ADDRESS_HINT,
+    ),
+    (
+        (requests.ConnectionError, urllib3.exceptions.ProtocolError, http.client.HTTPException),
+        "the connection to {address} fails ({said})",
+        LOOK_HINT,
+    ),
+    ((Exception,), "the engine at {address} cannot be used ({said})", ADDRESS_HINT),
+)
+
+_CONTAINERD = r"containerd\.sock.*(?:connection refused|no such file)"
+_WRAPPINGS = (
+    r"^(driver failed programming external connectivity on endpoint \S+ \(\w+\)"
+    r"|failed to set up container networking|failed to create (?:shim )?task(?: for container)?"
+    r"|OCI runtime \w+ failed|runc \w+ failed|exec failed|unable to start container process"
+    r"|error during container init): "
+)
+_VERSION = r"client version \S+ is too (?:new\. Maximum|old\. Minimum) supported API version"
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and all it was made from; requests and urllib3 keep causes in `args` as well."""
+    seen: set[int] = set()
+    queue: list[object] = [error]
+    while queue:
+        item = queue.pop(0)
+        if not isinstance(item, BaseException) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        yield item
+        queue += [*item.args, getattr(item, "reason", None), item.__cause__, item.__context__]
+
+
+def is_read_timeout(error: BaseException | None) -> bool:
+    """Whether the engine took the call and was silent for longer than we waited."""
+    kinds = (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError)
+    return isinstance(error, TimeoutError) or any(isinstance(item, kinds) for item in chain(error))
+
+
+def refused(error: BaseException | None) -> tuple[int | None, str]:
+    """(HTTP status, the engine's own message) of an answer; (None, "") for all other errors."""
+    answer = next((item for item in chain(error) if isinstance(item, APIError)), None)
+    return (answer.status_code, str(answer.explanation or "")) if answer else (None, "")
+
+
+def other_version(error: BaseException) -> bool:
+    """Whether the engine refuses because it speaks another version of the API."""
+    status, message = refused(error)
+    return status == 400 and re.search(_VERSION, message) is not None
+
+
+def tidy(message: str) -> str:
+    """The engine's message without the layers that passed it on."""
+    text, found = (message.strip().splitlines() or [""])[0].strip(), 1
+    while found:
+        text, found = re.subn(_WRAPPINGS, "", text)
+    return text.removesuffix(": unknown").rstrip(".") or "the engine gives no reason"
+
+
+@cache
+def _table(by: str) -> tuple[tuple[re.Pattern[str], str, str], ...]:
+    with _REFUSALS.open(encoding="utf-8") as file:
+        rows = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))[by]
+    return tuple(
+        (re.compile(pattern, re.IGNORECASE), row["cause"], row["hint"])
+        for row in rows
+        for pattern in ([row["says"]] if isinstance(row["says"], str) else row["says"])
+    )
+
+
+def refusal(message: str, *, registry: str | None = None) -> tuple[str, str | None]:
+    """A refusal of the engine as (cause, hint); of a pull, where there is a `registry`."""
+    for pattern, cause, hint in _table("engine" if registry is None else "registry"):
+        if match := pattern.search(message):
+            words = {"registry": registry, "said": tidy(message), **match.groupdict()}
+            return cause.format(**words), hint.format(**words)
+    return tidy(message), None
+
+
+def explain(what: str, error: Exception, address: str) -> MicError:
+    """One MicError for any error of a call; `what` begins the sentence ("cannot list containers").
+
+    `address` is how a person knows the engine: a socket's path, or a URL.
+    """
+    if isinstance(error, MicError):
+        return error
+    status, message = refused(error)
+    if status is None:
+        cause, hint = _unreachable(error, address)
+    elif other_version(error):
+        cause, hint = tidy(message), "use a Docker Engine of 20.10 or later"
+    elif re.search(_CONTAINERD, message):
+        cause = "the engine cannot reach containerd"
+        hint = "see what it says: systemctl status containerd; journalctl -u containerd"
+    elif status in (502, 503, 504):
+        cause, hint = f"the engine at {address} is not ready ({tidy(message)})", LOOK_HINT
+    elif status in (401, 403):
+        return RuntimeRefused(
+            f"{what}: {address} does not allow the call ({tidy(message)})",
+            hint="an authorisation plugin or socket proxy is in the way: allow containers, "
+            "images, exec and events there",
+        )
+    else:
+        cause, way_out = refusal(message)
+        return RuntimeRefused(f"{what}: {cause}", hint=way_out)
+    return RuntimeUnavailable(f"{what}: {cause}", hint=hint)
+
+
+def _unreachable(error: Exception, address: str) -> tuple[str, str]:
+    """The cause and the way out when there was no answer, or none that an engine gives."""
+    if isinstance(error, ODD_ANSWERS) and not isinstance(
+        error, (DockerException, requests.RequestException)
+    ):
+        return NO_ENGINE.format(address=address), ADDRESS_HINT
+    items = tuple(chain(error))
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return next(
+        (cause.format(address=address, said=said), hint)
+        for kinds, cause, hint in _NO_ANSWER
+        if any(_is(item, kind) for item in items for kind in kinds)
+    )
+
+
+def _is(item: BaseException, kind: type[Exception] | int) -> bool:
+    if isinstance(kind, int):
+        return getattr(item, "errno", None) == kind
+    return isinstance(item, kind)

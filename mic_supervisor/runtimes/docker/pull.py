@@ -18,8 +18,7 @@ from docker.utils.config import find_config_file
 from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.host import programs
 from mic_supervisor.runtimes import Progress
-from mic_supervisor.runtimes.docker.engine import Engine
-from mic_supervisor.runtimes.docker.errors import is_read_timeout, refusal, refused
+from mic_supervisor.runtimes.docker.engine import Engine, is_read_timeout, refusal, refused
 
 _HUB = "docker.io"
 _HUB_SERVER = "https://index.docker.io/v1/"

@@ -21,30 +21,27 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.model import ContainerSpec, Launch, ObservedWorkload, RuntimeView
 from mic_supervisor.runtimes import Progress
-from mic_supervisor.runtimes.copies import GivenName, known_from
+from mic_supervisor.runtimes.docker.container import event_lines, log_lines, remove, run_check, stop
 from mic_supervisor.runtimes.docker.create import (
     CDI_KIND,
     INSTANCE,
     MADE,
+    check_program,
     container_config,
     ownership,
 )
 from mic_supervisor.runtimes.docker.create import labels as labels_of
-from mic_supervisor.runtimes.docker.end import remove, stop
-from mic_supervisor.runtimes.docker.engine import Engine
-from mic_supervisor.runtimes.docker.errors import ADDRESS_HINT, NO_ENGINE, refused
-from mic_supervisor.runtimes.docker.exec import run_check
-from mic_supervisor.runtimes.docker.follow import event_lines, log_lines
-from mic_supervisor.runtimes.docker.program import check_program
+from mic_supervisor.runtimes.docker.engine import ADDRESS_HINT, NO_ENGINE, Engine, refused
 from mic_supervisor.runtimes.docker.pull import Puller
-from mic_supervisor.runtimes.docker.rests import Rests
 from mic_supervisor.runtimes.docker.view import (
+    Rests,
     claims_of,
     detailed,
     labels_in,
     split,
     stranger_reason,
 )
+from mic_supervisor.runtimes.identity import GivenName, known_from
 
 _DEVICES_FOR = 60.0  # seconds for which the engine's list of CDI devices is believed
 _NAME_TAKEN = "is already in use by container"
@@ -58,7 +55,7 @@ class DockerRuntime:
     registry credentials, None the client's own ($DOCKER_CONFIG, ~/.docker). In seconds,
     `timeout` bounds a plain question, `patience` a call that makes the engine work, and `kill_wait`
     the end of a killed container (freeing GPU memory takes a while). Nothing is opened before the
-    first call. `given_name` and `known` tell copies of our containers from ours: see copies.py.
+    first call. `given_name` and `known` tell copies of our containers from ours: see identity.py.
     """
 
     name = "docker"
@@ -96,8 +93,8 @@ class DockerRuntime:
 
     def observe(self) -> RuntimeView:
         """One list call: pid, started_at and finished_at stay None. What is listed as at rest is
-        inspected as well, once: see rests.py. And one call for each image of a container with our
-        labels, the first time.
+        inspected as well, once: see Rests in view.py. And one call for each image of a container
+        with our labels, the first time.
         """
         what = "cannot list containers"
         try:
@@ -311,7 +308,7 @@ class DockerRuntime:
     ) -> tuple[int, str]:
         """Run a command inside the container: (exit code, output), 124 when it takes too long.
 
-        RuntimeRefused when the container does not run. See exec.run_check.
+        RuntimeRefused when the container does not run. See container.run_check.
         """
         return run_check(self._engine, workload, command, timeout)
 

@@ -27,12 +27,18 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec, RunState, RuntimeView
-from mic_supervisor.runtimes import Progress, checks, directories
-from mic_supervisor.runtimes.copies import GivenName
+from mic_supervisor.runtimes import Progress, checks
+from mic_supervisor.runtimes.identity import GivenName
 from mic_supervisor.runtimes.keeper import logs, records
 from mic_supervisor.runtimes.keeper.records import BadRecord, Record
-from mic_supervisor.runtimes.keeper.start import START_TIMEOUT, start_kept
-from mic_supervisor.runtimes.keeper.stop import Options, await_exit_status, end_remains, end_tree
+from mic_supervisor.runtimes.keeper.run import (
+    START_TIMEOUT,
+    Options,
+    await_exit_status,
+    end_remains,
+    end_tree,
+    start_kept,
+)
 from mic_supervisor.runtimes.keeper.view import RecordsView
 
 _REMOVE_PATIENCE = 3.0  # seconds for a keeper that has written the exit status to be gone
@@ -47,9 +53,9 @@ class KeeperRuntime:
     they are first needed. A log is rotated at `log_max_size` bytes, and one rotated file kept.
     `kill_timeout` is how many seconds a tree may take to die of KILL: a driver may need long to
     take a GPU's memory back. What a main process leaves behind when it ends has `remains_grace`
-    seconds between TERM and KILL. `given_name` tells copies of records from records: see copies.py.
-    `mends`: records that were damaged or lost are written again, which is for who has the scope's
-    lock.
+    seconds between TERM and KILL. `given_name` tells copies of records from records: see
+    identity.py. `mends`: records that were damaged or lost are written again, which is for who has
+    the scope's lock.
     """
 
     name = "subprocess"
@@ -154,7 +160,7 @@ class KeeperRuntime:
         self._refuse_inside_service()
         with _explained(f"start {launch.name}", PreflightFailed):
             checks.preflight(spec)
-            directories.make(spec)
+            checks.make_directories(spec)
         if launch.name.startswith(".") or "/" in launch.name or len(launch.name.encode()) > 200:
             raise PreflightFailed(f"cannot keep a record called {launch.name!r}")
         try:
@@ -179,7 +185,7 @@ class KeeperRuntime:
         self._refuse_inside_service()
         path = self._directory / launch.name
         with _explained(f"start {launch.name}", RuntimeRefused), self._turn(launch.name):
-            directories.make(spec)
+            checks.make_directories(spec)
             twin = self._view.twin(launch, spec)
             if twin is not None:
                 raise RuntimeRefused(

@@ -24,8 +24,7 @@ from mic_supervisor.model import (
     RunState,
     Stranger,
 )
-from mic_supervisor.runtimes.copies import GivenName
-from mic_supervisor.runtimes.identity import unknown_identity
+from mic_supervisor.runtimes.identity import GivenName, unknown_identity
 from mic_supervisor.runtimes.keeper import claims, records
 from mic_supervisor.runtimes.keeper.claims import Claim, Claims
 from mic_supervisor.runtimes.keeper.program import RECORD

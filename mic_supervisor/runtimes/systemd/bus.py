@@ -7,20 +7,19 @@ moment later.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from mic_supervisor.errors import RuntimeUnavailable
-from mic_supervisor.runtimes.systemd.unit import Property
-from mic_supervisor.runtimes.systemd.view import Process, Unit
+from dbus_fast import AuthError, BusType, InvalidAddressError, Message, MessageType, Variant
+from dbus_fast.aio import MessageBus
+from dbus_fast.unpack import unpack_variants
 
-if TYPE_CHECKING:
-    import asyncio
-
-    from dbus_fast import Message
-    from dbus_fast.aio import MessageBus
+from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable
+from mic_supervisor.runtimes.systemd.unit import Process, Property, Unit
 
 T = TypeVar("T")
 
@@ -46,7 +45,7 @@ _CHANGES = (
 
 # PID 1 is not on the bus (yet): the call did not reach it.
 _AWAY = frozenset(
-    f"org.freedesktop.DBus.Error.{name}"
+    f"{DBUS}.Error.{name}"
     for name in ("ServiceUnknown", "NameHasNoOwner", "Spawn.ServiceNotFound", "Disconnected")
 )
 _NO_UNIT = frozenset((f"{SYSTEMD}.NoSuchUnit", f"{DBUS}.Error.UnknownObject"))
@@ -82,8 +81,6 @@ class Bus:
 
     def run(self, work: Coroutine[Any, Any, T], *, timeout: float) -> T:
         """Do `work` on the bus's thread. Raises what it raises, Lost after `timeout` seconds."""
-        import asyncio
-
         future = asyncio.run_coroutine_threadsafe(work, self._thread())
         try:
             return future.result(timeout)
@@ -93,8 +90,6 @@ class Bus:
             future.cancel()  # an interrupt ends the work too
 
     def _thread(self) -> asyncio.AbstractEventLoop:
-        import asyncio
-
         with self._guard:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -135,8 +130,6 @@ class Bus:
 
         `repeat`: asking twice does no harm, so that a lost connection may be made up for.
         """
-        import asyncio
-
         deadline = asyncio.get_running_loop().time() + RETURN_TIMEOUT
         while True:
             away: Exception
@@ -173,8 +166,6 @@ class Bus:
 
         Raises Refused and Lost; Lost means that the outcome is unknown.
         """
-        import asyncio
-
         [path] = await self.call(member, signature, *body, descriptors=descriptors)
         if path in self._results:
             return self._results.pop(path)
@@ -240,8 +231,6 @@ class Bus:
     # --- the connection -------------------------------------------------------------------
 
     async def _connected(self) -> MessageBus:
-        import asyncio
-
         if self._connecting is None:
             self._connecting = asyncio.Lock()
         async with self._connecting:
@@ -250,11 +239,6 @@ class Bus:
             return self._connection
 
     async def _connect(self) -> MessageBus:
-        import asyncio
-
-        from dbus_fast import AuthError, BusType, InvalidAddressError
-        from dbus_fast.aio import MessageBus
-
         try:
             connection = MessageBus(
                 bus_address=self._address, bus_type=BusType.SYSTEM, negotiate_unix_fd=True
@@ -275,8 +259,6 @@ class Bus:
 
     async def _await_end(self, connection: MessageBus) -> None:
         """Tell whoever waits for a signal that it will not come."""
-        import contextlib
-
         # How it ended is of no interest: EOFError, ConnectionResetError, or nothing at all.
         with contextlib.suppress(Exception):
             await connection.wait_for_disconnect()  # type: ignore[no-untyped-call]
@@ -298,11 +280,6 @@ class Bus:
         body: Sequence[Any],
         descriptors: Sequence[int],
     ) -> list[Any]:
-        import asyncio
-
-        from dbus_fast import Message, MessageType
-        from dbus_fast.unpack import unpack_variants
-
         message = Message(
             destination=destination,
             path=path,
@@ -329,8 +306,6 @@ class Bus:
         return body
 
     def _heard(self, message: Message) -> None:
-        from dbus_fast import MessageType
-
         if message.message_type is not MessageType.SIGNAL:
             return
         if message.member == "JobRemoved":
@@ -356,10 +331,74 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 def variants(properties: Sequence[Property]) -> list[Any]:
     """As StartTransientUnit takes them, a(sv)."""
-    from dbus_fast import Variant
-
     return [[one.name, Variant(one.signature, one.value)] for one in properties]
 
 
 def _pid(process: Process) -> int:
     return process.pid
+
+
+# --- what is said of a call that failed ---------------------------------------------------------
+
+_BUSY = ("NoReply", "Timeout", "TimedOut", "LimitsExceeded", "NoMemory")
+_DENIED = ("AccessDenied", "AuthFailed", "InteractiveAuthorizationRequired")
+
+# Results of a job, see JobRemoved in org.freedesktop.systemd1(5).
+_RESULTS = {
+    "canceled": "somebody else cancelled it",
+    "timeout": "it did not come up in time",
+    "dependency": "something that it depends on failed",
+    "collected": "systemd dropped the job",
+}
+
+
+def explain(action: str, error: Refused | Lost) -> MicError:
+    """ "cannot ACTION: cause", with a way out where one is known."""
+    if isinstance(error, Lost):
+        return _lost(action, error)
+    if error.name in _AWAY:
+        return RuntimeUnavailable(
+            f"cannot {action}: systemd is not on the system bus",
+            hint="where systemd is not PID 1, set MIC_PROCESS_RUNTIME=subprocess",
+        )
+    short = error.name.removeprefix(f"{DBUS}.Error.")
+    if short in _BUSY:
+        return RuntimeUnavailable(f"cannot {action}: systemd gave no answer: {error.text}")
+    if short in _DENIED:
+        return RuntimeRefused(f"cannot {action}: systemd lets only root do it", hint="run as root")
+    if error.name == f"{SYSTEMD}.TransactionIsDestructive":
+        return RuntimeRefused(
+            f"cannot {action}: the machine is going down, or the unit is being stopped",
+            hint="see systemctl list-jobs",
+        )
+    if error.name == f"{SYSTEMD}.UnitExists":
+        return RuntimeRefused(
+            f"cannot {action}: there is a unit of that name already",
+            hint="see which: systemctl list-unit-files 'mic-*'",
+        )
+    if error.name == f"{SYSTEMD}.UnitMasked":
+        return RuntimeRefused(f"cannot {action}: {error.text}", hint="see systemctl unmask")
+    return RuntimeRefused(f"cannot {action}: systemd refused: {error.text}")
+
+
+def _lost(action: str, error: Lost) -> RuntimeUnavailable:
+    cause = error.__cause__
+    if isinstance(cause, FileNotFoundError):
+        return RuntimeUnavailable(
+            f"cannot {action}: there is no D-Bus to reach systemd by",
+            hint="install it: apt-get install dbus",
+        )
+    if isinstance(cause, ConnectionRefusedError):
+        return RuntimeUnavailable(
+            f"cannot {action}: D-Bus does not run", hint="start it with: systemctl start dbus"
+        )
+    if isinstance(cause, PermissionError):
+        return RuntimeUnavailable(
+            f"cannot {action}: the system bus may not be used by this user", hint="run as root"
+        )
+    return RuntimeUnavailable(f"cannot {action}: systemd cannot be reached: {error}")
+
+
+def job_reason(result: str) -> str:
+    """Why a job did not come to "done"; for a result other than "failed"."""
+    return _RESULTS.get(result, f"systemd ended the job with “{result}”")

@@ -14,6 +14,7 @@ them together with one for mic.slice.
 
 from __future__ import annotations
 
+import asyncio
 import glob
 import grp
 import hashlib
@@ -22,6 +23,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,17 +45,12 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.runtimes import Progress, checks
 from mic_supervisor.runtimes.identity import OWN_VARIABLES
-from mic_supervisor.runtimes.systemd import journal
+from mic_supervisor.runtimes.systemd import jobs, journal
 from mic_supervisor.runtimes.systemd import unit as units
-from mic_supervisor.runtimes.systemd import view as views
-from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused
-from mic_supervisor.runtimes.systemd.errors import explain
-from mic_supervisor.runtimes.systemd.unit import Property
-from mic_supervisor.runtimes.systemd.view import Unit
+from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, explain
+from mic_supervisor.runtimes.systemd.unit import Property, Unit
 
 if TYPE_CHECKING:
-    import asyncio
-
     from dbus_fast import Message
 
 T = TypeVar("T")
@@ -77,7 +74,7 @@ class SystemdRuntime:
     control group may take to die of KILL: a driver may need long to take a GPU's memory back.
     """
 
-    name = views.RUNTIME
+    name = units.RUNTIME
     creates_ahead = False
 
     def __init__(
@@ -112,7 +109,7 @@ class SystemdRuntime:
             found = self._do("read the units of systemd", self._units(), _LOOK_TIMEOUT)
         except MicError as error:
             return RuntimeView(self.name, error=error.message, hint=error.hint)
-        judged = [views.judge(unit, self._scope, self._host) for unit in found]
+        judged = [units.judge(unit, self._scope, self._host) for unit in found]
         return RuntimeView(
             self.name,
             tuple(one for one in judged if isinstance(one, ObservedWorkload)),
@@ -120,16 +117,12 @@ class SystemdRuntime:
         )
 
     async def _units(self) -> list[Unit]:
-        import asyncio
-
         listed = await self._bus.units(units.pattern(self._scope))
         found = await asyncio.gather(*(self._look(name, path) for name, path in sorted(listed)))
         return [unit for unit in found if unit is not None]
 
     async def _look(self, name: str, path: str | None = None) -> Unit | None:
         """A unit, and what is left in its control group where its main process has ended."""
-        from dataclasses import replace
-
         unit = await self._bus.unit(name, path)
         if unit is None or not unit.is_over or not unit.text("ControlGroup"):
             return unit
@@ -138,7 +131,7 @@ class SystemdRuntime:
     async def _look_ours(self, name: str, action: str) -> Unit | None:
         unit = await self._look(name)
         if unit is not None:
-            reason = views.stranger_reason(unit, self._scope, self._host)
+            reason = units.stranger_reason(unit, self._scope, self._host)
             if reason is not None:
                 raise RuntimeRefused(
                     f"cannot {action}: there is a unit of that name: {reason}",
@@ -150,8 +143,6 @@ class SystemdRuntime:
 
     def prepare(self, launch: Launch, progress: Progress) -> None:  # noqa: ARG002
         """Look for all that a start needs. Raises PreflightFailed."""
-        from dataclasses import replace
-
         spec = _spec(launch)
         # A unit has a control group to bound memory and CPU with; a bare process has none.
         plain = Limits(nofile=spec.limits.nofile, memlock=spec.limits.memlock)
@@ -200,8 +191,6 @@ class SystemdRuntime:
         action: str,
     ) -> tuple[str, str] | None:
         """None, or why the program could not be executed, and the invocation that tried."""
-        from mic_supervisor.runtimes.systemd import jobs
-
         async with self._turn(name):
             unit = await self._look_ours(name, action)
             if unit is not None and unit.main_pid is not None and unit.active != "deactivating":
@@ -253,8 +242,6 @@ class SystemdRuntime:
         self._do(action, self._stop(workload.ref, action, number, grace), timeout, StopFailed)
 
     async def _stop(self, name: str, action: str, number: int, grace: float) -> None:
-        from mic_supervisor.runtimes.systemd import jobs
-
         async with self._turn(name):
             unit = await self._look_ours(name, action)
             if unit is not None:
@@ -269,8 +256,6 @@ class SystemdRuntime:
             self._launches.pop(workload.name, None)
 
     async def _remove(self, name: str, action: str) -> None:
-        from mic_supervisor.runtimes.systemd import jobs
-
         async with self._turn(name):
             unit = await self._look_ours(name, action)
             if unit is None:
@@ -335,12 +320,10 @@ class SystemdRuntime:
     async def _check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float, action: str
     ) -> tuple[int, str]:
-        from mic_supervisor.runtimes.systemd import check
-
         unit = await self._look_ours(workload.ref, action)
         if unit is None:
             raise RuntimeRefused(f"cannot {action}: there is no unit {workload.ref}")
-        return await check.run(self._bus, unit, command, timeout)
+        return await jobs.run_check(self._bus, unit, command, timeout)
 
     # --- events ---------------------------------------------------------------------------
 
@@ -395,8 +378,6 @@ class SystemdRuntime:
                 continue  # `observe` tells of it, and `start` and `stop` try again
 
     async def _end_remains(self, name: str) -> None:
-        from mic_supervisor.runtimes.systemd import jobs
-
         async with self._turn(name):
             unit = await self._look(name)
             if unit is not None and unit.is_over and unit.remains:
@@ -425,14 +406,10 @@ class SystemdRuntime:
 
     def _turn(self, name: str) -> asyncio.Lock:
         """One task at a time changes a unit. On the bus's thread."""
-        import asyncio
-
         return self._turns.setdefault(name, asyncio.Lock())
 
-    def _patience(self) -> Any:
-        from mic_supervisor.runtimes.systemd.jobs import Patience
-
-        return Patience(self._remains_grace, self._kill_timeout)
+    def _patience(self) -> jobs.Patience:
+        return jobs.Patience(self._remains_grace, self._kill_timeout)
 
 
 def _change(message: Message, prefix: str) -> tuple[str, str] | None:

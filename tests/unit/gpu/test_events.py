@@ -15,6 +15,7 @@ import pynvml
 import pytest
 
 from mic_supervisor.gpu.events import (
+    Guests,
     RecoveryAction,
     XidEvent,
     XidRecord,
@@ -24,7 +25,6 @@ from mic_supervisor.gpu.events import (
     severity,
     watcher_of,
 )
-from mic_supervisor.gpu.guests import Guests
 from mic_supervisor.gpu.nvml import NvmlSource
 from mic_supervisor.gpu.source import NoSource, SimulatedSource
 from tests.mock_nvml import MockGpu, MockNvml, mock_uuid

@@ -32,7 +32,7 @@ def test_a_gpu_in_full(mock: MockNvml, source: NvmlSource) -> None:
 
     inventory = source.observe()
 
-    (gpu,) = inventory.gpus  # its telemetry has a test of its own, in test_telemetry.py
+    (gpu,) = inventory.gpus  # its telemetry has a test of its own, in test_driver.py
     assert replace(inventory, gpus=(replace(gpu, telemetry=None),)) == GpuInventory(
         source="nvml",
         gpus=(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mic_supervisor.gpu.contained import Contained, DidNotReturn
-from mic_supervisor.gpu.nvml import NvmlSource
+from mic_supervisor.gpu.nvml import Contained, DidNotReturn, NvmlSource
 from mic_supervisor.gpu.source import SimulatedSource, open_source
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory
 

@@ -12,7 +12,7 @@ import pytest
 from mic_supervisor.errors import RuntimeUnavailable
 from mic_supervisor.model import RunState
 from tests.support.waiting import until
-from tests.unit.runtimes.keeper.test_stop import leave_remains
+from tests.unit.runtimes.keeper.test_run import leave_remains
 from tests.unit.runtimes.process_world import World, runs, sh
 
 

@@ -340,13 +340,13 @@ def test_only_who_could_be_ours_is_believed(world: World, user: int, believed: b
 def test_a_keeper_of_an_earlier_version_is_believed_by_its_child(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from mic_supervisor.runtimes.keeper import program, start
+    from mic_supervisor.runtimes.keeper import program, run
 
     def earlier(record: Record) -> dict[str, str]:
         found = {"MIC_SCOPE": world.scope, "MIC_INSTANCE": "one", "MIC_SPEC_HASH": "0badcafe"}
         return {**found, "MIC_IDENTITY": "none yet", "MIC_RUN_ID": record.run_id}
 
-    monkeypatch.setattr(start, "_variables", earlier)
+    monkeypatch.setattr(run, "_variables", earlier)
     before = shutil.copy(program.__file__, tmp_path / "keeper.py")  # as the program was called
     monkeypatch.setattr(program, "__file__", str(before))
     devices = (("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-2"),)

@@ -26,11 +26,10 @@ from mic_supervisor.model import (
     RunState,
 )
 from mic_supervisor.runtimes.systemd import bus as systemd_bus
-from mic_supervisor.runtimes.systemd.bus import Lost, Refused
-from mic_supervisor.runtimes.systemd.errors import explain, job_reason
+from mic_supervisor.runtimes.systemd.bus import Lost, Refused, explain, job_reason
 from mic_supervisor.runtimes.systemd.jobs import SpawnFailed, spawn_reason
 from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime
-from mic_supervisor.runtimes.systemd.view import Unit
+from mic_supervisor.runtimes.systemd.unit import Unit
 
 IDENTITY = Identity("default", "h", "a", "MAM", "process", ("GPU-1",), {}, {}, "00")
 SPEC = ProcessSpec(("/bin/true",))

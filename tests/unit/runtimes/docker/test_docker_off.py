@@ -13,7 +13,7 @@ from mic_supervisor.config.settings import load_settings
 from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused
 from mic_supervisor.model import ContainerSpec, Identity, Launch, ObservedWorkload, RunState
 from mic_supervisor.runtimes import Runtime
-from mic_supervisor.runtimes.docker.off import HINT, REASON, DockerOff
+from mic_supervisor.runtimes.docker import HINT, REASON, DockerOff
 from tests.support.mic import Mic
 
 IDENTITY = Identity("test", "h", "a-0", "a", "container", ("GPU-0",), {}, None, "")

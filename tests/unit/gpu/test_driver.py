@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mic_supervisor.gpu.driver import cuda_version
 from mic_supervisor.gpu.nvml import NvmlSource
-from mic_supervisor.gpu.telemetry import cuda_version
 from mic_supervisor.model import GpuTelemetry
 from tests.mock_nvml import MockGpu, MockNvml, Rules
 

@@ -15,7 +15,7 @@ import pytest
 
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.model import ProcessSpec
-from mic_supervisor.runtimes import directories
+from mic_supervisor.runtimes import checks
 from tests.unit.runtimes.process_world import World, sh
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
@@ -52,7 +52,7 @@ def umask(mask: int) -> Iterator[None]:
 def test_each_is_made_with_its_parents(base: Path) -> None:
     own = base / "data" / "mam-1"
     with umask(0o077):
-        directories.make(spec(own, own / "user"))
+        checks.make_directories(spec(own, own / "user"))
     me = pwd.getpwuid(os.geteuid()).pw_name
     assert shown(base / "data") == ("755", me)
     assert shown(own) == ("700", me)
@@ -63,8 +63,8 @@ def test_what_is_there_stays_as_it_is(base: Path) -> None:
     own = base / "mam-1"
     own.mkdir(mode=0o755)
     (own / "kept").write_text("x")
-    directories.make(spec(own))
-    directories.make(spec(own))
+    checks.make_directories(spec(own))
+    checks.make_directories(spec(own))
     assert shown(own)[0] == "755"
     assert (own / "kept").read_text() == "x"
 
@@ -72,7 +72,7 @@ def test_what_is_there_stays_as_it_is(base: Path) -> None:
 @AS_ROOT
 def test_they_belong_to_the_user(base: Path) -> None:
     own = base / "data" / "mam-1"
-    directories.make(spec(own, own / "user", own / "a" / "b", user=NOBODY))
+    checks.make_directories(spec(own, own / "user", own / "a" / "b", user=NOBODY))
     assert shown(base / "data") == ("755", "root")
     for path in (own, own / "user", own / "a" / "b"):
         assert shown(path) == ("700", NOBODY)
@@ -81,20 +81,20 @@ def test_they_belong_to_the_user(base: Path) -> None:
 @AS_ROOT
 def test_nothing_is_made_through_a_users_link_with_more_than_its_rights(base: Path) -> None:
     own, secret = base / "mam-1", base / "secret"
-    directories.make(spec(own, user=NOBODY))
+    checks.make_directories(spec(own, user=NOBODY))
     secret.mkdir()
     (own / "user").symlink_to(secret)
     with pytest.raises(PreflightFailed, match=r"cannot make the directory .*: Permission denied"):
-        directories.make(spec(own, own / "user" / "deep", user=NOBODY))
+        checks.make_directories(spec(own, own / "user" / "deep", user=NOBODY))
     assert list(secret.iterdir()) == []
 
 
 @AS_ROOT
 def test_one_that_the_user_cannot_write_is_told_before_anything_is_stopped(base: Path) -> None:
     own = base / "mam-1"
-    directories.make(spec(own, own / "user"))
+    checks.make_directories(spec(own, own / "user"))
     with pytest.raises(PreflightFailed) as caught:
-        directories.make(spec(own, own / "user", user=NOBODY))
+        checks.make_directories(spec(own, own / "user", user=NOBODY))
     assert str(caught.value) == f"cannot use the directory {own}: nobody may not write there"
     assert caught.value.hint == f"see which part keeps it out: namei -l {own}"
 
@@ -103,12 +103,12 @@ def test_one_that_the_user_cannot_write_is_told_before_anything_is_stopped(base:
 def test_so_is_a_parent_that_keeps_the_user_out(base: Path) -> None:
     (base / "state").mkdir(mode=0o700)
     with pytest.raises(PreflightFailed, match=r"cannot use the directory .*/state/mam-1: nobody"):
-        directories.make(spec(base / "state" / "mam-1", user=NOBODY))
+        checks.make_directories(spec(base / "state" / "mam-1", user=NOBODY))
 
 
 def test_as_a_program(base: Path) -> None:
     def run(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-I", "-c", directories.PROGRAM, "", *arguments]
+        command = [sys.executable, "-I", "-c", checks.PROGRAM, "", *arguments]
         done = subprocess.run(command, cwd="/", capture_output=True, text=True)
         return done.returncode, done.stderr
 
@@ -126,13 +126,13 @@ def test_as_a_program(base: Path) -> None:
 def test_a_file_in_its_place_is_told(base: Path) -> None:
     (base / "mam-1").write_text("")
     with pytest.raises(PreflightFailed, match=r"cannot make the directory .*/mam-1: File exists"):
-        directories.make(spec(base / "mam-1"))
+        checks.make_directories(spec(base / "mam-1"))
 
 
 def test_a_file_among_the_parents_is_told(base: Path) -> None:
     (base / "data").write_text("")
     with pytest.raises(PreflightFailed, match="cannot make the directory"):
-        directories.make(spec(base / "data" / "mam-1"))
+        checks.make_directories(spec(base / "data" / "mam-1"))
 
 
 def test_the_program_finds_them(base: Path, scope: str) -> None:

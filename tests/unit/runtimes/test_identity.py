@@ -9,9 +9,9 @@ import pytest
 
 from mic_supervisor.model import Identity, ObservedWorkload, RunState, Stranger
 from mic_supervisor.plan.launch import given_name
-from mic_supervisor.runtimes.copies import copies
 from mic_supervisor.runtimes.docker.create import MADE, labels
 from mic_supervisor.runtimes.docker.view import split
+from mic_supervisor.runtimes.identity import copies
 
 IDENTITY = Identity(
     "default", "h", "MAM-1", "MAM", "triton", ("GPU-1",), {"http": 20000}, {"image": "x:1"}, "abc"

@@ -10,8 +10,8 @@ import pytest
 from mic_supervisor import clocks
 from mic_supervisor.model import Identity, Launch, ObservedWorkload, ProcessSpec, RunState, Stranger
 from mic_supervisor.runtimes.identity import identity_variables
-from mic_supervisor.runtimes.systemd import view as systemd_view
-from mic_supervisor.runtimes.systemd.view import Process, Unit
+from mic_supervisor.runtimes.systemd import unit as systemd_view
+from mic_supervisor.runtimes.systemd.unit import Process, Unit
 
 IDENTITY = Identity("default", "h", "a", "MAM", "process", ("GPU-1",), {"http": 1}, {}, "00")
 NAME = "mic-default-a-00"

@@ -11,10 +11,10 @@ import pytest
 
 from mic_supervisor.errors import RuntimeUnavailable, WorkloadGone
 from mic_supervisor.model import ObservedWorkload, RunState
-from mic_supervisor.runtimes.docker import rests as module
+from mic_supervisor.runtimes.docker import view as module
 from mic_supervisor.runtimes.docker.create import labels
-from mic_supervisor.runtimes.docker.rests import Rests
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
+from mic_supervisor.runtimes.docker.view import Rests
 from tests.support.waiting import until
 from tests.unit.runtimes.docker.engine_fake import (
     IDENTITY,

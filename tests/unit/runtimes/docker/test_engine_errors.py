@@ -15,8 +15,8 @@ import yaml
 from docker.errors import DockerException
 
 from mic_supervisor.errors import MicError, RuntimeUnavailable
-from mic_supervisor.runtimes.docker import errors
-from mic_supervisor.runtimes.docker.errors import LOOK_HINT, START_HINT, explain, refusal, tidy
+from mic_supervisor.runtimes.docker import engine as errors
+from mic_supervisor.runtimes.docker.engine import LOOK_HINT, START_HINT, explain, refusal, tidy
 from mic_supervisor.runtimes.docker.pull import failure
 
 RUNC = "OCI runtime create failed: runc create failed: unable to start container process: "
