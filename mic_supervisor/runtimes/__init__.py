@@ -7,13 +7,36 @@ is bounded in time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from mic_supervisor.model import Launch, ObservedWorkload, RuntimeView
 
 Progress = Callable[[str], None]
 """Takes one short line for a person: "pulling 41 %"."""
+
+
+LONGEST_LINE = 1 << 20
+"""Bytes; of a longer line the pieces count as lines."""
+
+
+def lines(parts: Iterable[bytes], *, whole: bool = False) -> Iterator[str]:
+    """A log's lines, however it is cut. Bytes that are not UTF-8 become U+FFFD.
+
+    `whole`: a last line without an end is left out, and none is cut, however long.
+    """
+    rest = b""
+    for part in parts:
+        *complete, rest = (rest + part).split(b"\n")
+        if len(rest) > LONGEST_LINE and not whole:
+            complete, rest = [*complete, rest], b""
+        yield from (_text(line) for line in complete)
+    if rest and not whole:
+        yield _text(rest)
+
+
+def _text(line: bytes) -> str:
+    return line.removesuffix(b"\r").decode(errors="replace")
 
 
 class Runtime(Protocol):

@@ -1,4 +1,4 @@
-"""What a host process needs before it can start, and the commands that probe one.
+"""What both runtimes of host processes share: what one needs before it can start, and its checks.
 
 A supervisor that systemd runs may write next to nowhere, and become nobody else. There PID 1 makes
 the directories: it runs this as a program, `python -I -c PROGRAM USER DIRECTORY…`, before the
@@ -26,7 +26,7 @@ from typing import Any
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host import programs
-from mic_supervisor.model import Launch, ProcessSpec
+from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TIMED_OUT = 124
@@ -99,13 +99,25 @@ def _group(name: str) -> int | None:
 
 def environment(spec: ProcessSpec, who: Account) -> dict[str, str]:
     """PATH, HOME and LANG, unless the specification sets them, and what it sets."""
-    return {"PATH": DEFAULT_PATH, "HOME": who.home, "LANG": "C.UTF-8", **dict(spec.env)}
+    return {**plain_environment(who.home), **dict(spec.env)}
+
+
+def plain_environment(home: str) -> dict[str, str]:
+    """What a process has that is given nothing else."""
+    return {"PATH": DEFAULT_PATH, "HOME": home, "LANG": "C.UTF-8"}
 
 
 def limits(spec: ProcessSpec) -> dict[str, int]:
     """Names of `resource` -> both bounds; -1 is unlimited."""
     named = {"RLIMIT_NOFILE": spec.limits.nofile, "RLIMIT_MEMLOCK": spec.limits.memlock}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def stop_signal(workload: ObservedWorkload, name: str) -> int:
+    """The number of a signal to stop a workload with. Raises RuntimeRefused."""
+    if (number := signal_number(name)) is None:
+        raise RuntimeRefused(f"cannot stop {workload.name}: there is no signal {name}")
+    return number
 
 
 def signal_number(name: str) -> int | None:
@@ -118,18 +130,52 @@ def signal_number(name: str) -> int | None:
     return signal.Signals[full].value if full in signal.Signals.__members__ else None
 
 
-def startable(name: str, launch: Launch | None) -> Launch:
-    """What this very program started `name` with: nothing on disk holds an environment.
+def ended_by(number: int) -> str:
+    """A death by signal, in words."""
+    try:
+        return f"ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"ended by signal {number}"
 
-    Raises RuntimeRefused where there is none.
+
+class ProcessRuntime:
+    """What a runtime of host processes does whatever keeps them. See `Runtime` for the contract.
+
+    Nothing on disk holds an environment, which may hold secrets: what `restart` needs is kept here.
     """
-    if launch is None:
-        raise RuntimeRefused(
-            f"cannot start {name} again: its environment may hold secrets, is therefore not "
-            "kept, and was lost when the supervisor was restarted",
-            hint="it can be started from its specification only",
-        )
-    return launch
+
+    creates_ahead = False
+
+    def __init__(self) -> None:
+        self._launches: dict[str, Launch] = {}
+
+    def start(self, launch: Launch) -> None:
+        raise NotImplementedError
+
+    def create(self, launch: Launch) -> None:
+        """Never: see `creates_ahead`."""
+        raise RuntimeRefused(f"cannot create {launch.name} without starting it: it is a process")
+
+    def restart(self, workload: ObservedWorkload) -> None:
+        """Start it again, if this very program started it.
+
+        Raises RuntimeRefused otherwise; `start` with a launch of the same specification does it.
+        """
+        launch = self._launches.get(workload.name)
+        if launch is None:
+            raise RuntimeRefused(
+                f"cannot start {workload.name} again: its environment may hold secrets, is "
+                "therefore not kept, and was lost when the supervisor was restarted",
+                hint="it can be started from its specification only",
+            )
+        self.start(launch)
+
+
+def process_spec(launch: Launch) -> ProcessSpec:
+    """Raises PreflightFailed for a container."""
+    if not isinstance(launch.spec, ProcessSpec):
+        raise PreflightFailed(f"cannot start {launch.name}: a container is no host process")
+    return launch.spec
 
 
 def preflight(spec: ProcessSpec) -> None:
@@ -197,19 +243,22 @@ def _check_limits(spec: ProcessSpec) -> None:
             )
 
 
+def find_program(name: str, directory: Path, search: str) -> Path:
+    """What is executed for a command that begins with `name`. Raises PreflightFailed."""
+    if "/" in name:
+        return directory / name
+    found = shutil.which(name, path=search)
+    if found is None:
+        raise PreflightFailed(
+            f"cannot run {name}: it is not on the PATH {search}",
+            hint="write its absolute path, or set PATH in `env`",
+        )
+    return Path(found)
+
+
 def _check_program(spec: ProcessSpec, directory: Path, search: str) -> Path:
     """Where the program is. A script needs its interpreter, too."""
-    program = spec.command[0]
-    if "/" not in program:
-        found = shutil.which(program, path=search)
-        if found is None:
-            raise PreflightFailed(
-                f"cannot run {program}: it is not on the PATH {search}",
-                hint="write its absolute path, or set PATH in `env`",
-            )
-        path = Path(found)
-    else:
-        path = directory / program
+    path = find_program(spec.command[0], directory, search)
     try:
         if not path.exists():
             raise PreflightFailed(f"cannot run {path}: it does not exist")
@@ -256,7 +305,7 @@ def run_check(
     done = programs.run(
         command,
         timeout,
-        env={"PATH": DEFAULT_PATH, "HOME": who.home, "LANG": "C.UTF-8", _CHECK_ID: nonce},
+        env={**plain_environment(who.home), _CHECK_ID: nonce},
         cwd=directory,
         most=_MOST_OUTPUT,
         end=lambda process: _end_check(process, nonce),
@@ -264,9 +313,13 @@ def run_check(
     )
     text = done.output.decode(errors="replace").strip()
     if done.code is None:
-        said = f": {text}" if text else ""
-        return TIMED_OUT, f"it did not end within {timeout:g} s{said}"
+        return timed_out(timeout, text)
     return (128 - done.code if done.code < 0 else done.code), text
+
+
+def timed_out(timeout: float, said: str) -> tuple[int, str]:
+    """What a check gives that was ended at its deadline."""
+    return TIMED_OUT, f"it did not end within {timeout:g} s" + (f": {said}" if said else "")
 
 
 def _as(who: Account) -> dict[str, Any]:
@@ -279,11 +332,9 @@ def _as(who: Account) -> dict[str, Any]:
 def _end_check(process: subprocess.Popen[bytes], nonce: str) -> None:
     # It is not waited for before this: its PID is its own until then.
     for _ in range(50):
-        found = {*procfs.descendants([process.pid]), *procfs.with_environ(_CHECK_ID, [nonce])}
+        below = procfs.descendants([process.pid])
+        found = {process.pid, *below, *procfs.with_environ(_CHECK_ID, [nonce])}
         running = [one for pid in found if (one := procfs.stat(pid)) is not None and one.running]
-        own = procfs.stat(process.pid)
-        if own is not None and own.running and own not in running:
-            running.append(own)
         if not running:
             break
         for one in running:
@@ -391,10 +442,8 @@ def _run(command: list[str], who: Account) -> tuple[int, str]:
         command,
         _PATIENCE,
         env={"PATH": DEFAULT_PATH, "LC_ALL": "C"},
-        user=who.uid,
-        group=who.gid,
-        extra_groups=who.groups,
         umask=0o022,
+        **_as(who),
     )
     if done.code is None:
         raise OSError(errno.ETIMEDOUT, f"{command[0]} does not end")

@@ -12,7 +12,7 @@ import signal
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -24,22 +24,10 @@ from docker.types import CancellableStream
 
 from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable, StopFailed
 from mic_supervisor.model import ObservedWorkload, RunState
+from mic_supervisor.runtimes import lines
 from mic_supervisor.runtimes.docker.engine import ERRORS, Engine, explain, is_read_timeout, refused
 
 EVENTS = ("start", "die", "oom", "destroy", "health_status")
-_LONGEST = 1 << 20  # bytes of a line that does not end
-
-
-def lines(parts: Iterable[bytes]) -> Iterator[str]:
-    """Lines, however they are cut. Bytes that are not UTF-8 become U+FFFD."""
-    rest = b""
-    for part in parts:
-        *whole, rest = (rest + part).split(b"\n")
-        if len(rest) > _LONGEST:
-            whole, rest = [*whole, rest], b""
-        yield from (_text(line) for line in whole)
-    if rest:
-        yield _text(rest)
 
 
 def log_lines(
@@ -133,10 +121,6 @@ def _event_line(event: Mapping[str, Any]) -> str:
     line = f"{action} {attributes.get('name') or actor.get('ID') or event.get('id')}"
     code = attributes.get("exitCode")
     return f"{line} (exit code {code})" if action == "die" and code is not None else line
-
-
-def _text(line: bytes) -> str:
-    return line.removesuffix(b"\r").decode(errors="replace")
 
 
 # --- commands inside ----------------------------------------------------------------------------

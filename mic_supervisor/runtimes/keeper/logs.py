@@ -14,10 +14,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from mic_supervisor.runtimes import lines
 from mic_supervisor.runtimes.keeper.program import LOG
 
 _BLOCK = 1 << 16
-_LONGEST = 1 << 20  # bytes; a longer line is given in pieces
 _MOMENT = 0.01  # seconds; longer than a keeper takes from the truncation to the renaming
 _OLD = 7 * 86400.0  # seconds for which the logs of a workload without a record are kept
 
@@ -90,17 +90,9 @@ def read(
     `tail` None is all of them. With `follow` it goes on until `ended` says so and everything was
     read, looking every `pause` seconds. Raises OSError.
     """
-    partial = b""
     with ExitStack() as files:
-        for part in _parts(_Log(directory, files), tail, ended if follow else lambda: True, pause):
-            *lines, partial = (partial + part).split(b"\n")
-            if len(partial) > _LONGEST:
-                lines.append(partial)
-                partial = b""
-            for line in lines:
-                yield line.removesuffix(b"\r").decode(errors="replace")
-    if partial:
-        yield partial.decode(errors="replace")
+        log = _Log(directory, files)
+        yield from lines(_parts(log, tail, ended if follow else lambda: True, pause))
 
 
 def _parts(log: _Log, tail: int | None, ended: Callable[[], bool], pause: float) -> Iterator[bytes]:

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import stat
 import time
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from pydantic import Field, FiniteFloat
 from mic_supervisor import clocks, codec
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Identity, ObservedWorkload, RunState
+from mic_supervisor.runtimes import checks
 from mic_supervisor.runtimes.keeper.program import EXIT, RECORD, write_json
 
 T = TypeVar("T")
@@ -108,10 +108,7 @@ class Exit:
     def reason(self) -> str | None:
         if self.error or self.signal is None:
             return self.error
-        try:
-            return f"ended by {signal.Signals(self.signal).name}"
-        except ValueError:
-            return f"ended by signal {self.signal}"
+        return checks.ended_by(self.signal)
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mic_supervisor.errors import (
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec, RunState, RuntimeView
 from mic_supervisor.runtimes import Progress, checks
+from mic_supervisor.runtimes.checks import ProcessRuntime, process_spec
 from mic_supervisor.runtimes.identity import GivenName
 from mic_supervisor.runtimes.keeper import logs, records
 from mic_supervisor.runtimes.keeper.records import BadRecord, Record
@@ -46,7 +47,7 @@ _LOOK = 1.0  # seconds between two looks for new records
 _STOP = 0.25  # seconds between two looks at whether to stop listening
 
 
-class KeeperRuntime:
+class KeeperRuntime(ProcessRuntime):
     """Runs host processes of one scope. See `Runtime` for the contract.
 
     `directory` holds a directory per workload, and `log_directory` its logs; both are made when
@@ -59,7 +60,6 @@ class KeeperRuntime:
     """
 
     name = "subprocess"
-    creates_ahead = False
 
     def __init__(
         self,
@@ -77,13 +77,13 @@ class KeeperRuntime:
         enclosing_service: Callable[[], str | None] = procfs.enclosing_service,
         given_name: GivenName | None = None,
     ) -> None:
+        super().__init__()
         self._directory = directory
         self._logs = logs.LogStore(log_directory, directory)
         self._clock = clock  # for what is told
         self._options = Options(log_max_size, kill_timeout, remains_grace)
         self._enclosing_service = enclosing_service
         self._turns: dict[str, threading.Lock] = {}
-        self._launches: dict[str, Launch] = {}
         self._view = RecordsView(
             scope,
             host,
@@ -156,7 +156,7 @@ class KeeperRuntime:
 
     def prepare(self, launch: Launch, progress: Progress) -> None:  # noqa: ARG002
         """Look for all that a start needs. Raises PreflightFailed."""
-        spec = _spec(launch)
+        spec = process_spec(launch)
         self._refuse_inside_service()
         with _explained(f"start {launch.name}", PreflightFailed):
             checks.preflight(spec)
@@ -175,13 +175,9 @@ class KeeperRuntime:
                 hint="set MIC_RUN_DIR to a directory that can be written",
             )
 
-    def create(self, launch: Launch) -> None:
-        """Never: see `creates_ahead`."""
-        raise RuntimeRefused(f"cannot create {launch.name} without starting it: it is a process")
-
     def start(self, launch: Launch) -> None:
         """Returns once the program was executed. Replaces an ended record of the same name."""
-        spec = _spec(launch)
+        spec = process_spec(launch)
         self._refuse_inside_service()
         path = self._directory / launch.name
         with _explained(f"start {launch.name}", RuntimeRefused), self._turn(launch.name):
@@ -257,20 +253,11 @@ class KeeperRuntime:
         self._clear(path, record, seen)
         return False
 
-    def restart(self, workload: ObservedWorkload) -> None:
-        """Start it again, if this very program started it: a record holds no environment.
-
-        Raises RuntimeRefused otherwise; `start` with a launch of the same specification does it.
-        """
-        self.start(checks.startable(workload.name, self._launches.get(workload.name)))
-
     # --- stopping -------------------------------------------------------------------------
 
     def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
         """Returns when no process of the tree is left and the exit status is on disk."""
-        number = checks.signal_number(signal)
-        if number is None:
-            raise RuntimeRefused(f"cannot stop {workload.name}: there is no signal {signal}")
+        number = checks.stop_signal(workload, signal)
         path = self._directory / workload.name
         with self._turn(workload.name), _explained(f"stop {workload.name}", StopFailed):
             record = self._settle(path)
@@ -399,9 +386,3 @@ def _explained(action: str, kind: type[MicError]) -> Iterator[None]:
         raise kind(f"cannot {action}: its record is not to be trusted: {error}") from error
     except OSError as error:
         raise kind(f"cannot {action}: {error}") from error
-
-
-def _spec(launch: Launch) -> ProcessSpec:
-    if not isinstance(launch.spec, ProcessSpec):
-        raise PreflightFailed(f"cannot start {launch.name}: a container is no host process")
-    return launch.spec

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import uuid
 from collections.abc import Sequence
@@ -330,9 +329,7 @@ async def run_check(bus: Bus, unit: Unit, argv: tuple[str, ...], timeout: float)
         with contextlib.suppress(Refused, Lost):
             await bus.call("UnrefUnit", "s", name)
     text = output.text()
-    if code == checks.TIMED_OUT:
-        return code, f"it did not end within {timeout:g} s" + (f": {text}" if text else "")
-    return code, text
+    return checks.timed_out(timeout, text) if code == checks.TIMED_OUT else (code, text)
 
 
 def _code(unit: Unit | None, result: str, argv: tuple[str, ...]) -> int:
@@ -352,14 +349,18 @@ def _properties(unit: Unit, argv: tuple[str, ...], timeout: float) -> list[Prope
         home = checks.account(who).home
     except PreflightFailed:
         home = "/"  # the user is gone; PID 1 will say so
-    variables = {"PATH": checks.DEFAULT_PATH, "HOME": home, "LANG": "C.UTF-8"}
+    try:
+        program = checks.find_program(argv[0], Path(directory), checks.DEFAULT_PATH)
+    except PreflightFailed as error:
+        raise RuntimeRefused(error.message) from error
+    variables = checks.plain_environment(home)
     return [
         Property("Description", "s", f"Health check of {unit.name}"),
         Property("Slice", "s", SLICE),
         Property("Type", "s", "oneshot"),
         Property("TimeoutStartUSec", "t", max(1, round(timeout * 1e6))),
         Property("TimeoutStopUSec", "t", round(_END_TIMEOUT * 1e6)),
-        command(_program(argv[0], directory), argv),
+        command(str(program), argv),
         Property("Environment", "as", [f"{key}={value}" for key, value in variables.items()]),
         Property("WorkingDirectory", "s", directory),
         *user(who),
@@ -371,15 +372,6 @@ def _properties(unit: Unit, argv: tuple[str, ...], timeout: float) -> list[Prope
         Property("AddRef", "b", True),
         Property("CollectMode", "s", "inactive-or-failed"),
     ]
-
-
-def _program(name: str, directory: str) -> str:
-    if "/" in name:
-        return str(Path(directory) / name)
-    found = shutil.which(name, path=checks.DEFAULT_PATH)
-    if found is None:
-        raise RuntimeRefused(f"cannot run {name}: it is not on the PATH {checks.DEFAULT_PATH}")
-    return found
 
 
 class _Output:

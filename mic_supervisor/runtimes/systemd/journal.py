@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import programs
+from mic_supervisor.runtimes import lines
 
 _PROGRAM = "journalctl"
 _QUIETLY = (_PROGRAM, "--quiet", "--no-pager")
@@ -54,7 +55,7 @@ def read(
     process = _open(what, arguments)
     seen, patience, cursor = False, 0.0, ""
     try:
-        for line in _lines(process, ended if follow else None):
+        for line in lines(_parts(process, ended if follow else None), whole=follow):
             seen = True
             if follow:
                 cursor, line = _entry(line)
@@ -85,16 +86,16 @@ def previous(what: str, scope: str, instance: str, before: float) -> str | None:
     Whatever its unit was called: it is found by the fields that every unit of ours logs.
     """
     sync()
-    lines = _ask(
+    found = _ask(
         what,
         *("--output=json", "--output-fields=_SYSTEMD_INVOCATION_ID", "--reverse", "--lines=1"),
         f"--until=@{before:.6f}",
         *(f"MIC_SCOPE={scope}", f"MIC_INSTANCE={instance}"),
     )
-    for line in lines.splitlines():
-        found = json.loads(line).get("_SYSTEMD_INVOCATION_ID")
-        if isinstance(found, str):
-            return found
+    for line in found.splitlines():
+        run = json.loads(line).get("_SYSTEMD_INVOCATION_ID")
+        if isinstance(run, str):
+            return run
     return None
 
 
@@ -116,10 +117,10 @@ def spawn_failure(unit: str, invocation: str) -> str | None:
 def last_words(invocation: str) -> str | None:
     """The last line that a run, or what came before its program, has written."""
     try:
-        lines = list(read("read the journal", invocation, tail=1))
+        last = [*read("read the journal", invocation, tail=1)]
     except RuntimeRefused:
         return None  # it only adds to what is known
-    return lines[-1] if lines else None
+    return last[-1] if last else None
 
 
 def sync() -> None:
@@ -199,34 +200,23 @@ def _entry(line: str) -> tuple[str, str]:
     return entry["__CURSOR"], text
 
 
-def _lines(process: subprocess.Popen[bytes], ended: Callable[[], bool] | None) -> Iterator[str]:
-    """Whole lines until the end of the output; with `ended`, until that, asked while it is quiet.
-
-    A last line without an end counts where nothing is followed.
-    """
+def _parts(process: subprocess.Popen[bytes], ended: Callable[[], bool] | None) -> Iterator[bytes]:
+    """Its output until the end; with `ended`, until that, asked while it is quiet."""
     assert process.stdout is not None
     pipe = process.stdout.fileno()
     os.set_blocking(pipe, False)
-    partial = b""
     heard = time.monotonic()
     with selectors.DefaultSelector() as waiting:
         waiting.register(pipe, selectors.EVENT_READ)
         while True:
-            part: bytes | None = None
             if waiting.select(_QUIET):
-                part = os.read(pipe, _BLOCK)
-            if part == b"":
-                break
-            if part is not None:
+                if not (part := os.read(pipe, _BLOCK)):
+                    return
                 heard = time.monotonic()
-                *lines, partial = (partial + part).split(b"\n")
-                for line in lines:
-                    yield line.decode(errors="replace")
+                yield part
             elif ended is None:
                 if time.monotonic() - heard >= _SILENCE:
-                    break
+                    return
             elif ended():
                 sync()
-                break
-    if partial and ended is None:
-        yield partial.decode(errors="replace")
+                return

@@ -20,7 +20,6 @@ import grp
 import hashlib
 import pwd
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
@@ -44,6 +43,7 @@ from mic_supervisor.model import (
     Stranger,
 )
 from mic_supervisor.runtimes import Progress, checks
+from mic_supervisor.runtimes.checks import ProcessRuntime, process_spec
 from mic_supervisor.runtimes.identity import OWN_VARIABLES
 from mic_supervisor.runtimes.systemd import jobs, journal
 from mic_supervisor.runtimes.systemd import unit as units
@@ -65,7 +65,7 @@ def systemd_is_pid1() -> bool:
     return _MARKER.is_dir()
 
 
-class SystemdRuntime:
+class SystemdRuntime(ProcessRuntime):
     """Runs host processes of one scope. See `Runtime` for the contract.
 
     `bus_address` is a D-Bus address, None the system bus. Environments are passed to PID 1 in
@@ -75,7 +75,6 @@ class SystemdRuntime:
     """
 
     name = units.RUNTIME
-    creates_ahead = False
 
     def __init__(
         self,
@@ -87,15 +86,14 @@ class SystemdRuntime:
         remains_grace: float = 2.0,
         kill_timeout: float = 30.0,
     ) -> None:
+        super().__init__()
         self._scope = scope
         self._host = host
         self._directory = directory / "environ" / scope
         self._remains_grace = remains_grace
         self._kill_timeout = kill_timeout
         self._bus = Bus(bus_address)
-        self._guard = threading.Lock()
         self._turns: dict[str, asyncio.Lock] = {}
-        self._launches: dict[str, Launch] = {}
 
     def close(self) -> None:
         """Hang up; a later call connects again. What runs goes on."""
@@ -143,7 +141,7 @@ class SystemdRuntime:
 
     def prepare(self, launch: Launch, progress: Progress) -> None:  # noqa: ARG002
         """Look for all that a start needs. Raises PreflightFailed."""
-        spec = _spec(launch)
+        spec = process_spec(launch)
         # A unit has a control group to bound memory and CPU with; a bare process has none.
         plain = Limits(nofile=spec.limits.nofile, memlock=spec.limits.memlock)
         checks.preflight(replace(spec, limits=plain))
@@ -151,13 +149,9 @@ class SystemdRuntime:
         units.check_texts(spec.command)
         units.check_variables(self._variables(spec))
 
-    def create(self, launch: Launch) -> None:
-        """Never: see `creates_ahead`."""
-        raise RuntimeRefused(f"cannot create {launch.name} without starting it: it is a process")
-
     def start(self, launch: Launch) -> None:
         """Returns once the program was executed. Replaces an ended unit of the same name."""
-        spec = _spec(launch)
+        spec = process_spec(launch)
         action = f"start {launch.name}"
         number = checks.signal_number(spec.stop_signal)
         if number is None:
@@ -165,10 +159,12 @@ class SystemdRuntime:
         variables = self._variables(spec)
         name = units.unit_name(launch.name)
         path = self._directory / hashlib.sha256(name.encode()).hexdigest()[:32]
-        # PID 1 takes the path of an environment file for a pattern.
-        properties = units.properties(
-            launch, spec, _program(spec, variables["PATH"]), number, glob.escape(str(path))
+        # PID 1 would look for the program in a PATH of its own.
+        program = checks.find_program(
+            spec.command[0], Path(spec.working_dir or "/"), variables["PATH"]
         )
+        # It takes the path of an environment file for a pattern.
+        properties = units.properties(launch, spec, str(program), number, glob.escape(str(path)))
         secret = path, format_env_file(variables)
         timeout = units.START_TIMEOUT + self._remains_grace + self._kill_timeout + 30.0
         failed = self._do(action, self._start(name, properties, secret, action), timeout)
@@ -180,8 +176,7 @@ class SystemdRuntime:
             raise RuntimeRefused(
                 f"cannot {action}: {told or reason}", hint=f"see journalctl --unit {name}"
             )
-        with self._guard:
-            self._launches[launch.name] = launch
+        self._launches[launch.name] = launch
 
     async def _start(
         self,
@@ -221,22 +216,11 @@ class SystemdRuntime:
         found = checks.environment(spec, checks.account(spec.user))
         return {name: found[name] for name in found if name not in OWN_VARIABLES}
 
-    def restart(self, workload: ObservedWorkload) -> None:
-        """Start it again, if this very program started it: a unit holds no environment.
-
-        Raises RuntimeRefused otherwise; `start` with a launch of the same specification does it.
-        """
-        with self._guard:
-            launch = self._launches.get(workload.name)
-        self.start(checks.startable(workload.name, launch))
-
     # --- stopping -------------------------------------------------------------------------
 
     def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
         """Returns when nothing of the control group is left. The unit stays, with its exit code."""
-        number = checks.signal_number(signal)
-        if number is None:
-            raise RuntimeRefused(f"cannot stop {workload.name}: there is no signal {signal}")
+        number = checks.stop_signal(workload, signal)
         action = f"stop {workload.name}"
         timeout = grace + self._remains_grace + self._kill_timeout + 30.0
         self._do(action, self._stop(workload.ref, action, number, grace), timeout, StopFailed)
@@ -252,8 +236,7 @@ class SystemdRuntime:
         action = f"remove {workload.name}"
         timeout = self._remains_grace + self._kill_timeout + 30.0
         self._do(action, self._remove(workload.ref, action), timeout)
-        with self._guard:
-            self._launches.pop(workload.name, None)
+        self._launches.pop(workload.name, None)
 
     async def _remove(self, name: str, action: str) -> None:
         async with self._turn(name):
@@ -427,17 +410,6 @@ def _change(message: Message, prefix: str) -> tuple[str, str] | None:
     return units.name_of(path), f"{states[0]} ({states[1]})"
 
 
-def _program(spec: ProcessSpec, search: str) -> str:
-    """The absolute path of what is to be executed: PID 1 would look in a PATH of its own."""
-    name = spec.command[0]
-    if "/" in name:
-        return str(Path(spec.working_dir or "/") / name)
-    found = shutil.which(name, path=search)
-    if found is None:
-        raise PreflightFailed(f"cannot run {name}: it is not on the PATH {search}")
-    return found
-
-
 def _check_account(user: str | None) -> None:
     """Numbers, too, have to stand for somebody, see `User=`. Raises PreflightFailed."""
     name, _, group = (user or "").partition(":")
@@ -451,9 +423,3 @@ def _check_account(user: str | None) -> None:
             f"cannot run as {user}: systemd knows no such user or group",
             hint="create it: systemd runs nothing for numbers without a name",
         ) from None
-
-
-def _spec(launch: Launch) -> ProcessSpec:
-    if not isinstance(launch.spec, ProcessSpec):
-        raise PreflightFailed(f"cannot start {launch.name}: a container is no host process")
-    return launch.spec

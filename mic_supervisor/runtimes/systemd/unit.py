@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -454,8 +453,4 @@ def end_reason(unit: Unit) -> str | None:
         return _NEVER
     if unit.number("ExecMainCode") == EXITED:
         return None
-    number = unit.number("ExecMainStatus")
-    try:
-        return f"ended by {signal.Signals(number).name}"
-    except ValueError:
-        return f"ended by signal {number}"
+    return checks.ended_by(unit.number("ExecMainStatus"))

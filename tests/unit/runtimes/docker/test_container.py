@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mic_supervisor.errors import (
     RuntimeUnavailable,
 )
-from mic_supervisor.runtimes.docker.container import lines
+from mic_supervisor.runtimes import lines
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.support.waiting import until
 from tests.unit.runtimes.docker.engine_fake import (
