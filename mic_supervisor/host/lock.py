@@ -96,24 +96,30 @@ def _user() -> str:
         return f"uid {os.getuid()}"
 
 
-def lock_holder(path: Path, locks: Path = Path("/proc/locks")) -> LockHolder | None:
+def lock_holder(path: Path) -> LockHolder | None:
     """The holder of the lock at `path`; None: nobody, or it cannot be told.
 
-    What stands in the file may be of one that was killed: the kernel's own list (proc(5),
-    /proc/locks) says whether it still holds the lock.
+    What stands in the file may be of one that was killed: the kernel says whether it still holds
+    the lock.
     """
     try:
-        inode = path.stat().st_ino
         found = codec.decode(LockHolder, codec.parse(path.read_bytes()))
-        text = locks.read_text()
+        pids = lock_pids(path)
     except (OSError, ValueError):
         return None
-    for line in text.splitlines():
-        # "12: FLOCK  ADVISORY  WRITE 4121 fd:01:131 0 EOF"; "->" marks one that waits.
-        fields = line.split()
-        if len(fields) < 6 or fields[1] != "FLOCK" or not fields[5].endswith(f":{inode}"):
-            continue
-        # A PID of another PID namespace is 0 or -1 here.
-        if int(fields[4]) in (found.pid, 0, -1):
-            return found
-    return None
+    return found if any(pid <= 0 or pid == found.pid for pid in pids) else None
+
+
+def lock_pids(path: Path) -> list[int]:
+    """Who holds the flock(2) on a file or directory, by the kernel's own list (proc(5)).
+
+    A PID of another PID namespace is 0 or -1 here. Raises OSError.
+    """
+    inode = path.stat().st_ino
+    # "12: FLOCK  ADVISORY  WRITE 4121 fd:01:131 0 EOF"; "->" marks one that waits.
+    rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return [
+        int(row[4])
+        for row in rows
+        if len(row) > 5 and row[1] == "FLOCK" and row[5].endswith(f":{inode}")
+    ]

@@ -85,10 +85,10 @@ class KeeperRuntime(ProcessRuntime):
         self._enclosing_service = enclosing_service
         self._turns: dict[str, threading.Lock] = {}
         self._view = RecordsView(
-            scope,
-            host,
-            directory,
-            steady,
+            scope=scope,
+            host=host,
+            directory=directory,
+            steady=steady,
             mends=mends,
             given_name=given_name,
             turn=self._turn,

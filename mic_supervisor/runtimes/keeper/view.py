@@ -6,7 +6,6 @@ has the scope's lock writes its record again.
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
+from mic_supervisor.host.lock import lock_pids
 from mic_supervisor.model import (
     Doubt,
     Identity,
@@ -25,10 +25,10 @@ from mic_supervisor.model import (
     Stranger,
 )
 from mic_supervisor.runtimes.identity import GivenName, unknown_identity
-from mic_supervisor.runtimes.keeper import claims, records
-from mic_supervisor.runtimes.keeper.claims import Claim, Claims
+from mic_supervisor.runtimes.keeper import records
 from mic_supervisor.runtimes.keeper.program import RECORD
 from mic_supervisor.runtimes.keeper.records import BadRecord, NotOurs, Record
+from mic_supervisor.runtimes.keeper.run import Claim, Claims, find_runs
 
 _RUNTIME = "subprocess"
 _PAUSE = 10.0  # seconds between two walks through every environment, where nothing calls for one
@@ -90,36 +90,26 @@ class _Records:
         return self.names, bad, self.over.keys()
 
 
+@dataclass(kw_only=True)
 class RecordsView:
     """The look of one runtime at its directory, see KeeperRuntime.
 
     `mends`: it writes records again, so the scope's lock is held. `turn` gives the lock of a name.
     """
 
-    def __init__(
-        self,
-        scope: str,
-        host: str,
-        directory: Path,
-        steady: Callable[[], float],
-        *,
-        mends: bool,
-        given_name: GivenName | None,
-        turn: Callable[[str], threading.Lock],
-    ) -> None:
-        self._scope = scope
-        self._host = host
-        self._directory = directory
-        self._steady = steady
-        self._mends = mends
-        self._given_name = given_name
-        self._turn = turn
-        self._users: set[int] = set()
-        self._walked: tuple[float, tuple[object, ...], Claims] | None = None
+    scope: str
+    host: str
+    directory: Path
+    steady: Callable[[], float]
+    mends: bool
+    given_name: GivenName | None
+    turn: Callable[[str], threading.Lock]
+    _users: set[int] = field(default_factory=set)
+    _walked: tuple[float, tuple[object, ...], Claims] | None = None
 
     def paths(self, *, hidden: bool = False) -> list[Path]:
         try:
-            paths = sorted(self._directory.iterdir())
+            paths = sorted(self.directory.iterdir())
         except FileNotFoundError:
             return []
         return [path for path in paths if (hidden or path.name[0] != ".") and path.is_dir()]
@@ -129,9 +119,9 @@ class RecordsView:
         record = records.load(path)
         if record is None:
             return None
-        if record.identity.scope != self._scope:
+        if record.identity.scope != self.scope:
             raise NotOurs(f"it belongs to scope {record.identity.scope}", elsewhere=True)
-        if record.identity.host != self._host:
+        if record.identity.host != self.host:
             raise NotOurs("it was started on another machine")
         name = self._name_of(record)
         if path.name != name:  # `cp -r`: what it names is what the original names
@@ -252,10 +242,10 @@ class RecordsView:
             self._users.add(uid)
 
     def _find(self) -> Claims:
-        return claims.find(self._scope, self._host, self._users)
+        return find_runs(self.scope, self.host, self._users)
 
     def _claims(self, read: _Records) -> Claims:
-        now, key = self._steady(), read.key
+        now, key = self.steady(), read.key
         if self._walked is not None:
             then, before, found = self._walked
             if key == before and now - then < _PAUSE:
@@ -272,21 +262,21 @@ class RecordsView:
 
     def _name_of(self, record: Record) -> str:
         """The name that a record has, if it is none of a copy."""
-        return self._given_name(record.identity) if self._given_name is not None else record.name
+        return self.given_name(record.identity) if self.given_name is not None else record.name
 
     def _can_mend(self, claim: Claim) -> bool:
         record = claim.record
-        ours = record.identity.host == self._host and record.name == self._name_of(record)
+        ours = record.identity.host == self.host and record.name == self._name_of(record)
         return ours and record.child is not None
 
     def _mend(self, claim: Claim, read: _Records) -> bool:
         """Write the record of a run again; whether it was."""
-        path = self._directory / claim.record.name
+        path = self.directory / claim.record.name
         held = read.held_by(claim)
         taken = path in read.good and path not in read.over and held != path  # by another run
-        if taken or not self._mends or not self._can_mend(claim):
+        if taken or not self.mends or not self._can_mend(claim):
             return False
-        turn = self._turn(path.name)
+        turn = self.turn(path.name)
         if not turn.acquire(blocking=False):
             return False  # somebody is at work on it: later
         try:
@@ -308,12 +298,12 @@ class RecordsView:
             why = f"its record cannot be believed: {read.bad[path]}"
         elif path in read.good:
             why = "its record cannot be believed: it names an earlier run"
-        if identity.host != self._host:
+        if identity.host != self.host:
             why = "it was started under another machine id"
         name = path.name if path is not None else claim.record.name
-        hint = _ANSWER if self._can_mend(claim) and not self._mends else _way_out(claim.pid, path)
+        hint = _ANSWER if self._can_mend(claim) and not self.mends else _way_out(claim.pid, path)
         doubt = Doubt(f"{why}; PID {claim.pid} runs, and is left as it is", hint)
-        seen = _workload(name, replace(identity, host=self._host), doubt)
+        seen = _workload(name, replace(identity, host=self.host), doubt)
         made = claim.record.created_at
         return replace(seen, pid=claim.pid, created_at=made, started_at=claim.record.started_at)
 
@@ -325,9 +315,9 @@ class RecordsView:
             f"its record cannot be believed: {error}; {who} {path}, so it may run",
             _way_out(pids[0] if len(pids) == 1 else None, path),
         )
-        name = path.name.removeprefix(f"mic-{self._scope}-")
+        name = path.name.removeprefix(f"mic-{self.scope}-")
         instance = re.sub(r"-[0-9a-f]{8}$", "", name)
-        return _workload(path.name, unknown_identity(self._scope, self._host, instance), doubt)
+        return _workload(path.name, unknown_identity(self.scope, self.host, instance), doubt)
 
 
 def _workload(name: str, identity: Identity, doubt: Doubt) -> ObservedWorkload:
@@ -358,19 +348,8 @@ def _is_locked(path: Path) -> bool:
 
 
 def _holders(path: Path) -> list[int]:
-    """PIDs that /proc/locks(5) names for the lock on a directory."""
+    """PIDs of who holds the lock on a directory, as far as they can be told."""
     try:
-        inode = path.stat().st_ino
-        lines = Path("/proc/locks").read_text().splitlines()
+        return sorted(pid for pid in lock_pids(path) if pid > 0 and procfs.exists(pid))
     except OSError:
         return []
-    found = (line.split() for line in lines)
-    return sorted(
-        int(fields[4])
-        for fields in found
-        if len(fields) > 5
-        and fields[1] == "FLOCK"
-        and fields[5].rpartition(":")[2] == str(inode)
-        and int(fields[4]) > 0
-        and os.path.exists(f"/proc/{fields[4]}")  # noqa: PTH110
-    )
