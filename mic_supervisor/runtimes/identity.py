@@ -50,10 +50,10 @@ def identity_of(variables: Mapping[str, str]) -> tuple[str, Identity] | str:
         return f"its {IDENTITY} cannot be read: {' '.join(repr(error).split())}"
 
 
-def unknown_identity(scope: str, host: str, instance: str, spec_hash: str = "") -> Identity:
+def unknown_identity(scope: str, host: str, instance: str) -> Identity:
     """Of what no more is known of than whose it is: its model is what the id says."""
     model = instance.rpartition("-")[0] or instance
-    return Identity(scope, host, instance, model, "", (), {}, None, spec_hash)
+    return Identity(scope, host, instance, model, "", (), {}, None, "")
 
 
 # --- copies -------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The logs of host processes: a directory for each run, in which `log.1` is older than `log`.
 
-They lie on a disk, since the records lie in memory. A log beside its record is of an earlier
-version, or of a run that found no room on the disk.
+They lie on a disk, since the records lie in memory. A log beside its record is of a run that found
+no room on the disk.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class LogStore:
     def _runs(self, name: str) -> list[Path]:
         """The directories that hold a log of `name`, oldest first."""
         beside = self._records / name
-        before = [path for path in (beside / "previous", beside) if (path / LOG).exists()]
         own = [path for path in (self._directory / name).glob("*") if (path / LOG).exists()]
+        before = [beside] if (beside / LOG).exists() else []
         return before + sorted(own, key=lambda path: path.stat().st_mtime)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,6 @@ from mic_supervisor.runtimes.identity import (
     IDENTITY,
     identity_of,
     identity_variables,
-    unknown_identity,
 )
 from mic_supervisor.runtimes.keeper import program, records
 from mic_supervisor.runtimes.keeper.records import RUN_ID, Anchor, BadRecord, Record, machine
@@ -252,7 +250,7 @@ def _spawn(path: Path, payload: dict[str, Any], handle: int) -> None:
 # environment and command line, so those of a process are believed only where all its users could be
 # ours.
 
-_PROGRAMS = ("program.py", "keeper.py")  # now, and in earlier versions
+_PROGRAM = Path(program.__file__).name
 _PROMPT = 10.0  # seconds after its own start within which a keeper has started its main process
 
 
@@ -286,7 +284,7 @@ class Claims:
     others: Mapping[str, tuple[int, str]]
 
 
-def find_runs(scope: str, host: str, users: Collection[int]) -> Claims:
+def find_runs(scope: str, users: Collection[int]) -> Claims:
     """Every run of the scope in this PID namespace.
 
     `users` are those that our main processes may run as, besides root and this one. Raises OSError.
@@ -303,7 +301,7 @@ def find_runs(scope: str, host: str, users: Collection[int]) -> Claims:
     for pid, (directory, lock) in keepers.items():
         if known[pid].ppid in keepers:
             continue  # its child, which has not executed anything yet
-        claim = _of_keeper(known[pid], directory, lock, _main_of(pid, known), host)
+        claim = _of_keeper(known[pid], directory, lock, _main_of(pid, known))
         if claim is not None and claim.record.identity.scope == scope:
             found[claim.record.run_id] = claim
     others: dict[str, tuple[int, str]] = {}
@@ -322,16 +320,13 @@ def find_runs(scope: str, host: str, users: Collection[int]) -> Claims:
     )
 
 
-def _of_keeper(one: Stat, directory: str, lock: str, main: Stat | None, host: str) -> Claim | None:
+def _of_keeper(one: Stat, directory: str, lock: str, main: Stat | None) -> Claim | None:
     try:
         held = Path(f"/proc/{one.pid}/fd/{lock}").stat()
     except OSError:
         return None  # gone
     variables = procfs.environ(one.pid) or {}
     said = identity_of(variables)
-    if isinstance(said, str) and main is not None:  # a keeper of an earlier version
-        variables = procfs.environ(main.pid) or {}
-        said = _guess(variables, host)
     run = variables.get(RUN_ID)
     if isinstance(said, str) or run is None:
         return None
@@ -343,19 +338,16 @@ def _of_keeper(one: Stat, directory: str, lock: str, main: Stat | None, host: st
 def _of_main(one: Stat | None, variables: Mapping[str, str]) -> Claim | None:
     """A process that says of itself, and not of whom it came from, that it is a main one."""
     said = identity_of(variables)
-    parts = variables.get(program.MAIN, "").split(":")
+    try:
+        pid, start, keeper, its_start = map(int, variables.get(program.MAIN, "").split(":"))
+    except ValueError:
+        return None
     if one is None or not one.running or isinstance(said, str):
         return None
-    if len(parts) != 4 or not all(map(str.isdigit, parts)):
-        return None
-    mine, its = (
-        Anchor(int(parts[0]), int(parts[1])),
-        Anchor(int(parts[2]), int(parts[3])),
-    )
-    if mine != _anchor(one) or its.pid <= 1:
+    if _anchor(one) != Anchor(pid, start) or keeper <= 1:
         return None
     record = _record(*said, variables[RUN_ID], one)
-    return Claim(replace(record, keeper=its, child=mine), None)
+    return Claim(replace(record, keeper=Anchor(keeper, its_start), child=_anchor(one)), None)
 
 
 def _main_of(pid: int, known: Mapping[int, Stat]) -> Stat | None:
@@ -368,20 +360,10 @@ def _main_of(pid: int, known: Mapping[int, Stat]) -> Stat | None:
     return first if first and clocks.from_ticks(first.start_time) <= latest else None
 
 
-def _guess(variables: Mapping[str, str], host: str) -> tuple[str, Identity] | str:
-    """Of a run of a version that put less into the environment: no ports, no specification."""
-    instance, scope = variables.get("MIC_INSTANCE"), variables.get("MIC_SCOPE")
-    if instance is None or scope is None:
-        return "its environment does not name it as ours"
-    devices = variables.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    gpus = tuple(devices) if all(one.startswith("GPU-") for one in devices) else ()
-    identity = unknown_identity(scope, host, instance, variables.get("MIC_SPEC_HASH", ""))
-    return instance, replace(identity, gpus=gpus)
-
-
 def _record(name: str, identity: Identity, run: str, one: Stat) -> Record:
     boot, namespace = machine()
     begun = clocks.in_wall(clocks.from_ticks(one.start_time))
+    uid = min(procfs.user_ids(one.pid), default=os.geteuid())
     return Record(
         name=name,
         identity=identity,
@@ -390,7 +372,7 @@ def _record(name: str, identity: Identity, run: str, one: Stat) -> Record:
         pid_namespace=namespace,
         created_at=begun,
         started_at=begun,
-        user=_user_name(one.pid),
+        user=None if uid == os.geteuid() else str(uid),
         working_dir=_working_dir(one.pid),
     )
 
@@ -398,7 +380,7 @@ def _record(name: str, identity: Identity, run: str, one: Stat) -> Record:
 def _place_of(pid: int) -> tuple[str, str] | None:
     """(directory, descriptor of the lock) of a process with the command line of a keeper."""
     line = procfs.command_line(pid)
-    if len(line) < 6 or Path(line[-3]).name not in _PROGRAMS or not line[-1].isdigit():
+    if len(line) < 6 or Path(line[-3]).name != _PROGRAM or not line[-1].isdigit():
         return None
     return line[-2], line[-1]
 
@@ -415,17 +397,6 @@ def _believed(pid: int, users: Collection[int]) -> bool:
 
 def _anchor(one: Stat) -> Anchor:
     return Anchor(one.pid, one.start_time)
-
-
-def _user_name(pid: int) -> str | None:
-    """Its user where that is another one than this."""
-    uid = min(procfs.user_ids(pid), default=os.geteuid())
-    if uid == os.geteuid():
-        return None
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _working_dir(pid: int) -> str:

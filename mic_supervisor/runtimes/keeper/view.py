@@ -242,7 +242,7 @@ class RecordsView:
             self._users.add(uid)
 
     def _find(self) -> Claims:
-        return find_runs(self.scope, self.host, self._users)
+        return find_runs(self.scope, self._users)
 
     def _claims(self, read: _Records) -> Claims:
         now, key = self.steady(), read.key

@@ -220,19 +220,18 @@ def test_a_log_outlives_the_records(world: World) -> None:
     assert list(world.runtime.previous_logs(seen)) == ["before"]
 
 
-def test_logs_that_an_earlier_version_kept_beside_the_record_are_read(world: World) -> None:
+def test_a_log_that_lies_beside_the_record_is_read_and_pruned_like_others(world: World) -> None:
     world.start("one", ("true",))
     seen = world.await_state("one", "exited")
     shutil.rmtree(world.logs / "one")
     beside = world.directory / "one"
-    (beside / "previous").mkdir()
     write(beside, b"c\n", b"b\n", b"a\n")
-    write(beside / "previous", b"first\n")
     assert list(world.runtime.logs(seen)) == ["b", "c"]
-    assert list(world.runtime.previous_logs(seen)) == ["first"]
     seen = world.start("one", sh("echo new"))
     until(lambda: list(world.runtime.logs(seen)) == ["new"], "its log")
     assert list(world.runtime.previous_logs(seen)) == ["b", "c"]
+    world.await_state("one", "exited")
+    world.start("one", sh("echo newer"))
     world.await_state("one", "exited")
     world.start("one", ("sleep", "60"))
     assert not list(beside.glob("**/log*"))

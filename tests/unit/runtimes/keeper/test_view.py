@@ -17,7 +17,6 @@ import pytest
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import ObservedWorkload, RunState
-from mic_supervisor.runtimes.keeper.records import Record
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import World, python, runs
 
@@ -335,26 +334,6 @@ def test_only_who_could_be_ours_is_believed(world: World, user: int, believed: b
     finally:
         other.kill()
         other.wait()
-
-
-def test_a_keeper_of_an_earlier_version_is_believed_by_its_child(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from mic_supervisor.runtimes.keeper import program, run
-
-    def earlier(record: Record) -> dict[str, str]:
-        found = {"MIC_SCOPE": world.scope, "MIC_INSTANCE": "one", "MIC_SPEC_HASH": "0badcafe"}
-        return {**found, "MIC_IDENTITY": "none yet", "MIC_RUN_ID": record.run_id}
-
-    monkeypatch.setattr(run, "_variables", earlier)
-    before = shutil.copy(program.__file__, tmp_path / "keeper.py")  # as the program was called
-    monkeypatch.setattr(program, "__file__", str(before))
-    devices = (("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-2"),)
-    seen = world.start("one", ("sleep", "60"), env=devices)
-    shutil.rmtree(world.directory)
-    found = one_of(world, mends=True)
-    assert (found.pid, found.doubt, found.identity.spec) == (seen.pid, None, None)
-    assert (found.identity.instance, found.identity.gpus) == ("one", ("GPU-1", "GPU-2"))
 
 
 def test_a_program_that_overwrites_its_environment_is_known_by_its_keeper(world: World) -> None:
