@@ -132,26 +132,18 @@ class Bus:
         """
         deadline = asyncio.get_running_loop().time() + RETURN_TIMEOUT
         while True:
-            away: Exception
+            asked = False
             try:
                 connection = await self._connected()
-            except Lost as error:
-                away = error
-            else:
-                try:
-                    return await self._ask(
-                        connection, SYSTEMD, path, interface, member, signature, body, descriptors
-                    )
-                except Lost as error:
-                    if not repeat:
-                        raise
-                    away = error
-                except Refused as error:
-                    if error.name not in _AWAY:
-                        raise
-                    away = error
-            if asyncio.get_running_loop().time() >= deadline:
-                raise away
+                asked = True
+                return await self._ask(
+                    connection, SYSTEMD, path, interface, member, signature, body, descriptors
+                )
+            except (Lost, Refused) as error:
+                reached = error.name not in _AWAY if isinstance(error, Refused) else asked
+                again = not reached or (repeat and isinstance(error, Lost))
+                if not again or asyncio.get_running_loop().time() >= deadline:
+                    raise
             await asyncio.sleep(_PAUSE)
 
     async def job(

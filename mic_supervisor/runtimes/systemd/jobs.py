@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,12 +148,7 @@ async def end_remains(bus: Bus, name: str, patience: Patience, *, by: float | No
     deadline = _now() + patience.remains
     deadline = deadline if by is None else min(deadline, by)
     asked: set[int] = set()
-    pause = _FIRST_PAUSE
-    while True:
-        unit = await bus.unit(name)
-        remains = await bus.processes(name)
-        if not remains and (unit is None or unit.is_over):
-            return
+    async for unit, remains in _looks(bus, name, deadline):
         if _now() >= deadline:
             await _kill(bus, name, patience.kill)
             return
@@ -163,33 +158,35 @@ async def end_remains(bus: Bus, name: str, patience: Patience, *, by: float | No
             await _signal(bus, name, "all", signal.SIGTERM)
             await _signal(bus, name, "all", signal.SIGCONT)
             asked |= fresh
-        await asyncio.sleep(pause)
-        pause = min(pause * 2, _LONGEST_PAUSE)
 
 
 async def _await_main(bus: Bus, name: str, deadline: float) -> bool:
     """Whether the main process has ended by the deadline."""
-    pause = _FIRST_PAUSE
-    while True:
-        unit = await bus.unit(name)
+    async for unit, _ in _looks(bus, name, deadline):
         if unit is None or unit.is_over or unit.main_pid is None:
             return True
-        left = deadline - _now()
-        if left <= 0:
+        if _now() >= deadline:
             return False
-        await asyncio.sleep(min(pause, left))
+    return True
+
+
+async def _looks(
+    bus: Bus, name: str, deadline: float
+) -> AsyncIterator[tuple[Unit | None, tuple[Process, ...]]]:
+    """A unit and what is in its control group, until nothing is left; one look at the deadline."""
+    pause = _FIRST_PAUSE
+    while True:
+        unit, remains = await bus.unit(name), await bus.processes(name)
+        if not remains and (unit is None or unit.is_over):
+            return
+        yield unit, remains
+        await asyncio.sleep(min(pause, max(0.0, deadline - _now())))
         pause = min(pause * 2, _LONGEST_PAUSE)
 
 
 async def _kill(bus: Bus, name: str, patience: float) -> None:
-    give_up = _now() + patience
-    again = 0.0
-    pause = _FIRST_PAUSE
-    while True:
-        unit = await bus.unit(name)
-        remains = await bus.processes(name)
-        if not remains and (unit is None or unit.is_over):
-            return
+    give_up, again = _now() + patience, 0.0
+    async for _, remains in _looks(bus, name, give_up):
         if _now() >= give_up:
             raise StopFailed(
                 f"cannot stop {name}: {_named(remains)} survived KILL",
@@ -198,9 +195,6 @@ async def _kill(bus: Bus, name: str, patience: float) -> None:
         if _now() >= again:
             await _signal(bus, name, "all", signal.SIGKILL)
             again = _now() + _KILL_PAUSE
-            pause = _FIRST_PAUSE
-        await asyncio.sleep(pause)
-        pause = min(pause * 2, _LONGEST_PAUSE)
 
 
 async def _signal(bus: Bus, name: str, whom: str, number: int) -> None:

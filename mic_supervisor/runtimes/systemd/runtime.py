@@ -90,8 +90,8 @@ class SystemdRuntime(ProcessRuntime):
         self._scope = scope
         self._host = host
         self._directory = directory / "environ" / scope
-        self._remains_grace = remains_grace
-        self._kill_timeout = kill_timeout
+        self._patience = jobs.Patience(remains_grace, kill_timeout)
+        self._ending = remains_grace + kill_timeout + 30.0  # seconds for all that ends something
         self._bus = Bus(bus_address)
         self._turns: dict[str, asyncio.Lock] = {}
 
@@ -166,7 +166,7 @@ class SystemdRuntime(ProcessRuntime):
         # It takes the path of an environment file for a pattern.
         properties = units.properties(launch, spec, str(program), number, glob.escape(str(path)))
         secret = path, format_env_file(variables)
-        timeout = units.START_TIMEOUT + self._remains_grace + self._kill_timeout + 30.0
+        timeout = units.START_TIMEOUT + self._ending
         failed = self._do(action, self._start(name, properties, secret, action), timeout)
         if failed is not None:
             reason, invocation = failed
@@ -191,7 +191,7 @@ class SystemdRuntime(ProcessRuntime):
             if unit is not None and unit.main_pid is not None and unit.active != "deactivating":
                 return None
             if unit is not None:
-                await jobs.end_remains(self._bus, name, self._patience())
+                await jobs.end_remains(self._bus, name, self._patience)
                 await jobs.forget(self._bus, name)
             jobs.write_secret(*secret)
             try:
@@ -222,20 +222,19 @@ class SystemdRuntime(ProcessRuntime):
         """Returns when nothing of the control group is left. The unit stays, with its exit code."""
         number = checks.stop_signal(workload, signal)
         action = f"stop {workload.name}"
-        timeout = grace + self._remains_grace + self._kill_timeout + 30.0
-        self._do(action, self._stop(workload.ref, action, number, grace), timeout, StopFailed)
+        work = self._stop(workload.ref, action, number, grace)
+        self._do(action, work, grace + self._ending, StopFailed)
 
     async def _stop(self, name: str, action: str, number: int, grace: float) -> None:
         async with self._turn(name):
             unit = await self._look_ours(name, action)
             if unit is not None:
-                await jobs.end(self._bus, unit, number, grace, self._patience())
+                await jobs.end(self._bus, unit, number, grace, self._patience)
 
     def remove(self, workload: ObservedWorkload) -> None:
         """Have PID 1 forget a unit that has ended. Its log goes when journald rotates it away."""
         action = f"remove {workload.name}"
-        timeout = self._remains_grace + self._kill_timeout + 30.0
-        self._do(action, self._remove(workload.ref, action), timeout)
+        self._do(action, self._remove(workload.ref, action), self._ending)
         self._launches.pop(workload.name, None)
 
     async def _remove(self, name: str, action: str) -> None:
@@ -352,11 +351,8 @@ class SystemdRuntime(ProcessRuntime):
         """End what is left of every unit of ours whose main process has ended."""
         for workload in self.observe().workloads:
             try:
-                self._do(
-                    f"end what is left of {workload.name}",
-                    self._end_remains(workload.ref),
-                    self._remains_grace + self._kill_timeout + 30.0,
-                )
+                action = f"end what is left of {workload.name}"
+                self._do(action, self._end_remains(workload.ref), self._ending)
             except MicError:
                 continue  # `observe` tells of it, and `start` and `stop` try again
 
@@ -364,7 +360,7 @@ class SystemdRuntime(ProcessRuntime):
         async with self._turn(name):
             unit = await self._look(name)
             if unit is not None and unit.is_over and unit.remains:
-                await jobs.end_remains(self._bus, name, self._patience())
+                await jobs.end_remains(self._bus, name, self._patience)
 
     # --- helpers --------------------------------------------------------------------------
 
@@ -390,9 +386,6 @@ class SystemdRuntime(ProcessRuntime):
     def _turn(self, name: str) -> asyncio.Lock:
         """One task at a time changes a unit. On the bus's thread."""
         return self._turns.setdefault(name, asyncio.Lock())
-
-    def _patience(self) -> jobs.Patience:
-        return jobs.Patience(self._remains_grace, self._kill_timeout)
 
 
 def _change(message: Message, prefix: str) -> tuple[str, str] | None:
