@@ -43,6 +43,7 @@ def run(
     most: int = MOST,
     last: bool = False,
     end: Callable[[subprocess.Popen[bytes]], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **options: Any,
 ) -> Ended:
     """`given` is on its standard input. Past its time it is killed with its session.
@@ -74,8 +75,9 @@ def run(
     streams = [stream for stream in (process.stdout, process.stderr) if stream is not None]
     kept = {stream.fileno(): bytearray() for stream in streams}
     ended = False
+    deadline = clock() + timeout
     try:
-        ended = _collect(process.pid, kept, time.monotonic() + timeout, -most if last else most)
+        ended = _collect(process.pid, kept, lambda: deadline - clock(), -most if last else most)
     finally:
         if end is not None:
             end(process)
@@ -91,7 +93,7 @@ def run(
     return Ended(process.returncode if ended else None, output, errors)
 
 
-def _collect(pid: int, kept: Mapping[int, bytearray], deadline: float, most: int) -> bool:
+def _collect(pid: int, kept: Mapping[int, bytearray], left: Callable[[], float], most: int) -> bool:
     """Whether it ended in time. Not until the end of a pipe: a child may hold it."""
     handle = os.pidfd_open(pid)
     try:
@@ -100,8 +102,8 @@ def _collect(pid: int, kept: Mapping[int, bytearray], deadline: float, most: int
             for pipe in kept:
                 os.set_blocking(pipe, False)
                 waiting.register(pipe, selectors.EVENT_READ)
-            while (left := deadline - time.monotonic()) > 0:
-                ready = {key.fd for key, _ in waiting.select(left)}
+            while (seconds := left()) > 0:
+                ready = {key.fd for key, _ in waiting.select(seconds)}
                 over = handle in ready
                 for pipe in kept if over else ready:
                     if not _drain(pipe, kept[pipe], most) and not over:

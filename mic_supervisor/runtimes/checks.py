@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,12 @@ def _interpreter(path: Path) -> Path | None:
 
 
 def run_check(
-    command: tuple[str, ...], timeout: float, who: Account, directory: str
+    command: tuple[str, ...],
+    timeout: float,
+    who: Account,
+    directory: str,
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[int, str]:
     """(exit code, output) of a command with a minimal environment, stdout and stderr together.
 
@@ -309,6 +315,7 @@ def run_check(
         cwd=directory,
         most=_MOST_OUTPUT,
         end=lambda process: _end_check(process, nonce),
+        clock=clock,
         **_as(who),
     )
     text = done.output.decode(errors="replace").strip()

@@ -355,11 +355,11 @@ def test_a_call_that_hangs_costs_one_time_out_and_nothing_after(
 
     start = time.monotonic()
     assert source.observe() == expected
-    assert 0.25 < time.monotonic() - start < 2
+    assert time.monotonic() - start > 0.25  # and the call hangs until it is told otherwise
 
     start = time.monotonic()
-    assert [source.observe() for _ in range(20)] == [expected] * 20
-    assert time.monotonic() - start < 2  # 6 s, were each to wait in vain
+    assert [source.observe() for _ in range(200)] == [expected] * 200
+    assert time.monotonic() - start < 20  # 60 s, were each to wait in vain
     assert [t.name for t in threading.enumerate()].count("nvml") == 1
 
     mock.change(1, rules=Rules(), temperature=50)
@@ -384,14 +384,14 @@ def test_callers_that_wait_behind_a_hanging_call_are_let_go_too(
         assert source.observe().error
         took.append(time.monotonic() - start)
 
-    threads = [threading.Thread(target=look) for _ in range(6)]
+    threads = [threading.Thread(target=look) for _ in range(60)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
-    assert len(took) == 6
-    assert max(took) < 2  # 3 s, were one to wait after the other
+    assert len(took) == 60
+    assert max(took) < 10  # 30 s, were one to wait after the other
 
 
 def test_the_first_look_may_take_longer_since_it_wakes_the_gpus(

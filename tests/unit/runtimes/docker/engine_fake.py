@@ -22,10 +22,19 @@ import pytest
 
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import ContainerSpec, Identity, Launch, ObservedWorkload, RunState
+from mic_supervisor.runtimes.docker.create import labels
 
 IDENTITY = Identity("default", "h", "mam", "MAM", "container", ("GPU-1",), {}, {}, "abc")
 LAUNCH = Launch("mic-mam", "docker", IDENTITY, ContainerSpec("x:1", command=("/serve",)))
 WORKLOAD = ObservedWorkload("docker", "mic-mam", "c1", IDENTITY, RunState.RUNNING)
+
+OURS = {
+    "Id": "c1",
+    "Path": "/serve",
+    "Config": {"Labels": labels(IDENTITY), "Image": "x:1"},
+    "State": {"Status": "created", "StartedAt": "0001-01-01T00:00:00Z"},
+}
+"""WORKLOAD as the engine describes it, before its first start."""
 
 Answer = Callable[["Handler"], None]
 
