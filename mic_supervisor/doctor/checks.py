@@ -18,7 +18,7 @@ from mic_supervisor.daemon.client import Client
 from mic_supervisor.desired import desired_state
 from mic_supervisor.doctor import Check, Finding, engine, fail, files, host, ok, warn
 from mic_supervisor.errors import MicError, RuntimeUnavailable
-from mic_supervisor.gpu.driver import read_modes
+from mic_supervisor.gpu.nvml import read_modes
 from mic_supervisor.gpu.source import open_source
 from mic_supervisor.host.processes import listener_owners, listeners
 from mic_supervisor.model import DesiredState, GpuInventory

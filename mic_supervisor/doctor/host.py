@@ -12,7 +12,7 @@ from typing import Any
 from mic_supervisor.config.settings import Address, PortRange
 from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.errors import MicError
-from mic_supervisor.gpu.driver import GpuModes
+from mic_supervisor.gpu.nvml import GpuModes
 from mic_supervisor.host import programs
 from mic_supervisor.host.lock import lock_holder
 from mic_supervisor.model import GpuInventory, Listener

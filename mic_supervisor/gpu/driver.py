@@ -6,8 +6,6 @@ Codes: nvmlReturn_t in nvml.h of NVIDIA's driver.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from mic_supervisor.model import GpuTelemetry
@@ -130,49 +128,3 @@ def read_telemetry(nvml: Any, handle: Any, get: Callable[..., Any]) -> GpuTeleme
 def cuda_version(number: int | None) -> str | None:
     """ "12.9" of 12090, as cuDriverGetVersion counts."""
     return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
-
-
-@dataclass(frozen=True, slots=True)
-class GpuModes:
-    """None: this GPU does not have the mode, or does not tell."""
-
-    index: int
-    persistence: bool | None
-    mig: bool | None
-
-
-def read_modes() -> tuple[GpuModes, ...]:
-    """The modes of every GPU that can be opened; empty where NVML does not answer."""
-    import pynvml
-
-    found = []
-    try:
-        pynvml.nvmlInit()
-    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError):
-        return ()
-    try:
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            with suppress(pynvml.NVMLError):
-                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-                persistence = _ask(pynvml, pynvml.nvmlDeviceGetPersistenceMode, handle)
-                mig = _ask(pynvml, pynvml.nvmlDeviceGetMigMode, handle)
-                found.append(
-                    GpuModes(
-                        index,
-                        None if persistence is None else bool(persistence),
-                        None if mig is None else bool(mig[0]),
-                    )
-                )
-    except pynvml.NVMLError:
-        return ()
-    finally:
-        with suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
-    return tuple(found)
-
-
-def _ask(nvml: Any, function: Callable[[Any], Any], handle: Any) -> Any:
-    try:
-        return function(handle)
-    except nvml.NVMLError:
-        return None

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,7 @@ def counted(records: tuple[XidRecord, ...], event: XidEvent) -> tuple[XidRecord,
     return tuple(sorted([*others, fresh], key=lambda one: (one.uuid or "", one.xid)))
 
 
+@dataclass(frozen=True)
 class XidWatcher:
     """Follows the Xid events of every GPU that an open source knows. For one thread.
 
@@ -104,18 +105,11 @@ class XidWatcher:
     minute; a GPU that cannot be registered leaves the others followed.
     """
 
-    def __init__(
-        self,
-        guests: Guests,
-        *,
-        clock: Callable[[], float] = time.time,
-        retry: float = FIRST_RETRY,
-        partial: float = _PARTIAL,
-    ) -> None:
-        self._guests = guests
-        self._clock = clock
-        self._retry = retry
-        self._partial = partial
+    guests: Guests
+    _: KW_ONLY
+    clock: Callable[[], float] = time.time
+    retry: float = FIRST_RETRY
+    partial: float = _PARTIAL
 
     def events(self, stop: threading.Event) -> Iterator[XidEvent]:
         """Each Xid as it comes, until `stop` is set. Never raises for what the library does."""
@@ -123,20 +117,20 @@ class XidWatcher:
             import pynvml
         except ImportError:
             return
-        delay = self._retry
+        delay = self.retry
         while not stop.is_set():
-            if not self._guests.enter(WAIT_MS / 1000):
+            if not self.guests.enter(WAIT_MS / 1000):
                 continue
             try:
                 for event in self._follow(pynvml, stop):
-                    delay = self._retry
+                    delay = self.retry
                     if event is not None:
                         yield event
                 continue  # sent away, told to stop, or GPUs were left to be tried again
             except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError, UnicodeDecodeError):
                 pass  # the source tells of a library that is broken; here it is only tried again
             finally:
-                self._guests.leave()
+                self.guests.leave()
             stop.wait(delay)
             delay = min(LAST_RETRY, delay * 2)
 
@@ -147,8 +141,8 @@ class XidWatcher:
             events = nvml.nvmlEventSetCreate()
             try:
                 known, complete = _register(nvml, events)
-                until = None if complete else time.monotonic() + self._partial
-                while self._guests.welcome and not stop.is_set():
+                until = None if complete else time.monotonic() + self.partial
+                while self.guests.welcome and not stop.is_set():
                     if until is not None and time.monotonic() >= until:
                         return
                     if not known:
@@ -171,7 +165,7 @@ class XidWatcher:
                 nvml.nvmlShutdown()
 
     def _event(self, nvml: Any, known: dict[int, tuple[str, Any]], data: Any) -> XidEvent:
-        at, number = self._clock(), int(data.eventData)
+        at, number = self.clock(), int(data.eventData)
         # A GPU that fell off the bus answers no question any more, nor who it is.
         uuid, handle = known.get(_address(data.device), (None, data.device))
         if uuid is None:

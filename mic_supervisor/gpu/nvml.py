@@ -313,9 +313,7 @@ class NvmlSource:
         try:
             return function(*args)
         except pynvml.NVMLError as error:
-            self._codes.add(error.value)
-            if error.value in GONE:
-                raise _Unreadable(error.value) from error
+            self._note(error.value)
         except (pynvml.NVMLLibraryMismatchError, UnicodeDecodeError):
             pass
         return None
@@ -395,6 +393,24 @@ class NvmlSource:
         self._codes.add(code)
         if code in GONE:
             raise _Unreadable(code)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuModes:
+    """None: this GPU does not have the mode, or does not tell."""
+
+    index: int
+    persistence: bool | None
+    mig: bool | None
+
+
+def read_modes() -> tuple[GpuModes, ...]:
+    """The modes of every GPU that can be read; empty where NVML does not answer."""
+    source = NvmlSource()
+    try:
+        return tuple(GpuModes(gpu.index, gpu.persistence, gpu.mig) for gpu in source.observe().gpus)
+    finally:
+        source.close()
 
 
 def _failed(cause: str, hint: str) -> GpuInventory:

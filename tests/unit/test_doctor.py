@@ -24,7 +24,7 @@ from mic_supervisor.doctor import (
     warn,
 )
 from mic_supervisor.errors import RuntimeUnavailable
-from mic_supervisor.gpu.driver import GpuModes, read_modes
+from mic_supervisor.gpu.nvml import GpuModes, read_modes
 from mic_supervisor.host.lock import lock_holder, writer
 from mic_supervisor.model import Gpu, GpuInventory, Listener, UnopenedGpu
 from tests.mock_nvml import MockGpu, MockNvml
