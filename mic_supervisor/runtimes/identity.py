@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from mic_supervisor import codec
-from mic_supervisor.model import Identity, ObservedWorkload, RuntimeView
+from mic_supervisor.model import Doubt, Identity, ObservedWorkload, RunState, RuntimeView
 
 MANAGER = "mic-supervisor"
 IDENTITY = "MIC_IDENTITY"
@@ -54,6 +54,15 @@ def unknown_identity(scope: str, host: str, instance: str) -> Identity:
     """Of what no more is known of than whose it is: its model is what the id says."""
     model = instance.rpartition("-")[0] or instance
     return Identity(scope, host, instance, model, "", (), {}, None, "")
+
+
+def in_doubt(
+    runtime: str, name: str, ref: str, identity: Identity, doubt: Doubt
+) -> ObservedWorkload:
+    """What may run, and cannot be told for certain."""
+    return ObservedWorkload(
+        runtime, name, ref, identity, RunState.UNKNOWN, error=doubt.reason, doubt=doubt
+    )
 
 
 # --- copies -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused
 from mic_supervisor.model import Launch, ObservedWorkload, RuntimeView
@@ -42,30 +42,19 @@ class DockerOff:
     def restart(self, workload: ObservedWorkload) -> None:
         _refuse(f"cannot start {workload.name}")
 
-    def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:  # noqa: ARG002
+    def stop(self, workload: ObservedWorkload, **_how: Any) -> None:
         # Success would say that it is gone.
         _refuse(f"cannot stop {workload.name}")
 
     def remove(self, workload: ObservedWorkload) -> None:
         _refuse(f"cannot remove {workload.name}")
 
-    def logs(
-        self,
-        workload: ObservedWorkload,
-        *,
-        tail: int | None = None,  # noqa: ARG002
-        follow: bool = False,  # noqa: ARG002
-    ) -> Iterator[str]:
+    def logs(self, workload: ObservedWorkload, **_options: Any) -> Iterator[str]:
         _refuse(f"cannot read the log of {workload.name}")
 
     previous_logs = logs
 
-    def run_check(
-        self,
-        workload: ObservedWorkload,
-        command: tuple[str, ...],  # noqa: ARG002
-        timeout: float,  # noqa: ARG002
-    ) -> tuple[int, str]:
+    def run_check(self, workload: ObservedWorkload, *_check: Any, **_as: Any) -> tuple[int, str]:
         _refuse(f"cannot run a check in {workload.name}")
 
     def events(self, stop: threading.Event) -> Iterator[str]:

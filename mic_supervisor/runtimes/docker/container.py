@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal
 
 import requests
@@ -23,6 +22,7 @@ from docker.errors import APIError, NotFound, create_api_error_from_http_excepti
 from docker.types import CancellableStream
 
 from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable, StopFailed
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import ObservedWorkload, RunState
 from mic_supervisor.runtimes import lines
 from mic_supervisor.runtimes.docker.engine import ERRORS, Engine, explain, is_read_timeout, refused
@@ -201,7 +201,7 @@ def _kill(api: APIClient, exec_id: str, container: str) -> None:
     pid = answer.get("Pid")
     if not answer.get("Running") or not isinstance(pid, int) or pid <= 1:
         return
-    if container in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8"):
+    if container in (procfs.cgroup(pid) or ""):
         os.kill(pid, signal.SIGKILL)
 
 

@@ -63,28 +63,24 @@ def split(
     `images` are the labels of images, by id. For `given_name` and `known` see identity.py; without
     `given_name` the labels decide.
     """
-    items = [item for item in listed if isinstance(item, Mapping)]
-    carried = [(images or {}).get(str(item.get("ImageID")), _NO_LABELS) for item in items]
-    reasons = [
-        stranger_reason(labels_in(item), scope, host, image)
-        for item, image in zip(items, carried, strict=True)
-    ]
-    claimed = [
-        _workload(item) for item, reason in zip(items, reasons, strict=True) if reason is None
-    ]
-    copied = copies(claimed, given_name, known or {}) if given_name is not None else {}
-    ours = [workload for workload in claimed if workload.ref not in copied]
-    strangers = [
-        dataclasses.replace(
-            _stranger(item, why, claims_of(labels_in(item), scope, host), given_name),
-            elsewhere=is_elsewhere(labels_in(item), scope),
-        )
-        for item, reason in zip(items, reasons, strict=True)
-        if (why := reason or copied.get(str(item.get("Id", "")))) is not None
-    ]
-    ours.sort(key=lambda w: w.name)
-    strangers.sort(key=lambda s: s.name)
-    return tuple(ours), tuple(strangers)
+    claimed, refused = [], []
+    for item in listed:
+        if isinstance(item, Mapping):
+            image = (images or {}).get(str(item.get("ImageID")), _NO_LABELS)
+            reason = stranger_reason(labels_in(item), scope, host, image)
+            if reason is None:
+                claimed.append((item, _workload(item)))
+            else:
+                refused.append((item, reason))
+    found = [workload for _, workload in claimed]
+    copied = copies(found, given_name, known or {}) if given_name is not None else {}
+    ours = [workload for workload in found if workload.ref not in copied]
+    refused += [(item, copied[one.ref]) for item, one in claimed if one.ref in copied]
+    strangers = [_stranger(item, why, scope, host, given_name) for item, why in refused]
+    return (
+        tuple(sorted(ours, key=lambda one: one.name)),
+        tuple(sorted(strangers, key=lambda one: one.name)),
+    )
 
 
 def claims_of(labels: Mapping[str, str], scope: str, host: str) -> str | None:
@@ -181,9 +177,10 @@ def _workload(item: Mapping[str, Any]) -> ObservedWorkload:
 
 
 def _stranger(
-    item: Mapping[str, Any], reason: str, claims: str | None, given_name: GivenName | None
+    item: Mapping[str, Any], reason: str, scope: str, host: str, given_name: GivenName | None
 ) -> Stranger:
-    name = _name(item)
+    name, labels = _name(item), labels_in(item)
+    claims = claims_of(labels, scope, host)
     ports = item.get("Ports")
     published = {
         port.get("PublicPort")
@@ -200,7 +197,8 @@ def _stranger(
         claims=claims,
         usurps=claims is not None
         and given_name is not None
-        and name == given_name(identity_of(labels_in(item), name)),
+        and name == given_name(identity_of(labels, name)),
+        elsewhere=is_elsewhere(labels, scope),
     )
 
 

@@ -17,14 +17,13 @@ from mic_supervisor.host import processes as procfs
 from mic_supervisor.host.lock import lock_pids
 from mic_supervisor.model import (
     Doubt,
-    Identity,
     Launch,
     ObservedWorkload,
     ProcessSpec,
     RunState,
     Stranger,
 )
-from mic_supervisor.runtimes.identity import GivenName, unknown_identity
+from mic_supervisor.runtimes.identity import GivenName, in_doubt, unknown_identity
 from mic_supervisor.runtimes.keeper import records
 from mic_supervisor.runtimes.keeper.program import RECORD
 from mic_supervisor.runtimes.keeper.records import BadRecord, NotOurs, Record
@@ -303,7 +302,7 @@ class RecordsView:
         name = path.name if path is not None else claim.record.name
         hint = _ANSWER if self._can_mend(claim) and not self.mends else _way_out(claim.pid, path)
         doubt = Doubt(f"{why}; PID {claim.pid} runs, and is left as it is", hint)
-        seen = _workload(name, replace(identity, host=self.host), doubt)
+        seen = in_doubt(_RUNTIME, name, name, replace(identity, host=self.host), doubt)
         made = claim.record.created_at
         return replace(seen, pid=claim.pid, created_at=made, started_at=claim.record.started_at)
 
@@ -317,19 +316,8 @@ class RecordsView:
         )
         name = path.name.removeprefix(f"mic-{self.scope}-")
         instance = re.sub(r"-[0-9a-f]{8}$", "", name)
-        return _workload(path.name, unknown_identity(self.scope, self.host, instance), doubt)
-
-
-def _workload(name: str, identity: Identity, doubt: Doubt) -> ObservedWorkload:
-    return ObservedWorkload(
-        runtime=_RUNTIME,
-        name=name,
-        ref=name,
-        identity=identity,
-        state=RunState.UNKNOWN,
-        error=doubt.reason,
-        doubt=doubt,
-    )
+        identity = unknown_identity(self.scope, self.host, instance)
+        return in_doubt(_RUNTIME, path.name, path.name, identity, doubt)
 
 
 def _way_out(pid: int | None, path: Path | None) -> str:

@@ -52,18 +52,19 @@ def read(
         *("--output=cat",) * (not follow),
         *("--all", f"--lines={'all' if tail is None else max(tail, 0)}", run),
     ]
-    process = _open(what, arguments)
     seen, patience, cursor = False, 0.0, ""
-    try:
-        for line in lines(_parts(process, ended if follow else None), whole=follow):
-            seen = True
-            if follow:
-                cursor, line = _entry(line)
-            yield line
-        patience = _QUIET  # at the end of its output it is about to end
-    finally:
-        over = _has_ended(process, patience)
-        said = _said(process)
+    with _open(what, arguments) as process:
+        assert process.stderr is not None
+        try:
+            for line in lines(_parts(process, ended if follow else None), whole=follow):
+                seen = True
+                if follow:
+                    cursor, line = _entry(line)
+                yield line
+            patience = _QUIET  # at the end of its output it is about to end
+        finally:
+            over = _has_ended(process, patience)
+            said = _last(process.stderr.read())
     if not seen and not _may_read():
         raise RuntimeRefused(
             f"cannot {what}: the journal may not be read by this user",
@@ -175,16 +176,6 @@ def _has_ended(process: subprocess.Popen[bytes], patience: float) -> bool:
         process.kill()
         return False
     return True
-
-
-def _said(process: subprocess.Popen[bytes]) -> str:
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.wait()
-    said = process.stderr.read()
-    process.stdout.close()
-    process.stderr.close()
-    return _last(said)
 
 
 def _last(said: bytes) -> str:

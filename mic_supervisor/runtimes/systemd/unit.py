@@ -14,7 +14,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mic_supervisor import clocks
@@ -22,7 +22,12 @@ from mic_supervisor.config.env_file import SYSTEMD_NAME
 from mic_supervisor.errors import PreflightFailed
 from mic_supervisor.model import Doubt, Launch, ObservedWorkload, ProcessSpec, RunState, Stranger
 from mic_supervisor.runtimes import checks
-from mic_supervisor.runtimes.identity import identity_of, identity_variables, unknown_identity
+from mic_supervisor.runtimes.identity import (
+    identity_of,
+    identity_variables,
+    in_doubt,
+    unknown_identity,
+)
 
 SLICE = "mic.slice"
 
@@ -402,18 +407,10 @@ def _doubted(unit: Unit, scope: str, host: str, why: str) -> ObservedWorkload | 
     who = f"PID {pid}" if pid is not None else "it"
     reason = f"what it is cannot be told: {why}; {who} runs, and is left as it is"
     hint = f"see `systemctl status {unit.name}`; when it is not wanted: systemctl stop {unit.name}"
-    return ObservedWorkload(
-        runtime=RUNTIME,
-        name=name,
-        ref=unit.name,
-        identity=unknown_identity(scope, host, instance),
-        state=RunState.UNKNOWN,
-        pid=pid,
-        created_at=unit.begun,
-        started_at=unit.seconds("ExecMainStartTimestamp"),
-        error=reason,
-        doubt=Doubt(reason, hint),
-    )
+    identity = unknown_identity(scope, host, instance)
+    seen = in_doubt(RUNTIME, name, unit.name, identity, Doubt(reason, hint))
+    started = unit.seconds("ExecMainStartTimestamp")
+    return replace(seen, pid=pid, created_at=unit.begun, started_at=started)
 
 
 def _state(unit: Unit) -> tuple[RunState, str | None]:
