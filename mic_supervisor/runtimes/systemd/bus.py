@@ -136,9 +136,16 @@ class Bus:
             try:
                 connection = await self._connected()
                 asked = True
-                return await self._ask(
-                    connection, SYSTEMD, path, interface, member, signature, body, descriptors
+                message = Message(
+                    destination=SYSTEMD,
+                    path=path,
+                    interface=interface,
+                    member=member,
+                    signature=signature,
+                    body=list(body),
+                    unix_fds=list(descriptors),
                 )
+                return await self._ask(connection, message)
             except (Lost, Refused) as error:
                 reached = error.name not in _AWAY if isinstance(error, Refused) else asked
                 again = not reached or (repeat and isinstance(error, Lost))
@@ -208,9 +215,9 @@ class Bus:
         """Pass on every change of a unit, None when the connection is lost."""
         connection = await self._connected()
         for rule in _CHANGES:
-            await self._ask(connection, DBUS, DBUS_PATH, DBUS, "AddMatch", "s", (rule,), ())
+            await self._ask(connection, _match(rule))
         try:
-            await self._ask(connection, SYSTEMD, MANAGER_PATH, MANAGER, "Subscribe", "", (), ())
+            await self._ask(connection, Message(SYSTEMD, MANAGER_PATH, MANAGER, "Subscribe"))
         except Refused as error:
             if not error.name.endswith(".AlreadySubscribed"):
                 raise
@@ -246,7 +253,7 @@ class Bus:
         connection.add_message_handler(self._heard)
         self._results.clear()
         asyncio.get_running_loop().create_task(self._await_end(connection))
-        await self._ask(connection, DBUS, DBUS_PATH, DBUS, "AddMatch", "s", (_JOBS,), ())
+        await self._ask(connection, _match(_JOBS))
         return connection
 
     async def _await_end(self, connection: MessageBus) -> None:
@@ -261,26 +268,7 @@ class Bus:
             hear(None)
         self._listeners.clear()
 
-    async def _ask(
-        self,
-        connection: MessageBus,
-        destination: str,
-        path: str,
-        interface: str,
-        member: str,
-        signature: str,
-        body: Sequence[Any],
-        descriptors: Sequence[int],
-    ) -> list[Any]:
-        message = Message(
-            destination=destination,
-            path=path,
-            interface=interface,
-            member=member,
-            signature=signature,
-            body=list(body),
-            unix_fds=list(descriptors),
-        )
+    async def _ask(self, connection: MessageBus, message: Message) -> list[Any]:
         try:
             async with asyncio.timeout(CALL_TIMEOUT):
                 reply = await connection.call(message)
@@ -314,6 +302,11 @@ class Bus:
                 hear(message)
 
 
+def _match(rule: str) -> Message:
+    """Asks D-Bus for the signals of a rule."""
+    return Message(DBUS, DBUS_PATH, DBUS, "AddMatch", signature="s", body=[rule])
+
+
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
     try:
         loop.run_forever()
@@ -334,6 +327,17 @@ def _pid(process: Process) -> int:
 
 _BUSY = ("NoReply", "Timeout", "TimedOut", "LimitsExceeded", "NoMemory")
 _DENIED = ("AccessDenied", "AuthFailed", "InteractiveAuthorizationRequired")
+
+_REFUSALS: dict[str, tuple[str, str | None]] = {
+    f"{SYSTEMD}.TransactionIsDestructive": (
+        "the machine is going down, or the unit is being stopped",
+        "see systemctl list-jobs",
+    ),
+    f"{SYSTEMD}.UnitExists": (
+        "there is a unit of that name already",
+        "see which: systemctl list-unit-files 'mic-*'",
+    ),
+}
 
 # Results of a job, see JobRemoved in org.freedesktop.systemd1(5).
 _RESULTS = {
@@ -358,37 +362,22 @@ def explain(action: str, error: Refused | Lost) -> MicError:
         return RuntimeUnavailable(f"cannot {action}: systemd gave no answer: {error.text}")
     if short in _DENIED:
         return RuntimeRefused(f"cannot {action}: systemd lets only root do it", hint="run as root")
-    if error.name == f"{SYSTEMD}.TransactionIsDestructive":
-        return RuntimeRefused(
-            f"cannot {action}: the machine is going down, or the unit is being stopped",
-            hint="see systemctl list-jobs",
-        )
-    if error.name == f"{SYSTEMD}.UnitExists":
-        return RuntimeRefused(
-            f"cannot {action}: there is a unit of that name already",
-            hint="see which: systemctl list-unit-files 'mic-*'",
-        )
     if error.name == f"{SYSTEMD}.UnitMasked":
         return RuntimeRefused(f"cannot {action}: {error.text}", hint="see systemctl unmask")
-    return RuntimeRefused(f"cannot {action}: systemd refused: {error.text}")
+    cause, hint = _REFUSALS.get(error.name, (f"systemd refused: {error.text}", None))
+    return RuntimeRefused(f"cannot {action}: {cause}", hint=hint)
 
 
 def _lost(action: str, error: Lost) -> RuntimeUnavailable:
-    cause = error.__cause__
-    if isinstance(cause, FileNotFoundError):
-        return RuntimeUnavailable(
-            f"cannot {action}: there is no D-Bus to reach systemd by",
-            hint="install it: apt-get install dbus",
-        )
-    if isinstance(cause, ConnectionRefusedError):
-        return RuntimeUnavailable(
-            f"cannot {action}: D-Bus does not run", hint="start it with: systemctl start dbus"
-        )
-    if isinstance(cause, PermissionError):
-        return RuntimeUnavailable(
-            f"cannot {action}: the system bus may not be used by this user", hint="run as root"
-        )
-    return RuntimeUnavailable(f"cannot {action}: systemd cannot be reached: {error}")
+    told: tuple[str, str | None] = f"systemd cannot be reached: {error}", None
+    match error.__cause__:
+        case FileNotFoundError():
+            told = "there is no D-Bus to reach systemd by", "install it: apt-get install dbus"
+        case ConnectionRefusedError():
+            told = "D-Bus does not run", "start it with: systemctl start dbus"
+        case PermissionError():
+            told = "the system bus may not be used by this user", "run as root"
+    return RuntimeUnavailable(f"cannot {action}: {told[0]}", hint=told[1])
 
 
 def job_reason(result: str) -> str:
