@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mic_supervisor.gpu import GpuSource
 from mic_supervisor.model import GpuInventory
-
-if TYPE_CHECKING:
-    from mic_supervisor.gpu import GpuSource
 
 FIRST_RETRY = 1.0  # seconds
 LAST_RETRY = 60.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -457,15 +458,14 @@ class Contained:
         try:
             if self._thread is not None and self._thread.is_alive():
                 raise DidNotReturn(self._timeout)
-            results: list[T] = []
-            errors: list[BaseException] = []
+            answer: Future[T] = Future()
 
             def run() -> None:
                 try:
-                    results.append(function())
+                    answer.set_result(function())
                 # Whatever it is belongs to the caller, who gets it below.
                 except BaseException as error:  # noqa: BLE001
-                    errors.append(error)
+                    answer.set_exception(error)
 
             self._timeout = timeout
             thread = threading.Thread(target=run, name=self._name, daemon=True)
@@ -474,9 +474,6 @@ class Contained:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 raise DidNotReturn(self._timeout)
-            self._thread = None
         finally:
             self._turn.release()
-        if errors:
-            raise errors[0]
-        return results[0]
+        return answer.result()

@@ -16,6 +16,9 @@ Progress = Callable[[str], None]
 """Takes one short line for a person: "pulling 41 %"."""
 
 
+TIMED_OUT = 124
+"""What `run_check` gives for a command that was ended at its deadline, as timeout(1) does."""
+
 LONGEST_LINE = 1 << 20
 """Bytes; of a longer line the pieces count as lines."""
 

@@ -28,11 +28,9 @@ from mic_supervisor.errors import PreflightFailed, RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host import programs
 from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec
+from mic_supervisor.runtimes import TIMED_OUT
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-TIMED_OUT = 124
-"""What `run_check` gives for a command that was ended at its deadline, as timeout(1) does."""
-
 _CHECK_ID = "MIC_CHECK_ID"
 _MOST_OUTPUT = 4096  # bytes of a check's output that are kept
 
@@ -195,7 +193,7 @@ def preflight(spec: ProcessSpec) -> None:
             raise PreflightFailed(f"cannot run in {directory}: {reason}")
     except PermissionError as error:
         raise PreflightFailed(f"cannot run in {directory}: {error.strerror}") from error
-    program = _check_program(spec, directory, environment(spec, who)["PATH"])
+    program = _check_program(spec, directory, who)
     if who.switch:
         for path in (directory, program):
             if not _may_use(path, who):
@@ -257,9 +255,9 @@ def find_program(name: str, directory: Path, search: str) -> Path:
     return Path(found)
 
 
-def _check_program(spec: ProcessSpec, directory: Path, search: str) -> Path:
+def _check_program(spec: ProcessSpec, directory: Path, who: Account) -> Path:
     """Where the program is. A script needs its interpreter, too."""
-    path = find_program(spec.command[0], directory, search)
+    path = find_program(spec.command[0], directory, environment(spec, who)["PATH"])
     try:
         if not path.exists():
             raise PreflightFailed(f"cannot run {path}: it does not exist")
@@ -268,7 +266,7 @@ def _check_program(spec: ProcessSpec, directory: Path, search: str) -> Path:
     except PermissionError as error:
         raise PreflightFailed(f"cannot run {path}: {error.strerror}") from error
     # What is executable for its owner alone, a root that is confined to reading may not execute.
-    theirs = account(spec.user).switch and path.stat().st_mode & 0o111
+    theirs = who.switch and path.stat().st_mode & 0o111
     if not theirs and not os.access(path, os.X_OK):
         raise PreflightFailed(f"cannot run {path}: it is not executable", hint=f"chmod +x {path}")
     interpreter = _interpreter(path)

@@ -24,7 +24,7 @@ from docker.types import CancellableStream
 from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable, StopFailed
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import ObservedWorkload, RunState
-from mic_supervisor.runtimes import lines
+from mic_supervisor.runtimes import TIMED_OUT, lines
 from mic_supervisor.runtimes.docker.engine import ERRORS, Engine, explain, is_read_timeout, refused
 
 EVENTS = ("start", "die", "oom", "destroy", "health_status")
@@ -129,7 +129,6 @@ def _event_line(event: Mapping[str, Any]) -> str:
 # test_the_sdk_loses_what_a_command_says_before_it_is_read in test_docker_follow.py, in
 # tests/integration.
 
-TIMED_OUT = 124  # what timeout(1) exits with
 _MOST = 64 << 10  # bytes of output that are kept
 _HEADER = 8  # bytes: the stream's number, three of nothing, the length as big-endian 32 bits
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -285,7 +285,8 @@ class Rests:
         self._lock = threading.Lock()
         self._errors: dict[str, str | None] = {}  # by id, of what rests: what went wrong
         self._starting: set[str] = set()  # by id: we start it, and know how that ends
-        self._asked: dict[str, _Inspection] = {}  # by id: what rests by the list, not told yet
+        # By id: what rests by the list, and was not told yet.
+        self._asked: dict[str, Future[ObservedWorkload]] = {}
 
     @contextmanager
     def starting(self, ref: str) -> Iterator[None]:
@@ -303,21 +304,19 @@ class Rests:
     def sure(self, listed: Iterable[ObservedWorkload]) -> tuple[ObservedWorkload, ...]:
         """The workloads as they are; what cannot be told in time is in an unknown state."""
         listed = tuple(listed)
-        end = time.monotonic() + PATIENCE
-        for one in self._ask(listed):
-            # One that was waited for before is not again: others would wait with it, look by look.
-            one.done.wait(max(0.0, end - time.monotonic()))
+        # One that was waited for before is not again: others would wait with it, look by look.
+        wait(self._ask(listed), PATIENCE)
         with self._lock:
             found = [self._judge(item) for item in listed]
         return tuple(item for item in found if item is not None)
 
-    def _ask(self, listed: Iterable[ObservedWorkload]) -> list[_Inspection]:
+    def _ask(self, listed: Iterable[ObservedWorkload]) -> list[Future[ObservedWorkload]]:
         with self._lock:
             resting = {item.ref: item for item in listed if item.state in _AT_REST}
             self._errors = {ref: one for ref, one in self._errors.items() if ref in resting}
             self._asked = {ref: one for ref, one in self._asked.items() if ref in resting}
             unknown = resting.keys() - self._errors.keys() - self._starting - self._asked.keys()
-            fresh = {ref: _Inspection(self._inspect, resting[ref]) for ref in unknown}
+            fresh = {ref: _inspection(self._inspect, resting[ref]) for ref in unknown}
             self._asked |= fresh
             return [*fresh.values()]
 
@@ -325,33 +324,34 @@ class Rests:
         asked = self._asked.get(item.ref)
         if asked is None:
             return replace(item, error=self._errors.get(item.ref) or item.error)
-        if not asked.done.is_set():
+        if not asked.done():
             return replace(item, state=RunState.UNKNOWN, error="it is being started or removed")
         del self._asked[item.ref]
-        if isinstance(asked.found, WorkloadGone):
-            return None
-        if isinstance(asked.found, MicError):
-            return replace(item, state=RunState.UNKNOWN, error=asked.found.message)
-        if asked.found.state not in _AT_REST:
-            return asked.found
-        if item.ref not in self._starting:
-            self._errors[item.ref] = asked.found.error
-        return replace(item, error=asked.found.error or item.error)
-
-
-class _Inspection:
-    """One inspection, in a thread that nobody waits for: it takes as long as a start may take."""
-
-    def __init__(self, inspect: Inspect, item: ObservedWorkload) -> None:
-        self.done = threading.Event()
-        self.found: ObservedWorkload | MicError = RuntimeUnavailable("its inspection failed")
-        self._inspect = inspect
-        threading.Thread(target=self._run, args=(item,), name="docker-rest", daemon=True).start()
-
-    def _run(self, item: ObservedWorkload) -> None:
         try:
-            self.found = self._inspect(item)
+            found = asked.result()
+        except WorkloadGone:
+            return None
         except MicError as error:
-            self.found = error
-        finally:
-            self.done.set()
+            return replace(item, state=RunState.UNKNOWN, error=error.message)
+        if found.state not in _AT_REST:
+            return found
+        if item.ref not in self._starting:
+            self._errors[item.ref] = found.error
+        return replace(item, error=found.error or item.error)
+
+
+def _inspection(inspect: Inspect, item: ObservedWorkload) -> Future[ObservedWorkload]:
+    """In a thread that nobody waits for: it takes as long as a start may take."""
+    found: Future[ObservedWorkload] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(inspect(item))
+        except MicError as error:
+            found.set_exception(error)
+        except BaseException:
+            found.set_exception(RuntimeUnavailable("its inspection failed"))
+            raise
+
+    threading.Thread(target=run, name="docker-rest", daemon=True).start()
+    return found

@@ -268,6 +268,7 @@ def _answer(document: dict[str, Any]) -> None:
 
 
 def _become_subreaper() -> None:
+    # Not above: who starts keepers imports this module, too, and has no use for it.
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)

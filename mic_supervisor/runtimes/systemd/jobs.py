@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mic_supervisor import clocks
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable, StopFailed
-from mic_supervisor.runtimes import checks
+from mic_supervisor.runtimes import TIMED_OUT, checks
 from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, job_reason, variants
 from mic_supervisor.runtimes.systemd.unit import (
     EXITED,
@@ -323,12 +323,12 @@ async def run_check(bus: Bus, unit: Unit, argv: tuple[str, ...], timeout: float)
         with contextlib.suppress(Refused, Lost):
             await bus.call("UnrefUnit", "s", name)
     text = output.text()
-    return checks.timed_out(timeout, text) if code == checks.TIMED_OUT else (code, text)
+    return checks.timed_out(timeout, text) if code == TIMED_OUT else (code, text)
 
 
 def _code(unit: Unit | None, result: str, argv: tuple[str, ...]) -> int:
     if unit is not None and unit.text("Result") == "timeout":
-        return checks.TIMED_OUT
+        return TIMED_OUT
     failure = SpawnFailed(unit, result)
     code = None if unit is None else exit_code(unit)
     if code is None or not failure.ran:

@@ -10,7 +10,7 @@ import pytest
 
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused
 from mic_supervisor.model import Limits, ProcessSpec
-from mic_supervisor.runtimes import checks
+from mic_supervisor.runtimes import TIMED_OUT, checks
 from tests.unit.runtimes.process_world import STUBBORN, World, python, sh
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may switch users")
@@ -219,7 +219,7 @@ def test_a_check_ends_at_its_deadline_with_all_it_started(tmp_path: Path) -> Non
         "/",
         clock=lambda: 1000.0 if ready.exists() else 0.0,
     )
-    assert found == (checks.TIMED_OUT, "it did not end within 60 s: so far")
+    assert found == (TIMED_OUT, "it did not end within 60 s: so far")
     assert marked(mark) == []
 
 
@@ -247,7 +247,7 @@ def marked(mark: str) -> list[int]:
 def test_a_check_that_never_stops_talking_is_cut(world: World) -> None:
     seen = world.start("one", ("sleep", "60"))
     code, said = world.runtime.run_check(seen, ("yes",), 0.3)
-    assert code == checks.TIMED_OUT
+    assert code == TIMED_OUT
     assert len(said) < 5000
 
 
