@@ -14,7 +14,7 @@ from statistics import median
 
 import pytest
 
-from mic_supervisor.gpu.nvml import NvmlSource
+from mic_supervisor.gpu.nvml import Contained, DidNotReturn, NvmlSource
 from mic_supervisor.host import processes
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess
 from tests.mock_nvml import GIB, MIB, MockGpu, MockMig, MockNvml, MockProcess, Rules, mock_uuid
@@ -361,3 +361,32 @@ def test_importing_the_source_does_not_load_the_driver_library() -> None:
     )
 
     assert done.stdout.startswith("False "), done
+
+
+# --- contained calls --------------------------------------------------------------------------
+
+
+def test_a_contained_call_returns_and_raises_as_it_would_alone() -> None:
+    calls = Contained("test")
+
+    assert calls.call(lambda: 7, 5.0) == 7
+    with pytest.raises(ZeroDivisionError):
+        calls.call(lambda: 1 // 0, 5.0)
+    assert calls.call(lambda: 8, 5.0) == 8
+
+
+def test_a_late_result_is_dropped() -> None:
+    calls, go = Contained("test"), threading.Event()
+
+    with pytest.raises(DidNotReturn):
+        calls.call(lambda: go.wait(10) and "old", 0.05)
+    with pytest.raises(DidNotReturn) as refused:
+        calls.call(lambda: "new", 5.0)
+    assert refused.value.timeout == 0.05
+    go.set()
+    while True:
+        try:
+            assert calls.call(lambda: "new", 5.0) == "new"
+            break
+        except DidNotReturn:
+            continue

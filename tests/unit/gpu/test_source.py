@@ -1,10 +1,10 @@
-"""The sources that need no driver, the choice between them, and the readers below."""
+"""The sources that need no driver, and the choice between them."""
 
 from __future__ import annotations
 
 import pytest
 
-from mic_supervisor.gpu.nvml import Contained, DidNotReturn, NvmlSource
+from mic_supervisor.gpu.nvml import NvmlSource
 from mic_supervisor.gpu.source import SimulatedSource, open_source
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory
 
@@ -51,34 +51,3 @@ def test_nvml_is_opened_without_touching_the_driver() -> None:
 
     assert isinstance(source, NvmlSource)
     source.close()
-
-
-# --- contained calls --------------------------------------------------------------------------
-
-
-def test_a_contained_call_returns_and_raises_as_it_would_alone() -> None:
-    calls = Contained("test")
-
-    assert calls.call(lambda: 7, 5.0) == 7
-    with pytest.raises(ZeroDivisionError):
-        calls.call(lambda: 1 // 0, 5.0)
-    assert calls.call(lambda: 8, 5.0) == 8
-
-
-def test_a_late_result_is_dropped() -> None:
-    import threading
-
-    calls, go = Contained("test"), threading.Event()
-
-    with pytest.raises(DidNotReturn):
-        calls.call(lambda: go.wait(10) and "old", 0.05)
-    with pytest.raises(DidNotReturn) as refused:
-        calls.call(lambda: "new", 5.0)
-    assert refused.value.timeout == 0.05
-    go.set()
-    while True:
-        try:
-            assert calls.call(lambda: "new", 5.0) == "new"
-            break
-        except DidNotReturn:
-            continue
