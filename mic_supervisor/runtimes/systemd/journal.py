@@ -76,7 +76,7 @@ def read(
         raise RuntimeRefused(f"cannot {what}: {said or f'{_PROGRAM} failed'}")
     if cursor:
         rest = _ask(what, "--output=cat", "--all", f"--after-cursor={cursor}", run)
-        yield from rest.rstrip("\n").split("\n") if rest else ()
+        yield from lines([rest.encode()])
     elif follow:
         yield from read(what, invocation, tail=tail)
 
@@ -188,7 +188,7 @@ def _entry(line: str) -> tuple[str, str]:
     text = entry.get("MESSAGE") or ""
     if not isinstance(text, str):
         text = bytes(text).decode(errors="replace")
-    return entry["__CURSOR"], text
+    return entry["__CURSOR"], text.removesuffix("\r")
 
 
 def _parts(process: subprocess.Popen[bytes], ended: Callable[[], bool] | None) -> Iterator[bytes]:
