@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mic_supervisor.errors import PreflightFailed, RuntimeRefused
+from mic_supervisor.errors import PreflightFailed, RuntimeRefused, StopFailed
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host import programs
 from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec
@@ -135,6 +135,14 @@ def ended_by(number: int) -> str:
         return f"ended by {signal.Signals(number).name}"
     except ValueError:
         return f"ended by signal {number}"
+
+
+def survived(name: str, who: str) -> StopFailed:
+    """Of a tree of which something is left after KILL."""
+    return StopFailed(
+        f"cannot stop {name}: {who} survived KILL",
+        hint="where the kernel does not let go of it, only a restart of the machine helps",
+    )
 
 
 class ProcessRuntime:

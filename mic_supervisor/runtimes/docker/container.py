@@ -6,7 +6,6 @@ what an end means is looked at.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import struct
@@ -98,7 +97,7 @@ def _watch(
 
 def _hang_up(stream: CancellableStream[Any]) -> None:
     # Closed already: that was the aim.
-    with contextlib.suppress(*ERRORS):
+    with suppress(*ERRORS):
         stream.close()
 
 
@@ -109,7 +108,7 @@ def _written_down(engine: Engine, ref: str) -> None:
     done with that, about 0.1 s later, of which it tells nobody (seen on Engine 20.10). It holds the
     container's lock meanwhile, and an inspection waits for it.
     """
-    with contextlib.suppress(MicError):
+    with suppress(MicError):
         engine.container("cannot inspect a container that ended", ref)
 
 

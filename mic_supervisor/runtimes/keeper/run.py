@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor import clocks
-from mic_supervisor.errors import RuntimeRefused, StopFailed
+from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host.processes import Stat
 from mic_supervisor.model import Identity, ObservedWorkload, ProcessSpec
@@ -116,10 +116,7 @@ def _kill(
         empty = 0
         now = time.monotonic()
         if now >= give_up:
-            raise StopFailed(
-                f"cannot stop {record.name}: {_named(left)} survived KILL",
-                hint="where the kernel does not let go of it, only a restart of the machine helps",
-            )
+            raise checks.survived(record.name, _named(left))
         if now >= deadline:
             _signal(left.items(), signal.SIGKILL)
         elif record.keeper is None or not record.keeper.runs():

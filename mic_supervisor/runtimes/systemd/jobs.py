@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mic_supervisor import clocks
-from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable, StopFailed
+from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.runtimes import TIMED_OUT, checks
 from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, job_reason, variants
 from mic_supervisor.runtimes.systemd.unit import (
@@ -188,10 +188,7 @@ async def _kill(bus: Bus, name: str, patience: float) -> None:
     give_up, again = _now() + patience, 0.0
     async for _, remains in _looks(bus, name, give_up):
         if _now() >= give_up:
-            raise StopFailed(
-                f"cannot stop {name}: {_named(remains)} survived KILL",
-                hint="where the kernel does not let go of it, only a restart of the machine helps",
-            )
+            raise checks.survived(name, _named(remains))
         if _now() >= again:
             await _signal(bus, name, "all", signal.SIGKILL)
             again = _now() + _KILL_PAUSE
