@@ -32,7 +32,7 @@ from mic_supervisor.runtimes import TIMED_OUT
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CHECK_ID = "MIC_CHECK_ID"
-_MOST_OUTPUT = 4096  # bytes of a check's output that are kept
+MOST_OUTPUT = 4096  # bytes of a check's output that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +319,7 @@ def run_check(
         timeout,
         env={**plain_environment(who.home), _CHECK_ID: nonce},
         cwd=directory,
-        most=_MOST_OUTPUT,
+        most=MOST_OUTPUT,
         end=lambda process: _end_check(process, nonce),
         clock=clock,
         **_as(who),

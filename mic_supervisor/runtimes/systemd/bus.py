@@ -339,14 +339,6 @@ _REFUSALS: dict[str, tuple[str, str | None]] = {
     ),
 }
 
-# Results of a job, see JobRemoved in org.freedesktop.systemd1(5).
-_RESULTS = {
-    "canceled": "somebody else cancelled it",
-    "timeout": "it did not come up in time",
-    "dependency": "something that it depends on failed",
-    "collected": "systemd dropped the job",
-}
-
 
 def explain(action: str, error: Refused | Lost) -> MicError:
     """ "cannot ACTION: cause", with a way out where one is known."""
@@ -378,8 +370,3 @@ def _lost(action: str, error: Lost) -> RuntimeUnavailable:
         case PermissionError():
             told = "the system bus may not be used by this user", "run as root"
     return RuntimeUnavailable(f"cannot {action}: {told[0]}", hint=told[1])
-
-
-def job_reason(result: str) -> str:
-    """Why a job did not come to "done"; for a result other than "failed"."""
-    return _RESULTS.get(result, f"systemd ended the job with “{result}”")

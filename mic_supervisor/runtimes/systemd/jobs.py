@@ -14,7 +14,7 @@ from pathlib import Path
 from mic_supervisor import clocks
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.runtimes import TIMED_OUT, checks
-from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, job_reason, variants
+from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, variants
 from mic_supervisor.runtimes.systemd.unit import (
     EXITED,
     SLICE,
@@ -57,6 +57,14 @@ _STEPS = {
     205: "its limits cannot be set",
     216: "its group does not exist",
     217: "its user does not exist",
+}
+
+# Results of a job, see JobRemoved in org.freedesktop.systemd1(5).
+_RESULTS = {
+    "canceled": "somebody else cancelled it",
+    "timeout": "it did not come up in time",
+    "dependency": "something that it depends on failed",
+    "collected": "systemd dropped the job",
 }
 
 
@@ -116,7 +124,8 @@ async def start(bus: Bus, name: str, properties: Sequence[Property]) -> None:
 def spawn_reason(failure: SpawnFailed) -> str:
     """Why, as far as PID 1 itself tells."""
     if failure.result != "failed":
-        return job_reason(failure.result)
+        told = f"systemd ended the job with “{failure.result}”"
+        return _RESULTS.get(failure.result, told)
     if failure.unit is None:
         return "systemd does not say why"
     return failure.step or end_reason(failure.unit) or "systemd does not say why"
@@ -284,9 +293,7 @@ def _now() -> float:
 # user nor see all that an instance sees. PID 1 runs the check as the instance's user, in its
 # directory, and ends whatever the check started.
 
-_MOST_OUTPUT = 4096  # bytes that are kept
 _END_TIMEOUT = 1.0  # seconds from TERM to KILL, and for the rest of the output
-_MARGIN = 5.0  # seconds beyond PID 1's own bound
 
 
 async def run_check(bus: Bus, unit: Unit, argv: tuple[str, ...], timeout: float) -> tuple[int, str]:
@@ -305,7 +312,7 @@ async def run_check(bus: Bus, unit: Unit, argv: tuple[str, ...], timeout: float)
             result = await bus.job(
                 *("StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail"),
                 *(variants(properties), []),
-                timeout=timeout + _END_TIMEOUT + _MARGIN,
+                timeout=timeout + _END_TIMEOUT + _JOB_MARGIN,
                 descriptors=[writer],
             )
         finally:
@@ -383,7 +390,7 @@ class _Output:
         if not part:
             self._loop.remove_reader(self._descriptor)
             self._over.set()
-        self._kept += part[: max(0, _MOST_OUTPUT - len(self._kept))]
+        self._kept += part[: max(0, checks.MOST_OUTPUT - len(self._kept))]
 
     async def rest(self, timeout: float) -> None:
         """Until all was read; what a process outside of the unit holds open is not waited for."""

@@ -26,10 +26,8 @@ from mic_supervisor.model import (
     RunState,
 )
 from mic_supervisor.runtimes.systemd import bus as systemd_bus
-from mic_supervisor.runtimes.systemd.bus import Lost, Refused, explain, job_reason
-from mic_supervisor.runtimes.systemd.jobs import SpawnFailed, spawn_reason
+from mic_supervisor.runtimes.systemd.bus import Lost, Refused, explain
 from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime
-from mic_supervisor.runtimes.systemd.unit import Unit
 
 IDENTITY = Identity("default", "h", "a", "MAM", "process", ("GPU-1",), {}, {}, "00")
 SPEC = ProcessSpec(("/bin/true",))
@@ -249,56 +247,6 @@ PID_1 = "org.freedesktop.systemd1."
 def test_answers(error: Refused | Lost, kind: type[MicError], text: str, hint: str | None) -> None:
     told = explain("do it", error)
     assert (type(told), str(told), told.hint) == (kind, text, hint)
-
-
-@pytest.mark.parametrize(
-    ("result", "reason"),
-    [
-        ("canceled", "somebody else cancelled it"),
-        ("timeout", "it did not come up in time"),
-        ("dependency", "something that it depends on failed"),
-        ("collected", "systemd dropped the job"),
-        ("once", "systemd ended the job with “once”"),
-    ],
-)
-def test_jobs_that_do_not_come_to_their_end(result: str, reason: str) -> None:
-    assert job_reason(result) == reason
-    assert spawn_reason(SpawnFailed(None, result)) == reason
-
-
-@pytest.mark.parametrize(
-    ("code", "status", "ran", "reason"),
-    [
-        (1, 203, False, "the program cannot be executed"),
-        (1, 200, False, "its working directory cannot be entered"),
-        (1, 226, False, "systemd could not set it up (status 226)"),
-        (1, 1, True, None),
-        (1, 255, True, None),
-        (2, 203, True, None),
-    ],
-)
-def test_a_step_that_failed_is_told_from_an_end(
-    code: int, status: int, ran: bool, reason: str | None
-) -> None:
-    properties = {
-        "ExecMainCode": code,
-        "ExecMainStatus": status,
-        "ExecMainExitTimestamp": 1,
-        "Result": "exit-code",
-        "ActiveState": "failed",
-    }
-    failure = SpawnFailed(Unit("x", "/x", properties), "failed")
-    assert failure.ran is ran
-    if reason is not None:
-        assert spawn_reason(failure) == reason
-
-
-def test_a_unit_that_was_never_set_up_did_not_run() -> None:
-    properties = {"Result": "resources", "ActiveState": "failed"}
-    failure = SpawnFailed(Unit("x", "/x", properties), "failed")
-    assert not failure.ran
-    assert spawn_reason(failure) == "systemd could not set it up"
-    assert spawn_reason(SpawnFailed(None, "failed")) == "systemd does not say why"
 
 
 def test_a_signal_that_there_is_not(runtime: SystemdRuntime) -> None:
