@@ -15,14 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from mic_supervisor.host import processes
-from mic_supervisor.model import (
-    GpuInventory,
-    GpuProcess,
-    Owner,
-    OwnerKind,
-    RunState,
-    RuntimeView,
-)
+from mic_supervisor.model import GpuInventory, GpuProcess, Owner, OwnerKind, RunState, RuntimeView
 
 INSTANCE_VARIABLE = "MIC_INSTANCE"
 SCOPE_VARIABLE = "MIC_SCOPE"

@@ -33,14 +33,7 @@ from mic_supervisor.runtimes.docker.create import (
 from mic_supervisor.runtimes.docker.create import labels as labels_of
 from mic_supervisor.runtimes.docker.engine import ADDRESS_HINT, NO_ENGINE, Engine, refused
 from mic_supervisor.runtimes.docker.pull import Puller
-from mic_supervisor.runtimes.docker.view import (
-    Rests,
-    claims_of,
-    detailed,
-    labels_in,
-    split,
-    stranger_reason,
-)
+from mic_supervisor.runtimes.docker.view import Rests, detailed, labels_in, split, stranger_reason
 from mic_supervisor.runtimes.identity import GivenName, known_from
 
 _DEVICES_FOR = 60.0  # seconds for which the engine's list of CDI devices is believed
@@ -102,31 +95,19 @@ class DockerRuntime:
             if not isinstance(listed, list):
                 cause = NO_ENGINE.format(address=self._engine.address)
                 raise RuntimeUnavailable(f"{what}: {cause}", hint=ADDRESS_HINT)
-            images = self._images_of(listed)
+            workloads, strangers = split(
+                listed,
+                self._scope,
+                self._host,
+                images=self._image_labels,
+                given_name=self._given_name,
+                known=self._known,
+            )
         except MicError as error:
             return RuntimeView(self.name, error=error.message, hint=error.hint)
-        workloads, strangers = split(
-            listed,
-            self._scope,
-            self._host,
-            images=images,
-            given_name=self._given_name,
-            known=self._known,
-        )
         view = RuntimeView(self.name, self._rests.sure(workloads), strangers)
         self._known = known_from(view)
         return view
-
-    def _images_of(self, listed: list[Any]) -> Mapping[str, Mapping[str, str]]:
-        """The labels of the images of those listed containers that carry our labels."""
-        images = {
-            str(item["ImageID"])
-            for item in listed
-            if isinstance(item, Mapping)
-            and item.get("ImageID")
-            and claims_of(labels_in(item), self._scope, self._host) is not None
-        }
-        return {image: self._image_labels(image) for image in images}
 
     def _image_labels(self, image: str) -> Mapping[str, str]:
         """The labels of an image, by its id; none where that cannot be looked at. Then a copy is
@@ -334,10 +315,8 @@ class DockerRuntime:
         return ours and labels.get(INSTANCE) == launch.identity.instance
 
     def _stranger_reason(self, found: Mapping[str, Any], labels: Mapping[str, str]) -> str | None:
-        image: Mapping[str, str] = {}
-        if claims_of(labels, self._scope, self._host) is not None and found.get("Image"):
-            image = self._image_labels(str(found["Image"]))
-        return stranger_reason(labels, self._scope, self._host, image)
+        image = found.get("Image")
+        return stranger_reason(labels, self._scope, self._host, image, self._image_labels)
 
     def _whose(self, found: Mapping[str, Any]) -> str:
         config = found.get("Config") or {}

@@ -46,7 +46,13 @@ _EXIT = re.compile(r"^Exited \((-?\d+)\)")
 _HEALTH = re.compile(r"\((healthy|unhealthy|health: starting)\)")
 _DEAD = "the engine could not remove it completely"
 _FRACTION = re.compile(r"\.(\d{1,6})\d*")
-_NO_LABELS: Mapping[str, str] = {}
+
+ImageLabels = Callable[[str], Mapping[str, str]]
+"""The labels of an image, by its id."""
+
+
+def no_labels(_image: str) -> Mapping[str, str]:
+    return {}
 
 
 def split(
@@ -54,20 +60,20 @@ def split(
     scope: str,
     host: str,
     *,
-    images: Mapping[str, Mapping[str, str]] | None = None,
+    images: ImageLabels = no_labels,
     given_name: GivenName | None = None,
     known: Mapping[str, bool] | None = None,
 ) -> tuple[tuple[ObservedWorkload, ...], tuple[Stranger, ...]]:
     """The engine's list as ours and strangers, each sorted by name.
 
-    `images` are the labels of images, by id. For `given_name` and `known` see identity.py; without
-    `given_name` the labels decide.
+    `images` is asked for those with our labels. For `given_name` and `known` see identity.py;
+    without `given_name` the labels decide.
     """
     claimed, refused = [], []
     for item in listed:
         if isinstance(item, Mapping):
-            image = (images or {}).get(str(item.get("ImageID")), _NO_LABELS)
-            reason = stranger_reason(labels_in(item), scope, host, image)
+            labels, image = labels_in(item), item.get("ImageID")
+            reason = stranger_reason(labels, scope, host, image, images)
             if reason is None:
                 claimed.append((item, _workload(item)))
             else:
@@ -93,14 +99,20 @@ def claims_of(labels: Mapping[str, str], scope: str, host: str) -> str | None:
 
 
 def stranger_reason(
-    labels: Mapping[str, str], scope: str, host: str, image: Mapping[str, str] = _NO_LABELS
+    labels: Mapping[str, str],
+    scope: str,
+    host: str,
+    image: object = None,
+    images: ImageLabels = no_labels,
 ) -> str | None:
     """Why a container is not ours; None: it is, as far as labels tell.
 
-    The engine lists the labels of the `image` as the container's. They say what the image was made
-    of (`docker commit`), and nothing of the container.
+    The engine lists the labels of its image, whose id is `image`, as the container's. They say what
+    the image was made of (`docker commit`), and nothing of the container.
     """
-    own = {key for key, value in labels.items() if image.get(key) != value}
+    claimed = claims_of(labels, scope, host) is not None
+    of_image = images(str(image)) if claimed and image else {}
+    own = {key for key, value in labels.items() if of_image.get(key) != value}
     if any(key.startswith("com.docker.swarm.") for key in own):
         return "it belongs to a Docker Swarm service"
     if "com.docker.compose.container-number" in own:  # what compose builds has others of its labels

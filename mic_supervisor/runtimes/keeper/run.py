@@ -21,11 +21,7 @@ from mic_supervisor.host import processes as procfs
 from mic_supervisor.host.processes import Stat
 from mic_supervisor.model import Identity, ObservedWorkload, ProcessSpec
 from mic_supervisor.runtimes import checks
-from mic_supervisor.runtimes.identity import (
-    IDENTITY,
-    identity_of,
-    identity_variables,
-)
+from mic_supervisor.runtimes.identity import IDENTITY, identity_of, identity_variables
 from mic_supervisor.runtimes.keeper import program, records
 from mic_supervisor.runtimes.keeper.records import RUN_ID, Anchor, BadRecord, Record, machine
 

@@ -15,14 +15,7 @@ from pathlib import Path
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host.lock import lock_pids
-from mic_supervisor.model import (
-    Doubt,
-    Launch,
-    ObservedWorkload,
-    ProcessSpec,
-    RunState,
-    Stranger,
-)
+from mic_supervisor.model import Doubt, Launch, ObservedWorkload, ProcessSpec, RunState, Stranger
 from mic_supervisor.runtimes.identity import GivenName, in_doubt, unknown_identity
 from mic_supervisor.runtimes.keeper import records
 from mic_supervisor.runtimes.keeper.program import RECORD

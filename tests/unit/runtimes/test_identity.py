@@ -38,8 +38,9 @@ def look(
     *items: dict[str, Any], known: dict[str, bool] | None = None, **images: dict[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """(the ids of ours, why each of the others is not) by id."""
+    of_image = {"plain": {}, **images}.__getitem__
     ours, strangers = split(
-        items, "default", "h", images=images, given_name=given_name, known=known
+        items, "default", "h", images=of_image, given_name=given_name, known=known
     )
     assert all(isinstance(one, Stranger) for one in strangers)
     return [one.ref for one in ours], {one.ref: one.reason for one in strangers}
@@ -126,7 +127,7 @@ def test_a_copy_says_of_which_instance_it_is_one() -> None:
         "c": (None, False),
     }
     _, (usurper,) = split(
-        [item(NAME, "a")], "default", "h", images={"plain": OURS}, given_name=given_name
+        [item(NAME, "a")], "default", "h", images=lambda _: OURS, given_name=given_name
     )
     assert (usurper.claims, usurper.usurps) == ("MAM-1", True)
 

@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mic_supervisor.errors import (
-    RuntimeUnavailable,
-)
+from mic_supervisor.errors import RuntimeUnavailable
 from mic_supervisor.runtimes import lines
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.support.waiting import until

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mic_supervisor.errors import (
-    PreflightFailed,
-    RuntimeUnavailable,
-)
+from mic_supervisor.errors import PreflightFailed, RuntimeUnavailable
 from mic_supervisor.runtimes.docker.engine import Engine
 from mic_supervisor.runtimes.docker.pull import Puller
 from tests.unit.runtimes.docker.engine_fake import (

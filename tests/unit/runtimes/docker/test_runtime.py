@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mic_supervisor.errors import (
-    RuntimeUnavailable,
-)
+from mic_supervisor.errors import RuntimeUnavailable
 from mic_supervisor.runtimes.docker.create import labels
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.unit.runtimes.docker.engine_fake import (

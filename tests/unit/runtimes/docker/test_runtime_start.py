@@ -8,16 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from mic_supervisor.errors import (
-    RuntimeRefused,
-    RuntimeUnavailable,
-    StopFailed,
-    WorkloadGone,
-)
-from mic_supervisor.model import (
-    ContainerSpec,
-    Launch,
-)
+from mic_supervisor.errors import RuntimeRefused, RuntimeUnavailable, StopFailed, WorkloadGone
+from mic_supervisor.model import ContainerSpec, Launch
 from mic_supervisor.runtimes.docker.create import labels
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.unit.runtimes.docker.engine_fake import (

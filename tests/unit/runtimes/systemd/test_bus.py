@@ -10,12 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mic_supervisor.errors import (
-    MicError,
-    PreflightFailed,
-    RuntimeRefused,
-    RuntimeUnavailable,
-)
+from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.model import (
     ContainerSpec,
     Identity,
