@@ -13,9 +13,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 MOST = 64 << 10
 """Bytes of each stream that are kept, unless told otherwise."""
@@ -53,13 +53,10 @@ def run(
     it ended. `options` are Popen's. Raises OSError, whatever the reason.
     """
     try:
-        with ExitStack() as stack:
-            stdin: IO[bytes] | int = subprocess.DEVNULL
-            if given:
-                # No pipe: a program that does not read must not hold us up.
-                stdin = stack.enter_context(os.fdopen(os.memfd_create("given"), "r+b"))
-                stdin.write(given)
-                stdin.seek(0)
+        # No pipe: a program that does not read must not hold us up.
+        with os.fdopen(os.memfd_create("given"), "r+b") as stdin:
+            stdin.write(given)
+            stdin.seek(0)
             process = subprocess.Popen(
                 command,
                 stdin=stdin,

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from mic_supervisor import clocks
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable
@@ -304,29 +305,30 @@ async def run_check(bus: Bus, unit: Unit, argv: tuple[str, ...], timeout: float)
     name = f"run-mic-check-{uuid.uuid4().hex[:16]}.service"
     # Looking up a user may take a while where a directory service is asked.
     properties = await asyncio.to_thread(_properties, unit, argv, timeout)
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    os.set_blocking(writer, True)
-    output = _Output(reader)
-    try:
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    output = bytearray()
+    with os.fdopen(reader, "rb", 0) as pipe:
+        reading = asyncio.create_task(_keep_beginning(pipe, output))
         try:
-            result = await bus.job(
-                *("StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail"),
-                *(variants(properties), []),
-                timeout=timeout + _END_TIMEOUT + _JOB_MARGIN,
-                descriptors=[writer],
-            )
+            try:
+                result = await bus.job(
+                    *("StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail"),
+                    *(variants(properties), []),
+                    timeout=timeout + _END_TIMEOUT + _JOB_MARGIN,
+                    descriptors=[writer],
+                )
+            finally:
+                os.close(writer)
+            code = 0 if result == "done" else _code(await bus.unit(name), result, argv)
+            # What a process outside of the unit holds open is not waited for.
+            await asyncio.wait([reading], timeout=_END_TIMEOUT)
         finally:
-            os.close(writer)
-        code = 0
-        if result != "done":
-            code = _code(await bus.unit(name), result, argv)
-        await output.rest(_END_TIMEOUT)
-    finally:
-        output.close()
-        # The last reference: PID 1 forgets it. It does so too when this connection ends.
-        with contextlib.suppress(Refused, Lost):
-            await bus.call("UnrefUnit", "s", name)
-    text = output.text()
+            reading.cancel()
+            await asyncio.wait([reading])
+            # The last reference: PID 1 forgets it. It does so too when this connection ends.
+            with contextlib.suppress(Refused, Lost):
+                await bus.call("UnrefUnit", "s", name)
+    text = output.decode(errors="replace").strip()
     return checks.timed_out(timeout, text) if code == TIMED_OUT else (code, text)
 
 
@@ -372,35 +374,14 @@ def _properties(unit: Unit, argv: tuple[str, ...], timeout: float) -> list[Prope
     ]
 
 
-class _Output:
-    """Reads a pipe on the running loop, and keeps the beginning of it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._kept = bytearray()
-        self._over = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(descriptor, self._read)
-
-    def _read(self) -> None:
-        try:
-            part = os.read(self._descriptor, 1 << 16)
-        except BlockingIOError:
-            return
-        if not part:
-            self._loop.remove_reader(self._descriptor)
-            self._over.set()
-        self._kept += part[: max(0, checks.MOST_OUTPUT - len(self._kept))]
-
-    async def rest(self, timeout: float) -> None:
-        """Until all was read; what a process outside of the unit holds open is not waited for."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self._over.wait()
-
-    def text(self) -> str:
-        return self._kept.decode(errors="replace").strip()
-
-    def close(self) -> None:
-        self._loop.remove_reader(self._descriptor)
-        os.close(self._descriptor)
+async def _keep_beginning(pipe: BinaryIO, kept: bytearray) -> None:
+    """Read a pipe to its end."""
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    try:
+        while part := await reader.read(1 << 16):
+            kept += part[: max(0, checks.MOST_OUTPUT - len(kept))]
+    finally:
+        transport.close()
