@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mic_supervisor import clocks
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
@@ -394,6 +396,6 @@ def _anchor(one: Stat) -> Anchor:
 
 def _working_dir(pid: int) -> str:
     try:
-        return os.readlink(f"/proc/{pid}/cwd")  # noqa: PTH115 - a magic link, not a path
-    except OSError:
+        return psutil.Process(pid).cwd()
+    except psutil.Error:
         return "/"

@@ -161,7 +161,7 @@ class RecordsView:
                 )
         runs = {record.run_id for record, _ in read.good.values()}
         for run, (pid, instance) in known.others.items():
-            if run not in runs and Path(f"/proc/{pid}").exists():
+            if run not in runs and procfs.exists(pid):
                 reason = f"it was started for {instance}, and its record is gone"
                 strangers.append(Stranger(_RUNTIME, instance, f"PID {pid}", reason=reason))
         return tuple(workloads), tuple(strangers)
