@@ -49,6 +49,9 @@ _AWAY = frozenset(
     f"org.freedesktop.DBus.Error.{name}"
     for name in ("ServiceUnknown", "NameHasNoOwner", "Spawn.ServiceNotFound", "Disconnected")
 )
+# PID 1 left the bus before it answered, as it does when D-Bus is restarted. The call may have
+# reached it.
+_LEFT = "org.freedesktop.DBus.Error.NoReply"
 _NO_UNIT = frozenset((f"{SYSTEMD}.NoSuchUnit", f"{DBUS}.Error.UnknownObject"))
 
 
@@ -154,7 +157,7 @@ class Bus:
                         raise
                     away = error
                 except Refused as error:
-                    if error.name not in _AWAY:
+                    if error.name not in _AWAY and not (repeat and error.name == _LEFT):
                         raise
                     away = error
             if asyncio.get_running_loop().time() >= deadline:
