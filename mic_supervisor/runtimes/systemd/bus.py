@@ -48,6 +48,9 @@ _AWAY = frozenset(
     f"{DBUS}.Error.{name}"
     for name in ("ServiceUnknown", "NameHasNoOwner", "Spawn.ServiceNotFound", "Disconnected")
 )
+# PID 1 left the bus before it answered, as it does when D-Bus is restarted. The call may have
+# reached it.
+_LEFT = "org.freedesktop.DBus.Error.NoReply"
 _NO_UNIT = frozenset((f"{SYSTEMD}.NoSuchUnit", f"{DBUS}.Error.UnknownObject"))
 
 
@@ -148,7 +151,8 @@ class Bus:
                 return await self._ask(connection, message)
             except (Lost, Refused) as error:
                 reached = error.name not in _AWAY if isinstance(error, Refused) else asked
-                again = not reached or (repeat and isinstance(error, Lost))
+                unanswered = isinstance(error, Lost) or error.name == _LEFT
+                again = not reached or (repeat and unanswered)
                 if not again or asyncio.get_running_loop().time() >= deadline:
                     raise
             await asyncio.sleep(_PAUSE)

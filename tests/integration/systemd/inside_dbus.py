@@ -42,15 +42,16 @@ def test_a_restart_of_dbus_is_lived_through(world: World, dbus: None) -> None:
 
 
 def test_a_stop_under_way_lives_through_a_restart_of_dbus(world: World, dbus: None) -> None:
-    seen = world.start("a", sh("trap 'sleep 2; exit 0' TERM; echo up; while :; do sleep 0.1; done"))
+    program = "trap 'echo ending; sleep 2; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+    seen = world.start("a", sh(program))
     world.await_line("a", "up")
     stopping = threading.Thread(
         target=world.runtime.stop, args=(seen,), kwargs={"signal": "SIGTERM", "grace": 20}
     )
     stopping.start()
-    time.sleep(0.5)
+    world.await_line("a", "ending")
     run("systemctl", "restart", "dbus.service")
-    stopping.join(20)
+    stopping.join(60)
     assert not stopping.is_alive()
     assert (world.look("a").state, world.look("a").exit_code) == (RunState.EXITED, 0)
 

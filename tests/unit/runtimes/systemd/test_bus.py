@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,6 +157,40 @@ def test_after_a_close_a_call_connects_again(runtime: SystemdRuntime) -> None:
     runtime.close()
     runtime.close()
     assert runtime.observe().error is not None
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_a_question_that_pid_1_left_unanswered_is_asked_again_where_that_does_no_harm(
+    monkeypatch: pytest.MonkeyPatch, repeat: bool
+) -> None:
+    """As D-Bus says it while it is restarted."""
+    bus = systemd_bus.Bus()
+    asked: list[str] = []
+
+    async def connected() -> None:
+        return None
+
+    async def ask(*words: Any) -> list[str]:
+        asked.append(words[1].member)
+        if len(asked) == 1:
+            raise Refused(
+                "org.freedesktop.DBus.Error.NoReply",
+                "Message recipient disconnected from message bus without replying",
+            )
+        return ["the answer"]
+
+    monkeypatch.setattr(bus, "_connected", connected)
+    monkeypatch.setattr(bus, "_ask", ask)
+    try:
+        if repeat:
+            assert bus.run(bus.call("GetUnit", repeat=True), timeout=5) == ["the answer"]
+            assert asked == ["GetUnit"] * 2
+        else:
+            with pytest.raises(Refused):
+                bus.run(bus.call("KillUnit"), timeout=5)
+            assert asked == ["KillUnit"]
+    finally:
+        bus.close()
 
 
 # --- before D-Bus is asked --------------------------------------------------------------------
