@@ -34,7 +34,10 @@ README = ROOT / "README.md"
 REFERENCE = ROOT / "docs" / "config.md"
 PLUG_INS = ROOT / "docs" / "plugins.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md"), key=lambda path: (path != README, path)),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -261,7 +264,7 @@ def test_a_newcomer_meets_every_command_of_a_day() -> None:
             if f"mic-supervisor {c}" not in text] == []  # fmt: skip
 
 
-COMMAND_LINE = re.compile(r"(?:^\$ |`)(mic-supervisor [^`\n|>#]*)", re.MULTILINE)
+COMMAND_LINE = re.compile(r"(?:^[$#] (?:[A-Z_]+=\S+ )*|`)(mic-supervisor [^`\n|>#]*)", re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
@@ -273,6 +276,12 @@ def test_commands_that_are_shown_can_be_typed(path: Path) -> None:
         assert words[0] in COMMANDS, line
         options = {opt for p in command_of(words[0]).params for opt in p.opts} | {"--help", "-h"}
         assert [w for w in words[1:] if w.startswith("-") and w not in options] == [], line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_variables_that_are_named_are_settings(path: Path) -> None:
+    named = set(re.findall(r"\bMIC_[A-Z_]*[A-Z]", prose(path.read_text())))
+    assert named <= {*VARIABLES, "MIC_TEST_CACHE"}
 
 
 def test_exit_codes_agree_between_the_two_pages() -> None:
