@@ -20,7 +20,7 @@ from mic_supervisor.plan.actions import ChangeKind
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import Sync
 from mic_supervisor.views.status import GpuState
-from tests.unit.test_docs import FENCE, README, ROOT, Row, prose, schema, tables
+from tests.unit.test_docs import FENCE, README, ROOT, Row, anchor, headings, prose, schema, tables
 
 CHINESE = ROOT / "README.zh.md"
 FIRST_STEPS = ROOT / "docs" / "first-steps.md"
@@ -91,6 +91,13 @@ def rules() -> Iterator[dict[str, Any]]:
 
 def test_every_alert_has_a_heading_in_the_order_of_the_rules() -> None:
     assert sections(ALERTS) == [rule["alert"] for rule in rules()]
+
+
+def test_the_runbook_of_a_rule_is_its_heading() -> None:
+    for rule in rules():
+        path, _, fragment = rule["annotations"]["runbook_url"].partition("#")
+        assert ROOT / path == ALERTS
+        assert fragment == anchor(rule["alert"]) and fragment in headings(ALERTS)
 
 
 def test_an_alert_says_what_it_means_what_to_look_at_and_what_to_do() -> None:
