@@ -15,7 +15,7 @@ import yaml
 
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.gpu.source import SimulatedSource
-from mic_supervisor.http.readonly import command_for
+from mic_supervisor.http.app import command_for
 from mic_supervisor.plan.actions import ChangeKind
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import Sync

@@ -425,8 +425,7 @@ class World:
 
     def retry(self, instances: Collection[str]) -> None:
         """What `mic-supervisor retry` does."""
-        for instance in instances:
-            self._set(instance, failures=0, reason=None, retry_at=None, attempt=None, failed=None)
+        self.memory = ledger.forgiven(self.memory, instances)
 
     def settle(self, chance: Random, rounds: int, pause: float = BOOT) -> int:
         """Rounds, with nothing failing any more, until nothing is left to do and everything
