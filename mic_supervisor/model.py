@@ -322,6 +322,7 @@ class DesiredState:
     warnings: tuple[str, ...] = ()
     config_hash: str = ""
     hook: EndpointsHook | None = None
+    down: bool = False  # a person asked for everything to be removed
 
 
 # --- Observed state ---------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def down(yes: bool) -> int:
     names = sorted({workload.identity.instance for workload in ours})
     click.echo(f"To be removed: {', '.join(names)}")
     confirm("Remove them?", yes=yes)
-    document = order("apply", {}, command="down", config=Config.nothing(found.config))
+    document = order("apply", {}, command="down", config=Config.nothing(found.config, asked=True))
     left = {row["id"] for row in document["instances"]}
     left |= {item["instance"] for item in document["remaining"]["actions"]}
     errors = {item["instance"]: item["reason"] for item in document["failures"]}

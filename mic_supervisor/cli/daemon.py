@@ -70,6 +70,11 @@ def reload(wait: bool) -> int:
     result = client.call("reload", timeout=60.0)
     if result["changed"]:
         click.echo(f"Generation {result['generation']} accepted.")
+    elif result.get("confirmed"):  # a daemon of an earlier version does not say
+        click.echo(
+            f"Generation {result['generation']} runs already, and is confirmed now: "
+            "what it no longer names is removed."
+        )
     else:
         click.echo(f"Generation {result['generation']} runs already; nothing changed.")
     return 0

@@ -75,7 +75,8 @@ def line_of(event: Event, changed: set[str]) -> str | None:
             return None
         if event.phase == Phase.PAUSED:
             return event.text
-        return f"{event.phase}" + (f": {event.text}" if event.text else "")
+        text = event.text.removeprefix(f"{event.phase}: ")  # as that of a backoff begins
+        return f"{event.phase}" + (f": {text}" if text else "")
     if event.kind == "begin":
         return f"{event.phase}: {event.text}"
     if event.kind == "progress":

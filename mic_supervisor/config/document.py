@@ -92,11 +92,12 @@ class Config:
     servers: Mapping[str, str] = field(default_factory=dict)  # of models that share one, by name
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)  # merged, plain data
     texts: tuple[str, ...] = field(default=(), repr=False)  # of `files`, each line end as "\n"
+    down: bool = False  # a person asked for everything to be removed, whatever the file says
 
     @classmethod
-    def nothing(cls, path: Path) -> Config:
-        """One that asks for nothing: what a file must never say, and a person may."""
-        return cls(path=path, files=(), hash="", entries=(), models={}, backends={})
+    def nothing(cls, path: Path, *, asked: bool = False) -> Config:
+        """One that asks for nothing: what a file must never say, and a person may (`asked`)."""
+        return cls(path=path, files=(), hash="", entries=(), models={}, backends={}, down=asked)
 
 
 # --- doubt: may files that changed be no more than a part of what somebody meant? -----------------

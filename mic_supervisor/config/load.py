@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from mic_supervisor.config.diagnostics import At, Located, Report, dotted, show
+from mic_supervisor.config.diagnostics import At, Located, Report, closest, dotted, show
 from mic_supervisor.config.document import (
     MAX_NAME,
     NONE,
@@ -218,8 +218,11 @@ class Checker:
     def _backend_of(self, entry: Entry) -> str | None:
         given = entry.node.entries.get("backend")
         if given is None and entry.node.whole:
-            known = ", ".join(self._registry.names())
-            self._report.add(entry, "the key backend is missing", hint=f"known are {known}")
+            hint = f"known are {', '.join(self._registry.names())}"
+            near = closest("backend", map(str, entry.node.entries))
+            if near is not None:
+                hint = f"did you mean backend where {near} stands? {hint}"
+            self._report.add(entry, "the key backend is missing", hint=hint)
         elif given is not None and given.node.sound:
             if isinstance(given.node.value, str):
                 return given.node.value

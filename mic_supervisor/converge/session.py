@@ -137,7 +137,11 @@ class Session:
             )
         if outcome.unconfirmed is not None:
             raise MicError(f"cannot follow the file: {outcome.unconfirmed}", hint=WAY_OUT)
-        return {"changed": outcome.changed, "generation": outcome.generation}
+        return {
+            "changed": outcome.changed,
+            "generation": outcome.generation,
+            "confirmed": outcome.confirmed,
+        }
 
     async def _apply(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         """Reload, try everything again, and wait until there is nothing left to wait for.

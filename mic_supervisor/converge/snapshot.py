@@ -57,7 +57,8 @@ class Reloaded:
     """`error` is the whole report; then nothing was swapped. `changed`: another document runs.
 
     `warning`: it runs, and may not run again after a restart with a broken file. `unconfirmed`:
-    nothing was swapped, since the file may have been cut; why, and the way out.
+    nothing was swapped, since the file may have been cut; why, and the way out. `confirmed`: what
+    waited for a person's word may be done now.
     """
 
     changed: bool
@@ -65,6 +66,7 @@ class Reloaded:
     error: str | None = None
     warning: str | None = None
     unconfirmed: str | None = None
+    confirmed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

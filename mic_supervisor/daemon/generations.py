@@ -115,6 +115,7 @@ class Generations:
             self.number += 1
         if changed:
             self.loaded_at = now
+        confirmed = confirm and config.hash != self._confirmed_hash
         if confirm:
             self._confirmed_hash = config.hash
         elif config.hash != self._confirmed_hash:
@@ -130,8 +131,8 @@ class Generations:
             self._keep(config)
         except MicError as error:
             # A disk that is full must not end the supervision, nor hold up a change.
-            return Reloaded(changed, self.number, warning=error.message)
-        return Reloaded(changed, self.number)
+            return Reloaded(changed, self.number, warning=error.message, confirmed=confirmed)
+        return Reloaded(changed, self.number, confirmed=confirmed)
 
     def follows(self) -> bool:
         """Whether what runs is what the files say now."""

@@ -197,7 +197,7 @@ class Supervisor:
 
     async def _stop_instances(self) -> None:
         """Remove nothing by a file's word: this is the operator's setting MIC_ON_STOP=stop."""
-        self._desired.use(Config.nothing(self._settings.config))
+        self._desired.use(Config.nothing(self._settings.config, asked=True))
         self._converger.removal_confirmed = lambda _hash: True
         notice = asyncio.create_task(self._ask_for_time())
         began = self._clock.steady()

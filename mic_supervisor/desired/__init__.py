@@ -55,6 +55,7 @@ def desired_state(
         warnings=binding.warnings,
         config_hash=config.hash,
         hook=_hook(config),
+        down=config.down,
     )
 
 

@@ -291,6 +291,8 @@ def _leavers(
 
 
 def _why_leaving(s: Situation, lane: Lane, workload: ObservedWorkload) -> Reason:
+    if s.desired.down:
+        return because(Code.ASKED_FOR)
     gpus = set(workload.identity.gpus)
     for item in lane.wanted:
         if gpus & set(item.instance.gpus):

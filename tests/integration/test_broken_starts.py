@@ -56,7 +56,7 @@ def test_a_container_that_exits_at_once(good: World) -> None:
     told = progress(done.stdout)
     # The first failure is answered at once, the second with patience.
     assert told.count("a-51000000: start: it exited with 7") == 1
-    assert told[-1] == "a-51000000: backoff: backoff: it exited with 7"
+    assert told[-1] == "a-51000000: backoff: it exited with 7"
     # One container, started twice: a crash starts the same one again.
     assert len(good.all("a-51000000")) == 1
     assert good.mic("logs", "a-51000000", rc=0).stdout.count("exiting with 7\n") == 2

@@ -66,8 +66,9 @@ def test_a_word_is_for_one_document(files: Files) -> None:
     found = files.start()
     first = hash_of(found)
     assert not found.confirms(first)
-    found.reload(2.0, confirm=True)
+    assert found.reload(2.0, confirm=True).confirmed
     assert found.confirms(first)
+    assert not found.reload(2.5, confirm=True).confirmed  # it was before
     files.path.write_text(ORDERS["one line"])
     found.reload(3.0, confirm=False)
     assert not found.confirms(hash_of(found))

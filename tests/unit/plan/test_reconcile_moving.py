@@ -34,6 +34,12 @@ FACE = on("face", 2, workload=program("/opt/face", "--port", "${port}"))
 # --- moving, and other models -----------------------------------------------------------------
 
 
+def test_what_a_person_takes_down_is_not_said_to_be_missing_in_the_file() -> None:
+    old = workload(MAM)
+    plan = plan_for(replace(desired(), down=True), observed(old))
+    assert text(plan).startswith("- remove   MAM-aaaaaaaa  GPU 0  asked for\n")
+
+
 def test_a_model_that_moves_is_removed_here_and_created_there() -> None:
     old = workload(MAM)
     plan = plan_for([on("MAM", 1)], observed(old))
