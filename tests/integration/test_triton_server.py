@@ -180,13 +180,14 @@ def test_another_number_of_instances_adds_only_the_difference(server: Server) ->
     server.repository.model("Grows")
     one, three = server.placement("Grows"), server.placement("Grows", instances_per_gpu=3)
     server.load(one)
-    assert initialised(server, "Grows") == 1
+    until(lambda: initialised(server, "Grows") == 1, "its word in the log")
     assert server.state(three).digest != three.digest
 
     server.load(three)
     assert server.state(three).digest == three.digest
     assert server.state(one).digest not in (None, one.digest)
-    assert initialised(server, "Grows") == 3  # the first instance went on
+    # The first instance went on. The log reaches the engine a moment after the answer.
+    until(lambda: initialised(server, "Grows") == 3, "two more")
 
 
 def test_a_changed_template_is_another_configuration(server: Server) -> None:
