@@ -22,7 +22,7 @@ from tests.integration.job_world import World, web
 from tests.support.waiting import until
 
 COUNT = 8
-_SETTLE = 15.0  # seconds, until what a start leaves to be done is done
+_WARM_UP = 15.0  # seconds, until what a start leaves to be done is done
 
 
 class Used(NamedTuple):
@@ -45,7 +45,7 @@ def measure(job: World, model: str, seconds: float) -> Used:
     job.write({f"0-{COUNT - 1}": "a"}, a=model)
     daemon = psutil.Process(job.mic.run().pid)
     until(lambda: job.mic("status").rc == 0, "all to be ready", timeout=120, period=2.0)
-    time.sleep(_SETTLE)
+    time.sleep(_WARM_UP)
     before, began = daemon.cpu_times(), time.monotonic()
     time.sleep(seconds)
     after, took = daemon.cpu_times(), time.monotonic() - began

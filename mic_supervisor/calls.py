@@ -25,8 +25,8 @@ _WHOLE = {"extra": "forbid"}
 class HttpCheck:
     """GET `path` on the port called `port`; 2xx or 3xx passes.
 
-    A port may be answered by a stranger. `expect` names top-level members of the JSON answer and
-    the values they must have; `listed` names lists in it by their path ("system.argv", or
+    A port may be answered by a foreign process. `expect` names top-level members of the JSON answer
+    and the values they must have; `listed` names lists in it by their path ("system.argv", or
     "data[].id" for that member of each item), and an item that each must hold.
     """
 

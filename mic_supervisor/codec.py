@@ -24,9 +24,9 @@ _DEEPEST = 100  # documents of ours have a fifth of it; what follows it by recur
 class BadDocument(ValueError):
     """What was read is not what it should be. The text says where and why, on one line."""
 
-    def __init__(self, text: str, place: tuple[str, ...] = ()) -> None:
+    def __init__(self, text: str, location: tuple[str, ...] = ()) -> None:
         super().__init__(text)
-        self.place = place
+        self.location = location
 
 
 def parse(text: str | bytes) -> Any:
@@ -58,7 +58,7 @@ def decode(kind: type[T], data: Any) -> T:
 
 
 def salvage(kind: type[T], data: Any, *, whole: Collection[str] = ()) -> tuple[T, list[str]]:
-    """What of it is right, and the places of what was not: that is taken out of `data`.
+    """What of it is right, and the locations of what was not: that is taken out of `data`.
 
     A member called one of `whole` is taken out with all that it holds. Raises BadDocument where
     nothing is right.
@@ -70,7 +70,7 @@ def salvage(kind: type[T], data: Any, *, whole: Collection[str] = ()) -> tuple[T
             return value, lost
         holder, name, known = None, "", []
         at = data
-        for part in wrong.place:
+        for part in wrong.location:
             if name in whole or not isinstance(at, dict) or part not in at:
                 break  # else what is wrong is that it is missing
             holder, name, at = at, part, at[part]
@@ -110,10 +110,10 @@ def _validated(kind: type[T], data: Any) -> tuple[T, BadDocument | None]:
         return _adapter(cast(Hashable, kind)).validate_json(text, strict=True), None
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False)[0]
-        place = tuple(map(str, wrong["loc"]))
-        where = f"{'.'.join(place)}: " if place else ""
+        location = tuple(map(str, wrong["loc"]))
+        where = f"{'.'.join(location)}: " if location else ""
         nothing: Any = None
-        return nothing, BadDocument(f"{where}{wrong['msg']}, not {wrong['input']!r:.80}", place)
+        return nothing, BadDocument(f"{where}{wrong['msg']}, not {wrong['input']!r:.80}", location)
 
 
 def _known(text: str) -> int | float | None:

@@ -24,7 +24,7 @@ class MicError(Exception):
 class ConfigError(MicError):
     """gpus.yaml, a drop-in or a setting is missing or invalid.
 
-    `rendered` holds the whole report, one diagnostic after the other, sorted by place.
+    `rendered` holds the whole report, one diagnostic after the other, sorted by location.
     """
 
     def __init__(self, message: str, *, rendered: str = "", hint: str | None = None) -> None:

@@ -118,8 +118,8 @@ class Survey:
         return next((item.identity.instance for item in workloads if item.keeper == pid), None)
 
     def container_name(self, ref: str | None) -> str | None:
-        strangers = (item for view in self.views for item in view.strangers)
-        return next((item.name for item in strangers if item.ref == ref), None)
+        foreign_workloads = (item for view in self.views for item in view.foreign_workloads)
+        return next((item.name for item in foreign_workloads if item.ref == ref), None)
 
     def _holds(self, pid: int) -> Iterable[Hold]:
         for gpu in self.inventory.gpus:
@@ -156,13 +156,13 @@ def refuse_outright(pid: int, scope: str, lock_path: Path) -> None:
         )
 
 
-def chosen(look: Survey, pid: int, scope: str, *, force: bool) -> Target:
+def chosen(survey: Survey, pid: int, scope: str, *, force: bool) -> Target:
     """The process, where it may be ended. Raises MicError."""
-    target = look.target(pid)
+    target = survey.target(pid)
     if target is None:
         listed = [
             str(gpu.index)
-            for gpu in look.inventory.gpus
+            for gpu in survey.inventory.gpus
             for p in gpu.processes or ()
             if p.pid == pid
         ]
@@ -172,14 +172,14 @@ def chosen(look: Survey, pid: int, scope: str, *, force: bool) -> Target:
                 hint="the driver has not cleaned up: see dmesg | grep -i -e xid -e nvrm",
             )
         raise MicError(f"there is no process {pid}")
-    _refuse_ours(look, target, scope, force=force)
+    _refuse_ours(survey, target, scope, force=force)
     if not force:
-        _refuse_untold(look, target)
+        _refuse_untold(survey, target)
         if not target.holds:
-            if look.inventory.error is not None:
+            if survey.inventory.error is not None:
                 _refuse(
                     pid,
-                    f"whether it holds a GPU cannot be told: {look.inventory.told}",
+                    f"whether it holds a GPU cannot be told: {survey.inventory.error_line}",
                     "end it all the same with: --force",
                 )
             _refuse(
@@ -188,29 +188,29 @@ def chosen(look: Survey, pid: int, scope: str, *, force: bool) -> Target:
     return target
 
 
-def orphans(look: Survey, scope: str, *, force: bool) -> list[Target]:
+def orphan_processes(survey: Survey, scope: str, *, force: bool) -> list[Target]:
     """The processes that hold a GPU and that nobody owns. Raises MicError."""
-    if look.inventory.error is not None:
-        raise MicError(look.inventory.error, hint=look.inventory.hint)
+    if survey.inventory.error is not None:
+        raise MicError(survey.inventory.error, hint=survey.inventory.hint)
     targets = []
-    for pid in look.pids(OwnerKind.ORPHAN):
-        target = look.target(pid)
+    for pid in survey.pids(OwnerKind.ORPHAN):
+        target = survey.target(pid)
         if target is None or target.owner.kind is not OwnerKind.ORPHAN or _is_kin(target, scope):
             continue
         if not force:
-            _refuse_untold(look, target)
+            _refuse_untold(survey, target)
         targets.append(target)
     return targets
 
 
-def _refuse_ours(look: Survey, target: Target, scope: str, *, force: bool) -> None:
+def _refuse_ours(survey: Survey, target: Target, scope: str, *, force: bool) -> None:
     managed = target.owner.kind is OwnerKind.MANAGED
-    ours = target.owner.instance if managed else look.kept_by(target.pid)
+    ours = target.owner.instance if managed else survey.kept_by(target.pid)
     if ours is not None:
-        workload = look.workload_of(ours)
+        workload = survey.workload_of(ours)
         hint = None
         if workload is not None:
-            known = look.inventory.indices
+            known = survey.inventory.indices
             indices = [known[uuid] for uuid in workload.identity.gpus if uuid in known]
             where = f" --gpu {indices[0]}" if indices else ""
             hint = f"stop it with: mic-supervisor stop {workload.identity.model}{where}"
@@ -228,12 +228,12 @@ def _is_kin(target: Target, scope: str) -> bool:
     return bool(target.instance) and target.scope not in (None, scope)
 
 
-def _refuse_untold(look: Survey, target: Target) -> None:
+def _refuse_untold(survey: Survey, target: Target) -> None:
     """A runtime that cannot be read may well call it its own."""
     if target.owner.kind is OwnerKind.UNKNOWN:
         _refuse(target.pid, "whose it is cannot be read", "run as root, or say --force")
     contained = target.owner.kind is OwnerKind.CONTAINER
-    for runtime, cause in look.causes:
+    for runtime, cause in survey.causes:
         if (runtime == "docker") == contained:
             _refuse(
                 target.pid,
@@ -246,20 +246,20 @@ def _refuse(pid: int, why: str, hint: str | None = None) -> NoReturn:
     raise MicError(f"cannot kill {pid}: {why}", hint=hint)
 
 
-def describe(target: Target, look: Survey) -> str:
+def describe(target: Target, survey: Survey) -> str:
     """ "PID 4121 (python) on GPU 1 (18.2 GiB), since 2026-11-22 10:14:02, of nobody"."""
     holds = ", ".join(f"GPU {hold.index} ({_gib(hold.used)})" for hold in target.holds)
     since = datetime.fromtimestamp(target.since).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     return (
         f"PID {target.pid} ({printable(target.name)}) on {holds or 'no GPU'}, since {since}, "
-        f"{printable(_owner(target, look))}"
+        f"{printable(_owner(target, survey))}"
     )
 
 
-def _owner(target: Target, look: Survey) -> str:
+def _owner(target: Target, survey: Survey) -> str:
     ref = target.owner.ref or "?"
     if target.owner.kind is OwnerKind.CONTAINER:
-        name = look.container_name(ref)
+        name = survey.container_name(ref)
         called = f"{name} ({ref[:12]})" if name else ref[:12]
         return f"of container {called}: its manager may start it again"
     if target.owner.kind is OwnerKind.UNIT:
@@ -297,7 +297,7 @@ class Result:
 
 def end(
     targets: Sequence[Target],
-    look: Callable[[], Survey],
+    survey: Callable[[], Survey],
     *,
     grace: float,
     kill_wait: float = KILL_WAIT,
@@ -308,21 +308,21 @@ def end(
     Waits until each is gone and no GPU lists it, `release_wait` seconds at most.
     """
     results: dict[int, Result] = {}
-    waiting = _signal_all(targets, look, signal.SIGTERM, results)
+    waiting = _signal_all(targets, survey, signal.SIGTERM, results)
     waiting = _wait(waiting, grace, results)
     if waiting:
-        waiting = _signal_all(waiting, look, signal.SIGKILL, results)
+        waiting = _signal_all(waiting, survey, signal.SIGKILL, results)
         for left in _wait(waiting, kill_wait, results, killed=True):
             results[left.pid] = Result(left, "stays", killed=True)
-    _await_release(results, look, release_wait)
+    _await_release(results, survey, release_wait)
     return [results[target.pid] for target in targets]
 
 
 def _signal_all(
-    targets: Sequence[Target], look: Callable[[], Survey], number: int, results: dict[int, Result]
+    targets: Sequence[Target], survey: Callable[[], Survey], number: int, results: dict[int, Result]
 ) -> list[Target]:
     """Those that were signalled."""
-    now = look()
+    now = survey()
     signalled = []
     for target in targets:
         fresh = now.target(target.pid)
@@ -345,10 +345,10 @@ def _signal_all(
 
 
 def _wait(
-    targets: Sequence[Target], patience: float, results: dict[int, Result], *, killed: bool = False
+    targets: Sequence[Target], timeout: float, results: dict[int, Result], *, killed: bool = False
 ) -> list[Target]:
-    """Those that are still there after `patience` seconds."""
-    deadline = time.monotonic() + patience
+    """Those that are still there after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
     while (
         left := [one for one in targets if processes.is_running(one.pid, one.started)]
     ) and time.monotonic() < deadline:
@@ -357,16 +357,18 @@ def _wait(
     return left
 
 
-def _await_release(results: dict[int, Result], look: Callable[[], Survey], patience: float) -> None:
+def _await_release(
+    results: dict[int, Result], survey: Callable[[], Survey], timeout: float
+) -> None:
     """Marks those that a GPU still lists, or of which that cannot be read."""
     ended = {
         pid: {hold.uuid for hold in result.target.holds}
         for pid, result in results.items()
         if result.outcome in ("ended", "gone") and result.target.holds
     }
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while ended:
-        inventory = look().inventory
+        inventory = survey().inventory
         readable = {gpu.uuid: gpu for gpu in inventory.gpus if gpu.processes is not None}
         outcomes: dict[int, Outcome | None] = {}
         for pid, uuids in ended.items():

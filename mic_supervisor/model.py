@@ -42,8 +42,8 @@ class OwnerKind(StrEnum):
     """Whose a process on a GPU is."""
 
     MANAGED = "managed"  # ours: `instance` says which
-    CONTAINER = "container"  # a stranger's container
-    UNIT = "unit"  # a stranger's systemd unit
+    CONTAINER = "container"  # a foreign container
+    UNIT = "unit"  # a foreign systemd unit
     ORPHAN = "orphan"  # nobody's
     UNKNOWN = "unknown"  # could not be read
 
@@ -125,7 +125,7 @@ class UnopenedGpu:
     uuid: str | None = None  # where it answered before
 
     @property
-    def told(self) -> str:
+    def error_line(self) -> str:
         """Why, and what to do, in one line."""
         return _in_one(self.error, self.hint)
 
@@ -144,7 +144,7 @@ class GpuInventory:
     cuda: str | None = None  # the newest that the driver supports: "12.8"
 
     @property
-    def told(self) -> str | None:
+    def error_line(self) -> str | None:
         """The error, and what to do about it, in one line."""
         return None if self.error is None else _in_one(self.error, self.hint)
 
@@ -156,7 +156,9 @@ class GpuInventory:
     @property
     def unreadable(self) -> str | None:
         """Why nothing can be said of any GPU; None where something can."""
-        return "cannot read GPUs: MIC_GPU_SOURCE is none" if self.source == "none" else self.told
+        return (
+            "cannot read GPUs: MIC_GPU_SOURCE is none" if self.source == "none" else self.error_line
+        )
 
 
 def _in_one(error: str, hint: str | None) -> str:
@@ -265,9 +267,10 @@ class Instance:
     workload: Workload
     probes: Probes = field(default_factory=Probes)
     placements: tuple[Placement, ...] = ()
-    shared: bool = False  # a server of several models: a load that fails is that model's trouble
+    shared: bool = False  # a server of several models: a load that fails concerns that model alone
     inventory: HttpCall | None = None  # whose answer the backend's `surplus` wants to see first
-    held: tuple[str, ...] = ()  # models in it that are left as they are: their entry is in trouble
+    # models in it that are left as they are: their entry is unsatisfiable
+    frozen_models: tuple[str, ...] = ()
     start_timeout: float = 300.0  # seconds; the startup probe's budget
     drain_timeout: float = 0.0  # seconds
     drain: HttpCall | None = None  # asked for until the backend's `is_drained` says so
@@ -275,9 +278,9 @@ class Instance:
     max_unavailable: int = 1
     vram: int | None = None  # bytes, on each of its GPUs
     on_foreign: Literal["block", "wait", "ignore"] = "block"
-    foreign_threshold: int = 512 << 20  # bytes; below it, who only draws is no stranger
+    foreign_threshold: int = 512 << 20  # bytes; below it, who only draws is not foreign
     origin: str = "file"
-    place: str = ""  # "gpus.yaml:41:3"
+    location: str = ""  # "gpus.yaml:41:3"
     metrics_path: str | None = None  # of metrics on port "http"; a port "metrics" needs none
 
 
@@ -389,7 +392,7 @@ class ObservedWorkload:
 
 
 @dataclass(frozen=True, slots=True)
-class Stranger:
+class ForeignWorkload:
     """A workload that is not ours and stands in the way, or might. Never touched."""
 
     runtime: str
@@ -399,8 +402,8 @@ class Stranger:
     running: bool = True
     reason: str = ""  # "it has no labels of ours", "it belongs to scope demo"
     claims: str | None = None  # the instance that it names, as only a copy of ours does
-    usurps: bool = False  # it has the name, too, that we gave to what it is a copy of
-    elsewhere: bool = False  # it belongs to another scope, which is no news in this one
+    has_our_name: bool = False  # it has the name, too, that we gave to what it is a copy of
+    elsewhere: bool = False  # it belongs to another scope, which concerns nobody in this one
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,7 +415,7 @@ class RuntimeView:
 
     runtime: str
     workloads: tuple[ObservedWorkload, ...] = ()
-    strangers: tuple[Stranger, ...] = ()
+    foreign_workloads: tuple[ForeignWorkload, ...] = ()
     error: str | None = None
     hint: str | None = None
     off: str | None = None

@@ -99,7 +99,7 @@ class ComfyUIBackend(BackendBase):
        that number their outputs in one directory overwrite each other's.
     2. It is stopped with SIGINT, which it answers in about 2 s, after its queue is empty
        (`drain_timeout`): it has no mode in which it takes no more work.
-    3. A port may be answered by a stranger, or by another instance: /system_stats tells the
+    3. A port may be answered by a foreign process, or by another instance: /system_stats tells the
        arguments of who answers, and the users' directory among them is nobody else's.
     """
 

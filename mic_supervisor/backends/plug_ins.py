@@ -1,7 +1,7 @@
 """Backends that other packages bring: what one must have, and a guard around what it does.
 
-A plug-in is a stranger's code in this process. Whatever is wrong with one is an error about that
-one: it never keeps another backend from working, nor the plan from being made.
+A plug-in is code of another package in this process. Whatever is wrong with one is an error about
+that one: it never keeps another backend from working, nor the plan from being made.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import click
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import Duration, confirm, json_option, print_json, targets_option
-from mic_supervisor.cli.progress import show, tell_left_out
+from mic_supervisor.cli.progress import print_left_out, show
 from mic_supervisor.cli.session import order
 from mic_supervisor.config.document import Config
 from mic_supervisor.errors import MicError
@@ -50,7 +50,7 @@ def command(
     config = wiring.load_config(found, file, Registry())
     params = {"path": str(config.path), "targets": targets, "rebind": rebind}
     document = order(
-        "apply", params, command="apply", config=config, patience=lock_timeout, quiet=as_json
+        "apply", params, command="apply", config=config, lock_timeout=lock_timeout, quiet=as_json
     )
     if as_json:
         print_json(document)
@@ -62,7 +62,7 @@ def command(
 def _report(document: dict[str, Any], *, limited: bool) -> None:
     rows = document["instances"]
     show(rows, document)
-    tell_left_out(document)
+    print_left_out(document)
     if limited and document["through_daemon"]:
         click.echo("The daemon converges everything else as well; --target chose what to wait for.")
     for text in document["remaining"]["warnings"]:
@@ -125,13 +125,13 @@ def down(yes: bool) -> int:
 def _check_paused(
     machine: wiring.Machine, ours: list[ObservedWorkload], observed: ObservedState
 ) -> None:
-    from mic_supervisor.plan.selection import held_by
+    from mic_supervisor.plan.selection import pause_on
 
     paused = machine.state.memory().paused
     indices = observed.inventory.indices
     for item in ours:
         identity = item.identity
-        held = held_by(paused, identity.model, identity.gpus, indices, observed.at)
+        held = pause_on(paused, identity.model, identity.gpus, indices, observed.at)
         if held is not None:
             raise MicError(
                 f"cannot remove {identity.instance}: {held[0]}",

@@ -12,7 +12,7 @@ from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import json_option, print_json
 from mic_supervisor.errors import MicError
 
-_LOCK_PATIENCE = 60.0  # seconds: an apply that runs now is let finish
+_LOCK_TIMEOUT = 60.0  # seconds: an apply that runs now is let finish
 
 
 @click.command(name="run")
@@ -31,7 +31,7 @@ def run() -> int:
     found = wiring.settings()
     serve = serving(found)
     set_up(found.log_level, found.log_format, journal="JOURNAL_STREAM" in os.environ)
-    with writer(found.lock_path, "mic-supervisor run", _LOCK_PATIENCE):
+    with writer(found.lock_path, "mic-supervisor run", _LOCK_TIMEOUT):
         machine = wiring.machine(found, create_key=True)
         supervisor = Supervisor(
             settings=found,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mic_supervisor.cli import wiring
-from mic_supervisor.cli.progress import named, on, show, tell_left_out
+from mic_supervisor.cli.progress import named, on, print_left_out, show
 from mic_supervisor.cli.session import ask, order, reach
 from mic_supervisor.config.document import composed
 from mic_supervisor.errors import ConfigError, LockHeld, MicError
@@ -78,11 +78,11 @@ def start(model: str, keys: tuple[GpuKey, ...]) -> int:
         else:
             _check_unlisted(file, model, where)
             file.put(model)
-            told_edit(found.config, where, before, model)
+            print_edit(found.config, where, before, model)
     document = apply_edit(found, f"start {model}", file.uuids)
     rows = on(document, file.uuids) or named(document, model)
     code = show(rows, document)
-    tell_left_out(document)
+    print_left_out(document)
     return code
 
 
@@ -111,7 +111,7 @@ def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
         else:
             before = file.model
             file.put(None)
-            told_edit(found.config, where, before, "none")
+            print_edit(found.config, where, before, "none")
     document = apply_edit(found, "stop", file.uuids)
     if not file.uuids:
         raise MicError(
@@ -123,7 +123,7 @@ def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
         show(left, document)
         return 1
     click.echo(f"{where} is empty.")
-    tell_left_out(document)
+    print_left_out(document)
     return 0
 
 
@@ -211,10 +211,11 @@ class Opened:
         if self.doubt is not None:
             # With this edit in it, the file would not look cut any more.
             raise MicError(f"cannot {self.action}: {self.doubt}", hint=WAY_OUT)
-        if self.entry is not None and self.entry.place.file != str(path):
+        if self.entry is not None and self.entry.location.file != str(path):
             raise MicError(
-                f"cannot {self.action}: {self.entry.place} sets it, and drop-ins win over {path}",
-                hint=f"edit {self.entry.place.file}, then: mic-supervisor apply",
+                f"cannot {self.action}: {self.entry.location} sets it, and drop-ins win over "
+                f"{path}",
+                hint=f"edit {self.entry.location.file}, then: mic-supervisor apply",
             )
         text = self.file.text
         try:
@@ -235,14 +236,14 @@ class Opened:
 
 def check_paused(file: Opened, model: str | None) -> None:
     """Refuse to write what would not be followed. Raises MicError."""
-    from mic_supervisor.plan.selection import held_by
+    from mic_supervisor.plan.selection import pause_on
 
     machine = file.machine
     paused = machine.state.memory().paused
     if not paused:
         return
     indices = machine.sources.gpus.observe().indices
-    held = held_by(paused, model or "", file.uuids, indices, time.time())
+    held = pause_on(paused, model or "", file.uuids, indices, time.time())
     if held is not None:
         raise MicError(f"cannot {file.action}: {held[0]}", hint=held[1])
 
@@ -303,15 +304,15 @@ def _find(
 
 
 def _uuid(key: GpuKey, inventory: GpuInventory, kept: Any, action: str) -> str:
-    from mic_supervisor.config.document import GpuEntry, Place
+    from mic_supervisor.config.document import GpuEntry, Location
     from mic_supervisor.desired.bind import bind
 
     if inventory.error is not None:
         raise MicError(
-            f"cannot {action}: which GPU that is, is unknown: {inventory.told}",
+            f"cannot {action}: which GPU that is, is unknown: {inventory.error_line}",
             hint="name it as the file does, or see `mic-supervisor gpus`",
         )
-    binding = bind([GpuEntry((key,), None, Place("", 0, 0))], inventory, kept)
+    binding = bind([GpuEntry((key,), None, Location("", 0, 0))], inventory, kept)
     if binding.unsatisfiable:
         lost = binding.unsatisfiable[0]
         raise MicError(f"cannot {action}: {lost.reason}", hint=lost.hint)
@@ -336,6 +337,6 @@ def apply_edit(found: Settings, command: str, uuids: Collection[str]) -> dict[st
         ) from error
 
 
-def told_edit(path: Path, where: str, before: str | None, after: str) -> None:
+def print_edit(path: Path, where: str, before: str | None, after: str) -> None:
     was = f"was {before}" if before is not None else "was not listed"
     click.echo(f"{path}: {where} is {after} now, {was}.")

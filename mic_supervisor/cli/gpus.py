@@ -38,7 +38,7 @@ def command(as_json: bool) -> int:
     """
     from mic_supervisor.host import host_name
 
-    inventory, warnings = look(wiring.settings())
+    inventory, warnings = read_gpus(wiring.settings())
     error = inventory.unreadable
     if as_json:
         print_json(document(inventory, host_name(), error, warnings))
@@ -57,7 +57,7 @@ def command(as_json: bool) -> int:
     return 0
 
 
-def look(found: Settings) -> tuple[GpuInventory, list[str]]:
+def read_gpus(found: Settings) -> tuple[GpuInventory, list[str]]:
     """The inventory with owners, and why those may not be the whole truth.
 
     Runtimes are asked only when there is a holder to ask about.
@@ -100,7 +100,7 @@ def document(
             asdict(gpu, dict_factory=lambda items: {k: v for k, v in items if k not in ours})
             for gpu in inventory.gpus
         ],
-        "unopened": [{"index": gpu.index, "error": gpu.told} for gpu in inventory.unopened],
+        "unopened": [{"index": gpu.index, "error": gpu.error_line} for gpu in inventory.unopened],
     }
 
 
@@ -116,7 +116,7 @@ def lines(inventory: GpuInventory) -> list[str]:
         )
         for gpu in inventory.gpus
     }
-    found.update((gpu.index, ("?", gpu.told)) for gpu in inventory.unopened)
+    found.update((gpu.index, ("?", gpu.error_line)) for gpu in inventory.unopened)
     return ["\t".join((str(index), *map(printable, found[index]))) for index in sorted(found)]
 
 
@@ -147,7 +147,7 @@ def print_tables(inventory: GpuInventory) -> None:
             )
         )
     for unopened in inventory.unopened:
-        console.print(f"GPU {unopened.index}: {printable(unopened.told)}", style="red")
+        console.print(f"GPU {unopened.index}: {printable(unopened.error_line)}", style="red")
     for gpu in inventory.gpus:
         if gpu.processes is None:
             console.print(f"GPU {gpu.index}: {_UNLISTED[gpu.unlisted]}", style="yellow")

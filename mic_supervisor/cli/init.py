@@ -74,14 +74,14 @@ def command(from_running: bool, output: Path | None, force: bool) -> int:
     for path, pairs in secrets.items():
         write_file(path, pairs, mode=0o600, replace=force, hint=hint)
     write_file(target, text, mode=0o644, replace=force, hint=hint)
-    _tell(target, proposals, placed, found, registry)
+    _print_summary(target, proposals, placed, found, registry)
     return 0
 
 
 def _gpus(found: Settings) -> tuple[GpuInventory, list[Proposal], list[str]]:
-    from mic_supervisor.cli.gpus import look
+    from mic_supervisor.cli.gpus import read_gpus
 
-    return look(found)[0], [], []
+    return read_gpus(found)[0], [], []
 
 
 def _running(found: Settings) -> tuple[GpuInventory, list[Proposal], list[str]]:
@@ -97,7 +97,7 @@ def _running(found: Settings) -> tuple[GpuInventory, list[Proposal], list[str]]:
         machine.sources.gpus.close()
     engine = None
     if found.docker_host != NO_DOCKER:
-        engine = Engine(found.docker_host, timeout=10.0, patience=10.0)
+        engine = Engine(found.docker_host, timeout=10.0, work_timeout=10.0)
     return seen.inventory, *running(seen, engine)
 
 
@@ -121,7 +121,7 @@ def _must_have_gpus(inventory: GpuInventory) -> None:
         )
 
 
-def _tell(
+def _print_summary(
     target: Path,
     proposals: Sequence[Proposal],
     placed: set[str],

@@ -50,7 +50,7 @@ def command(pid: int | None, all_orphans: bool, yes: bool, force: bool, grace: f
     """
     if (pid is None) != all_orphans:
         raise click.UsageError("give either a PID or --all-orphans")
-    from mic_supervisor.kill import chosen, describe, end, orphans, refuse_outright, survey
+    from mic_supervisor.kill import chosen, describe, end, orphan_processes, refuse_outright, survey
 
     found = wiring.settings()
     if pid is not None:
@@ -64,16 +64,16 @@ def command(pid: int | None, all_orphans: bool, yes: bool, force: bool, grace: f
         click.echo("hint: run as root", err=True)
         return EXIT_DENIED
     try:
-        look = survey(machine.sources)
+        seen = survey(machine.sources)
         if pid is not None:
-            targets = [chosen(look, pid, found.scope, force=force)]
+            targets = [chosen(seen, pid, found.scope, force=force)]
         else:
-            targets = orphans(look, found.scope, force=force)
+            targets = orphan_processes(seen, found.scope, force=force)
             if not targets:
                 click.echo(f"There are no {_ORPHANS}.")
                 return 0
         for target in targets:
-            click.echo(describe(target, look))
+            click.echo(describe(target, seen))
         count = len(targets)
         confirm("Kill it?" if count == 1 else f"Kill these {count}?", yes=yes)
         results = end(targets, lambda: survey(machine.sources), grace=grace)

@@ -32,12 +32,12 @@ def follow(indices: dict[str, int], *, quiet: bool) -> Iterator[Callable[[Event]
     def line(event: Event) -> None:
         if (text := line_of(event, changed)) is not None:
             passed = time.monotonic() - began
-            place = place_of(event.gpus, indices)
-            click.echo(f"{passed:6.1f} s  {place:<7}  {event.instance}: {text}")
+            label = gpu_label(event.gpus, indices)
+            click.echo(f"{passed:6.1f} s  {label:<7}  {event.instance}: {text}")
 
     def row(event: Event) -> None:
         if (text := line_of(event, changed)) is not None:
-            rows[event.instance] = (place_of(event.gpus, indices), text, time.monotonic())
+            rows[event.instance] = (gpu_label(event.gpus, indices), text, time.monotonic())
 
     def draw() -> Table:
         from rich.table import Table
@@ -45,8 +45,8 @@ def follow(indices: dict[str, int], *, quiet: bool) -> Iterator[Callable[[Event]
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("GPU", "INSTANCE", "", "FOR"):
             table.add_column(name, no_wrap=True, overflow="ellipsis")
-        for instance, (place, text, at) in sorted(rows.items()):
-            table.add_row(place, instance, text, f"{max(0.0, time.monotonic() - at):.0f} s")
+        for instance, (label, text, at) in sorted(rows.items()):
+            table.add_row(label, instance, text, f"{max(0.0, time.monotonic() - at):.0f} s")
         return table
 
     if quiet:
@@ -88,7 +88,7 @@ def line_of(event: Event, changed: set[str]) -> str | None:
     return None
 
 
-def place_of(gpus: Iterable[str], indices: dict[str, int]) -> str:
+def gpu_label(gpus: Iterable[str], indices: dict[str, int]) -> str:
     """ "GPU 3,4"; a GPU that is not there is named by its UUID."""
     gpus = tuple(gpus)
     return gpu_names(gpus, indices) if gpus else "-"
@@ -97,10 +97,10 @@ def place_of(gpus: Iterable[str], indices: dict[str, int]) -> str:
 def outcome(row: Mapping[str, Any]) -> str:
     """The last line about an instance of an apply's document."""
     indices = {gpu["uuid"]: gpu["index"] for gpu in row["gpus"] if gpu["index"] is not None}
-    place = place_of([gpu["uuid"] for gpu in row["gpus"]], indices)
+    label = gpu_label([gpu["uuid"] for gpu in row["gpus"]], indices)
     why = row["reason"] if row["reason"] and row["phase"] != Phase.READY else ""
     tail = "  ".join(part for part in (row["endpoints"].get("http", ""), why) if part)
-    return f"{row['phase']:<9}  {row['id']}  {place}  {tail}".rstrip()
+    return f"{row['phase']:<9}  {row['id']}  {label}  {tail}".rstrip()
 
 
 def on(document: dict[str, Any], uuids: Collection[str]) -> list[dict[str, Any]]:
@@ -136,7 +136,7 @@ def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:
     return 0 if good and all(good) else 3 if any(good) else 1
 
 
-def tell_left_out(document: dict[str, Any]) -> None:
+def print_left_out(document: dict[str, Any]) -> None:
     """What else the file asks for; a daemon sees to that by itself."""
     for item in document["left_out"]:
         click.echo(left_out_line(item["instance"], item["action"], item["cause"]))

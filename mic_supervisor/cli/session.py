@@ -27,7 +27,7 @@ class Alone:
     """A session in this process, for a machine without a daemon.
 
     `file` or `config` replace the configured file. What changes anything holds the scope's lock,
-    under the name `command`, which is waited for for `patience` seconds.
+    under the name `command`, which is waited for for `lock_timeout` seconds.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class Alone:
         file: Path | None = None,
         config: Config | None = None,
         command: str = "",
-        patience: float = 30.0,
+        lock_timeout: float = 30.0,
     ) -> None:
         self._file = file
         self._config = config
         self._command = f"mic-supervisor {command}"
-        self._patience = patience
+        self._lock_timeout = lock_timeout
         self._machine: Machine | None = None  # kept between questions: it holds NVML open
 
     def machine(self) -> Machine:
@@ -56,7 +56,7 @@ class Alone:
         method: str,
         params: Mapping[str, Any] | None = None,
         *,
-        tell: Callable[[Event], None] = lambda _event: None,
+        emit: Callable[[Event], None] = lambda _event: None,
         timeout: float | None = None,  # noqa: ARG002 - as a daemon's client has it
     ) -> Any:
         """The method's result, as from a daemon. Raises MicError."""
@@ -69,14 +69,14 @@ class Alone:
 
         orders = method not in QUESTIONS
         found = self.machine().settings
-        lock = writer(found.lock_path, self._command, self._patience)
+        lock = writer(found.lock_path, self._command, self._lock_timeout)
         with lock if orders else nullcontext():
             machine = wiring.machine(found, create_key=True) if orders else self.machine()
             config = self._config or wiring.load_config(found, self._file, machine.registry)
             doubt = None
             if config.path.resolve() == found.config.resolve() and config.hash:
                 doubt = unconfirmed(machine.state, config, machine.registry, found)
-            return asyncio.run(_call(machine, config, doubt, method, params or {}, tell, orders))
+            return asyncio.run(_call(machine, config, doubt, method, params or {}, emit, orders))
 
 
 async def _call(
@@ -85,7 +85,7 @@ async def _call(
     doubt: str | None,
     method: str,
     params: Mapping[str, Any],
-    tell: Callable[[Event], None],
+    emit: Callable[[Event], None],
     orders: bool,
 ) -> Any:
     import asyncio
@@ -93,7 +93,7 @@ async def _call(
     from mic_supervisor.clocks import Clock
     from mic_supervisor.converge.events import Events
     from mic_supervisor.converge.loop import Converger
-    from mic_supervisor.converge.session import Session, Settling
+    from mic_supervisor.converge.session import Session, Snapshots
     from mic_supervisor.converge.snapshot import ConfigState, Reloaded
     from mic_supervisor.daemon.generations import accept, has_accepted, number_of
     from mic_supervisor.desired import FileDesired
@@ -111,8 +111,8 @@ async def _call(
     converger.unconfirmed = lambda: doubt
     confirmed = False
     converger.removal_confirmed = lambda _hash: confirmed or not orders
-    settling = Settling(converger, clock.steady)
-    converger.observers.append(settling.look)
+    snapshots = Snapshots(converger, clock.steady)
+    converger.observers.append(snapshots.on_snapshot)
     state = ConfigState(
         path=str(config.path),
         hash=config.hash,
@@ -140,13 +140,13 @@ async def _call(
         path=config.path,
         converger=converger,
         events=events,
-        settling=settling,
+        snapshots=snapshots,
         config=lambda: state,
         history=tuple,
         reload=reload,
         own=True,
     )
-    answer = asyncio.ensure_future(session.methods()[method](params, tell))
+    answer = asyncio.ensure_future(session.methods()[method](params, emit))
     rounds = asyncio.create_task(converger.run())
     try:
         await asyncio.wait({answer, rounds}, return_when=asyncio.FIRST_COMPLETED)
@@ -184,17 +184,17 @@ def order(
     *,
     command: str,
     config: Config | None = None,
-    patience: float = 30.0,
+    lock_timeout: float = 30.0,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Have something done, with progress. `through_daemon` in the answer says who did it."""
     from mic_supervisor.cli.progress import follow
 
     client = daemon()
-    alone = Alone(config=config, command=command, patience=patience)
+    alone = Alone(config=config, command=command, lock_timeout=lock_timeout)
     indices = {} if quiet else _indices(client, alone)
     with follow(indices, quiet=quiet) as shown:
-        document: dict[str, Any] = (client or alone).call(method, params, tell=shown)
+        document: dict[str, Any] = (client or alone).call(method, params, emit=shown)
     return document | {"through_daemon": client is not None}
 
 

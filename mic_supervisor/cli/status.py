@@ -160,8 +160,8 @@ def show(document: dict[str, Any]) -> None:
 def _notices(document: dict[str, Any]) -> list[str]:
     """What is to be known besides the rows: unreadable sources, warnings, pauses, a broken file."""
     warnings = document["warnings"]
-    told = [text for text in document["unreadable"] if text not in warnings]
-    notices = [f"warning: {text}" for text in (*told, *warnings)]
+    reported = [text for text in document["unreadable"] if text not in warnings]
+    notices = [f"warning: {text}" for text in (*reported, *warnings)]
     shown = {gpu["uuid"] for row in document["instances"] for gpu in row["gpus"]}
     models = {row["model"] for row in document["instances"]}
     for pause in document.get("paused", ()):  # an earlier daemon has none
@@ -221,7 +221,7 @@ def _stream(read: Callable[[], dict[str, Any]]) -> int:
         while True:
             began = time.monotonic()
             click.echo(json.dumps(read(), ensure_ascii=False))
-            _rest(began)
+            _pause(began)
     except KeyboardInterrupt:
         return 0
 
@@ -237,22 +237,22 @@ def _redraw(read: Callable[[], dict[str, Any]]) -> int:
 
     console = Console(highlight=False)
     document = read()
-    trouble: MicError | None = None
+    failure: MicError | None = None
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 began = time.monotonic()
-                live.update(_screen(document, trouble, console.width), refresh=True)
-                _rest(began)
+                live.update(_screen(document, failure, console.width), refresh=True)
+                _pause(began)
                 try:
-                    document, trouble = read(), None
+                    document, failure = read(), None
                 except MicError as error:
-                    trouble = error
+                    failure = error
     except KeyboardInterrupt:
         return 0
 
 
-def _screen(document: dict[str, Any], trouble: MicError | None, width: int) -> Group:
+def _screen(document: dict[str, Any], failure: MicError | None, width: int) -> Group:
     """Everything that `show` prints, and when it was so."""
     from rich.console import Group
     from rich.text import Text
@@ -260,8 +260,8 @@ def _screen(document: dict[str, Any], trouble: MicError | None, width: int) -> G
     now = time.time()
     title = f"{document['host']}  {time.strftime('%H:%M:%S', time.localtime(now))}"
     lines = [Text(title[:width], style="bold")]
-    if trouble is not None:
-        lines.append(Text(f"not read for {_ago(document['at'], now)}: {trouble.message}"))
+    if failure is not None:
+        lines.append(Text(f"not read for {_ago(document['at'], now)}: {failure.message}"))
     # Between two rounds of the daemon time goes on.
     current = {**document, "at": max(now, document["at"])}
     return Group(
@@ -273,7 +273,7 @@ def _screen(document: dict[str, Any], trouble: MicError | None, width: int) -> G
     )
 
 
-def _rest(began: float) -> None:
+def _pause(began: float) -> None:
     time.sleep(max(0.0, began + _PERIOD - time.monotonic()))
 
 

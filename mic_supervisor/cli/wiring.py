@@ -56,7 +56,7 @@ def machine(found: Settings, *, create_key: bool) -> Machine:
     state = StateDir(found.scope_state_dir)
     host = host_id()
     docker = _docker(found, host, state)
-    process = _process(found, host, mends=create_key)
+    process = _process(found, host, repairs=create_key)
     return Machine(
         settings=found,
         registry=Registry(),
@@ -102,7 +102,7 @@ def _docker(found: Settings, host: str, state: StateDir) -> Runtime:
     )
 
 
-def _process(found: Settings, host: str, *, mends: bool) -> Runtime:
+def _process(found: Settings, host: str, *, repairs: bool) -> Runtime:
     kind = found.process_runtime
     if kind != "subprocess":
         from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime, systemd_is_pid1
@@ -119,5 +119,5 @@ def _process(found: Settings, host: str, *, mends: bool) -> Runtime:
         log_directory=found.scope_state_dir / "logs",
         clock=time.time,
         given_name=given_name,
-        mends=mends,
+        repairs=repairs,
     )

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, all of it in one pass, in words and with its place."""
+"""What is wrong with a configuration, all of it in one pass, in words and with its location."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn, Protocol
 from unicodedata import combining, east_asian_width
 
-from mic_supervisor.config.document import Place
+from mic_supervisor.config.document import Location
 from mic_supervisor.errors import ConfigError
 
 MAX_SHOWN = 100
@@ -26,27 +26,27 @@ class Located(Protocol):
     for the document itself."""
 
     @property
-    def place(self) -> Place: ...
+    def location(self) -> Location: ...
 
     @property
     def path(self) -> str: ...
 
 
 class At(NamedTuple):
-    """Somewhere in a file, where nothing that has a place of its own stands."""
+    """Somewhere in a file, where nothing that has a location of its own stands."""
 
-    place: Place
+    location: Location
     path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One error. `place.line` 0: it concerns the file as a whole.
+    """One error. `location.line` 0: it concerns the file as a whole.
 
-    `source` is the whole line that `place` points into, None where there is none to show.
+    `source` is the whole line that `location` points into, None where there is none to show.
     """
 
-    place: Place
+    location: Location
     path: str
     message: str
     source: str | None = None
@@ -56,12 +56,12 @@ class Diagnostic:
     def headline(self) -> str:
         """One line: "gpus.yaml:7:3: error: models.MAM: unknown backend 'tritn'"."""
         path = f"{self.path}: " if self.path else ""
-        return f"{self.place}: error: {path}{self.message}"
+        return f"{self.location}: error: {path}{self.message}"
 
     def render(self) -> str:
         lines = [self.headline]
         if self.source is not None and self.source.strip():
-            lines += _excerpt(self.source, self.place.column)
+            lines += _excerpt(self.source, self.location.column)
         if self.hint is not None:
             lines.append(f"    {self.hint}")
         return "\n".join(lines)
@@ -85,7 +85,7 @@ class Report:
 
     purpose: str
     lines: dict[str, list[str]] = field(default_factory=dict)
-    _found: dict[tuple[Place, str, str], Diagnostic] = field(default_factory=dict)
+    _found: dict[tuple[Location, str, str], Diagnostic] = field(default_factory=dict)
     _suggestions: int = 0
 
     def __bool__(self) -> bool:
@@ -108,13 +108,13 @@ class Report:
             self._suggestions += 1
             meant = closest(*like)
             hint = f"did you mean {meant}?" if meant is not None else hint
-        place, path = at.place, at.path
-        lines = self.lines.get(place.file, [])
-        source = lines[place.line - 1] if 0 < place.line <= len(lines) else None
+        location, path = at.location, at.path
+        lines = self.lines.get(location.file, [])
+        source = lines[location.line - 1] if 0 < location.line <= len(lines) else None
         message = _clip(printable(message), _MAX_MESSAGE)
         hint = _clip(printable(hint), _MAX_MESSAGE) if hint is not None else None
         self._found.setdefault(
-            (place, path, message), Diagnostic(place, path, message, source, hint)
+            (location, path, message), Diagnostic(location, path, message, source, hint)
         )
 
     def sorted(self) -> tuple[Diagnostic, ...]:
@@ -122,7 +122,7 @@ class Report:
         return tuple(
             sorted(
                 self._found.values(),
-                key=lambda d: (order.get(d.place.file, -1), d.place, d.path, d.message),
+                key=lambda d: (order.get(d.location.file, -1), d.location, d.path, d.message),
             )
         )
 

@@ -1,4 +1,4 @@
-"""What gpus.yaml says, after loading: typed, with places, and not yet bound to any hardware.
+"""What gpus.yaml says, after loading: typed, with locations, and not yet bound to any hardware.
 
 And how models and GPUs are named: text of any script, an index, a UUID, a PCI bus id, a range.
 """
@@ -23,7 +23,7 @@ NONE = "none"
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
+class Location:
     """Where something stands; line and column count from 1, and 0 is the whole file or line."""
 
     file: str
@@ -58,7 +58,7 @@ class GpuEntry:
 
     keys: tuple[GpuKey, ...]
     model: str | None
-    place: Place
+    location: Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class ModelDefinition:
     name: str
     backend: str
     options: BaseModel | None  # the backend's Options
-    place: Place
+    location: Location
     fault: str | None = None
     hint: str | None = None  # the way out of the fault
 

@@ -1,6 +1,6 @@
 """Changes one entry under `gpus:`, and leaves every other byte of the file as it is.
 
-Nothing is written by a YAML library, which would lay the file out anew: the places of keys and
+Nothing is written by a YAML library, which would lay the file out anew: the locations of keys and
 values come from PyYAML's parser, and the text between them is copied. What comes out is read again
 and must say what was meant, or nothing is done: a layout that is not understood is left to people.
 The file is replaced as a whole, for one writer at a time.
@@ -54,9 +54,9 @@ def _splice(text: str, entry: GpuEntry | None, keys: tuple[GpuKey, ...], value: 
     section = _gpus(text)
     if entry is None:
         return _added(text, section, keys, value)
-    where = entry.place.line, entry.place.column
+    where = entry.location.line, entry.location.column
     items = section.node.entries.items() if section is not None else ()
-    found = [one for one in items if (one[1].place.line, one[1].place.column) == where]
+    found = [one for one in items if (one[1].location.line, one[1].location.column) == where]
     if section is None or not found:
         return None
     key, item = found[0]
@@ -66,7 +66,7 @@ def _splice(text: str, entry: GpuEntry | None, keys: tuple[GpuKey, ...], value: 
     if not selection.each or len(keys) > 1:
         raise MicError(
             f'cannot change {_shown(keys)}: the file has "{key}" in one entry',
-            hint=f"edit it by hand, in line {item.place.line}",
+            hint=f"edit it by hand, in line {item.location.line}",
         )
     return _split(text, _is_flow(text, section), str(key), item, keys[0], value)
 
@@ -184,7 +184,7 @@ def _meaning(text: str) -> Mapping[frozenset[GpuKey], Any]:
     }
 
 
-PATIENCE = 10.0  # seconds for another edit to be over
+LOCK_TIMEOUT = 10.0  # seconds for another edit to be over
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -253,12 +253,12 @@ class LockedFile:
 
 
 @contextmanager
-def locked(path: Path, patience: float = PATIENCE) -> Iterator[LockedFile]:
+def locked(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[LockedFile]:
     """The file that `path` is, or leads to, for as long as nobody else may edit it.
 
-    Raises MicError, and LockHeld after `patience` seconds.
+    Raises MicError, and LockHeld after `timeout` seconds.
     """
-    real, handle = _open(path, time.monotonic() + patience)
+    real, handle = _open(path, time.monotonic() + timeout)
     try:
         try:
             file = LockedFile(real, handle)

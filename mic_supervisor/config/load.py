@@ -21,8 +21,8 @@ from mic_supervisor.config.document import (
     NONE,
     Config,
     GpuEntry,
+    Location,
     ModelDefinition,
-    Place,
     composed,
     is_model_name,
 )
@@ -126,7 +126,7 @@ class Checker:
         self._environ = environ
         self._report = report
         self._tolerant = tolerant
-        self._used: dict[str, tuple[BackendTypes, Place]] = {}  # and the first model that does
+        self._used: dict[str, tuple[BackendTypes, Location]] = {}  # and the first model that does
 
     def check(self) -> None:
         self.models = self._models()
@@ -172,7 +172,7 @@ class Checker:
         self, name: str | None, entry: Entry, defaults: Mapping[str | int, Entry]
     ) -> ModelDefinition | None:
         node = entry.node
-        if not node.sound:
+        if not node.valid:
             return None
         if not isinstance(node.value, dict):
             text = "has no value" if node.value is None else "must be a map"
@@ -186,12 +186,14 @@ class Checker:
         if isinstance(types, MicError):
             if not self._tolerant:
                 return None
-            return ModelDefinition(name or "", backend, None, entry.place, str(types), types.hint)
-        self._used.setdefault(backend, (types, entry.place))
+            return ModelDefinition(
+                name or "", backend, None, entry.location, str(types), types.hint
+            )
+        self._used.setdefault(backend, (types, entry.location))
         options = None if name is None else self._options(types, entry, defaults)
         if name is None or options is None:
             return None
-        return ModelDefinition(name, backend, options, entry.place)
+        return ModelDefinition(name, backend, options, entry.location)
 
     def _check_defaults_act(self, defaults: Mapping[str | int, Entry]) -> None:
         """A default is passed over for a backend that refuses it, but some model must take it."""
@@ -223,7 +225,7 @@ class Checker:
             if near is not None:
                 hint = f"did you mean backend where {near} stands? {hint}"
             self._report.add(entry, "the key backend is missing", hint=hint)
-        elif given is not None and given.node.sound:
+        elif given is not None and given.node.valid:
             if isinstance(given.node.value, str):
                 return given.node.value
             self._report.add(given.node, "must be the name of a backend")
@@ -261,7 +263,7 @@ class Checker:
             if key in types.Options.model_fields and key not in refused
         }
         node = _with_defaults(replace(entry.node, value=given), usable)
-        options = self._validate(types.Options, Entry(entry.place, node))
+        options = self._validate(types.Options, Entry(entry.location, node))
         return options if len(self._report) == before else None
 
     def _backends(self) -> dict[str, BaseModel]:
@@ -269,16 +271,16 @@ class Checker:
         settings: dict[str, BaseModel | None] = {}
         for key, entry in self._merged.entries("backends").items():
             settings[str(key)] = None
-            if not entry.node.sound:
+            if not entry.node.valid:
                 continue
             self._check_placeholders(entry.node)
             types = self._get(str(key), entry)
             if not isinstance(types, MicError):
                 settings[str(key)] = self._validate(types.Settings, entry)
-        for name, (types, place) in self._used.items():
+        for name, (types, location) in self._used.items():
             if name not in settings:
                 # A setting that is missing is reported at the model that needs it.
-                empty = Entry(place, Node(place, dotted("backends", name), {}))
+                empty = Entry(location, Node(location, dotted("backends", name), {}))
                 settings[name] = self._validate(types.Settings, empty)
         return {name: one for name, one in sorted(settings.items()) if one is not None}
 
@@ -294,14 +296,14 @@ class Checker:
         for item in (*merged.gpus.values(), *merged.refused):
             model = self._target(item, listed)
             if model == NONE:
-                entries += [GpuEntry((gpu,), None, item.entry.place) for gpu in item.keys]
+                entries += [GpuEntry((gpu,), None, item.entry.location) for gpu in item.keys]
             elif model in self.models and item.keys:
-                entries.append(GpuEntry(item.keys, model, item.entry.place))
+                entries.append(GpuEntry(item.keys, model, item.entry.location))
         return tuple(sorted(entries, key=_by_key))
 
     def _target(self, item: GpuItem, listed: Mapping[str, None]) -> str | None:
         node = item.entry.node
-        if not node.sound:
+        if not node.valid:
             return None
         if isinstance(node.value, str):
             name = composed(node.value)
@@ -344,7 +346,7 @@ class Checker:
             if entry.model is not None:
                 count = running.get(entry.model, 0) + 1
                 running[entry.model] = 1 if entry.model in self.servers else count
-        taken: dict[int, tuple[str, Place]] = {}
+        taken: dict[int, tuple[str, Location]] = {}
         for name in (name for name in self.models if name in running):
             for port, node in self._fixed_ports(name):
                 if running[name] > 1:
@@ -355,7 +357,7 @@ class Checker:
                     other, first = taken[port]
                     self._report.add(node, f"the port {port} is taken by {other}, in {first}")
                 else:
-                    taken[port] = (name, node.place)
+                    taken[port] = (name, node.location)
 
     def _fixed_ports(self, model: str) -> Iterator[tuple[int, Node]]:
         keys = self._merged.entries("models")[model].node.entries
@@ -371,9 +373,9 @@ def _with_defaults(node: Node, defaults: Mapping[str | int, Entry]) -> Node:
     for key, default in defaults.items():
         own = entries.get(key)
         if own is None:
-            entries[key] = Entry(default.place, default.node.moved(dotted(node.path, str(key))))
+            entries[key] = Entry(default.location, default.node.moved(dotted(node.path, str(key))))
         elif isinstance(own.node.value, dict) and isinstance(default.node.value, dict):
-            entries[key] = Entry(own.place, _with_defaults(own.node, default.node.entries))
+            entries[key] = Entry(own.location, _with_defaults(own.node, default.node.entries))
     return replace(node, value=entries)
 
 

@@ -1,4 +1,4 @@
-"""gpus.yaml and its drop-ins as one document, each value with the place it came from."""
+"""gpus.yaml and its drop-ins as one document, each value with the location it came from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor.config.diagnostics import At, Report, show
-from mic_supervisor.config.document import BadKey, GpuKey, Place, parse_gpu_key
+from mic_supervisor.config.document import BadKey, GpuKey, Location, parse_gpu_key
 from mic_supervisor.config.yaml import Budget, Entry, Node, parse
 from mic_supervisor.host.files import read_file
 
@@ -42,7 +42,7 @@ class Merged:
     `names_gpus` is set if any file has something under `gpus:`, be it wrong."""
 
     files: list[Path]
-    anchor: Place
+    anchor: Location
     sections: dict[str, Entry] = field(default_factory=dict)
     gpus: dict[frozenset[GpuKey], GpuItem] = field(default_factory=dict)
     refused: list[GpuItem] = field(default_factory=list)
@@ -66,7 +66,7 @@ def read_merged(path: Path, report: Report, data: bytes | None = None) -> Merged
 
     `data` stands for what is in the file itself.
     """
-    merged = Merged([path, *_drop_ins(path, report)], Place(str(path), 1, 1))
+    merged = Merged([path, *_drop_ins(path, report)], Location(str(path), 1, 1))
     budget = Budget()
     roots = [_read(file, report, budget, data if file == path else None) for file in merged.files]
     if any(root is None for root in roots):
@@ -102,7 +102,7 @@ def _drop_ins(path: Path, report: Report) -> list[Path]:
             return found
         problem = f"holds more than {MAX_FILES} drop-ins"
     report.lines.setdefault(str(path), [])
-    report.add(At(Place(str(directory))), problem)
+    report.add(At(Location(str(directory))), problem)
     return []
 
 
@@ -112,15 +112,15 @@ def _read(file: Path, report: Report, budget: Budget, data: bytes | None) -> Nod
         return None
     if sum(len(line) for lines in report.lines.values() for line in lines) > MAX_TOTAL:
         message = f"cannot read the file: it and the files before it exceed {MAX_TOTAL // 1024} KiB"
-        report.add(At(Place(str(file))), message)
+        report.add(At(Location(str(file))), message)
         return None
     before = len(report)
     root = parse(text, str(file), report, budget)
     if root is None:
-        return None if len(report) > before else Node(Place(str(file), 1, 1), "", {})
+        return None if len(report) > before else Node(Location(str(file), 1, 1), "", {})
     if isinstance(root.value, dict):
         return root
-    if root.sound:
+    if root.valid:
         report.add(root, "must be a map with the keys version, models and gpus")
     return None
 
@@ -131,14 +131,14 @@ def _add_file(merged: Merged, root: Node, report: Report, *, is_drop_in: bool) -
         node = entry.node
         if key == "gpus":
             merged.names_gpus |= node.value not in (None, {}) or not node.whole
-            merged.anchor = merged.anchor if is_drop_in else entry.place
+            merged.anchor = merged.anchor if is_drop_in else entry.location
         if key == "version":
             continue
         if key in RESERVED:
             report.add(entry, f"{key} is {RESERVED[str(key)]}")
         elif key not in SECTIONS:
             report.add(entry, "unknown key", like=(str(key), ("version", *SECTIONS)))
-        elif not node.sound:
+        elif not node.valid:
             continue
         elif not isinstance(node.value, dict | None):
             report.add(node, "must be a map")
@@ -147,7 +147,7 @@ def _add_file(merged: Merged, root: Node, report: Report, *, is_drop_in: bool) -
         else:
             if key == "backends":
                 for settings in node.below():
-                    if settings.sound and settings.value is None:
+                    if settings.valid and settings.value is None:
                         settings.value = {}  # everything under it is commented out
             known = merged.sections.setdefault(key, entry)
             if known.node.value is None:
@@ -160,9 +160,9 @@ def _check_version(root: Node, report: Report, *, is_drop_in: bool) -> None:
     entry = root.entries.get("version")
     if entry is None:
         if not is_drop_in:
-            first = At(Place(root.place.file, 1, 1), "version")
+            first = At(Location(root.location.file, 1, 1), "version")
             report.add(first, "is missing", hint=f"begin the file with: version: {VERSION}")
-    elif entry.node.sound and (type(entry.node.value) is not int or entry.node.value != VERSION):
+    elif entry.node.valid and (type(entry.node.value) is not int or entry.node.value != VERSION):
         given = "a list or a map" if entry.node.branching else show(entry.node.value)
         report.add(
             entry.node,
@@ -183,7 +183,7 @@ def overlay(base: Node, over: Node) -> None:
 def _gpus(node: Node, refused: list[GpuItem], report: Report) -> dict[frozenset[GpuKey], GpuItem]:
     """The entries of one file; within it, a GPU is named once in each spelling."""
     items: dict[frozenset[GpuKey], GpuItem] = {}
-    named: dict[GpuKey, Place] = {}
+    named: dict[GpuKey, Location] = {}
     for key, entry in node.entries.items():
         try:
             selection = parse_gpu_key(key)
@@ -194,7 +194,7 @@ def _gpus(node: Node, refused: list[GpuItem], report: Report) -> dict[frozenset[
             report.add(entry, str(error), hint=error.hint)
             refused.append(GpuItem((), entry))
             continue
-        named.update(dict.fromkeys(selection.keys, entry.place))
+        named.update(dict.fromkeys(selection.keys, entry.location))
         for keys in selection.expand():
             items[frozenset(keys)] = GpuItem(keys, entry)
     return items
@@ -204,11 +204,11 @@ def _check_overlap(merged: Merged, report: Report) -> None:
     """A drop-in may name part of a group that another file sets up."""
     order = {str(file): number for number, file in enumerate(merged.files)}
     owners: dict[GpuKey, GpuItem] = {}
-    for item in sorted(merged.gpus.values(), key=lambda item: order[item.entry.place.file]):
+    for item in sorted(merged.gpus.values(), key=lambda item: order[item.entry.location.file]):
         for gpu in item.keys:
             other = owners.setdefault(gpu, item)
             if other is not item:
-                first = f"first in {other.entry.place} as {other.entry.path}"
+                first = f"first in {other.entry.location} as {other.entry.path}"
                 report.add(
                     item.entry,
                     f"{gpu} is named twice, {first}",
@@ -221,7 +221,7 @@ def _check_overlap(merged: Merged, report: Report) -> None:
 MAX_BYTES = 256 * 1024
 
 # What YAML calls printable, less what it counts as the end of a line and no editor does (NEL, LS,
-# PS, a lone CR): places would be wrong after it.
+# PS, a lone CR): locations would be wrong after it.
 _UNFIT = re.compile(
     "[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd"
     "\U00010000-\U0010ffff]|\r(?!\n)"
@@ -237,7 +237,7 @@ def read_text(path: Path, report: Report) -> str | None:
         problem = "it is a directory"
     except OSError as error:
         problem = cause_of(error)
-    report.add(At(Place(str(path))), f"cannot read the file: {problem}")
+    report.add(At(Location(str(path))), f"cannot read the file: {problem}")
     return None
 
 
@@ -247,19 +247,19 @@ def text_of(data: bytes, path: Path, report: Report) -> str | None:
     report.lines.setdefault(file, [])
     if len(data) > MAX_BYTES:
         problem = f"cannot read the file: it is larger than {MAX_BYTES // 1024} KiB"
-        report.add(At(Place(file)), problem)
+        report.add(At(Location(file)), problem)
         return None
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         problem = "cannot read the file: it is UTF-16"
-        report.add(At(Place(file, 1, 1)), problem, hint="save it as UTF-8")
+        report.add(At(Location(file, 1, 1)), problem, hint="save it as UTF-8")
         return None
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         report.lines[file] = data.decode("utf-8", "replace").split("\n")
-        place = _place_of(file, data[: error.start].decode("utf-8"))
+        location = _location_of(file, data[: error.start].decode("utf-8"))
         problem = f"the byte 0x{data[error.start]:02x} is not UTF-8"
-        report.add(At(place), problem, hint="save the file as UTF-8")
+        report.add(At(location), problem, hint="save the file as UTF-8")
         return None
     report.lines[file] = [line.removesuffix("\r") for line in text.split("\n")]
     bad = _UNFIT.search(text)
@@ -267,7 +267,7 @@ def text_of(data: bytes, path: Path, report: Report) -> str | None:
         number = ord(bad[0])
         hint = f'inside double quotes it can be written as "\\u{number:04x}"'
         report.add(
-            At(_place_of(file, text[: bad.start()])),
+            At(_location_of(file, text[: bad.start()])),
             f"the character U+{number:04X} cannot stand here",
             hint=hint if 0 < number < 0x10000 else None,
         )
@@ -275,9 +275,9 @@ def text_of(data: bytes, path: Path, report: Report) -> str | None:
     return text
 
 
-def _place_of(file: str, before: str) -> Place:
-    """The place after the text `before`."""
-    return Place(file, before.count("\n") + 1, len(before) - before.rfind("\n"))
+def _location_of(file: str, before: str) -> Location:
+    """The location after the text `before`."""
+    return Location(file, before.count("\n") + 1, len(before) - before.rfind("\n"))
 
 
 def cause_of(error: OSError | ValueError) -> str:

@@ -32,7 +32,7 @@ EnvName = Annotated[str, AfterValidator(_env_name)]
 class Strict(BaseModel):
     """Unknown keys are errors; nothing is coerced between strings, numbers and booleans.
 
-    A validator of several keys raises ValueError("KEY: why"): the error is shown at KEY's place.
+    A validator of several keys raises ValueError("KEY: why"): the error is shown at KEY's location.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)

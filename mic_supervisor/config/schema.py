@@ -30,7 +30,7 @@ _GPUS = f"^({_INDEX}\\s*-\\s*{_INDEX}|{_ONE}(\\s*,\\s*{_ONE})*)$"
 def json_schema(registry: BackendSource) -> dict[str, Any]:
     """The schema (draft 2020-12) for every backend that can be loaded.
 
-    It is a help while writing; `check` is the judge. A key that cannot be used with a backend has
+    It is a help while writing; `check` decides. A key that cannot be used with a backend has
     the reason as its description, and matches nothing.
     """
     backends = dict(_loadable(registry))

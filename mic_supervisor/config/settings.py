@@ -20,7 +20,7 @@ from pydantic_settings import (
 )
 
 from mic_supervisor.config.diagnostics import At, Report, closest, show
-from mic_supervisor.config.document import Place
+from mic_supervisor.config.document import Location
 from mic_supervisor.config.env_file import ENV_FILE, SOCKET, Assignment, parse_env_file
 from mic_supervisor.config.types import PositiveDuration
 from mic_supervisor.host.files import read_text
@@ -241,10 +241,10 @@ def load_settings(environ: Mapping[str, str], env_file: Path = ENV_FILE) -> Sett
             name = str(fault["loc"][0])
             if name in Settings.model_fields:
                 name = f"{PREFIX}{name.upper()}"
-            place = Place("environment")
+            location = Location("environment")
             if name not in environ:
-                place = Place(str(env_file), from_file[name].line)
-            report.add(At(place, name), _words(fault, name, merged[name]))
+                location = Location(str(env_file), from_file[name].line)
+            report.add(At(location, name), _words(fault, name, merged[name]))
     if report:
         report.fail()
     return settings
@@ -260,11 +260,11 @@ def _read(path: Path, report: Report) -> tuple[dict[str, Assignment], str | None
         return {}, f"cannot read {path}: {(error.strerror or str(error)).lower()}"
     except UnicodeDecodeError as error:
         message = f"cannot read the file: byte {error.start} is not UTF-8"
-        report.add(At(Place(str(path))), message)
+        report.add(At(Location(str(path))), message)
         return {}, None
     found, bad = parse_env_file(text)
     for line in bad:
-        report.add(At(Place(str(path), line.line)), str(line))
+        report.add(At(Location(str(path), line.line)), str(line))
     return {one.name: one for one in found}, None
 
 

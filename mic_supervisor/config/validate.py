@@ -1,4 +1,4 @@
-"""From a tree to a pydantic model: its errors, in words for people, at the places in the file.
+"""From a tree to a pydantic model: its errors, in words for people, at the locations in the file.
 
 And `${…}` in commands and environments: known names only, and every variable set.
 """
@@ -35,32 +35,32 @@ def validate(model: type[M], entry: Entry, report: Report) -> M | None:
     except ValidationError as error:
         errors = error.errors(include_url=False)
         faults = [_locate(entry, one) for one in errors]
-        for fault in _best_branches([fault for fault in faults if fault.sound]):
+        for fault in _best_branches([fault for fault in faults if fault.valid]):
             _report(fault, model, report)
-        if len(report) == before and not _has_unsound(entry.node):
+        if len(report) == before and not _has_invalid(entry.node):
             # Every fault was a consequence of another, and yet none was reported: never go silent.
             report.add(entry, f"is not valid: {errors[0]['msg']}")
         return None
     return result if len(report) == before else None
 
 
-def _has_unsound(node: Node) -> bool:
-    return not (node.sound and node.whole) or any(map(_has_unsound, node.below()))
+def _has_invalid(node: Node) -> bool:
+    return not (node.valid and node.whole) or any(map(_has_invalid, node.below()))
 
 
 def _check_shape(at: Entry, report: Report) -> None:
     """Keys without a value, and whole numbers as keys, which no pydantic model sees as such."""
     node = at.node
-    if node.value is None and node.sound:
+    if node.value is None and node.valid:
         report.add(at, "has no value", hint="give it one, or leave the key out")
-        node.sound = False
+        node.valid = False
     for key, entry in node.entries.items():
         if isinstance(key, int):
             report.add(entry, "a key must be a text here", hint=f'quote it: "{key}"')
-            entry.node.sound = False
+            entry.node.valid = False
         _check_shape(entry, report)
     for item in node.value if isinstance(node.value, list) else ():
-        _check_shape(Entry(item.place, item), report)
+        _check_shape(Entry(item.location, item), report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class _Fault:
 
     error: Any
     entry: Entry
-    sound: bool
+    valid: bool
     about_key: bool
     fork: str | None = None
     branch: str | None = None
@@ -91,7 +91,7 @@ class _Fault:
 
 
 def _locate(root: Entry, error: Any) -> _Fault:
-    entry, sound, about_key = root, root.node.sound, error["type"] == "extra_forbidden"
+    entry, valid, about_key = root, root.node.valid, error["type"] == "extra_forbidden"
     fork = branch = None
     missing = error["type"] == "missing"
     for element in error["loc"][:-1] if missing else error["loc"]:
@@ -99,17 +99,17 @@ def _locate(root: Entry, error: Any) -> _Fault:
         if below is None and str(element).isdecimal():
             below = node.entries.get(int(element))
         if isinstance(node.value, list) and isinstance(element, int) and element < len(node.value):
-            below = Entry(node.value[element].place, node.value[element])
+            below = Entry(node.value[element].location, node.value[element])
         if below is not None:
             # An unknown key is unknown whatever its value.
-            entry, sound = below, sound and node.sound
+            entry, valid = below, valid and node.valid
         elif element == "[key]":
             about_key = True
         elif fork is None:
             fork, branch = entry.path, str(element)
     node = entry.node
-    sound = sound and (node.sound or error["type"] == "extra_forbidden")
-    return _Fault(error, entry, sound and (node.whole or not missing), about_key, fork, branch)
+    valid = valid and (node.valid or error["type"] == "extra_forbidden")
+    return _Fault(error, entry, valid and (node.whole or not missing), about_key, fork, branch)
 
 
 def _best_branches(faults: Sequence[_Fault]) -> list[_Fault]:
@@ -169,7 +169,7 @@ def _own_words(fault: _Fault) -> tuple[Located, str]:
     about = _ABOUT_KEY.fullmatch(message)
     key = about["key"] if about is not None else ""
     if about is not None and key in fault.node.entries:
-        return At(fault.node.entries[key].place, dotted(fault.entry.path, key)), about["message"]
+        return At(fault.node.entries[key].location, dotted(fault.entry.path, key)), about["message"]
     whole = isinstance(fault.node.value, dict) or fault.about_key
     return (fault.entry if whole else fault.node), message
 
@@ -265,19 +265,19 @@ def check_placeholders(
 ) -> None:
     """Report each `${…}` that is unknown, unset or misplaced; `variables` collects the set ones."""
     for text, templated in _texts(node, False):
-        # Each match holds one "${", so that matches and places pair off.
+        # Each match holds one "${", so that matches and locations pair off.
         matches = _OPEN.finditer(str(text.value))
-        for match, place in zip(matches, text.places_of("${"), strict=True):
+        for match, location in zip(matches, text.locations_of("${"), strict=True):
             problem, hint = _problem(match, environ, variables) if templated else _NOT_HERE
             if problem:
-                report.add(At(place, text.path), problem, hint=hint)
+                report.add(At(location, text.path), problem, hint=hint)
             if not templated:
                 break
 
 
 def _texts(node: Node, templated: bool) -> Iterator[tuple[Node, bool]]:
     """Every text with a placeholder, and whether placeholders are replaced in it."""
-    if isinstance(node.value, str) and node.sound and "${" in node.value:
+    if isinstance(node.value, str) and node.valid and "${" in node.value:
         yield node, templated
     elif isinstance(node.value, list):
         for item in node.value:

@@ -27,7 +27,7 @@ from yaml.events import (
 )
 
 from mic_supervisor.config.diagnostics import At, Report, dotted, show
-from mic_supervisor.config.document import Place, composed
+from mic_supervisor.config.document import Location, composed
 from mic_supervisor.text import unseen
 
 Scalar = str | int | float | bool | None
@@ -37,7 +37,7 @@ Scalar = str | int | float | bool | None
 class Entry:
     """One `key: value` of a mapping; `span` is the key's, as a node's is."""
 
-    place: Place  # of the key
+    location: Location  # of the key
     node: Node
     span: tuple[int, int] = (0, 0)
 
@@ -48,17 +48,17 @@ class Entry:
 
 @dataclass(slots=True)
 class Node:
-    """A value and where it stands: its place in the file, its path in the document.
+    """A value and where it stands: its location in the file, its path in the document.
 
-    `sound` False: an error was already reported for it, and what is wrong with its value is a
+    `valid` False: an error was already reported for it, and what is wrong with its value is a
     consequence. `whole` False: an entry was left out of a map, since its key is none. `span` is
     where it stands in `text`, quotes included; of a map or a list, only its beginning counts.
     """
 
-    place: Place
+    location: Location
     path: str
     value: Scalar | list[Node] | dict[str | int, Entry]
-    sound: bool = True
+    valid: bool = True
     whole: bool = True
     text: str = field(default="", repr=False)
     span: tuple[int, int] = (0, 0)
@@ -85,7 +85,7 @@ class Node:
         if not isinstance(self.value, dict):
             return replace(self, path=path)
         moved: dict[str | int, Entry] = {
-            key: Entry(entry.place, entry.node.moved(dotted(path, str(key))))
+            key: Entry(entry.location, entry.node.moved(dotted(path, str(key))))
             for key, entry in self.value.items()
         }
         return replace(self, path=path, value=moved)
@@ -98,25 +98,25 @@ class Node:
             return [item.plain() for item in self.value]
         return self.value
 
-    def places_of(self, mark: str) -> list[Place]:
-        """The place of each `mark` in a scalar's value, in order.
+    def locations_of(self, mark: str) -> list[Location]:
+        """The location of each `mark` in a scalar's value, in order.
 
-        All are the scalar's own place where escapes hide the text's own form.
+        All are the scalar's own location where escapes hide the text's own form.
         """
         count = self.value.count(mark) if isinstance(self.value, str) else 0
         start, end = self.span
         parts = self.text[start:end].split(mark)
         if len(parts) != count + 1:
-            return [self.place] * count
-        places = []
-        line, column = self.place.line, self.place.column
+            return [self.location] * count
+        locations = []
+        line, column = self.location.line, self.location.column
         for part in parts[:-1]:
             lines = part.count("\n")
             column = len(part) - part.rindex("\n") if lines else column + len(part)
             line += lines
-            places.append(Place(self.place.file, line, column))
+            locations.append(Location(self.location.file, line, column))
             column += len(mark)
-        return places
+        return locations
 
 
 # --- from text to a tree ------------------------------------------------------------------------
@@ -156,8 +156,8 @@ def parse(text: str, file: str, report: Report, budget: Budget) -> Node | None:
         return None
     except (ValueError, OverflowError):
         # PyYAML lets chr() and int() fail on escapes and directives out of their range.
-        place = Place(file, loader.line + 1, loader.column + 1)
-        report.add(At(place), "an escape or a directive holds a number that is out of range")
+        location = Location(file, loader.line + 1, loader.column + 1)
+        report.add(At(location), "an escape or a directive holds a number that is out of range")
         return None
     finally:
         loader.dispose()
@@ -188,12 +188,12 @@ class _Builder:
             return None  # "---" and nothing else
         return root
 
-    def _place(self, event: Any) -> Place:
+    def _location(self, event: Any) -> Location:
         mark = event.start_mark
-        return Place(self._file, mark.line + 1, mark.column + 1)
+        return Location(self._file, mark.line + 1, mark.column + 1)
 
     def _add(self, event: Any, path: str, message: str, hint: str | None = None) -> None:
-        self._report.add(At(self._place(event), path), message, hint=hint)
+        self._report.add(At(self._location(event), path), message, hint=hint)
 
     def _stop(self, event: Any, message: str) -> NoReturn:
         self._add(event, "", message)
@@ -205,7 +205,7 @@ class _Builder:
             self._stop(event, f"cannot read on: more than {MAX_NODES} keys and values")
         if depth > MAX_DEPTH:
             self._stop(event, f"cannot read on: nested more than {MAX_DEPTH} deep")
-        node = Node(self._place(event), path, None, self._check_properties(event, path))
+        node = Node(self._location(event), path, None, self._check_properties(event, path))
         node.span = _span(event)
         if isinstance(event, ScalarEvent):
             self._scalar(event, node)
@@ -238,13 +238,13 @@ class _Builder:
             hint = f'remove it; if it is meant, write it as "{escape}" between double quotes'
         elif event.style is None:
             node.value, surprise = resolve(event.value)
-            if surprise is not None and node.sound:
+            if surprise is not None and node.valid:
                 problem, hint = surprise, "quote it if a text is meant"
         elif _UNUSABLE.search(event.value):
             node.value, problem = "", "the text holds a character that no program takes"
         if problem is not None:
             self._add(event, node.path, problem, hint)
-            node.sound = False
+            node.valid = False
 
     def _sequence(self, path: str, depth: int) -> list[Node]:
         items: list[Node] = []
@@ -258,14 +258,14 @@ class _Builder:
             key = self._key(event, mapping.path, depth)
             mapping.whole = mapping.whole and key is not None
             # Where a key is a map or a list, no map was meant: "{{ template }}".
-            mapping.sound = mapping.sound and isinstance(event, ScalarEvent)
+            mapping.valid = mapping.valid and isinstance(event, ScalarEvent)
             path = dotted(mapping.path, "?" if key is None else str(key))
             node = self._node(self._loader.get_event(), path, depth + 1)
             if key in entries:
-                first = entries[key].place.line
+                first = entries[key].location.line
                 self._add(event, path, f"stands here twice, first in line {first}")
             elif key is not None:
-                entries[key] = Entry(self._place(event), node, _span(event))
+                entries[key] = Entry(self._location(event), node, _span(event))
         return entries
 
     def _key(self, event: Any, path: str, depth: int) -> str | int | None:
@@ -280,7 +280,7 @@ class _Builder:
             if self._text.startswith("{{", max(0, event.start_mark.index - 1)):
                 hint = "quote a text that begins with a brace; there are no templates here"
             self._add(event, path, "a key must be a text, not a map or a list", hint)
-        elif not node.sound:
+        elif not node.valid:
             pass  # it has been said
         elif value is None:
             self._add(event, path, "a key is missing before the ':'")
@@ -354,7 +354,7 @@ def report_syntax_error(
     # Inside brackets a brace ends an unquoted text: "$" is one, and "{port}" no part of it.
     if opened is not None and line <= len(lines) and lines[line - 1][column - 2 : column] == "${":
         hint = 'inside brackets, quote a text that holds ${…}: "${port}"'
-    report.add(At(Place(file, line, column)), message, hint=hint)
+    report.add(At(Location(file, line, column)), message, hint=hint)
 
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")

@@ -31,13 +31,13 @@ from mic_supervisor.plan.actions import (
     ToModel,
     Unload,
 )
-from mic_supervisor.plan.release import Refused, Released, judge
+from mic_supervisor.plan.release import Refused, Released, check_release
 from mic_supervisor.runtimes import Progress
 
-_RELEASE_LOOK = 0.05  # seconds between two looks at GPUs that are about to be free
-_DRAIN_LOOK = 0.25  # seconds between two questions to a server that is drained
+_RELEASE_POLL = 0.05  # seconds between two looks at GPUs that are about to be free
+_DRAIN_POLL = 0.25  # seconds between two questions to a server that is drained
 _VERIFY_TIMEOUT = 10.0  # seconds, from the answer to a load until the server says it runs it
-_VERIFY_LOOK = 0.1  # seconds between two looks at a model that was just loaded
+_VERIFY_POLL = 0.1  # seconds between two looks at a model that was just loaded
 _LOG_LINES = 400
 _SILENT = 3  # calls without an answer, in a row, after which nobody is waited for
 
@@ -109,12 +109,14 @@ class Steps:
         """Until the GPUs are free, as plan/release.py judges each look at them."""
         began = time.monotonic()
         clear_since: float | None = None
-        told = ""
+        reported = ""
         while True:
             inventory = await blocking(self._pool, self._with_former, step)
             now = time.monotonic()
             for_memory = None if clear_since is None else now - clear_since
-            verdict = judge(step.gpus, step.floors, step.vram, inventory, now - began, for_memory)
+            verdict = check_release(
+                step.gpus, step.floors, step.vram, inventory, now - began, for_memory
+            )
             if isinstance(verdict, Released):
                 return verdict
             if isinstance(verdict, Refused):
@@ -126,10 +128,10 @@ class Steps:
                 clear_since = None
             elif clear_since is None:
                 clear_since = now
-            if verdict.reason != told:
+            if verdict.reason != reported:
                 progress(verdict.reason)
-                told = verdict.reason
-            await asyncio.sleep(_RELEASE_LOOK)
+                reported = verdict.reason
+            await asyncio.sleep(_RELEASE_POLL)
 
     def _with_former(self, step: Release) -> GpuInventory:
         views = [RuntimeView(item.runtime, (item,)) for item in step.former]
@@ -145,7 +147,7 @@ class Steps:
             return
         deadline = time.monotonic() + step.timeout
         progress("draining")
-        silent, told = 0, ""
+        silent, reported = 0, ""
         while (left := deadline - time.monotonic()) > 0:
             call = replace(step.call, timeout=min(step.call.timeout, left))
             try:
@@ -162,11 +164,11 @@ class Steps:
                         return
                 except MicError as error:
                     # Whether requests are in flight is unknown, which is not that there are none.
-                    if told != error.message:
-                        told = error.message
-                        progress(f"{told}; waiting")
+                    if reported != error.message:
+                        reported = error.message
+                        progress(f"{reported}; waiting")
             with suppress(TimeoutError):
-                async with asyncio.timeout(_DRAIN_LOOK):
+                async with asyncio.timeout(_DRAIN_POLL):
                     await self._ending.wait()
             if self._ending.is_set():
                 raise StopFailed(
@@ -201,7 +203,7 @@ class Steps:
                     "the server took the configuration and runs another one "
                     f"({runs or state.reason or state.state.value})"
                 )
-            await asyncio.sleep(_VERIFY_LOOK)
+            await asyncio.sleep(_VERIFY_POLL)
 
     async def _unload(self, step: Unload) -> None:
         try:

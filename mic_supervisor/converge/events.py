@@ -50,6 +50,6 @@ class Events:
 
     listeners: list[Listener] = field(default_factory=list)
 
-    def tell(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)

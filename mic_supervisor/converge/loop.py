@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
-from mic_supervisor.converge.gpu_news import GpuNews
+from mic_supervisor.converge.gpu_reporter import GpuReporter
 from mic_supervisor.converge.observe import Sources, combine, read_in, with_holders
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Checker, Target
@@ -50,7 +50,7 @@ from mic_supervisor.views import view
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke
 CRASH_WATCH = 0.5  # seconds between two rounds while something starts
-QUEUE_WATCH = 2.0  # seconds between two rounds while something waits for a stranger to go
+QUEUE_WATCH = 2.0  # seconds between two rounds while something waits for a foreign process to go
 
 _ON_ITS_WAY = (Phase.PENDING, Phase.STARTING, Phase.LOADING)
 
@@ -116,14 +116,14 @@ class Converger:
         self._lanes: dict[asyncio.Task[None], Lane] = {}
         self._inventory = GpuInventory("none")
         self._readable: GpuInventory | None = None  # the last one that told of GPUs
-        self._gpu_news = GpuNews(events)
+        self._gpu_reporter = GpuReporter(events)
         self.xids: Callable[[], Collection[XidRecord]] = tuple  # that the GPUs reported so far
         self._assessments: dict[str, Assessment] = {}
         self._bound = True  # whether the remembered bindings hold
         self._indices: dict[str, int] = {}
         self._gpus, self._views, self._listeners = read_in(sources, self._pool, self.wake)
         self._publisher = Publisher(
-            self._pool, clock.steady, self._tell_of_hook, host_name(), memory.published
+            self._pool, clock.steady, self._emit_hook, host_name(), memory.published
         )
 
     def act(self, targets: Selection | None = None) -> None:
@@ -160,7 +160,7 @@ class Converger:
         Returns what of it had failed.
         """
         chosen = {*(self.memory.instances if instances is None else instances)}
-        failed = {name for name in chosen if self.memory.of(name).troubled}
+        failed = {name for name in chosen if self.memory.of(name).has_failed}
         self.memory = ledger.forgiven(self.memory, chosen)
         self.wake()
         return failed
@@ -194,10 +194,10 @@ class Converger:
     def _note_pause(self, paused: Paused, chosen: Selection, text: str) -> None:
         self.memory, now = replace(self.memory, paused=paused), self._clock.wall()
         for model in sorted(chosen.models):
-            self._events.tell(Event("pause", now, model, text, model))
+            self._events.emit(Event("pause", now, model, text, model))
         for uuid in sorted(chosen.gpus):
             (name,) = Selection(gpus=frozenset({uuid})).called(self._indices)
-            self._events.tell(Event("pause", now, name, text, gpus=(uuid,)))
+            self._events.emit(Event("pause", now, name, text, gpus=(uuid,)))
         self.wake()
 
     async def finish(self) -> None:
@@ -205,8 +205,8 @@ class Converger:
         await self._publisher.finish()
         await self._keep_published()
 
-    async def close(self, patience: float = 5.0) -> None:
-        """Stop looking. Steps under way may end within `patience` seconds.
+    async def close(self, timeout: float = 5.0) -> None:
+        """Stop looking. Steps under way may end within `timeout` seconds.
 
         What does not is left behind: the next look at the machine finds it where it is. A drain
         fails at once, and nothing is stopped.
@@ -214,7 +214,7 @@ class Converger:
         self._steps.end()
         await self._prober.close()
         if self._lanes:
-            await asyncio.wait(self._lanes, timeout=patience)
+            await asyncio.wait(self._lanes, timeout=timeout)
         self._pool.shutdown()
 
     # --- one round ----------------------------------------------------------------------------
@@ -235,10 +235,10 @@ class Converger:
             answers = await self._prober.ask_once(self._targets(seen))
             seen = self._look(desired, replace(observed, health=answers), context)
             self._publisher.follow(None, seen.statuses)
-        told = seen.in_wall()
+        reported = seen.in_wall()
         self.snapshot = view(
             Snapshot,
-            told,
+            reported,
             busy=context.busy | {name for lane in self._lanes.values() for name in lane.instances},
             round=self.rounds_begun,
             seconds=self._now() - began,
@@ -252,8 +252,8 @@ class Converger:
         inventory, views = await asyncio.gather(
             self._gpus.get(), asyncio.gather(*(view.get() for view in self._views))
         )
-        # After the runtimes: the port of a container that dies in between would look like a
-        # stranger's.
+        # After the runtimes: the port of a container that dies in between would look like a foreign
+        # one's.
         listeners = await self._listeners.get()
         bindings, self._bound = (self.memory.bindings if self._bound else {}), True
         if inventory.error is None:
@@ -290,8 +290,8 @@ class Converger:
         self._assessments = {item.instance.id: item for item in seen.assessments}
         self._inventory = seen.observed.inventory
         self._prober.watch(self._targets(seen))
-        self._tell_adopted(seen)
-        self._gpu_news.look(seen.desired, seen.observed, seen.context.busy)
+        self._emit_adopted(seen)
+        self._gpu_reporter.report(seen.desired, seen.observed, seen.context.busy)
         self._dispatch(seen.plan, lanes)
         seen = self._note_phases(seen.doing(activities | self.activities))
         self.memory = seen.memory
@@ -304,13 +304,13 @@ class Converger:
 
     async def _withdraw(self, step: Withdraw, change: Change) -> None:
         if self._publisher.published:
-            self._tell("progress", change, "withdrawing it from on_endpoints_change")
+            self._emit("progress", change, "withdrawing it from on_endpoints_change")
         if not await self._publisher.withdraw(step.workload.identity.instance):
-            self._tell("warning", change, "stopping it although on_endpoints_change failed")
+            self._emit("warning", change, "stopping it although on_endpoints_change failed")
 
-    def _tell_of_hook(self, text: str, bad: bool) -> None:
+    def _emit_hook(self, text: str, bad: bool) -> None:
         kind: EventKind = "failed" if bad else "hook"
-        self._events.tell(Event(kind, self._clock.wall(), "endpoints", text, phase="hook"))
+        self._events.emit(Event(kind, self._clock.wall(), "endpoints", text, phase="hook"))
         self.wake()
 
     def _targets(self, seen: Look) -> dict[str, Target]:
@@ -339,22 +339,22 @@ class Converger:
             raise LoadFailed(f"cannot change {step.instance}: the file no longer names it")
         return self._target(step.workload, as_it_runs(self.memory.of(step.instance), item))
 
-    def _tell_adopted(self, seen: Look) -> None:
+    def _emit_adopted(self, seen: Look) -> None:
         """An instance that runs as it should, and that nothing is remembered of, is taken over."""
         at, text = self._clock.wall(), "adopted: it runs already, as the file asks"
         for item in seen.assessments:
             one = item.instance
             known = seen.before.of(one.id).started is not None
             if item.runs and not known and seen.memory.of(one.id).started is not None:
-                self._events.tell(Event("adopt", at, one.id, text, one.model, one.gpus))
+                self._events.emit(Event("adopt", at, one.id, text, one.model, one.gpus))
 
     def _note_phases(self, seen: Look) -> Look:
         """Tell of every phase that an instance entered."""
-        seen, entered = seen.told()
+        seen, entered = seen.reported()
         at = self._clock.wall()
         for row, was, seconds in entered:
             about = (row.id, row.reason or "", row.model, row.gpus)
-            self._events.tell(
+            self._events.emit(
                 Event("phase", at, *about, seconds=seconds, phase=row.phase.value, was=was)
             )
         return seen
@@ -404,7 +404,7 @@ class Converger:
         if not task.cancelled() and task.exception() is not None:
             why, now = f"a defect: {task.exception()!r}", self._now()
             for name in lane.instances:
-                self.memory = ledger.rests(self.memory, name, why, now)
+                self.memory = ledger.cool_down(self.memory, name, why, now)
             task.result()  # a defect: the event loop's exception handler writes it down
 
     async def _execute(self, changes: list[Change], lane: Lane) -> None:
@@ -413,7 +413,7 @@ class Converger:
         failed: set[str] = set()
         broken: set[tuple[str, str]] = set()
         for change in changes:
-            self._tell("begin", change, change.cause)
+            self._emit("begin", change, change.cause)
 
         async def attempt(step: Step, change: Change) -> None:
             try:
@@ -424,7 +424,7 @@ class Converger:
                 now, item = self._now(), self._assessments.get(change.instance)
                 self.memory = ledger.failed(self.memory, step, error, item, now, random.random())
                 text, hint = error.message, error.hint
-                self._tell("failed", change, text, seconds=now - began, hint=hint)
+                self._emit("failed", change, text, seconds=now - began, hint=hint)
 
         prepared = False
         beside: list[asyncio.Task[None]] = []
@@ -433,7 +433,7 @@ class Converger:
             if not prepared and not isinstance(step, Prepare | Create):
                 # What has been stopped for something is not left lying for a pause.
                 if any(self._is_paused(item) for item in changes):
-                    self._tell("progress", change, "paused before anything was stopped for it")
+                    self._emit("progress", change, "paused before anything was stopped for it")
                     return
                 prepared = True
             if failed & set(step.depends_on):
@@ -448,7 +448,7 @@ class Converger:
         for change in changes:
             if (change.instance, change.model) not in broken:
                 self.memory = ledger.finished(self.memory, change)
-                self._tell("done", change, change.cause, seconds=self._now() - began)
+                self._emit("done", change, change.cause, seconds=self._now() - began)
 
     async def _step(self, step: Step, change: Change, lane: Lane) -> None:
         lane.activities[change.instance] = phase_of_step(step)
@@ -462,7 +462,7 @@ class Converger:
         loop = asyncio.get_running_loop()
 
         def progress(text: str) -> None:  # from any thread
-            loop.call_soon_threadsafe(self._tell, "progress", change, text)
+            loop.call_soon_threadsafe(self._emit, "progress", change, text)
 
         # As it is before the start: afterwards it is the instance's own.
         seen = {g.uuid: f for g in self._inventory.gpus if (f := floor_of(g)) is not None}
@@ -473,12 +473,12 @@ class Converger:
             for listener in self.released:
                 listener(self._now() - began)
             if found.warning is not None:
-                self._tell("warning", change, found.warning)
+                self._emit("warning", change, found.warning)
         floors = lane.floors.get(change.instance, seen)
         self.memory = ledger.done(self.memory, step, change, self._now(), floors)
         if isinstance(step, ToModel):
             # The next round must see what is loaded now, or it would ask for it again.
-            await self._prober.look_now(step.workload.ref)
+            await self._prober.probe_now(step.workload.ref)
 
     def _is_paused(self, change: Change) -> bool:
         gpus = {*change.gpus}
@@ -486,7 +486,7 @@ class Converger:
             gpus |= {*step.workload.identity.gpus} if isinstance(step, Stop) else set()
         return self.memory.paused.has(change.model, gpus)
 
-    def _tell(
+    def _emit(
         self,
         kind: EventKind,
         change: Change,
@@ -496,4 +496,4 @@ class Converger:
     ) -> None:
         at, about = self._clock.wall(), (change.instance, text, change.model, change.gpus)
         event = Event(kind, at, *about, change.cause, seconds, hint, phase=change.kind)
-        self._events.tell(event)
+        self._events.emit(event)

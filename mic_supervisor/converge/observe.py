@@ -118,7 +118,7 @@ def with_holders(observed: ObservedState, desired: DesiredState, sources: Source
 
 T = TypeVar("T")
 
-PATIENCE = 15.0  # seconds that a source has to answer at most before it counts as unreadable
+SOURCE_TIMEOUT = 15.0  # seconds that a source has to answer at most before it counts as unreadable
 _QUICK = 2.0  # seconds for a source that has always answered quickly
 _USUAL = 4.0  # a source may take so many times what it took when it last answered well
 
@@ -142,20 +142,20 @@ class Source(Generic[T]):
     _pending: asyncio.Future[T] | None = field(default=None, init=False)
     _began: float = field(default=0.0, init=False)
     _was_late: bool = field(default=False, init=False)
-    _patience: float = field(default_factory=lambda: _QUICK, init=False)
+    _timeout: float = field(default_factory=lambda: _QUICK, init=False)
 
     async def get(self) -> T:
         """What the source says now: of a call that began after `get` did, or that it is late."""
         loop = asyncio.get_running_loop()
         # Once late, it is not waited for again: others would wait with it, round after round.
-        patience = 0.0 if self._was_late else self._patience
-        if self._pending is not None and not await self._finished(self._pending, patience):
+        timeout = 0.0 if self._was_late else self._timeout
+        if self._pending is not None and not await self._finished(self._pending, timeout):
             return self._give_up()
         self._was_late = False
         self._began = loop.time()
         self._pending = loop.run_in_executor(self.pool, self.read)
         self._pending.add_done_callback(self._measure)
-        if not await self._finished(self._pending, self._patience):
+        if not await self._finished(self._pending, self._timeout):
             return self._give_up()
         pending, self._pending = self._pending, None
         return pending.result()
@@ -171,10 +171,10 @@ class Source(Generic[T]):
         if call.cancelled() or call.exception() is not None or not self.well(call.result()):
             return
         took = asyncio.get_running_loop().time() - self._began
-        self._patience = min(max(_QUICK, _USUAL * took), PATIENCE)
+        self._timeout = min(max(_QUICK, _USUAL * took), SOURCE_TIMEOUT)
 
-    async def _finished(self, future: asyncio.Future[T], patience: float) -> bool:
-        done, _ = await asyncio.wait({future}, timeout=patience)
+    async def _finished(self, future: asyncio.Future[T], timeout: float) -> bool:
+        done, _ = await asyncio.wait({future}, timeout=timeout)
         return bool(done)
 
 

@@ -15,11 +15,11 @@ from mic_supervisor.converge.probes import (
     Target,
     has_devices,
 )
-from mic_supervisor.converge.tasks import end, tell_of_death
+from mic_supervisor.converge.tasks import end, log_exception
 from mic_supervisor.model import Health, LoadState, ProbeResult
 from mic_supervisor.plan.assess import passes
 
-FIRST_LOOK = 0.05  # seconds after a start
+FIRST_PERIOD = 0.05  # seconds after a start
 _DEVICES_PERIOD = 60.0  # seconds between two looks at a container's GPUs from inside
 _SLOWER = 1.3  # each look at what is on its way comes that much later than the one before
 
@@ -52,8 +52,8 @@ class Prober:
             self._targets[ref] = target
             if ref not in self._tasks or self._tasks[ref].done():  # it never ends but by a defect
                 self._kicks[ref] = asyncio.Event()
-                task = asyncio.create_task(self._keep_looking(ref), name=f"the prober of {ref}")
-                task.add_done_callback(tell_of_death)
+                task = asyncio.create_task(self._keep_probing(ref), name=f"the prober of {ref}")
+                task.add_done_callback(log_exception)
                 self._tasks[ref] = task
             elif known is not None and known.instance != target.instance:
                 self.kick(ref)
@@ -63,13 +63,13 @@ class Prober:
         if ref in self._kicks:
             self._kicks[ref].set()
 
-    async def look_now(self, ref: str) -> None:
+    async def probe_now(self, ref: str) -> None:
         """Look, and return when it is known. A look that began before that does not count."""
         target = self._targets.get(ref)
         if target is None:
             return
         self._epochs[ref] += 1
-        health = await self._look(target, self._clock(), self.health.get(ref))
+        health = await self._probe(target, self._clock(), self.health.get(ref))
         if ref in self._targets:
             self.health[ref] = health
             self._epochs[ref] += 1
@@ -77,8 +77,8 @@ class Prober:
     async def ask_once(self, targets: Mapping[str, Target]) -> dict[str, Health]:
         """One look at each of these, side by side, that nothing is remembered of."""
         now = self._clock()
-        looks = (self._look(target, now, None) for target in targets.values())
-        return dict(zip(targets, await asyncio.gather(*looks), strict=True))
+        probes = (self._probe(target, now, None) for target in targets.values())
+        return dict(zip(targets, await asyncio.gather(*probes), strict=True))
 
     def forget(self, ref: str) -> None:
         """Drop what is known of a workload: it is about to be stopped or started."""
@@ -96,7 +96,7 @@ class Prober:
             self.forget(ref)
         await end(tasks)
 
-    async def _keep_looking(self, ref: str) -> None:
+    async def _keep_probing(self, ref: str) -> None:
         schedule = Schedule(self._clock())
         kick = self._kicks[ref]
         while True:
@@ -104,11 +104,11 @@ class Prober:
             now = self._clock()
             epoch = self._epochs[ref]
             kinds = schedule.due(target, now)
-            health = await self._look(target, now, before, kinds)
+            health = await self._probe(target, now, before, kinds)
             if epoch != self._epochs[ref]:
                 continue
             self.health[ref] = health
-            if before is None or _gist(before) != _gist(health):
+            if before is None or _without_times(before) != _without_times(health):
                 self._wake()
             schedule.asked(kinds, target, health, self._clock())
             try:
@@ -119,14 +119,14 @@ class Prober:
             except TimeoutError:
                 continue
 
-    async def _look(
+    async def _probe(
         self, target: Target, now: float, before: Health | None, due: Collection[str] = ALL_DUE
     ) -> Health:
         """A look, whatever the backend does: one that fails knows nothing, and probing goes on."""
         try:
-            return await self._checker.look(target, now, before, due)
-        # Answers are read by the backend, which may be a stranger's plug-in. A defect there must
-        # neither count as a failure of the model nor end the probing.
+            return await self._checker.probe(target, now, before, due)
+        # Answers are read by the backend, which may be a plug-in of another package. A defect there
+        # must neither count as a failure of the model nor end the probing.
         except Exception as error:  # noqa: BLE001 - see above
             unknown = ProbeResult(None, f"the probe failed: {type(error).__name__}: {error}", now)
             return Health(startup=unknown, liveness=unknown, readiness=unknown)
@@ -142,7 +142,7 @@ class Schedule:
 
     def __init__(self, now: float) -> None:
         self._due = dict.fromkeys(ALL_DUE, now) | {DEVICES: now + DEVICES_AGAIN}
-        self._pace = FIRST_LOOK
+        self._pace = FIRST_PERIOD
 
     def due(self, target: Target, now: float) -> tuple[str, ...]:
         """The kinds to ask for now."""
@@ -172,7 +172,7 @@ class Schedule:
         pauses["placements"] = pauses["liveness"]
         if "placements" in kinds:
             if _loaded(target, health):
-                self._pace = FIRST_LOOK
+                self._pace = FIRST_PERIOD
             else:
                 pauses["placements"] = self._next_pace(pauses["placements"])
         self._due.update({kind: now + pauses[kind] for kind in kinds})
@@ -194,7 +194,7 @@ def _loaded(target: Target, health: Health) -> bool:
     return all(loaded.get(item.model) == item.digest for item in target.instance.placements)
 
 
-def _gist(health: Health) -> Health:
+def _without_times(health: Health) -> Health:
     """What a decision may depend on: not when it was, nor how the hundredth failure reads."""
 
     def trim(result: ProbeResult | None) -> ProbeResult | None:

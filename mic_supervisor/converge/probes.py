@@ -81,7 +81,7 @@ class Checker:
         status, body = await self._answer(target, placement.verify)
         return await blocking(self._pool, target.backend.placement_state, placement, status, body)
 
-    async def look(
+    async def probe(
         self,
         target: Target,
         now: float,
@@ -146,7 +146,7 @@ class Checker:
             answer = await self._http.ask(host, port, "GET", check.path, timeout=timeout)
         except NoAnswer as error:
             return None if error.own else False, f"GET {check.path}: {error}"
-        return _judged(answer, check, port)
+        return _check_answer(answer, check, port)
 
     async def _surplus(self, target: Target) -> tuple[Placement, ...]:
         """The backend asks as it goes, from a thread of the pool."""
@@ -217,7 +217,7 @@ def _counted(
     return ProbeResult(ok, reason, now, failures, counted_at)
 
 
-def _judged(answer: Answer, check: HttpCheck, port: int) -> Verdict:
+def _check_answer(answer: Answer, check: HttpCheck, port: int) -> Verdict:
     if not answer.ok:
         return False, f"GET {check.path} answers {answer.status}"
     if check.expect or check.listed:
@@ -229,19 +229,19 @@ def _judged(answer: Answer, check: HttpCheck, port: int) -> Verdict:
             found = document.get(key) if isinstance(document, dict) else None
             if found != value:
                 return False, f"port {port} is answered by {found!r}, not by {value!r}"
-        for place, value in check.listed:
-            found = _member(document, place)
+        for path, value in check.listed:
+            found = _member(document, path)
             if not isinstance(found, list) or value not in found:
-                return False, f"port {port} is answered by another program: {place} lacks {value}"
+                return False, f"port {port} is answered by another program: {path} lacks {value}"
     return True, f"GET {check.path} answers {answer.status}"
 
 
-def _member(document: Any, place: str) -> Any:
+def _member(document: Any, path: str) -> Any:
     """What stands at a path of a JSON document; None where nothing does.
 
     "system.argv" is a member of a member, "data[].id" the list of that member of each item.
     """
-    name, _, rest = place.partition(".")
+    name, _, rest = path.partition(".")
     each = name.endswith("[]")
     found = document.get(name.removesuffix("[]")) if isinstance(document, dict) else None
     if each:

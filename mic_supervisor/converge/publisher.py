@@ -20,8 +20,8 @@ from mic_supervisor.model import EndpointsHook
 from mic_supervisor.plan.status import InstanceStatus
 from mic_supervisor.views.endpoints import Endpoints, document, serving
 
-_FIRST_REST = 5.0  # seconds before a hook that failed is run again, doubling to the last
-_LAST_REST = 300.0
+_FIRST_DELAY = 5.0  # seconds before a hook that failed is run again, doubling to the last
+_LAST_DELAY = 300.0
 _OUTPUT = 2000  # bytes of its output that are quoted
 
 
@@ -48,15 +48,15 @@ class HookState:
 class Publisher:
     """Keeps what the hook was last told in step with what serves. For the event loop's thread.
 
-    `published` is what the last successful run was told; None: no hook ever succeeded. `tell` gets
-    a sentence for the log and whether it is bad news.
+    `published` is what the last successful run was told; None: no hook ever succeeded. `emit` gets
+    a sentence for the log and whether it is a failure.
     """
 
     def __init__(
         self,
         pool: Executor,
         clock: Callable[[], float],
-        tell: Callable[[str, bool], None],
+        emit: Callable[[str, bool], None],
         host: str,
         published: Endpoints | None,
     ) -> None:
@@ -64,7 +64,7 @@ class Publisher:
         self.state = HookState()
         self._pool = pool
         self._clock = clock
-        self._tell = tell
+        self._emit = emit
         self._host = host
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[bool] | None = None
@@ -85,8 +85,8 @@ class Publisher:
         self._rows = rows
         under_way = self._task is not None and not self._task.done()
         retry_at = self.state.retry_at
-        rests = retry_at is not None and retry_at > self._clock()
-        if hook is None or under_way or rests or self.endpoints == self.published:
+        waits = retry_at is not None and retry_at > self._clock()
+        if hook is None or under_way or waits or self.endpoints == self.published:
             return
         self._task = asyncio.create_task(self._publish())
 
@@ -137,23 +137,23 @@ class Publisher:
                 self.state, last_success_at=self._clock(), error=None, retry_at=None, in_a_row=0
             )
             ready = ", ".join(f"{model} {len(found)}" for model, found in wanted.items())
-            self._tell(f"on_endpoints_change was told: {ready or 'no models'}", False)
+            self._emit(f"on_endpoints_change was told: {ready or 'no models'}", False)
             return True
 
     def _failed(self, error: MicError) -> None:
         state = self.state
-        rest = min(_FIRST_REST * 2.0 ** min(state.in_a_row, 6), _LAST_REST)
+        delay = min(_FIRST_DELAY * 2.0 ** min(state.in_a_row, 6), _LAST_DELAY)
         self.state = replace(
             state,
             failures=state.failures + 1,
             in_a_row=state.in_a_row + 1,
             error=error.message,
-            retry_at=self._clock() + rest,
+            retry_at=self._clock() + delay,
         )
-        self._tell(error.message, True)
+        self._emit(error.message, True)
 
 
-def run(hook: EndpointsHook, told: Mapping[str, object]) -> None:
+def run(hook: EndpointsHook, payload: Mapping[str, object]) -> None:
     """Run the hook to its end, with a JSON document on its standard input. Raises MicError.
 
     It gets PATH and the supervisor's own MIC_ variables, so that `mic-supervisor export` means the
@@ -163,7 +163,7 @@ def run(hook: EndpointsHook, told: Mapping[str, object]) -> None:
     program = hook.command[0]
     env = {key: value for key, value in os.environ.items() if key.startswith("MIC_")}
     env["PATH"] = os.environ.get("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin")
-    document = json.dumps(told, ensure_ascii=False).encode(errors="backslashreplace")
+    document = json.dumps(payload, ensure_ascii=False).encode(errors="backslashreplace")
     try:
         done = programs.run(
             hook.command, hook.timeout, given=document, env=env, most=_OUTPUT, last=True

@@ -25,14 +25,14 @@ from mic_supervisor.plan.actions import Change
 from mic_supervisor.plan.assess import Selection
 from mic_supervisor.plan.health import ON_ITS_WAY
 from mic_supervisor.plan.selection import Names, free_of_pauses, select, to_resume
-from mic_supervisor.plan.status import InstanceStatus, chosen_rows, settled
+from mic_supervisor.plan.status import InstanceStatus, chosen_rows, converged
 from mic_supervisor.views import endpoints
 from mic_supervisor.views.apply import Failure, apply_document
 from mic_supervisor.views.plan import plan_document, to_text
 from mic_supervisor.views.status import instances, pauses, status_document
 
-Tell = Callable[[Event], None]
-Method = Callable[[Mapping[str, Any], Tell], Awaitable[Any]]
+Emit = Callable[[Event], None]
+Method = Callable[[Mapping[str, Any], Emit], Awaitable[Any]]
 
 QUESTIONS = frozenset({"ping", "status", "plan", "endpoints", "history"})
 """Methods that change nothing. They need no lock."""
@@ -52,7 +52,7 @@ class Session:
     path: Path
     converger: Converger
     events: Events
-    settling: Settling
+    snapshots: Snapshots
     config: Callable[[], ConfigState]
     history: Callable[[], Iterable[Event]]
     reload: Callable[[bool], Awaitable[Reloaded]]
@@ -77,18 +77,18 @@ class Session:
 
     # --- questions ------------------------------------------------------------------------------
 
-    async def _ping(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
+    async def _ping(self, _params: Mapping[str, Any], _emit: Emit) -> dict[str, Any]:
         return {"version": __version__, "scope": self.scope}
 
-    async def _status(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        snapshot = await self.settling.first()
+    async def _status(self, _params: Mapping[str, Any], _emit: Emit) -> dict[str, Any]:
+        snapshot = await self.snapshots.first()
         return asdict(status_document(snapshot, self.config().in_use, host_name()))
 
-    async def _endpoints(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-        snapshot = await self.settling.first()
+    async def _endpoints(self, _params: Mapping[str, Any], _emit: Emit) -> dict[str, Any]:
+        snapshot = await self.snapshots.first()
         return endpoints.document(snapshot.endpoints, host_name())
 
-    async def _plan(self, params: Mapping[str, Any], _tell: Tell) -> dict[str, Any] | None:
+    async def _plan(self, params: Mapping[str, Any], _emit: Emit) -> dict[str, Any] | None:
         """What is still out of sync; nothing is read again for it.
 
         None: that would not be about the file at `path`, as it is now.
@@ -98,7 +98,7 @@ class Session:
             return None
         if not await asyncio.to_thread(self.follows):
             return None
-        snapshot = await self.settling.first()
+        snapshot = await self.snapshots.first()
         targets = self._targets(params, snapshot, "plan")
         plan, busy = snapshot.plan, snapshot.busy
         if targets is not None:
@@ -113,7 +113,7 @@ class Session:
             "busy": sorted(busy),
         }
 
-    async def _past(self, params: Mapping[str, Any], _tell: Tell) -> list[dict[str, Any]]:
+    async def _past(self, params: Mapping[str, Any], _emit: Emit) -> list[dict[str, Any]]:
         name = params.get("name")
         return [
             asdict(event)
@@ -123,7 +123,7 @@ class Session:
 
     # --- orders ---------------------------------------------------------------------------------
 
-    async def _asked_to_reload(self, _params: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
+    async def _asked_to_reload(self, _params: Mapping[str, Any], _emit: Emit) -> dict[str, Any]:
         return await self._read_file(confirm=True)
 
     async def _read_file(self, *, confirm: bool) -> dict[str, Any]:
@@ -143,70 +143,70 @@ class Session:
             "confirmed": outcome.confirmed,
         }
 
-    async def _apply(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+    async def _apply(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Reload, try everything again, and wait until there is nothing left to wait for.
 
         With targets it waits for those alone, and neither confirms nor forgives anything else. A
         daemon converges the rest all the same: it knows of no half of a file.
         """
         self._check_path(params)
-        with self._listening(tell) as errors:
+        with self._listening(emit) as errors:
             await self._read_file(confirm=not params.get("targets"))
             if params.get("rebind"):
                 self.converger.rebind()
             targets, only = await self._chosen(params, "apply")
             self.converger.forgive(only)
             self._begin(targets)
-            self._tell_what_is_under_way(tell, only)
-            snapshot = await self.settling.settled(targets)
+            self._emit_changes_under_way(emit, only)
+            snapshot = await self.snapshots.converged(targets)
         left_out = () if targets is None else snapshot.limited(targets).left_out
         if not self.own:  # of what else is due, a daemon leaves only removals
             left_out = tuple(change for change in left_out if change.kind == "remove")
         return _outcome(snapshot, errors, targets, left_out)
 
-    async def _edited(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+    async def _edited(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """As apply, after one entry was edited: no removal is confirmed, nothing is forgiven."""
         self._check_path(params)
-        with self._listening(tell) as errors:
+        with self._listening(emit) as errors:
             await self._read_file(confirm=False)
             targets, _ = await self._chosen(params, "follow the file on")
             self._begin(targets)
-            snapshot = await self.settling.settled(targets)
+            snapshot = await self.snapshots.converged(targets)
         left_out = () if targets is None or not self.own else snapshot.limited(targets).left_out
         return _outcome(snapshot, errors, targets, left_out)
 
-    async def _restart(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        document, _ = await self._again(params, tell, "restart")
+    async def _restart(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+        document, _ = await self._again(params, emit, "restart")
         return document
 
-    async def _retry(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-        document, failed = await self._again(params, tell, "retry")
+    async def _retry(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+        document, failed = await self._again(params, emit, "retry")
         return document | {"failed_before": sorted(failed)}
 
     async def _again(
-        self, params: Mapping[str, Any], tell: Tell, action: Literal["restart", "retry"]
+        self, params: Mapping[str, Any], emit: Emit, action: Literal["restart", "retry"]
     ) -> tuple[dict[str, Any], set[str]]:
         """The outcome, and which of the instances had failed before."""
         names = await self._named(str(params.get("name", "")), action)
-        with self._listening(tell) as errors:
+        with self._listening(emit) as errors:
             if self.own:  # it follows the file as it is now; a daemon already does
                 await self._read_file(confirm=False)
             failed = self.converger.forgive(names)
             if action == "restart":
                 self.converger.force(names)
             self._begin(None)
-            snapshot = await self.settling.settled()
+            snapshot = await self.snapshots.converged()
         return _outcome(snapshot, errors), failed
 
-    async def _pause(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+    async def _pause(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Returns when nothing is done any more for what is paused."""
-        snapshot = await self.settling.first()
+        snapshot = await self.snapshots.first()
         names = [str(name) for name in params.get("names", ())]
         chosen = select(names, self._names(snapshot), f"pause {' '.join(names)}")
         reason = params.get("reason")
-        with self._listening(tell):
+        with self._listening(emit):
             self.converger.pause(chosen, str(reason) if reason else None)
-            snapshot = await self.settling.seen(
+            snapshot = await self.snapshots.seen(
                 lambda seen: not seen.busy & {row.id for row in _concerned(chosen, seen)}
             )
         indices = snapshot.indices
@@ -216,18 +216,18 @@ class Session:
             "instances": [asdict(row) for row in instances(_concerned(chosen, snapshot), indices)],
         }
 
-    async def _resume(self, params: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+    async def _resume(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Returns when what is not paused any more has nothing left to wait for.
 
         A command of its own starts nothing for it: the next apply does.
         """
-        snapshot = await self.settling.first()
+        snapshot = await self.snapshots.first()
         names = [str(name) for name in params.get("names", ())]
         chosen = to_resume(names, self._names(snapshot), self.converger.memory.paused)
-        with self._listening(tell) as errors:
+        with self._listening(emit) as errors:
             self.converger.resume(chosen)
             if not self.own:
-                snapshot = await self.settling.settled(chosen)
+                snapshot = await self.snapshots.converged(chosen)
         ids = {row.id for row in _concerned(chosen, snapshot)}
         document = _outcome(snapshot, errors)
         rows = [row for row in document["instances"] if row["id"] in ids]
@@ -246,12 +246,12 @@ class Session:
         """The targets, and the ids of their instances; None, None: everything."""
         if not params.get("targets"):
             return None, None
-        snapshot = await self.settling.next()
+        snapshot = await self.snapshots.next()
         targets = self._targets(params, snapshot, action)
         assert targets is not None  # there are some
         return targets, _ids(targets, snapshot)
 
-    def _tell_what_is_under_way(self, tell: Tell, only: Collection[str] | None = None) -> None:
+    def _emit_changes_under_way(self, emit: Emit, only: Collection[str] | None = None) -> None:
         """The watcher is often faster than the command: what it began is waited for as well."""
         snapshot = self.converger.snapshot
         if self.own or snapshot is None:
@@ -259,7 +259,7 @@ class Session:
         for row in snapshot.statuses:
             if row.phase in ON_ITS_WAY and (only is None or row.id in only):
                 about = (row.id, row.reason or "under way already", row.model, row.gpus)
-                tell(Event("begin", time.time(), *about, phase=row.phase.value))
+                emit(Event("begin", time.time(), *about, phase=row.phase.value))
 
     def _check_path(self, params: Mapping[str, Any]) -> None:
         path = Path(str(params.get("path", self.path)))
@@ -286,7 +286,7 @@ class Session:
 
     async def _named(self, name: str, action: str) -> list[str]:
         """The instances of a name, but for those that are paused; all paused is an error."""
-        snapshot = await self.settling.first()
+        snapshot = await self.snapshots.first()
         found = [row for row in snapshot.statuses if composed(name) in (row.id, row.model)]
         if not found:
             known = ", ".join(row.id for row in snapshot.statuses)
@@ -303,14 +303,14 @@ class Session:
         )
 
     @contextmanager
-    def _listening(self, tell: Tell) -> Iterator[dict[str, Failure]]:
+    def _listening(self, emit: Emit) -> Iterator[dict[str, Failure]]:
         """Pass events on meanwhile, and keep the last failure of each instance."""
         errors: dict[str, Failure] = {}
 
         def listen(event: Event) -> None:
             if event.kind == "failed":
                 errors[event.instance] = Failure(event.instance, event.text, event.hint)
-            tell(event)
+            emit(event)
 
         self.events.listeners.append(listen)
         try:
@@ -344,7 +344,7 @@ def _concerned(chosen: Selection, snapshot: Snapshot) -> list[InstanceStatus]:
 # --- waiting for the loop to have nothing left to do --------------------------------------------
 
 
-class Settling:
+class Snapshots:
     """Lets many wait, each for a round that began after it had asked."""
 
     def __init__(self, converger: Converger, clock: Callable[[], float]) -> None:
@@ -353,11 +353,11 @@ class Settling:
         self._waiting: list[Callable[[Snapshot], None]] = []
         self._last: Snapshot | None = None
 
-    def look(self, snapshot: Snapshot) -> None:
+    def on_snapshot(self, snapshot: Snapshot) -> None:
         """To be called with every snapshot."""
         self._last = snapshot
-        for tell in [*self._waiting]:
-            tell(snapshot)
+        for emit in [*self._waiting]:
+            emit(snapshot)
 
     async def first(self) -> Snapshot:
         """The last snapshot, once there is one."""
@@ -367,13 +367,13 @@ class Settling:
         """The first snapshot of a round that begins from now on."""
         return await self.seen(lambda _snapshot: True)
 
-    async def settled(self, targets: Selection | None = None) -> Snapshot:
+    async def converged(self, targets: Selection | None = None) -> Snapshot:
         """The first snapshot of a round from now on that leaves nothing to wait for.
 
         With `targets` it is about those alone.
         """
         began = self._clock()
-        return await self.seen(lambda snapshot: all_settled(snapshot, began, targets))
+        return await self.seen(lambda snapshot: all_converged(snapshot, began, targets))
 
     async def seen(self, enough: Callable[[Snapshot], bool]) -> Snapshot:
         """The first snapshot of a round from now on that is enough."""
@@ -383,24 +383,24 @@ class Settling:
     async def _wait(self, enough: Callable[[Snapshot], bool]) -> Snapshot:
         found: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
 
-        def tell(snapshot: Snapshot) -> None:
+        def emit(snapshot: Snapshot) -> None:
             if not found.done() and enough(snapshot):
                 found.set_result(snapshot)
 
-        self._waiting.append(tell)
+        self._waiting.append(emit)
         self._converger.wake()
         try:
             return await found
         finally:
-            self._waiting.remove(tell)
+            self._waiting.remove(emit)
 
 
-def all_settled(snapshot: Snapshot, began: float, targets: Selection | None = None) -> bool:
+def all_converged(snapshot: Snapshot, began: float, targets: Selection | None = None) -> bool:
     """Whether an apply that began then has nothing left to wait for."""
     only = None if targets is None else _ids(targets, snapshot)
     if snapshot.busy if only is None else snapshot.busy & only:
         return False
-    return settled(
+    return converged(
         snapshot.desired,
         snapshot.plan,
         snapshot.statuses,

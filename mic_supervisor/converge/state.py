@@ -157,9 +157,9 @@ class StateDir:
 
 def _salvaged(path: Path, data: Any) -> tuple[Memory, str | None]:
     """What is good of a document, and what to say of the rest. Raises BadDocument."""
-    memory, places = codec.salvage(Memory, data, whole=_OF_OTHER_VERSIONS)
-    places = [name for name in places if not name.endswith(_OF_OTHER_VERSIONS)]
-    return memory, f"{path} was damaged: {', '.join(places)} was lost" if places else None
+    memory, locations = codec.salvage(Memory, data, whole=_OF_OTHER_VERSIONS)
+    locations = [name for name in locations if not name.endswith(_OF_OTHER_VERSIONS)]
+    return memory, f"{path} was damaged: {', '.join(locations)} was lost" if locations else None
 
 
 def _is_damage(error: OSError) -> bool:

@@ -23,25 +23,25 @@ async def blocking(pool: Executor, work: Callable[..., T], *args: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
 
 
-async def end(tasks: Iterable[asyncio.Task[Any]], patience: float = 2.0) -> None:
-    """Cancel them, and wait until they have ended, `patience` seconds at most.
+async def end(tasks: Iterable[asyncio.Task[Any]], timeout: float = 2.0) -> None:
+    """Cancel them, and wait until they have ended, `timeout` seconds at most.
 
     A cancellation can get lost on its way, in a library or in asyncio.wait_for of Python 3.11, so
     it is sent again. A task that stays is named in the log and left.
     """
     loop = asyncio.get_running_loop()
-    left, over = set(tasks), loop.time() + patience
+    left, over = set(tasks), loop.time() + timeout
     while left and loop.time() < over:
         for task in left:
             task.cancel()
-        done, left = await asyncio.wait(left, timeout=min(_AGAIN, patience))
+        done, left = await asyncio.wait(left, timeout=min(_AGAIN, timeout))
         for task in done:
-            tell_of_death(task)
+            log_exception(task)
     for task in left:
         _LOGGER.error("%s does not end; it is left behind", task.get_name())
 
 
-def tell_of_death(task: asyncio.Task[Any]) -> None:
+def log_exception(task: asyncio.Task[Any]) -> None:
     """Write down what a task died of, as a callback of it, too. Being cancelled is no death."""
     if not task.cancelled() and (error := task.exception()) is not None:
         _LOGGER.error("%s has died", task.get_name(), exc_info=error)
@@ -62,7 +62,7 @@ class Threads(Executor):
 
     def submit(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
-        call = partial(_settle, future, partial(work, *args, **kwargs))
+        call = partial(_complete, future, partial(work, *args, **kwargs))
         with self._lock:
             if self._free == 0:
                 self._waiting.append(call)
@@ -86,7 +86,7 @@ class Threads(Executor):
             self._waiting.clear()
 
 
-def _settle(future: Future[T], work: Callable[[], T]) -> None:
+def _complete(future: Future[T], work: Callable[[], T]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:

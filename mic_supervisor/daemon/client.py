@@ -52,10 +52,10 @@ class Client:
         method: str,
         params: Mapping[str, Any] | None = None,
         *,
-        tell: Callable[[Event], None] = lambda _event: None,
+        emit: Callable[[Event], None] = lambda _event: None,
         timeout: float | None = None,
     ) -> Any:
-        """The method's result. Events on the way go to `tell`.
+        """The method's result. Events on the way go to `emit`.
 
         `timeout` bounds the wait for each line, in seconds; None waits as long as the daemon lives.
         Raises ConfigError or MicError as the daemon says, MicError when it goes away.
@@ -70,7 +70,7 @@ class Client:
                     answer = codec.parse(line)
                     if "event" in answer:
                         with suppress(codec.BadDocument):  # of a kind that only a later one knows
-                            tell(codec.decode(Event, answer["event"]))
+                            emit(codec.decode(Event, answer["event"]))
                     elif "error" in answer:
                         raise _error(answer["error"])
                     else:

@@ -24,7 +24,7 @@ from mic_supervisor.errors import ConfigError, MicError
 
 _LONGEST_REQUEST = 1 << 16  # bytes
 _REQUEST_TIMEOUT = 10.0  # seconds for a client to say what it wants
-_LOOK = 2.0  # seconds between two looks at whether the socket is still there
+_POLL = 2.0  # seconds between two looks at whether the socket is still there
 _MOST_UNREAD = 1 << 22  # bytes that are kept for a client that does not read
 
 _SAME_VERSION = "use the command of the version that the daemon is of, or restart the daemon"
@@ -69,7 +69,7 @@ class ControlServer:
             await self.start()
         try:
             while self._server is not None and self._server.is_serving() and self._is_ours():
-                await asyncio.sleep(_LOOK)
+                await asyncio.sleep(_POLL)
             raise MicError(f"nobody can reach the daemon at {self._path}: the socket is gone")
         finally:
             if self._server is not None:

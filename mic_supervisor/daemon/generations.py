@@ -193,8 +193,8 @@ class Generations:
 def last_good(state: StateDir, registry: Registry, environ: Mapping[str, str]) -> Config | None:
     """What a daemon accepted last; None where there was none. Raises ConfigError."""
     # A crash between two renames leaves the one before under its other name.
-    places = [state.path / name / "gpus.yaml" for name in (_KEPT, f".{_KEPT}.old")]
-    kept = next((path for path in places if path.exists()), None)
+    candidates = [state.path / name / "gpus.yaml" for name in (_KEPT, f".{_KEPT}.old")]
+    kept = next((path for path in candidates if path.exists()), None)
     if kept is None:
         return None
     # It was valid: a plug-in that is broken since, or gone, blocks its own models alone.

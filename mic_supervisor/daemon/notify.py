@@ -60,14 +60,14 @@ def sentence(published: Published) -> str:
         return "looking at the machine"
     indices = snapshot.indices
     rows = snapshot.statuses
-    parts = [f"{sum(row.settled_well for row in rows)}/{len(rows)} ready"]
-    troubled = [row for row in rows if not row.settled_well]
-    for row in troubled[:_SHOWN]:
+    parts = [f"{sum(row.as_desired for row in rows)}/{len(rows)} ready"]
+    not_as_desired = [row for row in rows if not row.as_desired]
+    for row in not_as_desired[:_SHOWN]:
         until = f" until {clock(row.next_retry)}" if row.next_retry is not None else ""
         why = f": {row.reason}" if row.phase is Phase.BLOCKED and row.reason else ""
         parts.append(f"{gpu_names(row.gpus, indices)} {row.phase.value}{until}{why}")
-    if len(troubled) > _SHOWN:
-        parts.append(f"{len(troubled) - _SHOWN} more")
+    if len(not_as_desired) > _SHOWN:
+        parts.append(f"{len(not_as_desired) - _SHOWN} more")
     parts += [
         f"{view.runtime} cannot be read"
         for view in snapshot.observed.runtimes

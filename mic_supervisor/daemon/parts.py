@@ -9,8 +9,8 @@ from mic_supervisor.converge import tasks
 from mic_supervisor.daemon.log import LOGGER
 from mic_supervisor.errors import MicError
 
-_FIRST_REST = 1.0  # seconds before a part that ended is started again, doubling to the last
-_LAST_REST = 30.0
+_FIRST_DELAY = 1.0  # seconds before a part that ended is started again, doubling to the last
+_LAST_DELAY = 30.0
 _PROVEN = 10.0  # seconds that a part has to live to count as alive after it had ended
 
 
@@ -38,10 +38,10 @@ class Parts:
         await tasks.end(self._tasks)
 
     async def _keep(self, name: str, run: Callable[[], Awaitable[object]]) -> None:
-        loop, rest = asyncio.get_running_loop(), _FIRST_REST
+        loop, delay = asyncio.get_running_loop(), _FIRST_DELAY
         while not self._over:
             began = loop.time()
-            proven = loop.call_later(_PROVEN, self._tell, name, None)
+            proven = loop.call_later(_PROVEN, self._note, name, None)
             try:
                 await run()
                 why = "it ended"
@@ -60,13 +60,13 @@ class Parts:
             if self._over:
                 return
             if loop.time() - began >= _PROVEN:
-                rest = _FIRST_REST
-            LOGGER.error("%s is not alive: %s; it is started again in %g s", name, why, rest)
-            self._tell(name, why)
-            await asyncio.sleep(rest)
-            rest = min(2 * rest, _LAST_REST)
+                delay = _FIRST_DELAY
+            LOGGER.error("%s is not alive: %s; it is started again in %g s", name, why, delay)
+            self._note(name, why)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _LAST_DELAY)
 
-    def _tell(self, name: str, why: str | None) -> None:
+    def _note(self, name: str, why: str | None) -> None:
         if self.down.get(name) == why:
             return
         if why is None:

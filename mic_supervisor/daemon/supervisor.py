@@ -17,7 +17,7 @@ from mic_supervisor.config.settings import Settings
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.observe import Sources
-from mic_supervisor.converge.session import Session, Settling, all_settled
+from mic_supervisor.converge.session import Session, Snapshots, all_converged
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.daemon.control import ControlServer
@@ -35,7 +35,7 @@ from mic_supervisor.plan.assess import Context
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.runtimes import Runtime
 
-_STREAM_REST = 1.0  # seconds between two tries to follow a runtime's events
+_STREAM_DELAY = 1.0  # seconds between two tries to follow a runtime's events
 _LAST_STEPS = 2.5  # seconds for steps under way to end: a daemon is gone 5 s after SIGTERM
 _STOP_NOTICE = 15.0  # seconds for which systemd is asked at a time while instances are stopped
 
@@ -88,13 +88,13 @@ class Supervisor:
             sources.gpus, wake=self._converger.wake, clock=self._clock.steady
         )
         self._converger.xids = lambda: self._gpu_watch.records
-        self._converger.observers.append(self._gpu_watch.look)
+        self._converger.observers.append(self._gpu_watch.on_snapshot)
         self._converger.observers.append(self._publish)
-        self._settling = Settling(self._converger, self._clock.steady)
-        self._converger.observers.append(self._settling.look)
+        self._snapshots = Snapshots(self._converger, self._clock.steady)
+        self._converger.observers.append(self._snapshots.on_snapshot)
         self._stopping = asyncio.Event()
         self._ready = False  # whether a round was done, and systemd told
-        self._parts = Parts(changed=lambda: self._tell(self.published.snapshot))
+        self._parts = Parts(changed=lambda: self._notify(self.published.snapshot))
         self._reloads = asyncio.Lock()
         self._asked: set[asyncio.Future[Reloaded]] = set()
         self.published = self._view(None)
@@ -113,7 +113,7 @@ class Supervisor:
             path=self._settings.config,
             converger=self._converger,
             events=self._events,
-            settling=self._settling,
+            snapshots=self._snapshots,
             config=lambda: self.published.config,
             history=lambda: self.published.history,
             reload=self._asked_to_reload,
@@ -180,7 +180,7 @@ class Supervisor:
         if self._generations.unconfirmed is not None:
             LOGGER.warning("%s: %s", self._generations.unconfirmed, WAY_OUT)
         self._warn(self._started_with)
-        self._events.tell(
+        self._events.emit(
             Event("config", self._clock.wall(), "configuration", self._origin(), cause="start")
         )
 
@@ -203,7 +203,7 @@ class Supervisor:
         began = self._clock.steady()
         self._converger.wake()
         try:
-            await self._converger.run(until=lambda snapshot: all_settled(snapshot, began))
+            await self._converger.run(until=lambda snapshot: all_converged(snapshot, began))
         finally:
             notice.cancel()
 
@@ -234,7 +234,7 @@ class Supervisor:
                 if not broken:
                     LOGGER.warning("%s; looking every few seconds until it is back", error)
                 broken = True
-            await asyncio.sleep(_STREAM_REST)
+            await asyncio.sleep(_STREAM_DELAY)
 
     def _asked_to_reload(self, confirm: bool) -> Awaitable[Reloaded]:
         return self._reload(confirm=confirm, why="reload" if confirm else "an edit")
@@ -267,11 +267,11 @@ class Supervisor:
         else:
             text = f"generation {number} confirmed ({why})"
         self._warn(outcome)
-        self._events.tell(Event("config", now, "configuration", text, cause=why))
+        self._events.emit(Event("config", now, "configuration", text, cause=why))
         if outcome.error is None and outcome.unconfirmed is None:
             self._desired.use(self._config())
         # A round may take its time: what is wrong with the file is shown now.
-        self._tell(self.published.snapshot)
+        self._notify(self.published.snapshot)
         self._converger.wake()
 
     @staticmethod
@@ -297,13 +297,13 @@ class Supervisor:
             last_duration=snapshot.seconds,
             last_success_at=snapshot.at,
         )
-        self._tell(snapshot)
+        self._notify(snapshot)
         self._notifier.alive()
         if not self._ready:
             self._ready = True
             self._notifier.ready()
 
-    def _tell(self, snapshot: Snapshot | None) -> None:
+    def _notify(self, snapshot: Snapshot | None) -> None:
         self.published = self._view(snapshot)
         self._notifier.status(sentence(self.published))
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mic_supervisor.converge.snapshot import Snapshot
-from mic_supervisor.converge.tasks import tell_of_death
+from mic_supervisor.converge.tasks import log_exception
 from mic_supervisor.daemon.log import LOGGER
 from mic_supervisor.daemon.parts import in_thread
 from mic_supervisor.errors import MicError
@@ -21,7 +21,7 @@ from mic_supervisor.gpu.events import SAYS, XidEvent, XidRecord, XidSeverity, co
 POLL = 2.0  # seconds between two looks at the files' content, for what no event tells
 _STEP = 100  # milliseconds between two looks of the listener at what the kernel told it
 _QUIET = 0.25  # seconds without a change until a file counts as written
-_LONGEST = 3.0  # seconds after which a file that never rests is read all the same
+_LONGEST = 3.0  # seconds after which a file that never stays the same is read all the same
 
 
 async def watch(
@@ -34,7 +34,7 @@ async def watch(
     """
     hints = asyncio.Event()
     listener = asyncio.create_task(_listen(path, hints), name="the listener for changed files")
-    listener.add_done_callback(tell_of_death)  # the look at the content goes on
+    listener.add_done_callback(log_exception)  # the look at the content goes on
     try:
         while True:
             # Where nobody said anything the content is looked at all the same.
@@ -43,13 +43,13 @@ async def watch(
                     await hints.wait()
             hints.clear()
             if await asyncio.to_thread(differs):
-                await _rest(hints)
+                await _pause(hints)
                 await changed()
     finally:
         listener.cancel()
 
 
-async def _rest(hints: asyncio.Event) -> None:
+async def _pause(hints: asyncio.Event) -> None:
     """Until nothing happened for a moment: ten saves in a second are one change."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _LONGEST
@@ -122,11 +122,11 @@ class GpuWatch:
         def listen() -> None:
             for event in watcher.events(over):
                 with suppress(RuntimeError):  # the loop has ended meanwhile
-                    loop.call_soon_threadsafe(self._heard, event)
+                    loop.call_soon_threadsafe(self._on_event, event)
 
         await in_thread("xid", listen)
 
-    def look(self, snapshot: Snapshot) -> None:
+    def on_snapshot(self, snapshot: Snapshot) -> None:
         """For the observers of the converger."""
         self._indices.update(snapshot.indices)
         if getattr(self._source, "outdated", False):
@@ -141,7 +141,7 @@ class GpuWatch:
             hint="systemd starts the daemon again; elsewhere: mic-supervisor run",
         )
 
-    def _heard(self, event: XidEvent) -> None:
+    def _on_event(self, event: XidEvent) -> None:
         self.records = counted(self.records, event)
         LOGGER.log(_LEVELS.get(event.severity, logging.WARNING), "%s", self._sentence(event))
         self._wake()

@@ -61,7 +61,7 @@ class Model:
     def __init__(self) -> None:
         self.name = setting("MODEL", "model")
         self.ready_at = float("inf")
-        self.told: dict[str, tuple[int, float, bytes]] = {}
+        self.scripted: dict[str, tuple[int, float, bytes]] = {}
         self.children: list[int] = []
         self.busy = self.requests = 0
         self.seconds = 0.0
@@ -115,8 +115,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
-        if path in MODEL.told:
-            status, delay, body = MODEL.told[path]
+        if path in MODEL.scripted:
+            status, delay, body = MODEL.scripted[path]
             time.sleep(delay)
             self.answer(status, body)
         elif path in ("/health", "/ready", "/v2/health/ready"):
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         delay = float(query.get("delay", 0))
         if self.command == "PUT":
-            MODEL.told[parts.path] = int(query.get("status", 200)), delay, body
+            MODEL.scripted[parts.path] = int(query.get("status", 200)), delay, body
             self.answer(200)
         elif parts.path == "/exit":
             self.answer(200)
@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT
 
     def do_DELETE(self) -> None:
-        MODEL.told.pop(urlsplit(self.path).path, None)
+        MODEL.scripted.pop(urlsplit(self.path).path, None)
         self.answer(200)
 
     def infer(self, body: bytes, delay: float) -> None:

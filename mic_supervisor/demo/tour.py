@@ -21,7 +21,7 @@ import click
 
 from mic_supervisor.demo.world import DemoFailed, World
 
-_PATIENCE = 15.0  # seconds for what takes one
+_TIMEOUT = 15.0  # seconds for what takes one
 
 _FILE = """\
 version: 1
@@ -160,8 +160,8 @@ class Tour:
             .replace("1: MAM", "1: MAN")
             .replace("period: 300ms", "period: 300", 1)
         )
-        place = f"{self._world.config}:"
-        self._mic("apply", rc=1, expect=[place, "unknown model 'MAN'", "did you mean MAM?"])
+        location = f"{self._world.config}:"
+        self._mic("apply", rc=1, expect=[location, "unknown model 'MAN'", "did you mean MAM?"])
         self._expect(self._pids_answer(), "a model stopped because of a broken file")
         self._screen.note("all three processes still answer, with the PIDs they had")
         self._world.write(good)
@@ -283,7 +283,7 @@ class Tour:
         return all(_pid(model.url) == model.pid for model in self._models.values())
 
     def _until(self, condition: Any, otherwise: str) -> None:
-        self._expect(self._world.wait_for(condition, _PATIENCE), otherwise)
+        self._expect(self._world.wait_for(condition, _TIMEOUT), otherwise)
 
     def _expect(self, good: bool, otherwise: str) -> None:
         if not good:

@@ -36,17 +36,21 @@ def desired_state(
     for bound in binding.entries:
         if bound.instance is None:
             kept_empty += [gpu.uuid for gpu in bound.gpus]
-        elif (trouble := servers.reserves(bound)) is not None:
-            unsatisfiable.append(trouble)
+        elif (refused := servers.reserves(bound)) is not None:
+            unsatisfiable.append(refused)
         elif not servers.takes(bound):
             try:
                 instances.append(compiler.instance(bound))
             except CompileError as error:
                 unsatisfiable.append(unsatisfiable_entry(bound, error, (bound.instance,)))
-    shared, troubled = servers.compile()
-    unsatisfiable = [item for item in unsatisfiable if not servers.tells_of(item)] + troubled
-    if inventory.told is not None:
-        unsatisfiable = [replace(item, reason=inventory.told, hint=None) for item in unsatisfiable]
+    shared, shared_unsatisfiable = servers.compile()
+    unsatisfiable = [
+        item for item in unsatisfiable if not servers.reports(item)
+    ] + shared_unsatisfiable
+    if inventory.error_line is not None:
+        unsatisfiable = [
+            replace(item, reason=inventory.error_line, hint=None) for item in unsatisfiable
+        ]
     return DesiredState(
         instances=tuple(sorted([*instances, *shared], key=lambda item: item.id)),
         kept_empty=tuple(kept_empty),

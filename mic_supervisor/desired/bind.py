@@ -59,12 +59,14 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
     }
     warnings: list[str] = []
 
-    fallen = {gpu.uuid.lower(): gpu.told for gpu in inventory.unopened if gpu.uuid is not None}
+    unopened = {
+        gpu.uuid.lower(): gpu.error_line for gpu in inventory.unopened if gpu.uuid is not None
+    }
 
     def find(key: GpuKey) -> Gpu | str:
         if key.kind == "uuid":
             uuid = key.value.lower()
-            return by_uuid.get(uuid) or fallen.get(uuid) or f"{key.value} is not in this machine"
+            return by_uuid.get(uuid) or unopened.get(uuid) or f"{key.value} is not in this machine"
         if key.kind == "pci":
             there = by_pci.get(_pci(key.value))
             if there is None:
@@ -74,8 +76,8 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
         if key.value in bindings:
             uuid = bindings[key.value]
             found = by_uuid.get(uuid.lower())
-            if found is None and uuid.lower() in fallen:
-                return fallen[uuid.lower()]
+            if found is None and uuid.lower() in unopened:
+                return unopened[uuid.lower()]
             if found is None:
                 return f"GPU {key.value} is bound to {uuid}, which is not there"
             if found.index != int(key.value):
@@ -118,7 +120,7 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
             elif uuid.lower() in claimed:
                 reasons.append(f"{uuid} is already named by {claimed[uuid.lower()]}")
             else:
-                claimed[uuid.lower()] = f"{subject} ({entry.place})"
+                claimed[uuid.lower()] = f"{subject} ({entry.location})"
                 own.append(uuid)
         known = [uuid for uuid in expected if uuid is not None]
         instance = (
@@ -199,7 +201,7 @@ def _pci(bus_id: str) -> str:
 
 
 def _no_such_index(value: str, inventory: GpuInventory) -> str:
-    unopened = {gpu.index: gpu.told for gpu in inventory.unopened}
+    unopened = {gpu.index: gpu.error_line for gpu in inventory.unopened}
     if int(value) in unopened:
         return f"GPU {value} cannot be opened: {unopened[int(value)]}"
     if inventory.source == "none":

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from mic_supervisor.backends import Backend, CompileRequest, Member
 from mic_supervisor.backends.registry import Registry
-from mic_supervisor.config.document import Config, GpuEntry, Place, parse_gpu_key
+from mic_supervisor.config.document import Config, GpuEntry, Location, parse_gpu_key
 from mic_supervisor.desired.bind import Binding, BoundEntry, bind, safe_name
 from mic_supervisor.errors import CompileError
 from mic_supervisor.host.files import read_in_time
@@ -42,7 +42,7 @@ class Compiler:
             definition.backend, definition.name, bound.instance, definition.options, bound.gpus
         )
         compiled = called(definition.backend, definition.name, lambda: backend.compile(request))
-        return replace(compiled, place=str(bound.entry.place))
+        return replace(compiled, location=str(bound.entry.location))
 
     def request(
         self, backend: str, model: str, instance: str, options: object, gpus: tuple[Gpu, ...]
@@ -72,7 +72,8 @@ def called(backend: str, what: str, call: Callable[[], T]) -> T:
         return call()
     except CompileError:
         raise
-    # A backend may be a stranger's plug-in: whatever it raises concerns its own models alone.
+    # A backend may be a plug-in of another package: whatever it raises concerns its own models
+    # alone.
     except Exception as error:
         raise CompileError(
             f"backend {backend} cannot compile {what}: {type(error).__name__}: {error}",
@@ -99,13 +100,14 @@ def unsatisfiable_entry(
 
 @dataclass(slots=True)
 class _Server:
-    """One server, while the entries are gone through. `troubles` keep it from being followed."""
+    """One server, while the entries are gone through. `unsatisfiable` keep it from being
+    followed."""
 
     name: str
     backend: Backend
     reserved: list[Gpu] = field(default_factory=list)
     entries: list[BoundEntry] = field(default_factory=list)
-    troubles: list[Unsatisfiable] = field(default_factory=list)
+    unsatisfiable: list[Unsatisfiable] = field(default_factory=list)
 
     @property
     def instance(self) -> str:
@@ -122,14 +124,14 @@ class Servers:
         self._compiler = compiler
         self._config = compiler.config
         self._servers: dict[tuple[str, str], _Server] = {}
-        self._told: list[Unsatisfiable] = []
+        self._reported: list[Unsatisfiable] = []
         for bound in binding.entries:
             if (server := self._server(bound.entry.model)) is not None:
                 server.entries.append(bound)
         for lost in binding.unsatisfiable:
             if (server := self._server(lost.model)) is not None:
-                server.troubles.append(lost)
-                self._told.append(lost)
+                server.unsatisfiable.append(lost)
+                self._reported.append(lost)
         known = {**kept, **dict(binding.bindings)}
         for server in self._servers.values():
             self._reserve(server, inventory, known)
@@ -138,9 +140,9 @@ class Servers:
         """Whether an entry is part of a shared server."""
         return any(bound in server.entries for server in self._servers.values())
 
-    def tells_of(self, trouble: Unsatisfiable) -> bool:
-        """Whether what is wrong with an entry is told of as a trouble of its server."""
-        return trouble in self._told
+    def reports(self, refused: Unsatisfiable) -> bool:
+        """Whether what is wrong with an entry is reported for its server."""
+        return refused in self._reported
 
     def reserves(self, bound: BoundEntry) -> Unsatisfiable | None:
         """Why an entry cannot have its GPU: a server of others has it for itself."""
@@ -158,25 +160,27 @@ class Servers:
     def compile(self) -> tuple[list[Instance], list[Unsatisfiable]]:
         """The servers that can be followed, and what of the file cannot be.
 
-        A server that loses a GPU, or an entry to trouble, is frozen as a whole: to start it anew
-        with a smaller set would end everything else in it.
+        A server that loses a GPU, or has an unsatisfiable entry, is frozen as a whole: to start it
+        anew with a smaller set would end everything else in it.
         """
         instances: list[Instance] = []
-        troubles: list[Unsatisfiable] = []
+        unsatisfiable: list[Unsatisfiable] = []
         for _, server in sorted(self._servers.items()):
-            if server.troubles:
-                troubles.append(_frozen(server, server.troubles[0].reason, server.troubles[0].hint))
+            if server.unsatisfiable:
+                unsatisfiable.append(
+                    _frozen(server, server.unsatisfiable[0].reason, server.unsatisfiable[0].hint)
+                )
                 continue
             if not server.entries:
                 continue
             try:
                 made, failed = self._compile(server)
             except CompileError as error:
-                troubles.append(_frozen(server, error.message, error.hint))
+                unsatisfiable.append(_frozen(server, error.message, error.hint))
             else:
                 instances.append(made)
-                troubles += failed
-        return instances, troubles
+                unsatisfiable += failed
+        return instances, unsatisfiable
 
     def _compile(self, server: _Server) -> tuple[Instance, list[Unsatisfiable]]:
         gpus = _in_bus_order([*server.reserved, *(g for b in server.entries for g in b.gpus)])
@@ -214,7 +218,7 @@ class Servers:
             server.name,
             lambda: server.backend.compile_server(request, [*members.values()], placements),
         )
-        return replace(made, place=str(server.entries[0].entry.place)), failed
+        return replace(made, location=str(server.entries[0].entry.location)), failed
 
     def _server(self, model: str | None) -> _Server | None:
         found = self._config.servers.get(model or "")
@@ -230,16 +234,16 @@ class Servers:
         settings = self._config.backends[server.backend.name]
         for text in server.backend.reserved(settings):
             (key,) = parse_gpu_key(text).keys
-            bound = bind([GpuEntry((key,), None, Place("", 0, 0))], inventory, kept)
+            bound = bind([GpuEntry((key,), None, Location("", 0, 0))], inventory, kept)
             self.bindings += bound.bindings
-            server.troubles += bound.unsatisfiable
+            server.unsatisfiable += bound.unsatisfiable
             server.reserved += [gpu for item in bound.entries for gpu in item.gpus]
 
 
 def _frozen(server: _Server, reason: str, hint: str | None) -> Unsatisfiable:
     """A server that cannot be followed is left as it is, with all that it has."""
     gpus = [*server.reserved, *(gpu for bound in server.entries for gpu in bound.gpus)]
-    uuids = [uuid for trouble in server.troubles for uuid in trouble.gpus]
+    uuids = [uuid for refused in server.unsatisfiable for uuid in refused.gpus]
     return Unsatisfiable(
         subject=server.instance,
         reason=reason,

@@ -42,10 +42,10 @@ def fail(subject: str, text: str, fix: str | None = None) -> Finding:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`look` may block, raise and hang."""
+    """`run` may block, raise and hang."""
 
     subject: str
-    look: Callable[[], Iterable[Finding]]
+    run: Callable[[], Iterable[Finding]]
 
 
 def examine(checks: Sequence[Check], bound: float = BOUND) -> list[Finding]:
@@ -54,15 +54,15 @@ def examine(checks: Sequence[Check], bound: float = BOUND) -> list[Finding]:
     looks = [threads.submit(_findings, check) for check in checks]
     done, _ = wait(looks, bound)
     results: list[Finding] = []
-    for check, look in zip(checks, looks, strict=True):
+    for check, run in zip(checks, looks, strict=True):
         late = fail(check.subject, f"cannot be checked: no answer within {bound:g} s")
-        results += look.result() if look in done else [late]
+        results += run.result() if run in done else [late]
     return results
 
 
 def _findings(check: Check) -> list[Finding]:
     try:
-        return list(check.look())
+        return list(check.run())
     except MicError as error:
         return [fail(check.subject, error.message, error.hint)]
     # A check looks at a machine of which anything may be broken, and may run a plug-in's code: what

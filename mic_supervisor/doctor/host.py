@@ -26,7 +26,7 @@ _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 _PORTS_PER_GPU = 6  # three for an instance and three for its successor
 _PLAUSIBLE = 1735689600.0  # 2025-01-01, before this program was written
-_PATIENCE = 5.0  # seconds for one question to a program
+_TIMEOUT = 5.0  # seconds for one question to a program
 _WRITTEN = ("memory.json", "history.jsonl")
 _UNIT, _SLICE = "mic.service", "mic.slice"
 
@@ -35,9 +35,9 @@ _UNIT, _SLICE = "mic.service", "mic.slice"
 
 
 def gpus(
-    look: Callable[[], GpuInventory], modes: Callable[[], tuple[GpuModes, ...]]
+    read_gpus: Callable[[], GpuInventory], modes: Callable[[], tuple[GpuModes, ...]]
 ) -> Iterator[Finding]:
-    inventory = look()
+    inventory = read_gpus()
     if inventory.source == "none":
         yield warn(
             "gpus", "switched off by MIC_GPU_SOURCE=none: every entry is blocked", "unset it"
@@ -281,11 +281,11 @@ def _show(program: str, unit: str) -> dict[str, str]:
 
 def _ask(*command: str) -> str:
     try:
-        done = programs.run(command, _PATIENCE, apart=True)
+        done = programs.run(command, _TIMEOUT, apart=True)
     except OSError as error:
         raise MicError(f"cannot ask {command[0]}: {error.strerror}") from error
     if done.code is None:
-        raise MicError(f"cannot ask {command[0]}: it gives no answer within {_PATIENCE:g} s")
+        raise MicError(f"cannot ask {command[0]}: it gives no answer within {_TIMEOUT:g} s")
     return done.output.decode(errors="replace")
 
 
@@ -299,7 +299,7 @@ def questions(found: Settings) -> tuple[Callable[[], Mapping[str, Any]], Callabl
     runtime = DockerRuntime(
         found.scope, "", base_url=found.docker_host, docker_config=None, timeout=10.0
     )
-    client = Engine(found.docker_host, timeout=10.0, patience=10.0)
+    client = Engine(found.docker_host, timeout=10.0, work_timeout=10.0)
 
     def has_image(image: str) -> bool:
         return client.image(f"cannot look for the image {image}", image) is not None

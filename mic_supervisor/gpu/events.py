@@ -98,12 +98,12 @@ def counted(records: tuple[XidRecord, ...], event: XidEvent) -> tuple[XidRecord,
 class XidWatcher:
     """Follows the Xid events of every GPU that an open source knows. For one thread.
 
-    It is inside NVML only while the source is (see Guests), and holds an nvmlInit of its own there.
-    What the library refuses is tried again after a second, then less and less often, up to a
+    It is inside NVML only while the source is (see NvmlUsers), and holds an nvmlInit of its own
+    there. What the library refuses is tried again after a second, then less and less often, up to a
     minute; a GPU that cannot be registered leaves the others followed.
     """
 
-    guests: Guests
+    nvml_users: NvmlUsers
     _: KW_ONLY
     clock: Callable[[], float] = time.time
     retry: float = FIRST_RETRY
@@ -117,7 +117,7 @@ class XidWatcher:
             return
         delay = self.retry
         while not stop.is_set():
-            if not self.guests.enter(WAIT_MS / 1000):
+            if not self.nvml_users.enter(WAIT_MS / 1000):
                 continue
             try:
                 for event in self._follow(pynvml, stop):
@@ -128,7 +128,7 @@ class XidWatcher:
             except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError, UnicodeDecodeError):
                 pass  # the source tells of a library that is broken; here it is only tried again
             finally:
-                self.guests.leave()
+                self.nvml_users.leave()
             stop.wait(delay)
             delay = min(LAST_RETRY, delay * 2)
 
@@ -140,7 +140,7 @@ class XidWatcher:
             try:
                 known, complete = _register(nvml, events)
                 until = None if complete else time.monotonic() + self.partial
-                while self.guests.welcome and not stop.is_set():
+                while self.nvml_users.may_stay and not stop.is_set():
                     if until is not None and time.monotonic() >= until:
                         return
                     if not known:
@@ -174,8 +174,8 @@ class XidWatcher:
 
 def watcher_of(source: GpuSource, clock: Callable[[], float] = time.time) -> XidWatcher | None:
     """The watcher that goes with a source; None: GPUs of this source report no Xids."""
-    guests = getattr(source, "guests", None)
-    return XidWatcher(guests, clock=clock) if isinstance(guests, Guests) else None
+    nvml_users = getattr(source, "nvml_users", None)
+    return XidWatcher(nvml_users, clock=clock) if isinstance(nvml_users, NvmlUsers) else None
 
 
 def _register(nvml: Any, events: Any) -> tuple[dict[int, tuple[str, Any]], bool]:
@@ -237,8 +237,8 @@ REMAP_FAILED = "a row of its memory could not be replaced, and the card is to be
 
 def trouble_of(action: RecoveryAction | None, remap_failed: bool) -> str | None:
     """What the driver itself says against a GPU; None: nothing."""
-    said = [SAYS[action]] if action not in (None, RecoveryAction.NONE) else []
-    return "; ".join([*said, *([REMAP_FAILED] if remap_failed else [])]) or None
+    trouble = [SAYS[action]] if action not in (None, RecoveryAction.NONE) else []
+    return "; ".join([*trouble, *([REMAP_FAILED] if remap_failed else [])]) or None
 
 
 def with_xids(inventory: GpuInventory, records: Iterable[XidRecord], now: float) -> GpuInventory:
@@ -254,12 +254,12 @@ def with_xids(inventory: GpuInventory, records: Iterable[XidRecord], now: float)
         return inventory
     gpus = []
     for gpu in inventory.gpus:
-        said, last = gpu.trouble, critical.get(gpu.uuid)
-        if last is not None and said is not None:
-            said = f"Xid {last.xid}; {said}"
+        trouble, last = gpu.trouble, critical.get(gpu.uuid)
+        if last is not None and trouble is not None:
+            trouble = f"Xid {last.xid}; {trouble}"
         elif last is not None and gpu.recovery_action is None and now - last.last_at < XID_COUNTS:
-            said = f"Xid {last.xid}; the driver does not say what it needs"
-        gpus.append(gpu if said == gpu.trouble else replace(gpu, trouble=said))
+            trouble = f"Xid {last.xid}; the driver does not say what it needs"
+        gpus.append(gpu if trouble == gpu.trouble else replace(gpu, trouble=trouble))
     return replace(inventory, gpus=tuple(gpus))
 
 
@@ -269,10 +269,10 @@ def with_xids(inventory: GpuInventory, records: Iterable[XidRecord], now: float)
 # inside keeps a GPU that came back from being found.
 
 
-class Guests:
-    """The door of the library. Its host lets in and sends away; a guest enters and leaves.
+class NvmlUsers:
+    """The door of the library. Its host lets in and sends away; a user enters and leaves.
 
-    A guest inside has an nvmlInit of its own, so that nothing breaks if it does not leave in time:
+    A user inside has an nvmlInit of its own, so that nothing breaks if it does not leave in time:
     the host's new initialisation merely finds no other GPUs than the old one.
     """
 
@@ -307,6 +307,6 @@ class Guests:
             self._changed.notify_all()
 
     @property
-    def welcome(self) -> bool:
+    def may_stay(self) -> bool:
         """False: leave at the next occasion."""
         return self._open

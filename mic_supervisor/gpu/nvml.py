@@ -30,7 +30,7 @@ from mic_supervisor.gpu.driver import (
     library_error,
     read_telemetry,
 )
-from mic_supervisor.gpu.events import RECOVERY_ACTION, Guests, recovery_action, trouble_of
+from mic_supervisor.gpu.events import RECOVERY_ACTION, NvmlUsers, recovery_action, trouble_of
 from mic_supervisor.host import processes
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
 
@@ -88,7 +88,7 @@ class NvmlSource:
     NVML is initialised with the first look and once more, at most every 10 s (later 300 s), after
     a look that found GPUs lost or missing: only a new initialisation enumerates anew. Nobody else
     in the process may be inside NVML without a reference of their own (nvmlInit) when that happens,
-    and none but those who come and go by `guests`.
+    and none but those who come and go by `nvml_users`.
 
     A look takes at most `timeout` seconds, or `init_timeout` when it has to initialise the driver,
     which wakes sleeping GPUs one by one. A call that hangs is left behind: the look, and every
@@ -109,7 +109,7 @@ class NvmlSource:
         self._init_timeout = init_timeout
         self._clock = clock
         self._calls = Contained("nvml")
-        self.guests = Guests()
+        self.nvml_users = NvmlUsers()
         self.outdated = False
         # From here on: touched by one contained call at a time.
         self._session: _Session | None = None
@@ -124,7 +124,7 @@ class NvmlSource:
     def observe(self) -> GpuInventory:
         timeout = self._timeout if self._session else self._init_timeout
         try:
-            return self._calls.call(self._look, timeout)
+            return self._calls.call(self._read_gpus, timeout)
         except DidNotReturn as error:
             return _failed(
                 f"NVML did not answer within {error.timeout:g} s, asked about {self._asked}",
@@ -148,16 +148,16 @@ class NvmlSource:
 
     # --- one look -----------------------------------------------------------------------------
 
-    def _look(self) -> GpuInventory:
+    def _read_gpus(self) -> GpuInventory:
         if self._closed:
             return _failed("its source was closed", "restart this program")
         try:
-            return self._look_once()
+            return self._read_gpus_once()
         finally:
             if self._closed:  # by a close() that did not wait for this look
                 self._shut_down()
 
-    def _look_once(self) -> GpuInventory:
+    def _read_gpus_once(self) -> GpuInventory:
         try:
             import pynvml
         except ImportError as error:
@@ -180,7 +180,7 @@ class NvmlSource:
     def _read_or_start_over(self, nvml: Any) -> GpuInventory:
         session = self._open(nvml)
         inventory = self._read(nvml, session)
-        if not self._troubled(inventory):
+        if not self._is_incomplete(inventory):
             self._retry_at, self._retry_delay = 0.0, FIRST_RETRY
         elif self._clock() >= self._retry_at:
             self._retry_at = self._clock() + self._retry_delay
@@ -198,7 +198,7 @@ class NvmlSource:
     def _missing(self, inventory: GpuInventory) -> bool:
         return not self._known.issubset(gpu.uuid for gpu in inventory.gpus)
 
-    def _troubled(self, inventory: GpuInventory) -> bool:
+    def _is_incomplete(self, inventory: GpuInventory) -> bool:
         return bool(inventory.unopened or self._codes & REINITIALISE or self._missing(inventory))
 
     def _open(self, nvml: Any) -> _Session:
@@ -216,7 +216,7 @@ class NvmlSource:
             session.cuda = cuda_version(nvml.nvmlSystemGetCudaDriverVersion())
         for index in range(nvml.nvmlDeviceGetCount()):
             self._open_device(nvml, session, index)
-        self.guests.admit()
+        self.nvml_users.admit()
         return session
 
     def _open_device(self, nvml: Any, session: _Session, index: int) -> None:
@@ -245,7 +245,7 @@ class NvmlSource:
         import pynvml
 
         self._session = None
-        self.guests.send_away(_PARTING)
+        self.nvml_users.send_away(_PARTING)
         with suppress(pynvml.NVMLError):  # it may be uninitialised already
             pynvml.nvmlShutdown()
 

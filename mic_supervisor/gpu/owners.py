@@ -1,4 +1,4 @@
-"""Whose a process on a GPU is: one of our instances, a stranger's container or unit, or nobody's.
+"""Whose a process on a GPU is: one of our instances, a foreign container or unit, or nobody's.
 
 A process tells by its control group (cgroups(7)). Docker, Podman and the Kubernetes runtimes put
 a container's id, 64 hex digits, into the name of its group; systemd puts the unit's name there.
@@ -103,20 +103,20 @@ def _process_ref(stat: processes.Stat) -> str:
     return f"pid:{stat.pid}:{stat.start_time}"
 
 
-def _said_by(pid: int) -> str:
+def _claimed_by(pid: int) -> str:
     """The "env:" reference of what a process says of itself, "" where it says nothing.
 
-    A container is a PID namespace of its own, and most are root's: its environment is a stranger's.
+    A container is a PID namespace of its own, and most are root's: its environment is foreign.
     """
     try:
         here = processes.pid_namespace(pid) == processes.pid_namespace()
     except OSError:
         here = False
     users = processes.user_ids(pid)
-    said = processes.environ(pid)
-    if not here or not users or not said:
+    variables = processes.environ(pid)
+    if not here or not users or not variables:
         return ""
-    scope, instance = said.get(SCOPE_VARIABLE, ""), said.get(INSTANCE_VARIABLE, "")
+    scope, instance = variables.get(SCOPE_VARIABLE, ""), variables.get(INSTANCE_VARIABLE, "")
     return _environment_ref(scope, instance, *sorted(users - {0, os.geteuid()}))
 
 
@@ -156,7 +156,7 @@ class Owners:
         for stat in processes.lineage(pid):
             if (ref := _process_ref(stat)) in self._managed:
                 return self._owned_by(ref)
-        ref = _said_by(pid)
+        ref = _claimed_by(pid)
         return self._owned_by(ref) if ref in self._managed else None
 
     def _owned_by(self, ref: str) -> Owner:

@@ -107,9 +107,9 @@ def paths(views: Views) -> list[Served]:
     async def gpus(request: Request) -> Response:
         snapshot = views.current().snapshot
         if snapshot is not None:
-            trouble = snapshot.observed.inventory.unreadable
-            if trouble is not None:
-                raise HTTPException(501, trouble)
+            unreadable = snapshot.observed.inventory.unreadable
+            if unreadable is not None:
+                raise HTTPException(501, unreadable)
         return await gpus_document(request)
 
     async def running_one(request: Request) -> Response:
@@ -192,7 +192,7 @@ def paths(views: Views) -> list[Served]:
         Served("/api/v1/processes/{pid}", command, "The command that ends it", documents.Refusal),
         Served(
             "/api/v1/endpoints",
-            document("endpoints", lambda one, look: document_of(look.endpoints, one.host)),
+            document("endpoints", lambda one, latest: document_of(latest.endpoints, one.host)),
             "Who serves each model",
             EndpointsDocument,
             _UNREAD,

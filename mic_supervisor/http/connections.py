@@ -34,17 +34,18 @@ class Server(uvicorn.Server):
 class Connections:
     """The open connections, the one that has waited longest first.
 
-    `patience` is the time in seconds from the first byte of a request until its answer was taken.
+    `request_timeout` is the time in seconds from the first byte of a request until its answer was
+    taken.
     """
 
     def __init__(
         self,
-        patience: float,
+        request_timeout: float,
         limit: int = MAX_CONNECTIONS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit = limit
-        self._patience = patience
+        self._request_timeout = request_timeout
         self._clock = clock
         self._open: dict[Connection, float | None] = {}  # since when it owes something
 
@@ -59,7 +60,7 @@ class Connections:
     def closed(self, connection: Connection) -> None:
         self._open.pop(connection, None)
 
-    def heard(self, connection: Connection) -> None:
+    def request_begins(self, connection: Connection) -> None:
         if connection in self._open and self._open[connection] is None:
             self._open[connection] = self._clock()
 
@@ -71,11 +72,11 @@ class Connections:
 
     def sweep(self) -> None:
         """Drop who took too long. To be called every second or so."""
-        latest = self._clock() - self._patience
+        latest = self._clock() - self._request_timeout
         for connection, since in [*self._open.items()]:
             if since is None:
                 continue
-            if connection.resting:
+            if connection.idle:
                 self._open[connection] = None
             elif since < latest:
                 self._drop(connection)
@@ -105,7 +106,7 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._answered = False
-        self.connections_book.heard(self)
+        self.connections_book.request_begins(self)
         super().data_received(data)
 
     def on_response_complete(self) -> None:
@@ -119,7 +120,7 @@ class Connection(H11Protocol):
         return self.transport.get_write_buffer_size() > 0
 
     @property
-    def resting(self) -> bool:
+    def idle(self) -> bool:
         """Between two requests, nothing owed by either side."""
         return self._answered and not self.unread
 

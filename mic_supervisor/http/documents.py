@@ -43,8 +43,8 @@ class Durations:
     total: float = 0.0
 
     def with_one(self, seconds: float) -> Durations:
-        place = bisect_left(self.bounds, seconds)
-        counts = (*self.counts[:place], self.counts[place] + 1, *self.counts[place + 1 :])
+        bucket = bisect_left(self.bounds, seconds)
+        counts = (*self.counts[:bucket], self.counts[bucket] + 1, *self.counts[bucket + 1 :])
         return replace(self, counts=counts, total=self.total + seconds)
 
 
@@ -300,7 +300,7 @@ def readiness(published: Published, stalled: str | None) -> dict[str, Any]:
     waiting = [
         Waiting(row.id, row.phase, row.reason)
         for row in (snapshot.statuses if snapshot is not None else ())
-        if not row.settled_well
+        if not row.as_desired
     ]
     document = Readiness("not ready" if stalled or waiting else "ready", stalled, waiting)
     return _scrubbed(published, asdict(document))

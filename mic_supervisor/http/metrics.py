@@ -146,16 +146,18 @@ def _measured(found: Any, path: str) -> float | None:
 
 
 def _telemetry(gpus: Iterable[Gpu]) -> Iterator[Metric]:
-    told = [(gpu.uuid, gpu.telemetry) for gpu in gpus if gpu.telemetry is not None]
-    energy = [((uuid,), one.energy) for uuid, one in told]
+    reported = [(gpu.uuid, gpu.telemetry) for gpu in gpus if gpu.telemetry is not None]
+    energy = [((uuid,), one.energy) for uuid, one in reported]
     text = "Energy used since the driver was loaded."
     yield _counters("mic_gpu_energy_joules", text, "uuid", energy)
-    clocks = [((uuid, domain), hertz) for uuid, one in told for domain, hertz in one.clocks]
+    clocks = [((uuid, domain), hertz) for uuid, one in reported for domain, hertz in one.clocks]
     yield _gauges("mic_gpu_clock_hertz", "Clock of a domain.", "uuid domain", clocks)
-    held = [((uuid, reason), active) for uuid, one in told for reason, active in one.clock_events]
+    held = [
+        ((uuid, reason), active) for uuid, one in reported for reason, active in one.clock_events
+    ]
     text = "Whether this holds the clocks back."
     yield _gauges("mic_gpu_clock_event_active", text, "uuid reason", held)
-    errors = [((uuid, kind), count) for uuid, one in told for kind, count in one.ecc_errors]
+    errors = [((uuid, kind), count) for uuid, one in reported for kind, count in one.ecc_errors]
     text = "Memory errors since the driver was loaded."
     yield _counters("mic_gpu_ecc_errors", text, "uuid kind", errors)
 
@@ -221,7 +223,7 @@ def _models(snapshot: Snapshot) -> Iterator[Metric]:
     yield _gauges("mic_model_state", text, f"{_MODEL} state", states)
     ready = [(key, _is_ready(row)) for key, row in rows]
     yield _gauges("mic_model_ready", "Whether a probe says that it serves.", _MODEL, ready)
-    desired = [(key, row.settled_well) for key, row in rows]
+    desired = [(key, row.as_desired) for key, row in rows]
     text = "Whether it is as the file says, as far as can be known."
     yield _gauges("mic_model_as_desired", text, _MODEL, desired)
     restarts = [(key, row.restarts) for key, row in rows]

@@ -21,7 +21,7 @@ from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http.access import Scrubber, config_error
 from mic_supervisor.http.documents import Published
-from mic_supervisor.http.verdict import Level, Verdict, judge, level_of
+from mic_supervisor.http.verdict import Level, Verdict, level_of, overall_verdict
 from mic_supervisor.http.views import Answer, Sample, Views
 from mic_supervisor.model import Gpu, OwnerKind
 from mic_supervisor.plan.status import InstanceStatus, by_model
@@ -65,7 +65,7 @@ def serve(views: Views) -> Answer:
     stalled = views.stalled()
 
     def make(published: Published) -> tuple[bytes, bytes]:
-        verdict = judge(published, stalled, views.firsts)
+        verdict = overall_verdict(published, stalled, views.firsts)
         body = render(published, verdict, views).encode("utf-8", errors="replace")
         return body, body
 
@@ -211,9 +211,9 @@ def _tiles(snapshot: Snapshot, views: Views) -> Iterator[Tile]:
             load=_load(gpu) if gpu is not None else "",
             holders=state.holders,
         )
-    for fallen in inventory.unopened:  # the driver counts it, and it has not even a UUID
-        name, title = f"unopened-{fallen.index}", f"GPU {fallen.index}"
-        yield Tile(name, title, Level.BAD, "does not answer", fallen.told)
+    for unopened in inventory.unopened:  # the driver counts it, and it has not even a UUID
+        name, title = f"unopened-{unopened.index}", f"GPU {unopened.index}"
+        yield Tile(name, title, Level.BAD, "does not answer", unopened.error_line)
 
 
 def _on(uuid: str, snapshot: Snapshot) -> list[InstanceStatus]:
@@ -289,7 +289,7 @@ def _shown(event: Event, scrubber: Scrubber) -> dict[str, Any]:
         verb = {"begin": "begins"}.get(event.kind, event.kind)
         what = f"{event.phase} {verb}"
     text = scrubber.text(event.text)
-    # A rejected file's report shows its lines; the first says enough, and the place is above.
+    # A rejected file's report shows its lines; the first says enough, and the location is above.
     text = (config_error(text) or "").split("\n", 1)[0] if event.kind == "config" else text
     return {
         "at": event.at,

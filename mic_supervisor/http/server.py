@@ -53,25 +53,26 @@ def serving(settings: Settings) -> Callable[[Publishes], HttpServer]:
 class HttpServer:
     """Serves until it is stopped. An address that cannot be had is tried again every few seconds.
 
-    Models are kept running whether or not their state can be shown. `patience` is how many seconds
-    a client may take for a request and its answer, `retry` how many there are between two tries.
+    Models are kept running whether or not their state can be shown. `request_timeout` is how many
+    seconds a client may take for a request and its answer, `retry` how many there are between two
+    tries.
     """
 
     def __init__(
         self,
         listen: Address,
         access: Access,
-        look: Callable[[], Published],
+        latest: Callable[[], Published],
         *,
         stall_after: float,
-        patience: float = 10.0,
+        request_timeout: float = 10.0,
         retry: float = 5.0,
     ) -> None:
-        self._patience = patience
+        self._request_timeout = request_timeout
         self._retry = retry
         self._listen = listen
         self._access = access
-        self._look = look
+        self._latest = latest
         self._stall_after = stall_after
         self._over = threading.Event()
         self._tried = threading.Event()  # whether the address was had, or could not be
@@ -95,13 +96,13 @@ class HttpServer:
         self._thread.join(2 * _FAREWELL)
 
     def _run(self) -> None:
-        told = False
+        logged = False
         while not self._over.is_set():
             try:
                 listener = _bind(self._listen)
             except OSError as error:
                 self._tried.set()
-                if not told:
+                if not logged:
                     _LOGGER.error(
                         "cannot serve HTTP on %s: %s; trying again every %g s, "
                         "MIC_LISTEN names another address",
@@ -109,10 +110,10 @@ class HttpServer:
                         (error.strerror or str(error)).lower(),
                         self._retry,
                     )
-                told = True
+                logged = True
                 self._over.wait(self._retry)
                 continue
-            told = False
+            logged = False
             self._tried.set()
             try:
                 asyncio.run(self._serve(listener))
@@ -133,8 +134,8 @@ class HttpServer:
         from mic_supervisor.http import connections
         from mic_supervisor.http.app import asgi
 
-        views = Views(self._look, stall_after=self._stall_after)
-        book = connections.Connections(self._patience)
+        views = Views(self._latest, stall_after=self._stall_after)
+        book = connections.Connections(self._request_timeout)
         server = connections.Server(
             uvicorn.Config(
                 asgi(views, self._access),

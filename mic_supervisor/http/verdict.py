@@ -60,7 +60,7 @@ class Verdict:
     problems: tuple[Problem, ...] = ()
 
 
-def judge(
+def overall_verdict(
     published: Published, stalled: str | None, firsts: Mapping[tuple[int, str], float] | None = None
 ) -> Verdict:
     """`firsts` says since when problems that do not tell themselves have been seen, by key."""
@@ -132,20 +132,20 @@ def _problems(published: Published) -> Iterator[Problem]:
     indices = snapshot.indices
     yield from _xids(published, snapshot.at, indices)
     hints = {item.instance: item.hint for item in snapshot.plan.blocked}
-    told: set[str] = set()
+    covered: set[str] = set()
     for row in snapshot.statuses:
-        if not row.settled_well:
-            told.update(row.gpus)
+        if not row.as_desired:
+            covered.update(row.gpus)
             yield _instance(row, indices, hints.get(row.id))
     known = {row.id for row in snapshot.statuses}
     for item in snapshot.plan.blocked:
         if item.instance not in known:
-            told.update(item.gpus)
+            covered.update(item.gpus)
             yield Problem(
                 Level.BAD, item.instance, item.reason, next_try=item.until, hint=item.hint
             )
     for gpu in gpu_rows(snapshot.desired, snapshot.observed):
-        if gpu.state in _GPU_TROUBLE and gpu.uuid not in told:
+        if gpu.state in _GPU_TROUBLE and gpu.uuid not in covered:
             name = gpu_names([gpu.uuid], indices)
             hint = "mic-supervisor gpus shows its holders" if gpu.state == "foreign" else None
             text = f"it is unhealthy: {gpu.trouble}" if gpu.trouble else None
@@ -153,7 +153,7 @@ def _problems(published: Published) -> Iterator[Problem]:
 
 
 def _xids(published: Published, at: float, indices: Mapping[str, int]) -> Iterator[Problem]:
-    """What the GPUs themselves complain of. It is old news after an hour: health may recover."""
+    """What the GPUs themselves complain of. It is out of date after an hour: health may recover."""
     for record in published.xids:
         if record.severity is not XidSeverity.CRITICAL or at - record.last_at > _XID_MATTERS:
             continue
@@ -171,9 +171,9 @@ def _xids(published: Published, at: float, indices: Mapping[str, int]) -> Iterat
 
 def _unreadable(snapshot: Snapshot) -> Iterator[Problem]:
     inventory = snapshot.observed.inventory
-    trouble = inventory.error or inventory.unreadable
-    if trouble is not None:
-        yield Problem(Level.BAD, "GPUs", trouble, hint=inventory.hint)
+    unreadable = inventory.error or inventory.unreadable
+    if unreadable is not None:
+        yield Problem(Level.BAD, "GPUs", unreadable, hint=inventory.hint)
     for gpu in inventory.unopened:
         yield Problem(Level.BAD, f"GPU {gpu.index}", gpu.error, hint=gpu.hint)
     for view in snapshot.observed.runtimes:
@@ -191,7 +191,7 @@ def level_of(row: InstanceStatus) -> Level:
 
     Nor is a pause, which somebody asked for.
     """
-    if row.settled_well:
+    if row.as_desired:
         return Level.GOOD
     if row.phase is Phase.PAUSED:
         return Level.BUSY

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mic_supervisor.converge.observe import PATIENCE
+from mic_supervisor.converge.observe import SOURCE_TIMEOUT
 from mic_supervisor.http.documents import Published
-from mic_supervisor.http.verdict import judge
+from mic_supervisor.http.verdict import overall_verdict
 from mic_supervisor.model import GpuInventory
 
 JSON = "application/json"
@@ -33,7 +33,7 @@ def stall_limit(resync: float) -> float:
 
     A round that nothing wakes comes every `resync` seconds, and may wait for a late source twice.
     """
-    return 3 * resync + 2 * PATIENCE
+    return 3 * resync + 2 * SOURCE_TIMEOUT
 
 
 class Views:
@@ -45,7 +45,7 @@ class Views:
 
     def __init__(
         self,
-        look: Callable[[], Published],
+        latest: Callable[[], Published],
         *,
         stall_after: float,
         clock: Callable[[], float] = time.monotonic,
@@ -53,7 +53,7 @@ class Views:
     ) -> None:
         self.samples = Samples()
         self._firsts: dict[tuple[int, str], float] = {}  # steady
-        self._look = look
+        self._latest = latest
         self._clock = clock
         self._wall = wall
         self._stall_after = stall_after
@@ -63,7 +63,7 @@ class Views:
         self._before: dict[str, Answer] = {}
 
     def current(self) -> Published:
-        published = self._look()
+        published = self._latest()
         if published is not self._last:
             # A rejected file is published between two rounds, and makes the last one no younger.
             if self._last is None or published.snapshot is not self._last.snapshot:
@@ -79,7 +79,7 @@ class Views:
         if published.snapshot is not None:
             self.samples.add(published.snapshot.now, published.snapshot.observed.inventory)
         at = published.snapshot.at if published.snapshot is not None else self._wall()
-        keys = [problem.key for problem in judge(published, None).problems]
+        keys = [problem.key for problem in overall_verdict(published, None).problems]
         self._firsts = {key: self._firsts.get(key, at - published.offset) for key in keys}
 
     @property
@@ -112,8 +112,8 @@ class Views:
     def down(self) -> str | None:
         """Which parts of the daemon are not alive, and why."""
         published = self.current()
-        told = (f"{part} is not alive: {why}" for part, why in published.down.items())
-        return published.scrubber.text("; ".join(told)) or None
+        reported = (f"{part} is not alive: {why}" for part, why in published.down.items())
+        return published.scrubber.text("; ".join(reported)) or None
 
     def json(self, name: str, make: Callable[[Published], Any]) -> Answer:
         """The document called `name`."""

@@ -162,7 +162,7 @@ class Assessment:
         if not self.runs:
             return False
         probes, health = self.instance.probes, self.health
-        said = [
+        answers = [
             result.ok if result is not None else None
             for probe, result in (
                 (probes.startup, health.startup),
@@ -173,10 +173,10 @@ class Assessment:
         ]
         for placement in self.instance.placements:
             unknown = self.placement(placement).state is LoadState.UNKNOWN
-            said.append(None if unknown else self.loaded(placement))
-        if False in said:
+            answers.append(None if unknown else self.loaded(placement))
+        if False in answers:
             return False
-        return None if None in said or self.unprobed else True
+        return None if None in answers or self.unprobed else True
 
     @property
     def ready(self) -> bool:
@@ -194,8 +194,8 @@ class Assessment:
         probe = self.instance.probes.liveness
         if probe is None or not self.started_up:
             return None
-        said = _refusal(self.health.liveness, probe.failures)
-        return None if said is None else f"not alive: {said}"
+        answers = _refusal(self.health.liveness, probe.failures)
+        return None if answers is None else f"not alive: {answers}"
 
     @property
     def blind(self) -> str | None:
@@ -203,9 +203,11 @@ class Assessment:
 
         Once may be a driver that is being reset; twice in a row is not.
         """
-        said = _refusal(self.health.devices, 2) if self.runs else None
+        answers = _refusal(self.health.devices, 2) if self.runs else None
         how = "as a systemd daemon-reload does in legacy mode"
-        return None if said is None else f"it lost its GPU inside the container, {how}: {said}"
+        return (
+            None if answers is None else f"it lost its GPU inside the container, {how}: {answers}"
+        )
 
     def blocked(self, why: Reason, until: float | None = None) -> Blocked:
         return Blocked(self.instance.id, why, self.instance.gpus, self.instance.model, until)
@@ -223,8 +225,8 @@ class Assessment:
         started = began if began is not None else started_at
         if probe is None or not self.runs or started is None or now - started < budget:
             return None
-        said = _refusal(self.health.startup, probe.failures)
-        return None if said is None else f"not up within {budget:g} s: {said}"
+        answers = _refusal(self.health.startup, probe.failures)
+        return None if answers is None else f"not up within {budget:g} s: {answers}"
 
 
 def is_alive(workload: ObservedWorkload) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 FIRST = 5.0  # seconds
 LONGEST = 300.0  # seconds
 JITTER = 0.1  # share of the delay that `jitter` = 1 adds
-FIRST_REST, LONGEST_REST = 1.0, 60.0  # seconds, where nothing speaks against a specification
+# seconds, where nothing speaks against a specification
+FIRST_COOLDOWN, LONGEST_COOLDOWN = 1.0, 60.0
 STABLE = 600.0  # seconds of being ready after which earlier failures are forgotten
 
 
@@ -22,9 +23,9 @@ def delay(failures: int, jitter: float = 0.0) -> float:
     return base * (1.0 + JITTER * jitter)
 
 
-def rest(failures: int) -> float:
+def cooldown(failures: int) -> float:
     """Seconds that nothing is tried for, after so many failures in a row of no specification."""
-    return min(FIRST_REST * 2.0 ** min(failures - 1, 16), LONGEST_REST)
+    return min(FIRST_COOLDOWN * 2.0 ** min(failures - 1, 16), LONGEST_COOLDOWN)
 
 
 def is_stable(ready_since: float | None, now: float, startup_budget: float) -> bool:

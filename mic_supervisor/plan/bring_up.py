@@ -1,6 +1,6 @@
 """How one instance is brought up: what to launch, where, what is early, and what to load into it.
 
-In a server of several models each has a patience of its own. What merely is missing from the file
+In a server of several models each has a backoff of its own. What merely is missing from the file
 is unloaded only when that is confirmed.
 """
 
@@ -56,7 +56,7 @@ class BringUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Decision:
     """`serving` may stay alive, `up` is due, and `why_not` is why no more than that is done."""
 
     serving: ObservedWorkload | None
@@ -64,39 +64,41 @@ class Way:
     why_not: Blocked | None = None
 
 
-def way_up(s: Situation, item: Assessment) -> Way:
+def decide_bring_up(s: Situation, item: Assessment) -> Decision:
     """How one instance is brought up, if that is due."""
     entry = s.entry(item)
-    sick = next((s.gpus[u] for u in item.instance.gpus if u in s.gpus and s.gpus[u].trouble), None)
+    unhealthy_gpu = next(
+        (s.gpus[u] for u in item.instance.gpus if u in s.gpus and s.gpus[u].trouble), None
+    )
     if (good := fallback(entry, item)) is not None:
         up, why = _fall_back(s, good)
-        if sick and up is not None:
-            return Way(good.match, None, item.blocked(in_trouble(sick)))
-        return Way(good.match, cleared(up, item) if up is not None else None, why)
+        if unhealthy_gpu and up is not None:
+            return Decision(good.match, None, item.blocked(in_trouble(unhealthy_gpu)))
+        return Decision(good.match, cleared(up, item) if up is not None else None, why)
     unhealthy = item.live_failure or item.overdue(entry.started_at, s.now)
     forced = item.instance.id in s.context.forced
-    blind = item.blind if unhealthy is None and not sick else None
+    blind = item.blind if unhealthy is None and not unhealthy_gpu else None
     if item.runs and unhealthy is None and blind is None and not forced:
-        return Way(item.match)
-    why_not = _keeps_down(s, item, sick)
+        return Decision(item.match)
+    why_not = _keeps_down(s, item, unhealthy_gpu)
     if why_not is not None:
-        return Way(item.match, None, item.blocked(why_not))
+        return Decision(item.match, None, item.blocked(why_not))
     if not forced and entry.retry_at is not None and entry.retry_at > s.now:
         backoff = because(Code.BACKOFF, failure=entry.reason)
-        return Way(item.match, None, item.blocked(backoff, entry.retry_at))
+        return Decision(item.match, None, item.blocked(backoff, entry.retry_at))
     found = _bring_up(s, item, unhealthy, blind)
     if isinstance(found, Reason):
-        return Way(item.match, None, item.blocked(found))
-    return Way(item.match, cleared(found, item))
+        return Decision(item.match, None, item.blocked(found))
+    return Decision(item.match, cleared(found, item))
 
 
-def _keeps_down(s: Situation, item: Assessment, sick: Gpu | None) -> Reason | None:
+def _keeps_down(s: Situation, item: Assessment, unhealthy_gpu: Gpu | None) -> Reason | None:
     """What speaks against any start of it, however it were made."""
     lost = [uuid for uuid in item.instance.gpus if uuid not in s.gpus]
     if lost:
         return because(Code.GPU_LOST, gpus=", ".join(lost))
-    if sick is not None:
-        return in_trouble(sick)
+    if unhealthy_gpu is not None:
+        return in_trouble(unhealthy_gpu)
     missing = {uuid for workload in item.alive for uuid in workload.identity.gpus} - s.named
     if missing and item.instance.shared and not s.context.confirmed:
         # One of the entries of a server is missing, and it would be replaced since it is.
@@ -166,19 +168,19 @@ def _fall_back(s: Situation, good: Assessment) -> tuple[BringUp | None, Blocked]
     """What is due for what was rolled back to, see plan/fallback.py, and why no more than that."""
     entry = s.entry(good)
     failure = entry.failed_reason
-    told = good.blocked(because(Code.ROLLED_BACK, failure=failure))
+    reported = good.blocked(because(Code.ROLLED_BACK, failure=failure))
     unhealthy = good.live_failure or good.overdue(entry.started_at, s.now)
     patient = entry.retry_at is not None and entry.retry_at > s.now
     well = good.runs and unhealthy is None
     if well and not (patient and loads(good)):
-        return None, told
+        return None, reported
     if patient:
         how = "cannot be loaded again" if well else "failed as well"
         why = because(Code.ROLLBACK_BACKOFF, failure=failure, how=how, last=entry.reason)
         return None, good.blocked(why, entry.retry_at)
     up = _take_over(s, good, unhealthy)
     if isinstance(up, BringUp):
-        return up, told
+        return up, reported
     why = because(Code.ROLLBACK_BLOCKED, failure=failure, obstacle=up, hint=up.hint)
     return None, good.blocked(why)
 

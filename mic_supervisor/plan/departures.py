@@ -45,8 +45,8 @@ class Departures:
 def departures(
     s: Situation,
     lane: Lane,
-    orphans: Iterable[ObservedWorkload],
-    ups: Mapping[str, BringUp],
+    undesired: Iterable[ObservedWorkload],
+    bring_ups: Mapping[str, BringUp],
     serving: Mapping[str, ObservedWorkload | None],
 ) -> Departures:
     """Every workload that is alive and neither serves nor is waited for by someone.
@@ -57,15 +57,15 @@ def departures(
     """
     out = Departures()
     going = [workload for item in lane.wanted for workload in item.ours]
-    for workload in [w for w in (*going, *orphans) if is_alive(w)]:
+    for workload in [w for w in (*going, *undesired) if is_alive(w)]:
         instance = workload.identity.instance
-        up, kept = ups.get(instance), serving.get(instance)
+        up, kept = bring_ups.get(instance), serving.get(instance)
         if kept is not None and _key(kept) == _key(workload) and (up is None or up.stops is None):
             continue
         all_the_same = s.needed.isdisjoint(workload.identity.gpus)
         concerned = [item for item in lane.wanted if all_the_same or s.is_chosen(item)]
         if any(
-            item.instance.id not in ups and not _alive(serving[item.instance.id])
+            item.instance.id not in bring_ups and not _alive(serving[item.instance.id])
             for item in concerned
             if follows(item, workload)
         ):
@@ -73,7 +73,7 @@ def departures(
         early = tuple(
             follower.early[-1].id
             for item in concerned
-            if (follower := ups.get(item.instance.id)) is not None
+            if (follower := bring_ups.get(item.instance.id)) is not None
             and follower.early
             and needs(item, follower.late, workload) is not None
         )

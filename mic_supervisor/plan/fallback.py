@@ -33,7 +33,7 @@ from mic_supervisor.plan.launch import fill, listed
 from mic_supervisor.plan.memory import InstanceMemory, Recorded
 
 
-def way_back(entry: InstanceMemory, item: Assessment) -> bool:
+def can_roll_back(entry: InstanceMemory, item: Assessment) -> bool:
     """Whether there is something to go back to, when the desired specification has failed."""
     if not item.instance.rollback or entry.ready_workload is None:
         return False
@@ -49,7 +49,7 @@ def fallback(entry: InstanceMemory, item: Assessment) -> Assessment | None:
 
     Its `match` is None as long as a process has yet to be started again.
     """
-    if entry.failed != item.hash or not way_back(entry, item):
+    if entry.failed != item.hash or not can_roll_back(entry, item):
         return None
     return _as(_predecessor(entry, item), entry, item)
 

@@ -4,14 +4,15 @@
 |---|---|---|
 | pending | a change is due, and its steps are about to begin | the first step |
 | stopping | a former workload is withdrawn, drained or stopped | its end |
-| waiting_vram | a former workload's memory, or a stranger to wait for, has the GPU | the release |
+| waiting_vram | a former workload's memory, or a foreign process to wait for, has the GPU | the
+release |
 | starting | it was started, and its startup probe does not pass yet | the probe, its end, time |
 | loading | its server is up, and a model is missing in it | the server's word |
 | ready | everything that can be asked says that it is as the file wants it | a probe, its end |
 | unprobed | it runs, and nothing can be asked | its end |
 | degraded | something of it says no, or an earlier specification took over | a probe, a change |
 | backoff | its last try failed, and the next one is later (plan/backoff.py) | the time, `retry` |
-| blocked | something stands in the way that time alone does not mend | that thing |
+| blocked | something stands in the way that time alone does not fix | that thing |
 | paused | somebody asked for it to be left as it is | `resume` |
 | stuck_stopping | a workload outlived its KILL, and the next try is later | its end |
 """
@@ -104,7 +105,7 @@ def phase_of(
 
 
 def never_ran(workload: ObservedWorkload) -> bool:
-    """Whether it is at rest because its start was not come to: that is no failure of it."""
+    """Whether it is inactive because its start was not come to: that is no failure of it."""
     if is_alive(workload) or workload.exit_code is not None:
         return False
     return workload.state is RunState.CREATED or workload.started_at is None

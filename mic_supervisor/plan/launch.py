@@ -124,26 +124,26 @@ class Ports:
                 self._ours.setdefault(number, set()).add(workload.identity.instance)
                 if is_alive(workload):
                     self._serving.add(number)
-        self._strangers: dict[int, str] = {}
+        self._foreign: dict[int, str] = {}
         for listener in observed.listeners or ():
             if listener.port not in self._serving:
                 who = f"{listener.name} (PID {listener.pid})" if listener.pid else "another program"
-                self._strangers[listener.port] = who
+                self._foreign[listener.port] = who
         for who, numbers in sorted(
-            (f"{view.runtime} {stranger.name}", stranger.ports)
+            (f"{view.runtime} {foreign.name}", foreign.ports)
             for view in observed.runtimes
-            for stranger in view.strangers
-            if stranger.running
+            for foreign in view.foreign_workloads
+            if foreign.running
         ):
-            self._strangers.update(dict.fromkeys(numbers, who))
+            self._foreign.update(dict.fromkeys(numbers, who))
 
     def taken(self, instance: str) -> set[int]:
         """Numbers that `instance` cannot have. Its own workloads' ports are free to it."""
         ours = {number for number, owners in self._ours.items() if owners - {instance}}
-        return ours | set(self._strangers)
+        return ours | set(self._foreign)
 
-    def stranger(self, number: int) -> str | None:
-        return self._strangers.get(number)
+    def foreign(self, number: int) -> str | None:
+        return self._foreign.get(number)
 
 
 def assign(

@@ -9,19 +9,19 @@ The converger, `plan` and the tests' world tell it what they see and do:
 | `done` | a step that was carried out | what runs now, since when, and what its GPU held before |
 | `failed` | a step that was not | a failure of the specification, or a rest |
 | `finished` | a change all of whose steps were | that nothing stands in its way |
-| `told` | the phases that are shown | since when |
+| `reported` | the phases that are shown | since when |
 
 A failure is of one of two kinds, and each has one wait (plan/backoff.py). What only the
 specification can have caused counts against it: it is tried again later and later, or an earlier
 one takes over. Anything else (an engine that is gone, a stop that fails) says nothing about it: the
-whole instance has a short `Rest`. Plan and status show both, with the next try.
+whole instance has a short `Cooldown`. Plan and status show both, with the next try.
 
 What becomes of a workload that ended, or must be ended:
 
 | it ended | and | then |
 |---|---|---|
 | because we stopped it | - | it is forgotten: `begun` |
-| while it was paused, or on a sick GPU | - | it is forgotten, and is no failure |
+| while it was paused, or on an unhealthy GPU | - | it is forgotten, and is no failure |
 | by itself, or is not alive, or not up in time | it is the one in `started` | a failure, once |
 | by itself | it is not the one in `started` | it was counted before |
 | before it ever ran | - | no failure: whoever made it did not come to start it |
@@ -46,9 +46,9 @@ from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.plan import backoff
 from mic_supervisor.plan.actions import Change, Create, Load, Prepare, Restart, Start, Step, Stop
 from mic_supervisor.plan.assess import Assessment, is_alive
-from mic_supervisor.plan.fallback import fallback, way_back
+from mic_supervisor.plan.fallback import can_roll_back, fallback
 from mic_supervisor.plan.health import Phase, ended, never_ran
-from mic_supervisor.plan.memory import Floor, InstanceMemory, Memory, Recorded, Rest, memory_key
+from mic_supervisor.plan.memory import Cooldown, Floor, InstanceMemory, Memory, Recorded, memory_key
 from mic_supervisor.plan.status import InstanceStatus
 
 # --- what is done -----------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def failed(
 ) -> Memory:
     """`item` is the instance as it was when the change was decided; None: it is not desired."""
     if item is not None and item.instance.shared and isinstance(step, Load):
-        # It is the model's trouble alone: the server goes on with the others.
+        # It concerns the model alone: the server goes on with the others.
         key, digest = memory_key(step.instance, step.placement.model), step.placement.digest
         entry = memory.of(key)
         failures = (entry.failures if entry.attempt == digest else 0) + 1
@@ -98,7 +98,7 @@ def failed(
         )
         return memory.with_instance(key, entry)
     if item is None or not is_of_the_specification(step, error):
-        return rests(memory, step.instance, error.message, now, _PHASES.get(type(error)))
+        return cool_down(memory, step.instance, error.message, now, _PHASES.get(type(error)))
     entry = _count(
         memory.of(step.instance),
         item,
@@ -112,23 +112,23 @@ def failed(
 
 
 def finished(memory: Memory, change: Change) -> Memory:
-    return _with(memory, change.instance, rest=None)
+    return _with(memory, change.instance, cooldown=None)
 
 
-def rests(
+def cool_down(
     memory: Memory, instance: str, reason: str, now: float, phase: Phase | None = None
 ) -> Memory:
     """Try nothing for the instance for a while."""
     entry = memory.of(instance)
-    failures = entry.rest.failures + 1 if entry.rest is not None else 1
-    rest = Rest(now + backoff.rest(failures), reason, failures, phase)
-    return memory.with_instance(instance, replace(entry, rest=rest))
+    failures = entry.cooldown.failures + 1 if entry.cooldown is not None else 1
+    cooldown = Cooldown(now + backoff.cooldown(failures), reason, failures, phase)
+    return memory.with_instance(instance, replace(entry, cooldown=cooldown))
 
 
 def forgiven(memory: Memory, instances: Collection[str]) -> Memory:
     """What failed is tried again now."""
     chosen = {name: memory.of(name) for name in instances if name in memory.instances}
-    cleared = {name: replace(_cleared(entry), rest=None) for name, entry in chosen.items()}
+    cleared = {name: replace(_cleared(entry), cooldown=None) for name, entry in chosen.items()}
     return replace(memory, instances={**memory.instances, **cleared})
 
 
@@ -189,7 +189,7 @@ def _count(
     """Count one failure of the desired specification.
 
     `refused`: somebody said no, and would say it again at once; so even the first retry waits.
-    `early`: it failed before anything was stopped for it. That is tried again, with patience.
+    `early`: it failed before anything was stopped for it. That is tried again, with backoff.
 
     A specification that was never ready, while an earlier one was and is still there, is not tried
     again: the earlier one takes over, at once.
@@ -201,7 +201,7 @@ def _count(
         not early
         and failed != assessment.hash
         and entry.ready != assessment.hash
-        and way_back(entry, assessment)
+        and can_roll_back(entry, assessment)
     ):
         failed, failed_reason, retry_at = assessment.hash, reason, now
     return replace(
@@ -231,7 +231,7 @@ class Entered(NamedTuple):
 _DOWN = frozenset({*Phase} - {Phase.READY, Phase.UNPROBED, Phase.DEGRADED, Phase.PAUSED})
 
 
-def told(
+def reported(
     memory: Memory, rows: Iterable[InstanceStatus], now: float, unasked: Collection[str] = ()
 ) -> tuple[Memory, tuple[InstanceStatus, ...], list[Entered]]:
     """The phases that are shown, with since when; and those that were entered.
@@ -252,7 +252,7 @@ def told(
         if entry.phase != row.phase:
             seconds = None if entry.since is None else now - entry.since
             entered.append(Entered(row, entry.phase, seconds))
-            stays_down = entry.troubled and {entry.phase, row.phase} <= _DOWN
+            stays_down = entry.has_failed and {entry.phase, row.phase} <= _DOWN
             since = entry.since if stays_down and entry.since is not None else now
             entry = replace(entry, phase=row.phase.value, since=since)
             memory = memory.with_instance(row.id, entry)
@@ -272,21 +272,21 @@ def observed(
     busy: Collection[str] = (),
     keep: Collection[str] = (),
     leaving: Collection[str] = (),
-    sick: Collection[str] = (),
+    unhealthy_gpus: Collection[str] = (),
 ) -> Memory:
     """Fold what was just observed into the memory. Instances that are gone are forgotten.
 
     Of a `busy` instance nothing is concluded: that it does not run may be our own doing. Nor of one
     to `keep`: the file names it, and for now cannot be followed. Of one that is `leaving`, and that
-    the file no longer names, a rest is remembered. The end of a paused one is not counted as a
+    the file no longer names, a cooldown is remembered. The end of a paused one is not counted as a
     failure, then or later: whoever paused it may have ended it. Nor is that of one on a GPU that is
-    `sick`, by its UUID: the GPU may have.
+    `unhealthy_gpus`, by its UUID: the GPU may have.
     """
-    memory = _rested(memory, now)
+    memory = _cooled_down(memory, now)
     instances: dict[str, InstanceMemory] = {
         name: entry
         for name, entry in memory.instances.items()
-        if name in busy or name in keep or (entry.rest is not None and name in leaving)
+        if name in busy or name in keep or (entry.cooldown is not None and name in leaving)
     }
     for assessment in assessments:
         instance = assessment.instance.id
@@ -294,7 +294,7 @@ def observed(
             paused = bool(memory.paused) and memory.paused.has(
                 assessment.instance.model, assessment.gpus
             )
-            quiet = paused or not {*assessment.gpus}.isdisjoint(sick)
+            quiet = paused or not {*assessment.gpus}.isdisjoint(unhealthy_gpus)
             instances[instance] = _remember(memory.of(instance), assessment, now, jitter, quiet)
         if assessment.instance.shared:
             instances |= _remember_loads(memory, assessment)
@@ -380,11 +380,11 @@ def _note_end_quietly(entry: InstanceMemory, assessment: Assessment) -> Instance
     return _runs(entry, match) if assessment.runs and match is not None else entry
 
 
-def _rested(memory: Memory, now: float) -> Memory:
-    """A rest after which nothing was tried any more is over, and so is its count."""
+def _cooled_down(memory: Memory, now: float) -> Memory:
+    """A cooldown after which nothing was tried any more is over, and so is its count."""
     for name, entry in memory.instances.items():
-        if entry.rest is not None and now > entry.rest.until + backoff.LONGEST_REST:
-            memory = _with(memory, name, rest=None)
+        if entry.cooldown is not None and now > entry.cooldown.until + backoff.LONGEST_COOLDOWN:
+            memory = _with(memory, name, cooldown=None)
     return memory
 
 

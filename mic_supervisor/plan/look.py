@@ -60,14 +60,14 @@ class Look:
             ),
         )
 
-    def told(self) -> tuple[Look, list[ledger.Entered]]:
+    def reported(self) -> tuple[Look, list[ledger.Entered]]:
         """The same look, in which it is remembered since when each phase is shown."""
         unasked = {
             item.instance.id
             for item in self.assessments
             if item.runs and item.instance.probes.startup and item.health.startup is None
         }
-        memory, rows, entered = ledger.told(self.memory, self.statuses, self.now, unasked)
+        memory, rows, entered = ledger.reported(self.memory, self.statuses, self.now, unasked)
         return replace(self, memory=memory, statuses=rows), entered
 
     def in_wall(self) -> Look:
@@ -109,7 +109,7 @@ def look(
         busy=context.busy,
         keep={name for entry in desired.unsatisfiable for name in entry.instances},
         leaving={workload.identity.instance for workload in workloads(observed)},
-        sick={gpu.uuid for gpu in observed.inventory.gpus if gpu.trouble is not None},
+        unhealthy_gpus={gpu.uuid for gpu in observed.inventory.gpus if gpu.trouble is not None},
     )
     known = with_containers(replace(known, bindings=dict(desired.bindings)), observed)
     plan = reconcile(desired, observed, _unknown_yet(known, memory), now, context, assessments)

@@ -24,7 +24,7 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class Cooldown:
     """Nothing is tried for an instance: its last change failed, and not by its specification."""
 
     until: float
@@ -43,7 +43,7 @@ class InstanceMemory:
     retry_at: float | None = None  # until then it is not started again
     failed: str | None = None  # a specification that is not retried: we rolled back from it
     failed_reason: str | None = None  # why; `reason` may be of the one that took over
-    rest: Rest | None = None  # until then no change of it is tried, whatever it is
+    cooldown: Cooldown | None = None  # until then no change of it is tried, whatever it is
     ready: str | None = None  # the last specification that was ready: no rollback from it
     ready_workload: str | None = None  # name of the workload that was: a rollback goes there
     ready_since: float | None = None  # after a while failures are forgotten; None: not ready now
@@ -56,9 +56,9 @@ class InstanceMemory:
     since: float | None = None  # when it came into it, or has been down
 
     @property
-    def troubled(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether it has failed since it was last well for long, or was rolled back."""
-        return self.failures > 0 or self.failed is not None or self.rest is not None
+        return self.failures > 0 or self.failed is not None or self.cooldown is not None
 
 
 def memory_key(instance: str, model: str) -> str:
@@ -114,7 +114,8 @@ class Paused:
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What was used on a GPU before its owner started, and what of that strangers had: bytes."""
+    """What was used on a GPU before its owner started, and what of that foreign processes had:
+    bytes."""
 
     used: int
     strangers: int = 0
@@ -158,7 +159,8 @@ class Memory:
                 started_at=later(entry.started_at, seconds),
                 ready_since=later(entry.ready_since, seconds),
                 since=later(entry.since, seconds),
-                rest=entry.rest and replace(entry.rest, until=entry.rest.until + seconds),
+                cooldown=entry.cooldown
+                and replace(entry.cooldown, until=entry.cooldown.until + seconds),
             )
         )
 
@@ -180,7 +182,7 @@ class Memory:
                 started_at=past(entry.started_at),
                 ready_since=None if rebooted else past(entry.ready_since),
                 since=past(entry.since),
-                rest=None,  # a supervisor that was started anew tries at once
+                cooldown=None,  # a supervisor that was started anew tries at once
             )
 
         return self._with_times(bounded)

@@ -1,4 +1,5 @@
-"""What stands in the way of a start: strangers on GPUs, ports and names. And what is amiss."""
+"""What stands in the way of a start: foreign processes on GPUs, ports and names. And what is
+amiss."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def in_the_way(
         if view.runtime == runtime and view.off is not None:
             return because(Code.RUNTIME_OFF, off=view.off, hint=view.hint)
     for number in sorted(numbers):
-        who = s.ports.stranger(number)
+        who = s.ports.foreign(number)
         holders = [id_ for id_, held in s.numbers.items() if number in (held or {}).values()]
         if who is not None:
             who = f"{who}, not ours"
@@ -33,11 +34,11 @@ def in_the_way(
         if who is not None:
             return because(Code.PORT_TAKEN, port=number, who=who, model=instance.model)
     for view in s.observed.runtimes:
-        for stranger in view.strangers:
-            if view.runtime == runtime and stranger.name == name:
+        for foreign in view.foreign_workloads:
+            if view.runtime == runtime and foreign.name == name:
                 hint = f"rename or remove it: docker rm {name}" if runtime == "docker" else None
-                return because(Code.NAME_TAKEN, name=name, stranger=stranger.reason, hint=hint)
-    return _too_small(s, instance) or _strangers(s, instance)
+                return because(Code.NAME_TAKEN, name=name, foreign=foreign.reason, hint=hint)
+    return _too_small(s, instance) or _foreign(s, instance)
 
 
 def _too_small(s: Situation, instance: Instance) -> Reason | None:
@@ -56,7 +57,7 @@ def _too_small(s: Situation, instance: Instance) -> Reason | None:
         if instance.vram > total:
             return because(Code.GPU_TOO_SMALL, **facts, total=size(total), model=instance.model)
         others = [process for process in gpu.processes or () if not process.managed]
-        taken = memory_of(process for process in others if not lets_go(process))
+        taken = memory_of(process for process in others if not has_exited(process))
         if taken and instance.vram > total - taken:
             who = ", ".join(describe(process) for process in others if process.used_memory)
             waits = instance.on_foreign == "wait"
@@ -66,7 +67,7 @@ def _too_small(s: Situation, instance: Instance) -> Reason | None:
     return None
 
 
-def _strangers(s: Situation, instance: Instance) -> Reason | None:
+def _foreign(s: Situation, instance: Instance) -> Reason | None:
     for gpu in (s.gpus[uuid] for uuid in instance.gpus):
         if gpu.simulated:
             continue
@@ -97,27 +98,32 @@ def in_trouble(gpu: Gpu) -> Reason:
 
 
 def warnings(s: Situation) -> tuple[str, ...]:
-    """What an operator should know and no plan changes. Another scope's workloads are no news."""
+    """What an operator should know and no plan changes. Another scope's workloads concern nobody
+    here."""
     out = [s.context.hook_error] if s.context.hook_error is not None and s.desired.hook else []
     out += [s.memory.lost] if s.memory.lost is not None else []
     if s.context.unconfirmed is not None:
         out.append(f"{s.context.unconfirmed}: {WAY_OUT}")
     found = [*s.desired.warnings]
     found += [
-        f"GPU {gpu.index} cannot be opened: {gpu.told}" for gpu in s.observed.inventory.unopened
+        f"GPU {gpu.index} cannot be opened: {gpu.error_line}"
+        for gpu in s.observed.inventory.unopened
     ]
-    found += [sentence(one, s.observed) for one in intruders(s.desired, s.observed, s.context.busy)]
+    found += [
+        sentence(one, s.observed)
+        for one in foreign_processes(s.desired, s.observed, s.context.busy)
+    ]
     found += _of_gpus(s)
     for view in s.observed.runtimes:
         found += [
-            f"{view.runtime} {stranger.name} looks like ours and is not: {stranger.reason}"
-            for stranger in view.strangers
-            if stranger.claims is not None
-            or (stranger.name.startswith(f"mic-{s.context.scope}-") and not stranger.elsewhere)
+            f"{view.runtime} {foreign.name} looks like ours and is not: {foreign.reason}"
+            for foreign in view.foreign_workloads
+            if foreign.claims is not None
+            or (foreign.name.startswith(f"mic-{s.context.scope}-") and not foreign.elsewhere)
         ]
     out += sorted(found)
-    if s.observed.inventory.told is not None:
-        out.append(gpus_down(s.observed.inventory.told))
+    if s.observed.inventory.error_line is not None:
+        out.append(gpus_down(s.observed.inventory.error_line))
     return (*out, *_on_trust(s), *_left_behind(s))
 
 
@@ -197,7 +203,7 @@ _COMPUTES = frozenset({"compute", "mps"})
 
 
 @dataclass(frozen=True, slots=True)
-class Intruder:
+class ForeignProcess:
     """A stranger on a GPU where one of ours runs, or that is to be kept empty (`instance` None)."""
 
     gpu: Gpu
@@ -216,24 +222,24 @@ def is_foreign(process: GpuProcess, expected: Collection[str], threshold: int) -
     # What a desktop has is not always told; then it is taken for one.
     if draws and (process.used_memory is None or process.used_memory < threshold):
         return False
-    if lets_go(process):
+    if has_exited(process):
         return False
     owner = process.owner
     return owner is None or not process.managed or owner.instance not in expected
 
 
-def lets_go(process: GpuProcess) -> bool:
+def has_exited(process: GpuProcess) -> bool:
     """Whether it has ended, and the driver still has to notice."""
     owner = process.owner
     return process.start_time is None and owner is not None and owner.kind is OwnerKind.ORPHAN
 
 
-def intruders(
+def foreign_processes(
     desired: DesiredState, observed: ObservedState, busy: Collection[str] = ()
-) -> tuple[Intruder, ...]:
-    """Strangers where they were not when it began, by GPU and PID.
+) -> tuple[ForeignProcess, ...]:
+    """Foreign processes that were not there when it began, by GPU and PID.
 
-    Nobody is called a stranger while a runtime cannot be read, since it may be that one's, nor on
+    No process is called foreign while a runtime cannot be read, since it may be that one's, nor on
     the GPU of an instance that is `busy`: its processes may be newer than what its runtime told.
     """
     if any(view.error is not None for view in observed.runtimes):
@@ -246,7 +252,7 @@ def intruders(
         uuid: instance.foreign_threshold for instance in desired.instances for uuid in instance.gpus
     }
     passing = {uuid for item in desired.instances if item.id in busy for uuid in item.gpus}
-    found: list[Intruder] = []
+    found: list[ForeignProcess] = []
     for gpu in observed.inventory.gpus:
         instance = running.get(gpu.uuid)
         if gpu.uuid in passing or instance in busy:
@@ -254,20 +260,20 @@ def intruders(
         if instance is None and gpu.uuid not in desired.kept_empty:
             continue
         found += [
-            Intruder(gpu, process, instance)
+            ForeignProcess(gpu, process, instance)
             for process in sorted(gpu.processes or (), key=lambda item: item.pid)
             if not process.managed and is_foreign(process, (), thresholds.get(gpu.uuid, THRESHOLD))
         ]
     return tuple(found)
 
 
-def sentence(intruder: Intruder, observed: ObservedState) -> str:
+def sentence(foreign: ForeignProcess, observed: ObservedState) -> str:
     """What a warning says of one that is there."""
-    gpu, who = intruder.gpu, describe(intruder.process)
-    tail = _whose(intruder.process, observed)
-    if intruder.instance is None:
+    gpu, who = foreign.gpu, describe(foreign.process)
+    tail = _whose(foreign.process, observed)
+    if foreign.instance is None:
         return f"GPU {gpu.index} is to be kept empty, and {who} holds it{tail}"
-    return f"GPU {gpu.index} is for {intruder.instance} alone, and {who} is on it as well{tail}"
+    return f"GPU {gpu.index} is for {foreign.instance} alone, and {who} is on it as well{tail}"
 
 
 def describe(process: GpuProcess) -> str:
@@ -283,8 +289,10 @@ def _whose(process: GpuProcess, observed: ObservedState) -> str:
     if owner is not None and owner.kind is OwnerKind.MANAGED:
         parts.append(f"instance {owner.instance}")
     elif owner is not None and owner.kind is OwnerKind.CONTAINER and owner.ref:
-        strangers = (stranger for view in observed.runtimes for stranger in view.strangers)
-        names = (stranger.name for stranger in strangers if stranger.ref == owner.ref)
+        foreign_workloads = (
+            foreign for view in observed.runtimes for foreign in view.foreign_workloads
+        )
+        names = (foreign.name for foreign in foreign_workloads if foreign.ref == owner.ref)
         parts.append(f"container {next(names, None) or owner.ref[:12]}")
     elif owner is not None and owner.kind is OwnerKind.UNIT and owner.ref:
         parts.append(f"unit {owner.ref}")

@@ -10,14 +10,14 @@ code:
    stopped only when each instance that follows on its GPUs is prepared, and created if its runtime
    can create ahead. If a follower is blocked, it stays: a model that runs is worth more than an
    empty GPU. A GPU that is to be kept empty has no follower. And nothing starts beside what stays.
-3. An instance without a running match is started, unless it waits for its backoff, a stranger is in
-   the way, or its specification failed, here or on another instance of the model: then an earlier
-   one takes over (rollback), or goes on.
-4. An instance that runs and is unhealthy is restarted in place, with the same patience.
+3. An instance without a running match is started, unless it waits for its backoff, a foreign
+   process is in the way, or its specification failed, here or on another instance of the model:
+   then an earlier one takes over (rollback), or goes on.
+4. An instance that runs and is unhealthy is restarted in place, with the same backoff.
 5. An instance that runs and lacks a model, or has it with another configuration, gets it loaded.
 6. What ended and is neither a match nor the predecessor to roll back to is removed.
-7. What is paused, in doubt, or was not chosen, is left as it is: see plan/holds.py.
-8. Of one model, no more instances change at a time than its rollout allows: see plan/holds.py.
+7. What is paused, in doubt, or was not chosen, is left as it is: see plan/filters.py.
+8. Of one model, no more instances change at a time than its rollout allows: see plan/filters.py.
 9. Where something failed just now that no specification is to blame for, the next try is later.
 """
 
@@ -47,12 +47,12 @@ from mic_supervisor.plan.assess import (
     is_alive,
     left_alone,
 )
-from mic_supervisor.plan.bring_up import BringUp, inside, way_up
+from mic_supervisor.plan.bring_up import BringUp, decide_bring_up, inside
 from mic_supervisor.plan.departures import Departures, departures, left_over, needs, superseded
 from mic_supervisor.plan.fallback import fallback
-from mic_supervisor.plan.holds import hold, rest, roll
+from mic_supervisor.plan.filters import cooldown, exclude, roll
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.obstacles import lets_go, warnings
+from mic_supervisor.plan.obstacles import has_exited, warnings
 from mic_supervisor.plan.situation import Lane, Situation
 from mic_supervisor.plan.words import Code, Reason, because
 
@@ -72,7 +72,7 @@ def reconcile(
     if assessments is None:
         assessments = assess(desired, observed, context, memory)
     s = Situation(desired, observed, memory, now, context, assessments)
-    plan = rest(roll(hold(_decide(s), s), s), s)  # 7, 8, 9
+    plan = cooldown(roll(exclude(_decide(s), s), s), s)  # 7, 8, 9
     return replace(
         plan,
         blocked=tuple(sorted(plan.blocked, key=lambda one: (one.instance, one.reason, one.gpus))),
@@ -92,8 +92,8 @@ def _decide(s: Situation) -> Plan:
         for entry in s.desired.unsatisfiable
     ]
     if s.observed.inventory.error is not None:  # 1
-        unknown = because(Code.GPUS_UNREADABLE, error=s.observed.inventory.told)
-        why_not += _frozen(s.assessments, s.orphans, unknown)
+        unknown = because(Code.GPUS_UNREADABLE, error=s.observed.inventory.error_line)
+        why_not += _frozen(s.assessments, s.undesired, unknown)
     else:
         for lane in s.lanes:
             due, blocked = _lane(s, lane)
@@ -109,65 +109,71 @@ def _lane(s: Situation, lane: Lane) -> tuple[list[Change], Iterable[Blocked]]:
             unknown = because(
                 Code.RUNTIME_UNREADABLE, runtime=view.runtime, error=view.error, hint=view.hint
             )
-            return [], _frozen(lane.wanted, lane.orphans, unknown)
+            return [], _frozen(lane.wanted, lane.undesired, unknown)
     # One reason for each instance is enough.
     unconfirmed = because(Code.UNCONFIRMED, what="it", hint=CONFIRM)
     blocked = {
-        orphan.identity.instance: left_alone(orphan, unconfirmed)
-        for orphan in lane.orphans
-        if s.is_unconfirmed(orphan)
+        workload.identity.instance: left_alone(workload, unconfirmed)
+        for workload in lane.undesired
+        if s.is_unconfirmed(workload)
     }
-    orphans = [orphan for orphan in lane.orphans if not s.is_unconfirmed(orphan)]
-    ways = {item.instance.id: way_up(s, item) for item in lane.wanted}  # 3, 4
-    blocked |= {name: way.why_not for name, way in ways.items() if way.why_not is not None}
-    ups = {name: way.up for name, way in ways.items() if way.up is not None}
-    serving = {name: way.serving for name, way in ways.items()}
+    undesired = [workload for workload in lane.undesired if not s.is_unconfirmed(workload)]
+    decisions = {item.instance.id: decide_bring_up(s, item) for item in lane.wanted}  # 3, 4
+    blocked |= {
+        name: decision.why_not
+        for name, decision in decisions.items()
+        if decision.why_not is not None
+    }
+    bring_ups = {
+        name: decision.up for name, decision in decisions.items() if decision.up is not None
+    }
+    serving = {name: decision.serving for name, decision in decisions.items()}
     while True:  # 2
-        stops = departures(s, lane, orphans, ups, serving)
-        obstructed = _obstructed(s, lane, ups, stops)
+        stops = departures(s, lane, undesired, bring_ups, serving)
+        obstructed = _obstructed(s, lane, bring_ups, stops)
         if not obstructed:
             break
         # What cannot start may make something else stay, and so on.
-        ups = {name: up for name, up in ups.items() if name not in obstructed}
+        bring_ups = {name: up for name, up in bring_ups.items() if name not in obstructed}
         blocked |= obstructed
     changes: list[Change] = []
     for item in lane.wanted:
         name = item.instance.id
-        if name in ups:
-            changes.append(_start(s, lane, item, ups[name], stops, orphans))
+        if name in bring_ups:
+            changes.append(_start(s, lane, item, bring_ups[name], stops, undesired))
         else:
             due, why_not = _beside(s, lane, item, stops, name in blocked)
             changes += due
             if why_not is not None:
                 blocked.setdefault(name, why_not)
-    return changes + _leavers(s, lane, orphans, stops), blocked.values()
+    return changes + _removals(s, lane, undesired, stops), blocked.values()
 
 
 def _concerned(runtime: str, lane: Lane) -> bool:
     """Whether a lane depends on what an unreadable runtime runs."""
-    if runtime in {*(i.runtime for i in lane.wanted), *(i.runtime for i in lane.orphans)}:
+    if runtime in {*(i.runtime for i in lane.wanted), *(i.runtime for i in lane.undesired)}:
         return True
-    return bool(lane.orphans) or not all(item.runs and not item.alive for item in lane.wanted)
+    return bool(lane.undesired) or not all(item.runs and not item.alive for item in lane.wanted)
 
 
 def _frozen(
-    wanted: Iterable[Assessment], orphans: Iterable[ObservedWorkload], why: Reason
+    wanted: Iterable[Assessment], undesired: Iterable[ObservedWorkload], why: Reason
 ) -> list[Blocked]:
-    """Of everything that may have to change. What is known to run is not troubled."""
+    """Of everything that may have to change. What is known to run is not touched."""
     blocked = [item.blocked(why) for item in wanted if item.alive or not item.runs]
     return blocked + [
-        left_alone(one, why) for one in {o.identity.instance: o for o in orphans}.values()
+        left_alone(one, why) for one in {o.identity.instance: o for o in undesired}.values()
     ]
 
 
 def _obstructed(
-    s: Situation, lane: Lane, ups: Mapping[str, BringUp], stops: Departures
+    s: Situation, lane: Lane, bring_ups: Mapping[str, BringUp], stops: Departures
 ) -> dict[str, Blocked]:
     """The starts that need what something that stays has."""
     stays = [workload for workload in s.alive if workload not in stops]
     out: dict[str, Blocked] = {}
     for item in lane.wanted:
-        up = ups.get(item.instance.id)
+        up = bring_ups.get(item.instance.id)
         for workload in stays if up is not None else ():
             if up is not None and (what := needs(item, up.late, workload)) is not None:
                 out[item.instance.id] = item.blocked(_held(s, what, workload))
@@ -178,7 +184,7 @@ def _obstructed(
 def _held(s: Situation, what: str, workload: ObservedWorkload) -> Reason:
     if any(workload is other.match for other in s.assessments):
         code = Code.HELD_BY_OWNER
-    elif workload in s.orphans and s.is_unconfirmed(workload):
+    elif workload in s.undesired and s.is_unconfirmed(workload):
         code = Code.HELD_UNCONFIRMED
     elif s.protects(workload):
         code = Code.HELD_BY_ENTRY
@@ -196,16 +202,16 @@ def _start(
     item: Assessment,
     up: BringUp,
     stops: Departures,
-    orphans: Iterable[ObservedWorkload],
+    undesired: Iterable[ObservedWorkload],
 ) -> Change:
     """The start waits for everything that leaves its GPUs and ports, whoever stops it."""
     instance, entry = item.instance, s.entry(item)
     steps = _own_stops(item, stops)
     before = [*stops.before(item, up), *(step.id for step in up.early[-1:])]
     before += [  # whose start may be in flight
-        f"remove {orphan.name}"
-        for orphan in orphans
-        if orphan.state is RunState.CREATED and set(orphan.identity.gpus) & set(instance.gpus)
+        f"remove {workload.name}"
+        for workload in undesired
+        if workload.state is RunState.CREATED and set(workload.identity.gpus) & set(instance.gpus)
     ]
     ended = superseded(item, up, entry)
     if item.runtime not in s.context.creates_ahead:
@@ -238,9 +244,10 @@ def _start(
 
 
 def _beside(
-    s: Situation, lane: Lane, item: Assessment, stops: Departures, told: bool
+    s: Situation, lane: Lane, item: Assessment, stops: Departures, reported: bool
 ) -> tuple[list[Change], Blocked | None]:
-    """What is due for an instance that is not started, and why no more. `told`: it is known why."""
+    """What is due for an instance that is not started, and why no more. `reported`: it is known
+    why."""
     entry = s.entry(item)
     changes: list[Change] = []
     why_not: Blocked | None = None
@@ -249,7 +256,7 @@ def _beside(
         code = Code.FAILED if entry.failed == item.hash else Code.RUNS_TWICE
         changes.append(_change("stop", lane, item, because(code), steps, item.diff))
     good = fallback(entry, item)
-    if good is not None or not told:
+    if good is not None or not reported:
         found, why_not = inside(s, good or item)  # 5
         for due in found:
             kind: ChangeKind = "load" if isinstance(due.step, Load) else "unload"
@@ -263,17 +270,17 @@ def _beside(
         removes: list[Step] = [_remove(workload) for workload in extra]
         left = because(Code.LEFT_OVER)
         changes.append(_change("remove", lane, item, left, removes, item.diff))
-    idle = not changes and not told and why_not is None
+    idle = not changes and not reported and why_not is None
     if item.runs and entry.started is None and idle:
         changes.append(_change("adopt", lane, item, because(Code.ADOPTED), [], item.diff))
     return changes, why_not
 
 
-def _leavers(
-    s: Situation, lane: Lane, orphans: Iterable[ObservedWorkload], stops: Departures
+def _removals(
+    s: Situation, lane: Lane, undesired: Iterable[ObservedWorkload], stops: Departures
 ) -> list[Change]:
     changes: list[Change] = []
-    for instance, found in by_instance(orphans).items():
+    for instance, found in by_instance(undesired).items():
         steps: list[Step] = []
         for workload in found:
             stop = stops.of(workload)
@@ -325,7 +332,7 @@ def _former(s: Situation, item: Assessment, stops: Departures) -> tuple[Observed
 def _is_released(s: Situation, item: Assessment) -> bool:
     """Whether the driver still lists on these GPUs what has ended."""
     gpus = [s.gpus[uuid] for uuid in item.instance.gpus]
-    return any(lets_go(process) for gpu in gpus for process in gpu.processes or ())
+    return any(has_exited(process) for gpu in gpus for process in gpu.processes or ())
 
 
 def _remove(workload: ObservedWorkload, after: Sequence[str] = ()) -> Remove:

@@ -4,9 +4,9 @@ A process that has ended stays in the driver's list for a while, and what it had
 longer. A model that is started into that fails in ways that nobody understands. So a start waits:
 
 1. Until the driver lists none of the former processes, nor any that are gone.
-2. Then, at most `PATIENCE`, until memory is back at the floor: what was used before the former
-   owner started, and `SLACK`. What known strangers have taken since is theirs, and is not waited
-   for. Where no floor is known, `UNKNOWN_FLOOR` beside them counts as free.
+2. Then, at most `TIMEOUT`, until memory is back at the floor: what was used before the former
+   owner started, and `SLACK`. What known foreign processes have taken since is theirs, and is not
+   waited for. Where no floor is known, `UNKNOWN_FLOOR` beside them counts as free.
 3. Then it starts with a warning, if the rest that nobody is listed for leaves room for what the
    model says it needs; else it does not start.
 
@@ -23,7 +23,7 @@ from mic_supervisor.plan.memory import Floor
 from mic_supervisor.plan.obstacles import SLACK, memory_of
 from mic_supervisor.plan.words import size
 
-PATIENCE = 30.0  # seconds for each of the two
+TIMEOUT = 30.0  # seconds for each of the two
 UNKNOWN_FLOOR = 1 << 30  # bytes
 
 
@@ -50,7 +50,7 @@ class Released:
     warning: str | None = None
 
 
-def judge(
+def check_release(
     gpus: Collection[str],
     floors: Mapping[str, Floor],
     vram: int | None,
@@ -64,7 +64,7 @@ def judge(
     have been gone, None while they were not.
     """
     if inventory.error is not None:
-        return _late(f"waiting for the GPUs to be readable: {inventory.told}", waited)
+        return _late(f"waiting for the GPUs to be readable: {inventory.error_line}", waited)
     found = {gpu.uuid: gpu for gpu in inventory.gpus}
     there = [found[uuid] for uuid in gpus if uuid in found]
     if len(there) < len(gpus):
@@ -85,18 +85,18 @@ def judge(
         return Released(released)
     what = " and ".join(f"{size(excess)} to be released on GPU {gpu.index}"
                         for gpu, excess in lingering)  # fmt: skip
-    if waited_for_memory is None or waited_for_memory < PATIENCE:
+    if waited_for_memory is None or waited_for_memory < TIMEOUT:
         return Waiting(f"waiting for {what}", for_memory=True)
     for gpu, _ in lingering:
         free = free_of(gpu)
         if vram is not None and free is not None and free < vram:
             return Refused(
-                f"after {PATIENCE:g} s GPU {gpu.index} has {size(free)} free of the {size(vram)} "
+                f"after {TIMEOUT:g} s GPU {gpu.index} has {size(free)} free of the {size(vram)} "
                 "that it needs, and the driver lists nobody who has the rest"
             )
     return Released(
         released,
-        f"after {PATIENCE:g} s still {what}, for which the driver lists nobody; starting all the "
+        f"after {TIMEOUT:g} s still {what}, for which the driver lists nobody; starting all the "
         "same",
     )
 
@@ -105,8 +105,8 @@ def floor_of(gpu: Gpu) -> Floor | None:
     """What is used on a GPU now; None where the driver does not tell."""
     if gpu.memory is None or gpu.memory.used is None:
         return None
-    strangers = memory_of(one for one in gpu.processes or () if not one.managed)
-    return Floor(gpu.memory.used, strangers)
+    foreign_workloads = memory_of(one for one in gpu.processes or () if not one.managed)
+    return Floor(gpu.memory.used, foreign_workloads)
 
 
 def free_of(gpu: Gpu) -> int | None:
@@ -119,9 +119,9 @@ def free_of(gpu: Gpu) -> int | None:
 
 
 def _late(reason: str, waited: float) -> Waiting | Refused:
-    if waited < PATIENCE:
+    if waited < TIMEOUT:
         return Waiting(reason)
-    return Refused(f"after {PATIENCE:g} s still {reason}")
+    return Refused(f"after {TIMEOUT:g} s still {reason}")
 
 
 def _former(process: GpuProcess) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from mic_supervisor.config.diagnostics import closest
-from mic_supervisor.config.document import BadKey, GpuEntry, Place, composed, parse_gpu_key
+from mic_supervisor.config.document import BadKey, GpuEntry, Location, composed, parse_gpu_key
 from mic_supervisor.desired.bind import bind
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import DesiredState, GpuInventory
@@ -84,7 +84,9 @@ def _gpus(name: str, there: Names) -> tuple[str, ...]:
         ) from error
     found: list[str] = []
     for key in keys:
-        binding = bind([GpuEntry((key,), None, Place("", 0, 0))], there.inventory, there.bindings)
+        binding = bind(
+            [GpuEntry((key,), None, Location("", 0, 0))], there.inventory, there.bindings
+        )
         if binding.entries:
             found.append(binding.entries[0].gpus[0].uuid)
             continue
@@ -138,17 +140,17 @@ def to_resume(names: Collection[str], there: Names, paused: Paused) -> Selection
     return chosen
 
 
-def held_by(
+def pause_on(
     paused: Paused, model: str, gpus: Collection[str], indices: Mapping[str, int], now: float
 ) -> tuple[str, str] | None:
     """("GPU 3 is paused since 12:04:10", the way out) for who would act on these; None: free."""
-    held = [uuid for uuid in gpus if uuid in paused.gpus]
+    paused_gpus = [uuid for uuid in gpus if uuid in paused.gpus]
     if model in paused.models:
         return f"{model} is {since(paused.models[model], now)}", resume([model])
-    if held:
-        (name,) = Selection(gpus=frozenset(held[:1])).called(indices)
-        out = resume(str(indices.get(uuid, uuid)) for uuid in held)
-        return f"{name} is {since(paused.gpus[held[0]], now)}", out
+    if paused_gpus:
+        (name,) = Selection(gpus=frozenset(paused_gpus[:1])).called(indices)
+        out = resume(str(indices.get(uuid, uuid)) for uuid in paused_gpus)
+        return f"{name} is {since(paused.gpus[paused_gpus[0]], now)}", out
     return None
 
 
@@ -163,9 +165,9 @@ def free_of_pauses(
 
     Raises MicError "cannot ACTION: …" where all of them are.
     """
-    held = {one: held_by(paused, model, gpus, indices, now) for one, model, gpus in found}
-    free = [instance for instance, why in held.items() if why is None]
-    reasons = [why for why in held.values() if why is not None]
+    paused_gpus = {one: pause_on(paused, model, gpus, indices, now) for one, model, gpus in found}
+    free = [instance for instance, why in paused_gpus.items() if why is None]
+    reasons = [why for why in paused_gpus.values() if why is not None]
     if reasons and not free:
         reason, out = reasons[0]
         raise MicError(f"cannot {action}: {reason}", hint=out)

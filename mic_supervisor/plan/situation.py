@@ -16,13 +16,13 @@ from mic_supervisor.plan.memory import InstanceMemory, Memory
 class Lane:
     """What must be decided together: a connected set of GPUs, and of fixed ports.
 
-    What happens in one lane never waits for another. `orphans` are workloads that no desired
+    What happens in one lane never waits for another. `undesired` are workloads that no desired
     instance has the id of.
     """
 
     name: str
     wanted: tuple[Assessment, ...]
-    orphans: tuple[ObservedWorkload, ...]
+    undesired: tuple[ObservedWorkload, ...]
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Situation:
         }
 
     @cached_property
-    def orphans(self) -> tuple[ObservedWorkload, ...]:
-        """What no desired instance has the id of, and no entry in trouble might mean."""
+    def undesired(self) -> tuple[ObservedWorkload, ...]:
+        """What no desired instance has the id of, and no unsatisfiable entry might mean."""
         return tuple(
             workload
             for workload in self.workloads
@@ -114,7 +114,7 @@ class Situation:
         )
 
     def protects(self, workload: ObservedWorkload) -> bool:
-        """Whether an entry in trouble might mean it. Where it is not even known which GPU the
+        """Whether an unsatisfiable entry might mean it. Where it is not even known which GPU the
         entry means, that is everything of the same model on a GPU that is not there.
         """
         identity = workload.identity
@@ -157,8 +157,8 @@ class Situation:
         found: dict[str, tuple[list[Assessment], list[ObservedWorkload]]] = {}
         for item in self.assessments:
             found.setdefault(lanes.of(item.instance.gpus[0]), ([], []))[0].append(item)
-        for orphan in self.orphans:
-            found.setdefault(lanes.of(_gpus(orphan)[0]), ([], []))[1].append(orphan)
+        for workload in self.undesired:
+            found.setdefault(lanes.of(_gpus(workload)[0]), ([], []))[1].append(workload)
         return [Lane(name, tuple(one), tuple(two)) for name, (one, two) in sorted(found.items())]
 
 

@@ -15,7 +15,7 @@ from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import Assessment, Selection, is_alive, workloads
 from mic_supervisor.plan.fallback import as_it_runs, fallback
 from mic_supervisor.plan.health import ON_ITS_WAY, Phase, phase_of
-from mic_supervisor.plan.memory import InstanceMemory, Memory, Rest, memory_key
+from mic_supervisor.plan.memory import Cooldown, InstanceMemory, Memory, memory_key
 from mic_supervisor.plan.words import Code, Reason, because
 
 Sync = Literal["in_sync", "out_of_sync", "unknown"]
@@ -80,7 +80,7 @@ class InstanceStatus:
         """What programs know the reason by."""
         return None if self.why is None else self.why.code
 
-    def tells_of(self, failure: str) -> bool:
+    def mentions(self, failure: str) -> bool:
         """Whether the reason says already what something failed with."""
         return self.reason == failure or (self.why is not None and self.why.is_about(failure))
 
@@ -96,7 +96,7 @@ class InstanceStatus:
         )
 
     @property
-    def settled_well(self) -> bool:
+    def as_desired(self) -> bool:
         """As far as can be known, it does what the file says."""
         return self.phase in (Phase.READY, Phase.UNPROBED) and self.sync == "in_sync"
 
@@ -109,7 +109,7 @@ def instance_statuses(
     memory: Memory,
     activities: Mapping[str, Phase] = {},
 ) -> tuple[InstanceStatus, ...]:
-    """Sorted by id: every desired instance, every entry in trouble, everything that has to go.
+    """Sorted by id: every desired instance, every unsatisfiable entry, everything that has to go.
 
     `activities` is what is being carried out for an instance, by its id.
     """
@@ -130,7 +130,10 @@ def instance_statuses(
     ]
     known = {row.id for row in rows}
     rows += [_absent(entry) for entry in desired.unsatisfiable if not known & set(entry.instances)]
-    rows = [row if row.id in activities else _resting(row, memory.of(row.id).rest) for row in rows]
+    rows = [
+        row if row.id in activities else _cooling_down(row, memory.of(row.id).cooldown)
+        for row in rows
+    ]
     return tuple(sorted(rows, key=lambda row: row.id))
 
 
@@ -139,7 +142,7 @@ def chosen_rows(
 ) -> list[InstanceStatus]:
     """Those that tell how the chosen fare.
 
-    The rows of their instances, of their entries in trouble, and of what still has to leave
+    The rows of their instances, of their unsatisfiable entries, and of what still has to leave
     their GPUs.
     """
     named = {item.id for item in desired.instances}
@@ -200,12 +203,12 @@ def _desired(
         elif held.queued and phase is Phase.BLOCKED:
             phase = Phase.WAITING_VRAM
         if instance.shared and item.started_up:
-            # A model that does not load is its own trouble; the server has others.
+            # A model that does not load concerns itself alone; the server has others.
             phase = Phase.DEGRADED
     if held is not None and held.paused:
-        troubled = item.runs and phase not in (Phase.READY, Phase.UNPROBED)
+        failing = item.runs and phase not in (Phase.READY, Phase.UNPROBED)
         how = f"; it runs, {phase.value}" + (f": {reason}" if reason else "")
-        phase, reason = Phase.PAUSED, held.reason + (how if troubled else "")
+        phase, reason = Phase.PAUSED, held.reason + (how if failing else "")
         why = held.why
     elif instance.id in waits:
         why = waits[instance.id]
@@ -279,19 +282,19 @@ def _how(entry: InstanceMemory, item: Assessment) -> str:
     return f", {phase.value}" + (f": {reason}" if reason else "")
 
 
-def _resting(row: InstanceStatus, rest: Rest | None) -> InstanceStatus:
+def _cooling_down(row: InstanceStatus, cooldown: Cooldown | None) -> InstanceStatus:
     """What its last change failed with, where that is a phase of its own, or it only waits."""
-    if rest is None or row.phase in (Phase.READY, Phase.PAUSED):
+    if cooldown is None or row.phase in (Phase.READY, Phase.PAUSED):
         return row
-    if rest.phase is None and row.phase is not Phase.PENDING:
+    if cooldown.phase is None and row.phase is not Phase.PENDING:
         return row
-    phase = Phase.BACKOFF if rest.phase is None else Phase(rest.phase)
+    phase = Phase.BACKOFF if cooldown.phase is None else Phase(cooldown.phase)
     return replace(
         row,
         phase=phase,
-        reason=rest.reason,
-        why=because(Code.NEXT_TRY, failure=rest.reason),
-        next_retry=rest.until,
+        reason=cooldown.reason,
+        why=because(Code.NEXT_TRY, failure=cooldown.reason),
+        next_retry=cooldown.until,
         health=_HEALTH.get(phase, row.health),
     )
 
@@ -372,7 +375,7 @@ _SLACK = 5.0  # seconds beyond a start's budget, in which the planner says that 
 _FINAL = frozenset({*Phase} - ON_ITS_WAY - {Phase.DEGRADED})
 
 
-def settled(
+def converged(
     desired: DesiredState,
     plan: Plan,
     statuses: Iterable[InstanceStatus],
@@ -382,7 +385,7 @@ def settled(
     now: float,
     only: Collection[str] | None = None,
 ) -> bool:
-    """Every instance is ready, or has failed in a way that patience alone does not mend.
+    """Every instance is ready, or has failed in a way that time alone does not fix.
 
     `only` are the instances that matter; None: all.
 
@@ -392,7 +395,7 @@ def settled(
     3. A change whose turn has not come is waited for through those it waits for.
     4. What took over in a rollback is waited for like any other start.
     """
-    failing = {name for name, entry in memory.instances.items() if entry.rest is not None}
+    failing = {name for name, entry in memory.instances.items() if entry.cooldown is not None}
     if any(
         change.steps and change.waits is None and change.instance not in failing
         for change in plan.changes

@@ -16,7 +16,7 @@ _RETRY = "change the file, or: mic-supervisor retry"
 _FAILED = "the new specification failed ({failure})"
 _HELD = "{what} is still held by {holder}, "
 _NEEDS = "it needs {vram}, and GPU {gpu} ({name}) has "
-_STRANGER = "GPU {gpu} is held by {who}, not ours{whose}"
+_FOREIGN = "GPU {gpu} is held by {who}, not ours{whose}"
 
 
 @unique
@@ -61,7 +61,7 @@ class Code(Enum):
     HELD_FOR_OTHERS = f"{_HELD}which stays because not all that follows it can start"
     NO_PORT = "no port is free from {first} to {last}", "widen MIC_PORT_RANGE"
     PORT_TAKEN = "port {port} is taken by {who}", "free the port, or give {model} another one"
-    NAME_TAKEN = "the name {name} is taken by a workload that is not ours: {stranger}"
+    NAME_TAKEN = "the name {name} is taken by a workload that is not ours: {foreign}"
     NO_VARIABLE = "its texts refer to {name}, which it does not have"
     GPU_TOO_SMALL = (f"{_NEEDS}{{total}}", "give it a larger GPU, or correct `vram` of {model}")
     GPU_TOO_FULL = (
@@ -77,9 +77,9 @@ class Code(Enum):
         "what the driver lists on GPU {gpu} cannot be true",
         "upgrade the driver, or set `on_foreign: ignore` for {model} if nobody else uses that GPU",
     )
-    STRANGER = _STRANGER, "end that process, or move the model to another GPU"
+    STRANGER = _FOREIGN, "end that process, or move the model to another GPU"
     WAITS_FOR_STRANGER = (
-        f"waiting for the GPU: {_STRANGER}",
+        f"waiting for the GPU: {_FOREIGN}",
         "end that process, or move the model to another GPU",
     )
     STAYS = "it stays while {instance} is blocked"

@@ -59,7 +59,7 @@ class Runtime(Protocol):
     """
 
     def observe(self) -> RuntimeView:
-        """Everything of ours, running or not, and the strangers in our way.
+        """Everything of ours, running or not, and the foreign workloads in our way.
 
         Never raises for an unreachable runtime: the view's `error` says so. One cheap call.
         """

@@ -359,7 +359,7 @@ def _end_check(process: subprocess.Popen[bytes], nonce: str) -> None:
 # --- directories --------------------------------------------------------------------------------
 
 
-_PATIENCE = 10.0  # seconds for a command that makes or tries a directory
+_TIMEOUT = 10.0  # seconds for a command that makes or tries a directory
 # -I leaves out the current directory and the user's own, but a checkout has to be found, too.
 PROGRAM = f"""\
 import sys
@@ -453,7 +453,7 @@ def _run(command: list[str], who: Account) -> tuple[int, str]:
     """(exit code, output). Raises OSError, for a command that does not end, too."""
     done = programs.run(
         command,
-        _PATIENCE,
+        _TIMEOUT,
         env={"PATH": DEFAULT_PATH, "LC_ALL": "C"},
         umask=0o022,
         **_as(who),

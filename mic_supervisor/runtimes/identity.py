@@ -35,7 +35,7 @@ def identity_variables(name: str, identity: Identity) -> dict[str, str]:
 def identity_of(variables: Mapping[str, str]) -> tuple[str, Identity] | str:
     """(workload's name, identity) of a process with these variables, or why it is none of ours.
 
-    A `spec` that cannot be read is None; whatever else is missing makes it a stranger's.
+    A `spec` that cannot be read is None; whatever else is missing makes it foreign.
     """
     text = variables.get(IDENTITY)
     if text is None:
@@ -104,4 +104,4 @@ def copies(
 def known_from(view: RuntimeView) -> dict[str, bool]:
     """What `copies` has to know next time of what is there now."""
     ours = {workload.ref: True for workload in view.workloads}
-    return ours | {stranger.ref: False for stranger in view.strangers if stranger.usurps}
+    return ours | {foreign.ref: False for foreign in view.foreign_workloads if foreign.has_our_name}

@@ -28,17 +28,17 @@ _NOT_CARRIED = (
 )
 
 
-def proposals(look: Survey, engine: Engine) -> list[Proposal]:
+def proposals(survey: Survey, engine: Engine) -> list[Proposal]:
     what = "cannot look for containers"
     info = engine.call(what, lambda api: api.info())
     default = info.get("DefaultRuntime")
-    known = look.inventory.indices
+    known = survey.inventory.indices
     found = []
     for listed in sorted(engine.call(what, lambda api: api.containers()), key=_name):
         try:
             inspected = _inspect(engine, str(listed["Id"]))
             wanted = wanted_gpus(inspected, default)
-            held = _held(look, str(listed["Id"]))
+            held = _held(survey, str(listed["Id"]))
             if not is_candidate(inspected) or not (wanted or held):
                 continue
             image = _image(engine, str(inspected.get("Image")))
@@ -67,10 +67,10 @@ def _image(engine: Engine, ref: str) -> dict[str, Any] | None:
         return None
 
 
-def _held(look: Survey, container: str) -> list[int]:
+def _held(survey: Survey, container: str) -> list[int]:
     return [
         gpu.index
-        for gpu in look.inventory.gpus
+        for gpu in survey.inventory.gpus
         if any(
             process.owner is not None
             and process.owner.kind is OwnerKind.CONTAINER

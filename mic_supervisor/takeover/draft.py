@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from mic_supervisor.runtimes.docker.engine import Engine
 
 
-def running(look: Survey, engine: Engine | None) -> tuple[list[Proposal], list[str]]:
+def running(survey: Survey, engine: Engine | None) -> tuple[list[Proposal], list[str]]:
     """The proposals, each with a name of its own, and what stands in the way of knowing more.
 
     `engine` None: there is no Docker here. Raises MicError when the GPUs cannot be read.
     """
-    if look.inventory.error is not None:
-        raise MicError(look.inventory.error, hint=look.inventory.hint)
+    if survey.inventory.error is not None:
+        raise MicError(survey.inventory.error, hint=survey.inventory.hint)
     warnings: list[str] = []
     found: list[Proposal] = []
     if engine is not None:
         try:
-            found += containers.proposals(look, engine)
+            found += containers.proposals(survey, engine)
         except MicError as error:
             warnings.append(f"containers are left out: {error.message}")
-    found += processes.proposals(look, warnings)
+    found += processes.proposals(survey, warnings)
     return distinct(found), warnings
 
 
@@ -137,7 +137,7 @@ def _gpu_lines(
             also.setdefault(index, []).append(one.name)
     out: list[DraftGpu] = []
     written: set[str] = set()
-    lost = {gpu.index: gpu.told for gpu in inventory.unopened}
+    lost = {gpu.index: gpu.error_line for gpu in inventory.unopened}
     for index in sorted({*by_index, *lost}):
         if index in lost and index not in by_index:
             note = f"GPU {index}: {printable(lost[index])}"

@@ -32,11 +32,11 @@ _NOT_ITS_OWN = re.compile(
 )
 
 
-def proposals(look: Survey, warnings: list[str]) -> list[Proposal]:
+def proposals(survey: Survey, warnings: list[str]) -> list[Proposal]:
     known = processes.processes()
     roots: dict[int, list[int]] = {}
-    for pid in sorted({*look.pids(OwnerKind.ORPHAN), *look.pids(OwnerKind.UNIT)}):
-        target = look.target(pid)
+    for pid in sorted({*survey.pids(OwnerKind.ORPHAN), *survey.pids(OwnerKind.UNIT)}):
+        target = survey.target(pid)
         if target is None:
             continue
         if target.instance is not None:
@@ -46,7 +46,7 @@ def proposals(look: Survey, warnings: list[str]) -> list[Proposal]:
             )
             continue
         roots.setdefault(root_of(pid, known), []).append(pid)
-    for pid in look.pids(OwnerKind.UNKNOWN):
+    for pid in survey.pids(OwnerKind.UNKNOWN):
         warnings.append(f"PID {pid} is left out: whose it is cannot be read")
     if not roots:
         return []
@@ -54,8 +54,8 @@ def proposals(look: Survey, warnings: list[str]) -> list[Proposal]:
     ports = {port: one.pid for port, one in owners.items() if one.pid is not None}
     found = []
     for root, holders in sorted(roots.items()):
-        target = look.target(holders[0])
-        indices = sorted({hold.index for pid in holders for hold in _holds(look, pid)})
+        target = survey.target(holders[0])
+        indices = sorted({hold.index for pid in holders for hold in _holds(survey, pid)})
         if target is None:
             continue
         try:
@@ -70,8 +70,8 @@ def proposals(look: Survey, warnings: list[str]) -> list[Proposal]:
     return found
 
 
-def _holds(look: Survey, pid: int) -> Any:
-    target = look.target(pid)
+def _holds(survey: Survey, pid: int) -> Any:
+    target = survey.target(pid)
     return () if target is None else target.holds
 
 

@@ -41,7 +41,7 @@ class ApplyDocument:
 
 def exit_code(rows: Iterable[InstanceStatus]) -> int:
     """Of an apply: 0 all is as desired, 3 some is and some is not, 1 nothing is."""
-    good = [one.settled_well for row in rows for one in by_model(row)]
+    good = [one.as_desired for row in rows for one in by_model(row)]
     if all(good):
         return 0
     return EXIT_SOME_FAILED if any(good) else EXIT_ALL_FAILED
@@ -73,7 +73,7 @@ def apply_document(
         left_out=left_out(not_chosen),
         failures=[
             replace(
-                one, told=any(row.id == one.instance and row.tells_of(one.reason) for row in rows)
+                one, told=any(row.id == one.instance and row.mentions(one.reason) for row in rows)
             )
             for one in sorted(failures, key=lambda one: one.instance)
         ],

@@ -24,16 +24,16 @@ def summary(config: Config) -> str:
 
 def models_document(config: Config, host: str) -> dict[str, Any]:
     """A model's `gpus` has one text for each instance, "3,4" for one over two."""
-    places: dict[str, list[str]] = {name: [] for name in config.models}
+    gpus_of: dict[str, list[str]] = {name: [] for name in config.models}
     for entry in config.entries:
         if entry.model is not None:
-            places[entry.model].append(",".join(key.value for key in entry.keys))
+            gpus_of[entry.model].append(",".join(key.value for key in entry.keys))
     return {
         "version": 1,
         "host": host,
         "config_hash": config.hash,
         "models": [
-            {"name": model.name, "backend": model.backend, "gpus": places[model.name]}
+            {"name": model.name, "backend": model.backend, "gpus": gpus_of[model.name]}
             for model in config.models.values()
         ],
     }

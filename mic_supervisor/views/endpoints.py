@@ -41,7 +41,7 @@ def serving(
     found: dict[str, dict[str, Mapping[str, str]]] = {}
     for row in (one for whole in rows for one in by_model(whole)):
         if not row.backend:
-            continue  # an entry in trouble, or a GPU that is kept empty
+            continue  # an unsatisfiable entry, or a GPU that is kept empty
         instances = found.setdefault(row.model, {})
         if row.id in withdrawn or not row.endpoints:  # none: it is not alive
             continue

@@ -118,12 +118,12 @@ def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
     """
     lines: list[str] = []
     width = max((len(change.instance) for change in plan.changes), default=0)
-    places = {change.gpus: gpu_names(change.gpus, indices) for change in plan.changes}
-    place_width = max((len(place) for place in places.values()), default=0)
+    gpus_of = {change.gpus: gpu_names(change.gpus, indices) for change in plan.changes}
+    gpus_width = max((len(location) for location in gpus_of.values()), default=0)
     for change in plan.changes:
         lines.append(
             f"{_MARKS[change.kind]} {change.kind:<7}  {change.instance:<{width}}  "
-            f"{places[change.gpus]:<{place_width}}  {change.cause}"
+            f"{gpus_of[change.gpus]:<{gpus_width}}  {change.cause}"
         )
         lines += [f"    {diff_line(diff)}" for diff in change.diff]
         lines += [f"    {line}" for line in ending_lines(change)]
@@ -132,9 +132,9 @@ def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
     if plan.blocked:
         lines += [""] if lines else []
         for item in plan.blocked:
-            place = f" on {gpu_names(item.gpus, indices)}" if item.gpus else ""
+            location = f" on {gpu_names(item.gpus, indices)}" if item.gpus else ""
             mark = "paused " if item.paused else "blocked"
-            lines.append(f"! {mark}  {item.instance}{place}: {reason(item)}")
+            lines.append(f"! {mark}  {item.instance}{location}: {reason(item)}")
             if item.hint:
                 lines.append(f"    hint: {item.hint}")
     if plan.left_out:

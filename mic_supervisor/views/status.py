@@ -148,8 +148,8 @@ def status_document(look: Look, config: ConfigInUse, host: str) -> StatusDocumen
         for view in observed.runtimes
         if view.error is not None
     ]
-    if observed.inventory.told is not None:
-        unreadable.append(gpus_down(observed.inventory.told))
+    if observed.inventory.error_line is not None:
+        unreadable.append(gpus_down(observed.inventory.error_line))
     return StatusDocument(
         version=1,
         host=host,
@@ -182,7 +182,7 @@ def _instance(row: InstanceStatus, indices: Mapping[str, int]) -> StatusInstance
         container_id=row.ref if row.runtime == "docker" else None,
         unit=row.ref if row.runtime == "systemd" else None,
         models=[view(StatusModel, one, gpus=_refs(one.gpus, indices)) for one in row.models],
-        as_desired=row.settled_well,
+        as_desired=row.as_desired,
     )
 
 
@@ -223,7 +223,7 @@ def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[StatusGpu]:
         for gpu in observed.inventory.gpus
     ]
     present = {gpu.uuid for gpu in observed.inventory.gpus}
-    fallen = {gpu.uuid: gpu.told for gpu in observed.inventory.unopened}
+    unopened = {gpu.uuid: gpu.error_line for gpu in observed.inventory.unopened}
     missing = {u for item in desired.unsatisfiable for u in item.gpus}
     if observed.inventory.error is not None:
         missing |= {*wanted, *desired.kept_empty}
@@ -234,7 +234,7 @@ def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[StatusGpu]:
             name=None,
             instance=running.get(uuid) or wanted.get(uuid),
             state="unknown" if observed.inventory.error is not None else "lost",
-            trouble=fallen.get(uuid),
+            trouble=unopened.get(uuid),
             holders=None,
         )
         for uuid in sorted(missing - present)

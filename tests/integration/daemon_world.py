@@ -99,7 +99,7 @@ class DaemonWorld:
     def generation(self) -> int:
         return int(self.status()["config"]["generation"])
 
-    def settled(self, *names: str, timeout: float = 20.0) -> None:
+    def converged(self, *names: str, timeout: float = 20.0) -> None:
         """Waits until the daemon has exactly these instances, all as desired."""
 
         def look() -> bool:

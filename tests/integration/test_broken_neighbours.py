@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture
-def stranger(engine: docker.APIClient, busybox_image: str) -> Iterator[Callable[..., str]]:
+def foreign(engine: docker.APIClient, busybox_image: str) -> Iterator[Callable[..., str]]:
     """Starts a container that is not ours; with its name and a port, if given."""
     made: list[str] = []
 
@@ -75,11 +75,11 @@ def test_a_port_that_a_process_listens_on(job: World, free_port: Callable[[], in
     job.unchanged()
 
 
-def test_a_port_that_a_strangers_container_publishes(
-    job: World, stranger: Callable[..., str], free_port: Callable[[], int]
+def test_a_port_that_a_foreign_container_publishes(
+    job: World, foreign: Callable[..., str], free_port: Callable[[], int]
 ) -> None:
     port = free_port()
-    other = stranger(f"somebody-{job.mic.scope}", port)
+    other = foreign(f"somebody-{job.mic.scope}", port)
     job.write({0: "a", 1: "b"}, a=web(f"port: {port}"), b=web())
     said = f"port {port} is taken by docker somebody-{job.mic.scope}, not ours"
     assert lines_of(job.plan(), "! blocked") == [f"! blocked  a-51000000 on GPU 0: {said}"]
@@ -89,24 +89,24 @@ def test_a_port_that_a_strangers_container_publishes(
 
 
 def test_a_port_of_the_range_that_is_taken_is_not_chosen(
-    job: World, stranger: Callable[..., str]
+    job: World, foreign: Callable[..., str]
 ) -> None:
     job.write({0: "a"}, a=web())
     job.apply()
     port = int(job.url("a-51000000").rpartition(":")[2])
     job.mic("down", "--yes", rc=0)
-    stranger(port=port)
+    foreign(port=port)
     job.apply()
     assert job.url("a-51000000") != f"http://127.0.0.1:{port}"
     job.unchanged()
 
 
-def test_a_strangers_container_with_our_name(job: World, stranger: Callable[..., str]) -> None:
+def test_a_foreign_container_with_our_name(job: World, foreign: Callable[..., str]) -> None:
     job.write({0: "a"}, a=web())
     job.apply()
     name = job.one("a-51000000")["Name"].lstrip("/")
     job.engine.remove_container(name, force=True)
-    other = stranger(name)
+    other = foreign(name)
     job.write({0: "a", 1: "b"}, b=web())
     said = f"the name {name} is taken by a workload that is not ours: it has no labels of ours"
     assert job.plan() == (

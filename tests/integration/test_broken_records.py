@@ -69,13 +69,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 def test_a_daemon_has_every_damaged_record_back(world: DaemonWorld) -> None:
     daemon = world.mic.run()
-    world.settled(P)
+    world.converged(P)
     before = world.marks()
     pid = before[P][2]
     for damage in DAMAGES.values():
         damage(directory(world))
         until(lambda: recorded(world, pid), "the record")
-        world.settled(P)
+        world.converged(P)
         assert world.rows()[P]["pid"] == pid
         assert world.marks() == before
     daemon.stop()
@@ -84,7 +84,7 @@ def test_a_daemon_has_every_damaged_record_back(world: DaemonWorld) -> None:
     for name in ("empty", "a pipe", "cleared run directory"):  # nobody is there when it happens
         DAMAGES[name](directory(world))
         daemon = world.mic.run()
-        world.settled(P)
+        world.converged(P)
         assert world.marks() == before
         daemon.stop()
     assert world.mic("down", "--yes", rc=0).stdout.splitlines()[-1] == "Removed 1."

@@ -54,7 +54,7 @@ def test_a_container_that_exits_at_once(good: World) -> None:
         f"{GOOD}Apply: 1 as desired, 1 not.\n"
     )
     told = progress(done.stdout)
-    # The first failure is answered at once, the second with patience.
+    # The first failure is answered at once, the second with backoff.
     assert told.count("a-51000000: start: it exited with 7") == 1
     assert told[-1] == "a-51000000: backoff: it exited with 7"
     # One container, started twice: a crash starts the same one again.

@@ -162,7 +162,7 @@ def test_a_change_of_the_model_waits_too(comfy: Comfy) -> None:
     assert "--preview-method" in comfy.argv(comfy.rows()[0])
 
 
-def test_the_patience_has_an_end(comfy: Comfy) -> None:
+def test_the_wait_has_an_end(comfy: Comfy) -> None:
     comfy.set(drain_timeout="1s")
     comfy.write(gpu0="face")
     comfy.mic("apply", rc=0)

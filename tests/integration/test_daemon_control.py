@@ -60,7 +60,7 @@ def world(running: DaemonWorld) -> DaemonWorld:
     running.models = {"p": process(), "c": container()}
     running.write(BASE)
     assert running.mic("reload", "--wait").rc == 0
-    running.settled(P0, P1, C2)
+    running.converged(P0, P1, C2)
     return running
 
 
@@ -73,7 +73,7 @@ def test_apply_follows_the_daemon(world: DaemonWorld) -> None:
     name = identity("s", 3)
     assert re.search(rf"s  GPU 3 +{name}: ready", done.stdout), done
     assert done.stdout.splitlines()[-1] == "Apply: 4 as desired."
-    world.settled(P0, P1, C2, name)
+    world.converged(P0, P1, C2, name)
 
 
 def test_apply_tells_of_the_one_that_failed(world: DaemonWorld) -> None:
@@ -136,7 +136,7 @@ def test_reload_says_which_generation_runs(world: DaemonWorld) -> None:
         f"Generation {number + 1} accepted.\n",
         f"Generation {number + 1} runs already; nothing changed.\n",
     )
-    world.settled(P0, P1, C2, identity("p", 3))
+    world.converged(P0, P1, C2, identity("p", 3))
 
 
 def test_plan_and_status_through_the_daemon(world: DaemonWorld) -> None:
@@ -152,7 +152,7 @@ def test_sighup_reads_the_file_and_confirms(world: DaemonWorld) -> None:
     world.write({0: "p", 2: "c"})
     until(lambda: world.phases().get(P1) == "blocked", "the removal to be held")
     world.mic.daemons[-1].process.send_signal(signal.SIGHUP)
-    world.settled(P0, C2)
+    world.converged(P0, C2)
 
 
 # --- many at once -------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_an_apply_while_the_file_changes_under_it(world: DaemonWorld) -> None:
 
     done = both(lambda: world.mic("apply"), edit)
     assert [item.rc for item in done] == [0, 0], done
-    world.settled(P0, P1, C2, identity("s", 3))
+    world.converged(P0, P1, C2, identity("s", 3))
     assert world.engine is not None
     looked = world.engine.inspect_container(world.marks()[identity("s", 3)][0])
     assert "TURN=2" in looked["Config"]["Env"]
@@ -282,7 +282,7 @@ def test_clients_that_go_stall_or_never_read(world: DaemonWorld) -> None:
     assert world.mic.ask("status")["result"]["instances"]
     assert time.monotonic() - began < 5  # a client that says nothing is given 10 s
     # What the first one asked for is done although he did not wait for it.
-    world.settled(P0, P1, C2, identity("s", 3))
+    world.converged(P0, P1, C2, identity("s", 3))
     for connection in [*stalled, deaf]:
         connection.close()
     assert world.mic("apply").rc == 0
@@ -333,7 +333,7 @@ def test_the_socket_of_a_killed_daemon(world: DaemonWorld) -> None:
     )
     assert world.mic("apply").rc == 0
     world.mic.run(http=False)
-    world.settled(P0, P1, C2)
+    world.converged(P0, P1, C2)
     assert world.marks() == before
 
 
@@ -346,7 +346,7 @@ def test_a_daemon_waits_for_an_apply_and_takes_over(world: DaemonWorld) -> None:
     until(lambda: "starting" in one_shot.text(), "the apply to be at work")
     world.mic.run(http=False)
     assert one_shot.process.wait(20) == 0
-    world.settled(P0, P1, C2, identity("s", 3))
+    world.converged(P0, P1, C2, identity("s", 3))
     after = world.marks()
     assert {name: after[name] for name in before} == before
 
@@ -371,7 +371,7 @@ def test_what_systemd_is_told(tmp_path_factory: pytest.TempPathFactory, tmp_path
 
         made.mic.env |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1500000"}
         daemon = made.mic.run(http=False)
-        made.settled(P0)
+        made.converged(P0)
         until(lambda: "STATUS=1/1 ready; config generation 1" in hear(), "the status")
         assert told.index("READY=1") > 0  # a sign of life or the status came first: it had looked
         assert "WATCHDOG=1" in told

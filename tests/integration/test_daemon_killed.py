@@ -24,7 +24,7 @@ from tests.integration.daemon_world import (
     identity,
     process,
 )
-from tests.integration.eye import Watcher
+from tests.integration.gpu_watcher import Watcher
 from tests.support import scopes
 from tests.support.mic import Daemon
 from tests.support.waiting import until
@@ -70,7 +70,7 @@ def test_kills_cost_no_instance(world: DaemonWorld) -> None:
     world.write({**STEADY, 2: "c", 3: "p"})
     world.mic.run(http=False)
     names = [*KEPT, identity("c", 2), identity("p", 3)]
-    world.settled(*names)
+    world.converged(*names)
     before = world.marks()
     kills = caught = 0
     end = time.monotonic() + SECONDS
@@ -97,7 +97,7 @@ def test_kills_cost_no_instance(world: DaemonWorld) -> None:
         world.write(final)
         until(lambda: "result" in world.mic.ask("status"), "the last daemon")
         began = time.monotonic()
-        world.settled(*KEPT, identity("a", 2), identity("b", 3), timeout=60)
+        world.converged(*KEPT, identity("a", 2), identity("b", 3), timeout=60)
         print(f"at rest {time.monotonic() - began:.1f} s after the last edit")
     assert kills >= KILLS
     assert caught >= IN_FLIGHT
@@ -132,10 +132,10 @@ def no_orphans(world: DaemonWorld) -> None:
     for states in by_instance.values():
         assert states.count("running") == 1
         assert len(states) <= 2
-    assert [name for _, name in strangers(world)] == []
+    assert [name for _, name in foreign_workloads(world)] == []
 
 
-def strangers(world: DaemonWorld) -> list[tuple[int, str]]:
+def foreign_workloads(world: DaemonWorld) -> list[tuple[int, str]]:
     """Processes of the scope that are neither the daemon, nor a keeper's, nor an instance's."""
     running = {mark[2] for mark in world.marks().values()}
     found = []

@@ -120,7 +120,7 @@ def world(
         made.models = {"c": container("stop_timeout: 2s"), "p": process()}
         made.write({0: "c", 1: "c", 2: "p", 3: "none"})
         made.mic.run(http=False)
-        made.settled(C0, C1, P2)
+        made.converged(C0, C1, P2)
         yield made
 
 
@@ -154,7 +154,7 @@ def test_an_engine_that_is_away(
     assert not [event for event in world.history("begin") if event["at"] > time.time() - AWAY]
 
     second.start()
-    world.settled(C0, C1, P2, timeout=60)
+    world.converged(C0, C1, P2, timeout=60)
     after = world.marks()
     assert after[P2] == before[P2]
     rows = world.rows()
@@ -170,6 +170,6 @@ def test_an_engine_that_is_away(
     os.kill(after[C0][2], signal.SIGKILL)
     until(lambda: world.marks().get(C0, after[C0]) != after[C0], "it to be back", timeout=20)
     world.write({0: "c", 1: "c", 2: "p", 3: "p"})
-    world.settled(C0, C1, P2, P3)
+    world.converged(C0, C1, P2, P3)
     complaints = lines(world.mic.daemons[-1], "WARNING.*looking every few seconds")
     assert len(complaints) <= 2, complaints

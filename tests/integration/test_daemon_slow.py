@@ -68,7 +68,7 @@ def test_a_probe_that_hangs(world: DaemonWorld) -> None:
     world.write({0: "s", 1: "c"}, s=server("probe: {http: /health, period: 200ms, timeout: 20s}"))
     world.mic.run(http=False)
     hung, other = identity("s", 0), identity("c", 1)
-    world.settled(hung, other)
+    world.converged(hung, other)
     assert world.engine is not None
     ref = world.marks()[hung][0]
     world.engine.pause(ref)  # it accepts, and never answers
@@ -78,7 +78,7 @@ def test_a_probe_that_hangs(world: DaemonWorld) -> None:
     up_soon(world, identity("c", 3))
     answers_at_once(world)
     world.engine.unpause(ref)
-    world.settled(hung, other, identity("p", 2), identity("c", 3))
+    world.converged(hung, other, identity("p", 2), identity("c", 3))
 
 
 def test_a_container_that_ignores_term(world: DaemonWorld) -> None:
@@ -86,21 +86,21 @@ def test_a_container_that_ignores_term(world: DaemonWorld) -> None:
     deaf = DEAF % "\"trap '' TERM; while :; do sleep 0.1; done\""
     world.write({0: "d", 1: "c"}, d=deaf)
     world.mic.run(http=False)
-    world.settled(identity("d", 0), identity("c", 1))
+    world.converged(identity("d", 0), identity("c", 1))
     world.write({0: "none", 1: "p", 2: "p"})
     up_soon(world, identity("p", 1))
     up_soon(world, identity("p", 2))
     assert identity("d", 0) in world.marks()
     assert world.phases()[identity("d", 0)] == "stopping"
     answers_at_once(world)
-    world.settled(identity("p", 1), identity("p", 2), timeout=30)
+    world.converged(identity("p", 1), identity("p", 2), timeout=30)
     assert identity("d", 0) not in world.marks()
 
 
 def test_a_start_that_hangs_in_the_engine(world: DaemonWorld, proxy: EngineProxy) -> None:
     world.write({0: "c"})
     world.mic.run(http=False)
-    world.settled(identity("c", 0))
+    world.converged(identity("c", 0))
     proxy.hold(r"POST /v\S+/start")
     world.write({0: "c", 1: "c"})
     assert proxy.held.wait(10)
@@ -110,14 +110,14 @@ def test_a_start_that_hangs_in_the_engine(world: DaemonWorld, proxy: EngineProxy
     assert world.phases()[identity("c", 1)] in ("starting", "pending")
     answers_at_once(world)
     proxy.release()
-    world.settled(identity("c", 0), identity("c", 1), identity("c", 2), identity("p", 3))
+    world.converged(identity("c", 0), identity("c", 1), identity("c", 2), identity("p", 3))
 
 
 def test_a_list_that_hangs_in_the_engine(world: DaemonWorld, proxy: EngineProxy) -> None:
     """Docker is unknown then, and what runs without it runs on."""
     world.write({0: "c", 1: "p"})
     world.mic.run(http=False)
-    world.settled(identity("c", 0), identity("p", 1))
+    world.converged(identity("c", 0), identity("p", 1))
     before = world.marks()
     proxy.hold(r"GET /\S*containers/json")
     world.write({0: "c", 1: "p", 2: "p"})
@@ -133,7 +133,7 @@ def test_a_list_that_hangs_in_the_engine(world: DaemonWorld, proxy: EngineProxy)
     assert world.marks() == before
     answers_at_once(world)
     proxy.release()
-    world.settled(identity("c", 0), identity("p", 1), identity("p", 2), timeout=30)
+    world.converged(identity("c", 0), identity("p", 1), identity("p", 2), timeout=30)
     after = world.marks()
     assert {name: after[name] for name in before} == before
 
@@ -146,7 +146,7 @@ def test_an_nvml_call_that_hangs(tmp_path_factory: pytest.TempPathFactory, tmp_p
         world.write({0: "p", 1: "p"}, p=process())
         world.mic.run(http=False)
         names = [f"p-{mock_uuid(index)[4:12]}" for index in range(3)]
-        world.settled(*names[:2])
+        world.converged(*names[:2])
         before = world.marks()
         nvml.set_rules(hangs=["nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo"])
         world.write({0: "p", 1: "none", 2: "p"})
@@ -161,5 +161,5 @@ def test_an_nvml_call_that_hangs(tmp_path_factory: pytest.TempPathFactory, tmp_p
         assert world.marks() == before
         assert world.mic("reload", "--wait").rc == 0
         nvml.set_rules()
-        world.settled(names[0], names[2], timeout=30)
+        world.converged(names[0], names[2], timeout=30)
         assert world.marks()[names[0]] == before[names[0]]

@@ -184,7 +184,7 @@ def test_limits_that_the_engine_does_not_take(world: World, limits: Limits, caus
     assert world.ours() == ()
 
 
-def test_a_name_that_a_stranger_has(world: World) -> None:
+def test_a_name_that_a_foreign_container_has(world: World) -> None:
     launch = world.launch()
     # The scope's label, on a container of no supervisor, so that the fixture removes it.
     ref = docker(

@@ -311,7 +311,7 @@ def test_remove_takes_anonymous_volumes_along(world: World) -> None:
 # --- Observing -----------------------------------------------------------------------------------
 
 
-def test_others_are_strangers_with_a_reason(world: World, free_port: Callable[[], int]) -> None:
+def test_others_are_foreign_with_a_reason(world: World, free_port: Callable[[], int]) -> None:
     port = free_port()
     scope = f"io.mic.scope={world.scope}"
     ours = ("--label", "io.mic.managed-by=mic-supervisor", "--label", scope)
@@ -333,12 +333,12 @@ def test_others_are_strangers_with_a_reason(world: World, free_port: Callable[[]
     world.up()
     view = world.runtime.observe()
     assert [w.identity.instance for w in view.workloads] == ["a"]
-    found = {s.name.removeprefix(f"{world.scope}-"): s for s in view.strangers}
+    found = {s.name.removeprefix(f"{world.scope}-"): s for s in view.foreign_workloads}
     assert found["none"].reason == "it has no labels of ours"
     assert found["machine"].reason == "it was made by the supervisor of another machine"
     assert found["swarm"].reason == "it belongs to a Docker Swarm service"
     assert (found["port"].ports, found["port"].running) == ((port,), True)
-    (seen,) = [s for s in other.observe().strangers if s.name == world.one().name]
+    (seen,) = [s for s in other.observe().foreign_workloads if s.name == world.one().name]
     assert seen.reason == f"it belongs to scope {world.scope}"
 
 

@@ -43,9 +43,9 @@ def killed(world: DaemonWorld, instance: str, mark: Mark) -> None:
 def test_pruning_may_be_left_to_the_watcher(fresh: DaemonWorld) -> None:
     fresh.write({0: "p", 1: "p"})
     run(fresh, MIC_PRUNE_ON_WATCH="true")
-    fresh.settled(identity("p", 0), identity("p", 1))
+    fresh.converged(identity("p", 0), identity("p", 1))
     fresh.write({0: "p"})
-    fresh.settled(identity("p", 0))
+    fresh.converged(identity("p", 0))
     assert sorted(fresh.marks()) == [identity("p", 0)]
 
 
@@ -55,7 +55,7 @@ def test_a_broken_file_at_the_start_runs_what_ran_before(fresh: DaemonWorld) -> 
     (fresh.drop_ins / "10.yaml").write_text("gpus: {2: p}\n")
     run(fresh)
     names = [identity("p", 0), identity("q", 1), identity("p", 2)]
-    fresh.settled(*names)
+    fresh.converged(*names)
     before = fresh.marks()
     generation = fresh.generation
     assert fresh.mic.daemons[-1].stop() == 0
@@ -68,7 +68,7 @@ def test_a_broken_file_at_the_start_runs_what_ran_before(fresh: DaemonWorld) -> 
 
     fresh.mic.config.write_text("version: 1\ngpus: {0: nobody}\n")
     run(fresh)
-    fresh.settled(*names)
+    fresh.converged(*names)
     assert fresh.marks() == before
     assert fresh.generation == generation
     assert str(fresh.mic.config) in fresh.rejected()
@@ -78,20 +78,20 @@ def test_a_broken_file_at_the_start_runs_what_ran_before(fresh: DaemonWorld) -> 
     assert fresh.mic.daemons[-1].stop() == 0
     scopes.end_processes(fresh.mic.scope)
     run(fresh)
-    fresh.settled(*names)
+    fresh.converged(*names)
     assert sorted(fresh.marks()) == sorted(names)
 
     # A drop-in that was removed meanwhile is not forgotten for that: the last good one runs.
     fresh.write({0: "p", 1: "q", 2: "none"})
     shutil.rmtree(fresh.drop_ins)
-    fresh.settled(*names[:2])
+    fresh.converged(*names[:2])
 
 
 def test_without_anything_good_nothing_is_started_or_stopped(fresh: DaemonWorld) -> None:
     fresh.write({0: "p", 1: "q"})
     run(fresh)
     names = [identity("p", 0), identity("q", 1)]
-    fresh.settled(*names)
+    fresh.converged(*names)
     before = fresh.marks()
     fresh.mic.daemons[-1].stop()
     shutil.rmtree(state(fresh) / "last-good")
@@ -105,14 +105,14 @@ def test_without_anything_good_nothing_is_started_or_stopped(fresh: DaemonWorld)
     time.sleep(1)
     assert fresh.marks() == before
     fresh.write({0: "p", 1: "q"})
-    fresh.settled(*names)
+    fresh.converged(*names)
     assert fresh.marks() == before
 
 
 def test_the_start_removes_nothing_that_the_file_does_not_name(fresh: DaemonWorld) -> None:
     fresh.write({0: "p", 1: "q"})
     run(fresh)
-    fresh.settled(identity("p", 0), identity("q", 1))
+    fresh.converged(identity("p", 0), identity("q", 1))
     before = fresh.marks()
     fresh.mic.daemons[-1].stop()
     fresh.write({0: "p"})
@@ -121,21 +121,21 @@ def test_the_start_removes_nothing_that_the_file_does_not_name(fresh: DaemonWorl
     assert fresh.marks() == before
     # What was confirmed once stays so: the removal goes on after a restart.
     fresh.mic("reload", "--wait", rc=0)
-    fresh.settled(identity("p", 0))
+    fresh.converged(identity("p", 0))
     fresh.mic.daemons[-1].stop()
     run(fresh)
-    fresh.settled(identity("p", 0))
+    fresh.converged(identity("p", 0))
 
 
 def test_a_record_of_generations_that_is_no_record(fresh: DaemonWorld) -> None:
     fresh.write({0: "p"})
     run(fresh)
-    fresh.settled(identity("p", 0))
+    fresh.converged(identity("p", 0))
     before = fresh.marks()
     fresh.mic.daemons[-1].stop()
     (state(fresh) / "generation.json").write_text('{"generation": "seven"')
     run(fresh)
-    fresh.settled(identity("p", 0))
+    fresh.converged(identity("p", 0))
     assert fresh.marks() == before
     assert json.loads((state(fresh) / "generation.json").read_text())["generation"] == 1
 
@@ -143,7 +143,7 @@ def test_a_record_of_generations_that_is_no_record(fresh: DaemonWorld) -> None:
 def test_a_next_try_from_a_clock_that_was_wrong(fresh: DaemonWorld) -> None:
     fresh.write({0: "p"})
     run(fresh)
-    fresh.settled(identity("p", 0))
+    fresh.converged(identity("p", 0))
     fresh.mic.daemons[-1].stop()
     path = state(fresh) / "memory.json"
     memory = json.loads(path.read_text())
@@ -159,7 +159,7 @@ def test_a_next_try_from_a_clock_that_was_wrong(fresh: DaemonWorld) -> None:
     assert row["next_retry"] - time.time() <= 331
     assert row["since"] <= time.time() + 1
     fresh.mic("apply", rc=0)
-    fresh.settled(identity("p", 0))
+    fresh.converged(identity("p", 0))
 
 
 # --- files that may be cut ----------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_next_try_from_a_clock_that_was_wrong(fresh: DaemonWorld) -> None:
 def test_a_file_that_may_be_cut_swaps_nothing_until_a_word(fresh: DaemonWorld) -> None:
     fresh.write({0: "p10"}, p1=process(), p10=process())
     run(fresh)
-    fresh.settled(identity("p10", 0))
+    fresh.converged(identity("p10", 0))
     before, config = fresh.marks(), fresh.mic.config
     config.write_text(fresh.text({0: "p10"}).removesuffix("0\n"))
     why = f"{config} does not end with a line end; it may have been cut"
@@ -178,7 +178,7 @@ def test_a_file_that_may_be_cut_swaps_nothing_until_a_word(fresh: DaemonWorld) -
             assert fresh.mic.daemons[-1].stop() == 0
             run(fresh)
         until(lambda: f"{why}: {way_out}" in fresh.status()["warnings"], "a warning")
-        fresh.settled(identity("p10", 0))
+        fresh.converged(identity("p10", 0))
         assert (fresh.marks(), fresh.generation) == (before, 1)
         assert why in fresh.mic("status", rc=0).stderr
         plan = fresh.mic("plan", rc=0).stdout
@@ -192,7 +192,7 @@ def test_a_file_that_may_be_cut_swaps_nothing_until_a_word(fresh: DaemonWorld) -
         daemon.text() for daemon in fresh.mic.daemons
     )
     fresh.mic("reload", "--wait", rc=0)
-    fresh.settled(identity("p1", 0))
+    fresh.converged(identity("p1", 0))
     assert fresh.status()["warnings"] == []
     fresh.mic("stop", "--gpu", "0", rc=None)  # our own edit ends it
     assert config.read_text().endswith("none\n")
@@ -201,11 +201,11 @@ def test_a_file_that_may_be_cut_swaps_nothing_until_a_word(fresh: DaemonWorld) -
 def test_a_word_for_an_earlier_document_removes_nothing_later(fresh: DaemonWorld) -> None:
     fresh.write({0: "p"})
     run(fresh)
-    fresh.settled(identity("p", 0))
+    fresh.converged(identity("p", 0))
     fresh.mic("reload", "--wait", rc=0)
     both = [identity("p", 0), identity("q", 1)]
     fresh.write({0: "p", 1: "q"})
-    fresh.settled(*both)
+    fresh.converged(*both)
     before = fresh.marks()
     fresh.write({0: "p"})  # cut at a line
     until(lambda: fresh.phases().get(both[1]) == "blocked", "it to be held")

@@ -42,7 +42,7 @@ def test_a_container_that_lost_its_gpu_is_made_anew_and_its_neighbour_is_not(
         world.write({0: "a", 1: "a", 2: "blank"}, a=container(mounts), blank=container())
         daemon = world.mic.run()
         names = ("a-a0000000", "a-a0000001", "blank-a0000002")
-        world.settled(*names)
+        world.converged(*names)
         before = {name: row["container_id"] for name, row in world.rows().items()}
 
         (lost / before["a-a0000001"][:12]).touch()
@@ -56,7 +56,7 @@ def test_a_container_that_lost_its_gpu_is_made_anew_and_its_neighbour_is_not(
             lambda: world.rows()["a-a0000001"]["container_id"] != before["a-a0000001"],
             "another container",
         )
-        world.settled(*names)
+        world.converged(*names)
         now = {name: row["container_id"] for name, row in world.rows().items()}
         # One has it yet; of the other image nobody can tell, and it is left alone.
         assert {**now, "a-a0000001": ""} == {**before, "a-a0000001": ""}

@@ -122,7 +122,7 @@ def test_gpus_in_another_order_move_nothing(four: World) -> None:
     assert four.runs() == before
 
 
-def test_a_gpu_that_is_held_by_a_stranger_is_not_taken(four: World) -> None:
+def test_a_gpu_that_a_foreign_process_holds_is_not_taken(four: World) -> None:
     four.write({"0-2": "a"})
     four.apply()
     nvml = nvml_of(four)

@@ -15,7 +15,7 @@ from tests.support.slow_clients import answers, connect, crowd, dripping, scrape
 from tests.support.waiting import http, until
 
 CLIENTS = 1000
-PATIENCE = 2.0  # seconds that the impatient server gives a client; the other one gives 10
+TIMEOUT = 2.0  # seconds that the impatient server gives a client; the other one gives 10
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def port(free_port: Callable[[], int]) -> Iterator[int]:
 @pytest.fixture
 def impatient(free_port: Callable[[], int]) -> Iterator[int]:
     number = free_port()
-    server = serve(number, patience=PATIENCE)
+    server = serve(number, request_timeout=TIMEOUT)
     server.start()
     until(lambda: answers(number), "the server")
     yield number
@@ -106,7 +106,7 @@ def test_who_goes_on_sending_slowly_is_dropped_all_the_same(impatient: int, firs
             if first:
                 with contextlib.suppress(OSError):
                     client.send(b"x")
-            assert time.monotonic() - began < PATIENCE + 6
+            assert time.monotonic() - began < TIMEOUT + 6
     assert time.monotonic() - began > 1
 
 
@@ -125,7 +125,7 @@ def test_who_does_not_read_the_answer_is_dropped(impatient: int) -> None:
     request = b"GET / HTTP/1.1\r\nHost: a\r\nAccept: text/html\r\n\r\n"
     blocked = connect_unread(impatient, request)
     with blocked:
-        until(lambda: reset(blocked), "the end of who does not read", timeout=PATIENCE + 4)
+        until(lambda: reset(blocked), "the end of who does not read", timeout=TIMEOUT + 4)
     assert scrape(impatient) < 5
 
 

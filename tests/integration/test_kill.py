@@ -377,7 +377,7 @@ def _without_cap_kill() -> None:
 
 
 @pytest.mark.engine
-def test_a_strangers_container_is_named_and_asked_about(
+def test_a_foreign_container_is_named_and_asked_about(
     mic: Mic, nvml: MockNvml, engine: docker.APIClient, busybox_image: str
 ) -> None:
     del mic.env["MIC_DOCKER_HOST"]

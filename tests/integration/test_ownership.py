@@ -34,7 +34,7 @@ def world(tmp_path: Path, engine: docker.APIClient, busybox_image: str) -> Itera
     with daemon_world(tmp_path, engine) as made:
         made.write({0: "c"}, c=container())
         made.mic.run(http=False)
-        made.settled(C0)
+        made.converged(C0)
         yield made
 
 
@@ -104,7 +104,7 @@ def test_a_committed_copy_is_named_and_nothing_else(world: DaemonWorld) -> None:
         assert {*before} == {original["Id"], copy}
         rounds(world)
         assert everything(world) == before
-        world.settled(C0)
+        world.converged(C0)
         said = (
             f"docker {world.mic.scope}-copy looks like ours and is not: "
             "its labels are those of its image, which was made from a container of ours"
@@ -146,7 +146,7 @@ def test_a_copy_under_the_very_name_is_neither_adopted_nor_started_nor_removed(
         assert 0 not in rounds_
         assert everything(world) == before
         client("rename", copy, f"{world.mic.scope}-mine")
-        world.settled(C0)
+        world.converged(C0)
         assert everything(world)[copy][1] == before[copy][1]
 
 
@@ -166,7 +166,7 @@ def test_a_copied_run_script_is_named_and_nothing_else(world: DaemonWorld) -> No
     for path in world.mic.state_dir.rglob("memory.json"):
         path.unlink()
     world.mic.run(http=False)
-    world.settled(C0)
+    world.converged(C0)
     rounds(world)
     assert everything(world) == before
     assert {*before} == {original["Id"], copy}
@@ -177,7 +177,7 @@ def test_what_somebody_renames_is_still_ours(world: DaemonWorld) -> None:
     began = everything(world)[original["Id"]][1]
     client("rename", original["Id"], f"{world.mic.scope}-renamed")
     rounds(world)
-    world.settled(C0)
+    world.converged(C0)
     # A copy that takes the name does not take its place.
     copy = client("run", "-d", "--init", "--name", name_of(original),
                   *labels_of(original), "mic-test/busybox:1", "sleep", "600")  # fmt: skip
@@ -185,7 +185,7 @@ def test_what_somebody_renames_is_still_ours(world: DaemonWorld) -> None:
     rounds(world)
     world.mic.daemons[-1].stop()
     world.mic.run(http=False)
-    world.settled(C0)
+    world.converged(C0)
     rounds(world)
     assert everything(world) == before
     assert before[original["Id"]] == (f"{world.mic.scope}-renamed", began)
@@ -209,13 +209,13 @@ def test_one_of_ours_may_run_an_image_that_was_committed_from_it(world: DaemonWo
         mine = container().replace("mic-test/busybox:1", tag)
         world.write({0: "c"}, c=mine)
         world.mic("apply", rc=0)
-        world.settled(C0)
+        world.converged(C0)
         # The same tag anew: now all that the labels say is what the image says.
         running = next(iter(everything(world)))
         client("commit", running, tag)
         client("rm", "-f", running)
         until(lambda: [*everything(world)] not in ([], [running]), "another one to run")
-        world.settled(C0)
+        world.converged(C0)
         before = everything(world)
         rounds(world)
         assert everything(world) == before
@@ -234,7 +234,7 @@ def test_what_an_earlier_version_made_is_adopted(world: DaemonWorld) -> None:
         path.unlink()
     before = everything(world)
     world.mic.run(http=False)
-    world.settled(C0)
+    world.converged(C0)
     rounds(world)
     assert everything(world) == before
     assert {*before} == {old}
@@ -244,7 +244,7 @@ def test_a_process_with_a_copied_environment_is_left_alone(tmp_path: Path) -> No
     with daemon_world(tmp_path, None) as world:
         world.write({0: "p"}, p=process())
         world.mic.run(http=False)
-        world.settled(P0)
+        world.converged(P0)
         ours = world.marks()[P0][2]
         text = Path(f"/proc/{ours}/environ").read_bytes().decode()
         copied = dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
@@ -264,7 +264,7 @@ def test_a_copied_record_is_left_alone(tmp_path: Path) -> None:
     with daemon_world(tmp_path, None) as world:
         world.write({0: "p"}, p=process())
         world.mic.run(http=False)
-        world.settled(P0)
+        world.converged(P0)
         before = world.marks()
         (record,) = world.mic.run_dir.rglob("record.json")
         copy = record.parent.with_name("backup")

@@ -90,13 +90,13 @@ def test_a_start_after_the_clock_was_set_has_its_whole_budget(
     clock.set(-jump)
     daemon.write({0: "face"}, face=model(FIRST, READY_DELAY="2"))
     daemon.mic.run()
-    daemon.settled(NAME)
+    daemon.converged(NAME)
     clock.set(0)
     fresh(daemon, clock)
     # A rejected startup probe, several times, is all that a budget that is spent waits for.
     daemon.write({0: "face"}, face=model(SECOND, READY_DELAY="2"))
     daemon.accepted(2)
-    daemon.settled(NAME, timeout=40)
+    daemon.converged(NAME, timeout=40)
     assert said(daemon, "failed") == []
     assert not any("not up" in f"{event}" for event in daemon.history())
     assert row(daemon)["restarts"] == 0
@@ -111,7 +111,7 @@ def test_a_start_that_hangs_is_given_up_in_its_budget_and_rolled_back(
     clock.set(-jump)
     daemon.write({0: "face"}, face=model(FIRST))
     daemon.mic.run()
-    daemon.settled(NAME)
+    daemon.converged(NAME)
     clock.set(0)
     before = time.monotonic()
     daemon.write({0: "face"}, face=model(HANGS, "3s"))

@@ -22,7 +22,7 @@ from tests.integration.daemon_world import (
     daemon_world,
     identity,
 )
-from tests.integration.eye import Eye
+from tests.integration.gpu_watcher import GpuWatcher
 from tests.support import scopes
 from tests.support.mic import Daemon
 from tests.support.waiting import until
@@ -64,11 +64,11 @@ def test_kills_during_starts_make_no_second_holder_of_a_gpu(world: DaemonWorld) 
     names = [identity(f"m{index}", index) for index in range(GPUS)]
     write(world, turns)
     world.mic.run(http=False)
-    world.settled(*names)
+    world.converged(*names)
     ports: dict[str, set[str]] = {}
     failed: list[str] = []
     caught = 0
-    with Eye(f"EYE={world.mic.scope}") as eye:
+    with GpuWatcher(f"EYE={world.mic.scope}") as eye:
         for _ in range(KILLS):
             daemon = world.mic.daemons[-1]
             begun = begins(daemon)
@@ -96,7 +96,7 @@ def test_kills_during_starts_make_no_second_holder_of_a_gpu(world: DaemonWorld) 
             world.mic.start("run")
             until(lambda: "result" in world.mic.ask("status"), "the next daemon", timeout=30)
             time.sleep(chance.uniform(0.2, 1.2))
-        world.settled(*names, timeout=90)
+        world.converged(*names, timeout=90)
         note_ports(world, ports)
         failed += given_up(world)
     moved = {name: found for name, found in ports.items() if len(found) > 1}

@@ -69,7 +69,7 @@ class Service:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def settled(self, *names: str, timeout: float = 40.0) -> None:
+    def converged(self, *names: str, timeout: float = 40.0) -> None:
         rows: list[Any] = []
 
         def look() -> bool:
@@ -152,7 +152,7 @@ def service(booted: Service) -> Iterator[Service]:
         booted.systemctl("restart", "mic")
     booted.systemctl("start", "mic")
     booted.systemctl("reload", "mic")
-    booted.settled(WEB, IDLE, BOX)
+    booted.converged(WEB, IDLE, BOX)
     yield booted
 
 
@@ -161,14 +161,14 @@ def test_an_edit_and_a_reload(service: Service) -> None:
     assert sorted(before) == sorted([WEB, IDLE, BOX])
     service.write(GPUS.replace("3: none", "3: idle"))
     service.systemctl("reload", "mic")
-    service.settled(WEB, IDLE, BOX, MORE)
+    service.converged(WEB, IDLE, BOX, MORE)
     after = service.marks()
     assert {name: after[name] for name in before} == before
     service.write(GPUS.replace("  2: box\n", ""))
     time.sleep(1)  # the watcher alone removes nothing
     assert BOX in service.marks()
     service.systemctl("reload", "mic")
-    service.settled(WEB, IDLE)
+    service.converged(WEB, IDLE)
     assert sorted(service.marks()) == sorted([WEB, IDLE])
 
 
@@ -193,7 +193,7 @@ def test_a_broken_file(service: Service) -> None:
     until(lambda: service.marks().get(IDLE, before[IDLE]) != before[IDLE], "it to be back")
     before = service.marks()
     service.systemctl("restart", "mic")
-    service.settled(WEB, IDLE, BOX)
+    service.converged(WEB, IDLE, BOX)
     assert service.marks() == before
     assert service.status()["config"]["generation"] == generation
     service.write(GPUS)
@@ -208,12 +208,12 @@ def test_stops_restarts_and_kills_cost_no_instance(service: Service) -> None:
     service.systemctl("stop", "mic")
     assert service.marks() == before
     service.systemctl("start", "mic")
-    service.settled(WEB, IDLE, BOX)
+    service.converged(WEB, IDLE, BOX)
     for _ in range(3):
         pid = service.pid
         service.kill("KILL", pid)
         service.await_daemon(but=pid)
-    service.settled(WEB, IDLE, BOX)
+    service.converged(WEB, IDLE, BOX)
     assert service.marks() == before
 
 
@@ -224,7 +224,7 @@ def test_a_daemon_that_hangs_is_started_anew(service: Service) -> None:
     pid = service.pid
     service.kill("STOP", pid)
     service.await_daemon(but=pid)
-    service.settled(WEB, IDLE, BOX)
+    service.converged(WEB, IDLE, BOX)
     assert service.marks() == before
     assert "Watchdog timeout" in service.machine.journal("mic")
     # And one that does not hang is let be.
@@ -244,10 +244,10 @@ def test_with_the_setting_a_stop_stops_all(service: Service) -> None:
     assert service.machine.show("mic", "Result") == "success"
     assert service.marks() == {}
     service.systemctl("start", "mic")
-    service.settled(WEB, IDLE, BOX)
+    service.converged(WEB, IDLE, BOX)
     service.machine.write("/etc/mic/mic.env", ENV.format(scope=service.scope))
     service.systemctl("kill", "--kill-whom=main", "--signal=KILL", "mic")
-    service.settled(WEB, IDLE, BOX)
+    service.converged(WEB, IDLE, BOX)
 
 
 def test_d_bus_gone_and_back(service: Service) -> None:
@@ -266,26 +266,26 @@ def test_d_bus_gone_and_back(service: Service) -> None:
         time.sleep(2)
     finally:
         service.systemctl("start", "dbus.socket", "dbus.service")
-    service.settled(WEB, IDLE, BOX)
+    service.converged(WEB, IDLE, BOX)
     assert service.marks() == before
     service.write(GPUS.replace("3: none", "3: idle"))
     service.systemctl("reload", "mic")
-    service.settled(WEB, IDLE, BOX, MORE)
+    service.converged(WEB, IDLE, BOX, MORE)
 
 
 def test_history_tells_the_story(service: Service) -> None:
     service.write(GPUS.replace("3: none", "3: idle"))
     service.systemctl("reload", "mic")
-    service.settled(WEB, IDLE, BOX, MORE)
+    service.converged(WEB, IDLE, BOX, MORE)
     first = service.marks()[MORE]
     service.kill("KILL", first[0])
     until(lambda: service.marks().get(MORE, first) != first, "a restart")
-    service.settled(WEB, IDLE, BOX, MORE)
+    service.converged(WEB, IDLE, BOX, MORE)
     [row] = [row for row in service.status()["instances"] if row["id"] == MORE]
     assert row["restarts"] == 1, service.machine.exec("mic-supervisor", "history").stdout
     service.write(GPUS)
     service.systemctl("reload", "mic")
-    service.settled(WEB, IDLE, BOX)
+    service.converged(WEB, IDLE, BOX)
     shown = service.machine.exec("mic-supervisor", "history").stdout.splitlines()
     times = [line[:19] for line in shown]
     assert times == sorted(times)
@@ -327,18 +327,18 @@ def test_an_upgrade_that_knows_more_fields(service: Service) -> None:
         python = ("/opt/mic/bin/python3", "-c", asked)
         assert service.machine.exec(*python).stdout == "blue\n"
         service.systemctl("restart", "mic")
-        service.settled(WEB, IDLE, BOX)
+        service.converged(WEB, IDLE, BOX)
         assert service.machine.exec("mic-supervisor", "plan").stdout == "No changes.\n"
         assert service.marks() == before
         # What is made now knows it, and goes back to the old version without a restart, too.
         service.write(GPUS.replace("3: none", "3: idle"))
         service.systemctl("reload", "mic")
-        service.settled(WEB, IDLE, BOX, MORE)
+        service.converged(WEB, IDLE, BOX, MORE)
         before = service.marks()
     finally:
         service.machine.write(path, old)
     service.systemctl("restart", "mic")
-    service.settled(WEB, IDLE, BOX, MORE)
+    service.converged(WEB, IDLE, BOX, MORE)
     assert service.marks() == before
 
 
@@ -349,7 +349,7 @@ def test_a_reboot_brings_all_back_by_itself(service: Service) -> None:
     service.machine.cut_power()
     service.engine.kill(before[BOX][0])  # on one machine, the power is off for both
     service.machine.boot()
-    service.settled(WEB, IDLE, BOX)
+    service.converged(WEB, IDLE, BOX)
     after = service.marks()
     assert sorted(after) == sorted(before)
     assert after[BOX][0] == before[BOX][0]  # the same container, started again
@@ -357,5 +357,5 @@ def test_a_reboot_brings_all_back_by_itself(service: Service) -> None:
     # With a broken file it would be the last good one.
     service.write("version: 1\ngpus: [")
     service.machine.reboot()
-    service.settled(WEB, IDLE, BOX)
+    service.converged(WEB, IDLE, BOX)
     assert CONFIG in service.status()["config"]["error"]

@@ -44,7 +44,7 @@ def world(running: DaemonWorld) -> Iterator[DaemonWorld]:
         config.unlink()
     shutil.rmtree(running.drop_ins, ignore_errors=True)
     running.write(BASE)
-    running.settled(P0, C1, P2)
+    running.converged(P0, C1, P2)
     running.mic("reload", "--wait", rc=0)
     before = running.marks()
     assert sorted(before) == sorted([P0, C1, P2])
@@ -112,14 +112,14 @@ SAVES = [by_rename, in_place, byte_by_byte, with_pauses, as_a_mounted_volume, un
 def test_a_saved_change_is_made(world: DaemonWorld, save: Callable[[Path, str], None]) -> None:
     before = world.generation
     save(world.mic.config, world.text(MORE))
-    world.settled(P0, C1, P2, P3)
+    world.converged(P0, C1, P2, P3)
     first = world.marks()[P3]
     save(world.mic.config, world.text(BASE))
-    world.settled(P0, C1, P2)
+    world.converged(P0, C1, P2)
     assert P3 not in world.marks()
     # A second change by the same means is seen, too: the link that was swapped is watched anew.
     save(world.mic.config, world.text(MORE))
-    world.settled(P0, C1, P2, P3)
+    world.converged(P0, C1, P2, P3)
     assert world.marks()[P3] != first
     if save is not with_pauses:
         assert world.generation == before + 3
@@ -129,11 +129,11 @@ def test_a_drop_in_comes_changes_and_goes(world: DaemonWorld) -> None:
     before, folder = world.generation, world.drop_ins
     folder.mkdir()
     (folder / "50-more.yaml").write_text("gpus: {3: p}\n")
-    world.settled(P0, C1, P2, P3)
+    world.converged(P0, C1, P2, P3)
     by_rename(folder / "50-more.yaml", "gpus: {3: q}\n")
-    world.settled(P0, C1, P2, identity("q", 3))
+    world.converged(P0, C1, P2, identity("q", 3))
     (folder / "50-more.yaml").unlink()
-    world.settled(P0, C1, P2)
+    world.converged(P0, C1, P2)
     assert world.generation == before + 3
 
 
@@ -142,7 +142,7 @@ def test_ten_saves_in_a_second_are_one_change(world: DaemonWorld) -> None:
     for turn in range(10):
         world.mic.config.write_text(world.text(MORE if turn % 2 else {**BASE, 3: "q"}))
         time.sleep(0.1)
-    world.settled(P0, C1, P2, P3)
+    world.converged(P0, C1, P2, P3)
     assert world.generation <= before + 2
     assert world.readings <= readings + 2
 
@@ -224,7 +224,7 @@ def test_cut_short_anywhere_it_stops_nothing(world: DaemonWorld) -> None:
         world.read_again(readings)
         assert world.marks() == before, text[:cut]
     world.write(BASE)
-    world.settled(P0, C1, P2)
+    world.converged(P0, C1, P2)
 
 
 # --- removals -----------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ WITHOUT: dict[int | str, str] = {key: model for key, model in BASE.items() if ke
 def three(world: DaemonWorld) -> DaemonWorld:
     """P3 runs, and the file no longer names it."""
     world.write(MORE)
-    world.settled(P0, C1, P2, P3)
+    world.converged(P0, C1, P2, P3)
     world.write(WITHOUT)
     until(lambda: world.phases().get(P3) == "blocked", f"{P3} to be held")
     return world
@@ -254,25 +254,25 @@ def test_a_removal_waits_for_a_word(three: DaemonWorld) -> None:
 @pytest.mark.parametrize("command", [("reload", "--wait"), ("apply",)])
 def test_a_word_confirms_it(three: DaemonWorld, command: tuple[str, ...]) -> None:
     three.mic(*command, rc=0)
-    three.settled(P0, C1, P2)
+    three.converged(P0, C1, P2)
     assert P3 not in three.marks()
 
 
 def test_a_word_for_another_document_does_not(three: DaemonWorld) -> None:
     three.mic("reload", "--wait", rc=0)
     three.write(MORE)
-    three.settled(P0, C1, P2, P3)
+    three.converged(P0, C1, P2, P3)
     three.write({**WITHOUT, 3: "q"})
-    three.settled(P0, C1, P2, identity("q", 3))
+    three.converged(P0, C1, P2, identity("q", 3))
     three.models["unused"] = process()
     three.write(WITHOUT)
     until(lambda: three.phases().get(identity("q", 3)) == "blocked", "it to be held")
     assert identity("q", 3) in three.marks()
     three.write(BASE)
-    three.settled(P0, C1, P2)
+    three.converged(P0, C1, P2)
 
 
 def test_none_acts_at_once(three: DaemonWorld) -> None:
     three.write(BASE)
-    three.settled(P0, C1, P2)
+    three.converged(P0, C1, P2)
     assert P3 not in three.marks()

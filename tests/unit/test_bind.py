@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mic_supervisor.config.document import GpuEntry, GpuKey, Place
+from mic_supervisor.config.document import GpuEntry, GpuKey, Location
 from mic_supervisor.desired.bind import Binding, bind, instance_id, safe_name
 from mic_supervisor.model import GpuInventory, UnopenedGpu
 from tests.unit.plan.builders import gpu, uuid
@@ -29,7 +29,7 @@ def pci(text: str) -> GpuKey:
 
 
 def entry(model: str | None, *keys: GpuKey, line: int = 1) -> GpuEntry:
-    return GpuEntry(keys, model, Place("gpus.yaml", line, 3))
+    return GpuEntry(keys, model, Location("gpus.yaml", line, 3))
 
 
 def machine(*numbers: int, **values: object) -> GpuInventory:

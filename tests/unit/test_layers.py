@@ -21,7 +21,7 @@ LAYERS = (
     *("clocks", "codec", "text"),
 )
 
-STRANGERS = {("backends", "runtimes"), ("runtimes", "backends")}
+NEVER_MEET = {("backends", "runtimes"), ("runtimes", "backends")}
 
 # Decisions are pure: what they need to know is handed to them.
 PURE = ("plan/", "desired/bind", "backends/")
@@ -129,7 +129,7 @@ def upward(source: str, module: str, is_package: bool = False) -> list[str]:
             continue
         if theirs not in known:
             wrong.append(f"{module}:{line} imports {target}: {theirs} is above {mine or 'all'}")
-        elif (mine, theirs) in STRANGERS:
+        elif (mine, theirs) in NEVER_MEET:
             wrong.append(f"{module}:{line} imports {target}: {mine} and {theirs} must not meet")
     return wrong
 

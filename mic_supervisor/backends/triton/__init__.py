@@ -193,7 +193,7 @@ class TritonBackend(BackendBase):
     2. The call replaces the configuration on disk in memory only, and a plain load by somebody else
        undoes that once a file of the model has changed: so what runs is compared again and again,
        by the mark in it (see `group_name`).
-    3. A port may be answered by a stranger: the startup probe wants our `--id` as the name.
+    3. A port may be answered by a foreign process: the startup probe wants our `--id` as the name.
     """
 
     name = "triton"
@@ -280,7 +280,7 @@ class TritonBackend(BackendBase):
             made,
             shared=shared,
             inventory=HttpCall("POST", "/v2/repository/index", '{"ready": true}'),
-            held=tuple(name for name in names if name not in compiled),
+            frozen_models=tuple(name for name in names if name not in compiled),
             vram=max(vram, default=None),
             on_foreign=strictest,
         )
@@ -290,7 +290,7 @@ class TritonBackend(BackendBase):
         has none.
         """
         assert instance.inventory is not None  # else nobody asks
-        known = {*instance.held, *(item.model for item in instance.placements)}
+        known = {*instance.frozen_models, *(item.model for item in instance.placements)}
         found = []
         for name in _ready_models(*ask(instance.inventory)):
             if name in known or not _NAME.fullmatch(name):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FILES = ("config.pbtxt.template", "config.pbtxt")
 PARAMETER = "mic_digest"
 
-_PLACE = re.compile(r"^\d+:\d+ : ")
+_LOCATION = re.compile(r"^\d+:\d+ : ")
 # What the generated instance group says itself; the rest of a group is kept.
 _GENERATED = ("name", "count", "kind", "gpus")
 
@@ -135,7 +135,7 @@ def _parse(request: CompileRequest, path: Path, text: str) -> Any:
         text_format.Parse(text, config)
     except text_format.ParseError as error:
         line, column = error.GetLine() or 1, error.GetColumn() or 1
-        words = " ".join(_PLACE.sub("", str(error)).split())
+        words = " ".join(_LOCATION.sub("", str(error)).split())
         raise cannot(
             request,
             f"{path}:{line}:{column}: {words.removesuffix('.')}",

@@ -43,7 +43,7 @@ def load_failure(answer: str, log: Sequence[str], model: str) -> str:
 
 def _cause(log: Sequence[str], model: str) -> str | None:
     name = re.escape(model)
-    told = re.compile(
+    pattern = re.compile(
         rf"Poll failed for model directory '{name}': (?P<poll>.*)"
         rf"|failed to poll model '{name}': (?P<find>.*)"
         rf"|failed to load (?:model '{name}'|'{name}' version \d+): (?P<load>.*)"
@@ -55,7 +55,7 @@ def _cause(log: Sequence[str], model: str) -> str | None:
     for index in range(len(messages) - 1, -1, -1):
         if begins.match(messages[index]):
             return None
-        match = told.match(messages[index])
+        match = pattern.match(messages[index])
         if match is None:
             continue
         cause = next(text for text in match.groups() if text is not None)

@@ -239,7 +239,7 @@ def remove(engine: Engine, what: str, ref: str, *, force: bool = False) -> None:
     """Remove a container and its anonymous volumes; one that is not there is success."""
 
     def ask(api: APIClient) -> None:
-        deadline = time.monotonic() + engine.patience
+        deadline = time.monotonic() + engine.work_timeout
         while True:
             try:
                 return api.remove_container(ref, v=True, force=force)

@@ -58,7 +58,7 @@ def labels(identity: Identity) -> dict[str, str]:
 def identity_of(found: Mapping[str, str], name: str) -> Identity:
     """What a container of ours carries. What cannot be read is empty, an unread `spec` None.
 
-    `name` stands in for a missing instance id, so that the container still shows up as an orphan.
+    `name` stands in for a missing instance id, so that the container still shows up as undesired.
     """
     ports = _document(found.get(PREFIX + "ports"))
     schema = found.get(PREFIX + "schema", "")
@@ -215,7 +215,7 @@ def check_program(engine: Engine, what: str, inspected: Mapping[str, Any]) -> No
         return
     verdicts = []
     for path in candidates:
-        verdict = _look(engine, what, str(inspected.get("Id", "")), path, mounts)
+        verdict = _search(engine, what, str(inspected.get("Id", "")), path, mounts)
         if verdict is None or verdict == "runs":
             return
         verdicts.append(verdict)
@@ -236,11 +236,14 @@ def _candidates(program: str, config: Mapping[str, Any]) -> list[str]:
         return [posixpath.normpath(posixpath.join("/", root, program))]
     env = [str(entry) for entry in config.get("Env") or ()]
     paths = [entry.removeprefix("PATH=") for entry in env if entry.startswith("PATH=")]
-    places = (paths[-1] if paths else _DEFAULT_PATH).split(":")
-    return [posixpath.normpath(posixpath.join("/", root, place, program)) for place in places]
+    candidates = (paths[-1] if paths else _DEFAULT_PATH).split(":")
+    return [
+        posixpath.normpath(posixpath.join("/", root, candidate, program))
+        for candidate in candidates
+    ]
 
 
-def _look(
+def _search(
     engine: Engine, what: str, ref: str, path: str, mounts: tuple[str, ...], links: int = 8
 ) -> str | None:
     """ "runs", "missing" or "not executable"; None: it cannot be told."""
@@ -258,7 +261,7 @@ def _look(
     if mode & _SYMLINK:
         if not isinstance(target, str) or not target:
             return None
-        return _look(engine, what, ref, target, mounts, links - 1)
+        return _search(engine, what, ref, target, mounts, links - 1)
     if mode & _DIRECTORY or not mode & _EXECUTABLE:
         return "not executable"
     return "runs"

@@ -59,15 +59,16 @@ class Client(APIClient):
 class Engine:
     """Calls one engine; what fails leaves as RuntimeUnavailable or RuntimeRefused.
 
-    `timeout` bounds a plain question, `patience` a call that makes the engine work (create, start,
-    remove; a first GPU start without persistence mode takes tens of seconds), both in seconds. One
-    client per bound is shared by all threads: a requests session keeps no state of a call.
+    `timeout` bounds a plain question, `work_timeout` a call that makes the engine work (create,
+    start, remove; a first GPU start without persistence mode takes tens of seconds), both in
+    seconds. One client per bound is shared by all threads: a requests session keeps no state of a
+    call.
     """
 
-    def __init__(self, base_url: str | None, *, timeout: float, patience: float) -> None:
+    def __init__(self, base_url: str | None, *, timeout: float, work_timeout: float) -> None:
         self.base_url = base_url
         self.timeout = timeout
-        self.patience = patience
+        self.work_timeout = work_timeout
         self._version = FIRST_VERSION
         self._clients: dict[tuple[float, float | None], Client] = {}
         self._lock = threading.Lock()
@@ -95,7 +96,7 @@ class Engine:
         `what` begins the sentence of an error: "cannot list containers". A stream may be without a
         word for `silence` seconds, None is for ever.
         """
-        bounds = (self.patience if patient else self.timeout, silence)
+        bounds = (self.work_timeout if patient else self.timeout, silence)
         try:
             try:
                 return ask(self._client(bounds))
@@ -183,7 +184,7 @@ class Engine:
 
 # Everything that a call through the SDK raises when the other side fails. KeyError, TypeError and
 # the like are among them because the SDK takes the shape of an answer for granted, so that a
-# stranger behind the address breaks it in those ways.
+# foreign program behind the address breaks it in those ways.
 ODD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError)
 ERRORS: tuple[type[Exception], ...] = (
     DockerException,
@@ -202,7 +203,7 @@ START_HINT = (
 )
 ADDRESS_HINT = "check MIC_DOCKER_HOST"
 NO_ENGINE = "what answers at {address} is not a Docker Engine"
-LOOK_HINT = "see what it says: systemctl status docker; journalctl -u docker"
+LOG_HINT = "see what it says: systemctl status docker; journalctl -u docker"
 
 _REFUSALS = Path(__file__).with_name("refusals.yaml")
 
@@ -236,12 +237,12 @@ _NO_ANSWER: tuple[tuple[tuple[type[Exception] | int, ...], str, str], ...] = (
     (
         _BROKEN,
         "the engine at {address} hung up in the middle of the call",
-        LOOK_HINT,
+        LOG_HINT,
     ),
     (
         (TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError),
         "the engine at {address} does not answer in time",
-        LOOK_HINT,
+        LOG_HINT,
     ),
     (
         (InvalidConfigFile,),
@@ -267,7 +268,7 @@ _NO_ANSWER: tuple[tuple[tuple[type[Exception] | int, ...], str, str], ...] = (
     (
         (requests.ConnectionError, urllib3.exceptions.ProtocolError, http.client.HTTPException),
         "the connection to {address} fails ({said})",
-        LOOK_HINT,
+        LOG_HINT,
     ),
     ((Exception,), "the engine at {address} cannot be used ({said})", ADDRESS_HINT),
 )
@@ -357,7 +358,7 @@ def explain(what: str, error: Exception, address: str) -> MicError:
         cause = "the engine cannot reach containerd"
         hint = "see what it says: systemctl status containerd; journalctl -u containerd"
     elif status in (502, 503, 504):
-        cause, hint = f"the engine at {address} is not ready ({tidy(message)})", LOOK_HINT
+        cause, hint = f"the engine at {address} is not ready ({tidy(message)})", LOG_HINT
     elif status in (401, 403):
         return RuntimeRefused(
             f"{what}: {address} does not allow the call ({tidy(message)})",

@@ -33,7 +33,13 @@ from mic_supervisor.runtimes.docker.create import (
 from mic_supervisor.runtimes.docker.create import labels as labels_of
 from mic_supervisor.runtimes.docker.engine import ADDRESS_HINT, NO_ENGINE, Engine, refused
 from mic_supervisor.runtimes.docker.pull import Puller
-from mic_supervisor.runtimes.docker.view import Rests, detailed, labels_in, split, stranger_reason
+from mic_supervisor.runtimes.docker.view import (
+    InactiveContainers,
+    detailed,
+    foreign_reason,
+    labels_in,
+    split,
+)
 from mic_supervisor.runtimes.identity import GivenName, known_from
 
 _DEVICES_FOR = 60.0  # seconds for which the engine's list of CDI devices is believed
@@ -46,9 +52,10 @@ class DockerRuntime:
 
     `base_url` None is unix:///var/run/docker.sock. `docker_config` is the file or directory with
     registry credentials, None the client's own ($DOCKER_CONFIG, ~/.docker). In seconds,
-    `timeout` bounds a plain question, `patience` a call that makes the engine work, and `kill_wait`
-    the end of a killed container (freeing GPU memory takes a while). Nothing is opened before the
-    first call. `given_name` and `known` tell copies of our containers from ours: see identity.py.
+    `timeout` bounds a plain question, `work_timeout` a call that makes the engine work, and
+    `kill_wait` the end of a killed container (freeing GPU memory takes a while). Nothing is opened
+    before the first call. `given_name` and `known` tell copies of our containers from ours: see
+    identity.py.
     """
 
     name = "docker"
@@ -62,7 +69,7 @@ class DockerRuntime:
         base_url: str | None,
         docker_config: Path | None,
         timeout: float = 10.0,
-        patience: float = 120.0,
+        work_timeout: float = 120.0,
         kill_wait: float = 30.0,
         given_name: GivenName | None = None,
         known: Mapping[str, bool] | None = None,
@@ -72,9 +79,9 @@ class DockerRuntime:
         self._given_name = given_name
         self._known = known or {}
         self._images: dict[str, Mapping[str, str]] = {}  # image id -> its labels
-        self._engine = Engine(base_url, timeout=timeout, patience=patience)
+        self._engine = Engine(base_url, timeout=timeout, work_timeout=work_timeout)
         self._kill_wait = kill_wait
-        self._rests = Rests(self.inspect)
+        self._inactive = InactiveContainers(self.inspect)
         self._puller = Puller(self._engine, docker_config)
         self._devices: tuple[float, frozenset[str]] | None = None
 
@@ -85,7 +92,7 @@ class DockerRuntime:
     # --- Looking ------------------------------------------------------------------------------
 
     def observe(self) -> RuntimeView:
-        """One list call: pid, started_at and finished_at stay None. What is listed as at rest is
+        """One list call: pid, started_at and finished_at stay None. What is listed as inactive is
         inspected as well, once: see Rests in view.py. And one call for each image of a container
         with our labels, the first time.
         """
@@ -95,7 +102,7 @@ class DockerRuntime:
             if not isinstance(listed, list):
                 cause = NO_ENGINE.format(address=self._engine.address)
                 raise RuntimeUnavailable(f"{what}: {cause}", hint=ADDRESS_HINT)
-            workloads, strangers = split(
+            workloads, foreign_workloads = split(
                 listed,
                 self._scope,
                 self._host,
@@ -105,7 +112,7 @@ class DockerRuntime:
             )
         except MicError as error:
             return RuntimeView(self.name, error=error.message, hint=error.hint)
-        view = RuntimeView(self.name, self._rests.sure(workloads), strangers)
+        view = RuntimeView(self.name, self._inactive.sure(workloads), foreign_workloads)
         self._known = known_from(view)
         return view
 
@@ -176,7 +183,7 @@ class DockerRuntime:
         discovered = self._discovered(what) if spec.devices else frozenset()
         config = container_config(launch, spec, discovered)
         config["Labels"][MADE] = uuid.uuid4().hex
-        give_up = time.monotonic() + self._engine.patience
+        give_up = time.monotonic() + self._engine.work_timeout
 
         def ask(api: APIClient) -> str:
             made = api.create_container_from_config(config, launch.name)  # type: ignore[no-untyped-call]
@@ -243,7 +250,7 @@ class DockerRuntime:
                 api.unpause(ref)
             return True
 
-        with self._rests.starting(ref):
+        with self._inactive.starting(ref):
             there = self._engine.call(what, ask, patient=True)
         if not there:
             raise WorkloadGone(f"{what}: it no longer exists", hint="apply again")
@@ -311,18 +318,18 @@ class DockerRuntime:
     def _is(self, found: Mapping[str, Any], launch: Launch) -> bool:
         """Whether a container is ours and of the launch's instance."""
         labels = labels_in(found.get("Config") or {})
-        ours = self._stranger_reason(found, labels) is None
+        ours = self._foreign_reason(found, labels) is None
         return ours and labels.get(INSTANCE) == launch.identity.instance
 
-    def _stranger_reason(self, found: Mapping[str, Any], labels: Mapping[str, str]) -> str | None:
+    def _foreign_reason(self, found: Mapping[str, Any], labels: Mapping[str, str]) -> str | None:
         image = found.get("Image")
-        return stranger_reason(labels, self._scope, self._host, image, self._image_labels)
+        return foreign_reason(labels, self._scope, self._host, image, self._image_labels)
 
     def _whose(self, found: Mapping[str, Any]) -> str:
         config = found.get("Config") or {}
         labels = labels_in(config)
         about = f"{str(found.get('Id', ''))[:12]}, image {config.get('Image', 'unknown')}"
-        reason = self._stranger_reason(found, labels)
+        reason = self._foreign_reason(found, labels)
         return f"{about}: {reason or 'it runs instance ' + labels.get(INSTANCE, 'unknown')}"
 
     def _is_new(self, found: Mapping[str, Any], launch: Launch) -> bool:

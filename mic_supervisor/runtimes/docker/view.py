@@ -1,4 +1,4 @@
-"""What the engine lists, as workloads of ours and strangers, and whether it is at rest.
+"""What the engine lists, as workloads of ours and foreign ones, and whether it is at rest.
 
 The list (GET /containers/json) is enough for the plan. Exit code and health stand in its `Status`
 text only ("Exited (137) 3 seconds ago", "Up 2 minutes (healthy)"), which saves an inspection per
@@ -18,7 +18,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from mic_supervisor.errors import MicError, RuntimeUnavailable, WorkloadGone
-from mic_supervisor.model import ObservedWorkload, RunState, Stranger
+from mic_supervisor.model import ForeignWorkload, ObservedWorkload, RunState
 from mic_supervisor.runtimes.docker.create import (
     HOST,
     INSTANCE,
@@ -63,8 +63,8 @@ def split(
     images: ImageLabels = no_labels,
     given_name: GivenName | None = None,
     known: Mapping[str, bool] | None = None,
-) -> tuple[tuple[ObservedWorkload, ...], tuple[Stranger, ...]]:
-    """The engine's list as ours and strangers, each sorted by name.
+) -> tuple[tuple[ObservedWorkload, ...], tuple[ForeignWorkload, ...]]:
+    """The engine's list as ours and foreign ones, each sorted by name.
 
     `images` is asked for those with our labels. For `given_name` and `known` see identity.py;
     without `given_name` the labels decide.
@@ -73,7 +73,7 @@ def split(
     for item in listed:
         if isinstance(item, Mapping):
             labels, image = labels_in(item), item.get("ImageID")
-            reason = stranger_reason(labels, scope, host, image, images)
+            reason = foreign_reason(labels, scope, host, image, images)
             if reason is None:
                 claimed.append((item, _workload(item)))
             else:
@@ -82,10 +82,12 @@ def split(
     copied = copies(found, given_name, known or {}) if given_name is not None else {}
     ours = [workload for workload in found if workload.ref not in copied]
     refused += [(item, copied[one.ref]) for item, one in claimed if one.ref in copied]
-    strangers = [_stranger(item, why, scope, host, given_name) for item, why in refused]
+    foreign_workloads = [
+        _foreign_workload(item, why, scope, host, given_name) for item, why in refused
+    ]
     return (
         tuple(sorted(ours, key=lambda one: one.name)),
-        tuple(sorted(strangers, key=lambda one: one.name)),
+        tuple(sorted(foreign_workloads, key=lambda one: one.name)),
     )
 
 
@@ -98,7 +100,7 @@ def claims_of(labels: Mapping[str, str], scope: str, host: str) -> str | None:
     return labels.get(INSTANCE, "")
 
 
-def stranger_reason(
+def foreign_reason(
     labels: Mapping[str, str],
     scope: str,
     host: str,
@@ -188,9 +190,9 @@ def _workload(item: Mapping[str, Any]) -> ObservedWorkload:
     )
 
 
-def _stranger(
+def _foreign_workload(
     item: Mapping[str, Any], reason: str, scope: str, host: str, given_name: GivenName | None
-) -> Stranger:
+) -> ForeignWorkload:
     name, labels = _name(item), labels_in(item)
     claims = claims_of(labels, scope, host)
     ports = item.get("Ports")
@@ -199,7 +201,7 @@ def _stranger(
         for port in (ports if isinstance(ports, Sequence) else ())
         if isinstance(port, Mapping) and port.get("Type", "tcp") == "tcp"
     }
-    return Stranger(
+    return ForeignWorkload(
         runtime="docker",
         name=name,
         ref=str(item.get("Id", "")),
@@ -207,7 +209,7 @@ def _stranger(
         running=item.get("State") in ("running", "paused", "restarting"),
         reason=reason,
         claims=claims,
-        usurps=claims is not None
+        has_our_name=claims is not None
         and given_name is not None
         and name == given_name(identity_of(labels, name)),
         elsewhere=is_elsewhere(labels, scope),
@@ -276,18 +278,18 @@ def _text(value: Any) -> str | None:
 # An engine lists a container as created, or exited, until its start has come to an end, and the
 # start goes on although whoever asked for it was killed (seen on Engine 20.10: with a port, the
 # listener is there long before the list says "running"). It holds the container's lock meanwhile,
-# and an inspection waits for that. So what rests by the list is inspected before it is believed,
-# once. The inspection also tells what the list does not: that it was killed for its memory, or
-# could not be started.
+# and an inspection waits for that. So what is inactive by the list is inspected before it is
+# believed, once. The inspection also tells what the list does not: that it was killed for its
+# memory, or could not be started.
 
-PATIENCE = 1.0  # seconds that a look waits for all the inspections that it begins
-_AT_REST = frozenset({RunState.CREATED, RunState.EXITED})
+INSPECT_TIMEOUT = 1.0  # seconds that a look waits for all the inspections that it begins
+_INACTIVE = frozenset({RunState.CREATED, RunState.EXITED})
 
 Inspect = Callable[[ObservedWorkload], ObservedWorkload]
 
 
-class Rests:
-    """Which containers are at rest when the list says so. Thread-safe.
+class InactiveContainers:
+    """Which containers are inactive when the list says so. Thread-safe.
 
     `inspect` looks at one more closely; it raises WorkloadGone, or another MicError.
     """
@@ -295,7 +297,7 @@ class Rests:
     def __init__(self, inspect: Inspect) -> None:
         self._inspect = inspect
         self._lock = threading.Lock()
-        self._errors: dict[str, str | None] = {}  # by id, of what rests: what went wrong
+        self._errors: dict[str, str | None] = {}  # by id, of what is inactive: what went wrong
         self._starting: set[str] = set()  # by id: we start it, and know how that ends
         # By id: what rests by the list, and was not told yet.
         self._asked: dict[str, Future[ObservedWorkload]] = {}
@@ -317,22 +319,22 @@ class Rests:
         """The workloads as they are; what cannot be told in time is in an unknown state."""
         listed = tuple(listed)
         # One that was waited for before is not again: others would wait with it, look by look.
-        wait(self._ask(listed), PATIENCE)
+        wait(self._ask(listed), INSPECT_TIMEOUT)
         with self._lock:
-            found = [self._judge(item) for item in listed]
+            found = [self._classify(item) for item in listed]
         return tuple(item for item in found if item is not None)
 
     def _ask(self, listed: Iterable[ObservedWorkload]) -> list[Future[ObservedWorkload]]:
         with self._lock:
-            resting = {item.ref: item for item in listed if item.state in _AT_REST}
-            self._errors = {ref: one for ref, one in self._errors.items() if ref in resting}
-            self._asked = {ref: one for ref, one in self._asked.items() if ref in resting}
-            unknown = resting.keys() - self._errors.keys() - self._starting - self._asked.keys()
-            fresh = {ref: _inspection(self._inspect, resting[ref]) for ref in unknown}
+            inactive = {item.ref: item for item in listed if item.state in _INACTIVE}
+            self._errors = {ref: one for ref, one in self._errors.items() if ref in inactive}
+            self._asked = {ref: one for ref, one in self._asked.items() if ref in inactive}
+            unknown = inactive.keys() - self._errors.keys() - self._starting - self._asked.keys()
+            fresh = {ref: _inspection(self._inspect, inactive[ref]) for ref in unknown}
             self._asked |= fresh
             return [*fresh.values()]
 
-    def _judge(self, item: ObservedWorkload) -> ObservedWorkload | None:
+    def _classify(self, item: ObservedWorkload) -> ObservedWorkload | None:
         asked = self._asked.get(item.ref)
         if asked is None:
             return replace(item, error=self._errors.get(item.ref) or item.error)
@@ -345,7 +347,7 @@ class Rests:
             return None
         except MicError as error:
             return replace(item, state=RunState.UNKNOWN, error=error.message)
-        if found.state not in _AT_REST:
+        if found.state not in _INACTIVE:
             return found
         if item.ref not in self._starting:
             self._errors[item.ref] = found.error

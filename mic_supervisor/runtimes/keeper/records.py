@@ -251,7 +251,7 @@ def machine() -> tuple[str, str]:
     return clocks.boot_id(), procfs.pid_namespace()
 
 
-def judge(path: Path, record: Record, *, locked: bool | None = None) -> ObservedWorkload:
+def as_workload(path: Path, record: Record, *, locked: bool | None = None) -> ObservedWorkload:
     """What runs of a record. `locked` False: the caller holds its lock, so that no keeper does.
 
     Raises BadRecord, and OSError when /proc cannot be read.
@@ -335,11 +335,11 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def lock(path: Path, patience: float) -> int | None:
-    """Lock the directory `path`; its descriptor, or None when another holds it for `patience`
+def lock(path: Path, timeout: float) -> int | None:
+    """Lock the directory `path`; its descriptor, or None when another holds it for `timeout`
     seconds. Raises OSError.
     """
-    give_up = time.monotonic() + patience
+    give_up = time.monotonic() + timeout
     while True:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with suppress(BlockingIOError, FileNotFoundError):  # held, or removed since it was opened

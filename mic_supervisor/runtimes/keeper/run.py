@@ -100,14 +100,14 @@ def _kill(
     path: Path,
     record: Record,
     deadline: float,
-    patience: float,
+    timeout: float,
     known: dict[int, int] | None = None,
 ) -> None:
     """TERM once for everything that is left, where no keeper does it, and KILL from `deadline`.
 
     `known` is what an earlier look found.
     """
-    give_up = max(deadline, time.monotonic()) + patience
+    give_up = max(deadline, time.monotonic()) + timeout
     asked: set[tuple[int, int]] = set()
     empty = 0
     pause = 0.002
@@ -294,10 +294,10 @@ def find_runs(scope: str, host: str, users: Collection[int]) -> Claims:
     ours = {0, os.geteuid()}
     found: dict[str, Claim] = {}
     keepers = {
-        pid: place
+        pid: held_directory
         for pid, one in known.items()
         if one.name == program.NAME and one.running
-        if (place := _place_of(pid)) and _believed(pid, ours)
+        if (held_directory := _directory_of(pid)) and _believed(pid, ours)
     }
     for pid, (directory, lock) in keepers.items():
         if known[pid].ppid in keepers:
@@ -327,23 +327,23 @@ def _of_keeper(one: Stat, directory: str, lock: str, main: Stat | None, host: st
     except OSError:
         return None  # gone
     variables = procfs.environ(one.pid) or {}
-    said = identity_of(variables)
-    if isinstance(said, str) and main is not None:  # a keeper of an earlier version
+    identity = identity_of(variables)
+    if isinstance(identity, str) and main is not None:  # a keeper of an earlier version
         variables = procfs.environ(main.pid) or {}
-        said = _guess(variables, host)
+        identity = _guess(variables, host)
     run = variables.get(RUN_ID)
-    if isinstance(said, str) or run is None:
+    if isinstance(identity, str) or run is None:
         return None
-    record = _record(Path(directory).name, said[1], run, main or one)
+    record = _record(Path(directory).name, identity[1], run, main or one)
     child = None if main is None else _anchor(main)
     return Claim(replace(record, keeper=_anchor(one), child=child), (held.st_dev, held.st_ino))
 
 
 def _of_main(one: Stat | None, variables: Mapping[str, str]) -> Claim | None:
     """A process that says of itself, and not of whom it came from, that it is a main one."""
-    said = identity_of(variables)
+    identity = identity_of(variables)
     parts = variables.get(program.MAIN, "").split(":")
-    if one is None or not one.running or isinstance(said, str):
+    if one is None or not one.running or isinstance(identity, str):
         return None
     if len(parts) != 4 or not all(map(str.isdigit, parts)):
         return None
@@ -353,7 +353,7 @@ def _of_main(one: Stat | None, variables: Mapping[str, str]) -> Claim | None:
     )
     if mine != _anchor(one) or its.pid <= 1:
         return None
-    record = _record(*said, variables[RUN_ID], one)
+    record = _record(*identity, variables[RUN_ID], one)
     return Claim(replace(record, keeper=its, child=mine), None)
 
 
@@ -394,7 +394,7 @@ def _record(name: str, identity: Identity, run: str, one: Stat) -> Record:
     )
 
 
-def _place_of(pid: int) -> tuple[str, str] | None:
+def _directory_of(pid: int) -> tuple[str, str] | None:
     """(directory, descriptor of the lock) of a process with the command line of a keeper."""
     line = procfs.command_line(pid)
     if len(line) < 6 or Path(line[-3]).name not in _PROGRAMS or not line[-1].isdigit():

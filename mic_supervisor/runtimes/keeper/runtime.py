@@ -42,8 +42,8 @@ from mic_supervisor.runtimes.keeper.run import (
 )
 from mic_supervisor.runtimes.keeper.view import RecordsView
 
-_REMOVE_PATIENCE = 3.0  # seconds for a keeper that has written the exit status to be gone
-_LOOK = 1.0  # seconds between two looks for new records
+_REMOVE_TIMEOUT = 3.0  # seconds for a keeper that has written the exit status to be gone
+_POLL = 1.0  # seconds between two looks for new records
 _STOP = 0.25  # seconds between two looks at whether to stop listening
 
 
@@ -55,8 +55,8 @@ class KeeperRuntime(ProcessRuntime):
     `kill_timeout` is how many seconds a tree may take to die of KILL: a driver may need long to
     take a GPU's memory back. What a main process leaves behind when it ends has `remains_grace`
     seconds between TERM and KILL. `given_name` tells copies of records from records: see
-    identity.py. `mends`: records that were damaged or lost are written again, which is for who has
-    the scope's lock.
+    identity.py. `repairs`: records that were damaged or lost are written again, which is for who
+    has the scope's lock.
     """
 
     name = "subprocess"
@@ -73,7 +73,7 @@ class KeeperRuntime(ProcessRuntime):
         log_max_size: int = 25 << 20,
         kill_timeout: float = 30.0,
         remains_grace: float = 2.0,
-        mends: bool = False,
+        repairs: bool = False,
         enclosing_service: Callable[[], str | None] = procfs.enclosing_service,
         given_name: GivenName | None = None,
     ) -> None:
@@ -89,7 +89,7 @@ class KeeperRuntime(ProcessRuntime):
             host=host,
             directory=directory,
             steady=steady,
-            mends=mends,
+            repairs=repairs,
             given_name=given_name,
             turn=self._turn,
         )
@@ -99,10 +99,10 @@ class KeeperRuntime(ProcessRuntime):
     def observe(self) -> RuntimeView:
         """Everything that the records name, and processes of this scope that no record names."""
         try:
-            workloads, strangers = self._view.look()
+            workloads, foreign_workloads = self._view.observe()
         except OSError as error:
             return RuntimeView(self.name, error=f"cannot read the process records: {error}")
-        return RuntimeView(self.name, workloads, strangers)
+        return RuntimeView(self.name, workloads, foreign_workloads)
 
     def events(self, stop: threading.Event) -> Iterator[str]:
         """Names of workloads whose process has ended, as it happens, until `stop` is set.
@@ -148,7 +148,7 @@ class KeeperRuntime(ProcessRuntime):
         with self._turn(path.name), suppress(MicError, BadRecord, OSError):
             record = self._view.load(path)
             if record is not None and record.child is not None:
-                seen = records.judge(path, record)
+                seen = records.as_workload(path, record)
                 if seen.state is RunState.EXITED:
                     self._clear(path, record, seen)
 
@@ -209,8 +209,8 @@ class KeeperRuntime(ProcessRuntime):
             user=spec.user,
             working_dir=spec.working_dir or "/",
         )
-        place = self._logs.make(launch.name, record.run_id)
-        start_kept(path, record, spec, place, handle, self._options)
+        log_path = self._logs.make(launch.name, record.run_id)
+        start_kept(path, record, spec, log_path, handle, self._options)
         self._logs.prune(launch.name, now=self._clock())
 
     def _refuse_inside_service(self) -> None:
@@ -240,7 +240,7 @@ class KeeperRuntime(ProcessRuntime):
             record = self._view.load(path)
             if record is None:
                 return False
-            seen = records.judge(path, record, locked=locked)
+            seen = records.as_workload(path, record, locked=locked)
         except BadRecord as error:
             raise RuntimeRefused(
                 f"cannot start {path.name}: there is a record of that name: {error}",
@@ -260,10 +260,10 @@ class KeeperRuntime(ProcessRuntime):
         number = checks.stop_signal(workload, signal)
         path = self._directory / workload.name
         with self._turn(workload.name), _explained(f"stop {workload.name}", StopFailed):
-            record = self._settle(path)
+            record = self._await_start(path)
             if record is None:
                 return
-            seen = records.judge(path, record)
+            seen = records.as_workload(path, record)
             if seen.state is RunState.UNKNOWN:
                 raise StopFailed(f"cannot stop {workload.name}: {seen.error}")
             if seen.state is RunState.EXITED:
@@ -272,7 +272,7 @@ class KeeperRuntime(ProcessRuntime):
             end_tree(path, record, number, grace, self._options)
             await_exit_status(path, record, at=self._clock())
 
-    def _settle(self, path: Path) -> Record | None:
+    def _await_start(self, path: Path) -> Record | None:
         """The record, once a start that is under way has come to its end; None when it is gone."""
         give_up = time.monotonic() + START_TIMEOUT
         while True:
@@ -297,11 +297,11 @@ class KeeperRuntime(ProcessRuntime):
                 return
             record = self._view.load(path)
             if record is not None:
-                seen = records.judge(path, record)
+                seen = records.as_workload(path, record)
                 if seen.state is not RunState.EXITED:
                     raise RuntimeRefused(f"cannot {action}: it still runs", hint="stop it first")
                 self._clear(path, record, seen)
-            handle = records.lock(path, _REMOVE_PATIENCE)
+            handle = records.lock(path, _REMOVE_TIMEOUT)
             if handle is None:
                 if path.exists():
                     raise RuntimeRefused(f"cannot {action}: its record is held by a start")
@@ -328,19 +328,19 @@ class KeeperRuntime(ProcessRuntime):
                 now = records.load(path)
                 if now is None or now.run_id != run:
                     return True
-                return records.judge(path, now).state is RunState.EXITED
+                return records.as_workload(path, now).state is RunState.EXITED
 
-            place = self._logs.of(workload.name, run)
-            yield from logs.read(place, tail=tail, follow=follow, ended=ended)
+            log_path = self._logs.of(workload.name, run)
+            yield from logs.read(log_path, tail=tail, follow=follow, ended=ended)
 
     def previous_logs(
         self, workload: ObservedWorkload, *, tail: int | None = None
     ) -> Iterator[str]:
         """As `logs`, of the run before this one; nothing where there was none."""
         with _explained(f"read the log of {workload.name}", RuntimeRefused):
-            place = self._logs.previous(workload.name)
-            if place is not None:
-                yield from logs.read(place, tail=tail)
+            log_path = self._logs.previous(workload.name)
+            if log_path is not None:
+                yield from logs.read(log_path, tail=tail)
 
     def run_check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float
@@ -365,7 +365,7 @@ class KeeperRuntime(ProcessRuntime):
 
 def _await_an_end(pids: list[int], stop: threading.Event) -> None:
     """Wait until one of them ends, or it is time to look for new ones."""
-    again = time.monotonic() + _LOOK
+    again = time.monotonic() + _POLL
     poll = select.poll()
     with ExitStack() as files:
         for pid in pids:

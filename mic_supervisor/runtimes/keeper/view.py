@@ -15,7 +15,14 @@ from pathlib import Path
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host.lock import lock_pids
-from mic_supervisor.model import Doubt, Launch, ObservedWorkload, ProcessSpec, RunState, Stranger
+from mic_supervisor.model import (
+    Doubt,
+    ForeignWorkload,
+    Launch,
+    ObservedWorkload,
+    ProcessSpec,
+    RunState,
+)
 from mic_supervisor.runtimes.identity import GivenName, in_doubt, unknown_identity
 from mic_supervisor.runtimes.keeper import records
 from mic_supervisor.runtimes.keeper.program import RECORD
@@ -31,13 +38,13 @@ _ANSWER = "start the daemon, or run `mic-supervisor apply`: it writes the record
 class _Records:
     """One reading of the directory: what its records say, and why the others cannot be believed.
 
-    `places`: what is in the directory, hidden or not, by device and inode.
+    `by_inode`: what is in the directory, hidden or not, by device and inode.
     """
 
     names: set[str] = field(default_factory=set)
     good: dict[Path, tuple[Record, ObservedWorkload]] = field(default_factory=dict)
     bad: dict[Path, BadRecord] = field(default_factory=dict)
-    places: dict[tuple[int, int], Path] = field(default_factory=dict)
+    by_inode: dict[tuple[int, int], Path] = field(default_factory=dict)
 
     def names_run(self, claim: Claim) -> bool:
         """Whether a good record names it, with the PIDs that it has."""
@@ -54,9 +61,9 @@ class _Records:
 
     def held_by(self, claim: Claim) -> Path | None:
         """The directory that its keeper holds, whatever it is called by now."""
-        return self.places.get(claim.directory) if claim.directory is not None else None
+        return self.by_inode.get(claim.directory) if claim.directory is not None else None
 
-    def place_of(self, claim: Claim) -> Path | None:
+    def path_of(self, claim: Claim) -> Path | None:
         """The listed directory of a run: its keeper's, else one of its name that no other has."""
         held = self.held_by(claim)
         if held in self.good or held in self.bad:
@@ -86,14 +93,15 @@ class _Records:
 class RecordsView:
     """The look of one runtime at its directory, see KeeperRuntime.
 
-    `mends`: it writes records again, so the scope's lock is held. `turn` gives the lock of a name.
+    `repairs`: it writes records again, so the scope's lock is held. `turn` gives the lock of a
+    name.
     """
 
     scope: str
     host: str
     directory: Path
     steady: Callable[[], float]
-    mends: bool
+    repairs: bool
     given_name: GivenName | None
     turn: Callable[[str], threading.Lock]
     _users: set[int] = field(default_factory=set)
@@ -120,36 +128,36 @@ class RecordsView:
             raise NotOurs(f"it is a copy of the record of {name}", record.identity.instance)
         return record
 
-    def look(self) -> tuple[tuple[ObservedWorkload, ...], tuple[Stranger, ...]]:
+    def observe(self) -> tuple[tuple[ObservedWorkload, ...], tuple[ForeignWorkload, ...]]:
         """Everything of ours, and what is in the way. Raises OSError."""
         read = self._read()
         known = self._claims(read)
         if self._lost(known, read):
             # A record is older than all that carries its run: after the processes, once more.
             read = self._read()
-        mended = [claim for claim in self._lost(known, read) if self._mend(claim, read)]
-        if mended:
+        repaired = [claim for claim in self._lost(known, read) if self._repair(claim, read)]
+        if repaired:
             read = self._read()
         found = {path: workload for path, (_, workload) in read.good.items()}
         doubted = []
         for claim in self._lost(known, read):
-            path = read.place_of(claim)
+            path = read.path_of(claim)
             if path is not None:
                 found.pop(path, None)
             doubted.append((path, self._doubted(claim, path, read)))
         workloads = [*found.values(), *(workload for _, workload in doubted)]
-        strangers = []
-        told = {path for path, _ in doubted}
+        foreign_workloads = []
+        reported = {path for path, _ in doubted}
         held = {read.held_by(claim) for claim in known.found}
         for path, error in read.bad.items():
-            if path in told:
+            if path in reported:
                 continue
             running = _is_locked(path)
             if running and path not in held and not isinstance(error, NotOurs):
                 workloads.append(self._unknown(path, error))
             else:
-                strangers.append(
-                    Stranger(
+                foreign_workloads.append(
+                    ForeignWorkload(
                         _RUNTIME,
                         path.name,
                         path.name,
@@ -163,8 +171,10 @@ class RecordsView:
         for run, (pid, instance) in known.others.items():
             if run not in runs and procfs.exists(pid):
                 reason = f"it was started for {instance}, and its record is gone"
-                strangers.append(Stranger(_RUNTIME, instance, f"PID {pid}", reason=reason))
-        return tuple(workloads), tuple(strangers)
+                foreign_workloads.append(
+                    ForeignWorkload(_RUNTIME, instance, f"PID {pid}", reason=reason)
+                )
+        return tuple(workloads), tuple(foreign_workloads)
 
     def twin(self, launch: Launch, spec: ProcessSpec) -> str | None:
         """Why a launch would run beside what has its instance or GPUs and no good record.
@@ -200,13 +210,13 @@ class RecordsView:
             try:
                 if not path.is_symlink():
                     there = path.stat()
-                    read.places[there.st_dev, there.st_ino] = path
+                    read.by_inode[there.st_dev, there.st_ino] = path
                 if path.name.startswith("."):
                     continue
                 read.names.add(path.name)
                 record = self.load(path)
                 if record is not None:
-                    read.good[path] = record, records.judge(path, record)
+                    read.good[path] = record, records.as_workload(path, record)
                     self._learn(record.user)
                 elif records.is_locked(path):
                     read.bad[path] = BadRecord(f"{RECORD} is missing")
@@ -256,17 +266,17 @@ class RecordsView:
         """The name that a record has, if it is none of a copy."""
         return self.given_name(record.identity) if self.given_name is not None else record.name
 
-    def _can_mend(self, claim: Claim) -> bool:
+    def _can_repair(self, claim: Claim) -> bool:
         record = claim.record
         ours = record.identity.host == self.host and record.name == self._name_of(record)
         return ours and record.child is not None
 
-    def _mend(self, claim: Claim, read: _Records) -> bool:
+    def _repair(self, claim: Claim, read: _Records) -> bool:
         """Write the record of a run again; whether it was."""
         path = self.directory / claim.record.name
         held = read.held_by(claim)
         taken = path in read.good and path not in read.over and held != path  # by another run
-        if taken or not self.mends or not self._can_mend(claim):
+        if taken or not self.repairs or not self._can_repair(claim):
             return False
         turn = self.turn(path.name)
         if not turn.acquire(blocking=False):
@@ -293,7 +303,9 @@ class RecordsView:
         if identity.host != self.host:
             why = "it was started under another machine id"
         name = path.name if path is not None else claim.record.name
-        hint = _ANSWER if self._can_mend(claim) and not self.mends else _way_out(claim.pid, path)
+        hint = (
+            _ANSWER if self._can_repair(claim) and not self.repairs else _way_out(claim.pid, path)
+        )
         doubt = Doubt(f"{why}; PID {claim.pid} runs, and is left as it is", hint)
         seen = in_doubt(_RUNTIME, name, name, replace(identity, host=self.host), doubt)
         made = claim.record.created_at
@@ -314,9 +326,11 @@ class RecordsView:
 
 
 def _way_out(pid: int | None, path: Path | None) -> str:
-    look = f"look at it (ps -fp {pid}); " if pid is not None else ""
+    observe = f"look at it (ps -fp {pid}); " if pid is not None else ""
     away = f", then move {path} away" if path is not None else ""
-    return f"{look}when it is not wanted, end it{f' (kill {pid})' if pid is not None else ''}{away}"
+    return (
+        f"{observe}when it is not wanted, end it{f' (kill {pid})' if pid is not None else ''}{away}"
+    )
 
 
 def _is_locked(path: Path) -> bool:

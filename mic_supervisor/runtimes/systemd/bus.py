@@ -215,7 +215,7 @@ class Bus:
             raise
         return tuple(sorted((Process(int(pid), str(line)) for _, pid, line in found), key=_pid))
 
-    async def listen(self, hear: Callable[[Message | None], None]) -> None:
+    async def listen(self, callback: Callable[[Message | None], None]) -> None:
         """Pass on every change of a unit, None when the connection is lost."""
         connection = await self._connected()
         for rule in _CHANGES:
@@ -225,11 +225,11 @@ class Bus:
         except Refused as error:
             if not error.name.endswith(".AlreadySubscribed"):
                 raise
-        self._listeners.append(hear)
+        self._listeners.append(callback)
 
-    def unlisten(self, hear: Callable[[Message | None], None]) -> None:
-        if hear in self._listeners:
-            self._listeners.remove(hear)
+    def unlisten(self, callback: Callable[[Message | None], None]) -> None:
+        if callback in self._listeners:
+            self._listeners.remove(callback)
 
     # --- the connection -------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class Bus:
             raise Lost(f"D-Bus gave no answer within {CALL_TIMEOUT:g} s") from None
         except (OSError, EOFError, AuthError) as error:
             raise Lost(str(error) or type(error).__name__) from error
-        connection.add_message_handler(self._heard)
+        connection.add_message_handler(self._on_message)
         self._results.clear()
         asyncio.get_running_loop().create_task(self._await_end(connection))
         await self._ask(connection, _match(_JOBS))
@@ -268,8 +268,8 @@ class Bus:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(Lost("the connection to D-Bus was lost"))
-        for hear in [*self._listeners]:
-            hear(None)
+        for callback in [*self._listeners]:
+            callback(None)
         self._listeners.clear()
 
     async def _ask(self, connection: MessageBus, message: Message) -> list[Any]:
@@ -289,7 +289,7 @@ class Bus:
         assert isinstance(body, list)
         return body
 
-    def _heard(self, message: Message) -> None:
+    def _on_message(self, message: Message) -> None:
         if message.message_type is not MessageType.SIGNAL:
             return
         if message.member == "JobRemoved":
@@ -302,8 +302,8 @@ class Bus:
             elif not future.done():
                 future.set_result(result)
         elif message.path and message.path.startswith(MANAGER_PATH):
-            for hear in [*self._listeners]:
-                hear(message)
+            for callback in [*self._listeners]:
+                callback(message)
 
 
 def _match(rule: str) -> Message:
@@ -365,12 +365,12 @@ def explain(action: str, error: Refused | Lost) -> MicError:
 
 
 def _lost(action: str, error: Lost) -> RuntimeUnavailable:
-    told: tuple[str, str | None] = f"systemd cannot be reached: {error}", None
+    reported: tuple[str, str | None] = f"systemd cannot be reached: {error}", None
     match error.__cause__:
         case FileNotFoundError():
-            told = "there is no D-Bus to reach systemd by", "install it: apt-get install dbus"
+            reported = "there is no D-Bus to reach systemd by", "install it: apt-get install dbus"
         case ConnectionRefusedError():
-            told = "D-Bus does not run", "start it with: systemctl start dbus"
+            reported = "D-Bus does not run", "start it with: systemctl start dbus"
         case PermissionError():
-            told = "the system bus may not be used by this user", "run as root"
-    return RuntimeUnavailable(f"cannot {action}: {told[0]}", hint=told[1])
+            reported = "the system bus may not be used by this user", "run as root"
+    return RuntimeUnavailable(f"cannot {action}: {reported[0]}", hint=reported[1])

@@ -31,7 +31,7 @@ from mic_supervisor.runtimes.systemd.unit import (
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class EndTimeouts:
     """Seconds. `remains`: from TERM to KILL for what a main process leaves behind; `kill`: that a
     control group may take to die of KILL."""
 
@@ -125,8 +125,8 @@ async def start(bus: Bus, name: str, properties: Sequence[Property]) -> None:
 def spawn_reason(failure: SpawnFailed) -> str:
     """Why, as far as PID 1 itself tells."""
     if failure.result != "failed":
-        told = f"systemd ended the job with “{failure.result}”"
-        return _RESULTS.get(failure.result, told)
+        reported = f"systemd ended the job with “{failure.result}”"
+        return _RESULTS.get(failure.result, reported)
     if failure.unit is None:
         return "systemd does not say why"
     return failure.step or end_reason(failure.unit) or "systemd does not say why"
@@ -135,7 +135,7 @@ def spawn_reason(failure: SpawnFailed) -> str:
 # --- ending -----------------------------------------------------------------------------------
 
 
-async def end(bus: Bus, unit: Unit, number: int, grace: float, patience: Patience) -> None:
+async def end(bus: Bus, unit: Unit, number: int, grace: float, timeout: EndTimeouts) -> None:
     """Signal the main process, wait `grace` seconds at most, then kill until nothing is left.
 
     What the main process leaves behind when it ends in time is asked too. Raises StopFailed.
@@ -145,22 +145,24 @@ async def end(bus: Bus, unit: Unit, number: int, grace: float, patience: Patienc
         await _signal(bus, unit.name, "main", number)
         await _signal(bus, unit.name, "main", signal.SIGCONT)  # or a stopped one never hears of it
     if await _await_main(bus, unit.name, deadline):
-        await end_remains(bus, unit.name, patience, by=deadline)
+        await end_remains(bus, unit.name, timeout, by=deadline)
     else:
-        await _kill(bus, unit.name, patience.kill)
+        await _kill(bus, unit.name, timeout.kill)
 
 
-async def end_remains(bus: Bus, name: str, patience: Patience, *, by: float | None = None) -> None:
+async def end_remains(
+    bus: Bus, name: str, timeout: EndTimeouts, *, by: float | None = None
+) -> None:
     """TERM for what is left of a unit whose main process has ended, then KILL.
 
     `by`: KILL no later than that, in the loop's time. Raises StopFailed.
     """
-    deadline = _now() + patience.remains
+    deadline = _now() + timeout.remains
     deadline = deadline if by is None else min(deadline, by)
     asked: set[int] = set()
     async for unit, remains in _looks(bus, name, deadline):
         if _now() >= deadline:
-            await _kill(bus, name, patience.kill)
+            await _kill(bus, name, timeout.kill)
             return
         # PID 1 asks by itself where it is ending the unit.
         fresh = {process.pid for process in remains} - asked
@@ -194,8 +196,8 @@ async def _looks(
         pause = min(pause * 2, _LONGEST_PAUSE)
 
 
-async def _kill(bus: Bus, name: str, patience: float) -> None:
-    give_up, again = _now() + patience, 0.0
+async def _kill(bus: Bus, name: str, timeout: float) -> None:
+    give_up, again = _now() + timeout, 0.0
     async for _, remains in _looks(bus, name, give_up):
         if _now() >= give_up:
             raise checks.survived(name, _named(remains))

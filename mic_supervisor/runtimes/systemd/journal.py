@@ -52,7 +52,7 @@ def read(
         *("--output=cat",) * (not follow),
         *("--all", f"--lines={'all' if tail is None else max(tail, 0)}", run),
     ]
-    seen, patience, cursor = False, 0.0, ""
+    seen, timeout, cursor = False, 0.0, ""
     with _open(what, arguments) as process:
         assert process.stderr is not None
         try:
@@ -61,9 +61,9 @@ def read(
                 if follow:
                     cursor, line = _entry(line)
                 yield line
-            patience = _QUIET  # at the end of its output it is about to end
+            timeout = _QUIET  # at the end of its output it is about to end
         finally:
-            over = _has_ended(process, patience)
+            over = _has_ended(process, timeout)
             said = _last(process.stderr.read())
     if not seen and not _may_read():
         raise RuntimeRefused(
@@ -168,10 +168,10 @@ def _ask(what: str, *arguments: str) -> str:
     return done.output.decode(errors="replace")
 
 
-def _has_ended(process: subprocess.Popen[bytes], patience: float) -> bool:
-    """Whether it ended by itself within `patience` seconds; it is killed where it did not."""
+def _has_ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
+    """Whether it ended by itself within `timeout` seconds; it is killed where it did not."""
     try:
-        process.wait(patience)
+        process.wait(timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         return False
@@ -196,17 +196,17 @@ def _parts(process: subprocess.Popen[bytes], ended: Callable[[], bool] | None) -
     assert process.stdout is not None
     pipe = process.stdout.fileno()
     os.set_blocking(pipe, False)
-    heard = time.monotonic()
+    last_output = time.monotonic()
     with selectors.DefaultSelector() as waiting:
         waiting.register(pipe, selectors.EVENT_READ)
         while True:
             if waiting.select(_QUIET):
                 if not (part := os.read(pipe, _BLOCK)):
                     return
-                heard = time.monotonic()
+                last_output = time.monotonic()
                 yield part
             elif ended is None:
-                if time.monotonic() - heard >= _SILENCE:
+                if time.monotonic() - last_output >= _SILENCE:
                     return
             elif ended():
                 sync()

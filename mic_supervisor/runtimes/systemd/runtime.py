@@ -35,12 +35,12 @@ from mic_supervisor.errors import (
     StopFailed,
 )
 from mic_supervisor.model import (
+    ForeignWorkload,
     Launch,
     Limits,
     ObservedWorkload,
     ProcessSpec,
     RuntimeView,
-    Stranger,
 )
 from mic_supervisor.runtimes import Progress, checks
 from mic_supervisor.runtimes.checks import ProcessRuntime, process_spec
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MARKER = Path("/run/systemd/system")
-_LOOK_TIMEOUT = 15.0  # seconds
+_READ_TIMEOUT = 15.0  # seconds
 _STOP = 0.25  # seconds between two looks at `stop`
 
 
@@ -90,7 +90,7 @@ class SystemdRuntime(ProcessRuntime):
         self._scope = scope
         self._host = host
         self._directory = directory / "environ" / scope
-        self._patience = jobs.Patience(remains_grace, kill_timeout)
+        self._end_timeouts = jobs.EndTimeouts(remains_grace, kill_timeout)
         self._ending = remains_grace + kill_timeout + 30.0  # seconds for all that ends something
         self._bus = Bus(bus_address)
         self._turns: dict[str, asyncio.Lock] = {}
@@ -104,32 +104,34 @@ class SystemdRuntime(ProcessRuntime):
     def observe(self) -> RuntimeView:
         """Every loaded unit that is called as ours are; a list, and a question for each."""
         try:
-            found = self._do("read the units of systemd", self._units(), _LOOK_TIMEOUT)
+            found = self._do("read the units of systemd", self._units(), _READ_TIMEOUT)
         except MicError as error:
             return RuntimeView(self.name, error=error.message, hint=error.hint)
-        judged = [units.judge(unit, self._scope, self._host) for unit in found]
+        classified = [units.classify(unit, self._scope, self._host) for unit in found]
         return RuntimeView(
             self.name,
-            tuple(one for one in judged if isinstance(one, ObservedWorkload)),
-            tuple(one for one in judged if isinstance(one, Stranger)),
+            tuple(one for one in classified if isinstance(one, ObservedWorkload)),
+            tuple(one for one in classified if isinstance(one, ForeignWorkload)),
         )
 
     async def _units(self) -> list[Unit]:
         listed = await self._bus.units(units.pattern(self._scope))
-        found = await asyncio.gather(*(self._look(name, path) for name, path in sorted(listed)))
+        found = await asyncio.gather(
+            *(self._read_unit(name, path) for name, path in sorted(listed))
+        )
         return [unit for unit in found if unit is not None]
 
-    async def _look(self, name: str, path: str | None = None) -> Unit | None:
+    async def _read_unit(self, name: str, path: str | None = None) -> Unit | None:
         """A unit, and what is left in its control group where its main process has ended."""
         unit = await self._bus.unit(name, path)
         if unit is None or not unit.is_over or not unit.text("ControlGroup"):
             return unit
         return replace(unit, remains=await self._bus.processes(name))
 
-    async def _look_ours(self, name: str, action: str) -> Unit | None:
-        unit = await self._look(name)
+    async def _read_ours(self, name: str, action: str) -> Unit | None:
+        unit = await self._read_unit(name)
         if unit is not None:
-            reason = units.stranger_reason(unit, self._scope, self._host)
+            reason = units.foreign_reason(unit, self._scope, self._host)
             if reason is not None:
                 raise RuntimeRefused(
                     f"cannot {action}: there is a unit of that name: {reason}",
@@ -170,11 +172,11 @@ class SystemdRuntime(ProcessRuntime):
         failed = self._do(action, self._start(name, properties, secret, action), timeout)
         if failed is not None:
             reason, invocation = failed
-            told = journal.spawn_failure(name, invocation) if invocation else None
-            if told is None and invocation and spec.directories:
-                told = journal.last_words(invocation)
+            reported = journal.spawn_failure(name, invocation) if invocation else None
+            if reported is None and invocation and spec.directories:
+                reported = journal.last_words(invocation)
             raise RuntimeRefused(
-                f"cannot {action}: {told or reason}", hint=f"see journalctl --unit {name}"
+                f"cannot {action}: {reported or reason}", hint=f"see journalctl --unit {name}"
             )
         self._launches[launch.name] = launch
 
@@ -187,17 +189,17 @@ class SystemdRuntime(ProcessRuntime):
     ) -> tuple[str, str] | None:
         """None, or why the program could not be executed, and the invocation that tried."""
         async with self._turn(name):
-            unit = await self._look_ours(name, action)
+            unit = await self._read_ours(name, action)
             if unit is not None and unit.main_pid is not None and unit.active != "deactivating":
                 return None
             if unit is not None:
-                await jobs.end_remains(self._bus, name, self._patience)
+                await jobs.end_remains(self._bus, name, self._end_timeouts)
                 await jobs.forget(self._bus, name)
             jobs.write_secret(*secret)
             try:
                 await jobs.start(self._bus, name, properties)
             except Refused as error:
-                unit = await self._look_ours(name, action) if error.name == jobs.EXISTS else None
+                unit = await self._read_ours(name, action) if error.name == jobs.EXISTS else None
                 if unit is None or unit.is_over:
                     raise
                 # Another program has just started it.
@@ -227,9 +229,9 @@ class SystemdRuntime(ProcessRuntime):
 
     async def _stop(self, name: str, action: str, number: int, grace: float) -> None:
         async with self._turn(name):
-            unit = await self._look_ours(name, action)
+            unit = await self._read_ours(name, action)
             if unit is not None:
-                await jobs.end(self._bus, unit, number, grace, self._patience)
+                await jobs.end(self._bus, unit, number, grace, self._end_timeouts)
 
     def remove(self, workload: ObservedWorkload) -> None:
         """Have PID 1 forget a unit that has ended. Its log goes when journald rotates it away."""
@@ -239,7 +241,7 @@ class SystemdRuntime(ProcessRuntime):
 
     async def _remove(self, name: str, action: str) -> None:
         async with self._turn(name):
-            unit = await self._look_ours(name, action)
+            unit = await self._read_ours(name, action)
             if unit is None:
                 return
             if not unit.is_over or unit.remains:
@@ -253,7 +255,7 @@ class SystemdRuntime(ProcessRuntime):
     ) -> Iterator[str]:
         """Of the run that PID 1 knows. Following ends when it has ended and all of it was read."""
         what = f"read the log of {workload.name}"
-        unit = self._do(what, self._look(workload.ref), _LOOK_TIMEOUT)
+        unit = self._do(what, self._read_unit(workload.ref), _READ_TIMEOUT)
         if unit is None or not unit.invocation:
             raise RuntimeRefused(
                 f"cannot {what}: systemd no longer knows the unit",
@@ -262,7 +264,7 @@ class SystemdRuntime(ProcessRuntime):
         run = unit.invocation
 
         def ended() -> bool:
-            now = self._do(what, self._look(workload.ref), _LOOK_TIMEOUT)
+            now = self._do(what, self._read_unit(workload.ref), _READ_TIMEOUT)
             return now is None or now.invocation != run or (now.is_over and not now.remains)
 
         yield from journal.read(what, run, tail=tail, follow=follow, ended=ended)
@@ -276,7 +278,7 @@ class SystemdRuntime(ProcessRuntime):
         RuntimeRefused where the journal holds none.
         """
         what = f"read the log of {workload.name}"
-        unit = self._do(what, self._look(workload.ref), _LOOK_TIMEOUT)
+        unit = self._do(what, self._read_unit(workload.ref), _READ_TIMEOUT)
         begun = unit.begun if unit is not None else None
         identity = workload.identity
         run = None
@@ -302,7 +304,7 @@ class SystemdRuntime(ProcessRuntime):
     async def _check(
         self, workload: ObservedWorkload, command: tuple[str, ...], timeout: float, action: str
     ) -> tuple[int, str]:
-        unit = await self._look_ours(workload.ref, action)
+        unit = await self._read_ours(workload.ref, action)
         if unit is None:
             raise RuntimeRefused(f"cannot {action}: there is no unit {workload.ref}")
         return await jobs.run_check(self._bus, unit, command, timeout)
@@ -317,22 +319,22 @@ class SystemdRuntime(ProcessRuntime):
         main process left behind that ended well, which PID 1 lets run.
         """
         what = "follow the changes of systemd's units"
-        heard: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+        changes: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         prefix = units.path_prefix(self._scope)
 
-        def hear(message: Message | None) -> None:
+        def callback(message: Message | None) -> None:
             change = _change(message, prefix) if message is not None else None
             if message is None or change is not None:
-                heard.put(change)
+                changes.put(change)
 
-        self._do(what, self._bus.listen(hear), _LOOK_TIMEOUT)
+        self._do(what, self._bus.listen(callback), _READ_TIMEOUT)
         states: dict[str, str] = {}
         try:
             yield "listening to systemd"
             self._tidy()
             while not stop.is_set():
                 try:
-                    change = heard.get(timeout=_STOP)
+                    change = changes.get(timeout=_STOP)
                 except queue.Empty:
                     continue
                 if change is None:
@@ -345,7 +347,7 @@ class SystemdRuntime(ProcessRuntime):
                     self._tidy()
                 yield f"{name}: {state}"
         finally:
-            self._bus.unlisten(hear)
+            self._bus.unlisten(callback)
 
     def _tidy(self) -> None:
         """End what is left of every unit of ours whose main process has ended."""
@@ -358,9 +360,9 @@ class SystemdRuntime(ProcessRuntime):
 
     async def _end_remains(self, name: str) -> None:
         async with self._turn(name):
-            unit = await self._look(name)
+            unit = await self._read_unit(name)
             if unit is not None and unit.is_over and unit.remains:
-                await jobs.end_remains(self._bus, name, self._patience)
+                await jobs.end_remains(self._bus, name, self._end_timeouts)
 
     # --- helpers --------------------------------------------------------------------------
 
@@ -375,13 +377,13 @@ class SystemdRuntime(ProcessRuntime):
         try:
             return self._bus.run(work, timeout=timeout)
         except (Refused, Lost, RuntimeRefused) as error:
-            told = error if isinstance(error, RuntimeRefused) else explain(action, error)
-            if kind is not None and isinstance(told, RuntimeRefused):
-                told = kind(told.message, hint=told.hint)
-            raise told from error.__cause__
+            reported = error if isinstance(error, RuntimeRefused) else explain(action, error)
+            if kind is not None and isinstance(reported, RuntimeRefused):
+                reported = kind(reported.message, hint=reported.hint)
+            raise reported from error.__cause__
         except OSError as error:  # no descriptor is free, or no memory
-            told = (kind or RuntimeRefused)(f"cannot {action}: {error.strerror or error}")
-            raise told from error
+            reported = (kind or RuntimeRefused)(f"cannot {action}: {error.strerror or error}")
+            raise reported from error
 
     def _turn(self, name: str) -> asyncio.Lock:
         """One task at a time changes a unit. On the bus's thread."""

@@ -1,4 +1,4 @@
-"""A launch as a transient systemd service, and a unit as a workload of ours or a stranger. Pure.
+"""A launch as a transient systemd service, and a unit as a workload of ours or a foreign one. Pure.
 
 The properties are those of systemd.service(5), systemd.exec(5), systemd.kill(5) and
 systemd.resource-control(5), under the names and types that org.freedesktop.systemd1(5) gives them.
@@ -20,7 +20,14 @@ from typing import Any, NamedTuple
 from mic_supervisor import clocks
 from mic_supervisor.config.env_file import SYSTEMD_NAME
 from mic_supervisor.errors import PreflightFailed
-from mic_supervisor.model import Doubt, Launch, ObservedWorkload, ProcessSpec, RunState, Stranger
+from mic_supervisor.model import (
+    Doubt,
+    ForeignWorkload,
+    Launch,
+    ObservedWorkload,
+    ProcessSpec,
+    RunState,
+)
 from mic_supervisor.runtimes import checks
 from mic_supervisor.runtimes.identity import (
     identity_of,
@@ -323,7 +330,7 @@ class Unit:
         return found / 1e6 if found else None
 
 
-def stranger_reason(unit: Unit, scope: str, host: str) -> str | None:
+def foreign_reason(unit: Unit, scope: str, host: str) -> str | None:
     """Why a unit is not ours; None: it is.
 
     An `Environment=` is copied as labels are. A name is not, while the original is there, and a
@@ -344,9 +351,9 @@ def stranger_reason(unit: Unit, scope: str, host: str) -> str | None:
     return None
 
 
-def judge(unit: Unit, scope: str, host: str) -> ObservedWorkload | Stranger:
+def classify(unit: Unit, scope: str, host: str) -> ObservedWorkload | ForeignWorkload:
     """What a unit is to us."""
-    reason = stranger_reason(unit, scope, host)
+    reason = foreign_reason(unit, scope, host)
     found = identity_of(unit.variables)
     if isinstance(found, str) and (doubted := _doubted(unit, scope, host, found)) is not None:
         return doubted
@@ -354,7 +361,7 @@ def judge(unit: Unit, scope: str, host: str) -> ObservedWorkload | Stranger:
         running = not unit.is_over
         one = None if isinstance(found, str) else found[1]
         claims = one.instance if one and (one.scope, one.host) == (scope, host) else None
-        return Stranger(
+        return ForeignWorkload(
             RUNTIME,
             unit.name,
             unit.name,

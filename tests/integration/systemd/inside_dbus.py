@@ -60,7 +60,7 @@ def test_without_dbus_what_runs_is_unknown(world: World, dbus: None) -> None:
     seen = world.start("a", sh("exec sleep 300"))
     run("systemctl", "stop", "dbus.socket", "dbus.service")
     view = world.runtime.observe()
-    assert (view.workloads, view.strangers) == ((), ())
+    assert (view.workloads, view.foreign_workloads) == ((), ())
     assert view.error == "cannot read the units of systemd: D-Bus does not run"
     assert view.hint == "start it with: systemctl start dbus"
     with pytest.raises(RuntimeUnavailable, match=f"^cannot stop {seen.name}: D-Bus does not run$"):

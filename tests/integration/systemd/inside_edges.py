@@ -13,7 +13,7 @@ import pytest
 from mic_supervisor import clocks
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable, StopFailed
 from mic_supervisor.host import processes as procfs
-from mic_supervisor.model import Limits, Stranger
+from mic_supervisor.model import ForeignWorkload, Limits
 from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime, systemd_is_pid1
 from tests.integration.systemd.world import HOST, World, run
 from tests.support.commands import python, sh
@@ -253,7 +253,7 @@ def test_numbers_without_a_name_are_nobody_to_systemd(world: World) -> None:
         assert str(failed.value) == f"cannot run as {user}: systemd knows no such user or group"
 
 
-# --- strangers --------------------------------------------------------------------------------
+# --- foreign ----------------------------------------------------------------------------------
 
 
 def test_a_unit_of_that_name_that_is_not_ours_is_left_alone(world: World) -> None:
@@ -263,7 +263,7 @@ def test_a_unit_of_that_name_that_is_not_ours_is_left_alone(world: World) -> Non
     view = world.runtime.observe()
     reason = "its environment does not name it as ours"
     assert view.workloads == ()
-    assert view.strangers == (Stranger("systemd", ref, ref, (), True, reason),)
+    assert view.foreign_workloads == (ForeignWorkload("systemd", ref, ref, (), True, reason),)
     with pytest.raises(RuntimeRefused) as refused:
         world.runtime.start(launch)
     assert str(refused.value) == (
@@ -275,12 +275,12 @@ def test_a_unit_of_that_name_that_is_not_ours_is_left_alone(world: World) -> Non
 
 def test_what_another_supervisor_runs_is_left_alone(world: World) -> None:
     seen = world.start("a", sh("exec sleep 300"))
-    strangers = world.make(host="another-host").observe().strangers
-    assert [(one.ref, one.running, one.reason) for one in strangers] == [
+    foreign_workloads = world.make(host="another-host").observe().foreign_workloads
+    assert [(one.ref, one.running, one.reason) for one in foreign_workloads] == [
         (seen.ref, True, "it was made by the supervisor of another machine")
     ]
     short = SystemdRuntime(world.scope[:3], HOST, directory=world.directory)
-    assert short.observe().strangers == ()  # t12 is no beginning of mic-t12345678-
+    assert short.observe().foreign_workloads == ()  # t12 is no beginning of mic-t12345678-
     with pytest.raises(StopFailed, match="by the supervisor of another machine"):
         world.make(host="another-host").stop(seen, signal="SIGKILL", grace=1)
     assert world.look("a") == seen
@@ -297,5 +297,7 @@ def test_a_scope_whose_name_begins_like_ours(world: World) -> None:
     assert [one.name for one in other.observe().workloads] == [theirs.name]
     view = world.runtime.observe()
     assert view.workloads == ()
-    assert [one.reason for one in view.strangers] == [f"it belongs to scope {world.scope}-b"]
+    assert [one.reason for one in view.foreign_workloads] == [
+        f"it belongs to scope {world.scope}-b"
+    ]
     other.close()

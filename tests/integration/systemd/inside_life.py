@@ -24,7 +24,12 @@ TICK = 0.3  # seconds, for what takes a moment to happen
 
 def test_nothing_runs(world: World) -> None:
     view = world.runtime.observe()
-    assert (view.runtime, view.workloads, view.strangers, view.error) == ("systemd", (), (), None)
+    assert (view.runtime, view.workloads, view.foreign_workloads, view.error) == (
+        "systemd",
+        (),
+        (),
+        None,
+    )
 
 
 def test_a_start_is_seen_as_it_was_asked_for(world: World) -> None:
@@ -48,7 +53,7 @@ def test_a_start_is_seen_as_it_was_asked_for(world: World) -> None:
     assert before - 1 <= seen.created_at <= seen.started_at <= time.time()
     groups = Path(f"/proc/{seen.pid}/cgroup").read_text()
     assert f"mic.slice/{seen.ref}" in groups
-    assert world.runtime.observe().strangers == ()
+    assert world.runtime.observe().foreign_workloads == ()
 
 
 def test_starting_what_runs_is_success(world: World) -> None:
@@ -349,10 +354,10 @@ def test_a_copied_unit_is_left_alone(world: World) -> None:
     try:
         view = world.runtime.observe()
         assert view.workloads == (seen,)
-        (stranger,) = view.strangers
-        assert (stranger.name, stranger.running, stranger.claims) == (copy, True, "a")
+        (foreign,) = view.foreign_workloads
+        assert (foreign.name, foreign.running, foreign.claims) == (copy, True, "a")
         assert (
-            stranger.reason
+            foreign.reason
             == f"it has the environment of {seen.ref}, and another name: it is a copy"
         )
         world.runtime.stop(seen, signal="SIGTERM", grace=5)
@@ -362,7 +367,7 @@ def test_a_copied_unit_is_left_alone(world: World) -> None:
         run("systemctl", "start", seen.ref)
         view = world.runtime.observe()
         assert view.workloads == ()
-        assert {one.name: one.reason for one in view.strangers}[seen.ref] == (
+        assert {one.name: one.reason for one in view.foreign_workloads}[seen.ref] == (
             f"it comes from a unit file, {path}"
         )
         with pytest.raises(StopFailed, match="it comes from a unit file"):

@@ -90,4 +90,4 @@ def test_surplus_is_what_has_our_mark_and_no_entry() -> None:
     assert (found.model, found.gpus) == ("B", (SECOND.uuid,))
     assert found.unload.path == "/v2/repository/models/B/unload"
     assert BACKEND.surplus(made, lambda _call: (None, "")) == ()
-    assert BACKEND.surplus(replace(made, held=("B",)), ask) == ()
+    assert BACKEND.surplus(replace(made, frozen_models=("B",)), ask) == ()

@@ -351,7 +351,7 @@ def test_many_edits_at_once_lose_nothing(path: Path) -> None:
     assert sorted(path.read_text().split()) == [str(number) for number in range(8)]
 
 
-def test_patience_with_another_edit_has_an_end(path: Path) -> None:
+def test_the_wait_for_another_edit_has_an_end(path: Path) -> None:
     with locked(path), pytest.raises(LockHeld, match="another edit holds it"), locked(path, 0.1):
         pass
 

@@ -49,7 +49,7 @@ def test_entries_are_sorted_by_gpu_and_keep_their_places(tmp_path: Path) -> None
         ("GPU 2", None),
         ("GPU 10", "a"),
     ]
-    assert str(config.entries[0].place) == f"{tmp_path}/gpus.yaml:9:3"
+    assert str(config.entries[0].location) == f"{tmp_path}/gpus.yaml:9:3"
 
 
 def test_a_range_is_an_entry_for_each_gpu(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_options_are_the_backends_own(tmp_path: Path) -> None:
     model = config.models["a"]
     assert isinstance(model.options, ServerOptions)
     assert (model.backend, model.options.copies, model.options.start_timeout) == ("server", 8, 900)
-    assert str(model.place) == f"{tmp_path}/gpus.yaml:4:3"
+    assert str(model.location) == f"{tmp_path}/gpus.yaml:4:3"
     assert list(config.models) == ["a", "b"]
 
 

@@ -41,7 +41,7 @@ def test_a_bad_file_is_refused_in_the_right_place(path: Path) -> None:
         load(path, FakeRegistry(), environ={"HOME": "/root"})
     assert time.perf_counter() - begin < 1
     found = caught.value.diagnostics
-    assert [(one.place.line, one.place.column) for one in found] == [w[:2] for w in wanted], (
+    assert [(one.location.line, one.location.column) for one in found] == [w[:2] for w in wanted], (
         caught.value.rendered
     )
     for one, (line, column, words) in zip(found, wanted, strict=True):
@@ -58,8 +58,8 @@ def test_the_caret_stands_below_the_fault(path: Path) -> None:
         load(path, FakeRegistry(), environ={})
     lines = path.read_text().splitlines()
     for one in caught.value.diagnostics:
-        source = lines[one.place.line - 1]
-        at = source[one.place.column - 1 : one.place.column] or " "  # or the line's end
+        source = lines[one.location.line - 1]
+        at = source[one.location.column - 1 : one.location.column] or " "  # or the line's end
         shown, caret = one.render().splitlines()[1:3]
         assert caret.strip() == "^"
         if source.isascii():  # elsewhere a character may be two columns wide

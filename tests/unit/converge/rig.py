@@ -32,7 +32,7 @@ from mic_supervisor.plan.memory import Memory
 from tests.unit.plan import builders as b
 
 HEALTH = Probes(*[Probe(EngineCheck(), period=0.05)] * 3)
-PATIENCE = 20.0  # seconds that a test waits for what must happen
+TIMEOUT = 20.0  # seconds that a test waits for what must happen
 SHORT = 0.3  # seconds in which what must not happen would have
 
 
@@ -57,14 +57,14 @@ class Engine:
         text = f"{what} {instance}"
         self.calls.append(text)
         if (gate := self.gates.get(text)) is not None:
-            gate.wait(PATIENCE)
+            gate.wait(TIMEOUT)
         if (error := self.refuses.get(text)) is not None:
             raise error
 
     def observe(self) -> RuntimeView:
         self.looks += 1
         if (gate := self.gates.get("observe")) is not None:
-            gate.wait(PATIENCE)
+            gate.wait(TIMEOUT)
         return RuntimeView(self.name, tuple(self.boxes.values()))
 
     def prepare(self, launch: Launch, progress: Callable[[str], None]) -> None:
@@ -163,9 +163,9 @@ class Rig:
         self.converger.resync = 0.1
 
     async def until(self, enough: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not enough():
-            assert time.monotonic() < deadline, f"not within {PATIENCE} s: {self.engine.calls}"
+            assert time.monotonic() < deadline, f"not within {TIMEOUT} s: {self.engine.calls}"
             await asyncio.sleep(0.01)
 
     async def phases(self, **wanted: str) -> None:
@@ -196,7 +196,7 @@ async def converging(file: File, *engines: Engine) -> AsyncIterator[Rig]:
         for engine in engines:
             for gate in engine.gates.values():
                 gate.set()
-        await rig.converger.close(patience=0.2)
+        await rig.converger.close(timeout=0.2)
 
 
 def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:

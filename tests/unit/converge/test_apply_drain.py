@@ -82,7 +82,7 @@ def server() -> Iterator[Server]:
 
 def run(
     step: Drain,
-    tell: Callable[[str], None] = lambda _: None,
+    emit: Callable[[str], None] = lambda _: None,
     *,
     backend: Callable[[str], Any] = lambda _: Counting(),
     ends_after: float | None = None,
@@ -95,7 +95,7 @@ def run(
             steps = Steps(sources, lambda _: pytest.fail("asked"), backend, Checker(pool), pool)
             if ends_after is not None:
                 asyncio.get_running_loop().call_later(ends_after, steps.end)
-            await steps.run(step, tell)
+            await steps.run(step, emit)
 
     asyncio.run(drained())
 

@@ -12,8 +12,8 @@ from mic_supervisor.converge import observe
 from mic_supervisor.errors import RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.plan.assess import Selection
 from tests.unit.converge.rig import (
-    PATIENCE,
     SHORT,
+    TIMEOUT,
     A,
     B,
     Engine,
@@ -236,8 +236,8 @@ def test_closing_waits_for_no_step_that_hangs() -> None:
         await rig.until(lambda: f"start {A.id}" in engine.calls)
         task.cancel()
         began = time.monotonic()
-        await rig.converger.close(patience=0.2)
-        assert time.monotonic() - began < PATIENCE
+        await rig.converger.close(timeout=0.2)
+        assert time.monotonic() - began < TIMEOUT
         gate.set()
 
     run(body)

@@ -92,7 +92,7 @@ def test_closing_waits_for_no_load_that_hangs() -> None:
         async with loading(backend, "slow") as rig:
             await rig.until(lambda: backend.asked)
             began = time.monotonic()
-            await rig.converger.close(patience=0.2)
+            await rig.converger.close(timeout=0.2)
             assert time.monotonic() - began < 3.0
             assert rig.tells("failed", "s-aaaaaaaa") == []
 

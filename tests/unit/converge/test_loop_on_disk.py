@@ -93,4 +93,4 @@ def test_a_remove_that_finds_it_running_is_no_failure_of_what_is_to_run() -> Non
         await loop.close()
         return loop.memory
 
-    assert replace(asyncio.run(run()).of(MAM.id), rest=None) == entry
+    assert replace(asyncio.run(run()).of(MAM.id), cooldown=None) == entry

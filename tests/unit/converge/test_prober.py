@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mic_supervisor.backends import BackendBase
-from mic_supervisor.converge.prober import FIRST_LOOK, Prober, Schedule
+from mic_supervisor.converge.prober import FIRST_PERIOD, Prober, Schedule
 from mic_supervisor.converge.probes import ALL_DUE, DEVICES, DEVICES_AGAIN, Checker, Target
 from mic_supervisor.model import (
     ExecCheck,
@@ -61,7 +61,7 @@ def close_the_loop() -> Iterator[None]:
 def look(
     target: Target, now: float, before: Health | None, due: Collection[str] = ALL_DUE
 ) -> Health:
-    return LOOP.run_until_complete(CHECKER.look(target, now, before, due))
+    return LOOP.run_until_complete(CHECKER.probe(target, now, before, due))
 
 
 class Loads(BackendBase):
@@ -148,7 +148,7 @@ def test_a_start_is_seen_early_and_asked_ever_more_slowly_down_to_its_period() -
     model = Model(on("m", 0, workload=program(), probes=ALL), {"up": never})
     model.run(60.0)
     found = spaces(model.asked["up"])
-    assert found[0] <= 2 * FIRST_LOOK
+    assert found[0] <= 2 * FIRST_PERIOD
     assert found == sorted(found)
     assert found[-1] == 5.0
     assert list(model.asked) == ["up"]  # it gates the others
@@ -168,7 +168,7 @@ def test_models_that_load_are_asked_for_soon_and_liveness_is_not() -> None:
         lambda one, *_: (states.append(model.now), PlacementState(one.model, LoadState.LOADING))[1]
     )
     model.run(30.0)
-    assert spaces(states)[0] <= 2 * FIRST_LOOK
+    assert spaces(states)[0] <= 2 * FIRST_PERIOD
     assert spaces(states) == sorted(spaces(states))
     assert set(spaces(model.asked["live"])) == {5.0}
     assert set(spaces(model.asked["ready"])) == {5.0}
@@ -324,7 +324,7 @@ def asked_by_a_prober(model: Model, seconds: float, *, kicks: bool) -> list[Prob
                 await asyncio.sleep(0.02)
                 if kicks:
                     prober.kick(model.workload.ref)
-                    await prober.look_now(model.workload.ref)
+                    await prober.probe_now(model.workload.ref)
                     note()
             await prober.close()
 

@@ -39,7 +39,7 @@ from mic_supervisor.model import (
 )
 from tests.unit.plan.builders import container, on, placement, program, workload
 
-PATIENCE = 20.0
+TIMEOUT = 20.0
 
 
 class Server:
@@ -92,7 +92,7 @@ def _no_command(*_: object) -> tuple[int, str]:
 
 
 def look(what: Target) -> Health:
-    return asyncio.run(Checker(Threads(4, "mic-test")).look(what, 1000.0))
+    return asyncio.run(Checker(Threads(4, "mic-test")).probe(what, 1000.0))
 
 
 def readiness(what: Target) -> tuple[bool | None, str]:
@@ -184,7 +184,7 @@ def test_a_port_that_lets_nobody_in_fails_in_time() -> None:
         with closing(socket.create_connection(("127.0.0.1", port))):
             began = time.monotonic()
             found = readiness(target(item, port))
-            assert time.monotonic() - began < PATIENCE
+            assert time.monotonic() - began < TIMEOUT
     assert found == (False, f"port {port} does not answer within 0.3 s")
 
 
@@ -210,7 +210,7 @@ def test_what_this_end_lacks_says_nothing_of_the_server(
     async def go() -> Health:
         monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", refuse)
         checker = Checker(Threads(4, "mic-test"))
-        return await checker.look(target(probed(check), server.port), 1000.0)
+        return await checker.probe(target(probed(check), server.port), 1000.0)
 
     result = asyncio.run(go()).startup
     assert result is not None
@@ -269,11 +269,11 @@ def test_what_blocks_holds_up_nobody_else(server: Server, hangs: str) -> None:
 
     class Stuck(Shelf):
         def placement_state(self, item: Placement, status: int | None, body: str) -> PlacementState:
-            gate.wait(PATIENCE)
+            gate.wait(TIMEOUT)
             return super().placement_state(item, status, body)
 
     def command(*_: object) -> tuple[int, str]:
-        gate.wait(PATIENCE)
+        gate.wait(TIMEOUT)
         return 0, ""
 
     stuck = {
@@ -328,7 +328,7 @@ def test_forgetting_a_workload_ends_the_call_that_is_under_way() -> None:
             port = int(silent.getsockname()[1])
             prober.watch({"a": target(probed(HttpCheck("/health")), port)})
             loop = asyncio.get_running_loop()
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 peer, _ = await loop.sock_accept(silent)
                 with peer:
                     assert await loop.sock_recv(peer, 4096) != b""
@@ -339,6 +339,6 @@ def test_forgetting_a_workload_ends_the_call_that_is_under_way() -> None:
 
 
 async def _until(enough: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not enough():
             await asyncio.sleep(0.01)

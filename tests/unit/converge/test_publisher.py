@@ -44,7 +44,7 @@ READY = (
         serving=True,
     ),
 )
-SICK = (replace(READY[0], serving=False),)
+UNHEALTHY = (replace(READY[0], serving=False),)
 
 
 def script(tmp_path: Path, body: str, timeout: float = 10.0) -> EndpointsHook:
@@ -177,12 +177,13 @@ def test_it_is_run_once_for_each_change_and_never_twice_at_once(tmp_path: Path) 
     )
 
     async def story(made: Publisher, told: list[tuple[str, bool]]) -> None:
-        for rows in (READY, READY, SICK, READY, SICK):  # what changes while it runs is one more run
+        # what changes while it runs is one more run
+        for rows in (READY, READY, UNHEALTHY, READY, UNHEALTHY):
             made.follow(hook, rows)
             await asyncio.sleep(0.01)
         await made.finish()
         assert (made.published, runs(tmp_path)) == (NONE, 2)
-        made.follow(hook, SICK)
+        made.follow(hook, UNHEALTHY)
         await made.finish()
         assert runs(tmp_path) == 2
         assert told == [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mic_supervisor.converge.events import Event
-from mic_supervisor.converge.session import Method, Tell
+from mic_supervisor.converge.session import Emit, Method
 from mic_supervisor.daemon import control
 from mic_supervisor.daemon.client import Client
 from mic_supervisor.daemon.control import ControlServer
@@ -31,11 +31,11 @@ class Served:
         self.server = ControlServer(path, self.methods())
 
     def methods(self) -> dict[str, Method]:
-        async def echo(params: Mapping[str, Any], tell: Tell) -> Any:
-            tell(EVENT)
+        async def echo(params: Mapping[str, Any], emit: Emit) -> Any:
+            emit(EVENT)
             return dict(params)
 
-        async def wait(_params: Mapping[str, Any], _tell: Tell) -> Any:
+        async def wait(_params: Mapping[str, Any], _emit: Emit) -> Any:
             self.begun.set()
             try:
                 await asyncio.sleep(60)
@@ -43,21 +43,21 @@ class Served:
                 self.cancelled.set()
                 raise
 
-        async def shout(_params: Mapping[str, Any], tell: Tell) -> Any:
+        async def shout(_params: Mapping[str, Any], emit: Emit) -> Any:
             self.begun.set()
             try:
                 while True:
                     for _ in range(100):
-                        tell(EVENT)
+                        emit(EVENT)
                     await asyncio.sleep(0)
             except asyncio.CancelledError:
                 self.cancelled.set()
                 raise
 
-        async def refuse(_params: Mapping[str, Any], _tell: Tell) -> Any:
+        async def refuse(_params: Mapping[str, Any], _emit: Emit) -> Any:
             raise MicError("cannot do it: no", hint="try")
 
-        async def reject(_params: Mapping[str, Any], _tell: Tell) -> Any:
+        async def reject(_params: Mapping[str, Any], _emit: Emit) -> Any:
             raise ConfigError("broken", rendered="gpus.yaml:1:1: error", hint="mend it")
 
         return {"echo": echo, "wait": wait, "shout": shout, "refuse": refuse, "reject": reject}
@@ -80,7 +80,7 @@ async def call(served: Served, method: str, **params: Any) -> Any:
     def ask() -> Any:
         client = Client.connect(served.path)
         assert client is not None
-        return client.call(method, params, tell=heard.append)
+        return client.call(method, params, emit=heard.append)
 
     heard: list[Event] = []
     return await asyncio.to_thread(ask), heard

@@ -19,7 +19,7 @@ from mic_supervisor.errors import MicError
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_FIRST_REST", 0.02)
+    monkeypatch.setattr(parts, "_FIRST_DELAY", 0.02)
     monkeypatch.setattr(parts, "_PROVEN", 0.2)
     monkeypatch.setattr(tasks, "_AGAIN", 0.02)
 
@@ -170,7 +170,7 @@ def test_one_that_never_ends_is_named_and_left(log: Callable[[], str]) -> None:
         task = asyncio.create_task(part(), name="the part")
         await asyncio.sleep(0)
         began = time.monotonic()
-        await tasks.end([task], patience=0.1)
+        await tasks.end([task], timeout=0.1)
         assert 0.1 <= time.monotonic() - began < 2.0
         stubborn.clear()
         task.cancel()

@@ -15,7 +15,7 @@ import pynvml
 import pytest
 
 from mic_supervisor.gpu.events import (
-    Guests,
+    NvmlUsers,
     RecoveryAction,
     XidEvent,
     XidRecord,
@@ -64,7 +64,7 @@ def follow(mock: MockNvml, open_nvml: object) -> Iterator[Follow]:
 
     def start(source: NvmlSource) -> Followed:
         waits = mock.calls("nvmlEventSetWait_v2")
-        watcher = XidWatcher(source.guests, clock=lambda: 1234.5, retry=0.02, partial=0.2)
+        watcher = XidWatcher(source.nvml_users, clock=lambda: 1234.5, retry=0.02, partial=0.2)
         followed.append(Followed(watcher))
         if source._session is not None:
             until(lambda: mock.calls("nvmlEventSetWait_v2") > waits, "the first wait")
@@ -165,7 +165,7 @@ def test_no_failure_ends_the_watch(
 ) -> None:
     mock.set_rules(errors={function: 999})
     calls = mock.calls("nvmlInitWithFlags")
-    watcher = Followed(XidWatcher(two.guests, retry=0.01))
+    watcher = Followed(XidWatcher(two.nvml_users, retry=0.01))
     until(lambda: mock.calls("nvmlInitWithFlags") > calls, "a try")
     mock.set_rules()
     waits = mock.calls("nvmlEventSetWait_v2")
@@ -201,7 +201,7 @@ def test_without_any_gpu_to_follow_the_library_is_left_alone(
     mock.set([])
     source.observe()
     before = mock.calls("nvmlEventSetWait_v2")
-    followed = Followed(XidWatcher(source.guests))
+    followed = Followed(XidWatcher(source.nvml_users))
     time.sleep(0.1)
     assert mock.calls("nvmlEventSetWait_v2") == before
     followed.close()
@@ -242,15 +242,15 @@ def test_before_the_source_looked_and_after_it_was_closed_nothing_is_called(
 
 
 def test_who_does_not_leave_in_time_is_not_waited_for() -> None:
-    guests = Guests()
-    guests.admit()
-    assert guests.enter(0)
+    nvml_users = NvmlUsers()
+    nvml_users.admit()
+    assert nvml_users.enter(0)
     began = time.monotonic()
-    assert not guests.send_away(0.05)
+    assert not nvml_users.send_away(0.05)
     assert time.monotonic() - began < 2
-    assert not guests.enter(0.01)
-    guests.leave()
-    assert guests.send_away(0)
+    assert not nvml_users.enter(0.01)
+    nvml_users.leave()
+    assert nvml_users.send_away(0)
 
 
 @pytest.mark.parametrize("source", [SimulatedSource(2), NoSource()])

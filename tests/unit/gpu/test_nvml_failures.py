@@ -21,7 +21,7 @@ from tests.unit.gpu.conftest import Clock
 def nothing_but(inventory: GpuInventory) -> str | None:
     """The error of an inventory with nothing else in it, and what to do about it."""
     assert inventory == GpuInventory("nvml", error=inventory.error, hint=inventory.hint)
-    return inventory.told
+    return inventory.error_line
 
 
 def by_index(inventory: GpuInventory) -> dict[int, str]:
@@ -62,7 +62,7 @@ def test_a_gpu_that_cannot_be_opened_harms_no_other(
 
     assert inventory.error is None
     assert by_index(inventory) == {0: mock_uuid(0), 2: mock_uuid(2)}
-    assert [(gpu.index, gpu.told) for gpu in inventory.unopened] == [(1, text)]
+    assert [(gpu.index, gpu.error_line) for gpu in inventory.unopened] == [(1, text)]
 
 
 def test_a_gpu_without_a_uuid_is_not_opened(mock: MockNvml, source: NvmlSource) -> None:
@@ -271,7 +271,7 @@ def test_a_library_that_is_too_old_for_the_binding(
     assert [gpu.power_draw for gpu in source.observe().gpus] == [None]
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", mismatch)
-    assert source.observe().told == (
+    assert source.observe().error_line == (
         "cannot read GPUs: the driver is older than nvidia-ml-py supports; upgrade the driver"
     )
 
@@ -285,7 +285,7 @@ def test_nothing_at_all_leaves_observe_as_an_exception(
     mock.set([MockGpu()])
     monkeypatch.setattr("pynvml.nvmlDeviceGetCount", broken)
 
-    assert source.observe().told == (
+    assert source.observe().error_line == (
         "cannot read GPUs: ValueError: what the library wrote is no text; "
         "check the driver with: nvidia-smi"
     )
@@ -308,7 +308,7 @@ def test_a_machine_without_the_driver_library(tmp_path: Path) -> None:
     (tmp_path / "libnvidia-ml.so.1").write_text("not a library")
     program = (
         "from mic_supervisor.gpu.source import open_source; s = open_source('nvml');"
-        "print(s.observe().told); print(s.observe().told); s.close()"
+        "print(s.observe().error_line); print(s.observe().error_line); s.close()"
     )
 
     said = in_another_process(program, {"LD_LIBRARY_PATH": str(tmp_path)}).splitlines()
@@ -459,7 +459,7 @@ def test_a_closed_source_says_so(mock: MockNvml, source: NvmlSource) -> None:
     source.close()
     source.close()
 
-    assert source.observe().told == (
+    assert source.observe().error_line == (
         "cannot read GPUs: its source was closed; restart this program"
     )
 

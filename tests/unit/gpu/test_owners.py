@@ -187,7 +187,7 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeProc:
     return FakeProc(tmp_path)
 
 
-def test_strangers(proc: FakeProc) -> None:
+def test_foreign_owners(proc: FakeProc) -> None:
     assert proc.owner(proc.add(10, V1_CGROUPFS)) == Owner(CONTAINER, A)
     assert proc.owner(proc.add(11, V1_UNIT)) == Owner(UNIT, "comfyui.service")
     assert proc.owner(proc.add(12)) == Owner(ORPHAN)
@@ -216,7 +216,7 @@ def test_a_container_that_our_unit_runs_is_ours(proc: FakeProc) -> None:
     assert proc.owner(process) == Owner(CONTAINER, A)
 
 
-def test_a_unit_of_our_name_inside_a_strangers_container_is_not_ours(proc: FakeProc) -> None:
+def test_a_unit_of_our_name_inside_a_foreign_container_is_not_ours(proc: FakeProc) -> None:
     process = proc.add(10, f"0::/docker/{A}/system.slice/mic-x.service\n")
 
     assert proc.owner(process, {"mic-x.service": "x"}) == Owner(CONTAINER, A)
@@ -274,7 +274,7 @@ def test_an_environment_is_believed_of_users_that_could_be_ours(
         assert found == Owner(ORPHAN)
 
 
-def test_a_container_with_a_copied_environment_is_the_strangers(proc: FakeProc) -> None:
+def test_a_container_with_a_copied_environment_is_foreign(proc: FakeProc) -> None:
     said = {"MIC_SCOPE": "default", "MIC_INSTANCE": "whisper"}
     process = proc.add(10, V1_SYSTEMD, environ=said, namespace="pid:[2]")
     assert proc.owner(process, {"env:default:whisper": "whisper"}) == Owner(CONTAINER, A)

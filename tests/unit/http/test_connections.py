@@ -19,7 +19,7 @@ class Client:
     done: bool = field(default=False)
 
     @property
-    def resting(self) -> bool:
+    def idle(self) -> bool:
         return self.done and not self.unread
 
     def drop(self) -> None:
@@ -71,9 +71,9 @@ def test_time_counts_from_the_first_byte_and_not_while_resting() -> None:
     world.clock.now = 100
     world.book.sweep()
     world.clients["a"].done = False
-    world.book.heard(world["a"])
+    world.book.request_begins(world["a"])
     world.clock.now = 109
-    world.book.heard(world["a"])  # it goes on sending, which buys no time
+    world.book.request_begins(world["a"])  # it goes on sending, which buys no time
     world.book.sweep()
     assert world.dropped == []
     world.clock.now = 111
@@ -98,7 +98,7 @@ def test_an_answer_counts_when_it_was_taken() -> None:
 def test_what_is_closed_is_forgotten() -> None:
     world = World()
     world.book.closed(world.open("a"))
-    world.book.heard(world["a"])
+    world.book.request_begins(world["a"])
     world.book.answered(world["a"])
     assert len(world.book) == 0
     world.open("b")

@@ -8,7 +8,7 @@ import pytest
 
 from mic_supervisor.gpu.events import RecoveryAction, XidRecord, XidSeverity
 from mic_supervisor.http.documents import Published
-from mic_supervisor.http.verdict import Level, Problem, judge
+from mic_supervisor.http.verdict import Level, Problem, overall_verdict
 from mic_supervisor.model import GpuInventory
 from tests.unit.http import views_of
 from tests.unit.http.views_of import NOW
@@ -16,17 +16,17 @@ from tests.unit.plan import builders as b
 
 
 def by_subject(published: Published) -> dict[str, Problem]:
-    return {problem.subject: problem for problem in judge(published, None).problems}
+    return {problem.subject: problem for problem in overall_verdict(published, None).problems}
 
 
 def test_good_is_good() -> None:
-    verdict = judge(views_of.good(), None)
+    verdict = overall_verdict(views_of.good(), None)
     assert verdict.level is Level.GOOD
     assert (verdict.sentence, verdict.problems) == ("Everything is as it should be", ())
 
 
 def test_everything_that_is_wrong_is_named_with_its_time_and_way_out() -> None:
-    verdict = judge(views_of.bad(), None)
+    verdict = overall_verdict(views_of.bad(), None)
     assert verdict.level is Level.BAD
     assert verdict.sentence == "7 things are not as they should be, 1 more on the way"
     told = [(one.subject, one.text) for one in verdict.problems]
@@ -64,12 +64,16 @@ def test_what_is_on_its_way_is_not_wrong() -> None:
     slow = b.on("slow", 0)
     starting = b.workload(slow)
     observed = b.observed(starting, health={starting.ref: b.failing("startup", 1)})
-    verdict = judge(views_of.published(views_of.snapshot(b.desired(slow), observed)), None)
+    verdict = overall_verdict(
+        views_of.published(views_of.snapshot(b.desired(slow), observed)), None
+    )
     assert (verdict.level, verdict.sentence) == (Level.BUSY, "1 of 1 instance on the way")
 
 
 def test_nothing_asked_for() -> None:
-    verdict = judge(views_of.published(views_of.snapshot(b.desired(), b.observed())), None)
+    verdict = overall_verdict(
+        views_of.published(views_of.snapshot(b.desired(), b.observed())), None
+    )
     assert (verdict.level, verdict.sentence) == (
         Level.GOOD,
         "Nothing is asked for, and nothing runs",
@@ -77,12 +81,12 @@ def test_nothing_asked_for() -> None:
 
 
 def test_before_the_first_round() -> None:
-    verdict = judge(views_of.published(None), "the first round is not done yet")
+    verdict = overall_verdict(views_of.published(None), "the first round is not done yet")
     assert (verdict.level, verdict.sentence) == (Level.BUSY, "Looking at the machine")
 
 
 def test_a_loop_that_stalls_makes_everything_old() -> None:
-    verdict = judge(views_of.good(), "the loop has not finished a round for 75 s")
+    verdict = overall_verdict(views_of.good(), "the loop has not finished a round for 75 s")
     assert verdict.level is Level.UNKNOWN
     assert verdict.sentence == ("What follows is old: the loop has not finished a round for 75 s")
 
@@ -129,11 +133,11 @@ def test_since_when_is_known_of_what_does_not_tell_itself() -> None:
     assert before.snapshot is not None
     later = replace(before, snapshot=replace(before.snapshot, now=NOW + 100))
     views = views_of.views(views_of.good(), before, later)
-    problems = {one.subject: one for one in judge(later, None, views.firsts).problems}
+    problems = {one.subject: one for one in overall_verdict(later, None, views.firsts).problems}
     assert problems["GPU 3"].since == NOW
     assert problems["MAM on GPU 0"].since == NOW - 90  # it tells itself
     gone = views_of.views(before, views_of.good(), later)
-    problems = {one.subject: one for one in judge(later, None, gone.firsts).problems}
+    problems = {one.subject: one for one in overall_verdict(later, None, gone.firsts).problems}
     assert problems["GPU 3"].since == NOW + 100  # it was well in between
 
 
@@ -146,7 +150,7 @@ def test_since_when_is_told_by_the_clock_as_it_is_set_now() -> None:
         before, snapshot=replace(before.snapshot, now=at - offset, offset=offset), offset=offset
     )
     views = views_of.views(before, later)
-    problems = {one.subject: one for one in judge(later, None, views.firsts).problems}
+    problems = {one.subject: one for one in overall_verdict(later, None, views.firsts).problems}
     assert problems["GPU 3"].since == NOW - 3600
     assert len(views.samples.of(b.uuid(0))) == 2  # and measuring goes on
 
@@ -167,5 +171,5 @@ def test_reasons_are_scrubbed() -> None:
     health = replace(health, startup=replace(health.startup, reason=f"it said {secret}"))
     observed = b.observed(starting, health={starting.ref: health})
     published = views_of.published(views_of.snapshot(b.desired(model), observed))
-    (problem,) = judge(published, None).problems
+    (problem,) = overall_verdict(published, None).problems
     assert problem.text == "starting: it said (hidden)"

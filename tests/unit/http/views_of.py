@@ -176,7 +176,7 @@ def good(**values: Any) -> Published:
 
 
 def bad(*, engine_gone: bool = False, **values: Any) -> Published:
-    """A crash loop, a start, strangers, a GPU gone, a broken file; maybe no engine."""
+    """A crash loop, a start, foreign processes, a GPU gone, a broken file; maybe no engine."""
     mam = b.on("MAM", 0, backend="triton", workload=b.program())
     slow = b.on("slow", 1, backend="vllm", workload=b.program())
     wants = b.on("whisper", 2, backend="process", workload=b.program())
@@ -189,7 +189,7 @@ def bad(*, engine_gone: bool = False, **values: Any) -> Published:
             gpu(0),
             gpu(1, 3.1, processes=(holder(5001, 3.1, slow.id),)),
             gpu(2, 18.2, processes=(holder(4121, 18.2),)),
-            gpu(3, 1.0, processes=(stranger(999),)),
+            gpu(3, 1.0, processes=(foreign(999),)),
             gpu(4, None, processes=None, power_draw=None, temperature=None, utilization=None),
         ),
         errors={"docker": NO_ENGINE} if engine_gone else {},
@@ -238,7 +238,7 @@ def bad(*, engine_gone: bool = False, **values: Any) -> Published:
     return published(snapshot(desired, observed, memory), **values)
 
 
-def stranger(pid: int) -> GpuProcess:
+def foreign(pid: int) -> GpuProcess:
     return holder(
         pid, 1.0, name="blender", owner=Owner(OwnerKind.CONTAINER, "c0ffee" * 10 + "c0ff")
     )

@@ -17,6 +17,7 @@ from mic_supervisor.desired.bind import instance_id
 from mic_supervisor.model import (
     ContainerSpec,
     DesiredState,
+    ForeignWorkload,
     Gpu,
     GpuInventory,
     GpuMemory,
@@ -40,7 +41,6 @@ from mic_supervisor.model import (
     ProcessSpec,
     RunState,
     RuntimeView,
-    Stranger,
     Unsatisfiable,
     Workload,
 )
@@ -206,7 +206,7 @@ def observed(
     *workloads: ObservedWorkload,
     gpus: Iterable[Gpu] | None = None,
     health: Mapping[str, Health] | None = None,
-    strangers: Iterable[Stranger] = (),
+    foreign_workloads: Iterable[ForeignWorkload] = (),
     errors: Mapping[str, str] | None = None,
     listeners: Iterable[Listener] = (),
     nvml_error: str | None = None,
@@ -223,7 +223,7 @@ def observed(
             ()
             if runtime in errors
             else tuple(item for item in workloads if item.runtime == runtime),
-            tuple(item for item in strangers if item.runtime == runtime),
+            tuple(item for item in foreign_workloads if item.runtime == runtime),
             error=errors.get(runtime),
         )
         for runtime in ("docker", process_runtime)

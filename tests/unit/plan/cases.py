@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mic_supervisor.model import (
     DesiredState,
+    ForeignWorkload,
     Gpu,
     Health,
     Instance,
@@ -18,7 +19,6 @@ from mic_supervisor.model import (
     ObservedWorkload,
     Port,
     RunState,
-    Stranger,
     Unsatisfiable,
 )
 from mic_supervisor.plan.actions import (
@@ -185,7 +185,9 @@ def cases(draw: st.DrawFn) -> Case:
         errors={name: "refused" for name in failing_runtimes if draw(st.booleans())},
         listeners=[Listener(port) for port in listeners],
         nvml_error="no driver" if rarely(draw, 25) else None,
-        strangers=[Stranger("docker", "jupyter", "j", (9002,))] if draw(st.booleans()) else (),
+        foreign_workloads=[ForeignWorkload("docker", "jupyter", "j", (9002,))]
+        if draw(st.booleans())
+        else (),
     )
     entries = {}
     for item in assess(wanted, state, CONTEXT):

@@ -22,7 +22,7 @@ from mic_supervisor.plan.actions import Load, Plan
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import Memory, memory_key
-from mic_supervisor.plan.status import by_model, instance_statuses, settled
+from mic_supervisor.plan.status import by_model, converged, instance_statuses
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,
@@ -180,17 +180,17 @@ def test_the_others_serve_and_the_server_is_degraded() -> None:
     plan, (row,) = status(state, failed(A))
     assert (row.phase, row.health, row.sync) == (Phase.DEGRADED, "degraded", "out_of_sync")
     assert row.reason == "A: backoff: cannot load A: told to fail"
-    assert [(one.model, one.gpus, one.phase, one.settled_well) for one in by_model(row)] == [
+    assert [(one.model, one.gpus, one.phase, one.as_desired) for one in by_model(row)] == [
         ("A", (uuid(0),), Phase.BACKOFF, False),
         ("B", (uuid(1),), Phase.READY, True),
     ]
-    assert settled(desired(BOTH), plan, [row], Memory(), began=NOW, now=NOW + 1)
+    assert converged(desired(BOTH), plan, [row], Memory(), began=NOW, now=NOW + 1)
 
 
 def test_all_loaded_is_ready() -> None:
     _, (row,) = status(runs(says(loaded("A"), loaded("B"))), known(IT))
-    assert (row.phase, row.settled_well) == (Phase.READY, True)
-    assert all(one.settled_well for one in by_model(row))
+    assert (row.phase, row.as_desired) == (Phase.READY, True)
+    assert all(one.as_desired for one in by_model(row))
 
 
 def test_a_failure_is_forgotten_with_the_configuration_and_with_success() -> None:

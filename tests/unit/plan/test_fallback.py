@@ -25,7 +25,7 @@ from mic_supervisor.plan import ledger
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.fallback import as_it_runs, earlier, fallback
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from mic_supervisor.plan.status import InstanceStatus, instance_statuses, settled
+from mic_supervisor.plan.status import InstanceStatus, converged, instance_statuses
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,
@@ -107,7 +107,7 @@ def test_status_says_whether_it_serves(health: Health, serving: bool | None, how
     assert (found.phase.value, found.sync, found.health) == ("degraded", "out_of_sync", "degraded")
     assert found.serving is serving
     assert found.reason == f"{FAILED}; the last good one runs{how}"
-    assert not found.settled_well
+    assert not found.as_desired
 
 
 def test_it_is_asked_what_it_was_asked_when_it_was_ready() -> None:
@@ -177,7 +177,7 @@ def test_one_that_hangs_is_restarted_and_the_failed_one_is_not_tried() -> None:
     ]
 
 
-def test_it_is_restarted_with_patience() -> None:
+def test_it_is_restarted_with_backoff() -> None:
     entry = rolled_back(failures=3, reason="not alive: no answer", retry_at=NOW + 10)
     state = observed(GOOD, BAD, health={GOOD.ref: failing("liveness")})
     plan = plan_for([NEW], state, memory(entry))
@@ -240,7 +240,7 @@ def test_apply_waits_until_what_took_over_is_ready() -> None:
         items = assess(desired(NEW), state, CONTEXT)
         plan = plan_for([NEW], state, kept)
         rows = instance_statuses(desired(NEW), state, items, plan, kept, {})
-        return settled(desired(NEW), plan, rows, kept, began=began, now=NOW)
+        return converged(desired(NEW), plan, rows, kept, began=began, now=NOW)
 
     starting = failing("startup", failures=1)
     assert not done(rolled_back(started_at=NOW - 1), starting)

@@ -11,7 +11,7 @@ from mic_supervisor import codec
 from mic_supervisor.model import Limits, Port, ProcessSpec, RunState
 from mic_supervisor.plan import ledger
 from mic_supervisor.plan.assess import assess
-from mic_supervisor.plan.fallback import fallback, rebuilt, relaunch, way_back
+from mic_supervisor.plan.fallback import can_roll_back, fallback, rebuilt, relaunch
 from mic_supervisor.plan.launch import fill
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from tests.unit.plan.builders import (
@@ -93,7 +93,7 @@ def test_the_whole_specification_comes_back() -> None:
 )
 def test_there_is_no_way_back_where_something_is_not_known_any_more(new: object) -> None:
     item = assess(desired(new), observed(BAD), CONTEXT)[0]  # type: ignore[arg-type]
-    assert not way_back(ready_once(), item)
+    assert not can_roll_back(ready_once(), item)
 
 
 def test_more_secrets_than_before_are_in_no_way() -> None:
@@ -174,7 +174,7 @@ def rolled_back(**values: object) -> InstanceMemory:
     return replace(entry, **values)  # type: ignore[arg-type]
 
 
-def test_its_crash_is_counted_and_answered_with_patience() -> None:
+def test_its_crash_is_counted_and_answered_with_backoff() -> None:
     ended = replace(GOOD, state=RunState.EXITED, exit_code=139)
     item = assess(desired(NEW), observed(ended), CONTEXT)[0]
     kept = ledger.observed(Memory({FACE.id: rolled_back()}), [item], NOW, jitter=0.0)

@@ -18,7 +18,7 @@ from mic_supervisor.plan.actions import Load, Release, Remove, Start, Step, Stop
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.look import Look, look
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.status import settled
+from mic_supervisor.plan.status import converged
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,
@@ -107,7 +107,7 @@ def test_who_shares_the_lane_waits_too_and_an_apply_has_nothing_to_wait_for() ->
     wanted = desired(other)
     found = look(wanted, observed(RUNS), memory, NOW, replace(CONTEXT, confirmed=True))
     assert {change.instance for change in found.plan.changes if change.waits} == {MAM.id, other.id}
-    assert settled(
+    assert converged(
         wanted,
         found.plan,
         found.statuses,
@@ -120,31 +120,34 @@ def test_who_shares_the_lane_waits_too_and_an_apply_has_nothing_to_wait_for() ->
 def test_a_rest_ends_with_a_change_that_is_done_a_word_or_a_restart_of_the_supervisor() -> None:
     memory = after(STOP, STUCK)
     (change,) = seen(memory).plan.changes
-    assert memory.of(MAM.id).troubled
-    assert ledger.finished(memory, change).of(MAM.id).rest is None
-    assert ledger.forgiven(memory, {MAM.id}).of(MAM.id).rest is None
+    assert memory.of(MAM.id).has_failed
+    assert ledger.finished(memory, change).of(MAM.id).cooldown is None
+    assert ledger.forgiven(memory, {MAM.id}).of(MAM.id).cooldown is None
     assert reread(memory) == memory  # a version that does not know it drops it
-    assert memory.in_time(NOW).of(MAM.id).rest is None
+    assert memory.in_time(NOW).of(MAM.id).cooldown is None
 
 
 def test_a_rest_that_nothing_was_tried_after_is_forgotten() -> None:
     memory = after(STOP, STUCK, 3)
-    late = NOW + 4 + backoff.LONGEST_REST
-    assert seen(memory, late).memory.of(MAM.id).rest is not None
-    assert seen(memory, late + 1).memory.of(MAM.id).rest is None
+    late = NOW + 4 + backoff.LONGEST_COOLDOWN
+    assert seen(memory, late).memory.of(MAM.id).cooldown is not None
+    assert seen(memory, late + 1).memory.of(MAM.id).cooldown is None
 
 
 def test_what_the_specification_may_have_caused_has_one_wait() -> None:
     step = Start("start it", MAM.id, None)  # type: ignore[arg-type]
     entry = after(step, LoadFailed("cannot start it: no such device")).of(MAM.id)
-    assert (entry.failures, entry.rest) == (1, None)
+    assert (entry.failures, entry.cooldown) == (1, None)
     assert entry.retry_at == NOW + 5
 
 
 def test_a_model_of_a_shared_server_that_is_not_unloaded_is_no_hot_loop() -> None:
-    for step, rests in ((Load("it", BOTH.id, IT, A), False), (Unload("it", BOTH.id, IT, A), True)):
+    for step, cooldowns in (
+        (Load("it", BOTH.id, IT, A), False),
+        (Unload("it", BOTH.id, IT, A), True),
+    ):
         memory = ledger.failed(known(IT), step, LoadFailed("no"), assessment(BOTH, IT), NOW, 0.0)
-        assert (memory.of(BOTH.id).rest is not None) is rests
+        assert (memory.of(BOTH.id).cooldown is not None) is cooldowns
 
 
 def test_what_was_not_known_before_is_adopted_in_the_plan_of_the_same_look() -> None:
@@ -159,7 +162,7 @@ def test_what_was_not_known_before_is_adopted_in_the_plan_of_the_same_look() -> 
 
 def told(memory: Memory, phase: Phase, at: float, **values: object) -> tuple[Memory, float | None]:
     (row,) = seen(memory).statuses
-    memory, (shown,), _ = ledger.told(memory, [replace(row, phase=phase)], at, **values)  # type: ignore[arg-type]
+    memory, (shown,), _ = ledger.reported(memory, [replace(row, phase=phase)], at, **values)  # type: ignore[arg-type]
     return memory, shown.since
 
 

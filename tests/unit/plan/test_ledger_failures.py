@@ -18,6 +18,7 @@ from mic_supervisor.errors import (
     WorkloadGone,
 )
 from mic_supervisor.model import (
+    ForeignWorkload,
     Health,
     Instance,
     Launch,
@@ -25,7 +26,6 @@ from mic_supervisor.model import (
     Probes,
     RunState,
     RuntimeView,
-    Stranger,
 )
 from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import (
@@ -382,9 +382,9 @@ def test_containers_are_known_by_id_and_by_name_only_where_no_id_was_written_dow
     entry = InstanceMemory(started="renamed")
     earlier = Memory({MAM.id: entry, "other": InstanceMemory()})
     assert earlier.known == {"renamed": True}
-    copy = Stranger("docker", "a", "c2", claims=MAM.id, usurps=True)
-    other = Stranger("docker", "b", "c3", claims=MAM.id)
-    state = observed(GOOD, strangers=[copy, other])
+    copy = ForeignWorkload("docker", "a", "c2", claims=MAM.id, has_our_name=True)
+    other = ForeignWorkload("docker", "b", "c3", claims=MAM.id)
+    state = observed(GOOD, foreign_workloads=[copy, other])
     seen = with_containers(earlier, state)
     assert seen.known == {GOOD.ref: True, "c2": False}
     # What cannot be read is not forgotten.

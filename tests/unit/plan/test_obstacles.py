@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mic_supervisor.model import (
+    ForeignWorkload,
     GpuMemory,
     GpuProcess,
     Listener,
@@ -15,14 +16,13 @@ from mic_supervisor.model import (
     OwnerKind,
     Port,
     RunState,
-    Stranger,
 )
 from mic_supervisor.plan.actions import Plan
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import Memory
-from mic_supervisor.plan.obstacles import intruders
-from mic_supervisor.plan.status import instance_statuses, settled
+from mic_supervisor.plan.obstacles import foreign_processes
+from mic_supervisor.plan.status import converged, instance_statuses
 from mic_supervisor.plan.words import moment
 from tests.unit.plan.builders import (
     CONTEXT,
@@ -45,21 +45,21 @@ MAM = on("MAM", 0)
 WHISPER = on("whisper", 0, workload=container("whisper:1", ports=(Port("http", 9000),)))
 
 
-# --- strangers --------------------------------------------------------------------------------
+# --- foreign ----------------------------------------------------------------------------------
 
 
 def test_a_copy_of_ours_is_named_whatever_its_name_is_and_blocks_nothing() -> None:
-    copy = Stranger("docker", "jupyter", "c1", reason="it is a copy", claims=MAM.id)
+    copy = ForeignWorkload("docker", "jupyter", "c1", reason="it is a copy", claims=MAM.id)
     mine = workload(MAM)
-    assert text(plan_for([MAM], observed(mine, strangers=[copy]), known(mine))) == (
+    assert text(plan_for([MAM], observed(mine, foreign_workloads=[copy]), known(mine))) == (
         "warning: docker jupyter looks like ours and is not: it is a copy\n\nNo changes.\n"
     )
 
 
-def test_a_stranger_with_our_name_blocks_what_would_have_it() -> None:
+def test_a_foreign_workload_with_our_name_blocks_what_would_have_it() -> None:
     name = workload(MAM).name
-    stranger = Stranger("docker", name, "c1", reason="it has no labels of ours")
-    assert text(plan_for([MAM], observed(strangers=[stranger]))) == (
+    foreign = ForeignWorkload("docker", name, "c1", reason="it has no labels of ours")
+    assert text(plan_for([MAM], observed(foreign_workloads=[foreign]))) == (
         f"! blocked  MAM-aaaaaaaa on GPU 0: the name {name} is taken by a workload that is not "
         "ours: it has no labels of ours\n"
         f"    hint: rename or remove it: docker rm {name}\n"
@@ -70,12 +70,14 @@ def test_a_stranger_with_our_name_blocks_what_would_have_it() -> None:
     )
 
 
-def test_a_stranger_with_our_name_in_another_runtime_is_not_in_the_way() -> None:
-    stranger = Stranger("subprocess", workload(MAM).name, "r1", reason="it has no labels of ours")
-    assert plan_for([MAM], observed(strangers=[stranger])).count == 1
+def test_a_foreign_workload_with_our_name_in_another_runtime_is_not_in_the_way() -> None:
+    foreign = ForeignWorkload(
+        "subprocess", workload(MAM).name, "r1", reason="it has no labels of ours"
+    )
+    assert plan_for([MAM], observed(foreign_workloads=[foreign])).count == 1
 
 
-def test_a_fixed_port_that_a_stranger_listens_on_blocks() -> None:
+def test_a_fixed_port_that_a_foreign_process_listens_on_blocks() -> None:
     plan = plan_for([WHISPER], observed(listeners=[Listener(9000, 77, "nginx")]))
     assert text(plan) == (
         "! blocked  whisper-aaaaaaaa on GPU 0: port 9000 is taken by nginx (PID 77), not ours\n"
@@ -85,12 +87,12 @@ def test_a_fixed_port_that_a_stranger_listens_on_blocks() -> None:
     )
 
 
-def test_a_fixed_port_that_a_strangers_container_publishes_blocks() -> None:
-    jupyter = Stranger("docker", "jupyter", "c1", ports=(9000,))
-    plan = plan_for([WHISPER], observed(strangers=[jupyter]))
+def test_a_fixed_port_that_a_foreign_container_publishes_blocks() -> None:
+    jupyter = ForeignWorkload("docker", "jupyter", "c1", ports=(9000,))
+    plan = plan_for([WHISPER], observed(foreign_workloads=[jupyter]))
     assert "port 9000 is taken by docker jupyter, not ours\n" in text(plan)
     asleep = replace(jupyter, running=False)
-    assert plan_for([WHISPER], observed(strangers=[asleep])).blocked == ()
+    assert plan_for([WHISPER], observed(foreign_workloads=[asleep])).blocked == ()
 
 
 def test_a_fixed_port_of_a_predecessor_that_leaves_is_waited_for() -> None:
@@ -170,7 +172,9 @@ def test_the_port_that_a_container_records_is_kept() -> None:
     )
 
 
-def test_a_recorded_port_that_a_stranger_took_is_replaced_and_the_container_with_it() -> None:
+def test_a_recorded_port_that_a_foreign_process_took_is_replaced_and_the_container_with_it() -> (
+    None
+):
     was = workload(MAM, RunState.EXITED, ports={"http": 20003})
     plan = plan_for([MAM], observed(was, listeners=[Listener(20003, 5, "nginx")]))
     assert shortly(plan, it=was) == [
@@ -247,15 +251,17 @@ def test_what_only_draws_blocks_from_a_threshold_on() -> None:
     assert plan(1 << 20, foreign_threshold=0).blocked != ()
 
 
-def test_it_says_whose_the_stranger_is_and_since_when() -> None:
-    jupyter = Stranger("docker", "jupyter", "c" * 64)
+def test_it_says_whose_the_foreign_process_is_and_since_when() -> None:
+    jupyter = ForeignWorkload("docker", "jupyter", "c" * 64)
     for owner, text_of in (
         (Owner(OwnerKind.CONTAINER, "c" * 64), "container jupyter"),
         (Owner(OwnerKind.CONTAINER, "d" * 64), "container dddddddddddd"),
         (Owner(OwnerKind.UNIT, "whisper.service"), "unit whisper.service"),
     ):
         found = process(4121, owner=owner, started_at=NOW - 60)
-        plan = plan_for([MAM], observed(gpus=[gpu(0, processes=(found,))], strangers=[jupyter]))
+        plan = plan_for(
+            [MAM], observed(gpus=[gpu(0, processes=(found,))], foreign_workloads=[jupyter])
+        )
         since = moment(NOW - 60, NOW)
         assert plan.blocked[0].reason == (
             f"GPU 0 is held by PID 4121 (python, 18.2 GiB), not ours: {text_of}, since {since}"
@@ -274,8 +280,8 @@ def test_one_that_is_told_to_wait_queues() -> None:
     (row,) = instance_statuses(state, held, assessments, plan, Memory(), {})
     assert (row.phase, row.health) == (Phase.WAITING_VRAM, "progressing")
     args: dict[str, Any] = {"began": NOW}
-    assert not settled(state, plan, [row], Memory(), now=NOW + 299, **args)
-    assert settled(state, plan, [row], Memory(), now=NOW + 310, **args)  # its start_timeout
+    assert not converged(state, plan, [row], Memory(), now=NOW + 299, **args)
+    assert converged(state, plan, [row], Memory(), now=NOW + 310, **args)  # its start_timeout
 
 
 def test_a_card_that_is_too_small_blocks_before_anything_is_stopped() -> None:
@@ -294,7 +300,9 @@ def test_a_card_that_is_too_small_blocks_before_anything_is_stopped() -> None:
     assert plan_for([needy], observed(old, gpus=unknown)).count == 1
 
 
-def test_a_card_that_strangers_leave_too_little_of_blocks_even_where_they_are_ignored() -> None:
+def test_a_gpu_that_foreign_processes_leave_too_little_of_blocks_even_where_they_are_ignored() -> (
+    None
+):
     held = [gpu(0, processes=(process(4121),))]
     needy = replace(MAM, vram=10 << 30, on_foreign="ignore")
     assert plan_for([needy], observed(gpus=held)).blocked[0].reason == (
@@ -304,7 +312,7 @@ def test_a_card_that_strangers_leave_too_little_of_blocks_even_where_they_are_ig
     assert plan_for([replace(needy, vram=5 << 30)], observed(gpus=held)).count == 1
 
 
-def test_a_stranger_who_comes_later_is_told_of_and_disturbs_nothing() -> None:
+def test_a_foreign_process_that_comes_later_is_reported_and_disturbs_nothing() -> None:
     held = [gpu(0, processes=(process(4121), process(4122, of=MAM)))]
     plan = plan_for([MAM], observed(workload(MAM), gpus=held))
     assert text(plan) == (
@@ -315,13 +323,13 @@ def test_a_stranger_who_comes_later_is_told_of_and_disturbs_nothing() -> None:
     )
     # While Docker cannot be read it may be Docker's own, and while it starts, its newest process.
     state = observed(workload(MAM), gpus=held, errors={"subprocess": "gone"})
-    assert intruders(desired(MAM), state) == ()
+    assert foreign_processes(desired(MAM), state) == ()
     state = observed(workload(MAM), gpus=held)
-    assert intruders(desired(MAM), state, busy={MAM.id}) == ()
-    assert [one.process.pid for one in intruders(desired(MAM), state)] == [4121]
+    assert foreign_processes(desired(MAM), state, busy={MAM.id}) == ()
+    assert [one.process.pid for one in foreign_processes(desired(MAM), state)] == [4121]
 
 
-def test_a_process_that_has_ended_is_waited_for_and_not_taken_for_a_stranger() -> None:
+def test_a_process_that_has_ended_is_waited_for_and_not_taken_for_a_foreign_one() -> None:
     held = [gpu(0, processes=(process(4121, start_time=None),))]
     assert shortly(plan_for([MAM], observed(gpus=held))) == [
         "prepare MAM-aaaaaaaa",
@@ -331,12 +339,12 @@ def test_a_process_that_has_ended_is_waited_for_and_not_taken_for_a_stranger() -
     ]
 
 
-def test_what_runs_is_not_stopped_because_a_stranger_came_to_its_gpu() -> None:
+def test_what_runs_is_not_stopped_because_a_foreign_process_came_to_its_gpu() -> None:
     held = [gpu(0, processes=(process(4121), process(4122, of=MAM)))]
     assert plan_for([MAM], observed(workload(MAM), gpus=held)).empty
 
 
-def test_a_changed_specification_waits_while_a_stranger_is_on_the_gpu() -> None:
+def test_a_changed_specification_waits_while_a_foreign_process_is_on_the_gpu() -> None:
     held = [gpu(0, processes=(process(4121), process(4122, of=MAM)))]
     plan = plan_for([changed(MAM, image="mam:2")], observed(workload(MAM), gpus=held))
     assert plan.count == 0

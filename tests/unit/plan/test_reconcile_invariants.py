@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from mic_supervisor.model import (
     DesiredState,
+    ForeignWorkload,
     Instance,
     ObservedState,
     ObservedWorkload,
     RunState,
-    Stranger,
 )
 from mic_supervisor.plan.actions import (
     Create,
@@ -288,11 +288,13 @@ def obstacles(state: ObservedState, broken: Instance) -> list[tuple[DesiredState
         return replace(state, inventory=replace(state.inventory, gpus=found))
 
     docker, *others = state.runtimes
-    stranger = replace(docker, strangers=(Stranger("docker", name, "x", reason="not ours"),))
+    foreign = replace(
+        docker, foreign_workloads=(ForeignWorkload("docker", name, "x", reason="not ours"),)
+    )
     return [
         (wanted, on_gpu_0(processes=None)),
         (wanted, on_gpu_0(processes=(process(4121),))),
-        (wanted, replace(state, runtimes=(stranger, *others))),
+        (wanted, replace(state, runtimes=(foreign, *others))),
         (wanted, replace(state, inventory=replace(state.inventory, gpus=state.inventory.gpus[1:]))),
         (desired(changed(broken, command=("${port:none}",)), build("B", (2, 3), 1)), state),
         (desired(build("B", (2, 3), 1), unsatisfiable=(trouble("x", "y", 0),)), state),

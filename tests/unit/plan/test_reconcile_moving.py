@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mic_supervisor.model import HttpCall, Placement, RunState, Stranger
+from mic_supervisor.model import ForeignWorkload, HttpCall, Placement, RunState
 from mic_supervisor.plan.memory import InstanceMemory
 from tests.unit.plan.builders import (
     CONTEXT,
@@ -101,7 +101,7 @@ def test_none_empties_the_gpu_at_once() -> None:
     assert shortly(plan, old=old) == ["stop old", "remove old <- stop old"]
 
 
-def test_a_stranger_on_a_gpu_that_is_to_be_kept_empty_is_told_of() -> None:
+def test_a_foreign_process_on_a_gpu_that_is_to_be_kept_empty_is_reported() -> None:
     wanted = desired(kept_empty=(uuid(0),))
     plan = plan_for(wanted, observed(gpus=[gpu(0, processes=(process(4121),))]))
     assert text(plan) == (
@@ -160,8 +160,8 @@ def test_nothing_starts_on_a_gpu_of_a_group_whose_removal_is_not_confirmed() -> 
 
 def test_a_gpu_that_is_not_listed_and_has_nothing_of_ours_is_left_alone() -> None:
     held = [gpu(0, processes=(process(4121),))]
-    stranger = Stranger("docker", "jupyter", "c1", ports=(8888,))
-    assert text(plan_for([], observed(gpus=held, strangers=[stranger]))) == "No changes.\n"
+    foreign = ForeignWorkload("docker", "jupyter", "c1", ports=(8888,))
+    assert text(plan_for([], observed(gpus=held, foreign_workloads=[foreign]))) == "No changes.\n"
 
 
 # --- groups -----------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_a_group_that_moves_leaves_its_gpu_to_another_model() -> None:
     assert old.name == steps[f"stop {old.name}"].workload.name  # type: ignore[attr-defined]
 
 
-def test_what_waits_to_be_confirmed_is_no_stranger_either() -> None:
+def test_what_waits_to_be_confirmed_is_not_foreign_either() -> None:
     group = on("qwen", 3, 4)
     held = [gpu(3, processes=(process(103, of=group),)), gpu(4)]
     context = replace(CONTEXT, confirmed=False)

@@ -1,4 +1,4 @@
-"""Whole plans where something cannot be read, or an entry of the file is in trouble."""
+"""Whole plans where something cannot be read, or an entry of the file is unsatisfiable."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_texts_that_refer_to_a_port_that_is_not_there_block_one_instance() -> No
     assert plan.blocked[0].reason == "its texts refer to 'grpc', which it does not have"
 
 
-# --- entries in trouble -----------------------------------------------------------------------
+# --- unsatisfiable entries -----------------------------------------------------------------------
 
 
 def test_an_entry_in_trouble_protects_what_runs_for_it() -> None:

@@ -19,7 +19,7 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan.actions import Release
 from mic_supervisor.plan.memory import Floor, Memory
-from mic_supervisor.plan.release import Refused, Released, Waiting, floor_of, judge
+from mic_supervisor.plan.release import Refused, Released, Waiting, check_release, floor_of
 from mic_supervisor.plan.words import size
 from tests.unit.plan.builders import (
     gpu,
@@ -59,7 +59,7 @@ def verdict(
     floors = {} if floor is None else {uuid(0): floor}
     inventory = GpuInventory("nvml", gpus, error=error)
     wanted = [item.uuid for item in gpus] or [uuid(0)]
-    return judge(wanted, floors, vram, inventory, waited, for_memory)
+    return check_release(wanted, floors, vram, inventory, waited, for_memory)
 
 
 def reason(found: Waiting | Refused | Released) -> str:
@@ -79,7 +79,7 @@ def test_processes_of_the_former_owner_are_waited_for_and_then_refused(item: Gpu
     assert late == Refused(f"after 30 s still {text}")
 
 
-def test_memory_has_its_own_patience_after_the_processes_are_gone() -> None:
+def test_memory_has_its_own_timeout_after_the_processes_are_gone() -> None:
     held = used(4 * GIB)
     floor = Floor(GIB)
     waiting = Waiting("waiting for 2.5 GiB to be released on GPU 0", for_memory=True)
@@ -100,14 +100,14 @@ def test_the_floor_has_some_slack_and_without_one_a_gibibyte_is_free() -> None:
     assert isinstance(verdict(used(GIB + 1)), Waiting)
 
 
-def test_what_known_strangers_took_since_is_not_waited_for() -> None:
-    stranger = has(900, 5 * GIB, owner=Owner(OwnerKind.CONTAINER, "c"))
-    assert isinstance(verdict(used(6 * GIB, stranger), floor=Floor(2 * GIB, GIB)), Released)
-    assert isinstance(verdict(used(8 * GIB, stranger), floor=Floor(2 * GIB, GIB)), Waiting)
+def test_what_known_foreign_processes_took_since_is_not_waited_for() -> None:
+    foreign = has(900, 5 * GIB, owner=Owner(OwnerKind.CONTAINER, "c"))
+    assert isinstance(verdict(used(6 * GIB, foreign), floor=Floor(2 * GIB, GIB)), Released)
+    assert isinstance(verdict(used(8 * GIB, foreign), floor=Floor(2 * GIB, GIB)), Waiting)
     # Without a floor, all that they have is theirs.
-    assert isinstance(verdict(used(6 * GIB, stranger)), Released)
+    assert isinstance(verdict(used(6 * GIB, foreign)), Released)
     # One that shrank does not make the others' memory ours.
-    assert isinstance(verdict(used(6 * GIB, stranger), floor=Floor(6 * GIB, 6 * GIB)), Released)
+    assert isinstance(verdict(used(6 * GIB, foreign), floor=Floor(6 * GIB, 6 * GIB)), Released)
 
 
 def test_at_last_it_depends_on_whether_the_model_fits() -> None:
@@ -157,8 +157,8 @@ def test_all_gpus_of_a_group_have_to_be_free() -> None:
 
 
 def test_what_is_used_is_known_or_not_and_says_whose_it_is() -> None:
-    stranger = has(900, GIB)
-    assert floor_of(used(3 * GIB, stranger, process(1, of=MAM))) == Floor(3 * GIB, GIB)
+    foreign = has(900, GIB)
+    assert floor_of(used(3 * GIB, foreign, process(1, of=MAM))) == Floor(3 * GIB, GIB)
     assert floor_of(gpu(0, memory=None)) is None
     assert [size(n) for n in (0, 1, 1 << 20, GIB - 1, GIB)] == [
         "0 MiB", "1 MiB", "1 MiB", "1024 MiB", "1.0 GiB",

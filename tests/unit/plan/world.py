@@ -129,8 +129,9 @@ class World:
     now: float = 1_000_000.0
     memory: Memory = field(default_factory=Memory)
     boxes: dict[str, Box] = field(default_factory=dict)  # by ref
-    foreign: set[str] = field(default_factory=set)  # UUIDs of GPUs that a stranger computes on
-    listening: set[int] = field(default_factory=set)  # ports that strangers listen on
+    # UUIDs of GPUs that a foreign process computes on
+    foreign: set[str] = field(default_factory=set)
+    listening: set[int] = field(default_factory=set)  # ports that foreign processes listen on
     unreadable: set[str] = field(default_factory=set)  # runtimes, and "nvml"
     fails: Callable[[Step], str | None] = lambda step: None
     dies: Callable[[Box], bool] = lambda box: False
@@ -427,7 +428,7 @@ class World:
         """What `mic-supervisor retry` does."""
         self.memory = ledger.forgiven(self.memory, instances)
 
-    def settle(self, chance: Random, rounds: int, pause: float = BOOT) -> int:
+    def converge(self, chance: Random, rounds: int, pause: float = BOOT) -> int:
         """Rounds, with nothing failing any more, until nothing is left to do and everything
         serves. How many it took.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mic_supervisor.model import Identity, ObservedWorkload, RunState, Stranger
+from mic_supervisor.model import ForeignWorkload, Identity, ObservedWorkload, RunState
 from mic_supervisor.plan.launch import given_name
 from mic_supervisor.runtimes.docker.create import MADE, labels
 from mic_supervisor.runtimes.docker.view import split
@@ -39,11 +39,11 @@ def look(
 ) -> tuple[list[str], dict[str, str]]:
     """(the ids of ours, why each of the others is not) by id."""
     of_image = {"plain": {}, **images}.__getitem__
-    ours, strangers = split(
+    ours, foreign_workloads = split(
         items, "default", "h", images=of_image, given_name=given_name, known=known
     )
-    assert all(isinstance(one, Stranger) for one in strangers)
-    return [one.ref for one in ours], {one.ref: one.reason for one in strangers}
+    assert all(isinstance(one, ForeignWorkload) for one in foreign_workloads)
+    return [one.ref for one in ours], {one.ref: one.reason for one in foreign_workloads}
 
 
 def test_the_name_that_we_give_is_the_one_of_every_version() -> None:
@@ -68,9 +68,9 @@ def test_what_has_another_name_is_a_copy(name: str) -> None:
 @pytest.mark.parametrize("change", ["spec-hash", "ports", "gpus", "instance"])
 def test_labels_that_somebody_edited_lead_to_another_name(change: str) -> None:
     edited = {**OURS, f"io.mic.{change}": '{"http":1}'}
-    ours, strangers = look(item(NAME, "a", edited))
+    ours, foreign_workloads = look(item(NAME, "a", edited))
     assert ours == []
-    assert strangers["a"].endswith("and another name: it is a copy")
+    assert foreign_workloads["a"].endswith("and another name: it is a copy")
 
 
 @pytest.mark.parametrize("name", [NAME, "jupyter"])
@@ -120,8 +120,8 @@ def test_what_takes_the_name_of_one_that_was_renamed_is_a_copy_for_good() -> Non
 
 def test_a_copy_says_of_which_instance_it_is_one() -> None:
     items = [item("x", "a"), item("y", "b", {}), item("z", "c", {**OURS, "io.mic.scope": "demo"})]
-    _, strangers = split(items, "default", "h", given_name=given_name)
-    assert {one.ref: (one.claims, one.usurps) for one in strangers} == {
+    _, foreign_workloads = split(items, "default", "h", given_name=given_name)
+    assert {one.ref: (one.claims, one.has_our_name) for one in foreign_workloads} == {
         "a": ("MAM-1", False),
         "b": (None, False),
         "c": (None, False),
@@ -129,7 +129,7 @@ def test_a_copy_says_of_which_instance_it_is_one() -> None:
     _, (usurper,) = split(
         [item(NAME, "a")], "default", "h", images=lambda _: OURS, given_name=given_name
     )
-    assert (usurper.claims, usurper.usurps) == ("MAM-1", True)
+    assert (usurper.claims, usurper.has_our_name) == ("MAM-1", True)
 
 
 def test_two_of_one_instance_are_both_ours_under_names_of_their_own() -> None:

@@ -26,7 +26,7 @@ def runtime(fake: FakeEngine) -> Iterator[DockerRuntime]:
         base_url=fake.url,
         docker_config=None,
         timeout=0.4,
-        patience=0.5,
+        work_timeout=0.5,
         kill_wait=0.3,
     )
     yield runtime

@@ -24,7 +24,7 @@ LAUNCH = Launch("mic-a", "docker", IDENTITY, ContainerSpec("a:1"))
 def test_it_is_known_to_run_nothing_which_is_not_an_error() -> None:
     runtime: Runtime = DockerOff()
     view = runtime.observe()
-    assert (view.workloads, view.strangers, view.error) == ((), (), None)
+    assert (view.workloads, view.foreign_workloads, view.error) == ((), (), None)
     assert (view.off, view.hint) == (REASON, HINT)
 
 

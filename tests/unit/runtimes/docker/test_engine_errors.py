@@ -16,7 +16,7 @@ from docker.errors import DockerException
 
 from mic_supervisor.errors import MicError, RuntimeUnavailable
 from mic_supervisor.runtimes.docker import engine as errors
-from mic_supervisor.runtimes.docker.engine import LOOK_HINT, START_HINT, explain, refusal, tidy
+from mic_supervisor.runtimes.docker.engine import LOG_HINT, START_HINT, explain, refusal, tidy
 from mic_supervisor.runtimes.docker.pull import failure
 
 RUNC = "OCI runtime create failed: runc create failed: unable to start container process: "
@@ -267,7 +267,7 @@ def connection(cause: Exception) -> Exception:
         (
             requests.exceptions.SSLError("bad certificate"),
             "the connection to /d.sock fails (bad certificate)",
-            LOOK_HINT,
+            LOG_HINT,
         ),
         (
             DockerException("what is this"),

@@ -45,7 +45,7 @@ def pulled(fake: FakeEngine, *reports: dict[str, object], config: Path | None = 
     fake.answers.setdefault("GET /images/r.example/x:1/json", refuse(404, "No such image: x:1"))
     fake.answers["POST /images/create"] = answer
     shown: list[str] = []
-    engine = Engine(fake.url, timeout=1, patience=1)
+    engine = Engine(fake.url, timeout=1, work_timeout=1)
     Puller(engine, config, silence=0.3).ensure("r.example/x:1", shown.append)
     return shown
 
@@ -106,7 +106,7 @@ def test_a_pull_that_gets_stuck(fake: FakeEngine) -> None:
     fake.answers["GET /images/x:1/json"] = refuse(404, "No such image: x:1")
     for answer in (stuck, hang(3)):
         fake.answers["POST /images/create"] = answer
-        puller = Puller(Engine(fake.url, timeout=1, patience=1), None, silence=0.3)
+        puller = Puller(Engine(fake.url, timeout=1, work_timeout=1), None, silence=0.3)
         error = fails(lambda: puller.ensure("x:1", lambda line: None))  # noqa: B023
         assert isinstance(error, PreflightFailed)
         assert str(error) == "cannot pull x:1: nothing came for 0.3 s"
@@ -115,7 +115,7 @@ def test_a_pull_that_gets_stuck(fake: FakeEngine) -> None:
 def test_an_engine_that_dies_while_pulling(fake: FakeEngine) -> None:
     fake.answers["GET /images/x:1/json"] = refuse(404, "No such image: x:1")
     fake.answers["POST /images/create"] = half
-    puller = Puller(Engine(fake.url, timeout=1, patience=1), None)
+    puller = Puller(Engine(fake.url, timeout=1, work_timeout=1), None)
     error = fails(lambda: puller.ensure("x:1", lambda line: None))
     assert isinstance(error, RuntimeUnavailable)
     assert "hung up" in str(error)
@@ -130,7 +130,7 @@ def test_lanes_that_wait_share_a_failure_too(fake: FakeEngine) -> None:
 
     fake.answers["GET /images/x:1/json"] = refuse(404, "No such image: x:1")
     fake.answers["POST /images/create"] = slow
-    puller = Puller(Engine(fake.url, timeout=1, patience=1), None)
+    puller = Puller(Engine(fake.url, timeout=1, work_timeout=1), None)
     errors: list[str] = []
     lanes = [
         threading.Thread(
@@ -206,7 +206,7 @@ def test_the_credentials_that_are_sent(
     seen, answer = sent(fake)
     fake.answers["GET /images/r.example/x:1/json"] = refuse(404, "No such image: x:1")
     fake.answers["POST /images/create"] = answer
-    Puller(Engine(fake.url, timeout=1, patience=1), tmp_path).ensure("r.example/x:1", print)
+    Puller(Engine(fake.url, timeout=1, work_timeout=1), tmp_path).ensure("r.example/x:1", print)
     (found,) = seen
     assert found is not None  # with none of ours, the SDK would look for some
     assert bool(found) == bool(expected)

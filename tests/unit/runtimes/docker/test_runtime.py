@@ -152,7 +152,7 @@ def test_an_engine_that_cannot_be_listed_is_unknown(
 ) -> None:
     fake.answers["GET /containers/json"] = answer
     view = runtime.observe()
-    assert (view.workloads, view.strangers) == ((), ())
+    assert (view.workloads, view.foreign_workloads) == ((), ())
     assert (view.error or "").startswith(f"cannot list containers: {cause.format(path=fake.path)}")
     assert hint in (view.hint or "")
     # And it comes back by itself.
@@ -245,7 +245,7 @@ def test_each_image_is_looked_at_once(runtime: DockerRuntime, fake: FakeEngine) 
     for _ in range(3):
         view = runtime.observe()
         assert view.workloads == ()
-        assert [one.ref for one in view.strangers] == ["c1", "c2"]
+        assert [one.ref for one in view.foreign_workloads] == ["c1", "c2"]
     assert fake.asked(IMAGE) == 1
     assert fake.asked("GET /images/sha256:b/json") == 0  # nothing of ours is said of it
 
@@ -266,7 +266,7 @@ def test_an_image_that_the_engine_does_not_tell_of_leaves_all_unknown(
 ) -> None:
     fake.answers |= {"GET /containers/json": reply([LISTED]), IMAGE: hang(1.5)}
     view = runtime.observe()
-    assert (view.workloads, view.strangers) == ((), ())
+    assert (view.workloads, view.foreign_workloads) == ((), ())
     assert (view.error or "").startswith("cannot inspect image sha256:a")
     fake.answers[IMAGE] = reply({"Config": {"Labels": None}})
     assert [one.ref for one in runtime.observe().workloads] == ["c1"]

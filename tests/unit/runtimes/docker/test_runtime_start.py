@@ -44,7 +44,7 @@ def test_a_create_that_is_not_answered_leaves_nothing(
     assert fake.asked("DELETE /containers/c1") == 1
 
 
-def test_a_stranger_of_the_same_name_is_never_removed(
+def test_a_foreign_container_of_the_same_name_is_never_removed(
     runtime: DockerRuntime, fake: FakeEngine
 ) -> None:
     fake.answers |= {

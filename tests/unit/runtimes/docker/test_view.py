@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mic_supervisor.model import Identity, ObservedWorkload, RunState, Stranger
+from mic_supervisor.model import ForeignWorkload, Identity, ObservedWorkload, RunState
 from mic_supervisor.runtimes.docker.create import labels
-from mic_supervisor.runtimes.docker.view import detailed, split, stranger_reason
+from mic_supervisor.runtimes.docker.view import detailed, foreign_reason, split
 
 IDENTITY = Identity("default", "h", "mam", "MAM", "triton", ("GPU-1",), {}, {}, "abc")
 OURS = labels(IDENTITY)
@@ -34,8 +34,8 @@ def listed(**changes: Any) -> dict[str, Any]:
 
 
 def only(item: dict[str, Any]) -> ObservedWorkload:
-    ((workload,), strangers) = split([item], "default", "h")
-    assert strangers == ()
+    ((workload,), foreign_workloads) = split([item], "default", "h")
+    assert foreign_workloads == ()
     return workload
 
 
@@ -88,7 +88,7 @@ def test_states(
     assert (found.address is not None) == (run_state is RunState.RUNNING)
 
 
-def test_a_stranger_with_its_ports() -> None:
+def test_a_foreign_container_with_its_ports() -> None:
     ports = [
         {"IP": "0.0.0.0", "PrivatePort": 80, "PublicPort": 8080, "Type": "tcp"},
         {"IP": "::", "PrivatePort": 80, "PublicPort": 8080, "Type": "tcp"},
@@ -98,7 +98,11 @@ def test_a_stranger_with_its_ports() -> None:
     item = listed(Labels={"a": "b"}, Names=["/x/alias", "/web"], Ports=ports)
     assert split([item], "default", "h") == (
         (),
-        (Stranger("docker", "web", "f27c76fe8b00", (8080,), True, "it has no labels of ours"),),
+        (
+            ForeignWorkload(
+                "docker", "web", "f27c76fe8b00", (8080,), True, "it has no labels of ours"
+            ),
+        ),
     )
     ((), (stopped,)) = split([listed(Labels=None, State="exited")], "default", "h")
     assert not stopped.running
@@ -116,7 +120,7 @@ def test_a_stranger_with_its_ports() -> None:
     ],
 )
 def test_whose_it_is(changes: dict[str, str], reason: str | None) -> None:
-    assert stranger_reason({**OURS, **changes}, "default", "h") == reason
+    assert foreign_reason({**OURS, **changes}, "default", "h") == reason
 
 
 def test_sorted_by_name() -> None:
@@ -198,12 +202,12 @@ STATES = st.fixed_dictionaries(
 @pytest.mark.slow
 @given(st.lists(JSON | ITEMS, max_size=4))
 def test_no_answer_is_a_surprise(items: list[Any]) -> None:
-    workloads, strangers = split(items, "default", "h")
-    assert len(workloads) + len(strangers) == sum(isinstance(item, dict) for item in items)
+    workloads, foreign_workloads = split(items, "default", "h")
+    assert len(workloads) + len(foreign_workloads) == sum(isinstance(item, dict) for item in items)
 
 
 @given(ITEMS, JSON | STATES)
 def test_nor_is_one_about_a_container_of_ours(changes: dict[str, Any], state: Any) -> None:
-    workloads, strangers = split([{**listed(), **changes, "Labels": OURS}], "default", "h")
-    assert (len(workloads), strangers) == (1, ())
+    workloads, foreign_workloads = split([{**listed(), **changes, "Labels": OURS}], "default", "h")
+    assert (len(workloads), foreign_workloads) == (1, ())
     detailed(workloads[0], {**changes, "State": state})

@@ -14,7 +14,7 @@ from mic_supervisor.model import ObservedWorkload, RunState
 from mic_supervisor.runtimes.docker import view as module
 from mic_supervisor.runtimes.docker.create import labels
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
-from mic_supervisor.runtimes.docker.view import Rests
+from mic_supervisor.runtimes.docker.view import InactiveContainers
 from tests.support.waiting import until
 from tests.unit.runtimes.docker.engine_fake import (
     IDENTITY,
@@ -56,106 +56,109 @@ def engine() -> Iterator[Inspections]:
 
 
 @pytest.fixture
-def rests(engine: Inspections, monkeypatch: pytest.MonkeyPatch) -> Rests:
-    monkeypatch.setattr(module, "PATIENCE", 0.1)
-    return Rests(engine)
+def inactive(engine: Inspections, monkeypatch: pytest.MonkeyPatch) -> InactiveContainers:
+    monkeypatch.setattr(module, "INSPECT_TIMEOUT", 0.1)
+    return InactiveContainers(engine)
 
 
 @pytest.mark.parametrize("listed", [CREATED, EXITED])
 def test_a_start_in_flight_counts_as_alive_until_it_has_come_to_an_end(
-    rests: Rests, engine: Inspections, listed: ObservedWorkload
+    inactive: InactiveContainers, engine: Inspections, listed: ObservedWorkload
 ) -> None:
     engine.held.clear()
     engine.found = WORKLOAD
     for _ in range(2):
-        (seen,) = rests.sure([listed])
+        (seen,) = inactive.sure([listed])
         assert seen.state is RunState.UNKNOWN
     assert engine.count == 1  # it is not asked for again while it waits
     engine.held.set()
-    until(lambda: rests.sure([listed])[0].state is RunState.RUNNING, "the end of the start")
+    until(lambda: inactive.sure([listed])[0].state is RunState.RUNNING, "the end of the start")
 
 
-def test_what_rests_is_inspected_once(rests: Rests, engine: Inspections) -> None:
+def test_what_rests_is_inspected_once(inactive: InactiveContainers, engine: Inspections) -> None:
     for _ in range(3):
-        assert rests.sure([CREATED]) == (CREATED,)
+        assert inactive.sure([CREATED]) == (CREATED,)
     assert engine.count == 1
 
 
 def test_each_ending_is_inspected_once_for_what_went_wrong(
-    rests: Rests, engine: Inspections
+    inactive: InactiveContainers, engine: Inspections
 ) -> None:
     for count, cause in ((1, "it used more memory than its limit"), (2, "no GPU")):
-        assert rests.sure([WORKLOAD]) == (WORKLOAD,)
+        assert inactive.sure([WORKLOAD]) == (WORKLOAD,)
         engine.found = replace(EXITED, error=cause, finished_at=1.0)
         for _ in range(3):
-            assert rests.sure([EXITED]) == (replace(EXITED, error=cause),)
+            assert inactive.sure([EXITED]) == (replace(EXITED, error=cause),)
         assert engine.count == count
 
 
-def test_what_is_removed_is_forgotten(rests: Rests, engine: Inspections) -> None:
-    rests.sure([EXITED])
-    assert rests.sure([]) == ()
-    rests.sure([EXITED])
+def test_what_is_removed_is_forgotten(inactive: InactiveContainers, engine: Inspections) -> None:
+    inactive.sure([EXITED])
+    assert inactive.sure([]) == ()
+    inactive.sure([EXITED])
     assert engine.count == 2
 
 
 def test_what_went_wrong_before_our_start_is_not_told_of_what_ended_after_it(
-    rests: Rests, engine: Inspections
+    inactive: InactiveContainers, engine: Inspections
 ) -> None:
     engine.found = replace(EXITED, error="no GPU")
     engine.held.clear()
-    rests.sure([EXITED])
-    with rests.starting(EXITED.ref):
+    inactive.sure([EXITED])
+    with inactive.starting(EXITED.ref):
         engine.held.set()
     engine.found = replace(EXITED, error="it used more memory than its limit")
-    assert rests.sure([EXITED]) == (engine.found,)
+    assert inactive.sure([EXITED]) == (engine.found,)
 
 
 def test_what_the_list_still_has_and_the_engine_has_not_is_absent(
-    rests: Rests, engine: Inspections
+    inactive: InactiveContainers, engine: Inspections
 ) -> None:
     engine.found = WorkloadGone("it no longer exists")
-    assert rests.sure([CREATED]) == ()
+    assert inactive.sure([CREATED]) == ()
 
 
-def test_a_removal_in_flight_is_one(rests: Rests, engine: Inspections) -> None:
+def test_a_removal_in_flight_is_one(inactive: InactiveContainers, engine: Inspections) -> None:
     engine.found = replace(WORKLOAD, state=RunState.REMOVING)
-    assert [item.state for item in rests.sure([EXITED])] == [RunState.REMOVING]
+    assert [item.state for item in inactive.sure([EXITED])] == [RunState.REMOVING]
 
 
 @pytest.mark.parametrize("error", [RuntimeUnavailable("it hung up"), KeyError("State")])
 def test_what_cannot_be_inspected_is_unknown_and_asked_again(
-    rests: Rests, engine: Inspections, error: Exception, monkeypatch: pytest.MonkeyPatch
+    inactive: InactiveContainers,
+    engine: Inspections,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said = threading.Event()  # a defect is: by the hook, with its traceback
     monkeypatch.setattr(threading, "excepthook", lambda _: said.set())
     engine.found = error
-    assert [item.state for item in rests.sure([CREATED])] == [RunState.UNKNOWN]
+    assert [item.state for item in inactive.sure([CREATED])] == [RunState.UNKNOWN]
     engine.found = CREATED
-    assert rests.sure([CREATED]) == (CREATED,)
+    assert inactive.sure([CREATED]) == (CREATED,)
     assert said.wait(0 if isinstance(error, RuntimeUnavailable) else 10) == isinstance(
         error, KeyError
     )
 
 
 def test_nobody_waits_for_a_start_of_our_own_and_its_end_is_looked_at(
-    rests: Rests, engine: Inspections
+    inactive: InactiveContainers, engine: Inspections
 ) -> None:
-    rests.sure([CREATED])
-    with rests.starting(CREATED.ref):
-        assert rests.sure([CREATED]) == (CREATED,)
+    inactive.sure([CREATED])
+    with inactive.starting(CREATED.ref):
+        assert inactive.sure([CREATED]) == (CREATED,)
     assert engine.count == 1
     engine.found = WORKLOAD  # the call was not answered, and the engine went on
-    assert rests.sure([CREATED]) == (WORKLOAD,)
+    assert inactive.sure([CREATED]) == (WORKLOAD,)
 
 
 def test_one_that_hangs_costs_one_wait_and_hides_no_other(
-    rests: Rests, engine: Inspections
+    inactive: InactiveContainers, engine: Inspections
 ) -> None:
     engine.held.clear()
     runs = replace(WORKLOAD, ref="c2", name="other")
     resting = [replace(CREATED, ref=f"r{number}") for number in range(20)]
-    seen = rests.sure([runs, *resting])
+    seen = inactive.sure([runs, *resting])
     assert seen[0] == runs
     assert {item.state for item in seen[1:]} == {RunState.UNKNOWN}
 
@@ -182,7 +185,7 @@ def fake(tmp_path: Path) -> Iterator[FakeEngine]:
 
 @pytest.fixture
 def runtime(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerRuntime]:
-    monkeypatch.setattr(module, "PATIENCE", 0.5)
+    monkeypatch.setattr(module, "INSPECT_TIMEOUT", 0.5)
     made = DockerRuntime("default", "h", base_url=fake.url, docker_config=None, timeout=2.0)
     yield made
     made.close()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from mic_supervisor import clocks
 from mic_supervisor.errors import RuntimeRefused, StopFailed
-from mic_supervisor.model import Identity, RunState, Stranger
+from mic_supervisor.model import ForeignWorkload, Identity, RunState
 from mic_supervisor.runtimes.keeper import records
 from mic_supervisor.runtimes.keeper.records import BadRecord, Exit, Record
 from mic_supervisor.runtimes.keeper.runtime import KeeperRuntime
@@ -108,8 +108,8 @@ def test_a_record_is_not_read_through_a_link(world: World) -> None:
     path = world.directory / "one" / "record.json"
     path.rename(path.with_name("elsewhere"))
     path.symlink_to("elsewhere")
-    (stranger,) = world.make().observe().strangers
-    assert stranger.reason.startswith("record.json cannot be read: ")
+    (foreign,) = world.make().observe().foreign_workloads
+    assert foreign.reason.startswith("record.json cannot be read: ")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_record_is_not_read_through_a_link(world: World) -> None:
         ("host", "another", "it was started on another machine"),
     ],
 )
-def test_what_belongs_to_others_is_a_stranger(
+def test_what_belongs_to_others_is_foreign(
     world: World, member: str, value: str, reason: str
 ) -> None:
     mine = {"scope": world.scope, "host": HOST, member: value}
@@ -136,8 +136,8 @@ def test_what_belongs_to_others_is_a_stranger(
     view = world.make().observe()
     if member == "scope":
         assert view.workloads == ()
-        expected = Stranger("subprocess", "one", "one", reason=reason, elsewhere=True)
-        assert view.strangers[0] == expected
+        expected = ForeignWorkload("subprocess", "one", "one", reason=reason, elsewhere=True)
+        assert view.foreign_workloads[0] == expected
     else:  # the machine's id may have changed since: the process runs here
         (found,) = view.workloads
         assert found.doubt is not None
@@ -213,7 +213,7 @@ def test_an_empty_directory_is_nothing(world: World) -> None:
     (world.directory / "one").mkdir(parents=True)
     (world.directory / "file").touch()
     view = world.runtime.observe()
-    assert (view.workloads, view.strangers, view.error) == ((), (), None)
+    assert (view.workloads, view.foreign_workloads, view.error) == ((), (), None)
     assert world.start("one", ("sleep", "60")).state is RunState.RUNNING
 
 
@@ -224,11 +224,11 @@ def test_the_exit_of_an_earlier_run_is_not_this_ones(world: World) -> None:
     assert world.look("one").state is RunState.RUNNING
 
 
-def test_what_is_left_of_a_run_without_a_record_is_a_stranger(world: World) -> None:
+def test_what_is_left_of_a_run_without_a_record_is_foreign(world: World) -> None:
     now = [1000.0]
     seen = world.start("one", sh("sleep 61 & wait"))
     runtime = world.make(steady=lambda: now[0])
-    assert runtime.observe().strangers == ()
+    assert runtime.observe().foreign_workloads == ()
     until(lambda: len(world.alive()) == 2, "its child")
     (left,) = {*world.alive()} - {seen.pid}
     world.kill_keeper("one")
@@ -237,14 +237,14 @@ def test_what_is_left_of_a_run_without_a_record_is_a_stranger(world: World) -> N
     until(lambda: world.alive() == [left], "the end of the main process")
     (world.directory / "one").rename(world.directory / ".gone")
     reason = "it was started for one, and its record is gone"
-    expected = (Stranger("subprocess", "one", f"PID {left}", (), True, reason),)
+    expected = (ForeignWorkload("subprocess", "one", f"PID {left}", (), True, reason),)
     now[0] += 11
     view = runtime.observe()
-    assert (view.workloads, view.strangers) == ((), expected)
+    assert (view.workloads, view.foreign_workloads) == ((), expected)
     os.kill(left, signal.SIGKILL)
     until(lambda: not world.alive(), "the end")
     now[0] += 11
-    assert runtime.observe().strangers == ()
+    assert runtime.observe().foreign_workloads == ()
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -332,9 +332,9 @@ def test_a_copy_of_a_record_is_named_and_not_touched(world: World) -> None:
     shutil.copytree(world.directory / "one", copy)
     view = runtime.observe()
     assert view.workloads == (seen,)
-    assert view.strangers == (
-        Stranger("subprocess", "backup", "backup", (), False, "it is a copy of the record of one",
-                 "one"),
+    assert view.foreign_workloads == (
+        ForeignWorkload("subprocess", "backup", "backup", (), False,
+                        "it is a copy of the record of one", "one"),
     )  # fmt: skip
     for call in (lambda: runtime.stop(replace(seen, name="backup"), signal="SIGTERM", grace=1),
                  lambda: runtime.remove(replace(seen, name="backup"))):  # fmt: skip

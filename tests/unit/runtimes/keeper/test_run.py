@@ -46,7 +46,7 @@ def stop(world: World, seen: ObservedWorkload, grace: float = LONG, name: str = 
 
 
 @pytest.fixture
-def stranger() -> Iterator[subprocess.Popen[bytes]]:
+def foreign() -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(["sleep", "60"], start_new_session=True)
     yield process
     process.kill()
@@ -290,21 +290,21 @@ def start_time_of(process: subprocess.Popen[bytes]) -> int:
 
 @pytest.mark.parametrize("who", ["keeper", "child"])
 def test_a_pid_that_was_used_again_is_not_touched(
-    world: World, stranger: subprocess.Popen[bytes], who: str
+    world: World, foreign: subprocess.Popen[bytes], who: str
 ) -> None:
     seen = world.start("one", ("sleep", "60"))
     record = world.record("one")
     world.kill_keeper("one")
     os.kill(record["child"]["pid"], signal.SIGKILL)
     until(lambda: not world.alive(), "the end")
-    forge(world, who, stranger.pid, start_time_of(stranger) - 1)
+    forge(world, who, foreign.pid, start_time_of(foreign) - 1)
     assert world.look("one").state is RunState.EXITED
     stop(world, seen)
     world.start("one", ("true",))
     ended = world.await_state("one", "exited")
-    forge(world, who, stranger.pid, start_time_of(stranger) - 1)
+    forge(world, who, foreign.pid, start_time_of(foreign) - 1)
     world.runtime.remove(ended)
-    assert stranger.poll() is None
+    assert foreign.poll() is None
 
 
 def test_processes_of_another_run_are_not_touched(world: World) -> None:

@@ -36,7 +36,7 @@ def test_a_process_is_seen_as_it_was_asked_for(world: World) -> None:
     launch = world.launch("one", ("sleep", "60"))
     world.runtime.start(launch)
     view = world.runtime.observe()
-    assert (view.runtime, view.error, view.strangers) == ("subprocess", None, ())
+    assert (view.runtime, view.error, view.foreign_workloads) == ("subprocess", None, ())
     (seen,) = view.workloads
     assert seen.identity == launch.identity
     assert (seen.runtime, seen.name, seen.ref) == ("subprocess", "one", "one")
@@ -275,7 +275,7 @@ def test_a_supervisor_killed_while_starting_leaves_nothing_unrecorded(
     (seen,) = fresh.observe().workloads
     assert seen.state is RunState.RUNNING
     until(lambda: world.alive() == [seen.pid], "one process, the recorded one")
-    assert fresh.observe().strangers == ()
+    assert fresh.observe().foreign_workloads == ()
 
 
 def test_a_keeper_killed_while_starting_leaves_nothing_unrecorded(world: World) -> None:

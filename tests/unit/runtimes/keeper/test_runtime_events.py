@@ -44,7 +44,7 @@ def ended(world: World) -> World:
 @pytest.mark.slow
 def test_an_end_is_told_of_at_once(ended: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not with the next look for new records, which is a minute away here."""
-    monkeypatch.setattr(runtime, "_LOOK", 60.0)
+    monkeypatch.setattr(runtime, "_POLL", 60.0)
     one, two = (ended.start(name, ("sleep", "60")) for name in ("one", "two"))
     listening = Listening(ended)
     time.sleep(0.3)

@@ -122,7 +122,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 def one_of(world: World, **options: Any) -> ObservedWorkload:
     view = world.make(**options).observe()
-    assert (view.error, view.strangers) == (None, ())
+    assert (view.error, view.foreign_workloads) == (None, ())
     (found,) = view.workloads
     return found
 
@@ -138,7 +138,7 @@ def test_a_damaged_record_costs_nothing_and_is_mended(
     damage(world.directory / "one")
     if damage is DAMAGES["a file in its place"]:
         # Nothing can be written there; it is told of all the same.
-        assert one_of(world, mends=True).doubt is not None
+        assert one_of(world, repairs=True).doubt is not None
         (world.directory / "one").unlink()
 
     found = one_of(world)
@@ -151,17 +151,17 @@ def test_a_damaged_record_costs_nothing_and_is_mended(
             world.runtime.start(world.launch(name, ("sleep", "61")))
     assert world.alive() == [seen.pid]
 
-    mended = one_of(world, mends=True)
-    assert (mended.state, mended.pid, mended.identity) == (
+    repaired = one_of(world, repairs=True)
+    assert (repaired.state, repaired.pid, repaired.identity) == (
         RunState.RUNNING,
         seen.pid,
         seen.identity,
     )
-    assert mended.doubt is None
-    assert one_of(world) == mended
+    assert repaired.doubt is None
+    assert one_of(world) == repaired
     world.runtime.start(world.launch("one", ("sleep", "61")))  # it runs already
     assert world.alive() == [seen.pid]
-    world.make().stop(mended, signal="SIGTERM", grace=5)
+    world.make().stop(repaired, signal="SIGTERM", grace=5)
     assert world.alive() == []
     ended = one_of(world)
     assert (ended.state, ended.exit_code) == (RunState.EXITED, 143 if keeper else None)
@@ -176,7 +176,7 @@ def test_a_record_that_lost_its_pids_ends_nothing(world: World) -> None:
     with pytest.raises(RuntimeRefused, match=f"PID {seen.pid}, which runs"):
         world.make().remove(seen)
     assert one_of(world).doubt is not None
-    assert (one_of(world, mends=True).pid, world.alive()) == (seen.pid, [seen.pid])
+    assert (one_of(world, repairs=True).pid, world.alive()) == (seen.pid, [seen.pid])
 
 
 @ROOT
@@ -184,7 +184,7 @@ def test_a_record_that_lost_its_pids_ends_nothing(world: World) -> None:
 def test_what_another_user_owns_is_mended(world: World, part: str) -> None:
     seen = world.start("one", ("sleep", "60"))
     os.chown(world.directory / "one" / part, 12345, 12345)
-    found = one_of(world, mends=True)
+    found = one_of(world, repairs=True)
     assert (found.pid, found.doubt) == (seen.pid, None)
     assert (world.directory / "one" / "record.json").stat().st_uid == 0
 
@@ -231,8 +231,8 @@ def test_a_damaged_record_of_nobody_holds_nothing(world: World) -> None:
     world.await_state("one", "exited")
     text("")(world.directory / "one")
     until(lambda: not world.make().observe().workloads, "the keeper's end")
-    (stranger,) = world.make(mends=True).observe().strangers
-    assert (stranger.name, stranger.running) == ("one", False)
+    (foreign,) = world.make(repairs=True).observe().foreign_workloads
+    assert (foreign.name, foreign.running) == ("one", False)
 
 
 def test_a_directory_that_somebody_else_holds_may_run(world: World) -> None:
@@ -241,7 +241,7 @@ def test_a_directory_that_somebody_else_holds_may_run(world: World) -> None:
     holder = subprocess.Popen(["flock", str(path), "sleep", "60"], start_new_session=True)
     try:
         until(lambda: world.make().observe().workloads != (), "the lock")
-        found = one_of(world, mends=True)
+        found = one_of(world, repairs=True)
         assert found.doubt is not None
         assert f"PID {holder.pid} holds {path}" in found.doubt.reason
         assert "record.json is missing" in found.doubt.reason
@@ -257,8 +257,8 @@ def test_a_directory_under_another_name_is_still_the_runs(world: World) -> None:
     assert (found.name, found.pid, found.identity) == ("moved", seen.pid, seen.identity)
     text("{")(world.directory / "moved")
     assert one_of(world).doubt is not None
-    mended = one_of(world, mends=True)
-    assert (mended.name, mended.pid, mended.doubt) == ("one", seen.pid, None)
+    repaired = one_of(world, repairs=True)
+    assert (repaired.name, repaired.pid, repaired.doubt) == ("one", seen.pid, None)
     assert not (world.directory / "moved").exists()
 
 
@@ -266,11 +266,11 @@ def test_a_directory_under_another_name_is_still_the_runs(world: World) -> None:
 def test_a_copied_directory_is_no_second_run(world: World, name: str) -> None:
     seen = world.start("one", ("sleep", "60"))
     shutil.copytree(world.directory / "one", world.directory / name)
-    view = world.make(mends=True).observe()
+    view = world.make(repairs=True).observe()
     assert view.workloads == (seen,)
-    (stranger,) = view.strangers
-    assert stranger.name == name
-    assert stranger.reason == "it is a copy of one: both name one run"
+    (foreign,) = view.foreign_workloads
+    assert foreign.name == name
+    assert foreign.reason == "it is a copy of one: both name one run"
     text("")(world.directory / "one")  # now only the copy says whose the run is, and rightly
     (found,) = (one for one in world.make().observe().workloads if one.pid == seen.pid)
     assert found.identity == seen.identity
@@ -286,14 +286,14 @@ def test_a_copied_environment_is_no_run_of_its_own(world: World) -> None:
     try:
         shutil.rmtree(world.directory)
         assert one_of(world).pid == seen.pid
-        assert one_of(world, mends=True).pid == seen.pid
+        assert one_of(world, repairs=True).pid == seen.pid
         world.kill_keeper("one")
         os.kill(seen.pid, signal.SIGKILL)
         until(lambda: not runs(seen.pid or 0), "the end")
         shutil.rmtree(world.directory)
-        view = world.make(mends=True).observe()
+        view = world.make(repairs=True).observe()
         assert view.workloads == ()
-        assert [one.ref for one in view.strangers] == [f"PID {shell.pid}"]
+        assert [one.ref for one in view.foreign_workloads] == [f"PID {shell.pid}"]
     finally:
         shell.kill()
         shell.wait()
@@ -352,7 +352,7 @@ def test_a_keeper_of_an_earlier_version_is_believed_by_its_child(
     devices = (("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-2"),)
     seen = world.start("one", ("sleep", "60"), env=devices)
     shutil.rmtree(world.directory)
-    found = one_of(world, mends=True)
+    found = one_of(world, repairs=True)
     assert (found.pid, found.doubt, found.identity.spec) == (seen.pid, None, None)
     assert (found.identity.instance, found.identity.gpus) == ("one", ("GPU-1", "GPU-2"))
 
@@ -363,5 +363,5 @@ def test_a_program_that_overwrites_its_environment_is_known_by_its_keeper(world:
     seen = world.start("one", python(bare))
     until(lambda: "MIC_RUN_ID" not in (procfs.environ(seen.pid or 0) or {}), "the program")
     shutil.rmtree(world.directory)
-    found = one_of(world, mends=True)
+    found = one_of(world, repairs=True)
     assert (found.pid, found.doubt, found.identity) == (seen.pid, None, seen.identity)

@@ -83,7 +83,7 @@ def rude(tmp_path: Path) -> Iterator[None]:
 
 def test_without_a_bus(runtime: SystemdRuntime) -> None:
     view = runtime.observe()
-    assert (view.runtime, view.workloads, view.strangers) == ("systemd", (), ())
+    assert (view.runtime, view.workloads, view.foreign_workloads) == ("systemd", (), ())
     assert view.error == "cannot read the units of systemd: there is no D-Bus to reach systemd by"
     assert view.hint == "install it: apt-get install dbus"
 

@@ -127,7 +127,7 @@ def test_an_identity_comes_back_whole(
         ('{"managed_by": "mic-supervisor"}', "its MIC_IDENTITY cannot be read: KeyError('name')"),
     ],
 )
-def test_what_does_not_name_itself_is_a_strangers(text: str | None, reason: str) -> None:
+def test_what_does_not_name_itself_is_foreign(text: str | None, reason: str) -> None:
     found = identity_of({} if text is None else {VARIABLE: text})
     assert isinstance(found, str)
     assert found.startswith(reason)

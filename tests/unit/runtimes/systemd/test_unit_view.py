@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from mic_supervisor import clocks
-from mic_supervisor.model import Identity, Launch, ObservedWorkload, ProcessSpec, RunState, Stranger
+from mic_supervisor.model import (
+    ForeignWorkload,
+    Identity,
+    Launch,
+    ObservedWorkload,
+    ProcessSpec,
+    RunState,
+)
 from mic_supervisor.runtimes.identity import identity_variables
 from mic_supervisor.runtimes.systemd import unit as systemd_view
 from mic_supervisor.runtimes.systemd.unit import Process, Unit
@@ -39,8 +46,8 @@ def unit(
     return Unit(f"{NAME}.service", "/path", properties, remains)
 
 
-def judge(found: Unit) -> ObservedWorkload:
-    seen = systemd_view.judge(found, "default", "h")
+def classify(found: Unit) -> ObservedWorkload:
+    seen = systemd_view.classify(found, "default", "h")
     assert isinstance(seen, ObservedWorkload)
     return seen
 
@@ -55,7 +62,7 @@ def ended(code: int, status: int, result: str = "exit-code") -> dict[str, Any]:
 
 
 def test_one_that_runs() -> None:
-    assert judge(unit("active", "running", MainPID=42)) == ObservedWorkload(
+    assert classify(unit("active", "running", MainPID=42)) == ObservedWorkload(
         runtime="systemd",
         name=NAME,
         ref=f"{NAME}.service",
@@ -70,9 +77,13 @@ def test_one_that_runs() -> None:
 def test_a_unit_runs_since_what_the_monotonic_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks, "from_monotonic", lambda stamp: stamp + 10.0)
     monkeypatch.setattr(clocks, "in_wall", lambda at, noted: 1e9 + at)
-    seen = judge(unit("active", "running", MainPID=42, ExecMainStartTimestampMonotonic=7_000_000))
+    seen = classify(
+        unit("active", "running", MainPID=42, ExecMainStartTimestampMonotonic=7_000_000)
+    )
     assert (seen.running_since, seen.started_at) == (17.0, 1e9 + 17.0)
-    over = judge(unit("failed", "failed", ExecMainStartTimestampMonotonic=7_000_000, **ended(1, 3)))
+    over = classify(
+        unit("failed", "failed", ExecMainStartTimestampMonotonic=7_000_000, **ended(1, 3))
+    )
     assert (over.running_since, over.started_at) == (None, 2.0)
 
 
@@ -102,7 +113,7 @@ def test_a_unit_runs_since_what_the_monotonic_clock_says(monkeypatch: pytest.Mon
 def test_one_that_has_ended(
     active: str, sub: str, more: dict[str, Any], code: int | None, error: str | None
 ) -> None:
-    seen = judge(unit(active, sub, **more))
+    seen = classify(unit(active, sub, **more))
     assert (seen.state, seen.pid, seen.exit_code, seen.error) == (
         RunState.EXITED, None, code, error,
     )  # fmt: skip
@@ -114,27 +125,27 @@ def test_one_that_has_ended(
     [("activating", "start", 7), ("reloading", "reload", 7), ("deactivating", "stop-sigterm", 7)],
 )
 def test_one_in_between_holds_its_gpu(active: str, sub: str, pid: int) -> None:
-    seen = judge(unit(active, sub, MainPID=pid))
+    seen = classify(unit(active, sub, MainPID=pid))
     assert (seen.state, seen.pid, seen.error) == (RunState.RUNNING, pid, None)
 
 
 @pytest.mark.parametrize("active", ["inactive", "failed"])
 def test_one_whose_start_is_in_flight_holds_its_gpu(active: str) -> None:
     """PID 1 has made the unit and taken the job, and has not come to it."""
-    seen = judge(unit(active, "dead", Job=[7, "/org/freedesktop/systemd1/job/7"]))
+    seen = classify(unit(active, "dead", Job=[7, "/org/freedesktop/systemd1/job/7"]))
     assert (seen.state, seen.pid, seen.error) == (RunState.RUNNING, None, "its start is in flight")
-    over = judge(unit(active, "dead", Job=[0, "/"]))
+    over = classify(unit(active, "dead", Job=[0, "/"]))
     assert over.state is RunState.EXITED
 
 
 def test_one_whose_main_process_has_ended_holds_its_gpu_until_all_is_gone() -> None:
-    seen = judge(unit("deactivating", "stop-sigterm", **ended(1, 3)))
+    seen = classify(unit("deactivating", "stop-sigterm", **ended(1, 3)))
     assert (seen.state, seen.pid, seen.exit_code, seen.finished_at, seen.error) == (
         *(RunState.RUNNING, None, None, None),
         "its main process has ended, and what it left is being ended",
     )
     for active, sub in (("active", "exited"), ("failed", "failed")):
-        seen = judge(unit(active, sub, LEFT, Process(78, ""), **ended(1, 0)))
+        seen = classify(unit(active, sub, LEFT, Process(78, ""), **ended(1, 0)))
         assert (seen.state, seen.pid, seen.exit_code, seen.error) == (
             *(RunState.RUNNING, None, None),
             "its main process has ended, and PID 77, 78 of it still run",
@@ -158,7 +169,7 @@ MADE = {"Transient": True, "Slice": "mic.slice", "MainPID": 7}
 def test_one_that_only_we_can_have_made_and_that_tells_nothing_is_in_doubt(
     environment: Any,
 ) -> None:
-    seen = judge(unit("active", "running", environment=environment, **MADE))
+    seen = classify(unit("active", "running", environment=environment, **MADE))
     assert (seen.state, seen.pid, seen.identity.spec) == (RunState.UNKNOWN, 7, None)
     assert seen.identity.instance in ("a", "a-00")
     assert seen.doubt is not None
@@ -176,14 +187,14 @@ def test_one_that_only_we_can_have_made_and_that_tells_nothing_is_in_doubt(
         {"ActiveState": "inactive"},
     ],
 )
-def test_one_that_others_can_have_made_or_that_is_over_is_a_stranger(more: dict[str, Any]) -> None:
+def test_one_that_others_can_have_made_or_that_is_over_is_foreign(more: dict[str, Any]) -> None:
     found = unit("active", "running", **{"environment": [], **MADE, **more})
-    assert isinstance(systemd_view.judge(found, "default", "h"), Stranger)
+    assert isinstance(systemd_view.classify(found, "default", "h"), ForeignWorkload)
 
 
 @pytest.mark.parametrize("active", ["maintenance", "refreshing", ""])
 def test_a_state_that_nobody_knows_is_unknown(active: str) -> None:
-    seen = judge(unit(active, "x"))
+    seen = classify(unit(active, "x"))
     assert seen.state is RunState.UNKNOWN
     assert seen.error == f"systemd says that it is {active or 'in no state'}"
 
@@ -199,19 +210,19 @@ def test_a_state_that_nobody_knows_is_unknown(active: str) -> None:
     ],
 )
 @pytest.mark.parametrize(("sub", "running"), [("running", True), ("exited", False)])
-def test_strangers(
+def test_foreign_units(
     scope: str, host: str, environment: Any, reason: str, sub: str, running: bool
 ) -> None:
-    seen = systemd_view.judge(unit("active", sub, environment=environment), scope, host)
+    seen = systemd_view.classify(unit("active", sub, environment=environment), scope, host)
     name = f"{NAME}.service"
-    assert seen == Stranger(
+    assert seen == ForeignWorkload(
         "systemd", name, name, running=running, reason=reason, elsewhere=scope == "other"
     )
 
 
-def test_a_unit_of_which_nothing_is_told_is_a_stranger() -> None:
-    seen = systemd_view.judge(Unit("mic-default-x.service", "/path", {}), "default", "h")
-    assert isinstance(seen, Stranger)
+def test_a_unit_of_which_nothing_is_known_is_foreign() -> None:
+    seen = systemd_view.classify(Unit("mic-default-x.service", "/path", {}), "default", "h")
+    assert isinstance(seen, ForeignWorkload)
     assert seen.running  # unknown is never absent
 
 
@@ -232,20 +243,20 @@ def test_processes_are_named_briefly() -> None:
 # --- copies -----------------------------------------------------------------------------------
 
 
-def test_a_unit_with_a_copied_environment_is_a_stranger() -> None:
+def test_a_unit_with_a_copied_environment_is_foreign() -> None:
     copy = replace(unit("active", "running", MainPID=42), name="mic-default-copy.service")
-    assert systemd_view.judge(copy, "default", "h") == Stranger(
+    assert systemd_view.classify(copy, "default", "h") == ForeignWorkload(
         *("systemd", "mic-default-copy.service", "mic-default-copy.service", (), True),
         f"it has the environment of {NAME}.service, and another name: it is a copy",
         "a",
     )
 
 
-def test_a_unit_of_our_name_from_a_file_is_a_stranger() -> None:
+def test_a_unit_of_our_name_from_a_file_is_foreign() -> None:
     path = f"/etc/systemd/system/{NAME}.service"
-    seen = systemd_view.judge(
+    seen = systemd_view.classify(
         unit("active", "running", Transient=False, FragmentPath=path), "default", "h"
     )
-    assert isinstance(seen, Stranger)
+    assert isinstance(seen, ForeignWorkload)
     assert (seen.reason, seen.claims) == (f"it comes from a unit file, {path}", "a")
-    assert judge(unit("active", "running", Transient=True)).name == NAME
+    assert classify(unit("active", "running", Transient=True)).name == NAME

@@ -46,13 +46,13 @@ from tests.unit.plan.builders import (
 
 MAM, WEB = on("MAM", 0), on("web", 1)
 TROUBLE = "Xid 79; the driver asks for a reset of the GPU"
-SICK = (gpu(0, trouble=TROUBLE), gpu(1))
+UNHEALTHY = (gpu(0, trouble=TROUBLE), gpu(1))
 HINT = "    hint: stop what uses it, then: nvidia-smi --gpu-reset -i 0; or reboot\n"
 
 
-def test_nothing_is_started_on_a_sick_gpu_and_others_go_on() -> None:
+def test_nothing_is_started_on_an_unhealthy_gpu_and_others_go_on() -> None:
     ended = workload(MAM, RunState.EXITED)
-    for state in (observed(gpus=SICK), observed(ended, gpus=SICK)):
+    for state in (observed(gpus=UNHEALTHY), observed(ended, gpus=UNHEALTHY)):
         assert text(plan_for([MAM, WEB], state)) == (
             "+ create   web-bbbbbbbb  GPU 1  nothing runs for it yet\n"
             "\n"
@@ -67,8 +67,8 @@ def test_nothing_is_started_on_a_sick_gpu_and_others_go_on() -> None:
 
 def test_what_runs_well_on_it_is_left_alone_and_what_does_not_is_not_restarted() -> None:
     it = workload(MAM)
-    assert plan_for([MAM], observed(it, gpus=SICK)).empty
-    sick = observed(it, gpus=SICK, health={it.ref: failing("liveness")})
+    assert plan_for([MAM], observed(it, gpus=UNHEALTHY)).empty
+    sick = observed(it, gpus=UNHEALTHY, health={it.ref: failing("liveness")})
     plan = plan_for([MAM], sick)
     assert (plan.count, plan.blocked[0].reason) == (0, f"GPU 0 is unhealthy: {TROUBLE}")
     well = observed(it, health={it.ref: failing("liveness")})
@@ -76,7 +76,7 @@ def test_what_runs_well_on_it_is_left_alone_and_what_does_not_is_not_restarted()
 
 
 def test_what_runs_is_not_replaced_on_it() -> None:
-    plan = plan_for([changed(MAM, image="mam:2")], observed(workload(MAM), gpus=SICK))
+    plan = plan_for([changed(MAM, image="mam:2")], observed(workload(MAM), gpus=UNHEALTHY))
     assert plan.count == 0
     assert plan.blocked[0].reason == f"GPU 0 is unhealthy: {TROUBLE}"
 
@@ -85,18 +85,18 @@ def test_an_end_on_it_is_not_counted_then_or_later() -> None:
     ended = workload(MAM, RunState.EXITED)
     assessments = assess(desired(MAM), observed(ended), CONTEXT)
     memory = known(ended)
-    quiet = ledger.observed(memory, assessments, NOW, jitter=0.0, sick={uuid(0)})
+    quiet = ledger.observed(memory, assessments, NOW, jitter=0.0, unhealthy_gpus={uuid(0)})
     assert quiet.of(MAM.id).failures == 0
     later = ledger.observed(quiet, assessments, NOW + 60, jitter=0.0)
     assert later.of(MAM.id).failures == 0
-    counted = ledger.observed(memory, assessments, NOW, jitter=0.0, sick={uuid(1)})
+    counted = ledger.observed(memory, assessments, NOW, jitter=0.0, unhealthy_gpus={uuid(1)})
     assert counted.of(MAM.id).failures == 1
 
 
 def test_a_rollback_waits_for_the_gpu_too() -> None:
     old, new = workload(MAM, RunState.EXITED), changed(MAM, image="mam:2")
     failed = workload(new, RunState.EXITED)
-    state = observed(old, failed, gpus=SICK)
+    state = observed(old, failed, gpus=UNHEALTHY)
     (item,) = assess(desired(new), state, CONTEXT)
     entry = InstanceMemory(
         failed=item.hash, failed_reason="it exited with 1", ready="x", ready_workload=old.name
@@ -108,7 +108,7 @@ def test_a_rollback_waits_for_the_gpu_too() -> None:
 
 
 def test_its_state_says_so_wherever_it_stands_in_the_file() -> None:
-    gpus = (*SICK, gpu(2, trouble="x"), gpu(3))
+    gpus = (*UNHEALTHY, gpu(2, trouble="x"), gpu(3))
     state = observed(workload(MAM), gpus=gpus)
     rows = gpu_rows(desired(MAM, kept_empty=(uuid(3),)), state)
     assert [(row.state, row.trouble) for row in rows] == [
@@ -131,7 +131,8 @@ def test_memory_errors_and_mig_are_reported_and_decide_nothing() -> None:
     assert plan.empty
 
 
-# --- what makes a GPU sick --------------------------------------------------------------------
+# --- what makes a GPU unhealthy
+# --------------------------------------------------------------------
 
 
 def record(xid: int, at: float = NOW, **values: object) -> XidRecord:
@@ -164,13 +165,13 @@ def test_where_the_driver_does_not_say_a_critical_xid_counts_for_a_while() -> No
 
 
 def test_a_gpu_that_fell_off_the_bus_tells_why_its_entry_is_blocked() -> None:
-    from mic_supervisor.config.document import GpuEntry, GpuKey, Place
+    from mic_supervisor.config.document import GpuEntry, GpuKey, Location
     from mic_supervisor.desired.bind import bind
 
     error = ("cannot read it: the GPU fell off the bus", "reboot")
     inventory = GpuInventory("nvml", (gpu(1),), unopened=(UnopenedGpu(0, *error, uuid(0)),))
     for key in (GpuKey("index", "0"), GpuKey("uuid", uuid(0))):
-        entry = GpuEntry((key,), "MAM", Place("f", 1, 1))
+        entry = GpuEntry((key,), "MAM", Location("f", 1, 1))
         (lost,) = bind([entry], inventory, {"0": uuid(0)}).unsatisfiable
         assert (lost.reason, lost.instances) == ("; ".join(error), ("MAM-aaaaaaaa",))
 
@@ -208,10 +209,10 @@ def test_a_container_that_lost_its_gpu_is_made_anew() -> None:
     ]
 
 
-def test_once_or_unknown_is_not_enough_and_nor_is_a_gpu_that_is_sick_itself() -> None:
+def test_once_or_unknown_is_not_enough_and_nor_is_a_gpu_that_is_unhealthy_itself() -> None:
     assert plan_for([MAM], state_of(failures=1)).empty
     assert plan_for([MAM], state_of(ok=None)).empty
-    assert plan_for([MAM], state_of(*SICK)).empty
+    assert plan_for([MAM], state_of(*UNHEALTHY)).empty
 
 
 def test_it_is_no_failure_of_the_model() -> None:

@@ -142,7 +142,7 @@ def test_a_port_that_a_paused_one_has_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("empty", [(), (uuid(0),)])
-def test_an_orphan_and_a_gpu_to_be_emptied_stay(empty: tuple[str, ...]) -> None:
+def test_an_undesired_one_and_a_gpu_to_be_emptied_stay(empty: tuple[str, ...]) -> None:
     runs = workload(MAM)
     wanted = desired(kept_empty=empty)
     plan = plan_for(wanted, observed(runs), paused(runs, indices=(0,)))
@@ -430,13 +430,13 @@ def test_a_limited_plan_touches_nothing_else(case: Case, chosen: Selection) -> N
     ids = {item.id for item in case.desired.instances if chosen.has(item)}
     needed = {one for item in case.desired.instances if item.id in ids for one in item.gpus}
     empty = {*case.desired.kept_empty} & chosen.gpus
-    orphans = {w.identity.instance for w in workloads(case.observed)} - {
+    undesired = {w.identity.instance for w in workloads(case.observed)} - {
         item.id for item in case.desired.instances
     }
     for step in steps_of(case.plan).values():
         if step.instance in ids:
             continue
-        assert step.instance in orphans
+        assert step.instance in undesired
         assert not isinstance(step, Start | Restart)
         found = subject(step)
         assert found is not None

@@ -17,7 +17,7 @@ from tests.support.mic import Daemon, Mic
 from tests.support.waiting import http, until
 
 GIB = 1 << 30
-PATIENCE = 4.0  # seconds that memory has to be released, instead of the program's own 30
+TIMEOUT = 4.0  # seconds that memory has to be released, instead of the program's own 30
 
 
 def entry(a: str = "", b: str = "", gpus: str = "{0: a, 1: b, 2: none}", tag: str = "1") -> str:
@@ -45,7 +45,7 @@ def nvml(tmp_path: Path, mic: Mic) -> MockNvml:
 
 
 @pytest.fixture
-def stranger() -> Iterator[int]:
+def foreign() -> Iterator[int]:
     process = subprocess.Popen(["sleep", "600"])
     yield process.pid
     process.kill()
@@ -66,27 +66,27 @@ def metrics(mic: Mic) -> str:
     return http(f"{mic.url}/metrics").text
 
 
-def test_a_stranger_blocks_with_who_since_when_and_how_much(
-    mic: Mic, nvml: MockNvml, stranger: int
+def test_a_foreign_process_blocks_with_who_since_when_and_how_much(
+    mic: Mic, nvml: MockNvml, foreign: int
 ) -> None:
-    nvml.change(0, processes=[MockProcess(stranger, 3 * GIB)])
+    nvml.change(0, processes=[MockProcess(foreign, 3 * GIB)])
     mic.write(entry())
     done = mic("apply", rc=3)
-    held = rf"GPU 0 is held by PID {stranger} \(sleep, 3\.0 GiB\), not ours: .*since \d\d:\d\d:\d\d"
+    held = rf"GPU 0 is held by PID {foreign} \(sleep, 3\.0 GiB\), not ours: .*since \d\d:\d\d:\d\d"
     assert re.search(held, done.stdout), done
     assert "hint: end that process, or move the model to another GPU" in done.stdout
     nvml.change(0, processes=[])
     assert "2 as desired" in mic("apply").stdout
 
 
-def test_one_that_is_told_to_wait_is_waited_for(mic: Mic, nvml: MockNvml, stranger: int) -> None:
-    nvml.change(0, processes=[MockProcess(stranger, 3 * GIB)])
+def test_one_that_is_told_to_wait_is_waited_for(mic: Mic, nvml: MockNvml, foreign: int) -> None:
+    nvml.change(0, processes=[MockProcess(foreign, 3 * GIB)])
     mic.write(entry(a=", on_foreign: wait"))
     daemon = mic.run()
     until(lambda: rows(mic)["b"]["phase"] == "unprobed", "the other one")
     row = rows(mic)["a"]
     assert (row["phase"], row["health"]) == ("waiting_vram", "progressing")
-    assert row["reason"].startswith(f"waiting for the GPU: GPU 0 is held by PID {stranger} (sleep")
+    assert row["reason"].startswith(f"waiting for the GPU: GPU 0 is held by PID {foreign} (sleep")
     apply = mic.start("apply")
     until(lambda: "waiting_vram" in mic("status").stdout, "the status")
     assert apply.process.poll() is None
@@ -97,17 +97,17 @@ def test_one_that_is_told_to_wait_is_waited_for(mic: Mic, nvml: MockNvml, strang
 
 
 def test_one_who_comes_later_is_told_of_once_and_disturbs_nothing(
-    mic: Mic, nvml: MockNvml, stranger: int
+    mic: Mic, nvml: MockNvml, foreign: int
 ) -> None:
     mic.write(entry())
     daemon = mic.run()
     until(lambda: [r["phase"] for r in rows(mic).values()] == ["unprobed"] * 2, "both")
     before = {name: row["pid"] for name, row in rows(mic).items()}
 
-    nvml.change(1, processes=[MockProcess(before["b"], GIB), MockProcess(stranger, 3 * GIB)])
-    nvml.change(2, processes=[MockProcess(stranger, 2 * GIB)])
-    on_1 = f"GPU 1 is for b-a0000001 alone, and PID {stranger} (sleep, 3.0 GiB) is on it as well"
-    on_2 = f"GPU 2 is to be kept empty, and PID {stranger} (sleep, 2.0 GiB) holds it"
+    nvml.change(1, processes=[MockProcess(before["b"], GIB), MockProcess(foreign, 3 * GIB)])
+    nvml.change(2, processes=[MockProcess(foreign, 2 * GIB)])
+    on_1 = f"GPU 1 is for b-a0000001 alone, and PID {foreign} (sleep, 3.0 GiB) is on it as well"
+    on_2 = f"GPU 2 is to be kept empty, and PID {foreign} (sleep, 2.0 GiB) holds it"
     until(lambda: f"GPU 2: {on_2}" in daemon.text(), "the log")
     until(lambda: daemon.text().count("is on it as well") == 1, "the other GPU")
     plan = mic("plan").stdout
@@ -127,11 +127,11 @@ def test_one_who_comes_later_is_told_of_once_and_disturbs_nothing(
     nvml.change(1, processes=[MockProcess(before["b"], GIB)])
     nvml.change(2, processes=[])
     until(lambda: daemon.text().count("has left it") == 2, "that it left")
-    assert f"WARNING GPU 1: PID {stranger} (sleep, 3.0 GiB) has left it" in messages(daemon)
+    assert f"WARNING GPU 1: PID {foreign} (sleep, 3.0 GiB) has left it" in messages(daemon)
     assert daemon.text().count("is on it as well") == 1
     assert "is on it as well" in mic("history").stdout
     assert {name: row["pid"] for name, row in rows(mic).items()} == before
-    os.kill(stranger, 0)
+    os.kill(foreign, 0)
     assert daemon.stop() == 0
 
 
@@ -156,7 +156,7 @@ def test_memory_that_nobody_has_is_started_into_where_the_model_fits(
     mic: Mic, nvml: MockNvml
 ) -> None:
     """Both cases wait side by side."""
-    mic.shortened["mic_supervisor.plan.release.PATIENCE"] = PATIENCE
+    mic.shortened["mic_supervisor.plan.release.PATIENCE"] = TIMEOUT
     vram = {"a": ", vram: 20GiB", "b": ", vram: 30GiB"}
     mic.write(entry(**vram))
     daemon = mic.run()
@@ -167,18 +167,18 @@ def test_memory_that_nobody_has_is_started_into_where_the_model_fits(
         os.kill(row["pid"], signal.SIGKILL)
     until(lambda: "starting all the same" in daemon.text(), "the end of patience", timeout=40)
     assert (
-        f"WARNING a-a0000000: after {PATIENCE:g} s still 14.5 GiB to be released on GPU 0, for "
+        f"WARNING a-a0000000: after {TIMEOUT:g} s still 14.5 GiB to be released on GPU 0, for "
         "which the driver lists nobody; starting all the same"
     ) in messages(daemon)
     until(lambda: rows(mic)["a"]["phase"] == "unprobed", "the start")
     until(lambda: rows(mic)["b"]["phase"] == "blocked", "the refusal")
     assert rows(mic)["b"]["reason"] == (
-        f"cannot start b-a0000001: after {PATIENCE:g} s GPU 1 has 24.7 GiB free of the 30.0 GiB "
+        f"cannot start b-a0000001: after {TIMEOUT:g} s GPU 1 has 24.7 GiB free of the 30.0 GiB "
         "that it needs, and the driver lists nobody who has the rest"
     )
     released = re.search(r"mic_gpu_memory_release_seconds_sum ([\d.]+)", metrics(mic))
     assert released is not None
-    assert PATIENCE <= float(released[1]) < PATIENCE + 20
+    assert TIMEOUT <= float(released[1]) < TIMEOUT + 20
     nvml.change(1, memory_used=0)
     until(lambda: rows(mic)["b"]["phase"] == "unprobed", "the release", timeout=20)
     assert daemon.stop() == 0

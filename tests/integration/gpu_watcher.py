@@ -71,7 +71,7 @@ class Watcher(_Watch):
         return None
 
 
-class Eye(_Watch):
+class GpuWatcher(_Watch):
     """Sees every process of some scope.
 
     A model has to say what it holds in its environment: `HOLDS: "${gpu_uuids}"`. Of a tree of

@@ -4,16 +4,16 @@ Taken out is what is in doubt, what is paused, and what was not chosen.
 
 What runs and cannot be told for certain is in doubt: nothing is done with it, nor on its GPUs.
 
-A pause is for who works on something by hand. It holds whatever is of the model or on the GPU,
+A pause is for who works on something by hand. It covers all that is of the model or on the GPU,
 named by the file or not: nothing is created, started, stopped, removed, loaded or unloaded, and no
-failure is counted. What needs something that is held waits for it.
+failure is counted. What needs something of it waits.
 
 A plan may be limited to models and GPUs. Then whatever else there is stays as it is, apart from
 what has to leave the GPUs of the chosen so that they can start. What the file merely no longer
 names is left alone: to limit a plan is no word on that.
 
 Of one model, no more instances change at a time than its rollout allows. And a lane in which
-something failed that no specification is to blame for has a rest.
+something failed that no specification is to blame for has a cooldown.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.assess import Assessment, by_instance, is_alive, left_alone
 from mic_supervisor.plan.departures import follows, needs
-from mic_supervisor.plan.memory import Rest
+from mic_supervisor.plan.memory import Cooldown
 from mic_supervisor.plan.selection import resume, since
 from mic_supervisor.plan.situation import Situation
 from mic_supervisor.plan.words import Code, Reason, because
 
 
-def hold(plan: Plan, s: Situation) -> Plan:
-    """The same plan without the changes of what is held, and without all that depends on them."""
+def exclude(plan: Plan, s: Situation) -> Plan:
+    """The same plan without the changes of what is excluded, and without all that depends on
+    them."""
     held = {one.instance: one for one in _held(s)}
     if not held and not s.memory.paused:
         return plan
@@ -54,17 +55,17 @@ def hold(plan: Plan, s: Situation) -> Plan:
 
 def _take_out(plan: Plan, held: Mapping[str, Blocked], s: Situation) -> Plan:
     taken = [change for change in plan.changes if change.instance in held]
-    rest = [change for change in plan.changes if change.instance not in held]
-    rest, stuck = _without(rest, taken, held, s)
-    told = {item.instance: item for item in plan.blocked if item.instance not in held} | stuck
-    why_not = [_renamed(item, held) for item in told.values()]
-    why_not += [_told(one, plan) for one in held.values() if one.chosen]
+    cooldown = [change for change in plan.changes if change.instance not in held]
+    cooldown, stuck = _without(cooldown, taken, held, s)
+    reported = {item.instance: item for item in plan.blocked if item.instance not in held} | stuck
+    why_not = [_renamed(item, held) for item in reported.values()]
+    why_not += [_as_blocked(one, plan) for one in held.values() if one.chosen]
     left_out = [
         replace(change, steps=())
         for change in taken
         if not held[change.instance].chosen and change.kind != "adopt"
     ]
-    return replace(plan, changes=tuple(rest), blocked=tuple(why_not), left_out=tuple(left_out))
+    return replace(plan, changes=tuple(cooldown), blocked=tuple(why_not), left_out=tuple(left_out))
 
 
 def _held(s: Situation) -> Iterable[Blocked]:
@@ -74,7 +75,7 @@ def _held(s: Situation) -> Iterable[Blocked]:
         if (why := _why(s, item.instance.model, item.gpus, s.is_chosen(item))) is not None:
             yield item.blocked(why)
     # Of several with one id, those that are alive say where it is.
-    for several in by_instance(s.orphans).values():
+    for several in by_instance(s.undesired).values():
         alive = [item for item in several if is_alive(item)] or several
         gpus = {uuid for item in alive for uuid in item.identity.gpus}
         chosen = targets is None or not s.needed.isdisjoint(gpus)
@@ -89,7 +90,7 @@ def _held(s: Situation) -> Iterable[Blocked]:
 
 
 def _why(s: Situation, model: str, gpus: Collection[str], chosen: bool) -> Reason | None:
-    """Why what is of the model, and concerns the GPUs, is held; None: it is not."""
+    """Why what is of the model, and concerns the GPUs, is excluded; None: it is not."""
     paused = s.memory.paused
     found = {uuid: paused.gpus[uuid] for uuid in sorted({*gpus} & paused.gpus.keys())}
     names = [str(s.indices.get(uuid, uuid)) for uuid in found]
@@ -104,9 +105,9 @@ def _why(s: Situation, model: str, gpus: Collection[str], chosen: bool) -> Reaso
 
 
 def _without(
-    rest: list[Change], taken: Iterable[Change], held: Mapping[str, Blocked], s: Situation
+    cooldown: list[Change], taken: Iterable[Change], held: Mapping[str, Blocked], s: Situation
 ) -> tuple[list[Change], dict[str, Blocked]]:
-    """`rest` without what depends on steps that are `taken` out, and why each start is blocked.
+    """`cooldown` without what depends on steps that are `taken` out, and why each start is blocked.
 
     What serves is not stopped while one that follows it is kept from starting. That one may need
     no step before the stop, so there is nothing to see of it in the plan.
@@ -119,11 +120,11 @@ def _without(
     ]
     stuck: dict[str, Blocked] = {}
     while True:
-        stays = {id(one): found for one in rest if (found := _what_stays(one, gone, kept_down))}
+        stays = {id(one): found for one in cooldown if (found := _what_stays(one, gone, kept_down))}
         if not stays:
-            return rest, stuck
-        for change in [one for one in rest if id(one) in stays]:
-            rest = [one for one in rest if one is not change]
+            return cooldown, stuck
+        for change in [one for one in cooldown if id(one) in stays]:
+            cooldown = [one for one in cooldown if one is not change]
             gone |= {step.id: step for step in change.steps}
             late = next((x for x in change.steps if isinstance(x, Start | Restart)), None)
             if late is None:
@@ -152,7 +153,7 @@ def _what_stays(
 
 
 def _renamed(item: Blocked, held: Mapping[str, Blocked]) -> Blocked:
-    """With the hold as the reason, where what is in the way is held."""
+    """With the exclusion as the reason, where what is in the way is excluded."""
     one = held.get(item.why.facts.get("holder", ""))
     if one is None:
         return item
@@ -161,8 +162,8 @@ def _renamed(item: Blocked, held: Mapping[str, Blocked]) -> Blocked:
     return replace(item, why=Reason(code, facts), until=None)
 
 
-def _told(one: Blocked, plan: Plan) -> Blocked:
-    """That it is held; of what is paused, what the plan would have done for it as well."""
+def _as_blocked(one: Blocked, plan: Plan) -> Blocked:
+    """That it is excluded; of what is paused, what the plan would have done for it as well."""
     if not one.paused:
         return one
     due = [
@@ -181,29 +182,29 @@ def _told(one: Blocked, plan: Plan) -> Blocked:
 def _take_out_loads(plan: Plan, s: Situation) -> Plan:
     """Without what is due for paused models in servers that are not paused."""
     paused = s.memory.paused.models
-    rest: list[Change] = []
-    told: dict[str, list[Reason]] = {}
+    cooldown: list[Change] = []
+    reported: dict[str, list[Reason]] = {}
     names: dict[str, list[str]] = {}
     for change in plan.changes:
         step = next(iter(change.steps), None)
         if not isinstance(step, ToModel) or step.placement.model not in paused:
-            rest.append(change)
+            cooldown.append(change)
             continue
         model = step.placement.model
         names.setdefault(change.instance, []).append(model)
         pause = since(paused[model], s.observed.at)
         due = because(Code.WOULD, kind=change.kind, cause=change.why)
-        reasons = told.setdefault(change.instance, [])
+        reasons = reported.setdefault(change.instance, [])
         reasons += [because(Code.MODEL_PAUSED, model=model, pause=pause), due]
     known = {item.instance for item in plan.blocked}  # one reason for each is enough
     blocked = [
         s.by_id[name].blocked(
             Reason(first.kind, {**first.facts, "hint": resume(names[name])}, tuple(more))
         )
-        for name, (first, *more) in told.items()
+        for name, (first, *more) in reported.items()
         if name not in known
     ]
-    return replace(plan, changes=tuple(rest), blocked=(*plan.blocked, *blocked))
+    return replace(plan, changes=tuple(cooldown), blocked=(*plan.blocked, *blocked))
 
 
 # --- what waits for its turn --------------------------------------------------------------------
@@ -244,16 +245,18 @@ def roll(plan: Plan, s: Situation) -> Plan:
     return replace(plan, changes=_with_followers(out))
 
 
-def rest(plan: Plan, s: Situation) -> Plan:
-    """The same plan; the changes of a lane that rests are told to wait."""
-    rests: dict[str, Rest] = {}
+def cooldown(plan: Plan, s: Situation) -> Plan:
+    """The same plan; the changes of a lane in a cooldown wait."""
+    cooldowns: dict[str, Cooldown] = {}
     for change in plan.changes:
-        one = s.memory.of(change.instance).rest
+        one = s.memory.of(change.instance).cooldown
         if one is not None and one.until > s.now and change.steps:
-            rests[change.lane] = max(rests.get(change.lane, one), one, key=lambda it: it.until)
+            cooldowns[change.lane] = max(
+                cooldowns.get(change.lane, one), one, key=lambda it: it.until
+            )
     changes = tuple(
         replace(change, waits=because(Code.NEXT_TRY, failure=one.reason), until=one.until)
-        if change.steps and (one := rests.get(change.lane)) is not None
+        if change.steps and (one := cooldowns.get(change.lane)) is not None
         else change
         for change in plan.changes
     )

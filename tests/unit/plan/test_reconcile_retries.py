@@ -101,7 +101,7 @@ def test_while_the_last_good_one_runs_the_failed_one_is_not_tried() -> None:
     )
 
 
-def test_a_good_one_that_fails_in_its_turn_is_started_with_patience() -> None:
+def test_a_good_one_that_fails_in_its_turn_is_started_with_backoff() -> None:
     new = changed(MAM, image="mam:2")
     good = workload(MAM, RunState.EXITED, exit_code=139)
     entry = failed_once(failures=2, reason="it exited with 139 (SIGSEGV)", retry_at=NOW + 5)
@@ -118,7 +118,7 @@ def test_a_good_one_that_fails_in_its_turn_is_started_with_patience() -> None:
     assert plan_for([new], observed(good), knows(MAM_aaaaaaaa=entry), now=NOW + 5).count == 1
 
 
-def test_a_rollback_does_not_start_beside_a_stranger() -> None:
+def test_a_rollback_does_not_start_beside_a_foreign_process() -> None:
     new, good = changed(MAM, image="mam:2"), workload(MAM, RunState.EXITED)
     held = [gpu(0, processes=(process(4121),))]
     plan = plan_for([new], observed(good, gpus=held), knows(MAM_aaaaaaaa=failed_once()))
@@ -405,7 +405,7 @@ def test_what_is_down_does_not_wait_and_comes_before_those_that_serve() -> None:
     ]
 
 
-def test_what_a_stranger_keeps_down_does_not_hold_up_the_others() -> None:
+def test_what_a_foreign_process_keeps_down_does_not_hold_up_the_others() -> None:
     held = [gpu(0), gpu(1), gpu(2, processes=(process(4121),))]
     plan = plan_for(NEXT, observed(workload(TRIO[0]), workload(TRIO[1]), gpus=held))
     assert turns(plan) == ["replace MAM-aaaaaaaa", "replace MAM-bbbbbbbb later"]

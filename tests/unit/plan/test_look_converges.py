@@ -189,7 +189,7 @@ def pids(world: World) -> dict[str, int | None]:
     return {box.instance: box.pid for box in world.alive()}
 
 
-def check_settled(world: World) -> None:
+def check_converged(world: World) -> None:
     """Exactly what the file names runs, once each."""
     wanted = {item.id: item for item in world.desired.instances}
     running = world.alive()
@@ -208,10 +208,10 @@ def check_settled(world: World) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(FILES, st.sampled_from(RUNTIMES), st.integers(0, 2**32))
-def test_an_empty_machine_settles_and_stays_so(file: File, runtime: str, seed: int) -> None:
+def test_an_empty_machine_converges_and_stays_so(file: File, runtime: str, seed: int) -> None:
     world, trouble = world_of(file, runtime, seed)
-    assert world.settle(trouble.chance, 8) <= 4
-    check_settled(world)
+    assert world.converge(trouble.chance, 8) <= 4
+    check_converged(world)
     before = pids(world)
     for event in ("restart", "lose memory", "wait"):
         happen(world, trouble, event)
@@ -228,7 +228,7 @@ def test_an_empty_machine_settles_and_stays_so(file: File, runtime: str, seed: i
     st.sampled_from(RUNTIMES),
     st.integers(0, 2**32),
 )
-def test_a_machine_settles_after_any_trouble(
+def test_a_machine_converges_after_any_trouble(
     first: File, events: list[str | File], last: File, runtime: str, seed: int
 ) -> None:
     world, trouble = world_of(first, runtime, seed, rate=0.2)
@@ -240,8 +240,8 @@ def test_a_machine_settles_after_any_trouble(
     world.listening.clear()
     world.unreadable.clear()
     happen(world, trouble, last)
-    world.settle(trouble.chance, ROUNDS)
-    check_settled(world)
+    world.converge(trouble.chance, ROUNDS)
+    check_converged(world)
     before = pids(world)
     for _ in range(3):
         world.pass_time(700.0)
@@ -260,7 +260,7 @@ def test_what_nothing_happened_to_is_never_restarted(
     first: File, events: list[str | File], runtime: str, seed: int
 ) -> None:
     world, trouble = world_of(first, runtime, seed)
-    world.settle(trouble.chance, 6)
+    world.converge(trouble.chance, 6)
     before = pids(world)
     for event in events:
         happen(world, trouble, event)
@@ -274,7 +274,7 @@ def test_what_nothing_happened_to_is_never_restarted(
 def test_a_bad_version_is_rolled_back_and_the_machine_serves_on(runtime: str) -> None:
     good = File(("A", "A", "B", ""))
     world, trouble = world_of(good, runtime, 1)
-    world.settle(trouble.chance, 6)
+    world.converge(trouble.chance, 6)
     happen(world, trouble, replace(good, bad=True))
     for _ in range(30):
         rounds(world, trouble.chance)
@@ -287,7 +287,7 @@ def test_a_bad_version_is_rolled_back_and_the_machine_serves_on(runtime: str) ->
     ]
     assert {getattr(box.launch.spec, "image", "") for box in world.alive()} == {"A:1", "B:1"}
     happen(world, trouble, replace(good, version=2))
-    world.settle(trouble.chance, ROUNDS)
+    world.converge(trouble.chance, ROUNDS)
     assert {getattr(box.launch.spec, "image", "") for box in world.alive()} == {"A:2", "B:2"}
 
 
@@ -311,7 +311,7 @@ def test_a_workload_that_always_crashes_is_tried_ever_more_slowly(runtime: str) 
 
 def test_one_model_rolls_one_gpu_at_a_time_and_the_others_serve_meanwhile() -> None:
     world, trouble = world_of(File(("A", "A", "A", "A")), "subprocess", 1)
-    world.settle(trouble.chance, 6)
+    world.converge(trouble.chance, 6)
     happen(world, trouble, File(("A", "A", "A", "A"), version=2))
     for _ in range(40):
         rounds(world, trouble.chance)
@@ -326,7 +326,7 @@ def test_one_model_rolls_one_gpu_at_a_time_and_the_others_serve_meanwhile() -> N
 
 def test_a_stop_that_gets_stuck_holds_its_gpu_and_nothing_else() -> None:
     world, trouble = world_of(File(("A", "B", "", "")), "subprocess", 1)
-    world.settle(trouble.chance, 6)
+    world.converge(trouble.chance, 6)
     old = world.alive("A-aaaaaaaa")[0]
     world.fails = lambda step: "it does not end" if step.id == f"stop {old.launch.name}" else None
     happen(world, trouble, File(("B", "S", "", "")))
@@ -334,16 +334,16 @@ def test_a_stop_that_gets_stuck_holds_its_gpu_and_nothing_else() -> None:
         rounds(world, trouble.chance)
     assert sorted(pids(world)) == ["A-aaaaaaaa", "S-bbbbbbbb"]
     world.fails = lambda step: None
-    world.settle(trouble.chance, ROUNDS)
-    check_settled(world)
+    world.converge(trouble.chance, ROUNDS)
+    check_converged(world)
 
 
 def test_changes_are_made_in_place_where_they_can_be() -> None:
     world, trouble = world_of(File(("S", "", "", "")), "subprocess", 1)
-    world.settle(trouble.chance, 6)
+    world.converge(trouble.chance, 6)
     before = pids(world)
     happen(world, trouble, File(("S", "", "", ""), count=4))
-    world.settle(trouble.chance, 6)
+    world.converge(trouble.chance, 6)
     assert pids(world) == before
     assert world.alive()[0].loaded["S"][0] == "digest-S-4"
 
@@ -351,6 +351,6 @@ def test_changes_are_made_in_place_where_they_can_be() -> None:
 def test_the_file_that_is_applied_twice_changes_nothing_the_second_time() -> None:
     file = File(("Q", "Q", "P", "F"))
     world, trouble = world_of(file, "systemd", 1)
-    world.settle(trouble.chance, 6)
+    world.converge(trouble.chance, 6)
     world.desired = file.desired()
     assert world.look().empty
