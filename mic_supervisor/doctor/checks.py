@@ -21,7 +21,6 @@ from mic_supervisor.daemon.client import Client
 from mic_supervisor.desired import desired_state
 from mic_supervisor.doctor import Check, Finding, fail, host, ok, warn
 from mic_supervisor.errors import ConfigError, MicError, RuntimeUnavailable
-from mic_supervisor.gpu.nvml import read_modes
 from mic_supervisor.gpu.source import open_source
 from mic_supervisor.host.processes import listener_owners, listeners
 from mic_supervisor.model import ContainerSpec, DesiredState, GpuInventory
@@ -75,7 +74,7 @@ def checks(found: Settings) -> list[Check]:
             Check(f"plug-in {name}", partial(plug_in, registry, name))
             for name in registry.plug_ins()
         ),
-        Check("gpus", lambda: host.gpus(inventory, read_modes if real else lambda: ())),
+        Check("gpus", lambda: host.gpus(inventory)),
         *docker,
         Check("systemd", host.systemd),
         Check("daemon", lambda: host.daemon(ask_daemon, found.socket, found.lock_path)),

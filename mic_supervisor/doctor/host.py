@@ -14,11 +14,10 @@ from typing import Any
 from mic_supervisor.config.settings import Address, PortRange, Settings
 from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.errors import MicError
-from mic_supervisor.gpu.nvml import GpuModes
 from mic_supervisor.host import programs
 from mic_supervisor.host.lock import lock_holder
 from mic_supervisor.host.processes import environ, processes
-from mic_supervisor.model import GpuInventory, Listener
+from mic_supervisor.model import Gpu, GpuInventory, Listener
 from mic_supervisor.runtimes.docker.engine import Engine
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 
@@ -34,9 +33,7 @@ _UNIT, _SLICE = "mic.service", "mic.slice"
 # --- GPUs ---------------------------------------------------------------------------------------
 
 
-def gpus(
-    read_gpus: Callable[[], GpuInventory], modes: Callable[[], tuple[GpuModes, ...]]
-) -> Iterator[Finding]:
+def gpus(read_gpus: Callable[[], GpuInventory]) -> Iterator[Finding]:
     inventory = read_gpus()
     if inventory.source == "none":
         yield warn(
@@ -65,16 +62,23 @@ def gpus(
                 f"is unhealthy: {gpu.trouble}; nothing is started on it",
                 f"stop what uses it, then: nvidia-smi --gpu-reset -i {gpu.index}; or reboot",
             )
-        if gpu.processes is None:
+        if gpu.processes is None and gpu.unlisted is None:
             yield warn(
                 f"gpu {gpu.index}",
                 "its holders cannot be read, so nothing is started on it",
                 "check it with: nvidia-smi",
             )
-    yield from _modes(modes())
+        elif gpu.processes is None:
+            yield warn(
+                f"gpu {gpu.index}",
+                "the driver does not say who is on it, so only a model that ignores foreign "
+                "processes is started there",
+                "set `on_foreign: ignore` for a model that has this GPU to itself",
+            )
+    yield from _modes(inventory.gpus)
 
 
-def _modes(found: tuple[GpuModes, ...]) -> Iterator[Finding]:
+def _modes(found: tuple[Gpu, ...]) -> Iterator[Finding]:
     if asleep := [item.index for item in found if item.persistence is False]:
         yield warn(
             "persistence mode",

@@ -421,24 +421,6 @@ def _plausible(row: Any, total: int | None) -> bool:
     return 0 < row.pid <= _LAST_PID and fits
 
 
-@dataclass(frozen=True, slots=True)
-class GpuModes:
-    """None: this GPU does not have the mode, or does not tell."""
-
-    index: int
-    persistence: bool | None
-    mig: bool | None
-
-
-def read_modes() -> tuple[GpuModes, ...]:
-    """The modes of every GPU that can be read; empty where NVML does not answer."""
-    source = NvmlSource()
-    try:
-        return tuple(GpuModes(gpu.index, gpu.persistence, gpu.mig) for gpu in source.observe().gpus)
-    finally:
-        source.close()
-
-
 def _failed(cause: str, hint: str) -> GpuInventory:
     return GpuInventory(source="nvml", error=f"cannot read GPUs: {cause}", hint=hint)
 

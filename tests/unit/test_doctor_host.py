@@ -16,10 +16,8 @@ from mic_supervisor.doctor import (
     Finding,
     host,
 )
-from mic_supervisor.gpu.nvml import GpuModes, read_modes
 from mic_supervisor.host.lock import lock_holder, writer
 from mic_supervisor.model import Gpu, GpuInventory, Listener, UnopenedGpu
-from tests.mock_nvml import MockGpu, MockNvml
 
 
 def said(findings: Iterator[Finding] | list[Finding]) -> list[str]:
@@ -95,16 +93,22 @@ def test_an_engine_that_cannot_give_gpus(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_gpus() -> None:
     inventory = GpuInventory(
         "nvml",
-        gpus=(Gpu("GPU-a", 0, "NVIDIA A100", processes=()), Gpu("GPU-b", 2, "NVIDIA A100")),
+        gpus=(
+            Gpu("GPU-a", 0, "NVIDIA A100", processes=(), persistence=False, mig=True),
+            Gpu("GPU-b", 2, "NVIDIA A100", persistence=True),
+            Gpu("GPU-c", 3, "NVIDIA A100", unlisted="untold"),
+        ),
         unopened=(UnopenedGpu(1, "cannot open it: it fell off the bus", "reboot"),),
         driver="575.57.08",
     )
-    modes = (GpuModes(0, persistence=False, mig=True), GpuModes(2, persistence=True, mig=None))
-    assert said(host.gpus(lambda: inventory, lambda: modes)) == [
-        "ok    gpus: 2 of them (NVIDIA A100), driver 575.57.08",
+    assert said(host.gpus(lambda: inventory)) == [
+        "ok    gpus: 3 of them (NVIDIA A100), driver 575.57.08",
         "fail  gpu 1: cannot open it: it fell off the bus; fix: reboot",
         "warn  gpu 2: its holders cannot be read, so nothing is started on it; "
         "fix: check it with: nvidia-smi",
+        "warn  gpu 3: the driver does not say who is on it, so only a model that ignores foreign "
+        "processes is started there; fix: set `on_foreign: ignore` for a model that has this GPU "
+        "to itself",
         "warn  persistence mode: is off on GPU 0: each start wakes the driver first, for seconds; "
         "fix: switch it on with: systemctl enable --now nvidia-persistenced",
         "warn  mig: is on for GPU 0: instances get whole GPUs, and utilization is unknown; "
@@ -135,25 +139,7 @@ def test_gpus() -> None:
     ],
 )
 def test_no_gpus(inventory: GpuInventory, line: str) -> None:
-    assert said(host.gpus(lambda: inventory, lambda: ())) == [line]
-
-
-def test_modes_come_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mock = MockNvml(tmp_path)
-    mock.load(monkeypatch.setenv)
-    mock.set(
-        [
-            MockGpu(persistence_mode=0, mig_mode=(1, 1)),
-            MockGpu(persistence_mode=None, mig_mode=None),
-            MockGpu(open_error=15),
-        ]
-    )
-    assert read_modes() == (
-        GpuModes(0, persistence=False, mig=True),
-        GpuModes(1, persistence=None, mig=None),
-    )
-    mock.break_library(999)
-    assert read_modes() == ()
+    assert said(host.gpus(lambda: inventory)) == [line]
 
 
 # --- systemd and the daemon -------------------------------------------------------------------

@@ -175,6 +175,18 @@ def test_a_gpu_in_mig_mode_has_no_utilization(mock: MockNvml, source: NvmlSource
     assert gpu.memory is not None
 
 
+def test_modes_that_a_gpu_does_not_have_are_none(mock: MockNvml, source: NvmlSource) -> None:
+    mock.set(
+        [
+            MockGpu(persistence_mode=0, mig_mode=(1, 1)),
+            MockGpu(persistence_mode=None, mig_mode=None),
+            MockGpu(open_error=15),
+        ]
+    )
+    found = [(gpu.index, gpu.persistence, gpu.mig) for gpu in source.observe().gpus]
+    assert found == [(0, False, True), (1, None, None)]
+
+
 # --- holders ----------------------------------------------------------------------------------
 
 
