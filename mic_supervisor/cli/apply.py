@@ -87,7 +87,7 @@ def down(yes: bool) -> int:
     from mic_supervisor.plan.assess import workloads
 
     found = wiring.settings()
-    if Client.connect(found.socket) is not None:
+    if Client.connect(found.socket, found.scope) is not None:
         raise MicError(
             "cannot remove what the daemon keeps running: it would start it again",
             hint="stop the daemon first: systemctl stop mic",

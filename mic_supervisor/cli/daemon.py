@@ -57,7 +57,7 @@ def reload(wait: bool) -> int:
     from mic_supervisor.daemon.client import Client
 
     found = wiring.settings()
-    client = Client.connect(found.socket)
+    client = Client.connect(found.socket, found.scope)
     if client is None:
         raise MicError(
             f"cannot reload: no daemon listens on {found.socket}",

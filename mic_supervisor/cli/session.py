@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mic_supervisor.config.env_file import SOCKET, setting
+from mic_supervisor.config.env_file import DEFAULT_SCOPE, setting, socket_of
 from mic_supervisor.daemon.client import Client
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ async def _call(
 
 def daemon() -> Client | None:
     """One request to the daemon; None: none runs."""
-    return Client.connect(Path(setting("MIC_SOCKET", SOCKET, os.environ)))
+    scope = setting("MIC_SCOPE", DEFAULT_SCOPE, os.environ)
+    return Client.connect(Path(setting("MIC_SOCKET", socket_of(scope), os.environ)), scope)
 
 
 def ask(method: str, params: Mapping[str, Any] | None = None) -> Any:

@@ -15,6 +15,7 @@ from mic_supervisor.host.files import read_text
 from mic_supervisor.text import unseen
 
 ENV_FILE = Path("/etc/mic/mic.env")
+DEFAULT_SCOPE = "default"
 SOCKET = "/run/mic/mic.sock"
 
 SYSTEMD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -105,6 +106,11 @@ def _shown(value: str) -> str:
     if _NEEDS_NO_QUOTES.fullmatch(value):
         return value
     return '"' + re.sub(r'["\\`$]', r"\\\g<0>", value) + '"'
+
+
+def socket_of(scope: str) -> str:
+    """Where the daemon of a scope listens unless MIC_SOCKET says so: two share no socket."""
+    return SOCKET if scope == DEFAULT_SCOPE else f"/run/mic/{scope}.sock"
 
 
 def setting(name: str, default: str, environ: Mapping[str, str], env_file: Path = ENV_FILE) -> str:

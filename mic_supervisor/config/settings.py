@@ -21,7 +21,14 @@ from pydantic_settings import (
 
 from mic_supervisor.config.diagnostics import At, Report, closest, show
 from mic_supervisor.config.document import Location
-from mic_supervisor.config.env_file import ENV_FILE, SOCKET, Assignment, parse_env_file
+from mic_supervisor.config.env_file import (
+    DEFAULT_SCOPE,
+    ENV_FILE,
+    SOCKET,
+    Assignment,
+    parse_env_file,
+    socket_of,
+)
 from mic_supervisor.config.types import PositiveDuration
 from mic_supervisor.host.files import read_text
 
@@ -173,7 +180,7 @@ class Settings(BaseSettings):
     process_runtime: Literal["auto", "systemd", "subprocess"] = "auto"
     port_range: Annotated[PortRange, PlainValidator(_port_range)] = PortRange(20000, 20999)
     resync: PositiveDuration = 10.0
-    scope: Annotated[str, PlainValidator(_scope)] = "default"
+    scope: Annotated[str, PlainValidator(_scope)] = DEFAULT_SCOPE
     on_stop: Literal["keep", "stop"] = "keep"
     docker_config: AbsolutePath | None = None
     http_token_file: AbsolutePath | None = None
@@ -247,6 +254,8 @@ def load_settings(environ: Mapping[str, str], env_file: Path = ENV_FILE) -> Sett
             report.add(At(location, name), _words(fault, name, merged[name]))
     if report:
         report.fail()
+    if "MIC_SOCKET" not in merged:
+        return settings.model_copy(update={"socket": Path(socket_of(settings.scope))})
     return settings
 
 

@@ -18,14 +18,15 @@ _CONNECT_TIMEOUT = 5.0  # seconds
 
 
 class Client:
-    """One request to a running daemon."""
+    """One request to the running daemon of a scope."""
 
-    def __init__(self, connection: socket.socket, path: Path) -> None:
+    def __init__(self, connection: socket.socket, path: Path, scope: str) -> None:
         self._connection = connection
         self._path = path
+        self._scope = scope
 
     @classmethod
-    def connect(cls, path: Path) -> Client | None:
+    def connect(cls, path: Path, scope: str) -> Client | None:
         """None: no daemon runs. Raises MicError when one may run and cannot be talked to."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(_CONNECT_TIMEOUT)
@@ -39,13 +40,20 @@ class Client:
             if isinstance(error, PermissionError):
                 why, hint = "permission denied", "run as root, or add yourself to the group mic"
             raise MicError(f"cannot talk to the daemon at {path}: {why}", hint=hint) from error
-        return cls(connection, path)
+        return cls(connection, path, scope)
+
+    def close(self) -> None:
+        """Ask nothing."""
+        self._connection.close()
 
     def send(self, method: str) -> None:
         """Ask, and do not wait for the answer."""
-        request = {"version": VERSION, "method": method, "params": {}}
         with self._connection:
-            self._connection.sendall(json.dumps(request).encode() + b"\n")
+            self._connection.sendall(self._request(method, {}).encode())
+
+    def _request(self, method: str, params: Mapping[str, Any]) -> str:
+        request = {"version": VERSION, "scope": self._scope, "method": method, "params": params}
+        return json.dumps(request) + "\n"
 
     def call(
         self,
@@ -60,11 +68,10 @@ class Client:
         `timeout` bounds the wait for each line, in seconds; None waits as long as the daemon lives.
         Raises ConfigError or MicError as the daemon says, MicError when it goes away.
         """
-        request = {"version": VERSION, "method": method, "params": dict(params or {})}
         self._connection.settimeout(timeout)
         try:
             with self._connection, self._connection.makefile("rw", encoding="utf-8") as stream:
-                stream.write(json.dumps(request) + "\n")
+                stream.write(self._request(method, dict(params or {})))
                 stream.flush()
                 for line in stream:
                     answer = codec.parse(line)

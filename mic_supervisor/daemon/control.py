@@ -1,7 +1,7 @@
 """The daemon's ear: one request a connection over a unix socket, answered line by line.
 
-A request is one JSON document on a line, `{"version": 1, "method": …, "params": {…}}`. The answer
-is any number of lines `{"event": {…}}` and then one `{"result": …}` or `{"error": {…}}`.
+A request is one JSON document on a line, `{"version": 1, "scope": …, "method": …, "params": {…}}`.
+The answer is any number of lines `{"event": {…}}` and then one `{"result": …}` or `{"error": {…}}`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,30 @@ from typing import Any
 from mic_supervisor import codec
 from mic_supervisor.converge.session import Method
 from mic_supervisor.converge.tasks import end
-from mic_supervisor.daemon.client import VERSION
+from mic_supervisor.daemon.client import VERSION, Client
+from mic_supervisor.daemon.log import LOGGER
 from mic_supervisor.errors import ConfigError, MicError
 
 _LONGEST_REQUEST = 1 << 16  # bytes
 _REQUEST_TIMEOUT = 10.0  # seconds for a client to say what it wants
 _POLL = 2.0  # seconds between two looks at whether the socket is still there
+_MOST_CLIENTS = 128  # that are served at a time; each takes a descriptor
 _MOST_UNREAD = 1 << 22  # bytes that are kept for a client that does not read
 
+_IN_THE_LOG = "the daemon's log has more: journalctl -u mic"
 _SAME_VERSION = "use the command of the version that the daemon is of, or restart the daemon"
 
 
 class ControlServer:
-    """Serves `methods` by name. A client that goes away cancels its own waiting only."""
+    """Serves `methods` by name to clients that mean `scope`.
 
-    def __init__(self, path: Path, methods: Mapping[str, Method]) -> None:
+    A client that goes away cancels its own waiting only.
+    """
+
+    def __init__(self, path: Path, methods: Mapping[str, Method], scope: str) -> None:
         self._path = path
         self._methods = methods
+        self._scope = scope
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
         self._inode = 0
@@ -43,8 +50,15 @@ class ControlServer:
     async def start(self) -> None:
         """Bind the socket, 0660 and of the group mic where there is one.
 
-        What a killed predecessor left is taken over: the scope's lock says that nobody listens.
+        What a killed predecessor left is taken over. Raises MicError, also where another daemon
+        listens: it is of another scope, since this one's lock is had.
         """
+        if (other := Client.connect(self._path, self._scope)) is not None:
+            other.close()
+            raise MicError(
+                f"cannot listen on {self._path}: another daemon listens there",
+                hint="point MIC_SOCKET of one of the two to another path",
+            )
         try:
             self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._path.unlink(missing_ok=True)
@@ -105,6 +119,9 @@ class ControlServer:
         task.set_name("the answer to a command")
         self._clients.add(task)
         try:
+            if len(self._clients) > _MOST_CLIENTS:
+                _send(writer, error=_document(MicError("cannot answer: too many ask at once")))
+                return
             await self._answer(reader, writer)
         except (ConnectionError, TimeoutError):
             pass  # the client is gone, or says nothing; there is nobody to tell
@@ -114,13 +131,38 @@ class ControlServer:
             self._clients.discard(task)
             writer.close()
 
+    def _request(self, line: bytes) -> tuple[str, Mapping[str, Any]]:
+        """(method, params). Raises MicError where it is none, or is for another daemon."""
+        try:
+            request = codec.parse(line)
+        except codec.BadDocument:
+            raise MicError("cannot answer: the request is no line of JSON") from None
+        if not isinstance(request, dict):
+            raise MicError("cannot answer: the request is no JSON object")
+        version, params = request.get("version"), request.get("params", {})
+        if version != VERSION or isinstance(version, bool):
+            raise MicError(
+                f"cannot answer: this daemon speaks version {VERSION}, the request is of "
+                f"{version!r}",
+                hint=_SAME_VERSION,
+            )
+        scope = request.get("scope", self._scope)  # a command of an earlier version does not say
+        if scope != self._scope:
+            raise MicError(
+                f"cannot answer: this is the daemon of scope {self._scope}, not of {scope}",
+                hint=f"unset MIC_SOCKET, or point it to where the daemon of {scope} listens",
+            )
+        if not isinstance(params, dict):
+            raise MicError("cannot answer: params is no JSON object")
+        return str(request.get("method")), params
+
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(_REQUEST_TIMEOUT):
                 line = await reader.readline()
             if not line:
                 return
-            name, params = _request(line)
+            name, params = self._request(line)
             method = self._methods.get(name)
             if method is None:
                 raise MicError(f"cannot answer: there is no method {name!r}", hint=_SAME_VERSION)
@@ -141,29 +183,15 @@ class ControlServer:
             _send(writer, result=work.result())
         except MicError as error:
             _send(writer, error=_document(error))
+        # A defect in one answer is told to who asked, and in the log, and costs the daemon nothing.
+        except Exception as error:  # noqa: BLE001 - see above
+            LOGGER.exception("cannot answer %s", name)
+            failure = MicError(f"cannot answer: {type(error).__name__}: {error}", hint=_IN_THE_LOG)
+            _send(writer, error=_document(failure))
         finally:
             work.cancel()
             gone.cancel()
         await writer.drain()
-
-
-def _request(line: bytes) -> tuple[str, Mapping[str, Any]]:
-    """(method, params). Raises MicError where it is none."""
-    try:
-        request = codec.parse(line)
-    except codec.BadDocument:
-        raise MicError("cannot answer: the request is no line of JSON") from None
-    if not isinstance(request, dict):
-        raise MicError("cannot answer: the request is no JSON object")
-    version, params = request.get("version"), request.get("params", {})
-    if version != VERSION or isinstance(version, bool):
-        raise MicError(
-            f"cannot answer: this daemon speaks version {VERSION}, the request is of {version!r}",
-            hint=_SAME_VERSION,
-        )
-    if not isinstance(params, dict):
-        raise MicError("cannot answer: params is no JSON object")
-    return str(request.get("method")), params
 
 
 def _document(error: MicError) -> dict[str, Any]:

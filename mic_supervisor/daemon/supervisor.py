@@ -119,7 +119,7 @@ class Supervisor:
             reload=self._asked_to_reload,
             follows=self._generations.follows,
         )
-        control = ControlServer(self._settings.socket, session.methods())
+        control = ControlServer(self._settings.socket, session.methods(), self._settings.scope)
         await control.start()
         streams_over = threading.Event()
         keep = self._parts.keep

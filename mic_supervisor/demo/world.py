@@ -142,7 +142,7 @@ class World:
     def status(self) -> dict[str, Any]:
         """The document of `status --json`; the daemon's own while it runs."""
         if self.daemon_runs:
-            client = Client.connect(Path(self.settings["MIC_SOCKET"]))
+            client = Client.connect(Path(self.settings["MIC_SOCKET"]), self.scope)
             if client is not None:
                 document: dict[str, Any] = client.call("status", timeout=10.0)
                 return document
@@ -181,7 +181,7 @@ class World:
     def _daemon_answers(self) -> bool:
         if not self.daemon_runs:
             raise DemoFailed(f"the daemon ended:\n{self.daemon_log.read_text().strip()}")
-        client = Client.connect(Path(self.settings["MIC_SOCKET"]))
+        client = Client.connect(Path(self.settings["MIC_SOCKET"]), self.scope)
         return client is not None and bool(client.call("ping", timeout=10.0))
 
     def kill_daemon(self) -> None:

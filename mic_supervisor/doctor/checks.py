@@ -52,7 +52,7 @@ def checks(found: Settings) -> list[Check]:
         return desired_state(loaded(), inventory(), bindings(), registry, found.instance_data)
 
     def ask_daemon() -> Any:
-        client = Client.connect(found.socket)
+        client = Client.connect(found.socket, found.scope)
         return None if client is None else client.call("status", timeout=10.0)
 
     def no_docker() -> Iterator[Finding]:

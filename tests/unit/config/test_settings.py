@@ -41,6 +41,15 @@ def test_without_anything_the_defaults_hold(tmp_path: Path) -> None:
     assert (found.log_level, found.log_format, found.unread) == ("info", "text", None)
 
 
+def test_each_scope_has_a_socket_of_its_own(tmp_path: Path) -> None:
+    def socket(**environ: str) -> str:
+        return str(load_settings(environ, tmp_path / "none").socket)
+
+    assert socket() == socket(MIC_SCOPE="default") == "/run/mic/mic.sock"
+    assert socket(MIC_SCOPE="lab") == "/run/mic/lab.sock"
+    assert socket(MIC_SCOPE="lab", MIC_SOCKET="/run/x") == "/run/x"
+
+
 def test_every_variable_of_the_contract_is_there() -> None:
     names = """
         CONFIG LISTEN SOCKET STATE_DIR RUN_DIR DOCKER_HOST GPU_SOURCE PROCESS_RUNTIME PORT_RANGE

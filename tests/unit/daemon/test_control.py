@@ -18,6 +18,7 @@ from mic_supervisor.daemon.client import Client
 from mic_supervisor.daemon.control import ControlServer
 from mic_supervisor.errors import ConfigError, MicError
 
+SCOPE = "test"
 EVENT = Event("progress", 1.0, "mam", "x" * 1000, gpus=("GPU-1",))
 
 
@@ -28,7 +29,7 @@ class Served:
         self.path = path
         self.cancelled = asyncio.Event()
         self.begun = asyncio.Event()
-        self.server = ControlServer(path, self.methods())
+        self.server = ControlServer(path, self.methods(), SCOPE)
 
     def methods(self) -> dict[str, Method]:
         async def echo(params: Mapping[str, Any], emit: Emit) -> Any:
@@ -57,10 +58,16 @@ class Served:
         async def refuse(_params: Mapping[str, Any], _emit: Emit) -> Any:
             raise MicError("cannot do it: no", hint="try")
 
+        async def break_down(_params: Mapping[str, Any], _emit: Emit) -> Any:
+            raise KeyError("a defect")
+
         async def reject(_params: Mapping[str, Any], _emit: Emit) -> Any:
             raise ConfigError("broken", rendered="gpus.yaml:1:1: error", hint="mend it")
 
-        return {"echo": echo, "wait": wait, "shout": shout, "refuse": refuse, "reject": reject}
+        return {
+            **{"echo": echo, "wait": wait, "shout": shout, "refuse": refuse, "reject": reject},
+            "break_down": break_down,
+        }
 
 
 def serving(tmp_path: Path, test: Callable[[Served], Awaitable[None]]) -> None:
@@ -78,7 +85,7 @@ def serving(tmp_path: Path, test: Callable[[Served], Awaitable[None]]) -> None:
 
 async def call(served: Served, method: str, **params: Any) -> Any:
     def ask() -> Any:
-        client = Client.connect(served.path)
+        client = Client.connect(served.path, SCOPE)
         assert client is not None
         return client.call(method, params, emit=heard.append)
 
@@ -202,7 +209,7 @@ def test_what_a_killed_daemon_left_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(tmp_path / "run" / "mic.sock"))
-    assert Client.connect(tmp_path / "run" / "mic.sock") is None
+    assert Client.connect(tmp_path / "run" / "mic.sock", SCOPE) is None
 
     async def test(served: Served) -> None:
         assert (await call(served, "echo"))[0] == {}
@@ -213,10 +220,70 @@ def test_what_a_killed_daemon_left_is_taken_over(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_bound(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(MicError, match=r"cannot listen on .*: (Not a directory|File exists)"):
-        asyncio.run(ControlServer(tmp_path / "run" / "mic.sock", {}).start())
+        asyncio.run(ControlServer(tmp_path / "run" / "mic.sock", {}, SCOPE).start())
 
 
 def test_no_daemon_is_none_and_no_error(tmp_path: Path) -> None:
-    assert Client.connect(tmp_path / "mic.sock") is None
+    assert Client.connect(tmp_path / "mic.sock", SCOPE) is None
     (tmp_path / "file").touch()
-    assert Client.connect(tmp_path / "file" / "mic.sock") is None
+    assert Client.connect(tmp_path / "file" / "mic.sock", SCOPE) is None
+
+
+def test_a_request_for_another_scope_is_refused(tmp_path: Path) -> None:
+    async def test(served: Served) -> None:
+        def ask() -> Any:
+            client = Client.connect(served.path, "production")
+            assert client is not None
+            return client.call("echo")
+
+        with pytest.raises(MicError, match="this is the daemon of scope test, not of production"):
+            await asyncio.to_thread(ask)
+        reader, _ = await dial(served, request("echo"))  # as commands before 0.1 ask
+        assert "event" in json.loads(await reader.readline())
+
+    serving(tmp_path, test)
+
+
+def test_the_socket_of_another_daemon_is_left_to_it(tmp_path: Path) -> None:
+    async def test(served: Served) -> None:
+        with pytest.raises(MicError, match="another daemon listens there") as caught:
+            await ControlServer(served.path, {}, "other").start()
+        assert caught.value.hint == "point MIC_SOCKET of one of the two to another path"
+        assert (await call(served, "echo", a=1))[0] == {"a": 1}
+
+    serving(tmp_path, test)
+
+
+def test_a_defect_in_one_answer_is_told_and_costs_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(served: Served) -> None:
+        with pytest.raises(MicError, match="cannot answer: KeyError: 'a defect'"):
+            await call(served, "break_down")
+        assert "Traceback" in caplog.text
+        assert (await call(served, "echo"))[0] == {}
+
+    serving(tmp_path, test)
+
+
+def test_clients_are_bounded_in_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_MOST_CLIENTS", 3)
+
+    async def test(served: Served) -> None:
+        idle = [await dial(served, b"") for _ in range(3)]
+        await asyncio.sleep(0)
+        reader, _ = await dial(served, request("echo"))
+        assert json.loads(await reader.readline())["error"]["message"] == (
+            "cannot answer: too many ask at once"
+        )
+        for _, writer in idle:
+            writer.close()
+            await writer.wait_closed()
+        for _ in range(1000):
+            answer = await dial(served, request("echo"))
+            if "event" in json.loads(await answer[0].readline()):
+                return
+            await asyncio.sleep(0.01)
+        pytest.fail("no room again")
+
+    serving(tmp_path, test)
