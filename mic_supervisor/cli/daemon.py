@@ -31,7 +31,7 @@ def run() -> int:
     found = wiring.settings()
     serve = serving(found)
     set_up(found.log_level, found.log_format, journal="JOURNAL_STREAM" in os.environ)
-    with writer(found.lock_path, "mic-supervisor run", _LOCK_TIMEOUT):
+    with writer(found.lock_path, "mic-supervisor run", _LOCK_TIMEOUT) as renew_lock:
         machine = wiring.machine(found, create_key=True)
         supervisor = Supervisor(
             settings=found,
@@ -39,6 +39,7 @@ def run() -> int:
             sources=machine.sources,
             state=machine.state,
             context=machine.context,
+            renew_lock=renew_lock,
         )
         # Not asyncio.run, which waits without an end for threads that hang.
         asyncio.new_event_loop().run_until_complete(supervisor.run(serve))

@@ -27,7 +27,7 @@ from mic_supervisor.daemon.notify import Notifier, sentence
 from mic_supervisor.daemon.parts import Parts, in_thread
 from mic_supervisor.daemon.watch import GpuWatch, watch
 from mic_supervisor.desired import FileDesired
-from mic_supervisor.errors import MicError, RuntimeUnavailable
+from mic_supervisor.errors import LockHeld, MicError, RuntimeUnavailable
 from mic_supervisor.host import host_name
 from mic_supervisor.http.documents import LoopState, Published
 from mic_supervisor.http.server import HttpServer
@@ -35,6 +35,7 @@ from mic_supervisor.plan.assess import Context
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.runtimes import Runtime
 
+_LOCK_POLL = 2.0  # seconds between two looks at whether the lock's file is still there
 _STREAM_DELAY = 1.0  # seconds between two tries to follow a runtime's events
 _LAST_STEPS = 2.5  # seconds for steps under way to end: a daemon is gone 5 s after SIGTERM
 _STOP_NOTICE = 15.0  # seconds for which systemd is asked at a time while instances are stopped
@@ -51,8 +52,10 @@ class Supervisor:
         sources: Sources,
         state: StateDir,
         context: Context,
+        renew_lock: Callable[[], None],
     ) -> None:
         self._settings = settings
+        self._renew_lock = renew_lock
         self._sources = sources
         self._clock = Clock()
         self._generations = Generations(
@@ -136,17 +139,23 @@ class Supervisor:
             keep(f"the follower of {runtime.name}", partial(self._follow, runtime, streams_over))
         if self._gpu_watch.follows:
             keep("the Xid watch", lambda: self._gpu_watch.follow(streams_over))
-        outdated = asyncio.create_task(self._gpu_watch.outdated())
+        # Each of these ends by raising alone: systemd then starts a fresh daemon.
+        ends = [
+            asyncio.create_task(self._gpu_watch.outdated()),
+            asyncio.create_task(self._keep_lock()),
+        ]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
-            await asyncio.wait({outdated, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if outdated.done():
-                outdated.result()  # raises: systemd starts a fresh one
+            await asyncio.wait({*ends, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            for task in ends:
+                if task.done():
+                    task.result()
         finally:
             self._notifier.stopping()
             self._notifier.status("stopping")
             streams_over.set()
-            outdated.cancel()
+            for task in ends:
+                task.cancel()
             await asyncio.gather(self._parts.stop(), control.close())
             stops = self._settings.on_stop == "stop" and stopping.done()
             if stops:
@@ -162,6 +171,20 @@ class Supervisor:
                 await asyncio.sleep(1.0)
         finally:
             await asyncio.to_thread(server.stop)
+
+    async def _keep_lock(self) -> None:
+        """Take the lock again where its file was removed. Raises LockHeld where another has it."""
+        said = ""
+        while True:
+            await asyncio.sleep(_LOCK_POLL)
+            try:
+                self._renew_lock()
+            except LockHeld:
+                raise
+            except MicError as error:
+                if error.message != said:
+                    LOGGER.error("%s", error.message)
+                said = error.message
 
     def _hung_up(self) -> None:
         task = asyncio.ensure_future(self._reload(confirm=True, why="SIGHUP"))

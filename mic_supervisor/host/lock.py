@@ -7,7 +7,7 @@ import json
 import os
 import pwd
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,38 +29,69 @@ class LockHolder:
 
 
 @contextmanager
-def writer(path: Path, command: str, timeout: float) -> Iterator[None]:
+def writer(path: Path, command: str, timeout: float) -> Iterator[Callable[[], None]]:
     """Hold the lock of a scope while something is changed.
 
     The kernel drops it with the process, however that ends. `timeout` is in seconds; LockHeld says
     who holds it, with which command and since when.
+
+    The context gives what takes the lock again where its file was removed or replaced, for who
+    holds it for long. It raises LockHeld where somebody else has it by now: then two converge.
     """
+    held = _take(path, command, timeout)
+
+    def renew() -> None:
+        nonlocal held
+        if not _is_at(path, held):
+            fresh = _take(path, command, 0.0)
+            os.close(held)
+            held = fresh
+
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        # Whoever can open it can hold it, and keep everybody else from converging.
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(path, flags, 0o600)
-        os.fchmod(descriptor, 0o600)
-    except OSError as error:
-        raise MicError(
-            f"cannot open the lock {path}: {error.strerror}",
-            hint="run as root, or point MIC_RUN_DIR to a directory you may write to",
-        ) from error
-    try:
-        _acquire(descriptor, path, timeout)
-        holder = LockHolder(os.getpid(), command, _user(), time.time())
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(codec.encode(holder)).encode(), 0)
-        try:
-            yield
-        finally:
-            os.truncate(descriptor, 0)
+        yield renew
     finally:
+        os.truncate(held, 0)
+        os.close(held)
+
+
+def _take(path: Path, command: str, timeout: float) -> int:
+    """The descriptor that holds the lock, with who we are in the file. Raises MicError."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            # Whoever can open it can hold it, and keep everybody else from converging.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(path, flags, 0o600)
+            os.fchmod(descriptor, 0o600)
+        except OSError as error:
+            raise MicError(
+                f"cannot open the lock {path}: {error.strerror}",
+                hint="run as root, or point MIC_RUN_DIR to a directory you may write to",
+            ) from error
+        try:
+            _acquire(descriptor, path, deadline)
+            if _is_at(path, descriptor):  # else it was removed meanwhile, and guards nothing
+                holder = LockHolder(os.getpid(), command, _user(), time.time())
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(codec.encode(holder)).encode(), 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, path: Path, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the file at `path` is the open one."""
+    try:
+        there, held = path.lstat(), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
+
+
+def _acquire(descriptor: int, path: Path, deadline: float) -> None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import re
+import shutil
 import subprocess
 import time
 from datetime import datetime
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mic_supervisor.host.lock import writer
 from tests.integration.job_world import World, gated, progress, web
 from tests.support.mic import PROGRAM, Result
 from tests.support.require import program
@@ -71,6 +73,31 @@ def test_the_lock_falls_with_its_holder(job: World) -> None:
     assert len(job.containers()) == 1
 
 
+def test_a_run_directory_that_is_removed_under_a_daemon_comes_back(job: World) -> None:
+    job.write({0: "a"}, a=web())
+    daemon = job.mic.run()
+    until(lambda: job.mic("status").rc == 0, "it to be ready", timeout=60)
+    before = job.run_of("a-51000000")
+    shutil.rmtree(job.mic.run_dir)
+    lock = job.mic.run_dir / f"{job.mic.scope}.lock"
+    until(lambda: lock.exists() and job.mic.socket.exists(), "the lock and the socket")
+    until(lambda: job.mic("apply").rc == 0, "the daemon to answer on its socket")
+    assert job.run_of("a-51000000") == before
+    assert daemon.process.poll() is None
+
+
+def test_a_daemon_ends_where_another_has_its_lock(job: World) -> None:
+    job.write({0: "a"}, a=web())
+    daemon = job.mic.run()
+    until(lambda: job.mic("status").rc == 0, "it to be ready", timeout=60)
+    before = job.run_of("a-51000000")
+    with writer(job.mic.run_dir / "other.lock", "mic-supervisor apply", 1.0):
+        (job.mic.run_dir / "other.lock").replace(job.mic.run_dir / f"{job.mic.scope}.lock")
+        assert daemon.process.wait(60) == 1
+    assert "is converging since" in daemon.text()
+    assert job.run_of("a-51000000") == before
+
+
 def test_a_lock_timeout_that_is_none(job: World) -> None:
     job.write({0: "a"}, a=web())
     done = job.mic("apply", "--lock-timeout", "soon", rc=64)
@@ -95,6 +122,7 @@ def test_a_malformed_memory(job: World) -> None:
     before, path = job.runs(), kept(job, "memory.json")
     for count, (text, cause) in enumerate(MALFORMED.items(), 1):
         path.write_text(text)
+        kept(job, "memory.json.old").unlink()  # which would stand in
         assert job.plan() == (
             "= adopt    a-51000000  GPU 0  it runs already, as the file asks\n"
             "\n"
@@ -106,6 +134,20 @@ def test_a_malformed_memory(job: World) -> None:
         job.apply()
         assert path.with_name(f"memory.json.damaged-{count}").read_text() == text
         job.unchanged()
+    assert job.runs() == before
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]"])
+def test_what_a_malformed_memory_held_before_its_last_change_is_used(job: World, text: str) -> None:
+    job.write({0: "a"}, a=web())
+    job.apply()
+    before, path = job.runs(), kept(job, "memory.json")
+    path.write_text(text)
+    warning = f"warning: {path} was damaged; what it held before the last change is used\n"
+    assert job.plan() == f"{warning}\nNo changes.\n"
+    job.apply()
+    assert path.with_name("memory.json.damaged-1").read_text() == text
+    job.unchanged()
     assert job.runs() == before
 
 
