@@ -450,11 +450,12 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A listening TCP socket of this machine."""
+    """A TCP port of this machine that is listened on, at some or all of its addresses."""
 
     port: int
     pid: int | None = None
     name: str | None = None
+    addresses: frozenset[str] = frozenset()  # "127.0.0.1", "::"; none: they are not known
 
 
 @dataclass(frozen=True, slots=True)

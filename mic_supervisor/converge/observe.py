@@ -110,7 +110,9 @@ def with_holders(observed: ObservedState, desired: DesiredState, sources: Source
         return observed
     owners = sources.listener_owners()
     named = tuple(
-        owners.get(item.port, item) if item.port in asked and item.pid is None else item
+        replace(owners.get(item.port, item), addresses=item.addresses)
+        if item.port in asked and item.pid is None
+        else item
         for item in observed.listeners
     )
     return replace(observed, listeners=named)

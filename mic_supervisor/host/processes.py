@@ -10,9 +10,11 @@ All paths are below `psutil.PROCFS_PATH`.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import pwd
 import signal
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -249,7 +251,7 @@ def listeners() -> tuple[Listener, ...] | None:
     Without the owners, see `listener_owners`: that takes a walk through every open file. None when
     the tables cannot be read: then nothing may be concluded.
     """
-    found = set()
+    found: dict[int, set[str]] = {}
     try:
         for name in ("tcp", "tcp6"):
             table = Path(psutil.PROCFS_PATH, "net", name)
@@ -263,10 +265,21 @@ def listeners() -> tuple[Listener, ...] | None:
                     # them, there may be ten thousands of connections.
                     if state != b"0A":
                         break
-                    found.add(int(local.rpartition(b":")[2], 16))
+                    address, _, port = local.rpartition(b":")
+                    found.setdefault(int(port, 16), set()).add(_address(address))
     except (OSError, ValueError, StopIteration):
         return None
-    return tuple(Listener(port) for port in sorted(found))
+    return tuple(Listener(port, addresses=frozenset(found[port])) for port in sorted(found))
+
+
+def _address(digits: bytes) -> str:
+    """What the tables have of an address: words of 32 bits, each in this machine's byte order."""
+    data = bytes.fromhex(digits.decode())
+    words = [data[at : at + 4] for at in range(0, len(data), 4)]
+    if sys.byteorder == "little":
+        words = [word[::-1] for word in words]
+    packed = b"".join(words)
+    return str(ipaddress.ip_address(packed))
 
 
 def listener_owners() -> dict[int, Listener]:

@@ -125,10 +125,12 @@ class Ports:
                 if is_alive(workload):
                     self._serving.add(number)
         self._foreign: dict[int, str] = {}
+        self._addresses: dict[int, Collection[str]] = {}
         for listener in observed.listeners or ():
             if listener.port not in self._serving:
                 who = f"{listener.name} (PID {listener.pid})" if listener.pid else "another program"
                 self._foreign[listener.port] = who
+                self._addresses[listener.port] = listener.addresses
         for who, numbers in sorted(
             (f"{view.runtime} {foreign.name}", foreign.ports)
             for view in observed.runtimes
@@ -136,14 +138,28 @@ class Ports:
             if foreign.running
         ):
             self._foreign.update(dict.fromkeys(numbers, who))
+            for number in numbers:
+                self._addresses.pop(number, None)
 
     def taken(self, instance: str) -> set[int]:
         """Numbers that `instance` cannot have. Its own workloads' ports are free to it."""
         ours = {number for number, owners in self._ours.items() if owners - {instance}}
         return ours | set(self._foreign)
 
-    def foreign(self, number: int) -> str | None:
+    def foreign(self, number: int, listen: str) -> str | None:
+        """Who else has this port where something is to listen on `listen`; None: nobody."""
+        addresses = self._addresses.get(number)
+        if addresses and not any(_meet(one, listen) for one in addresses):
+            return None
         return self._foreign.get(number)
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether two addresses cannot have the same port: one is the other, or a wildcard over it."""
+    both = {one.removeprefix("::ffff:"), other.removeprefix("::ffff:")}
+    if len(both) == 1 or "::" in both:  # which takes IPv4 along unless a socket says not to
+        return True
+    return "0.0.0.0" in both and not any(":" in address for address in both)
 
 
 def assign(

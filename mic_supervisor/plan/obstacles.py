@@ -25,7 +25,7 @@ def in_the_way(
         if view.runtime == runtime and view.off is not None:
             return because(Code.RUNTIME_OFF, off=view.off, hint=view.hint)
     for number in sorted(numbers):
-        who = s.ports.foreign(number)
+        who = s.ports.foreign(number, instance.workload.listen)
         holders = [id_ for id_, held in s.numbers.items() if number in (held or {}).values()]
         if who is not None:
             who = f"{who}, not ours"

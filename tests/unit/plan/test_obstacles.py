@@ -87,6 +87,31 @@ def test_a_fixed_port_that_a_foreign_process_listens_on_blocks() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("listen", "at", "blocks"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "127.0.0.5", False),
+        ("127.0.0.1", "192.0.2.7", False),
+        ("127.0.0.1", "0.0.0.0", True),
+        ("127.0.0.1", "::", True),
+        ("127.0.0.1", "::1", False),
+        ("127.0.0.1", "::ffff:127.0.0.1", True),
+        ("0.0.0.0", "127.0.0.5", True),
+        ("0.0.0.0", "::1", False),
+        ("::", "127.0.0.5", True),
+        ("::1", "0.0.0.0", False),
+        ("::1", "::1", True),
+    ],
+)
+def test_a_port_is_taken_where_the_addresses_meet(listen: str, at: str, blocks: bool) -> None:
+    wanted = replace(WHISPER, workload=replace(WHISPER.workload, listen=listen))
+    state = observed(listeners=[Listener(9000, 77, "nginx", frozenset({at}))])
+    assert bool(plan_for([wanted], state).blocked) is blocks
+    both = observed(listeners=[Listener(9000, 77, "nginx", frozenset({at, "0.0.0.0"}))])
+    assert bool(plan_for([wanted], both).blocked) is (blocks or ":" not in listen)
+
+
 def test_a_fixed_port_that_a_foreign_container_publishes_blocks() -> None:
     jupyter = ForeignWorkload("docker", "jupyter", "c1", ports=(9000,))
     plan = plan_for([WHISPER], observed(foreign_workloads=[jupyter]))
