@@ -152,6 +152,7 @@ class Converger:
                 return snapshot
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._pause(snapshot)):
+                    await asyncio.sleep(snapshot.gap)
                     await self._wakes.wait()
 
     def forgive(self, instances: Collection[str] | None = None) -> set[str]:

@@ -27,6 +27,9 @@ class Desired(Protocol):
         ...
 
 
+_LONGEST_GAP = 0.5  # seconds
+
+
 @dataclass(frozen=True, slots=True)
 class ConfigState:
     """Which configuration runs. `error` is the whole report on the file as it is now, or None.
@@ -82,3 +85,12 @@ class Snapshot(Look):
     seconds: float = 0.0  # that the round took
     hook: HookState = field(default_factory=HookState)
     endpoints: Endpoints = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float:
+        """Seconds until the next round at the earliest, whatever wakes the loop meanwhile.
+
+        So rounds take a quarter of a core at most, also where the engine reports a thousand events
+        a second.
+        """
+        return min(3 * self.seconds, _LONGEST_GAP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 
@@ -40,6 +41,23 @@ def test_brings_up_what_the_file_asks_for_and_then_does_nothing_more() -> None:
             assert mine == [f"{what} {instance}" for what in ("prepare", "create", "start")]
 
     run(body)
+
+
+def test_rounds_keep_a_distance_however_often_the_loop_is_woken() -> None:
+    ends: list[tuple[float, float]] = []  # when, and the gap that is due after it
+
+    async def body() -> None:
+        async with converging(File(A), Engine()) as rig:
+            rig.converger.observers.append(lambda seen: ends.append((time.monotonic(), seen.gap)))
+            while len(ends) < 10:
+                rig.converger.wake()
+                await asyncio.sleep(0)
+
+    run(body)
+    assert all(0 < gap <= 0.5 for _, gap in ends)
+    assert all(
+        later - before >= 0.99 * gap for (before, gap), (later, _) in itertools.pairwise(ends)
+    )
 
 
 def test_does_nothing_before_it_is_told_to_act() -> None:
