@@ -179,12 +179,10 @@ def chosen(survey: Survey, pid: int, scope: str, *, force: bool) -> Target:
             if survey.inventory.error is not None:
                 _refuse(
                     pid,
-                    f"whether it holds a GPU cannot be told: {survey.inventory.error_line}",
-                    "end it all the same with: --force",
+                    f"it is not known whether it holds a GPU: {survey.inventory.error_line}",
+                    "end it anyway with: --force",
                 )
-            _refuse(
-                pid, f"{printable(target.name)} holds no GPU", "end it all the same with: --force"
-            )
+            _refuse(pid, f"{printable(target.name)} holds no GPU", "end it anyway with: --force")
     return target
 
 
@@ -231,13 +229,13 @@ def _is_kin(target: Target, scope: str) -> bool:
 def _refuse_untold(survey: Survey, target: Target) -> None:
     """A runtime that cannot be read may well call it its own."""
     if target.owner.kind is OwnerKind.UNKNOWN:
-        _refuse(target.pid, "whose it is cannot be read", "run as root, or say --force")
+        _refuse(target.pid, "its owner cannot be read", "run as root, or say --force")
     contained = target.owner.kind is OwnerKind.CONTAINER
     for runtime, cause in survey.causes:
         if (runtime == "docker") == contained:
             _refuse(
                 target.pid,
-                f"whether it is one of ours cannot be told: {cause}",
+                f"it is not known whether it is one of ours: {cause}",
                 "fix that first, or say --force",
             )
 

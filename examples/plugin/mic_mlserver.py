@@ -36,7 +36,7 @@ class Options(ModelOptions):
     unavailable: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("network", "container_port", "shm_size", "mounts"), _CONTAINERS_ONLY),
         "args": "`mlserver start` has no flags; set MLSERVER_… variables under env",
-        "drain_timeout": "MLServer tells nobody what it is working on; remove the key",
+        "drain_timeout": "MLServer does not report what it is working on; remove the key",
         "runtime": "MLServer runs as a host process; remove the key",
     }
 

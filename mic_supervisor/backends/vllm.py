@@ -84,7 +84,7 @@ class Options(ModelOptions):
                 raise ValueError(f"args: {flag} is set by the supervisor: {_OWN_FLAGS[flag]}")
             if flag == "--disable-log-stats" and self.drain_timeout > 0:
                 raise ValueError(
-                    "drain_timeout: with --disable-log-stats vLLM does not tell what is in "
+                    "drain_timeout: with --disable-log-stats vLLM does not report what is in "
                     "flight; remove one of them"
                 )
         return self

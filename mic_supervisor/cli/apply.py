@@ -42,7 +42,7 @@ def command(
     1 when all failed or nothing could be done.
 
     With --target only the instances of that model, or on that GPU, are changed, and whatever has
-    to leave their GPUs; the rest is told as left out, and counts for nothing. A daemon converges
+    to leave their GPUs; the rest is shown as left out, and counts for nothing. A daemon converges
     the rest all the same: then --target says what is waited for, and confirms no removal.
     """
     found = wiring.settings()
@@ -96,7 +96,7 @@ def down(yes: bool) -> int:
     observed = observe(machine.sources, time.time())
     for view in observed.runtimes:
         if view.error is not None:
-            raise MicError(f"cannot tell what runs: {view.error}", hint=view.hint)
+            raise MicError(f"cannot read what runs: {view.error}", hint=view.hint)
     ours = list(workloads(observed))
     _check_paused(machine, ours, observed)
     if not ours:

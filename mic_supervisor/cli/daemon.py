@@ -66,7 +66,7 @@ def reload(wait: bool) -> int:
         )
     if not wait:
         client.send("reload")
-        click.echo("The daemon reads its file now; `mic-supervisor status` tells the outcome.")
+        click.echo("The daemon reads its file now; `mic-supervisor status` shows the outcome.")
         return 0
     result = client.call("reload", timeout=60.0)
     if result["changed"]:

@@ -62,7 +62,7 @@ def start(model: str, keys: tuple[GpuKey, ...]) -> int:
     """Give a GPU to MODEL in gpus.yaml, and wait until it is ready.
 
     The file keeps its comments and its layout; a range is split. A GPU that another model has is
-    not taken from it: stop that one first. What else the file asks for is told as left out, and is
+    not taken from it: stop that one first. What else the file asks for is shown as left out, and is
     up to apply, or to the daemon. Exits with 0 when the model is ready, 1 otherwise.
     """
     found = wiring.settings()
@@ -115,7 +115,7 @@ def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
     document = apply_edit(found, "stop", file.uuids)
     if not file.uuids:
         raise MicError(
-            f"cannot tell whether {where} is empty: that GPU is not to be seen",
+            f"cannot find out whether {where} is empty: the driver does not list that GPU",
             hint="see `mic-supervisor gpus`",
         )
     left = on(document, file.uuids)
@@ -309,7 +309,7 @@ def _uuid(key: GpuKey, inventory: GpuInventory, kept: Any, action: str) -> str:
 
     if inventory.error is not None:
         raise MicError(
-            f"cannot {action}: which GPU that is, is unknown: {inventory.error_line}",
+            f"cannot {action}: it is not known which GPU that is: {inventory.error_line}",
             hint="name it as the file does, or see `mic-supervisor gpus`",
         )
     binding = bind([GpuEntry((key,), None, Location("", 0, 0))], inventory, kept)

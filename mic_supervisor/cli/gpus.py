@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _UNLISTED = {
     None: "its holders cannot be read",
     "implausible": "its holders are unknown: what the driver lists cannot be true",
-    "untold": "its holders are unknown: this platform does not tell them",
+    "untold": "its holders are unknown: this platform does not report them",
 }
 
 
@@ -80,7 +80,7 @@ def read_gpus(found: Settings) -> tuple[GpuInventory, list[str]]:
     else:
         views = [runtime.observe() for runtime in machine.sources.runtimes.values()]
         causes = [view.error for view in views if view.error]
-    warnings = [f"cannot tell which holders are ours: {cause}" for cause in causes]
+    warnings = [f"cannot find out which holders are ours: {cause}" for cause in causes]
     return annotate(inventory, managed_refs(views)), warnings
 
 

@@ -78,7 +78,7 @@ def resume(name: str | None, everything: bool) -> int:
     ready, 3 when some are not, 1 when none is.
     """
     if (name is None) is not everything:
-        raise click.UsageError("name a model or a GPU, or say --all; `status` tells what is paused")
+        raise click.UsageError("name a model or a GPU, or say --all; `status` shows what is paused")
     names = [name] if name is not None else []
     document = order("resume", {"names": names}, command="resume")
     resumed = document["resumed"]

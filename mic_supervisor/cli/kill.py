@@ -28,7 +28,7 @@ _ORPHANS = "processes that hold a GPU and that nobody owns"
 @click.option(
     "--force",
     is_flag=True,
-    help="Also what holds no GPU, or whose it is cannot be told; never an instance of ours.",
+    help="Also a process that holds no GPU or whose owner is not known; never ours.",
 )
 @click.option(
     "--grace", type=Duration(), default="10s", show_default=True, help="From TERM to KILL."
@@ -60,7 +60,7 @@ def command(pid: int | None, all_orphans: bool, yes: bool, force: bool, grace: f
     except MicError as error:
         if not isinstance(error.__cause__, PermissionError):
             raise
-        click.echo(f"error: cannot tell what is ours: {error.message}", err=True)
+        click.echo(f"error: cannot find out what is ours: {error.message}", err=True)
         click.echo("hint: run as root", err=True)
         return EXIT_DENIED
     try:

@@ -168,12 +168,13 @@ class ModelOptions(Strict):
     )
     on_foreign: Literal["block", "wait", "ignore"] = Field(
         default="block",
-        description="When a stranger holds a GPU: block the start, wait with it until the stranger "
-        "is gone, or ignore him and start.",
+        description="When a foreign process holds a GPU: block the start, wait until the process "
+        "is gone, or ignore it and start.",
     )
     foreign_threshold: Size = Field(
         default=512 << 20,
-        description="A stranger who only draws, as a desktop does, counts from this much memory.",
+        description="A foreign process that only draws, such as a desktop, counts from this much "
+        "memory.",
     )
     user: Text | None = Field(default=None, description="A user's name or number, or USER:GROUP.")
     working_dir: AbsolutePath | None = None
@@ -234,19 +235,20 @@ class Hooks(Strict):
         "serve a model change, before one of them is stopped and after one has become ready.",
     )
     timeout: PositiveDuration = Field(
-        default=30.0, description="After which it is killed, with all that it started."
+        default=30.0,
+        description="How long the hook may run. After that, it and all that it started are killed.",
     )
     settle: Duration = Field(
         default=1.0,
-        description="From its end until an instance is stopped that it took out, for proxies that "
-        "go on with what they had for a moment.",
+        description="From the end of the hook until the instance that it took out is stopped. Some "
+        "proxies use the earlier endpoints for a moment.",
     )
 
     @field_validator("on_endpoints_change")
     @classmethod
     def _absolute(cls, value: list[str] | None) -> list[str] | None:
         if any("${" in item for item in value or ()):
-            raise ValueError("nothing is replaced in a hook's arguments; leave the ${…} out")
+            raise ValueError("a hook's arguments have no placeholders; leave ${…} out")
         if value and not value[0].startswith("/"):
             raise ValueError(
                 f"the program {value[0]!r} is not an absolute path; write where it is, as in "

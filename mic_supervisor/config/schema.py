@@ -83,7 +83,7 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
             "models": _models(backends),
             "hooks": {
                 "anyOf": [_ref("hooks"), {"type": "null"}],
-                "description": "Programs that are told of what happens.",
+                "description": "Programs that are run when something changes.",
             },
             "gpus": _gpus(),
         },

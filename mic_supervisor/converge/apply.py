@@ -143,7 +143,7 @@ class Steps:
         try:
             backend, port = self._backend(identity.backend), identity.ports["http"]
         except (MicError, KeyError) as error:
-            progress(f"it cannot be drained ({error}); stopping it all the same")
+            progress(f"it cannot be drained ({error}); stopping it anyway")
             return
         deadline = time.monotonic() + step.timeout
         progress("draining")
@@ -176,7 +176,7 @@ class Steps:
                     "supervisor ended",
                     hint="the next one begins again",
                 )
-        progress(f"still busy after {step.timeout:g} s; stopping it all the same")
+        progress(f"still busy after {step.timeout:g} s; stopping it anyway")
 
     async def _load(self, step: Load, progress: Progress) -> None:
         target, placement = self._target_of(step), step.placement
@@ -200,7 +200,7 @@ class Steps:
             if time.monotonic() >= deadline:
                 runs = ", ".join(f"{key}={value}" for key, value in state.summary)
                 raise refused(
-                    "the server took the configuration and runs another one "
+                    "the server accepted the configuration but runs another one "
                     f"({runs or state.reason or state.state.value})"
                 )
             await asyncio.sleep(_VERIFY_POLL)

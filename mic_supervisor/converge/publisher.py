@@ -137,7 +137,7 @@ class Publisher:
                 self.state, last_success_at=self._clock(), error=None, retry_at=None, in_a_row=0
             )
             ready = ", ".join(f"{model} {len(found)}" for model, found in wanted.items())
-            self._emit(f"on_endpoints_change was told: {ready or 'no models'}", False)
+            self._emit(f"on_endpoints_change got: {ready or 'no models'}", False)
             return True
 
     def _failed(self, error: MicError) -> None:

@@ -89,7 +89,7 @@ class Client:
             ) from error
         raise MicError(
             "the daemon went away before it had finished",
-            hint="it goes on where it was when it is back; see `systemctl status mic`",
+            hint="it continues when it is back; see `systemctl status mic`",
         )
 
 

@@ -85,7 +85,7 @@ class Generations:
         try:
             self._accepted = last_good(self._state, self._registry, self._environ)
         except ConfigError as error:
-            unusable = f"\nand what ran before cannot be used: {error.rendered}"
+            unusable = f"\nand the configuration that ran before cannot be used: {error.rendered}"
         outcome = self.reload(now, confirm=False)
         if self.config is not None:
             return outcome

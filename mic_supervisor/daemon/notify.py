@@ -57,7 +57,7 @@ def sentence(published: Published) -> str:
     """ "7/8 ready; GPU 3 backoff until 12:04:10; config generation 5" """
     snapshot, config = published.snapshot, published.config
     if snapshot is None:
-        return "looking at the machine"
+        return "observing the machine"
     indices = snapshot.indices
     rows = snapshot.statuses
     parts = [f"{sum(row.as_desired for row in rows)}/{len(rows)} ready"]

@@ -84,4 +84,4 @@ async def in_thread(name: str, work: Callable[[], None]) -> None:
     try:
         await asyncio.wrap_future(tasks.Threads(1, name).submit(work))
     except SystemExit:
-        raise RuntimeError(f"the thread {name} was ended") from None
+        raise RuntimeError(f"the thread {name} exited") from None

@@ -255,7 +255,7 @@ class Supervisor:
                 broken = False
             except RuntimeUnavailable as error:
                 if not broken:
-                    LOGGER.warning("%s; looking every few seconds until it is back", error)
+                    LOGGER.warning("%s; trying again every few seconds until it is back", error)
                 broken = True
             await asyncio.sleep(_STREAM_DELAY)
 
@@ -301,7 +301,7 @@ class Supervisor:
     def _warn(outcome: Reloaded) -> None:
         if outcome.warning is not None:
             LOGGER.warning(
-                "%s; it runs, and after a restart only if it is still valid then", outcome.warning
+                "%s; it runs; after a restart it runs only if it is still valid", outcome.warning
             )
 
     def _config(self) -> Config:

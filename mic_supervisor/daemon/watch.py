@@ -136,7 +136,7 @@ class GpuWatch:
         """Raises MicError once the driver was replaced: only a new process can load its library."""
         await self._outdated.wait()
         raise MicError(
-            "cannot go on: the NVIDIA driver was replaced while the daemon ran, and a process "
+            "cannot continue: the NVIDIA driver was replaced while the daemon ran, and a process "
             "cannot load the new library; instances keep running",
             hint="systemd starts the daemon again; elsewhere: mic-supervisor run",
         )

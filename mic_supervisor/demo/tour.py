@@ -145,7 +145,7 @@ class Tour:
             rc=0,
             expect=[
                 'command[5]: "0.3" -> "0.6"',
-                "its GPU is to be kept empty",
+                "the file keeps its GPU empty",
                 "Plan: 1 to create, 2 to replace, 1 to remove.",
             ],
         )

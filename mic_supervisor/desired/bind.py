@@ -205,7 +205,7 @@ def _no_such_index(value: str, inventory: GpuInventory) -> str:
     if int(value) in unopened:
         return f"GPU {value} cannot be opened: {unopened[int(value)]}"
     if inventory.source == "none":
-        return "this machine is told not to look for GPUs (MIC_GPU_SOURCE=none)"
+        return "the supervisor does not look for GPUs here (MIC_GPU_SOURCE=none)"
     count = len(inventory.gpus) + len(unopened)
     return f"there is no GPU {value}; this machine has {count}"
 

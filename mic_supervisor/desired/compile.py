@@ -62,7 +62,7 @@ class Compiler:
 def backend_of(registry: Registry, name: str) -> Backend:
     backend = registry.get(name)
     if backend is None:
-        raise CompileError(f"backend {name} is not installed any more")
+        raise CompileError(f"backend {name} is no longer installed")
     return backend
 
 

@@ -98,7 +98,7 @@ def plug_in(registry: Registry, name: str) -> Iterator[Finding]:
         yield fail(
             subject,
             f"{origin} brings a backend with the name of a built-in one, which is used instead",
-            "have it renamed, or uninstall it",
+            "ask its author to rename it, or uninstall it",
         )
         return
     begun = time.monotonic()
@@ -111,9 +111,9 @@ def plug_in(registry: Registry, name: str) -> Iterator[Finding]:
     if took > _SLOW:
         yield warn(
             subject,
-            f"{origin} takes {took:.1f} s to load, for which every command has to wait whose file "
-            "names it",
-            "have it import what is heavy inside the functions that use it",
+            f"{origin} takes {took:.1f} s to load, and every command whose file names it "
+            "waits that long",
+            "import heavy modules inside the functions that use them",
         )
     else:
         yield ok(subject, origin)
@@ -155,7 +155,9 @@ def config(found: Settings, load: Callable[[], Config]) -> Iterator[Finding]:
     for file in loaded.files:
         if file.stat().st_mode & 0o022:
             yield warn(
-                "config", f"{file} can be changed by others than its owner", f"chmod go-w {file}"
+                "config",
+                f"{file} can be changed by users other than its owner",
+                f"chmod go-w {file}",
             )
 
 
@@ -184,7 +186,7 @@ def models(compiled: Callable[[], DesiredState]) -> Iterator[Finding]:
     for file in sorted(files):
         if Path(file).stat().st_mode & 0o077:
             yield warn(
-                "models", f"{file} may be read by others than its owner", f"chmod 600 {file}"
+                "models", f"{file} can be read by users other than its owner", f"chmod 600 {file}"
             )
     if desired.instances:
         yield ok("models", f"{counted(len(desired.instances), 'instance')} can be configured")
@@ -242,7 +244,7 @@ def _own(subject: str, path: Path, variable: str, refused: int) -> Iterator[Find
     if _is_tmpfs(there):
         text += " of memory (tmpfs)"
     if free < _SCARCE:
-        yield fail(subject, text, "make room: what is remembered cannot be written")
+        yield fail(subject, text, "make room: the supervisor cannot write its files")
     elif free < _SHORT:
         yield warn(subject, text, "make room")
     else:
@@ -258,7 +260,7 @@ def docker_disk(root: Callable[[], str | None]) -> Iterator[Finding]:
     text = f"{path}: {usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB free"
     if usage.free < 5 * _GIB or usage.free < usage.total * 0.05:
         yield warn(
-            "docker disk", text, "remove what nobody uses: docker system df, docker system prune"
+            "docker disk", text, "remove what is not used: docker system df, docker system prune"
         )
     else:
         yield ok("docker disk", text)

@@ -112,7 +112,7 @@ def ports(
 ) -> Iterator[Finding]:
     found = listeners()
     if found is None:
-        yield fail("ports", "which ports are taken cannot be read", "check that /proc is mounted")
+        yield fail("ports", "the ports in use cannot be read", "check that /proc is mounted")
         return
     taken = {item.port for item in found if within.first <= item.port <= within.last}
     total = within.last - within.first + 1
@@ -370,7 +370,7 @@ def _gpus(found: Mapping[str, Any], cdi: list[str]) -> Finding:
         return ok("docker gpus", f"{_HOOK} is there; Docker looks for it only when it starts")
     return fail(
         "docker gpus",
-        "neither the NVIDIA runtime nor CDI devices are there: no container gets a GPU",
+        "Docker has no NVIDIA runtime and no CDI devices: no container gets a GPU",
         "install nvidia-container-toolkit, then: nvidia-ctk runtime configure --runtime=docker "
         "and systemctl restart docker",
     )

@@ -99,7 +99,7 @@ def _acquire(descriptor: int, path: Path, deadline: float) -> None:
             if time.monotonic() >= deadline:
                 raise LockHeld(
                     f"cannot converge: {_holder(descriptor, path)}",
-                    hint="wait for it, or give more patience with --lock-timeout",
+                    hint="wait for it, or set a longer --lock-timeout",
                 ) from None
             time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
         else:

@@ -52,10 +52,14 @@ _STATES: dict[GpuState, tuple[Level | None, str, str]] = {
     "idle": (None, "not in the file", "The file does not list it; it is left alone."),
     "unmanaged": (None, "not in the file", "Others use it; it is left alone."),
     "kept_empty": (Level.GOOD, "kept empty", "The file keeps it empty, and it is."),
-    "foreign": (Level.BAD, "kept empty", "The file keeps it empty, and a stranger is on it."),
+    "foreign": (
+        Level.BAD,
+        "kept empty",
+        "The file keeps it empty, and a foreign process is on it.",
+    ),
     "unhealthy": (Level.BAD, "unhealthy", "The driver says that it needs help."),
     "lost": (Level.BAD, "not there", "The file names it, and the driver does not know it."),
-    "unknown": (Level.UNKNOWN, "unknown", "It cannot be read who is on it."),
+    "unknown": (Level.UNKNOWN, "unknown", "Its holders cannot be read."),
     "managed": (Level.BUSY, "waiting", "Nothing runs on it yet."),
 }
 

@@ -20,10 +20,10 @@ _UNDER_WAY = frozenset(
     {Phase.PENDING, Phase.STOPPING, Phase.WAITING_VRAM, Phase.STARTING, Phase.LOADING}
 )
 _GPU_TROUBLE = {
-    "foreign": "a stranger is on it, and the file keeps it empty",
+    "foreign": "a foreign process is on it, and the file keeps it empty",
     "unhealthy": "it is unhealthy",
     "lost": "the file names it, and it is not there",
-    "unknown": "who holds it cannot be read",
+    "unknown": "its holders cannot be read",
 }
 _XID_MATTERS = 3600.0  # seconds
 
@@ -77,7 +77,7 @@ def overall_verdict(
     )
     problems = tuple(sorted(problems, key=lambda problem: -problem.level))
     if snapshot is None:
-        return Verdict(max(Level.BUSY, _worst(problems)), "Looking at the machine", problems)
+        return Verdict(max(Level.BUSY, _worst(problems)), "Observing the machine", problems)
     if stalled is not None:
         return Verdict(Level.UNKNOWN, f"What follows is old: {stalled}", problems)
     return Verdict(_worst(problems), _sentence(problems, snapshot), problems)

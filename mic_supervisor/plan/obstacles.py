@@ -168,7 +168,7 @@ def _left_behind(s: Situation) -> Iterable[str]:
             if count > SLACK:
                 yield (
                     f"GPU {gpu.index}: {instance} still holds {size(count)} there although nothing "
-                    f"is placed on it; only its end gives that back: mic-supervisor restart "
+                    f"is placed on it; only a restart releases it: mic-supervisor restart "
                     f"{instance}"
                 )
 
@@ -272,7 +272,7 @@ def sentence(foreign: ForeignProcess, observed: ObservedState) -> str:
     gpu, who = foreign.gpu, describe(foreign.process)
     tail = _whose(foreign.process, observed)
     if foreign.instance is None:
-        return f"GPU {gpu.index} is to be kept empty, and {who} holds it{tail}"
+        return f"GPU {gpu.index} should be empty, but {who} holds it{tail}"
     return f"GPU {gpu.index} is for {foreign.instance} alone, and {who} is on it as well{tail}"
 
 

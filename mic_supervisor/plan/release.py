@@ -96,8 +96,7 @@ def check_release(
             )
     return Released(
         released,
-        f"after {TIMEOUT:g} s still {what}, for which the driver lists nobody; starting all the "
-        "same",
+        f"after {TIMEOUT:g} s still {what}, for which the driver lists nobody; starting anyway",
     )
 
 

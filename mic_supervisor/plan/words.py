@@ -38,7 +38,7 @@ class Code(Enum):
     PAUSED = "paused since {since}{note}"
     MODEL_PAUSED = "{model} is {pause}"
     IN_DOUBT = "{doubt}"
-    NOT_CHOSEN = "not among the chosen", "choose it too"
+    NOT_CHOSEN = "not one of the targets", "name it as well, with apply --target"
     UNCONFIRMED = "the file no longer names {what}; its removal waits to be confirmed"
     SHRINKS = "the file no longer names {gpus} of it; its replacement waits to be confirmed"
     WOULD = "would {kind}: {cause}"
@@ -50,15 +50,15 @@ class Code(Enum):
     FAILED_ELSEWHERE = ("the new specification failed on {instance}; the earlier one runs", _RETRY)
     ROLLED_BACK = f"{_FAILED}; the last good one runs", _RETRY
     ROLLBACK_BACKOFF = f"{_FAILED}; the last good one {{how}}; backoff: {{last}}", _RETRY
-    ROLLBACK_BLOCKED = f"{_FAILED}; the last good one is to take over; {{obstacle}}", _RETRY
+    ROLLBACK_BLOCKED = f"{_FAILED}; the last good one cannot take over yet: {{obstacle}}", _RETRY
 
     # Something is in the way.
     HELD_ON_HOLD = f"{_HELD}{{hold}}"
     HELD_IN_DOUBT = "{what} is still held by {holder}: {hold}"
-    HELD_BY_OWNER = f"{_HELD}which is to keep it"
+    HELD_BY_OWNER = f"{_HELD}which keeps it"
     HELD_UNCONFIRMED = f"{_HELD}whose removal waits to be confirmed"
-    HELD_BY_ENTRY = f"{_HELD}which an entry that cannot be followed now may mean"
-    HELD_FOR_OTHERS = f"{_HELD}which stays because not all that follows it can start"
+    HELD_BY_ENTRY = f"{_HELD}and an entry of the file that cannot be followed now may mean it"
+    HELD_FOR_OTHERS = f"{_HELD}which stays because an instance that follows it cannot start"
     NO_PORT = "no port is free from {first} to {last}", "widen MIC_PORT_RANGE"
     PORT_TAKEN = "port {port} is taken by {who}", "free the port, or give {model} another one"
     NAME_TAKEN = "the name {name} is taken by a workload that is not ours: {foreign}"
@@ -70,7 +70,7 @@ class Code(Enum):
     )
     HOLDERS_UNREADABLE = "the processes on GPU {gpu} cannot be read"
     HOLDERS_UNTOLD = (
-        "this platform does not tell who is on GPU {gpu}",
+        "this platform does not report who is on GPU {gpu}",
         "set `on_foreign: ignore` for {model} if nobody else uses that GPU",
     )
     HOLDERS_IMPLAUSIBLE = (
@@ -103,15 +103,15 @@ class Code(Enum):
     ADOPTED = "it runs already, as the file asks"
     LEFT_OVER = "left over from an earlier specification"
     OTHER_MODEL = "the file has {model} on its GPU"
-    KEPT_EMPTY = "its GPU is to be kept empty"
+    KEPT_EMPTY = "the file keeps its GPU empty"
     NOT_NAMED = "the file no longer names it"
-    LEAVING = "the file does not ask for it; it is to be removed"
+    LEAVING = "the file does not ask for it: it will be removed"
     NOT_LOADED = "{of}the server does not have {model} loaded"
     MODEL_CHANGED = "{of}{changed} changed"
     SURPLUS = "the file no longer has {model} in this server"
 
     # What a change waits for.
-    HOOK = "on_endpoints_change, which has yet to be told of what serves instead"
+    HOOK = "on_endpoints_change, which does not know yet what serves instead"
     TURN = "its turn: {limit} instance{s} of {model} at a time"
     LATER = "{instance}, whose turn comes later"
     NEXT_TRY = "its next try, since the last one failed: {failure}"

@@ -392,7 +392,7 @@ def make_directories(spec: ProcessSpec) -> None:
         except OSError as error:
             raise PreflightFailed(
                 f"cannot make the directory {path}: {error.strerror or error}",
-                hint="make room for it, or name another place in the file",
+                hint="make room for it, or name another directory in the file",
             ) from error
     try:
         useless = _useless(spec.directories, who)

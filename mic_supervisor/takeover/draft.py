@@ -251,7 +251,8 @@ def render(
     out += [
         "",
         "# What should run where, by index, UUID or PCI bus id. `none` keeps a GPU empty: nothing",
-        "# is started there, and no stranger is stopped. A GPU that is not listed is left alone.",
+        "# is started there, and no foreign process is stopped. A GPU that is not listed is left",
+        "# alone.",
         "gpus:",
     ]
     for gpu in gpus:

@@ -47,7 +47,7 @@ def proposals(survey: Survey, warnings: list[str]) -> list[Proposal]:
             continue
         roots.setdefault(root_of(pid, known), []).append(pid)
     for pid in survey.pids(OwnerKind.UNKNOWN):
-        warnings.append(f"PID {pid} is left out: whose it is cannot be read")
+        warnings.append(f"PID {pid} is left out: its owner cannot be read")
     if not roots:
         return []
     owners = processes.listener_owners()
@@ -63,7 +63,7 @@ def proposals(survey: Survey, warnings: list[str]) -> list[Proposal]:
         except psutil.NoSuchProcess:
             continue  # it has ended meanwhile
         except (OSError, psutil.AccessDenied):
-            warnings.append(f"PID {root} is left out: it may be looked at by root alone")
+            warnings.append(f"PID {root} is left out: only root can read it")
             continue
         if proposal is not None:
             found.append(proposal)

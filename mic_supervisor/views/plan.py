@@ -22,7 +22,7 @@ class PlanAction:
     backend: str
     gpus: list[str]
     cause: str
-    code: Annotated[str, Field(description="what programs know the cause by")]
+    code: Annotated[str, Field(description="the code of the cause")]
     waits: str | None
     diff: list[FieldDiff]
     steps: list[str]
@@ -34,7 +34,7 @@ class PlanBlocked:
     model: str | None
     gpus: list[str]
     reason: str
-    code: Annotated[str, Field(description="what programs know the reason by")]
+    code: Annotated[str, Field(description="the code of the reason")]
     hint: str | None
     until: float | None
     paused: bool

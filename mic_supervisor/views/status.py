@@ -22,7 +22,7 @@ GpuState = Literal[
 ]
 Code = Annotated[
     str | None,
-    Field(description="what programs know the reason by; null: a probe or a program says it"),
+    Field(description="the code of the reason; null: a probe or a program says it"),
 ]
 _NOT_THERE = 1 << 16  # sorts behind every index
 
@@ -111,7 +111,7 @@ class StatusGpu:
     name: str | None
     instance: str | None
     state: GpuState
-    trouble: Annotated[str | None, Field(description="what speaks against it; null: nothing")]
+    trouble: Annotated[str | None, Field(description="what is wrong with it; null: nothing")]
     holders: Annotated[list[Holder] | None, Field(description="null: they cannot be read")]
 
 
@@ -130,7 +130,7 @@ class StatusDocument:
     version: Literal[1]
     host: str
     at: Annotated[
-        float, Field(description="when the machine was looked at, seconds since the epoch")
+        float, Field(description="when the machine was observed, seconds since the epoch")
     ]
     config: ConfigInUse
     instances: list[StatusInstance]

@@ -70,7 +70,7 @@ def test_no_engine(job: World) -> None:
     done = job.mic("down", "--yes", rc=1)
     assert (done.stdout, done.stderr) == (
         "",
-        f"error: cannot tell what runs: {cause}\nhint: {START}\n",
+        f"error: cannot read what runs: {cause}\nhint: {START}\n",
     )
     done = job.mic("logs", "a-51000000", rc=1)
     assert (done.stdout, done.stderr) == (

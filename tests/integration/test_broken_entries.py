@@ -132,7 +132,8 @@ def test_a_template_with_a_syntax_error(story: Story) -> None:
     assert story.row("syntax") == (
         "blocked    syntax-51000006  GPU 6  cannot configure syntax: "
         "REPOSITORY/syntax/config.pbtxt.template:2:9: 'backend = python': Expected \":\"\n"
-        "    hint: mend the file; if the field is right and new, upgrade the package tritonclient\n"
+        "    hint: correct the file; if the field is right and new, upgrade the package "
+        "tritonclient\n"
     )
 
 

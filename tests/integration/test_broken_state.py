@@ -37,7 +37,7 @@ def test_a_second_apply_says_who_is_at_work_and_since_when(job: World) -> None:
     found = re.fullmatch(
         r"error: cannot converge: PID (\d+) \(mic-supervisor apply, started by ([^()]+)\) "
         r"is converging since (\d\d:\d\d:\d\d)\n"
-        r"hint: wait for it, or give more patience with --lock-timeout\n",
+        r"hint: wait for it, or set a longer --lock-timeout\n",
         done.stderr,
     )
     assert found is not None, done.stderr

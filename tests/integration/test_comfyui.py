@@ -171,7 +171,7 @@ def test_the_wait_has_an_end(comfy: Comfy) -> None:
     comfy.queue(row, 60.0)
     comfy.write(gpu0="none")
     shown = comfy.mic("apply", rc=0).stdout
-    assert "still busy after 1 s; stopping it all the same" in shown
+    assert "still busy after 1 s; stopping it anyway" in shown
     assert finished(own) == []
 
 
@@ -220,7 +220,7 @@ def test_a_daemon_that_ends_meanwhile_loses_no_job(comfy: Comfy) -> None:
     row = comfy.rows()[0]
     own, jobs = comfy.own(row), comfy.queue(row, 3.0)
     comfy.write(gpu0="none")
-    until(lambda: "is to be kept empty" in daemon.text(), "the daemon to drain")
+    until(lambda: "the file keeps its GPU empty" in daemon.text(), "the daemon to drain")
     assert daemon.stop() == 0
     assert finished(own) == []
     assert runs(row["pid"])

@@ -119,7 +119,7 @@ def test_reload_without_wait_only_asks(world: DaemonWorld) -> None:
     world.mic.config.write_text("[")
     done = world.mic("reload", rc=0)
     assert done.stdout == (
-        "The daemon reads its file now; `mic-supervisor status` tells the outcome.\n"
+        "The daemon reads its file now; `mic-supervisor status` shows the outcome.\n"
     )
     assert str(world.mic.config) in world.rejected()
 
@@ -314,7 +314,7 @@ def test_a_second_daemon_is_refused(world: DaemonWorld) -> None:
     assert re.fullmatch(
         rf"error: cannot converge: PID {holder['pid']} \(mic-supervisor run, started by {user}\) "
         r"is converging since \d\d:\d\d:\d\d\n"
-        r"hint: wait for it, or give more patience with --lock-timeout\n",
+        r"hint: wait for it, or set a longer --lock-timeout\n",
         done.stderr,
     ), done
 

@@ -171,5 +171,5 @@ def test_an_engine_that_is_away(
     until(lambda: world.marks().get(C0, after[C0]) != after[C0], "it to be back", timeout=20)
     world.write({0: "c", 1: "c", 2: "p", 3: "p"})
     world.converged(C0, C1, P2, P3)
-    complaints = lines(world.mic.daemons[-1], "WARNING.*looking every few seconds")
+    complaints = lines(world.mic.daemons[-1], "WARNING.*trying again every few seconds")
     assert len(complaints) <= 2, complaints

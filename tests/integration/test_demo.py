@@ -252,7 +252,7 @@ def test_it_stays_until_ctrl_c_and_can_be_used_meanwhile(home: Home, terminal: T
     ]
     shell('sed -i "s/2: MAM/2: none/" "$MIC_CONFIG"')
     waiting.until(
-        lambda: "its GPU is to be kept empty" in terminal.read().partition("Ctrl-C ends")[2],
+        lambda: "the file keeps its GPU empty" in terminal.read().partition("Ctrl-C ends")[2],
         "the daemon's log on the terminal",
         timeout=20,
     )

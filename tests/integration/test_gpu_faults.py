@@ -69,8 +69,8 @@ def test_a_driver_that_was_replaced_ends_the_daemon_and_nothing_else(
     assert daemon.process.wait(20) == 1
     assert daemon.text().endswith(
         "stopped; instances keep running\n"
-        "error: cannot go on: the NVIDIA driver was replaced while the daemon ran, and a process "
-        "cannot load the new library; instances keep running\n"
+        "error: cannot continue: the NVIDIA driver was replaced while the daemon ran, and a "
+        "process cannot load the new library; instances keep running\n"
         "hint: systemd starts the daemon again; elsewhere: mic-supervisor run\n"
     )
     os.kill(pid, 0)

@@ -107,7 +107,7 @@ def test_one_who_comes_later_is_told_of_once_and_disturbs_nothing(
     nvml.change(1, processes=[MockProcess(before["b"], GIB), MockProcess(foreign, 3 * GIB)])
     nvml.change(2, processes=[MockProcess(foreign, 2 * GIB)])
     on_1 = f"GPU 1 is for b-a0000001 alone, and PID {foreign} (sleep, 3.0 GiB) is on it as well"
-    on_2 = f"GPU 2 is to be kept empty, and PID {foreign} (sleep, 2.0 GiB) holds it"
+    on_2 = f"GPU 2 should be empty, but PID {foreign} (sleep, 2.0 GiB) holds it"
     until(lambda: f"GPU 2: {on_2}" in daemon.text(), "the log")
     until(lambda: daemon.text().count("is on it as well") == 1, "the other GPU")
     plan = mic("plan").stdout
@@ -156,7 +156,7 @@ def test_memory_that_nobody_has_is_started_into_where_the_model_fits(
     mic: Mic, nvml: MockNvml
 ) -> None:
     """Both cases wait side by side."""
-    mic.shortened["mic_supervisor.plan.release.PATIENCE"] = TIMEOUT
+    mic.shortened["mic_supervisor.plan.release.TIMEOUT"] = TIMEOUT
     vram = {"a": ", vram: 20GiB", "b": ", vram: 30GiB"}
     mic.write(entry(**vram))
     daemon = mic.run()
@@ -165,10 +165,10 @@ def test_memory_that_nobody_has_is_started_into_where_the_model_fits(
         nvml.change(number, memory_used=15 * GIB)
     for row in rows(mic).values():
         os.kill(row["pid"], signal.SIGKILL)
-    until(lambda: "starting all the same" in daemon.text(), "the end of patience", timeout=40)
+    until(lambda: "starting anyway" in daemon.text(), "the timeout", timeout=40)
     assert (
         f"WARNING a-a0000000: after {TIMEOUT:g} s still 14.5 GiB to be released on GPU 0, for "
-        "which the driver lists nobody; starting all the same"
+        "which the driver lists nobody; starting anyway"
     ) in messages(daemon)
     until(lambda: rows(mic)["a"]["phase"] == "unprobed", "the start")
     until(lambda: rows(mic)["b"]["phase"] == "blocked", "the refusal")

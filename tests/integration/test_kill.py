@@ -178,8 +178,7 @@ def test_there_is_no_such_process(mic: Mic, nvml: MockNvml, spawn: Spawn) -> Non
 def test_what_holds_no_gpu_needs_force(mic: Mic, nvml: MockNvml, spawn: Spawn) -> None:
     process = spawn()
     assert mic("kill", str(process.pid), "--yes", rc=1).stderr == (
-        f"error: cannot kill {process.pid}: sleep holds no GPU\n"
-        "hint: end it all the same with: --force\n"
+        f"error: cannot kill {process.pid}: sleep holds no GPU\nhint: end it anyway with: --force\n"
     )
     assert process.poll() is None
     mic("kill", str(process.pid), "--yes", "--force", rc=0)
@@ -191,7 +190,8 @@ def test_gpus_that_cannot_be_read_are_not_empty(mic: Mic, nvml: MockNvml, spawn:
     nvml.break_library(999)
     said = mic("kill", str(process.pid), "--yes", rc=1).stderr
     assert said.startswith(
-        f"error: cannot kill {process.pid}: whether it holds a GPU cannot be told: cannot read GPUs"
+        f"error: cannot kill {process.pid}: it is not known whether it holds a GPU: "
+        "cannot read GPUs"
     )
     assert mic("kill", "--all-orphans", "--yes", rc=1).stderr.startswith("error: cannot read GPUs")
     assert process.poll() is None
@@ -399,7 +399,7 @@ def test_a_foreign_container_is_named_and_asked_about(
         # Docker cannot be asked: it may well be one of ours.
         mic.env["MIC_DOCKER_HOST"] = "unix:///nowhere.sock"
         assert (
-            "whether it is one of ours cannot be told: "
+            "it is not known whether it is one of ours: "
             in mic("kill", str(pid), "--yes", rc=1).stderr
         )
         del mic.env["MIC_DOCKER_HOST"]

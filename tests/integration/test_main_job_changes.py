@@ -74,7 +74,7 @@ def test_none_empties_a_gpu(two: World) -> None:
     before = two.runs()
     two.write({0: "none", 1: "b"})
     assert two.plan() == (
-        "- remove   a-51000000  GPU 0  its GPU is to be kept empty\n\nPlan: 1 to remove.\n"
+        "- remove   a-51000000  GPU 0  the file keeps its GPU empty\n\nPlan: 1 to remove.\n"
     )
     assert (
         two.apply() == "ready      b-51000001  GPU 1  http://127.0.0.1:PORT\nApply: 1 as desired.\n"

@@ -262,7 +262,7 @@ def test_plan_as_json_for_every_kind_of_change(one: World) -> None:
 def test_plan_of_another_file_changes_nothing(one: World) -> None:
     path = one.mic.home / "another.yaml"
     path.write_text(one.text({0: "none"}))
-    assert "its GPU is to be kept empty" in one.mic("plan", path, rc=0).stdout
+    assert "the file keeps its GPU empty" in one.mic("plan", path, rc=0).stdout
     one.unchanged()
 
 
@@ -346,7 +346,7 @@ def test_logs_of_nobody(ready: World) -> None:
     done = ready.mic("logs", "--previous", "plain", rc=1)
     name = ready.one("plain-51000002")["Name"].lstrip("/")
     assert done.stderr == (
-        f"error: cannot tell the run before of {name} apart\n"
+        f"error: cannot tell apart the earlier runs of {name}\n"
         "hint: a container that is started again goes on in the same log: leave --previous out\n"
     )
     assert ready.mic("logs", "-f", "--previous", "plain", rc=64).stdout == ""

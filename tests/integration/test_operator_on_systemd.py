@@ -74,7 +74,7 @@ def test_a_plain_user_is_told_what_only_root_may_know(systemd_machine: SystemdMa
     pid = machine.show("mic.service", "MainPID")
     refused = machine.exec("mic-supervisor", "kill", "--yes", pid, user="alice", rc=77)
     assert refused.stderr == (
-        "error: cannot tell what is ours: cannot read /var/lib/mic/default/spec.key: "
+        "error: cannot find out what is ours: cannot read /var/lib/mic/default/spec.key: "
         "Permission denied\nhint: run as root\n"
     )
     written = machine.exec("mic-supervisor", "init", "--output=/root/x.yaml", user="alice", rc=1)

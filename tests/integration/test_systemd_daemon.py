@@ -298,8 +298,8 @@ def test_history_tells_the_story(service: Service) -> None:
         rf"{MORE}: start(ing)? .*(SIGKILL|137).*|{MORE}: start begins: .*SIGKILL.*",
         rf"{MORE}: start done \(\d+\.\d s\): .*",
         r"configuration: generation \d+ accepted \(.+\)",
-        rf"{MORE}: remove begins: its GPU is to be kept empty",
-        rf"{MORE}: remove done \(\d+\.\d s\): its GPU is to be kept empty",
+        rf"{MORE}: remove begins: the file keeps its GPU empty",
+        rf"{MORE}: remove done \(\d+\.\d s\): the file keeps its GPU empty",
     ]
     place = next(i for i, line in reversed([*enumerate(story)]) if re.fullmatch(wanted[1], line))
     rest = iter(story[place - 3 :])

@@ -288,4 +288,6 @@ def test_what_is_wrong_with_a_shared_server_is_found_by_check(made: World) -> No
     made.settings = made.settings.replace("server: shared", "server: per-gpu")
     made.write(dict(GPUS), **MODELS)
     done = made.mic("check", rc=1)
-    assert "backends.triton.gpus: it is of a server for all models" in done.stderr + done.stdout
+    assert (
+        "backends.triton.gpus: it belongs to a server for all models" in done.stderr + done.stdout
+    )

@@ -80,7 +80,7 @@ class Mic:
 
     Calling it runs `mic-supervisor ARGS`. Nothing of the caller's MIC_* settings shines through.
     `shortened` are times of the program itself that a test cannot wait for, as in
-    {"mic_supervisor.plan.release.PATIENCE": 3.0}; unit tests hold them to what they really are.
+    {"mic_supervisor.plan.release.TIMEOUT": 3.0}; unit tests hold them to what they really are.
     """
 
     home: Path

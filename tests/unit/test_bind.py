@@ -157,7 +157,7 @@ def test_what_is_said_of_keys_without_a_gpu() -> None:
 def test_no_gpus_are_looked_for() -> None:
     binding = bind([entry("A", index(0))], GpuInventory("none"), {})
     assert lost(binding) == [
-        "A on GPU 0: this machine is told not to look for GPUs (MIC_GPU_SOURCE=none)"
+        "A on GPU 0: the supervisor does not look for GPUs here (MIC_GPU_SOURCE=none)"
     ]
 
 

@@ -155,7 +155,8 @@ def test_it_finds_what_is_wrong_with_a_configuration_and_changes_nothing(
         "read: No such file or directory; fix: create /no/such.env, or name another file"
     ) in found
     assert (
-        f"warn  models: {secrets} may be read by others than its owner; fix: chmod 600 {secrets}"
+        f"warn  models: {secrets} can be read by users other than its owner; "
+        f"fix: chmod 600 {secrets}"
     ) in found
     assert "ok    models: 1 instance can be configured" in found
     assert "ok    gpus: 4 simulated by MIC_GPU_SOURCE" in found

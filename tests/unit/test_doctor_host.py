@@ -76,7 +76,7 @@ def test_an_engine_without_live_restore_and_with_a_default_that_gives_all_gpus()
 def test_an_engine_that_cannot_give_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(host, "_path_of_dockerd", lambda: str(tmp_path))
     assert docker(runtimes=["runc"], cdi_devices=[])[2] == (
-        "fail  docker gpus: neither the NVIDIA runtime nor CDI devices are there: no container "
+        "fail  docker gpus: Docker has no NVIDIA runtime and no CDI devices: no container "
         "gets a GPU; fix: install nvidia-container-toolkit, then: nvidia-ctk runtime configure "
         "--runtime=docker and systemctl restart docker"
     )

@@ -123,7 +123,7 @@ class Settings(Strict):
             if getattr(self, key) is not None and self.server != "shared":
                 instead = "remove the key" if key == "gpus" else "give it to the models"
                 raise ValueError(
-                    f"{key}: it is of a server for all models, and this says server: "
+                    f"{key}: it belongs to a server for all models, but this says server: "
                     f"{self.server}; {instead}, or write server: shared"
                 )
         return self

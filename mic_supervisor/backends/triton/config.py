@@ -139,7 +139,7 @@ def _parse(request: CompileRequest, path: Path, text: str) -> Any:
         raise cannot(
             request,
             f"{path}:{line}:{column}: {words.removesuffix('.')}",
-            "mend the file; if the field is right and new, upgrade the package tritonclient",
+            "correct the file; if the field is right and new, upgrade the package tritonclient",
         ) from error
     return config
 

@@ -166,7 +166,7 @@ class Engine:
         if version_lt(client.api_version, OLDEST_VERSION):
             raise RuntimeUnavailable(
                 f"cannot use the Docker Engine at {self.address}: it speaks API "
-                f"{client.api_version}, and GPUs can be asked for from {OLDEST_VERSION} on",
+                f"{client.api_version}, and GPUs need API {OLDEST_VERSION} or later",
                 hint="upgrade it to Docker Engine 20.10 or later",
             )
         client.silence = silence
@@ -247,7 +247,7 @@ _NO_ANSWER: tuple[tuple[tuple[type[Exception] | int, ...], str, str], ...] = (
     (
         (InvalidConfigFile,),
         "the Docker client configuration cannot be read ({said})",
-        "mend or remove config.json in $DOCKER_CONFIG or ~/.docker",
+        "repair or remove config.json in $DOCKER_CONFIG or ~/.docker",
     ),
     (
         (requests.exceptions.JSONDecodeError, http.client.BadStatusLine),

@@ -269,5 +269,5 @@ def _ask_helper(name: str, registry: str) -> dict[str, str] | None:
 def _unusable(path: Path, reason: str) -> PreflightFailed:
     return PreflightFailed(
         f"cannot use the registry credentials in {path}: {reason}",
-        hint="log in anew with: docker login, or set MIC_DOCKER_CONFIG to the right place",
+        hint="log in anew with: docker login, or set MIC_DOCKER_CONFIG to the right directory",
     )

@@ -279,7 +279,7 @@ class DockerRuntime:
     ) -> Iterator[str]:
         """Always refused: the engine appends every run of a container to one log."""
         raise RuntimeRefused(
-            f"cannot tell the run before of {workload.name} apart",
+            f"cannot tell apart the earlier runs of {workload.name}",
             hint="a container that is started again goes on in the same log: leave --previous out",
         )
 

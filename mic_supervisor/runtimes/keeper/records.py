@@ -289,7 +289,7 @@ def as_workload(path: Path, record: Record, *, locked: bool | None = None) -> Ob
     lost = unread or LOST
     if remains := members(path, record):
         pids = ", ".join(str(pid) for pid in sorted(remains))
-        lost = f"{lost}; PID {pids} of it still run"
+        lost = f"{lost}; its other processes still run: PID {pids}"
     return _observed(record, RunState.EXITED, error=lost)
 
 

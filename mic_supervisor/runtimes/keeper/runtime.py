@@ -186,7 +186,7 @@ class KeeperRuntime(ProcessRuntime):
             if twin is not None:
                 raise RuntimeRefused(
                     f"cannot start {launch.name}: {twin}",
-                    hint="see `mic-supervisor status`, which tells what to do",
+                    hint="see `mic-supervisor status`, which shows what to do",
                 )
             handle = self._lock_for_start(path)
             if handle is not None:

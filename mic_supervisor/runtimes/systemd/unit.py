@@ -249,7 +249,7 @@ _RESULTS = {
     "timeout": "it did not end in time and was killed",
     "oom-kill": "it used more memory than there was, or than its limit, and was killed",
     "resources": "systemd could not set it up",
-    "protocol": "systemd lost sight of it",
+    "protocol": "systemd lost track of it",
 }
 
 
@@ -347,7 +347,7 @@ def foreign_reason(unit: Unit, scope: str, host: str) -> str | None:
     if unit.name != unit_name(name):
         return f"it has the environment of {unit_name(name)}, and another name: it is a copy"
     if unit.properties.get("Transient") is False:
-        return f"it comes from a unit file, {unit.text('FragmentPath') or 'which ours never do'}"
+        return f"it comes from a unit file, {unit.text('FragmentPath') or 'and ours never do'}"
     return None
 
 
@@ -412,7 +412,7 @@ def _doubted(unit: Unit, scope: str, host: str, why: str) -> ObservedWorkload | 
     instance = variables.get("MIC_INSTANCE") or _NAMED.sub("", instance)
     pid = unit.main_pid or (unit.remains[0].pid if unit.remains else None)
     who = f"PID {pid}" if pid is not None else "it"
-    reason = f"what it is cannot be told: {why}; {who} runs, and is left as it is"
+    reason = f"it is not certain what it is: {why}; {who} runs, and is left as it is"
     hint = f"see `systemctl status {unit.name}`; when it is not wanted: systemctl stop {unit.name}"
     identity = unknown_identity(scope, host, instance)
     seen = in_doubt(RUNTIME, name, unit.name, identity, Doubt(reason, hint))
@@ -437,7 +437,7 @@ def _state(unit: Unit) -> tuple[RunState, str | None]:
 
 def remains_text(remains: Sequence[Process]) -> str:
     pids = ", ".join(str(process.pid) for process in remains)
-    return f"its main process has ended, and PID {pids} of it still run"
+    return f"its main process has ended, and its other processes still run: PID {pids}"
 
 
 def exit_code(unit: Unit) -> int | None:

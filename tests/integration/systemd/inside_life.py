@@ -163,7 +163,9 @@ def test_what_a_main_process_leaves_behind_holds_the_gpu(world: World) -> None:
     [left] = world.alive()
     seen = world.look("a")
     assert (seen.state, seen.pid, seen.exit_code) == (RunState.RUNNING, None, None)
-    assert seen.error == f"its main process has ended, and PID {left} of it still run"
+    assert seen.error == (
+        f"its main process has ended, and its other processes still run: PID {left}"
+    )
     with pytest.raises(RuntimeRefused, match="it still runs") as refused:
         world.make(remains_grace=0.5).remove(seen)
     assert refused.value.hint == "stop it first"

@@ -198,8 +198,14 @@ def test_flags_of_the_supervisor_are_refused(flag: str) -> None:
     ("settings", "cause"),
     [
         ({"server": "per-node"}, "Input should be 'per-gpu'"),
-        ({"gpus": [0, 1]}, "gpus: it is of a server for all models, and this says server: per-gpu"),
-        ({"ports": {"http": 8000}, "server": "per-model"}, "ports: it is of a server for all mod"),
+        (
+            {"gpus": [0, 1]},
+            "gpus: it belongs to a server for all models, but this says server: per-gpu",
+        ),
+        (
+            {"ports": {"http": 8000}, "server": "per-model"},
+            "ports: it belongs to a server for all mod",
+        ),
         ({"args": ["--id=x"], "server": "shared"}, "args: --id is set by the supervisor"),
         ({"gpus": ["0-1"], "server": "shared"}, "0-1: name one GPU at a time"),
         ({"gpus": ["x"], "server": "shared"}, "x: this names no GPU"),
@@ -352,7 +358,7 @@ def test_a_template_that_does_not_parse_says_where(config: str, cause: str) -> N
     said, hint = refusal(config=config)
     assert said == f"cannot configure MAM: {cause}"
     assert hint == (
-        "mend the file; if the field is right and new, upgrade the package tritonclient"
+        "correct the file; if the field is right and new, upgrade the package tritonclient"
     )
 
 

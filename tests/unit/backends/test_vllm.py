@@ -298,7 +298,7 @@ def test_it_is_asked_only_where_the_file_wants_it() -> None:
         ({"runtime": "process", "probe": {"docker": True}}, "a host process has no image"),
         (
             {"drain_timeout": "1m", "args": ["--disable-log-stats"]},
-            "drain_timeout: with --disable-log-stats vLLM does not tell",
+            "drain_timeout: with --disable-log-stats vLLM does not report",
         ),
     ],
 )

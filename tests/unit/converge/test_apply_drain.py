@@ -125,7 +125,7 @@ def test_it_gives_up_in_time_and_says_so(server: Server) -> None:
     began = time.monotonic()
     run(drain(server.port, timeout=0.6), told.append)
     assert 0.6 <= time.monotonic() - began < 2.0
-    assert told == ["draining", "still busy after 0.6 s; stopping it all the same"]
+    assert told == ["draining", "still busy after 0.6 s; stopping it anyway"]
 
 
 def test_who_is_gone_is_not_waited_for() -> None:
@@ -190,12 +190,12 @@ def test_the_end_of_the_supervisor_stops_nothing(server: Server) -> None:
 
 def test_a_backend_that_is_gone_keeps_nothing_alive(server: Server) -> None:
     def gone(name: str) -> Any:
-        raise CompileError(f"backend {name} is not installed any more")
+        raise CompileError(f"backend {name} is no longer installed")
 
     told: list[str] = []
     run(drain(server.port), told.append, backend=gone)
     assert told == [
-        "it cannot be drained (backend process is not installed any more); stopping it all the same"
+        "it cannot be drained (backend process is no longer installed); stopping it anyway"
     ]
     assert server.asked == []
 
@@ -205,4 +205,4 @@ def test_nor_does_a_record_without_a_port(server: Server) -> None:
     identity = replace(step.workload.identity, ports={})
     told: list[str] = []
     run(replace(step, workload=replace(step.workload, identity=identity)), told.append)
-    assert told == ["it cannot be drained ('http'); stopping it all the same"]
+    assert told == ["it cannot be drained ('http'); stopping it anyway"]

@@ -187,8 +187,8 @@ def test_it_is_run_once_for_each_change_and_never_twice_at_once(tmp_path: Path) 
         await made.finish()
         assert runs(tmp_path) == 2
         assert told == [
-            ("on_endpoints_change was told: MAM 1", False),
-            ("on_endpoints_change was told: MAM 0", False),
+            ("on_endpoints_change got: MAM 1", False),
+            ("on_endpoints_change got: MAM 0", False),
         ]
 
     in_loop(story)

@@ -170,7 +170,7 @@ def test_a_last_good_one_that_is_bad_too_is_told(files: Files) -> None:
     found = files.start()
     assert found.config is None
     assert found.error is not None
-    assert "and what ran before cannot be used" in found.error
+    assert "and the configuration that ran before cannot be used" in found.error
 
 
 def test_of_the_last_good_one_a_lost_plug_in_takes_its_own_models_only(files: Files) -> None:

@@ -63,7 +63,7 @@ async def is_cancelled() -> None:
         (breaks, "ZeroDivisionError: a defect"),
         (is_cancelled, "it was cancelled"),
         (lambda: in_thread("t", lambda: 1 / 0 and None), "ZeroDivisionError: division by zero"),
-        (lambda: in_thread("t", exit), "RuntimeError: the thread t was ended"),
+        (lambda: in_thread("t", exit), "RuntimeError: the thread t exited"),
     ],
 )
 def test_one_that_ends_is_told_of_and_started_again(

@@ -380,7 +380,9 @@ def test_json_through_the_driver(tmp_path: Path, held: MockNvml) -> None:
     assert found["gpus"][2]["processes"] is None
     assert [gpu["index"] for gpu in found["unopened"]] == [2]
     # There is no engine, so which containers are ours is not known, and that is said.
-    assert [w.split(": ")[0] for w in found["warnings"]] == ["cannot tell which holders are ours"]
+    assert [w.split(": ")[0] for w in found["warnings"]] == [
+        "cannot find out which holders are ours"
+    ]
 
 
 def test_the_tables_fit_eighty_columns(tmp_path: Path, held: MockNvml) -> None:

@@ -113,7 +113,7 @@ def test_before_the_first_round_nothing_is_made_up() -> None:
     assert (site("/healthz").status, site("/readyz").status) == (503, 503)
     assert site("/healthz").json()["status"] == "starting"
     assert site("/metrics").status == 200
-    assert "Looking at the machine" in site("/", headers={"Accept": "text/html"}).text
+    assert "Observing the machine" in site("/", headers={"Accept": "text/html"}).text
 
 
 def test_a_document_of_after_the_clock_was_set_back_is_no_old_one(good: Site) -> None:

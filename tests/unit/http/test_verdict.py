@@ -40,8 +40,8 @@ def test_everything_that_is_wrong_is_named_with_its_time_and_way_out() -> None:
         (f"embed on {b.uuid(5)}", "blocked: GPU 5 is not there"),
         ("MAM on GPU 0", "backoff: it exited with 1"),
         ("whisper on GPU 2", "blocked: GPU 2 is held by PID 4121 (python, 18.2 GiB), not ours"),
-        ("GPU 3", "a stranger is on it, and the file keeps it empty"),
-        ("GPU 4", "who holds it cannot be read"),
+        ("GPU 3", "a foreign process is on it, and the file keeps it empty"),
+        ("GPU 4", "its holders cannot be read"),
         ("slow on GPU 1", "starting: GET /health answers 503"),
     ]
     found = by_subject(views_of.bad())
@@ -82,7 +82,7 @@ def test_nothing_asked_for() -> None:
 
 def test_before_the_first_round() -> None:
     verdict = overall_verdict(views_of.published(None), "the first round is not done yet")
-    assert (verdict.level, verdict.sentence) == (Level.BUSY, "Looking at the machine")
+    assert (verdict.level, verdict.sentence) == (Level.BUSY, "Observing the machine")
 
 
 def test_a_loop_that_stalls_makes_everything_old() -> None:

@@ -217,7 +217,7 @@ def test_memory_that_an_unload_left_behind_is_told_of() -> None:
     plan = plan_for([BOTH], runs(says(loaded("A"), loaded("B")), gpus=gpus))
     assert plan.warnings == (
         "GPU 2: server-shared still holds 18.2 GiB there although nothing is placed on it; only "
-        "its end gives that back: mic-supervisor restart server-shared",
+        "a restart releases it: mic-supervisor restart server-shared",
     )
     small = replace(process(9, of=BOTH), used_memory=512 << 20)
     idle = [gpu(0), gpu(1), gpu(2, processes=(small,))]

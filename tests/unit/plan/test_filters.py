@@ -146,7 +146,7 @@ def test_an_undesired_one_and_a_gpu_to_be_emptied_stay(empty: tuple[str, ...]) -
     runs = workload(MAM)
     wanted = desired(kept_empty=empty)
     plan = plan_for(wanted, observed(runs), paused(runs, indices=(0,)))
-    why = "its GPU is to be kept empty" if empty else "the file no longer names it"
+    why = "the file keeps its GPU empty" if empty else "the file no longer names it"
     assert plan.changes == ()
     assert [item.reason for item in plan.blocked] == [f"paused since 00:10:00; would remove: {why}"]
 
@@ -350,10 +350,10 @@ def test_none_on_a_chosen_gpu_is_done() -> None:
         kept_empty=(uuid(0), uuid(1)),
     )
     assert text(plan) == (
-        "- remove   old-aaaaaaaa  GPU 0  its GPU is to be kept empty\n"
+        "- remove   old-aaaaaaaa  GPU 0  the file keeps its GPU empty\n"
         "    removes mic-test-old-aaaaaaaa-b6761d69\n"
         "\n"
-        "left out: old-bbbbbbbb (remove: its GPU is to be kept empty)\n"
+        "left out: old-bbbbbbbb (remove: the file keeps its GPU empty)\n"
         "\n"
         "Plan: 1 to remove; 1 left out.\n"
     )
@@ -390,7 +390,7 @@ def test_a_port_of_one_that_was_not_chosen_is_waited_for() -> None:
     plan = limited(MAM, other, to=Selection(models=frozenset({"face"})), found=(runs,))
     assert plan.changes == ()
     assert [item.reason for item in plan.blocked] == [
-        "port 8000 is still held by MAM-aaaaaaaa, not among the chosen"
+        "port 8000 is still held by MAM-aaaaaaaa, not one of the targets"
     ]
 
 

@@ -165,7 +165,7 @@ def test_a_fixed_port_that_another_of_ours_goes_on_to_use_blocks() -> None:
     earlier = on("ALPHA", 1, workload=WHISPER.workload)
     assert text(plan_for([MAM, earlier], observed(first))) == (
         "! blocked  ALPHA-bbbbbbbb on GPU 1: "
-        "port 9000 is still held by MAM-aaaaaaaa, which is to keep it\n"
+        "port 9000 is still held by MAM-aaaaaaaa, which keeps it\n"
         "\n"
         "No changes; 1 blocked.\n"
     )

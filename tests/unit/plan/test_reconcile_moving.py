@@ -93,7 +93,7 @@ def test_none_empties_the_gpu_at_once() -> None:
     wanted = desired(kept_empty=(uuid(0),))
     plan = plan_for(wanted, observed(old), context=replace(CONTEXT, confirmed=False))
     assert text(plan) == (
-        "- remove   MAM-aaaaaaaa  GPU 0  its GPU is to be kept empty\n"
+        "- remove   MAM-aaaaaaaa  GPU 0  the file keeps its GPU empty\n"
         "    removes mic-test-MAM-aaaaaaaa-5ef7f6c7\n"
         "\n"
         "Plan: 1 to remove.\n"
@@ -105,9 +105,7 @@ def test_a_foreign_process_on_a_gpu_that_is_to_be_kept_empty_is_reported() -> No
     wanted = desired(kept_empty=(uuid(0),))
     plan = plan_for(wanted, observed(gpus=[gpu(0, processes=(process(4121),))]))
     assert text(plan) == (
-        "warning: GPU 0 is to be kept empty, and PID 4121 (python, 18.2 GiB) holds it\n"
-        "\n"
-        "No changes.\n"
+        "warning: GPU 0 should be empty, but PID 4121 (python, 18.2 GiB) holds it\n\nNo changes.\n"
     )
 
 
@@ -219,7 +217,7 @@ def test_a_group_stays_while_one_of_those_that_follow_it_cannot_start() -> None:
         "! blocked  MAM-eeeeeeee on GPU 4: GPU 4 is held by PID 4121 (python, 18.2 GiB), not ours\n"
         "    hint: end that process, or move the model to another GPU\n"
         "! blocked  qwen-dddddddd on GPU 3: GPU 3 is still held by qwen-ddddddddx2, "
-        "which stays because not all that follows it can start\n"
+        "which stays because an instance that follows it cannot start\n"
         "\n"
         "warning: GPU 4 is for qwen-ddddddddx2 alone, and PID 4121 (python, 18.2 GiB) is on it as "
         "well\n"
@@ -235,7 +233,7 @@ def test_nothing_starts_beside_a_group_that_an_entry_in_trouble_may_mean() -> No
     assert text(plan) == (
         "! blocked  GPU 4 on GPU 4: it cannot be opened\n"
         "! blocked  MAM-dddddddd on GPU 3: GPU 3 is still held by qwen-ddddddddx2, "
-        "which an entry that cannot be followed now may mean\n"
+        "and an entry of the file that cannot be followed now may mean it\n"
         "\n"
         "No changes; 2 blocked.\n"
     )

@@ -124,7 +124,7 @@ def test_a_rollback_does_not_start_beside_a_foreign_process() -> None:
     plan = plan_for([new], observed(good, gpus=held), knows(MAM_aaaaaaaa=failed_once()))
     assert plan.count == 0
     assert [item.reason for item in plan.blocked] == [
-        "the new specification failed (it exited with 1); the last good one is to take over; "
+        "the new specification failed (it exited with 1); the last good one cannot take over yet: "
         "GPU 0 is held by PID 4121 (python, 18.2 GiB), not ours"
     ]
 

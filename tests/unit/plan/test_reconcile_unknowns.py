@@ -99,7 +99,7 @@ def test_processes_that_cannot_be_read_block_a_start() -> None:
 @pytest.mark.parametrize(
     ("unlisted", "reason"),
     [
-        ("untold", "this platform does not tell who is on GPU 0"),
+        ("untold", "this platform does not report who is on GPU 0"),
         ("implausible", "what the driver lists on GPU 0 cannot be true"),
     ],
 )

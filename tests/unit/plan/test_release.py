@@ -89,7 +89,7 @@ def test_memory_has_its_own_timeout_after_the_processes_are_gone() -> None:
     assert isinstance(found, Released)
     assert found.warning == (
         "after 30 s still 2.5 GiB to be released on GPU 0, for which the driver lists nobody; "
-        "starting all the same"
+        "starting anyway"
     )
 
 

@@ -119,7 +119,7 @@ def test_as_a_program(base: Path) -> None:
     assert run(str(base / "file")) == (
         1,
         f"cannot make the directory {base}/file: File exists "
-        "(make room for it, or name another place in the file)\n",
+        "(make room for it, or name another directory in the file)\n",
     )
 
 

@@ -158,7 +158,7 @@ def roll(published: dict[str, frozenset[str]] | None, error: str | None = None) 
 
 
 def test_the_next_one_waits_until_the_one_before_is_known() -> None:
-    waits = "waits for on_endpoints_change, which has yet to be told of what serves instead\n"
+    waits = "waits for on_endpoints_change, which does not know yet what serves instead\n"
     assert waits in roll({"MAM": frozenset({B.id})})
     assert waits not in roll({"MAM": frozenset({A.id, B.id})})
     assert waits not in roll(None)

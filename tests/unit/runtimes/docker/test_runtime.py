@@ -81,8 +81,8 @@ def test_an_engine_without_device_requests(runtime: DockerRuntime, fake: FakeEng
     fake.speaks = "1.38"
     view = runtime.observe()
     assert view.error == (
-        f"cannot use the Docker Engine at {fake.path}: it speaks API 1.38, and GPUs can be asked "
-        "for from 1.40 on"
+        f"cannot use the Docker Engine at {fake.path}: it speaks API 1.38, and GPUs need "
+        "API 1.40 or later"
     )
     assert view.hint == "upgrade it to Docker Engine 20.10 or later"
 

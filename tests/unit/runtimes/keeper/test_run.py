@@ -226,7 +226,9 @@ def leave_remains(world: World) -> int:
 def test_what_a_run_without_keeper_left_is_named_and_ended(world: World) -> None:
     pid = leave_remains(world)
     seen = world.look("one")
-    assert seen.error == f"its keeper was killed; exit status lost; PID {pid} of it still run"
+    assert seen.error == (
+        f"its keeper was killed; exit status lost; its other processes still run: PID {pid}"
+    )
     assert runs(pid)  # looking changed nothing
     stop(world, seen)
     assert world.alive() == []

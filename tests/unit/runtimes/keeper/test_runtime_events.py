@@ -95,7 +95,7 @@ def test_what_a_run_without_keeper_left_is_ended(world: World) -> None:
     until(
         lambda: (
             world.look("one").error == f"its keeper was killed; exit status lost; "
-            f"PID {pid} of it still run"
+            f"its other processes still run: PID {pid}"
         ),
         "its record",
     )

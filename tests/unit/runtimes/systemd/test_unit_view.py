@@ -148,7 +148,7 @@ def test_one_whose_main_process_has_ended_holds_its_gpu_until_all_is_gone() -> N
         seen = classify(unit(active, sub, LEFT, Process(78, ""), **ended(1, 0)))
         assert (seen.state, seen.pid, seen.exit_code, seen.error) == (
             *(RunState.RUNNING, None, None),
-            "its main process has ended, and PID 77, 78 of it still run",
+            "its main process has ended, and its other processes still run: PID 77, 78",
         )
 
 
@@ -173,7 +173,7 @@ def test_one_that_only_we_can_have_made_and_that_tells_nothing_is_in_doubt(
     assert (seen.state, seen.pid, seen.identity.spec) == (RunState.UNKNOWN, 7, None)
     assert seen.identity.instance in ("a", "a-00")
     assert seen.doubt is not None
-    assert seen.doubt.reason.startswith("what it is cannot be told: its ")
+    assert seen.doubt.reason.startswith("it is not certain what it is: its ")
     assert seen.doubt.reason.endswith("; PID 7 runs, and is left as it is")
     assert f"systemctl stop {NAME}.service" in seen.doubt.hint
 
