@@ -5,17 +5,20 @@ Each message reads "cannot X: cause"; a hint names the way out.
 
 from __future__ import annotations
 
+from mic_supervisor.text import printable
+
 
 class MicError(Exception):
     """Base of every error that is shown to a person without a traceback.
 
-    `hint` is one imperative sentence ("start it with: systemctl start docker"), or None.
+    `hint` is one imperative sentence ("start it with: systemctl start docker"), or None. What a
+    program or a person said may be part of either: no terminal obeys it.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _shown(message)
+        self.hint = None if hint is None else _shown(hint)
 
     def __str__(self) -> str:
         return self.message
@@ -69,3 +72,7 @@ class LoadFailed(MicError):
 
 class LockHeld(MicError):
     """Another writer converges this scope. The message says who, since when, and which command."""
+
+
+def _shown(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from mic_supervisor import clocks
-from mic_supervisor.config.diagnostics import printable
 from mic_supervisor.converge.observe import Sources
 from mic_supervisor.errors import MicError
 from mic_supervisor.gpu.owners import (
@@ -37,6 +36,7 @@ from mic_supervisor.model import (
     OwnerKind,
     RuntimeView,
 )
+from mic_supervisor.text import printable
 
 KILL_WAIT = 10.0  # seconds from KILL until a process counts as one that does not end
 RELEASE_WAIT = 15.0  # seconds until the driver has to have forgotten it

@@ -1,10 +1,26 @@
-"""What is to be known of a text that comes from outside."""
+"""The border for texts from outside: what is shown of them, and what nobody sees in them."""
 
 from __future__ import annotations
 
 import unicodedata
 
 _UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of controls, formats, separators
+
+
+LONGEST = 2000  # characters of a sentence that somebody else wrote
+
+
+def printable(text: str) -> str:
+    """`text` without anything that a terminal would obey, and without half a surrogate."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def one_line(text: str, longest: int = LONGEST) -> str:
+    """What another program, a server or a person said, as one printable line of bounded length."""
+    words = text if text.isprintable() else " ".join(text.split())
+    return printable(words if len(words) <= longest else f"{words[: longest - 1]}…")
 
 
 def unseen(text: str) -> str | None:

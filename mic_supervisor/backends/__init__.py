@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from mic_supervisor.config.options import ModelOptions
 from mic_supervisor.model import Gpu, HttpCall, Instance, LoadState, Placement, PlacementState
+from mic_supervisor.text import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,7 @@ def error_text(body: str) -> str:
     """What an answer says went wrong: its JSON member "error", or its text; one line, or empty."""
     try:
         document = json.loads(body)
-    except ValueError:
-        return " ".join(body.split())
+    except (ValueError, RecursionError):
+        return one_line(body)
     error = document.get("error") if isinstance(document, dict) else None
-    return error.strip() if isinstance(error, str) else " ".join(body.split())
+    return error.strip() if isinstance(error, str) else one_line(body)

@@ -60,7 +60,7 @@ def print_json(document: Any) -> None:
 
 def print_rows(headers: str, rows: Sequence[tuple[str, ...]], *, gives: str) -> None:
     """A table on a terminal, see `table`; in a pipe a line for each row, parted by tabs."""
-    from mic_supervisor.config.diagnostics import printable
+    from mic_supervisor.text import printable
 
     if not sys.stdout.isatty():
         for row in rows:
@@ -81,7 +81,7 @@ def table(headers: str, rows: Sequence[tuple[str, ...]], *, gives: str, width: i
     from rich.cells import cell_len
     from rich.table import Table
 
-    from mic_supervisor.config.diagnostics import printable
+    from mic_supervisor.text import printable
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     cells = [tuple(map(printable, row)) for row in rows]

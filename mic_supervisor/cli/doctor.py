@@ -13,8 +13,8 @@ import click
 
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import json_option, print_json
-from mic_supervisor.config.diagnostics import printable
 from mic_supervisor.errors import ConfigError
+from mic_supervisor.text import printable
 
 if TYPE_CHECKING:
     from mic_supervisor.doctor import Finding

@@ -10,9 +10,9 @@ import click
 
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import json_option, print_json, table
-from mic_supervisor.config.diagnostics import printable
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import Gpu, GpuInventory, GpuProcess, Owner, OwnerKind
+from mic_supervisor.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -8,8 +8,8 @@ import click
 
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import Duration, confirm
-from mic_supervisor.config.diagnostics import printable
 from mic_supervisor.errors import MicError
+from mic_supervisor.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

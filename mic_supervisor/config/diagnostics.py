@@ -10,6 +10,7 @@ from unicodedata import combining, east_asian_width
 
 from mic_supervisor.config.document import Location
 from mic_supervisor.errors import ConfigError
+from mic_supervisor.text import printable
 
 MAX_SHOWN = 100
 """Diagnostics that are rendered; the rest is counted. A broken file may hold thousands."""
@@ -169,13 +170,6 @@ def show(value: object) -> str:
         return "nothing"
     text = repr(value) if isinstance(value, str) else str(value)
     return _clip(printable(text), _MAX_WORD)
-
-
-def printable(text: str) -> str:
-    """`text` without anything that a terminal would obey."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _clip(text: str, limit: int) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from mic_supervisor.text import one_line
 
 EventKind = Literal[
     "begin",
@@ -46,10 +48,11 @@ Listener = Callable[[Event], None]
 
 @dataclass(slots=True)
 class Events:
-    """Passes every event on to every listener, in order."""
+    """Passes every event on to every listener, in order. Texts are made fit to be shown first."""
 
     listeners: list[Listener] = field(default_factory=list)
 
     def emit(self, event: Event) -> None:
+        event = replace(event, text=one_line(event.text), cause=one_line(event.cause))
         for listener in self.listeners:
             listener(event)

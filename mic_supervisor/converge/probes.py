@@ -30,6 +30,7 @@ from mic_supervisor.model import (
     TcpCheck,
 )
 from mic_supervisor.plan.launch import text_of
+from mic_supervisor.text import one_line
 
 ALL_DUE = ("liveness", "readiness", "placements")
 DEVICES = "devices"  # whether a container sees its GPUs: too dear to be asked with every look
@@ -79,7 +80,10 @@ class Checker:
     async def placement_state(self, target: Target, placement: Placement) -> PlacementState:
         """What the server says of one model now."""
         status, body = await self._answer(target, placement.verify)
-        return await blocking(self._pool, target.backend.placement_state, placement, status, body)
+        ask = target.backend.placement_state
+        found = await blocking(self._pool, ask, placement, status, body)
+        reason = None if found.reason is None else one_line(found.reason)
+        return replace(found, reason=reason)
 
     async def probe(
         self,
@@ -209,6 +213,7 @@ def _counted(
 
     So whoever asks more often learns more, and hastens nothing that failures in a row lead to.
     """
+    reason = one_line(reason)
     if ok is True:
         return ProbeResult(True, reason, now)
     failures, counted_at = (before.failures, before.counted_at) if before is not None else (0, None)

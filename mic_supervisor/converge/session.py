@@ -26,10 +26,13 @@ from mic_supervisor.plan.assess import Selection
 from mic_supervisor.plan.health import ON_ITS_WAY
 from mic_supervisor.plan.selection import Names, free_of_pauses, select, to_resume
 from mic_supervisor.plan.status import InstanceStatus, chosen_rows, converged
+from mic_supervisor.text import one_line
 from mic_supervisor.views import endpoints
 from mic_supervisor.views.apply import Failure, apply_document
 from mic_supervisor.views.plan import plan_document, to_text
 from mic_supervisor.views.status import instances, pauses, status_document
+
+_LONGEST_REASON = 500  # characters of why somebody paused something
 
 Emit = Callable[[Event], None]
 Method = Callable[[Mapping[str, Any], Emit], Awaitable[Any]]
@@ -205,7 +208,7 @@ class Session:
         chosen = select(names, self._names(snapshot), f"pause {' '.join(names)}")
         reason = params.get("reason")
         with self._listening(emit):
-            self.converger.pause(chosen, str(reason) if reason else None)
+            self.converger.pause(chosen, one_line(str(reason), _LONGEST_REASON) if reason else None)
             snapshot = await self.snapshots.seen(
                 lambda seen: not seen.busy & {row.id for row in _concerned(chosen, seen)}
             )

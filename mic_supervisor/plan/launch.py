@@ -15,6 +15,7 @@ from mic_supervisor.model import (
     ContainerSpec,
     Identity,
     Launch,
+    Listener,
     ObservedState,
     Pairs,
     Port,
@@ -22,6 +23,7 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.assess import Assessment, Context, is_alive, workloads
+from mic_supervisor.text import printable
 
 _PLACEHOLDER = re.compile(
     r"\$\{(port|gpu_indices)(?::([a-z]+))?\}|\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}"
@@ -128,7 +130,7 @@ class Ports:
         self._addresses: dict[int, Collection[str]] = {}
         for listener in observed.listeners or ():
             if listener.port not in self._serving:
-                who = f"{listener.name} (PID {listener.pid})" if listener.pid else "another program"
+                who = _named(listener)
                 self._foreign[listener.port] = who
                 self._addresses[listener.port] = listener.addresses
         for who, numbers in sorted(
@@ -152,6 +154,12 @@ class Ports:
         if addresses and not any(_meet(one, listen) for one in addresses):
             return None
         return self._foreign.get(number)
+
+
+def _named(listener: Listener) -> str:
+    if listener.pid is None:
+        return "another program"
+    return f"{printable(listener.name or '?')} (PID {listener.pid})"
 
 
 def _meet(one: str, other: str) -> bool:

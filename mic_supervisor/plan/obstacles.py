@@ -12,6 +12,7 @@ from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.situation import Situation
 from mic_supervisor.plan.spec import keys_of
 from mic_supervisor.plan.words import Code, Reason, because, gpus_down, moment, size
+from mic_supervisor.text import printable
 
 
 def in_the_way(
@@ -279,7 +280,7 @@ def sentence(foreign: ForeignProcess, observed: ObservedState) -> str:
 def describe(process: GpuProcess) -> str:
     """ "PID 4121 (python, 18.2 GiB)" """
     used = "memory unknown" if process.used_memory is None else size(process.used_memory)
-    return f"PID {process.pid} ({process.name or 'gone'}, {used})"
+    return f"PID {process.pid} ({printable(process.name or 'gone')}, {used})"
 
 
 def _whose(process: GpuProcess, observed: ObservedState) -> str:

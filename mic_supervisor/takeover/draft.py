@@ -12,13 +12,13 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.backends.registry import Registry, examples
-from mic_supervisor.config.diagnostics import printable
 from mic_supervisor.config.load import load
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host import host_name
 from mic_supervisor.kill import Survey
 from mic_supervisor.model import Gpu, GpuInventory
 from mic_supervisor.takeover import Proposal, containers, distinct, processes
+from mic_supervisor.text import printable
 
 if TYPE_CHECKING:
     from mic_supervisor.runtimes.docker.engine import Engine

@@ -15,6 +15,7 @@ from mic_supervisor.plan.look import Look
 from mic_supervisor.plan.memory import Paused
 from mic_supervisor.plan.status import InstanceStatus, Sync
 from mic_supervisor.plan.words import gpus_down
+from mic_supervisor.text import printable
 from mic_supervisor.views import view
 
 GpuState = Literal[
@@ -248,6 +249,7 @@ def _holders(gpu: Gpu) -> list[Holder] | None:
         view(
             Holder,
             process,
+            name=None if process.name is None else printable(process.name),
             since=process.started_at,
             owner=owner.kind,
             ref=owner.ref,

@@ -281,7 +281,7 @@ def test_names_that_are_not_unicode_break_no_document() -> None:
     site = Site(published)
     for path in ("/api/v1/gpus", "/metrics"):
         assert site(path).status == 200
-    assert "py?" in site("/", headers={"Accept": "text/html"}).text
+    assert "py\N{REPLACEMENT CHARACTER}" in site("/", headers={"Accept": "text/html"}).text
 
 
 def test_the_description_says_when_a_token_is_asked_for(good: Site) -> None:

@@ -273,7 +273,7 @@ def test_a_process_that_is_no_utf8_is_shown() -> None:
     odd = replace(views_of.holder(7, 1), name=b"caf\xe9".decode(errors="surrogateescape"))
     observed = b.observed(gpus=(views_of.gpu(0, processes=(odd,)),))
     text = shown(views_of.published(views_of.snapshot(b.desired(), observed))).text
-    assert "caf? (7), 1.0 GiB, nobody's" in text
+    assert "caf\N{REPLACEMENT CHARACTER} (7), 1.0 GiB, nobody's" in text
 
 
 def test_the_template_engine_is_not_loaded_before_the_page_is_asked_for() -> None:

@@ -112,6 +112,17 @@ def test_a_port_is_taken_where_the_addresses_meet(listen: str, at: str, blocks: 
     assert bool(plan_for([wanted], both).blocked) is (blocks or ":" not in listen)
 
 
+def test_the_name_of_a_foreign_process_is_shown_so_that_no_terminal_obeys_it() -> None:
+    hostile = "\x1b[2J\u202eevil"
+    state = observed(
+        gpus=[gpu(0, processes=(process(77, name=hostile),))],
+        listeners=[Listener(9000, 78, hostile)],
+    )
+    for wanted in (WHISPER, MAM):
+        reason = plan_for([wanted], state).blocked[0].reason
+        assert "evil" in reason and reason.isprintable()
+
+
 def test_a_fixed_port_that_a_foreign_container_publishes_blocks() -> None:
     jupyter = ForeignWorkload("docker", "jupyter", "c1", ports=(9000,))
     plan = plan_for([WHISPER], observed(foreign_workloads=[jupyter]))
