@@ -90,37 +90,37 @@ class Converger:
         events: Events,
         clock: Clock,
     ) -> None:
-        self.context = context
-        self.memory = memory
-        self.snapshot: Snapshot | None = None
-        self.rounds_begun = 0
-        self.resync = RESYNC
-        self.observers: list[Callable[[Snapshot], None]] = []
-        self.released: list[Callable[[float], None]] = []  # told how long each release took
+        self.context = context  # what decisions depend on besides a look
+        self.memory = memory  # the ledger of every instance, as the last round or step left it
+        self.snapshot: Snapshot | None = None  # of the last round that ended
+        self.rounds_begun = 0  # so that who asked can tell a round that began after that
+        self.resync = RESYNC  # seconds between two rounds that nothing woke
+        self.observers: list[Callable[[Snapshot], None]] = []  # called with each round's snapshot
+        self.released: list[Callable[[float], None]] = []  # called with what each release took
         self.removal_confirmed: Callable[[str], bool] = lambda _config_hash: True
         self.unconfirmed: Callable[[], str | None] = lambda: None
-        self._sources = sources
-        self._desired = desired
+        self._sources = sources  # runtimes, GPUs, listeners
+        self._desired = desired  # what the file asks for
         self._save = save
-        self._saved = memory
-        self._saving = asyncio.Lock()
+        self._saved = memory  # what was saved last: the same again is not written
+        self._saving = asyncio.Lock()  # one save at a time, in order
         self._events = events
         self._clock = clock
         self._now = clock.steady
-        self._acts = False
-        self._wakes = asyncio.Event()
-        self._pool = Threads(64, "mic-work")
+        self._acts = False  # whether plans are carried out
+        self._wakes = asyncio.Event()  # somebody wants a round
+        self._pool = Threads(64, "mic-work")  # for what blocks by nature
         checker = Checker(Threads(64, "mic-probe"))
         self._prober = Prober(checker, self.wake, clock.steady)
         self._steps = Steps(sources, self._target_of, desired.backend, checker, self._pool)
-        self._lanes: dict[asyncio.Task[None], Lane] = {}
-        self._inventory = GpuInventory("none")
+        self._lanes: dict[asyncio.Task[None], Lane] = {}  # that are being carried out
+        self._inventory = GpuInventory("none")  # of the last look at the GPUs
         self._readable: GpuInventory | None = None  # the last one that told of GPUs
         self._gpu_reporter = GpuReporter(events)
         self.xids: Callable[[], Collection[XidRecord]] = tuple  # that the GPUs reported so far
-        self._assessments: dict[str, Assessment] = {}
+        self._assessments: dict[str, Assessment] = {}  # of the last round, by instance
         self._bound = True  # whether the remembered bindings hold
-        self._indices: dict[str, int] = {}
+        self._indices: dict[str, int] = {}  # the driver's of today, by UUID
         self._gpus, self._views, self._listeners = read_in(sources, self._pool, self.wake)
         self._publisher = Publisher(
             self._pool, clock.steady, self._emit_hook, host_name(), memory.published

@@ -4,8 +4,7 @@
 |---|---|---|
 | pending | a change is due, and its steps are about to begin | the first step |
 | stopping | a former workload is withdrawn, drained or stopped | its end |
-| waiting_vram | a former workload's memory, or a foreign process to wait for, has the GPU | the
-release |
+| waiting_vram | a former workload's memory, or a foreign process, has the GPU | the release |
 | starting | it was started, and its startup probe does not pass yet | the probe, its end, time |
 | loading | its server is up, and a model is missing in it | the server's word |
 | ready | everything that can be asked says that it is as the file wants it | a probe, its end |
