@@ -57,7 +57,7 @@ def programs(tmp_path: Path) -> Path:
             "write its absolute path, or set PATH in `env`",
         ),
         ("", "cannot run an empty command", None),
-        ("a\0b", "cannot run a\0b: an argument holds a NUL", None),
+        ("a\0b", "cannot run a\N{REPLACEMENT CHARACTER}b: an argument holds a NUL", None),
     ],
 )
 def test_a_program_that_is_not_there_is_found_missing(
