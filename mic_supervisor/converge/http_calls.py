@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from mic_supervisor.text import one_line
+
 if TYPE_CHECKING:
     import httpx
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 # memory for nothing. None says that there is no such module, which httpx is prepared for.
 sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
 
+_LONGEST = 200  # characters of what is said of a call that failed
 _MOST = 4 << 20  # bytes of an answer that are read
 _HEADERS = {
     "Accept": "*/*",
@@ -146,7 +149,7 @@ def lacks(error: OSError) -> bool:
 def _no_answer(error: Exception, port: int) -> NoAnswer:
     cause = _system_error(error)
     if cause is None:
-        said = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        said = one_line(str(error), _LONGEST).rstrip(".") or type(error).__name__
         return NoAnswer(f"the connection ended: {said}")
     if isinstance(cause, ConnectionRefusedError):
         return NoAnswer(f"nothing listens on port {port}", refused=True)

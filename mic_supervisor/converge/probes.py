@@ -298,7 +298,7 @@ def _exec(target: Target, check: ExecCheck, timeout: float) -> Verdict:
 
 
 def _last_line(output: str) -> str:
-    return (output.strip().splitlines() or [""])[-1][:200]
+    return one_line((output.strip().splitlines() or [""])[-1], 200)
 
 
 def _published(target: Target, name: str) -> tuple[str, int]:

@@ -13,7 +13,7 @@ import ipaddress
 import re
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 from mic_supervisor.config.settings import Settings
 from mic_supervisor.errors import MicError
 from mic_supervisor.host.files import read_text
-from mic_supervisor.model import ContainerSpec, DesiredState, Workload
+from mic_supervisor.model import ContainerSpec, DesiredState, ExecCheck, Instance
+from mic_supervisor.text import one_line
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1: what a header can carry
 _SHORTEST = 16
@@ -111,6 +112,8 @@ def _read(path: Path) -> bytes:
 
 HIDDEN = "(hidden)"
 SHORTEST = 6  # characters; what is shorter is "true" or "8192" far more often than a secret
+_SHORTEST_NAMED = 3  # of a variable whose name says that it is one
+_NAMED = re.compile(r"TOKEN|KEY|SECRET|PASS|PWD|CREDENTIAL|AUTH", re.IGNORECASE)
 
 _FREE_TEXT = frozenset(
     {"reason", "hint", "error", "cause", "waits", "warnings", "unreadable", "text", "detail"}
@@ -124,18 +127,31 @@ class Scrubber:
     """Replaces what the desired workloads hold in confidence by "(hidden)"."""
 
     def __init__(self, desired: DesiredState | None) -> None:
-        found = {
-            secret
-            for instance in (desired.instances if desired is not None else ())
-            for secret in _secrets(instance.workload)
-            if len(secret) >= SHORTEST
-        }
+        found: set[str] = set()
+        if desired is not None:
+            hook = () if desired.hook is None else _arguments(desired.hook.command[1:])
+            said = [*hook, *(word for one in desired.instances for word in _secrets(one))]
+            # In sentences a text stands as what can be shown of it.
+            found = {form for word in said for form in (word, one_line(word))}
         # The longest first: a secret may begin with another one.
         ordered = sorted(found, key=lambda item: (-len(item), item))
-        self._pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+        self._secrets = ordered
+        self._pattern = re.compile("|".join(map(_as_pattern, ordered))) if ordered else None
 
     def text(self, text: str) -> str:
-        return text if self._pattern is None else self._pattern.sub(HIDDEN, text)
+        if self._pattern is None:
+            return text
+        text = self._pattern.sub(HIDDEN, text)
+        return self._without_a_beginning(text) if text.endswith("…") else text
+
+    def _without_a_beginning(self, text: str) -> str:
+        """Where a sentence was cut in the middle of a secret, that beginning goes as well."""
+        body = text[:-1]
+        for secret in self._secrets:
+            for count in range(min(len(secret), len(body)), SHORTEST - 1, -1):
+                if body.endswith(secret[:count]):
+                    return f"{body[:-count]}{HIDDEN}…"
+        return text
 
     def document(self, value: Any, key: str = "") -> Any:
         """A JSON document with its sentences scrubbed; names, ids and addresses stay."""
@@ -148,18 +164,35 @@ class Scrubber:
         return value
 
 
-def _secrets(workload: Workload) -> Iterator[str]:
+def _secrets(instance: Instance) -> Iterator[str]:
+    workload = instance.workload
     for pairs in (workload.env, workload.file_env, workload.variables):
-        yield from (value for _, value in pairs)
-    command = workload.command
+        for name, value in pairs:
+            short = len(value) < SHORTEST
+            if not short or (len(value) >= _SHORTEST_NAMED and _NAMED.search(name)):
+                yield value
     # A container's whole command is arguments; a process's begins with its program.
-    arguments = command if isinstance(workload, ContainerSpec) else command[1:]
-    for argument in arguments:
+    command = workload.command
+    yield from _arguments(command if isinstance(workload, ContainerSpec) else command[1:])
+    probes = instance.probes
+    for probe in (probes.startup, probes.liveness, probes.readiness):
+        if probe is not None and isinstance(probe.check, ExecCheck):
+            yield from _arguments(probe.check.command[1:])
+
+
+def _arguments(words: Iterable[str]) -> Iterator[str]:
+    for argument in words:
         name, equals, value = argument.partition("=")
         word = value if equals and name.startswith("-") else argument
-        # Options and paths are what a reason has to name to be of use.
-        if not word.startswith(("-", "/", "${")):
+        # Long options and paths are what a reason has to name to be of use; `-pSECRET` is neither.
+        if len(word) >= SHORTEST and not word.startswith(("--", "/", "${")):
             yield word
+
+
+def _as_pattern(secret: str) -> str:
+    """A short one is hidden as a word of its own alone."""
+    text = re.escape(secret)
+    return text if len(secret) >= SHORTEST else rf"(?<!\w){text}(?!\w)"
 
 
 def plan_document(document: dict[str, Any]) -> dict[str, Any]:

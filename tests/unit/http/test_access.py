@@ -13,6 +13,8 @@ from mic_supervisor.config.settings import Settings, load_settings
 from mic_supervisor.errors import MicError
 from mic_supervisor.http import access
 from mic_supervisor.http.access import HIDDEN, Access, Scrubber, access_of
+from mic_supervisor.model import EndpointsHook, ExecCheck, Probe, Probes
+from mic_supervisor.text import one_line
 from tests.unit.http import views_of
 from tests.unit.http.ask import Site
 from tests.unit.plan import builders as b
@@ -210,6 +212,35 @@ def test_the_longer_of_two_secrets_is_hidden_whole() -> None:
 
 def test_short_values_are_words_like_others() -> None:
     assert scrubber(env=(("DEBUG", "true"),)).text("it is true") == "it is true"
+
+
+def test_a_short_value_is_hidden_where_its_name_says_that_it_is_secret() -> None:
+    found = scrubber(env=(("DB_PASS", "abc1"), ("MODE", "fast"), ("KEY", "k")))
+    assert found.text("no: abc1, abc12, fast, k") == f"no: {HIDDEN}, abc12, fast, k"
+
+
+def test_arguments_of_probes_and_of_the_hook_are_hidden() -> None:
+    probe = Probe(ExecCheck(("/usr/bin/psql", f"--password={SECRET}", "-psecret99", "/var/x")))
+    wanted = b.desired(
+        b.on("m", 0, probes=Probes(liveness=probe)),
+        hook=EndpointsHook(("/usr/bin/notify", "--token", f"{SECRET}-hook"), 10.0, 1.0),
+    )
+    text = f"psql --password={SECRET} -psecret99 /var/x; notify --token {SECRET}-hook"
+    assert Scrubber(wanted).text(text) == (
+        f"psql --password={HIDDEN} {HIDDEN} /var/x; notify --token {HIDDEN}"
+    )
+
+
+@pytest.mark.parametrize("count", range(access.SHORTEST, len(SECRET) + 1))
+def test_a_sentence_that_was_cut_in_a_secret_shows_no_beginning_of_it(count: int) -> None:
+    found = scrubber(env=(("A", SECRET), ("B", "another-one")))
+    assert found.text(f"it said: {SECRET[:count]}…") == f"it said: {HIDDEN}…"
+    assert found.text(f"it said: {SECRET[:3]}…") == f"it said: {SECRET[:3]}…"
+
+
+def test_a_secret_is_found_in_the_form_in_which_it_is_shown() -> None:
+    found = scrubber(env=(("A", "two\nlines\x1bof it"),))
+    assert found.text(one_line("said: two\nlines\x1bof it")) == f"said: {HIDDEN}"
 
 
 def test_only_sentences_are_scrubbed() -> None:
