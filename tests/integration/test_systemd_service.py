@@ -193,7 +193,11 @@ def test_the_hook_of_the_example_has_nginx_follow(
         said = machine.journal("mic.service")
         begun, told, gone = (
             said.rindex(text)
-            for text in ("remove: the file keeps its GPU empty", "on_endpoints_change got: web 1", "remove done")
+            for text in (
+                "remove: the file keeps its GPU empty",
+                "on_endpoints_change got: web 1",
+                "remove done",
+            )
         )
         assert begun < told < gone, said
         assert "although on_endpoints_change failed" not in said
