@@ -72,10 +72,7 @@ def reload(wait: bool) -> int:
     if result["changed"]:
         click.echo(f"Generation {result['generation']} accepted.")
     elif result.get("confirmed"):  # a daemon of an earlier version does not say
-        click.echo(
-            f"Generation {result['generation']} runs already, and is confirmed now: "
-            "what it no longer names is removed."
-        )
+        click.echo(f"Generation {result['generation']} runs already, and is confirmed now.")
     else:
         click.echo(f"Generation {result['generation']} runs already; nothing changed.")
     return 0
