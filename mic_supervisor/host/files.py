@@ -56,12 +56,13 @@ def read_in_time(path: Path, most: int = MOST, seconds: float = 2.0) -> str:
         except (OSError, UnicodeDecodeError) as error:  # raised below, for who waits
             outcome.append(error)
 
-    _LEFT[path] = thread = threading.Thread(target=read, name="mic-read", daemon=True)
+    thread = threading.Thread(target=read, name="mic-read", daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
+        _LEFT[path] = thread
         raise OSError(errno.ETIMEDOUT, f"it does not answer within {seconds:g} s")
-    del _LEFT[path]
+    _LEFT.pop(path, None)  # it answers again
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
@@ -74,4 +75,4 @@ def set_aside(path: Path) -> Path:
     return path.rename(target)
 
 
-_LEFT: dict[Path, threading.Thread] = {}  # reads that have not returned yet
+_LEFT: dict[Path, threading.Thread] = {}  # reads that were given up, by path

@@ -76,6 +76,10 @@ def _take(path: Path, command: str, timeout: float) -> int:
                 os.truncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(codec.encode(holder)).encode(), 0)
                 return descriptor
+        except OSError as error:
+            os.close(descriptor)
+            raise MicError(f"cannot write the lock {path}: {error.strerror}") from error
+        # LockHeld and Ctrl-C: a descriptor that nobody knows of would hold the lock. Raised again.
         except BaseException:
             os.close(descriptor)
             raise
@@ -86,8 +90,8 @@ def _is_at(path: Path, descriptor: int) -> bool:
     """Whether the file at `path` is the open one."""
     try:
         there, held = path.lstat(), os.fstat(descriptor)
-    except FileNotFoundError:
-        return False
+    except OSError:
+        return False  # whoever opens it says why
     return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
 
 

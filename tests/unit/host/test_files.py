@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,21 @@ def test_what_is_set_aside_takes_no_name_that_is_there(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     assert set_aside(tmp_path / "a") == tmp_path / "a.damaged-2"
     assert (tmp_path / "a.damaged-2").is_dir()
+
+
+def test_a_read_under_way_is_no_read_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop and a reload read the same env file at the same time."""
+    path = tmp_path / "a"
+    path.write_text("x")
+    both = threading.Barrier(2, timeout=60)
+
+    def together(path: Path, most: int) -> str:
+        both.wait()
+        return read_text(path, most)
+
+    monkeypatch.setattr(files, "read_text", together)
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(read_in_time, path, seconds=60) for _ in range(2)]
+        assert [one.result() for one in found] == ["x", "x"]
