@@ -22,7 +22,7 @@ help:  ## this list
 test: venv-test  ## everything: sets this machine up (root, Debian 12), then lint, types, unit, integration
 	$(VENV)/python -m tests.setup.machine
 	$(PYTEST) -n 2 tests/unit
-	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder tests/integration
+	$(PYTEST) -n 3 --dist loadscope --no-loadscope-reorder tests/integration
 
 check: venv-test  ## lint, types and unit tests but the slow ones: under a minute, no root, no Docker
 	$(PYTEST) -n 2 -m "not slow" tests/unit
