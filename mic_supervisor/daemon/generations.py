@@ -97,7 +97,7 @@ class Generations:
 
     def reload(self, now: float, *, confirm: bool) -> Reloaded:
         """Read the file, and run it if it is valid and nothing says that it is only a part."""
-        self._seen = self._fingerprint()
+        self._seen = self.fingerprint()
         self.unconfirmed = None
         try:
             config = load(self.path, self._registry, environ=self._environ)
@@ -140,9 +140,10 @@ class Generations:
 
     def differs(self) -> bool:
         """Whether the files are not as they were when they were last read. Cheap."""
-        return self._fingerprint() != self._seen
+        return self.fingerprint() != self._seen
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """What the files hold now, as a digest. Never raises."""
         digest = hashlib.sha256()
         directory = self.path.with_name(self.path.name + ".d")
         try:

@@ -133,7 +133,7 @@ class Supervisor:
         changed = partial(self._reload, confirm=False, why="the file changed")
         keep(
             "the file watch",
-            lambda: watch(self._settings.config, self._generations.differs, changed),
+            lambda: watch(self._generations.fingerprint, self._generations.differs, changed),
         )
         for runtime in self._sources.runtimes.values():
             keep(f"the follower of {runtime.name}", partial(self._follow, runtime, streams_over))

@@ -3,89 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from pathlib import Path
 
 from mic_supervisor.converge.snapshot import Snapshot
-from mic_supervisor.converge.tasks import log_exception
 from mic_supervisor.daemon.log import LOGGER
 from mic_supervisor.daemon.parts import in_thread
 from mic_supervisor.errors import MicError
 from mic_supervisor.gpu import GpuSource
 from mic_supervisor.gpu.events import SAYS, XidEvent, XidRecord, XidSeverity, counted, watcher_of
 
-POLL = 2.0  # seconds between two looks at the files' content, for what no event tells
-_STEP = 100  # milliseconds between two looks of the listener at what the kernel told it
+POLL = 0.5  # seconds between two looks at the files' content
 _QUIET = 0.25  # seconds without a change until a file counts as written
 _LONGEST = 3.0  # seconds after which a file that never stays the same is read all the same
 
 
 async def watch(
-    path: Path, differs: Callable[[], bool], changed: Callable[[], Awaitable[object]]
+    stamp: Callable[[], str], differs: Callable[[], bool], changed: Callable[[], Awaitable[object]]
 ) -> None:
     """Call `changed` once for each burst of changes, until cancelled.
 
-    The directories are watched, not the file: editors replace it, and a mounted file is often a
-    link that is swapped. Events only hasten the look at the content, which decides.
+    The content is looked at, and no event of the kernel is waited for: network file systems send
+    none, and editors and mounts replace files, links and directories in many ways.
     """
-    hints = asyncio.Event()
-    listener = asyncio.create_task(_listen(path, hints), name="the listener for changed files")
-    listener.add_done_callback(log_exception)  # the look at the content goes on
-    try:
-        while True:
-            # Where nobody said anything the content is looked at all the same.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL):
-                    await hints.wait()
-            hints.clear()
-            if await asyncio.to_thread(differs):
-                await _pause(hints)
-                await changed()
-    finally:
-        listener.cancel()
+    while True:
+        await asyncio.sleep(POLL)
+        if await asyncio.to_thread(differs):
+            await _settled(stamp)
+            await changed()
 
 
-async def _pause(hints: asyncio.Event) -> None:
-    """Until nothing happened for a moment: ten saves in a second are one change."""
+async def _settled(stamp: Callable[[], str]) -> None:
+    """Until nothing changed for a moment: ten saves in a second are one change."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _LONGEST
-    while loop.time() < deadline:
-        try:
-            async with asyncio.timeout(_QUIET):
-                await hints.wait()
-        except TimeoutError:
-            return
-        hints.clear()
-
-
-async def _listen(path: Path, hints: asyncio.Event) -> None:
-    from watchfiles import awatch
-
-    while True:
-        directories = _directories(path)
-        try:
-            if directories:
-                async for _ in awatch(
-                    *directories, debounce=200, step=_STEP, recursive=False, stop_event=None
-                ):
-                    hints.set()
-                    if _directories(path) != directories:
-                        break  # a drop-in directory came, or a link points elsewhere
-                    continue
-        except OSError:
-            hints.set()  # a watched directory is gone; the content is still looked at
-        await asyncio.sleep(POLL)
-
-
-def _directories(path: Path) -> list[Path]:
-    drop_ins = path.with_name(path.name + ".d")
-    real = path.resolve()
-    found = {path.parent, drop_ins, real.parent}
-    return sorted(directory for directory in found if directory.is_dir())
+    before = ""
+    while loop.time() < deadline and (now := await asyncio.to_thread(stamp)) != before:
+        before = now
+        await asyncio.sleep(_QUIET)
 
 
 # --- GPUs ---------------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+"""The file is followed by what it holds, whatever way it changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mic_supervisor.daemon import watch
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(watch, "POLL", 0.01)
+    monkeypatch.setattr(watch, "_QUIET", 0.01)
+    yield
+
+
+def watched(stamps: Callable[[], str], changes: int) -> list[str]:
+    """What each of the first `changes` calls found, with files that say `stamps`."""
+    found: list[str] = []
+
+    async def run() -> None:
+        seen = "first"
+        over = asyncio.Event()
+
+        async def changed() -> None:
+            nonlocal seen
+            seen = stamps()
+            found.append(seen)
+            if len(found) == changes:
+                over.set()
+
+        task = asyncio.create_task(watch.watch(stamps, lambda: stamps() != seen, changed))
+        async with asyncio.timeout(20):
+            await over.wait()
+        task.cancel()
+
+    asyncio.run(run())
+    return found
+
+
+def test_a_change_is_told_once() -> None:
+    asked = iter(["first", "first", "second", "second", "second", "second", "third"])
+    last = "third"
+
+    def stamps() -> str:
+        return next(asked, last)
+
+    assert watched(stamps, 2) == ["second", "third"]
+
+
+def test_a_burst_is_one_change() -> None:
+    asked = iter([f"{number}" for number in range(20)])
+
+    def stamps() -> str:
+        return next(asked, "over")
+
+    assert watched(stamps, 1) == ["over"]
+
+
+def test_a_file_that_never_stays_the_same_is_read_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "_LONGEST", 0.1)
+    numbers = iter(range(10**6))
+
+    assert len(watched(lambda: f"{next(numbers)}", 2)) == 2
