@@ -203,7 +203,7 @@ def _pci(bus_id: str) -> str:
 def _no_such_index(value: str, inventory: GpuInventory) -> str:
     unopened = {gpu.index: gpu.error_line for gpu in inventory.unopened}
     if int(value) in unopened:
-        return f"GPU {value} cannot be opened: {unopened[int(value)]}"
+        return unopened[int(value)]
     if inventory.source == "none":
         return "the supervisor does not look for GPUs here (MIC_GPU_SOURCE=none)"
     count = len(inventory.gpus) + len(unopened)

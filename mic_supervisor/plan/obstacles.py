@@ -106,10 +106,7 @@ def warnings(s: Situation) -> tuple[str, ...]:
     if s.context.unconfirmed is not None:
         out.append(f"{s.context.unconfirmed}: {WAY_OUT}")
     found = [*s.desired.warnings]
-    found += [
-        f"GPU {gpu.index} cannot be opened: {gpu.error_line}"
-        for gpu in s.observed.inventory.unopened
-    ]
+    found += [f"GPU {gpu.index}: {gpu.error_line}" for gpu in s.observed.inventory.unopened]
     found += [
         sentence(one, s.observed)
         for one in foreign_processes(s.desired, s.observed, s.context.busy)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def survived(name: str, who: str) -> StopFailed:
     )
 
 
-class ProcessRuntime:
+class ProcessRuntime(ABC):
     """What a runtime of host processes does whatever keeps them. See `Runtime` for the contract.
 
     Nothing on disk holds an environment, which may hold secrets: what `restart` needs is kept here.
@@ -156,8 +157,8 @@ class ProcessRuntime:
     def __init__(self) -> None:
         self._launches: dict[str, Launch] = {}
 
-    def start(self, launch: Launch) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def start(self, launch: Launch) -> None: ...
 
     def create(self, launch: Launch) -> None:
         """Never: see `creates_ahead`."""

@@ -142,10 +142,10 @@ def test_what_is_said_of_keys_without_a_gpu() -> None:
         entry("C", pci("00000000:3b:00.0")),
         entry(None, index(8)),
     ]
-    inventory = machine(0, 1, unopened=(UnopenedGpu(7, "GPU is lost"),))
+    inventory = machine(0, 1, unopened=(UnopenedGpu(7, "cannot open it: GPU is lost"),))
     binding = bind(entries, inventory, {})
     assert lost(binding) == [
-        "A on GPU 7: GPU 7 cannot be opened: GPU is lost",
+        "A on GPU 7: cannot open it: GPU is lost",
         f"B on {uuid(5)}: {uuid(5)} is not in this machine",
         "C on 00000000:3b:00.0: no GPU has the PCI bus id 00000000:3b:00.0",
         "none on GPU 8: there is no GPU 8; this machine has 3",

@@ -203,9 +203,9 @@ def test_secrets_recorded_with_a_lost_key_are_told_of_and_replace_nothing() -> N
 
 def test_a_gpu_that_does_not_open_is_a_warning() -> None:
     state = observed(workload(MAM))
-    inventory = replace(state.inventory, unopened=(UnopenedGpu(7, "GPU is lost"),))
+    inventory = replace(state.inventory, unopened=(UnopenedGpu(7, "cannot open it: GPU is lost"),))
     plan = plan_for([MAM], replace(state, inventory=inventory))
-    assert text(plan) == "warning: GPU 7 cannot be opened: GPU is lost\n\nNo changes.\n"
+    assert text(plan) == "warning: GPU 7: cannot open it: GPU is lost\n\nNo changes.\n"
 
 
 def test_texts_that_refer_to_a_port_that_is_not_there_block_one_instance() -> None:
