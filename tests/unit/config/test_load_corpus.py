@@ -36,10 +36,10 @@ def test_the_corpus_is_there() -> None:
 def test_a_bad_file_is_refused_in_the_right_place(path: Path) -> None:
     wanted = expected(path)
     assert wanted
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(InvalidConfig) as caught:
         load(path, FakeRegistry(), environ={"HOME": "/root"})
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     found = caught.value.diagnostics
     assert [(one.location.line, one.location.column) for one in found] == [w[:2] for w in wanted], (
         caught.value.rendered
