@@ -84,6 +84,7 @@ def test_sigterm_ends_a_daemon_that_is_woken_often(world: DaemonWorld) -> None:
 @pytest.mark.slow
 def test_sigterm_ends_a_daemon_that_starts(world: DaemonWorld) -> None:
     lost: list[str] = []
+    codes: list[int] = []
     for turn in range(TERMS):
         daemon = world.mic.start("run")
         after = LONGEST_START * turn / TERMS
@@ -94,10 +95,13 @@ def test_sigterm_ends_a_daemon_that_starts(world: DaemonWorld) -> None:
         except AssertionError as error:
             lost.append(f"{after:.2f} s: {error}")
             continue
-        # Until Python itself is up, nobody but the kernel can answer.
-        if code != 0 and not (code == -signal.SIGTERM and daemon.text() == "" and after < 0.2):
+        # Until Python itself is up, which takes long on a busy machine, nobody but the kernel can
+        # answer. Then nothing was said, and nothing begun.
+        if code != 0 and not (code == -signal.SIGTERM and daemon.text() == ""):
             lost.append(f"{after:.2f} s: exit {code}\n{daemon.text()}")
+        codes.append(code)
     assert not lost, f"{len(lost)} of {TERMS}\n" + "\n".join(lost)
+    assert 0 in codes, "the daemon itself answered none of them"
 
 
 def test_a_socket_that_somebody_removed_is_bound_again(world: DaemonWorld) -> None:
