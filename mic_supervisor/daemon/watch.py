@@ -31,11 +31,11 @@ async def watch(
     while True:
         await asyncio.sleep(POLL)
         if await asyncio.to_thread(differs):
-            await _settled(stamp)
+            await _unchanging(stamp)
             await changed()
 
 
-async def _settled(stamp: Callable[[], str]) -> None:
+async def _unchanging(stamp: Callable[[], str]) -> None:
     """Until nothing changed for a moment: ten saves in a second are one change."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _LONGEST

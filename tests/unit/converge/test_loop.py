@@ -202,8 +202,8 @@ def test_what_is_gone_from_the_file_is_removed_and_forgotten() -> None:
             await rig.phases(a_aaaaaaaa="ready", b_bbbbbbbb="ready")
             file.says(B)
             rig.converger.wake()
+            await rig.until(lambda: engine.running() == [B.id])
             await rig.until(lambda: A.id not in rig.converger.memory.instances)
-            assert engine.running() == [B.id]
 
     run(body)
 
