@@ -13,8 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from mic_supervisor.daemon.client import Client
 from mic_supervisor.errors import MicError
@@ -23,7 +26,7 @@ from mic_supervisor.host.processes import with_environ
 GPUS = 4
 _BLOCK = 20  # ports, the last of them for the daemon
 _FIRST, _LAST = 21000, 31999  # beside the default range, below the kernel's for connections
-_STOP = 20.0  # seconds for the daemon to end
+_STOP = 20.0  # seconds for the daemon, or a command, to end
 
 
 class DemoFailed(MicError):
@@ -223,6 +226,7 @@ class World:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
         self.stop_daemon()
+        _end_children()
         text = ""
         if self.path.exists() and self.processes():
             _, text = self.read("down", "--yes")
@@ -233,6 +237,15 @@ class World:
                 hint=f"try again with: . {self.env} && mic-supervisor down --yes",
             )
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _end_children() -> None:
+    """End what a signal left behind: nobody waits for a command that was being started then."""
+    commands = psutil.Process().children()
+    for command in commands:
+        with suppress(psutil.NoSuchProcess):
+            command.terminate()
+    psutil.wait_procs(commands, timeout=_STOP)
 
 
 def _program(*arguments: str) -> list[str]:

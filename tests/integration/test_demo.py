@@ -285,6 +285,22 @@ def test_a_signal_ends_it_at_any_step_and_leaves_nothing(
     assert gone(home)
 
 
+def test_a_command_that_nobody_waits_for_any_more_is_ended(home: Home) -> None:
+    """As one is left whose start was cut short by a signal, between fork and the next line."""
+    code = (
+        "import subprocess\n"
+        "from mic_supervisor.demo.world import World\n"
+        "world = World()\n"
+        "subprocess.Popen(['sleep', '600'], env=world.environment())\n"
+        "world.close()\n"
+        "print(world.processes(), world.path.exists())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=home.env, check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "[] False\n"), done.stderr
+
+
 def _sitecustomize(home: Home, code: str) -> None:
     """Have every Python of the demo run `code` first."""
     path = home.tmp / "site"
