@@ -52,7 +52,7 @@ class OwnerKind(StrEnum):
 class Owner:
     kind: OwnerKind
     ref: str | None = None  # container id, unit name
-    instance: str | None = None
+    instance: str | None = None  # of a foreign MPS server: the one that it serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,11 @@ class GpuProcess:
     def managed(self) -> bool:
         """Whether it is of an instance of ours, as far as is known."""
         return self.owner is not None and self.owner.kind is OwnerKind.MANAGED
+
+    @property
+    def instance(self) -> str | None:
+        """The instance that it belongs to, or that it serves, as far as is known."""
+        return None if self.owner is None else self.owner.instance
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
+from mic_supervisor.converge.mps import with_servers
 from mic_supervisor.gpu import GpuSource
 from mic_supervisor.gpu.owners import annotate, managed_refs
 from mic_supervisor.model import (
@@ -89,10 +90,14 @@ def _with_doubtful_gpus(view: RuntimeView, inventory: GpuInventory) -> RuntimeVi
 
 
 def with_holders(observed: ObservedState, desired: DesiredState, sources: Sources) -> ObservedState:
-    """Who listens on the ports that the file fixes, where that is not the instance itself.
+    """Who listens on the ports that the file fixes, where that is not the instance itself, and
+    which instances the MPS servers on GPUs serve.
 
-    It takes a walk through every open file of the machine, so it is done for those ports alone.
+    The first takes a walk through every open file of the machine, so it is done for those ports
+    alone.
     """
+    on_gpus = {uuid: instance for instance in desired.instances for uuid in instance.gpus}
+    observed = replace(observed, inventory=with_servers(observed.inventory, on_gpus))
     ours = {
         (workload.identity.instance, number)
         for view in observed.runtimes

@@ -172,6 +172,16 @@ def user_ids(pid: int) -> set[int]:
         return set()
 
 
+def numbers(pid: int) -> set[int]:
+    """The PIDs of a process, here and in the namespaces inside; empty where it is gone."""
+    try:
+        lines = (_read(pid, "status") or b"").split(b"\n")
+    except OSError:
+        return set()
+    found = next((line for line in lines if line.startswith(b"NSpid:")), b"")
+    return {int(one) for one in found.split()[1:]}
+
+
 def user_id(user: str | None) -> int | None:
     """The number of "name", "name:group" or "1000"; None when there is no such user."""
     name = (user or "").partition(":")[0]

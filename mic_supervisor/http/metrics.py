@@ -29,7 +29,7 @@ from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http import documents
 from mic_supervisor.http.documents import Durations, Published
 from mic_supervisor.http.views import Answer, Views
-from mic_supervisor.model import Gpu, GpuInventory, OwnerKind
+from mic_supervisor.model import Gpu, GpuInventory, GpuProcess, OwnerKind
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import InstanceStatus, by_model
 from mic_supervisor.views.status import GpuState, gpu_rows
@@ -167,14 +167,17 @@ def _holders(gpus: Iterable[Gpu]) -> Metric:
     for gpu in gpus:
         if gpu.processes is None:
             continue
-        count = Counter(
-            _OWNERS.get(process.owner.kind, "unknown") if process.owner else "unknown"
-            for process in gpu.processes
-        )
+        count = Counter(map(_owner, gpu.processes))
         rows += [((gpu.uuid, owner), count[owner]) for owner in ("managed", "foreign", "orphan")]
         rows.append(((gpu.uuid, "unknown"), count["unknown"] or None))
     text = "Processes that hold the GPU, by whose they are."
     return _gauges("mic_gpu_holders", text, "uuid owner", rows)
+
+
+def _owner(process: GpuProcess) -> str:
+    if process.instance is not None:
+        return "managed"
+    return "unknown" if process.owner is None else _OWNERS.get(process.owner.kind, "unknown")
 
 
 def _states(snapshot: Snapshot) -> Iterator[Metric]:
@@ -259,9 +262,9 @@ def _memory_by_instance(snapshot: Snapshot) -> dict[tuple[str, str], int]:
     unknown: set[tuple[str, str]] = set()
     for gpu in snapshot.observed.inventory.gpus:
         for process in gpu.processes or ():
-            if process.owner is None or process.owner.instance is None:
+            if process.instance is None:
                 continue
-            key = process.owner.instance, gpu.uuid
+            key = process.instance, gpu.uuid
             if process.used_memory is None:
                 unknown.add(key)
             else:

@@ -273,6 +273,8 @@ def _load(gpu: Gpu) -> str:
 
 def _whose(holder: Holder) -> str:
     ref = holder.ref or ""
+    if holder.instance is not None:
+        return "ours"
     return {
         OwnerKind.MANAGED: "ours",
         OwnerKind.CONTAINER: f"not ours: container {ref[:12]}",

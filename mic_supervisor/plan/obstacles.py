@@ -159,9 +159,7 @@ def _left_behind(s: Situation) -> Iterable[str]:
             if gpu is None or uuid in item.placed_gpus:
                 continue
             count = memory_of(
-                process
-                for process in gpu.processes or ()
-                if process.owner is not None and process.owner.instance == instance
+                process for process in gpu.processes or () if process.instance == instance
             )
             if count > SLACK:
                 yield (
@@ -222,8 +220,7 @@ def is_foreign(process: GpuProcess, expected: Collection[str], threshold: int) -
         return False
     if has_exited(process):
         return False
-    owner = process.owner
-    return owner is None or not process.managed or owner.instance not in expected
+    return process.instance not in expected
 
 
 def has_exited(process: GpuProcess) -> bool:
@@ -260,7 +257,8 @@ def foreign_processes(
         found += [
             ForeignProcess(gpu, process, instance)
             for process in sorted(gpu.processes or (), key=lambda item: item.pid)
-            if not process.managed and is_foreign(process, (), thresholds.get(gpu.uuid, THRESHOLD))
+            if process.instance is None
+            and is_foreign(process, (), thresholds.get(gpu.uuid, THRESHOLD))
         ]
     return tuple(found)
 

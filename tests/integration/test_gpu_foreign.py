@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -196,3 +197,50 @@ def test_a_card_that_is_too_small_is_seen_before_anything_is_stopped(
     assert "hint: give it a larger GPU, or correct `vram` of a" in done.stdout
     os.kill(before, 0)
     assert rows(mic)["a"]["pid"] == before
+
+
+@pytest.fixture
+def mps(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """A control daemon as an operator runs it, and its server: (directory of pipes, PID)."""
+    for program, stand_in in (("control", "/bin/sh"), ("server", "/bin/sleep")):
+        shutil.copy(stand_in, tmp_path / f"nvidia-cuda-mps-{program}")
+    script = f"{tmp_path}/nvidia-cuda-mps-server 600 & echo $! && wait"
+    daemon = subprocess.Popen(
+        [tmp_path / "nvidia-cuda-mps-control", "-c", script], stdout=subprocess.PIPE, text=True
+    )
+    assert daemon.stdout is not None
+    server = int(daemon.stdout.readline())
+    (tmp_path / "pipes").mkdir()
+    (tmp_path / "pipes" / "nvidia-cuda-mps-control.pid").write_text(f"{daemon.pid}\n")
+    yield tmp_path / "pipes", server
+    os.kill(server, signal.SIGKILL)
+    daemon.wait(10)
+    daemon.stdout.close()
+
+
+def test_the_mps_server_of_a_model_is_no_obstacle_to_its_next_start(
+    mic: Mic, nvml: MockNvml, mps: tuple[Path, int], foreign: int
+) -> None:
+    pipes, server = mps
+    mic.write(entry(a=f", env: {{CUDA_MPS_PIPE_DIRECTORY: {pipes}}}", gpus="{0: a, 1: b}"))
+    daemon = mic.run()
+    until(lambda: [r["phase"] for r in rows(mic).values()] == ["unprobed"] * 2, "both")
+    before = rows(mic)
+    for index, model in enumerate("ab"):  # the server is on each GPU that its daemon sees
+        client = MockProcess(before[model]["pid"], GIB, "mps")
+        nvml.change(index, processes=[MockProcess(server, 30 << 20), client])
+    on_1 = f"GPU 1 is for b-a0000001 alone, and PID {server} (nvidia-cuda-mps, 30 MiB) is on it"
+    until(lambda: on_1 in daemon.text(), "the server beside a model that does not ask it")
+    assert "GPU 0 is for a-a0000000 alone" not in daemon.text()
+
+    nvml.change(0, processes=[MockProcess(server, 30 << 20)])
+    os.kill(before["a"]["pid"], signal.SIGKILL)
+    until(lambda: rows(mic)["a"]["pid"] not in (None, before["a"]["pid"]), "the next start")
+
+    # A client of somebody else's makes the server theirs as well.
+    shared = [MockProcess(server, 30 << 20), MockProcess(foreign, GIB, "mps")]
+    nvml.change(0, processes=shared)
+    os.kill(rows(mic)["a"]["pid"], signal.SIGKILL)
+    until(lambda: rows(mic)["a"]["phase"] == "blocked", "the foreign client")
+    assert "GPU 0 is held by PID" in rows(mic)["a"]["reason"]
+    assert daemon.stop() == 0

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from mic_supervisor.gpu.events import XidRecord, XidSeverity
 from mic_supervisor.http import metrics
 from mic_supervisor.http.documents import Durations, LoopState, Published
-from mic_supervisor.model import GpuInventory, RuntimeView
+from mic_supervisor.model import GpuInventory, Owner, OwnerKind, RuntimeView
 from tests.unit.http import views_of
 from tests.unit.http.ask import Site
 from tests.unit.plan import builders as b
@@ -219,6 +219,17 @@ def test_holders_by_whose_they_are() -> None:
     }
     # Who holds GPU 4 cannot be read.
     assert not any(b.uuid(4) in key for key in of("mic_gpu_holders", found))
+
+
+def test_an_mps_server_counts_with_the_instance_that_it_serves() -> None:
+    owner = Owner(OwnerKind.UNIT, "nvidia-mps.service", b.on("m", 0).id)
+    gpu = b.gpu(0, processes=(b.process(7, owner=owner),))
+    seen = views_of.snapshot(b.desired(b.on("m", 0)), b.observed(gpus=[gpu]))
+    found = scrape(views_of.published(seen))
+    assert {key: value for key, value in of("mic_gpu_holders", found).items() if value} == {
+        f'mic_gpu_holders{{owner="managed",uuid="{b.uuid(0)}"}}': 1
+    }
+    assert len(of("mic_model_gpu_memory_bytes", found)) == 1
 
 
 def test_memory_that_one_process_does_not_tell_makes_the_sum_unknown() -> None:

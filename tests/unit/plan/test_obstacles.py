@@ -12,6 +12,8 @@ from mic_supervisor.model import (
     GpuMemory,
     GpuProcess,
     Listener,
+    ObservedState,
+    ObservedWorkload,
     Owner,
     OwnerKind,
     Port,
@@ -266,6 +268,19 @@ def test_what_else_counts_as_foreign(found: GpuProcess) -> None:
     plan = plan_for([MAM], observed(gpus=[gpu(0, processes=(found,))]))
     assert plan.count == 0
     assert plan.blocked[0].reason.startswith("GPU 0 is held by PID 4121 (python")
+
+
+def test_an_mps_server_blocks_unless_it_serves_the_instance_there() -> None:
+    def seen(instance: str | None, *running: ObservedWorkload) -> ObservedState:
+        owner = Owner(OwnerKind.UNIT, "nvidia-mps.service", instance)
+        server = process(4121, name="nvidia-cuda-mps", owner=owner)
+        return observed(*running, gpus=[gpu(0, processes=(server,))])
+
+    assert plan_for([MAM], seen(MAM.id)).count == 1
+    assert plan_for([MAM], seen(None)).blocked[0].reason.endswith(": unit nvidia-mps.service")
+    assert plan_for([MAM], seen("other-1")).count == 0
+    assert foreign_processes(desired(MAM), seen(MAM.id, workload(MAM))) == ()
+    assert len(foreign_processes(desired(MAM), seen(None, workload(MAM)))) == 1
 
 
 def test_a_foreign_process_does_not_block_where_it_is_to_be_ignored() -> None:
