@@ -461,6 +461,7 @@ class Listener:
     pid: int | None = None
     name: str | None = None
     addresses: frozenset[str] = frozenset()  # "127.0.0.1", "::"; none: they are not known
+    group: str | None = None  # its control group (version 2): "/system.slice/nginx.service"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -306,6 +306,14 @@ def mounts(request: CompileRequest, own: Sequence[Mount] = ()) -> tuple[Mount, .
             raise cannot(request, f"two mounts have the target {given.target}")
         out.append(Mount(given.source, given.target, given.read_only))
     return tuple(out)
+
+
+def on_host(path: PurePosixPath, mounts: Iterable[Mount]) -> Path | None:
+    """Where a path of a container is on this host; None: it is the container's own."""
+    for mount in sorted(mounts, key=lambda one: len(one.target), reverse=True):
+        if path.is_relative_to(mount.target):
+            return Path(mount.source) / path.relative_to(mount.target)
+    return None
 
 
 # --- Whole ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
+import yaml
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, Recognised, common
@@ -29,6 +30,9 @@ _OWN_FLAGS = {
     "--ssl-keyfile": "it is probed over plain HTTP; let a proxy do TLS",
     "--ssl-certfile": "it is probed over plain HTTP; let a proxy do TLS",
 }
+_LONGEST_CONFIG = 64 << 10  # characters; a list of flags has a few hundred
+# What the command says, too, and it wins over a file of --config.
+_OVERRIDDEN = ("--host", "--port", "--model", "--tensor-parallel-size")
 # How a model is spread over GPUs, by whoever knows better than one number.
 _PARALLEL = (
     *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
@@ -141,12 +145,13 @@ class VllmBackend(BackendBase):
         """One server over the GPUs of the instance. Raises CompileError."""
         options: Options = request.options
         ports = common.ports(options)
-        workload, probes = _workload(request, ports, options, request.settings)
+        args = [*_from_config(request, options, request.settings), *options.args]
+        workload, probes = _workload(request, ports, options, request.settings, args)
         if options.probe is None:
             keyed = _API_KEY in dict((*workload.env, *workload.file_env)) or any(
-                _flag(arg) == "--api-key" for arg in options.args
+                _flag(arg) == "--api-key" for arg in args
             )
-            probes = _probes(options, keyed)
+            probes = _probes(options.model, args, keyed)
         drain = HttpCall("GET", "/metrics") if options.drain_timeout > 0 else None
         # Source: vLLM's documentation, "Production Metrics": on the port of the API, and asked for
         # no key.
@@ -161,12 +166,51 @@ class VllmBackend(BackendBase):
         return counted == {"running", "waiting"} and all(_is_zero(value) for _, value in found)
 
 
+def _from_config(request: CompileRequest, options: Options, settings: Settings) -> list[str]:
+    """The flags that a file of `--config` sets, as arguments; nothing where it cannot be read.
+
+    vLLM puts them before those of the command line, which win: its documentation, "vllm serve",
+    "Arguments from a configuration file". A file inside of the image is the image's own.
+    """
+    path = _value(options.args, "--config")
+    if path is None:
+        return []
+    named = PurePosixPath(options.working_dir or "/") / path
+    found: Path | None = Path(named)
+    if options.runtime != "process":
+        cache = [Mount(settings.cache, _CACHE)] if settings.cache is not None else []
+        found = common.on_host(named, common.mounts(request, cache))
+    if found is None:
+        return []
+    try:
+        text = request.read_text(found)
+        document = yaml.safe_load(text) if len(text) <= _LONGEST_CONFIG else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return []  # the server says so itself
+    args = []
+    for key, value in (document if isinstance(document, dict) else {}).items():
+        flag = _flag(f"--{key}")
+        if flag in _OVERRIDDEN:
+            continue
+        if flag in _OWN_FLAGS and options.probe is None:
+            hint = f"remove it there: {_OWN_FLAGS[flag]}; or give the model a `probe` that fits"
+            raise common.cannot(request, f"{found} sets {key}", hint)
+        first = value[0] if isinstance(value, list) and value else value
+        args.append(f"{flag}={first}")
+    return args
+
+
 def _workload(
-    request: CompileRequest, ports: tuple[Port, ...], options: Options, settings: Settings
+    request: CompileRequest,
+    ports: tuple[Port, ...],
+    options: Options,
+    settings: Settings,
+    args: Sequence[str],
 ) -> tuple[Workload, Probes]:
     cache, token = settings.cache, settings.hf_token_file
     own_mounts: list[Mount] = []
     env: dict[str, str] = {}
+    spread = any(_flag(arg) in _PARALLEL for arg in args)  # by whoever knows better
     if options.runtime == "process":
         if settings.executable is None:
             raise common.cannot(
@@ -179,11 +223,12 @@ def _workload(
         env["PATH"] = f"{tools}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         if common.devices(request):
             env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "${gpu_indices}"}
-        command = [settings.executable, "serve", *_command(options, request, options.listen)]
+        command = _command(options, request, spread, options.listen)
+        command = [settings.executable, "serve", *command]
     else:
         host = "0.0.0.0" if options.network == "bridge" else options.listen
         port = "${port}" if options.container_port is None else str(options.container_port)
-        command = _command(options, request, host, port)
+        command = _command(options, request, spread, host, port)
         if cache is not None:
             own_mounts.append(Mount(cache, _CACHE))
             cache = _CACHE
@@ -230,20 +275,23 @@ def _check_token(request: CompileRequest, path: str) -> None:
 
 
 def _command(
-    options: Options, request: CompileRequest, host: str, port: str = "${port}"
+    options: Options, request: CompileRequest, spread: bool, host: str, port: str = "${port}"
 ) -> list[str]:
+    """`spread`: somebody says how the model is spread over the GPUs."""
     command = [options.model, f"--host={host}", f"--port={port}"]
     gpus = len(request.gpus)
-    if gpus > 1 and not any(_flag(arg) in _PARALLEL for arg in options.args):
+    if gpus > 1 and not spread:
         command.append(f"--tensor-parallel-size={gpus}")
     return [*command, *options.args]
 
 
-def _probes(options: Options, keyed: bool) -> Probes:
+def _probes(model: str, args: Sequence[str], keyed: bool) -> Probes:
     alive = HttpCheck("/health")
     ready = alive
     if not keyed:
-        ready = HttpCheck("/v1/models", listed=(("data[].id", _served_name(options)),))
+        # The name under which clients ask for it; the first, where there are several.
+        name = _value(args, "--served-model-name") or model
+        ready = HttpCheck("/v1/models", listed=(("data[].id", name),))
     # An API server that is busy takes seconds to answer, and a restart costs minutes.
     return Probes(
         startup=Probe(ready, period=2.0),
@@ -252,14 +300,13 @@ def _probes(options: Options, keyed: bool) -> Probes:
     )
 
 
-def _served_name(options: Options) -> str:
-    """The name under which clients ask for the model; the first, where there are several."""
-    args: Sequence[str] = options.args
+def _value(args: Sequence[str], flag: str) -> str | None:
+    """What a flag is set to; the last time counts, and of several values the first."""
+    found = None
     for index, arg in enumerate(args):
-        if _flag(arg) == "--served-model-name":
-            value = arg.partition("=")[2] or next(iter(args[index + 1 : index + 2]), "")
-            return value or options.model
-    return options.model
+        if _flag(arg) == flag:
+            found = arg.partition("=")[2] or next(iter(args[index + 1 : index + 2]), "") or None
+    return found
 
 
 def _is_zero(value: str) -> bool:

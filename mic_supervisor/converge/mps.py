@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from mic_supervisor.backends.common import on_host
 from mic_supervisor.host import processes
 from mic_supervisor.host.files import read_in_time
 from mic_supervisor.model import (
@@ -102,10 +103,7 @@ def _directory(instance: Instance, indices: str) -> Path | None:
         return None
     if not isinstance(workload, ContainerSpec):
         return Path(path)
-    for mount in sorted(workload.mounts, key=lambda one: len(one.target), reverse=True):
-        if path.is_relative_to(mount.target):
-            return Path(mount.source) / path.relative_to(mount.target)
-    return None
+    return on_host(path, workload.mounts)
 
 
 def _is_child(server: GpuProcess, daemon: int, users: frozenset[int]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.http_calls import Answer, HttpCalls, NoAnswer, lacks, reachable
+from mic_supervisor.converge.listening import instead, is_own
 from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import (
@@ -36,6 +37,8 @@ ALL_DUE = ("liveness", "readiness", "placements")
 DEVICES = "devices"  # whether a container sees its GPUs: too dear to be asked with every look
 _SEE_GPUS = ("nvidia-smi", "-L")
 _SEE_TIMEOUT = 20.0  # seconds; with persistence mode off it wakes the GPU first
+# What a server answers that wants a key: it is up, and says no more to a probe.
+_GUARDED = frozenset({401, 403})
 DEVICES_AGAIN = 5.0  # seconds after a look that did not see them, until another such look counts
 
 Verdict = tuple[bool | None, str]
@@ -114,7 +117,7 @@ class Checker:
         if startup is None or startup.ok is not True:
             startup = await result(_within_budget(target.instance), startup)
         if startup is not None and startup.ok is not True:
-            return Health(startup=startup)
+            return Health(startup=await self._explained(target, startup))
         liveness, readiness, placements = before.liveness, before.readiness, before.placements
         devices, surplus = before.devices, before.surplus
         if "liveness" in due:
@@ -150,7 +153,39 @@ class Checker:
             answer = await self._http.ask(host, port, "GET", check.path, timeout=timeout)
         except NoAnswer as error:
             return None if error.own else False, f"GET {check.path}: {error}"
-        return _check_answer(answer, check, port)
+        if not answer.ok and answer.status not in _GUARDED:
+            return False, f"GET {check.path} answers {answer.status}"
+        passed = True, f"GET {check.path} answers {answer.status}"
+        other, named = _amiss(answer, check)
+        if other is None:
+            return passed
+        own, who = await blocking(
+            self._pool, is_own, target.workload, target.instance.workload, port
+        )
+        if own is False:
+            return False, f"port {port} is answered by {who}, which is not ours: {other}"
+        # It wants a key; or nobody but ours listens there, and has another name by a setting that
+        # is not in the file.
+        if not answer.ok or (own is True and named):
+            return passed
+        if own is True:
+            return False, other
+        way_out = "; if it is this model, give it the same name in the file" if named else ""
+        return False, f"port {port} may be answered by another program: {other}{way_out}"
+
+    async def _explained(self, target: Target, startup: ProbeResult) -> ProbeResult:
+        """A startup probe that has failed often enough, with what its server listens on instead."""
+        probe = target.instance.probes.startup
+        if probe is None or startup.ok is None or startup.failures < probe.failures:
+            return startup
+        if not isinstance(probe.check, HttpCheck | TcpCheck):
+            return startup
+        workload, spec = target.workload, target.instance.workload
+        port = _inside(target, probe.check.port)
+        if port is None:
+            return startup
+        found = await blocking(self._pool, instead, workload, spec, port)
+        return replace(startup, reason=one_line(f"{startup.reason}{found}"))
 
     async def _surplus(self, target: Target) -> tuple[Placement, ...]:
         """The backend asks as it goes, from a thread of the pool."""
@@ -222,23 +257,29 @@ def _counted(
     return ProbeResult(ok, reason, now, failures, counted_at)
 
 
-def _check_answer(answer: Answer, check: HttpCheck, port: int) -> Verdict:
+def _amiss(answer: Answer, check: HttpCheck) -> tuple[str | None, bool]:
+    """What speaks against its being the server that was asked for, None for nothing; and whether
+    that is no more than another name in its place.
+    """
+    if not check.expect and not check.listed:
+        return None, False
     if not answer.ok:
-        return False, f"GET {check.path} answers {answer.status}"
-    if check.expect or check.listed:
-        try:
-            document = answer.json()
-        except ValueError:
-            return False, f"GET {check.path} answers no JSON: another program has port {port}"
-        for key, value in check.expect:
-            found = document.get(key) if isinstance(document, dict) else None
-            if found != value:
-                return False, f"port {port} is answered by {found!r}, not by {value!r}"
-        for path, value in check.listed:
-            found = _member(document, path)
-            if not isinstance(found, list) or value not in found:
-                return False, f"port {port} is answered by another program: {path} lacks {value}"
-    return True, f"GET {check.path} answers {answer.status}"
+        return f"GET {check.path} answers {answer.status}", False
+    try:
+        document = answer.json()
+    except (ValueError, RecursionError):
+        return f"GET {check.path} answers no JSON", False
+    for key, value in check.expect:
+        found = document.get(key) if isinstance(document, dict) else None
+        if found != value:
+            return f"{key} is {found!r}, not {value!r}", isinstance(found, str)
+    for path, value in check.listed:
+        found = _member(document, path)
+        if not isinstance(found, list) or value not in found:
+            names = [one for one in found or () if isinstance(one, str)]
+            has = f"has {', '.join(names)} and " if names else ""
+            return f"{path} {has}lacks {value}", bool(names)
+    return None, False
 
 
 def _member(document: Any, path: str) -> Any:
@@ -260,9 +301,17 @@ def _dialled(target: Target, check: TcpCheck) -> tuple[str | None, int]:
     workload = target.instance.workload
     if isinstance(workload, ContainerSpec) and workload.network == "bridge":
         # The engine's own proxy accepts on the published port for a dead listener, too.
-        inside = {item.name: item.container or port for item in workload.ports}
-        return target.workload.address, inside[check.port]
+        return target.workload.address, _inside(target, check.port) or port
     return host, port
+
+
+def _inside(target: Target, name: str) -> int | None:
+    """The port where the workload itself is to listen; None where it is not recorded."""
+    workload, published = target.instance.workload, target.workload.identity.ports.get(name)
+    if published is None or not isinstance(workload, ContainerSpec) or workload.network == "host":
+        return published
+    inside = {item.name: item.container for item in workload.ports}
+    return inside.get(name) or published
 
 
 async def _connect(host: str | None, port: int, timeout: float) -> Verdict:

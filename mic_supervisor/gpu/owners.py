@@ -144,12 +144,19 @@ class Owners:
             return Owner(OwnerKind.UNKNOWN if hidden else OwnerKind.ORPHAN)
         if now.start_time != process.start_time:
             return Owner(OwnerKind.UNKNOWN)  # the PID went to somebody else since the look
+        owner = self.of_group(text)
+        tree = None
+        if self._has_trees and owner.kind is not OwnerKind.MANAGED:
+            tree = self._tree(process.pid)
+        return tree or owner
+
+    def of_group(self, text: str) -> Owner:
+        """Whose the processes are that have this in /proc/PID/cgroup, as far as that tells."""
         containers, units = _refs(text)
         for ref in (*containers, *reversed(units)):
             if ours := self._groups.get(ref):
                 return self._owned_by(ours)
-        tree = self._tree(process.pid) if self._has_trees else None
-        return tree or Owner(*owner_ref(text))
+        return Owner(*owner_ref(text))
 
     def _tree(self, pid: int) -> Owner | None:
         """The instance whose process tree it belongs to."""

@@ -14,9 +14,13 @@ import ipaddress
 import os
 import pwd
 import signal
+import socket
+import struct
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,6 +229,15 @@ def cgroup(pid: int | str) -> str | None:
     return None if text is None else text.decode(errors="replace")
 
 
+def in_group(part: str) -> int | None:
+    """The PID of some process that has this in its control groups, as a container's id."""
+    for pid in psutil.pids():
+        with suppress(OSError):
+            if part in (cgroup(pid) or ""):
+                return pid
+    return None
+
+
 def service_of(cgroup: str) -> str | None:
     """The systemd service that a process with this /proc/PID/cgroup is in, or None.
 
@@ -255,8 +268,9 @@ def enclosing_service() -> str | None:
 # --- listening TCP sockets --------------------------------------------------------------------
 
 
-def listeners() -> tuple[Listener, ...] | None:
-    """The ports of this network namespace that something listens on, IPv4 and IPv6, sorted.
+def listeners(of: int | None = None) -> tuple[Listener, ...] | None:
+    """The ports that something listens on, IPv4 and IPv6, sorted: of this network namespace, or of
+    the one that the process `of` is in.
 
     Without the owners, see `listener_owners`: that takes a walk through every open file. None when
     the tables cannot be read: then nothing may be concluded.
@@ -264,7 +278,7 @@ def listeners() -> tuple[Listener, ...] | None:
     found: dict[int, set[str]] = {}
     try:
         for name in ("tcp", "tcp6"):
-            table = Path(psutil.PROCFS_PATH, "net", name)
+            table = Path(psutil.PROCFS_PATH, "" if of is None else str(of), "net", name)
             if name == "tcp6" and not table.exists():
                 continue  # a kernel without IPv6
             with table.open("rb", buffering=4096) as lines:
@@ -295,18 +309,109 @@ def _address(digits: bytes) -> str:
 def listener_owners() -> dict[int, Listener]:
     """Who listens, by port, as far as it can be told.
 
-    `pid` and `name` are None when the owner may not be looked at, or is in another PID namespace.
+    `pid` is None when the owner may not be looked at, or is in another PID namespace, and `name` is
+    then that of its service or container, where its control group tells.
     """
     found: dict[int, Listener] = {}
+    for one in listening_processes():
+        if one.port not in found or found[one.port].pid is None:
+            found[one.port] = replace(one, addresses=frozenset())
+    if any(one.pid is None for one in found.values()):
+        for one in listening_groups():
+            if one.group and (known := found.get(one.port)) is not None and known.pid is None:
+                leaf = one.group.rpartition("/")[2]
+                found[one.port] = replace(known, name=leaf or None, group=one.group)
+    return found
+
+
+def listening_processes() -> list[Listener]:
+    """Each listening socket with the process that has it, as far as it may be looked at.
+
+    That takes the rights to read another's /proc/PID/fd, which root without CAP_SYS_PTRACE lacks.
+    """
     try:
         connections = psutil.net_connections("tcp")
     except (OSError, RuntimeError, psutil.Error):  # RuntimeError: a table that psutil cannot parse
-        return {}
+        return []
+    found = []
     for one in connections:
-        if one.status != psutil.CONN_LISTEN or not one.laddr:
-            continue
-        port = one.laddr.port
-        if port not in found or found[port].pid is None:
+        if one.status == psutil.CONN_LISTEN and one.laddr:
             owner = readable(one.pid) if one.pid is not None else None
-            found[port] = Listener(port, one.pid, owner.name if owner is not None else None)
+            name = owner.name if owner is not None else None
+            found.append(Listener(one.laddr.port, one.pid, name, frozenset({one.laddr.ip})))
+    return found
+
+
+# linux/sock_diag.h, linux/inet_diag.h and linux/netlink.h.
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
+_LISTENING = 1 << 10  # TCP_LISTEN
+_CGROUP_ID = 21  # INET_DIAG_CGROUP_ID, since Linux 5.7
+_HEADER = struct.Struct("=IHHII")
+_DIAG_LENGTH = 72  # struct inet_diag_msg
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def listening_groups() -> list[Listener]:
+    """Each listening socket with the control group (version 2) it was made in, by sock_diag(7).
+
+    Unlike the process, the kernel tells that to anybody. Empty where it does not tell. A `group` is
+    None where it is not below /sys/fs/cgroup, and "" at its top, where there is no version 2.
+    """
+    found = []
+    try:
+        groups = _groups()
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for message in _diagnosed(family):
+                (port,) = struct.unpack_from(">H", message, 4)
+                packed = message[8 : 8 + (4 if family == socket.AF_INET else 16)]
+                address = str(ipaddress.ip_address(packed))
+                group = groups.get(_group_id(message[_DIAG_LENGTH:]))
+                found.append(Listener(port, addresses=frozenset({address}), group=group))
+    except (OSError, struct.error):
+        return []
+    return found
+
+
+def _diagnosed(family: int) -> Iterator[bytes]:
+    """What the kernel says of each listening socket: an inet_diag_msg and its attributes."""
+    request = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, _LISTENING)
+    length = _HEADER.size + len(request)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as kernel:
+        kernel.settimeout(1.0)
+        kernel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _DUMP, 1, 0) + request)
+        while True:
+            answer = kernel.recv(1 << 16)
+            while answer:
+                length, kind, *_ = _HEADER.unpack_from(answer)
+                if kind != _SOCK_DIAG_BY_FAMILY or length < _HEADER.size:  # its end, or an error
+                    return
+                yield answer[_HEADER.size : length]
+                answer = answer[(length + 3) & ~3 :]
+
+
+def _group_id(attributes: bytes) -> int:
+    """0 where there is none: no control group has that number."""
+    while len(attributes) >= 4:
+        length, kind = struct.unpack_from("=HH", attributes)
+        if kind == _CGROUP_ID:
+            return int.from_bytes(attributes[4:length], sys.byteorder)
+        attributes = attributes[max((length + 3) & ~3, 4) :]
+    return 0
+
+
+def _groups() -> dict[int, str]:
+    """The control groups of version 2 that are seen here, by the kernel's number."""
+    # Beside version 1 they are in a directory of their own.
+    tops = [top for top in (_CGROUPS, _CGROUPS / "unified") if (top / "cgroup.procs").exists()]
+    found = {top.stat().st_ino: "" for top in tops}
+    left = [(str(top), "") for top in tops]
+    while left:
+        directory, path = left.pop()
+        with suppress(FileNotFoundError), os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    found[entry.inode()] = f"{path}/{entry.name}"
+                    left.append((entry.path, f"{path}/{entry.name}"))
     return found

@@ -151,18 +151,18 @@ class Ports:
     def foreign(self, number: int, listen: str) -> str | None:
         """Who else has this port where something is to listen on `listen`; None: nobody."""
         addresses = self._addresses.get(number)
-        if addresses and not any(_meet(one, listen) for one in addresses):
+        if addresses and not any(meet(one, listen) for one in addresses):
             return None
         return self._foreign.get(number)
 
 
 def _named(listener: Listener) -> str:
     if listener.pid is None:
-        return "another program"
+        return printable(listener.name or "another program")
     return f"{printable(listener.name or '?')} (PID {listener.pid})"
 
 
-def _meet(one: str, other: str) -> bool:
+def meet(one: str, other: str) -> bool:
     """Whether two addresses cannot have the same port: one is the other, or a wildcard over it."""
     both = {one.removeprefix("::ffff:"), other.removeprefix("::ffff:")}
     if len(both) == 1 or "::" in both:  # which takes IPv4 along unless a socket says not to

@@ -5,8 +5,10 @@ tests/support/vllm/vllm takes vLLM's command line and answers what the superviso
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,16 +107,32 @@ def test_its_gpus_are_numbers_on_a_driver(mic: Mic, tmp_path: Path) -> None:
     assert (env["CUDA_VISIBLE_DEVICES"], env["CUDA_DEVICE_ORDER"]) == ("1,2", "PCI_BUS_ID")
 
 
-def test_another_server_on_its_port_does_not_make_it_ready(mic: Mic) -> None:
+def test_its_own_server_is_ready_under_another_name_and_with_a_key(mic: Mic) -> None:
     write(mic, "0: qwen", runtime="process")
     mic("apply", rc=0)
     url = the_row(mic)["endpoints"]["http"]
     put(url, "/v1/models", json.dumps({"data": [{"id": "meta-llama/Llama-3.1-8B"}]}))
+    assert the_row(mic)["phase"] == "ready"
+    put(url, "/v1/models?status=401", json.dumps({"error": "Unauthorized"}))
+    assert the_row(mic)["phase"] == "ready"
+    put(url, "/v1/models", json.dumps({"detail": "something else"}))
     row = the_row(mic)
     assert row["phase"] != "ready"
     assert "data[].id lacks Qwen/Qwen3-8B" in row["reason"]
     assert http(f"{url}/v1/models", "DELETE").status == 200
     assert the_row(mic)["phase"] == "ready"
+
+
+def test_a_name_in_a_configuration_file_is_the_one_that_is_asked_for(
+    mic: Mic, tmp_path: Path
+) -> None:
+    config = tmp_path / "vllm.yaml"
+    config.write_text("served-model-name: qwen\nport: 1\n")
+    write(mic, "0: qwen", runtime="process", args=f"[--config={config}]")
+    mic("apply", rc=0)
+    row = the_row(mic)
+    assert row["phase"] == "ready"
+    assert http(f"{row['endpoints']['http']}/v1/models").json()["data"][0]["id"] == "qwen"
 
 
 def test_what_is_in_flight_is_waited_for(mic: Mic) -> None:
@@ -163,6 +181,30 @@ def image(engine: docker.APIClient, server_image: str) -> Iterator[str]:
         engine.remove_image(tag, force=True)
     finally:
         engine.remove_container(made, force=True)
+
+
+@pytest.mark.engine
+def test_a_configuration_file_in_the_image_may_name_the_model(job: World, image: str) -> None:
+    mic = job.mic
+    made = job.engine.create_container(image)["Id"]
+    tag = f"mic-test/vllm-{made[:8]}:1"
+    try:
+        archive = io.BytesIO()
+        text = b"served-model-name: qwen\n"
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            info = tarfile.TarInfo("vllm.yaml")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+        job.engine.put_archive(made, "/etc", archive.getvalue())
+        job.engine.commit(made, tag.partition(":")[0], "1")
+        settings = f"image: '{tag}'"
+        write(mic, "0: qwen", settings=settings, args="[--config=/etc/vllm.yaml]")
+        mic("apply", rc=0)
+        assert the_row(mic)["phase"] == "ready"
+    finally:
+        mic("down", "--yes")
+        job.engine.remove_container(made, force=True)
+        job.engine.remove_image(tag, force=True)
 
 
 @pytest.mark.engine

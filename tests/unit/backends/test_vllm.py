@@ -146,6 +146,64 @@ def test_ready_is_that_the_model_is_listed_as_clients_call_it(args: list[str], n
     assert compiled({"args": args}).probes == probes(name)
 
 
+CONFIG = "/srv/qwen/vllm.yaml"
+MOUNTED = {"mounts": [{"source": "/srv/qwen", "target": "/config"}]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"args": ["--config", CONFIG], "runtime": "process"},
+        {"args": ["--config=vllm.yaml"], "runtime": "process", "working_dir": "/srv/qwen"},
+        {"args": ["--config=/config/vllm.yaml"], **MOUNTED},
+        {"args": ["--config=vllm.yaml"], "working_dir": "/config", **MOUNTED},
+    ],
+)
+def test_flags_of_a_configuration_file_count_like_those_of_the_command(
+    options: dict[str, Any],
+) -> None:
+    def made(text: str, *args: str) -> Probes:
+        given = {**options, "args": [*options["args"], *args]}
+        return compiled(given, settings=HOST, files={CONFIG: text}).probes
+
+    assert made("served-model-name: qwen") == probes("qwen")
+    assert made("served_model_name: [qwen, latest]\nport: 1\nmodel: x") == probes("qwen")
+    assert made("served-model-name: qwen", "--served-model-name=mine") == probes("mine")
+    for key in ("api-key: k", "api_key: [k, l]"):
+        assert made(key).readiness == Probe(HEALTH, timeout=10.0)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "{", "a: " + "[" * 3000, "x" * (1 << 17), "\x00"])
+def test_a_configuration_file_that_says_nothing_changes_nothing(text: str) -> None:
+    options = {"args": [f"--config={CONFIG}"], "runtime": "process"}
+    assert compiled(options, settings=HOST, files={CONFIG: text}).probes == probes(MODEL)
+    assert compiled(options, settings=HOST).probes == probes(MODEL)  # it is not there
+    inside = {"args": [f"--config={CONFIG}"]}  # the image's own, and not this host's
+    assert compiled(inside, files={CONFIG: "served-model-name: x"}).probes == probes(MODEL)
+
+
+def test_a_configuration_file_that_spreads_the_model_is_left_to_it() -> None:
+    options = {"args": ["--config=/config/vllm.yaml"], **MOUNTED}
+
+    def spread(text: str) -> bool:
+        made = command(options, gpus=(REAL, SECOND), files={CONFIG: text})
+        return "--tensor-parallel-size=2" not in made
+
+    assert spread("pipeline-parallel-size: 2")
+    assert not spread("tensor-parallel-size: 1")  # the command wins
+
+
+def test_a_configuration_file_must_leave_plain_http_on_the_port() -> None:
+    options = {"args": [f"--config={CONFIG}"], "runtime": "process"}
+    with pytest.raises(CompileError) as caught:
+        compiled(options, settings=HOST, files={CONFIG: "ssl-keyfile: /k"})
+    assert str(caught.value).endswith(f"{CONFIG} sets ssl-keyfile")
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("remove it there: it is probed over plain HTTP")
+    probe = {"probe": {"exec": ["curl", "-k", "https://127.0.0.1:${port}/health"]}}
+    assert compiled({**options, **probe}, settings=HOST, files={CONFIG: "ssl-keyfile: /k"})
+
+
 def test_a_probe_of_the_file_replaces_all() -> None:
     probe = Probe(TcpCheck())
     assert compiled({"probe": {"tcp": True}}).probes == Probes(probe, probe, probe)

@@ -7,20 +7,26 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import psutil
 import pytest
 
 from mic_supervisor.backends import Ask, BackendBase
+from mic_supervisor.converge.listening import is_own
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Checker, Target
 from mic_supervisor.converge.tasks import Threads
+from mic_supervisor.demo import server as demo_server
 from mic_supervisor.errors import RuntimeRefused
+from mic_supervisor.host import processes
 from mic_supervisor.model import (
     Check,
     EngineCheck,
@@ -29,6 +35,7 @@ from mic_supervisor.model import (
     HttpCall,
     HttpCheck,
     Instance,
+    Listener,
     LoadState,
     Placement,
     PlacementState,
@@ -37,6 +44,7 @@ from mic_supervisor.model import (
     Probes,
     TcpCheck,
 )
+from tests.support.waiting import until
 from tests.unit.plan.builders import container, on, placement, program, workload
 
 TIMEOUT = 20.0
@@ -54,7 +62,8 @@ class Server:
             def do_GET(self) -> None:
                 outer.asked.append(self.path)
                 found = outer.answers.get(self.path)
-                self.send_response(404 if found is None else 200)
+                status = 404 if found is None else 200
+                self.send_response(found if isinstance(found, int) else status)
                 self.end_headers()
                 self.wfile.write(found if isinstance(found, bytes) else json.dumps(found).encode())
 
@@ -138,18 +147,26 @@ def test_checks_that_differ_are_all_made(server: Server) -> None:
         (
             HttpCheck("/health", expect=(("who", "you"),)),
             False,
-            "port PORT is answered by 'me', not by 'you'",
+            "port PORT is answered by ME, which is not ours: who is 'me', not 'you'",
         ),
         (HttpCheck("/health", listed=(("all[].id", "a"),)), True, "GET /health answers 200"),
         (
             HttpCheck("/health", listed=(("all[].id", "b"),)),
             False,
-            "port PORT is answered by another program: all[].id lacks b",
+            "port PORT is answered by ME, which is not ours: all[].id has a and lacks b",
         ),
         (
             HttpCheck("/text", expect=(("who", "me"),)),
             False,
-            "GET /text answers no JSON: another program has port PORT",
+            "port PORT is answered by ME, which is not ours: GET /text answers no JSON",
+        ),
+        (HttpCheck("/401"), True, "GET /401 answers 401"),
+        (HttpCheck("/403"), True, "GET /403 answers 403"),
+        (HttpCheck("/500"), False, "GET /500 answers 500"),
+        (
+            HttpCheck("/401", expect=(("who", "me"),)),
+            False,
+            "port PORT is answered by ME, which is not ours: GET /401 answers 401",
         ),
         (HttpCheck("/health", port="metrics"), None, "its port 'metrics' is not recorded"),
         (TcpCheck(), True, "port PORT accepts connections"),
@@ -161,9 +178,89 @@ def test_checks_that_differ_are_all_made(server: Server) -> None:
 def test_says_what_a_check_found(
     server: Server, check: Check, ok: bool | None, reason: str
 ) -> None:
-    server.answers["/text"] = b"hello"
+    server.answers |= {"/text": b"hello", "/401": 401, "/403": 403, "/500": 500}
+    name = psutil.Process().name()
+    reason = reason.replace("ME", f"{name} (PID {os.getpid()})")
     expected = (ok, reason.replace("PORT", str(server.port)))
     assert readiness(target(probed(check), server.port)) == expected
+
+
+@contextmanager
+def runs_itself(instance: Instance, **environ: str) -> Iterator[Target]:
+    """An instance whose process is a server of its own, which answers for the model "me"."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, demo_server.__file__],
+        env={"PORT": str(port), "MODEL": "me", **environ},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        there = target(instance, port, pid=process.pid)
+        until(lambda: "nothing listens" not in readiness(there)[1], "the server")
+        yield there
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("check", "ok", "reason"),
+    [
+        (HttpCheck("/v1/models", listed=(("data[].id", "me"),)), True, "answers 200"),
+        # A name of its own, as by a setting that stands in a file, an image, or the environment.
+        (HttpCheck("/v1/models", listed=(("data[].id", "you"),)), True, "answers 200"),
+        (HttpCheck("/v1/models", expect=(("object", "you"),)), True, "answers 200"),
+        # That is no answer of the kind that was asked for.
+        (HttpCheck("/v1/models", listed=(("models[].id", "you"),)), False, "models[].id lacks you"),
+        (HttpCheck("/metrics", expect=(("a", "b"),)), False, "GET /metrics answers no JSON"),
+    ],
+)
+def test_what_only_ours_listens_on_is_ours_by_whatever_name(
+    check: HttpCheck, ok: bool, reason: str
+) -> None:
+    with runs_itself(probed(check)) as there:
+        assert readiness(there) == (ok, f"GET /v1/models {reason}" if ok else reason)
+
+
+def test_a_port_that_somebody_shares_with_ours_is_not_ours_alone() -> None:
+    check = HttpCheck("/v1/models", listed=(("data[].id", "you"),))
+    with runs_itself(probed(check)) as there:
+        port = there.workload.identity.ports["http"]
+        with socket.create_server(("127.0.0.2", port)):  # another address is no matter
+            assert readiness(there)[0] is True
+        sockets = [Listener(port, at, addresses=HERE) for at in (there.workload.pid, os.getpid())]
+        assert is_own(there.workload, there.instance.workload, port) == (True, "")
+        assert own_of(there, sockets) == (False, f"? (PID {os.getpid()})")
+        assert own_of(there, [*sockets[:1], Listener(port, None, addresses=HERE)]) == (None, "")
+
+
+HERE = frozenset({"127.0.0.1"})
+
+
+def own_of(there: Target, sockets: list[Listener]) -> tuple[bool | None, str]:
+    """As `is_own`, of a machine where these sockets listen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "listening_processes", lambda: sockets)
+        port = there.workload.identity.ports["http"]
+        return is_own(there.workload, there.instance.workload, port)
+
+
+def test_says_where_it_listens_once_it_is_late() -> None:
+    check = Probe(HttpCheck("/"), failures=2)
+    item = on("m", 0, workload=program(), probes=Probes(check, check, check))
+    port = free_port()
+    with runs_itself(probed(HttpCheck("/health"))) as serving:
+        there = target(item, port, pid=serving.workload.pid)
+        first = asyncio.run(Checker(Threads(4, "mic-test")).probe(there, 1000.0))
+        said = f"GET /: nothing listens on port {port}"
+        assert first.startup is not None
+        assert first.startup.reason == said
+        late = asyncio.run(Checker(Threads(4, "mic-test")).probe(there, 2000.0, first)).startup
+        assert late is not None
+        assert late.reason == (
+            f"{said}; it listens on port {serving.workload.identity.ports['http']}: let it listen "
+            "on ${port}, or write the port that it serves on as `port`"
+        )
 
 
 def test_says_where_nobody_listens() -> None:
