@@ -157,13 +157,13 @@ class Publisher:
 def run(hook: EndpointsHook, payload: Mapping[str, object]) -> None:
     """Run the hook to its end, with a JSON document on its standard input. Raises MicError.
 
-    It gets PATH and the supervisor's own MIC_ variables, so that `mic-supervisor export` means the
-    same there. Past its time it is killed with everything that it started and that stayed in its
-    session.
+    It gets PATH, HOME, LANG and the supervisor's own MIC_ variables, so that
+    `mic-supervisor export` means the same there. Past its time it is killed with everything that it
+    started and that stayed in its session.
     """
     program = hook.command[0]
-    env = {key: value for key, value in os.environ.items() if key.startswith("MIC_")}
-    env["PATH"] = os.environ.get("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin")
+    own = {key: value for key, value in os.environ.items() if key == "PATH" or key[:4] == "MIC_"}
+    env = {**programs.plain_environment(programs.home()), **own}
     document = json.dumps(payload, ensure_ascii=False).encode(errors="backslashreplace")
     try:
         done = programs.run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import selectors
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from typing import Any
 
 MOST = 64 << 10
 """Bytes of each stream that are kept, unless told otherwise."""
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _REAP = 1.0  # seconds for the kernel to end what was killed
 
@@ -48,6 +51,7 @@ def run(
 ) -> Ended:
     """`given` is on its standard input. Past its time it is killed with its session.
 
+    Without an `env` it has ours, and what a service of systemd lacks of a shell's.
     Standard output and error are one stream unless they are to be `apart`; of each the first bytes
     are kept, or the `last`. `end`, if there is one, is called before the program is reaped, however
     it ended. `options` are Popen's. Raises OSError, whatever the reason.
@@ -62,7 +66,7 @@ def run(
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE if apart else subprocess.STDOUT,
-                env=env,
+                env={**plain_environment(home()), **os.environ} if env is None else env,
                 cwd=cwd,
                 start_new_session=True,
                 **options,
@@ -88,6 +92,19 @@ def run(
             stream.close()
     output, errors, *_ = (*map(bytes, kept.values()), b"")
     return Ended(process.returncode if ended else None, output, errors)
+
+
+def plain_environment(home: str) -> dict[str, str]:
+    """What a program has that is given nothing else."""
+    return {"PATH": DEFAULT_PATH, "HOME": home, "LANG": "C.UTF-8"}
+
+
+def home() -> str:
+    """The home of whom this program runs as. systemd sets no HOME for a service of root."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        return "/"
 
 
 def _collect(pid: int, kept: Mapping[int, bytearray], left: Callable[[], float], most: int) -> bool:

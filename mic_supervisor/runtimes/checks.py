@@ -31,7 +31,6 @@ from mic_supervisor.host import programs
 from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec
 from mic_supervisor.runtimes import TIMED_OUT
 
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CHECK_ID = "MIC_CHECK_ID"
 MOST_OUTPUT = 4096  # bytes of a check's output that are kept
 
@@ -55,11 +54,7 @@ def account(user: str | None) -> Account:
     """
     me = os.geteuid()
     if user is None:
-        try:
-            home = pwd.getpwuid(me).pw_dir
-        except KeyError:
-            home = "/"
-        return Account(me, os.getegid(), (), home, False)
+        return Account(me, os.getegid(), (), programs.home(), False)
     name, _, group = user.partition(":")
     entry = _user(name)
     if entry is None and not (name.isdigit() and group):
@@ -99,12 +94,7 @@ def _group(name: str) -> int | None:
 
 def environment(spec: ProcessSpec, who: Account) -> dict[str, str]:
     """PATH, HOME and LANG, unless the specification sets them, and what it sets."""
-    return {**plain_environment(who.home), **dict(spec.env)}
-
-
-def plain_environment(home: str) -> dict[str, str]:
-    """What a process has that is given nothing else."""
-    return {"PATH": DEFAULT_PATH, "HOME": home, "LANG": "C.UTF-8"}
+    return {**programs.plain_environment(who.home), **dict(spec.env)}
 
 
 def limits(spec: ProcessSpec) -> dict[str, int]:
@@ -215,7 +205,9 @@ def preflight(spec: ProcessSpec) -> None:
 def _may_use(path: Path, who: Account) -> bool:
     """Whether the account may enter a directory or execute a file, as the kernel sees it."""
     try:
-        done = programs.run(["test", "-x", str(path)], 10.0, env={"PATH": DEFAULT_PATH}, **_as(who))
+        done = programs.run(
+            ["test", "-x", str(path)], 10.0, env={"PATH": programs.DEFAULT_PATH}, **_as(who)
+        )
     except OSError:
         return True  # it could not be asked: the start will tell
     return done.code in (0, None)
@@ -318,7 +310,7 @@ def run_check(
     done = programs.run(
         command,
         timeout,
-        env={**plain_environment(who.home), _CHECK_ID: nonce},
+        env={**programs.plain_environment(who.home), _CHECK_ID: nonce},
         cwd=directory,
         most=MOST_OUTPUT,
         end=lambda process: _end_check(process, nonce),
@@ -455,7 +447,7 @@ def _run(command: list[str], who: Account) -> tuple[int, str]:
     done = programs.run(
         command,
         _TIMEOUT,
-        env={"PATH": DEFAULT_PATH, "LC_ALL": "C"},
+        env={"PATH": programs.DEFAULT_PATH, "LC_ALL": "C"},
         umask=0o022,
         **_as(who),
     )

@@ -215,6 +215,27 @@ def test_credentials_from_a_helper(
     assert (tmp_path / "asked").read_text() == private.host
 
 
+def test_a_helper_needs_the_home_that_systemd_does_not_set(
+    world: World, private: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper = tmp_path / "docker-credential-home"
+    answer = json.dumps({"ServerURL": "x", "Username": "me", "Secret": "s3cret-word"})
+    nothing = "echo credentials not found; echo no token in /there >&2; exit 1"
+    helper.write_text(f"#!/bin/sh\n[ -d \"$HOME\" ] || {{ {nothing}; }}\necho '{answer}'\n")
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("HOME")
+    (tmp_path / "config.json").write_text(json.dumps({"credHelpers": {private.host: "home"}}))
+    other = runtime(world.scope, tmp_path)
+    launch = world.launch(image=private.image)
+    other.prepare(launch, lambda line: None)
+    docker("rmi", "-f", private.image)
+    monkeypatch.setenv("HOME", f"{tmp_path}/none")
+    error = refused(lambda: other.prepare(launch, lambda line: None))
+    assert "it went out without credentials: docker-credential-home is configured" in str(error)
+    assert str(error).endswith("and gives none: no token in /there")
+
+
 def test_a_registry_that_is_not_there(world: World, free_port: Callable[[], int]) -> None:
     image = f"127.0.0.1:{free_port()}/x:1"
     error = refused(lambda: world.runtime.prepare(world.launch(image=image), lambda line: None))

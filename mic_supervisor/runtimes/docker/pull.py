@@ -8,7 +8,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from docker import APIClient
 from docker.auth import AuthConfig, load_config
@@ -20,11 +20,20 @@ from mic_supervisor.host import programs
 from mic_supervisor.host.files import read_text
 from mic_supervisor.runtimes import Progress
 from mic_supervisor.runtimes.docker.engine import Engine, is_read_timeout, refusal, refused
+from mic_supervisor.text import one_line
 
 _HUB = "docker.io"
 _HUB_SERVER = "https://index.docker.io/v1/"
 _TOKEN_USER = "<token>"  # a helper's way to say that the secret is an identity token
 _HELPER_TIMEOUT = 30.0  # seconds
+_HELPER_HINT = (
+    "try it by hand: echo {server} | {program} get; where that works, mic.service keeps network or "
+    'files from it: docs/troubleshooting.md, "The image cannot be pulled", has the drop-in'
+)
+# What a registry says of an image that it shows to nobody who has not logged in.
+_WANTS_LOGIN = re.compile(
+    r"denied|unauthori[sz]ed|authentication|no basic auth|not found|\b40[134]\b", re.I
+)
 
 
 @dataclass
@@ -117,17 +126,17 @@ class Puller:
             layers = _Layers(image)
             for item in api.pull(image, stream=True, decode=True, auth_config=auth):
                 if "error" in item:
-                    raise failure(image, str(item["error"]))
+                    raise failure(image, str(item["error"]), without)
                 if line := layers.line(item):
                     show(line)
 
         show(f"pulling {image}")
         # With none of ours, the SDK would look for some, and wait for a helper without end.
-        auth = credentials(self._config, registry_of(image))
+        auth, without = credentials(self._config, registry_of(image))
         try:
             self._engine.call(what, ask, silence=self._silence)
         except RuntimeRefused as error:
-            raise failure(image, refused(error)[1] or error.message) from error
+            raise failure(image, refused(error)[1] or error.message, without) from error
         except RuntimeUnavailable as error:
             if not is_read_timeout(error):
                 raise
@@ -181,9 +190,22 @@ def registry_of(image: str) -> str:
     return _HUB
 
 
-def failure(image: str, message: str) -> PreflightFailed:
-    """A failed pull in words, from what the registry or the engine says."""
+class Nothing(NamedTuple):
+    """What became of the question to a credential helper that is configured and gave nothing."""
+
+    why: str
+    hint: str
+
+
+def failure(image: str, message: str, without: Nothing | None = None) -> PreflightFailed:
+    """A failed pull in words, from what the registry or the engine says.
+
+    `without`: why it went out without credentials, although a helper is to give some.
+    """
     cause, hint = refusal(message, registry=registry_of(image))
+    if without is not None and _WANTS_LOGIN.search(message):
+        cause = f"{cause}; it went out without credentials: {without.why}"
+        hint = "; else ".join(filter(None, (without.hint, hint)))
     return PreflightFailed(f"cannot pull {image}: {cause}", hint=hint)
 
 
@@ -194,8 +216,9 @@ def failure(image: str, message: str) -> PreflightFailed:
 # called here, because the SDK waits for them without end.
 
 
-def credentials(config: Path | None, registry: str) -> dict[str, Any]:
+def credentials(config: Path | None, registry: str) -> tuple[dict[str, Any], Nothing | None]:
     """What the SDK calls `auth_config` for a registry; empty when there are no credentials for it.
+    And what a helper said that was to give some, and gave none.
 
     `config` is a directory with a config.json, or such a file; None is the client's own place
     ($DOCKER_CONFIG, else ~/.docker). PreflightFailed when what is there cannot be used.
@@ -204,7 +227,7 @@ def credentials(config: Path | None, registry: str) -> dict[str, Any]:
     if path is None:
         found = find_config_file()
         if found is None:
-            return {}
+            return {}, None
         path = Path(str(found))
     try:
         document = json.loads(read_text(path))
@@ -221,21 +244,26 @@ def credentials(config: Path | None, registry: str) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         # Not quoted: the SDK's words for a malformed entry may hold a piece of it.
         raise _unusable(path, "an entry is malformed") from error
-    store = known.get_credential_store(registry)
-    if store is not None and (found_there := _ask_helper(str(store), registry)):
-        return found_there
-    return AuthConfig({"auths": dict(known.auths)}).resolve_authconfig(registry) or {}
+    store, nothing = known.get_credential_store(registry), None
+    if store is not None:
+        answer = _ask_helper(str(store), registry)
+        if not isinstance(answer, Nothing):
+            return answer, None
+        nothing = answer
+    found_here = AuthConfig({"auths": dict(known.auths)}).resolve_authconfig(registry) or {}
+    return found_here, None if found_here else nothing
 
 
-def _ask_helper(name: str, registry: str) -> dict[str, str] | None:
-    """Credentials from `docker-credential-NAME get`; None when it has none.
+def _ask_helper(name: str, registry: str) -> dict[str, str] | Nothing:
+    """Credentials from `docker-credential-NAME get`.
 
     Protocol: https://github.com/docker/docker-credential-helpers
     """
     server = _HUB_SERVER if registry == _HUB else registry
     program = f"docker-credential-{name}"
+    by_hand = _HELPER_HINT.format(server=server, program=program)
 
-    def failed(why: str, hint: str = f"try it by hand: echo {server} | {program} get") -> MicError:
+    def failed(why: str, hint: str = by_hand) -> MicError:
         return PreflightFailed(f"cannot get credentials for {registry}: {why}", hint=hint)
 
     try:
@@ -247,12 +275,15 @@ def _ask_helper(name: str, registry: str) -> dict[str, str] | None:
         ) from error
     except OSError as error:
         raise failed(f"{program} does not run ({error.strerror})") from error
+    # Its standard output is never quoted: it may be the secret, whatever the exit status is.
+    complaint = one_line(done.errors.decode(errors="replace").strip(), 300)
+    said = f": {complaint}" if complaint else ""
     if done.code is None:
-        raise failed(f"{program} gives no answer within {_HELPER_TIMEOUT:.0f} s")
+        raise failed(f"{program} gives no answer within {_HELPER_TIMEOUT:.0f} s{said}")
     if done.code != 0:
         if b"credentials not found" in done.output + done.errors:
-            return None
-        raise failed(f"{program} exits with {done.code}")
+            return Nothing(f"{program} is configured for {registry} and gives none{said}", by_hand)
+        raise failed(f"{program} exits with {done.code}{said}")
     try:
         answer: Any = json.loads(done.output)
         user, secret = str(answer["Username"]), str(answer["Secret"])
@@ -261,6 +292,8 @@ def _ask_helper(name: str, registry: str) -> dict[str, str] | None:
         raise failed(
             f"{program} gives an answer that is no JSON object with Username and Secret"
         ) from None
+    if not secret:
+        return Nothing(f"{program} is configured for {registry} and gives an empty secret", by_hand)
     if user == _TOKEN_USER:
         return {"IdentityToken": secret, "ServerAddress": server}
     return {"Username": user, "Password": secret, "ServerAddress": server}

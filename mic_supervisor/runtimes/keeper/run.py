@@ -21,6 +21,7 @@ import psutil
 from mic_supervisor import clocks
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
+from mic_supervisor.host import programs
 from mic_supervisor.host.processes import Stat
 from mic_supervisor.model import Identity, ObservedWorkload, ProcessSpec
 from mic_supervisor.runtimes import checks
@@ -218,7 +219,7 @@ def _spawn(path: Path, payload: dict[str, Any], handle: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         pass_fds=(handle,),
-        env={"PATH": checks.DEFAULT_PATH, "LANG": "C.UTF-8", **own},
+        env={"PATH": programs.DEFAULT_PATH, "LANG": "C.UTF-8", **own},
         cwd="/",
         start_new_session=True,
     )

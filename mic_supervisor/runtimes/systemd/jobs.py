@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from mic_supervisor import clocks
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable
+from mic_supervisor.host import programs
 from mic_supervisor.runtimes import TIMED_OUT, checks
 from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, variants
 from mic_supervisor.runtimes.systemd.unit import (
@@ -352,10 +353,10 @@ def _properties(unit: Unit, argv: tuple[str, ...], timeout: float) -> list[Prope
     except PreflightFailed:
         home = "/"  # the user is gone; PID 1 will say so
     try:
-        program = checks.find_program(argv[0], Path(directory), checks.DEFAULT_PATH)
+        program = checks.find_program(argv[0], Path(directory), programs.DEFAULT_PATH)
     except PreflightFailed as error:
         raise RuntimeRefused(error.message) from error
-    variables = checks.plain_environment(home)
+    variables = programs.plain_environment(home)
     return [
         Property("Description", "s", f"Health check of {unit.name}"),
         Property("Slice", "s", SLICE),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,7 @@ def test_it_gets_the_document_its_arguments_and_little_else(
 ) -> None:
     monkeypatch.setenv("MIC_SCOPE", "here")
     monkeypatch.setenv("SECRET", "x")
+    monkeypatch.delenv("HOME")  # as systemd leaves it for a service of root
     hook = script(tmp_path, f'cat > {tmp_path}/in; printf "%s|" "$@" > {tmp_path}/args; env > '
                             f"{tmp_path}/env")  # fmt: skip
     run(hook, {"models": {"换脸": []}})
@@ -72,6 +74,7 @@ def test_it_gets_the_document_its_arguments_and_little_else(
     assert (tmp_path / "args").read_text() == "an argument|$HOME; `id`|"
     env = (tmp_path / "env").read_text()
     assert "MIC_SCOPE=here\n" in env
+    assert f"HOME={pwd.getpwuid(os.getuid()).pw_dir}\n" in env
     assert "SECRET" not in env
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import pwd
 import threading
 import time
 from collections.abc import Iterator
@@ -11,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mic_supervisor.errors import PreflightFailed, RuntimeUnavailable
+from mic_supervisor.errors import MicError, PreflightFailed, RuntimeUnavailable
 from mic_supervisor.runtimes.docker.engine import Engine
-from mic_supervisor.runtimes.docker.pull import Puller
+from mic_supervisor.runtimes.docker.pull import Puller, credentials
 from tests.unit.runtimes.docker.engine_fake import (
     Answer,
     FakeEngine,
@@ -234,7 +236,7 @@ def test_the_credentials_that_are_sent(
         ),
         (
             '{"credsStore": "failing"}',
-            "cannot get credentials for r.example: docker-credential-failing exits with 3",
+            "cannot get credentials for r.example: docker-credential-failing exits with 3: no",
         ),
         (
             '{"credsStore": "garbled"}',
@@ -262,6 +264,46 @@ def test_credentials_that_cannot_be_used(
     assert error.hint
 
 
+@pytest.mark.parametrize(
+    ("helper", "why"), [("empty", "gives none: no HOME"), ("blank", "gives an empty secret")]
+)
+def test_a_helper_that_gives_nothing_is_named_where_the_registry_wants_a_login(
+    fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helper: str, why: str
+) -> None:
+    helpers(tmp_path, monkeypatch)
+    (tmp_path / "config.json").write_text(json.dumps({"credsStore": helper}))
+    fake.answers["GET /images/r.example/x:1/json"] = refuse(404, "No such image: x:1")
+
+    def error(said: str) -> MicError:
+        fake.answers["POST /images/create"] = refuse(500, said)
+        puller = Puller(Engine(fake.url, timeout=1, work_timeout=1), tmp_path)
+        return fails(lambda: puller.ensure("r.example/x:1", print))
+
+    denied = error("unauthorized: authentication required")
+    assert str(denied) == (
+        "cannot pull r.example/x:1: r.example gives no access to it, or has no such image; it went "
+        f"out without credentials: docker-credential-{helper} is configured for r.example and {why}"
+    )
+    assert denied.hint is not None
+    assert denied.hint.startswith(f"try it by hand: echo r.example | docker-credential-{helper} ge")
+    assert "docker login r.example" in denied.hint
+    assert "docker-credential" not in str(error("dial tcp: i/o timeout"))
+
+
+def test_a_helper_has_a_home_where_the_supervisor_was_given_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd gives no HOME to a service of root."""
+    helpers(tmp_path, monkeypatch)
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("LANG", raising=False)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"credsStore": "home"}))
+    found, nothing = credentials(path, "r.example")
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    assert (found["Username"], nothing) == (f"{home} C.UTF-8", None)
+
+
 def test_a_configuration_that_is_not_there(fake: FakeEngine, tmp_path: Path) -> None:
     path = tmp_path / "none.json"
     error = fails(lambda: pulled(fake, config=path))
@@ -277,8 +319,10 @@ def helpers(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripts = {
         "test": f"echo '{answer('me')}'",
         "token": f"echo '{answer('<token>')}'",
-        "empty": "echo 'credentials not found in native keychain'; exit 1",
-        "failing": "echo c2VjcmV0; exit 3",
+        "empty": "echo 'credentials not found in native keychain'; echo no HOME >&2; exit 1",
+        "blank": 'echo \'{"Username": "", "Secret": ""}\'',
+        "home": 'printf \'{"Username": "%s", "Secret": "x"}\' "$HOME $LANG"',
+        "failing": "echo c2VjcmV0; printf 'no\\033[2J network\\n' >&2; exit 3",
         "garbled": "echo c2VjcmV0",
     }
     for name, script in scripts.items():
