@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mic_supervisor.errors import MicError
+from mic_supervisor.host.files import hint_to_replace
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -127,4 +128,5 @@ def write_file(path: Path, text: str, *, mode: int, replace: bool, hint: str) ->
             f"cannot write {path}: it is there already", hint="replace it with: --force"
         ) from error
     except OSError as error:
+        hint = hint_to_replace(path, error) or hint
         raise MicError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error

@@ -22,6 +22,7 @@ from mic_supervisor.config.document import NONE, GpuEntry, GpuKey, parse_gpu_key
 from mic_supervisor.config.merge import MAX_BYTES, cause_of
 from mic_supervisor.config.yaml import Budget, Entry, parse, resolve
 from mic_supervisor.errors import LockHeld, MicError
+from mic_supervisor.host.files import hint_to_replace
 
 _INDENT = "  "  # below a `gpus:` that has no entry yet
 
@@ -249,7 +250,8 @@ class LockedFile:
                 os.setxattr(handle, name, os.getxattr(self._handle, name))
 
     def _cannot_write(self, error: OSError) -> MicError:
-        return MicError(f"cannot write {self._path}: {cause_of(error)}", hint=_hint(error))
+        hint = hint_to_replace(self._path, error) or _hint(error)
+        return MicError(f"cannot write {self._path}: {cause_of(error)}", hint=hint)
 
 
 @contextmanager

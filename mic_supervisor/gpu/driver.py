@@ -5,7 +5,10 @@ Codes: nvmlReturn_t in nvml.h of NVIDIA's driver.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import packages_distributions
 from typing import Any
 
 from mic_supervisor.model import GpuTelemetry
@@ -29,6 +32,37 @@ GONE = frozenset({GPU_IS_LOST, RESET_REQUIRED, GPU_NOT_FOUND})
 REINITIALISE = frozenset(
     {UNINITIALIZED, DRIVER_NOT_LOADED, GPU_IS_LOST, LIB_RM_VERSION_MISMATCH, GPU_NOT_FOUND}
 )
+
+
+def binding_error(module: Any) -> tuple[str, str] | None:
+    """Why the module `pynvml` is not that of nvidia-ml-py, and what to do; None where it is.
+
+    The package pynvml brought one of its own until version 11.5, a directory, which is imported
+    instead of nvidia-ml-py's file where both are installed.
+    """
+    if not hasattr(module, "__path__") and hasattr(module, "NVMLLibraryMismatchError"):
+        return None
+    where = module.__file__ or "an unknown place"
+    others = [name for name in _distributions() if name != "nvidia-ml-py"]
+    pip = f"{sys.executable} -m pip"
+    if not others:
+        return (
+            f"the Python module pynvml in {where} is not that of nvidia-ml-py",
+            f"remove it, or upgrade it with: {pip} install --upgrade nvidia-ml-py; then restart "
+            "this program",
+        )
+    return (
+        f"the Python module pynvml in {where} is not that of nvidia-ml-py, but of the package "
+        f"{', '.join(others)}",
+        f"remove that with: {pip} uninstall {' '.join(others)}; then: {pip} install "
+        "--force-reinstall nvidia-ml-py, and restart this program",
+    )
+
+
+@cache
+def _distributions() -> tuple[str, ...]:
+    """The installed packages that bring the module, by name."""
+    return tuple(sorted(set(packages_distributions().get("pynvml", ()))))
 
 
 def library_error(code: int, text: str, *, was_open: bool) -> tuple[str, str]:

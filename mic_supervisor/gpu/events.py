@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Any
 
 from mic_supervisor.gpu import GpuSource
+from mic_supervisor.gpu.driver import binding_error
 from mic_supervisor.model import GpuInventory
 
 FIRST_RETRY = 1.0  # seconds
@@ -114,6 +115,8 @@ class XidWatcher:
         try:
             import pynvml
         except ImportError:
+            return
+        if binding_error(pynvml) is not None:  # the source says so
             return
         delay = self.retry
         while not stop.is_set():

@@ -25,6 +25,7 @@ from mic_supervisor.gpu.driver import (
     LIB_RM_VERSION_MISMATCH,
     MISSING,
     REINITIALISE,
+    binding_error,
     cuda_version,
     gpu_error,
     library_error,
@@ -162,6 +163,8 @@ class NvmlSource:
             import pynvml
         except ImportError as error:
             return _failed(str(error), "install it with: pip install nvidia-ml-py")
+        if (why := binding_error(pynvml)) is not None:
+            return _failed(*why)
         try:
             try:
                 return self._read_or_start_over(pynvml)

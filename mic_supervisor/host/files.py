@@ -68,6 +68,13 @@ def read_in_time(path: Path, most: int = MOST, seconds: float = 2.0) -> str:
     return outcome[0]
 
 
+def hint_to_replace(path: Path, error: OSError) -> str | None:
+    """The way out where a file cannot be replaced since it is a mount, as `-v FILE:FILE` makes."""
+    if error.errno != errno.EBUSY:
+        return None
+    return f"{path} is mounted by itself, and nothing replaces a mount: mount {path.parent} instead"
+
+
 def set_aside(path: Path) -> Path:
     """Rename what cannot be read, whatever it is, and keep it for a person. Raises OSError."""
     names = (path.with_name(f"{path.name}.damaged-{count}") for count in itertools.count(1))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.mock_nvml import MockGpu, MockNvml, mock_uuid
+from tests.support import require
 from tests.support.mic import PROGRAM, Mic
 from tests.support.waiting import until
 
@@ -437,3 +438,23 @@ def test_what_there_is_not_is_told(machine: Mic, command: str) -> None:
     refused = machine(command, "whisper", rc=1).stderr
     assert "there is no instance 'whisper'" in refused
     assert "hint: there is MAM-51000000" in refused
+
+
+def test_a_file_that_is_mounted_by_itself_is_told_to_have_its_directory_mounted(mic: Mic) -> None:
+    """As `docker run -v FILE:FILE` mounts it."""
+    put(mic, "gpus:\n  0: none\n")
+    script = f'mount --bind "{mic.config}" "{mic.config}" && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *mic.program(), "start", "MAM", "--gpu=0"],
+        env=mic.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if "unshare failed" in done.stderr:
+        require.missing("this user may not make a mount")
+    assert done.returncode == 1
+    assert f"cannot write {mic.config}: device or resource busy" in done.stderr
+    assert f"hint: {mic.config} is mounted by itself" in done.stderr
+    assert f"mount {mic.config.parent} instead" in done.stderr
+    assert mic.config.read_text().endswith("0: none\n")

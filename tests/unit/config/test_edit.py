@@ -377,3 +377,20 @@ def test_a_directory_that_cannot_be_written_is_told(path: Path, monkeypatch: Any
     assert caught.value.hint == "run as root, or as the user that the file belongs to"
     assert path.read_bytes() == b"\xef\xbb\xbfversion: 1\r\n"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_that_is_a_mount_of_its_own_is_told_with_the_way_out(
+    path: Path, monkeypatch: Any
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(16, "Device or resource busy")  # what rename(2) says of a mount
+
+    with locked(path) as file, monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", refuse)
+        with pytest.raises(MicError) as caught:
+            file.replace(b"other")
+    assert str(caught.value) == f"cannot write {path}: device or resource busy"
+    assert caught.value.hint == (
+        f"{path} is mounted by itself, and nothing replaces a mount: mount {path.parent} instead"
+    )
+    assert list(path.parent.iterdir()) == [path]

@@ -468,3 +468,29 @@ def test_closing_what_was_never_opened(mock: MockNvml, source: NvmlSource) -> No
     before = mock.calls("nvmlInitWithFlags"), mock.calls("nvmlShutdown")
     source.close()
     assert (mock.calls("nvmlInitWithFlags"), mock.calls("nvmlShutdown")) == before
+
+
+OBSERVE = "from mic_supervisor.gpu.nvml import NvmlSource; print(NvmlSource().observe().error_line)"
+
+
+@pytest.mark.parametrize("package", ["pynvml", None])
+def test_another_package_in_the_place_of_the_binding_is_named(
+    mock: MockNvml, tmp_path: Path, package: str | None
+) -> None:
+    """pynvml 11.5 brings a directory pynvml/, which hides nvidia-ml-py's pynvml.py."""
+    mock.set([MockGpu()])
+    (tmp_path / "pynvml").mkdir()
+    (tmp_path / "pynvml" / "__init__.py").write_text("class NVMLError(Exception): pass\n")
+    if package is not None:
+        facts = tmp_path / f"{package}-11.5.0.dist-info"
+        facts.mkdir()
+        (facts / "METADATA").write_text(f"Name: {package}\nVersion: 11.5.0\n")
+        (facts / "top_level.txt").write_text("pynvml\n")
+    said = in_another_process(OBSERVE, {**mock.env(), "PYTHONPATH": str(tmp_path)})
+    where = f"cannot read GPUs: the Python module pynvml in {tmp_path}/pynvml/__init__.py is not"
+    assert said.startswith(where)
+    if package is None:
+        assert f"{sys.executable} -m pip install --upgrade nvidia-ml-py" in said
+    else:
+        assert "not that of nvidia-ml-py, but of the package pynvml; remove that with: " in said
+        assert f"{sys.executable} -m pip uninstall pynvml; then: " in said
