@@ -64,7 +64,9 @@ def test_who_listens_is_told_by_control_groups_where_no_process_may_be_looked_at
     workload = ObservedWorkload("systemd", ref, ref, identity, RunState.RUNNING)
     spec = ProcessSpec(("x",))
     assert is_own(workload, spec, foreign)[0] is False
-    monkeypatch.setattr(processes.psutil, "net_connections", lambda _: [])
+    seen = [one._replace(pid=None) for one in processes.psutil.net_connections("tcp")]
+    monkeypatch.setattr(processes.psutil, "net_connections", lambda _: seen)
+    assert processes.listener_owners()[foreign].name == "nginx.service"
     assert is_own(workload, spec, ours) == (True, "")
     assert is_own(workload, spec, foreign) == (False, "unit nginx.service")
     assert is_own(workload, spec, free_port()) == (None, "")
