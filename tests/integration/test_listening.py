@@ -83,5 +83,9 @@ def test_a_container_that_listens_on_another_port_is_told_so(job: World, server_
         """)
     said = job.mic("apply", rc=1).stdout
     assert "it listens on port 9000: let it listen on ${port}, or write the port" in said
-    job.mic.write(job.mic.config.read_text().replace("9001", "9000"))
+    right = job.mic.config.read_text().replace("9001", "9000")
+    job.mic.write(right.replace("probe:", "env: {HOST: 127.0.0.1}, probe:"))
+    said = job.mic("apply", rc=1).stdout
+    assert "in the container it listens on 127.0.0.1 only: let it listen on 0.0.0.0" in said
+    job.mic.write(right)
     job.mic("apply", rc=0)

@@ -120,6 +120,8 @@ def test_it_can_do_its_work_and_nothing_else(systemd_machine: SystemdMachine) ->
         "write in a home": read_only,
         "reach a socket like Docker's": "hello",
         "listen": "6004 is seen of 6004",
+        "ask whose a socket is": True,
+        "have a home": "None, then /root",
         "give the socket to its group": forbidden,
         "see PID 1": None,
         "name PID 1": "systemd",

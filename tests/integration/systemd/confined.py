@@ -17,6 +17,7 @@ from typing import Any
 
 from mic_supervisor.errors import MicError
 from mic_supervisor.host import processes as procfs
+from mic_supervisor.host import programs
 from mic_supervisor.model import Identity, Launch, ProcessSpec
 from mic_supervisor.runtimes import checks
 from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime
@@ -48,6 +49,19 @@ def listen() -> str:
     with socket.create_server(("127.0.0.1", 6004)) as server:
         ports = {one.port for one in procfs.listeners() or ()}
         return f"6004 is {'seen' if 6004 in ports else 'not seen'} of {server.getsockname()[1]}"
+
+
+def whose() -> bool:
+    """Whether the kernel says in which control group a socket was made."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        return any(one.port == port and one.group is not None for one in procfs.listening_groups())
+
+
+def home() -> str:
+    """What a credential helper has for a HOME, which systemd sets for no service of root."""
+    done = programs.run(["sh", "-c", 'echo "$HOME"'], 10.0)
+    return f"{os.environ.get('HOME')}, then {done.output.decode().strip()}"
 
 
 def give_socket() -> int:
@@ -103,6 +117,8 @@ ATTEMPTS: dict[str, Callable[[], Any]] = {
     "write in a home": lambda: write("/home/alice/x"),
     "reach a socket like Docker's": lambda: unix("/run/docker-like.sock"),
     "listen": listen,
+    "ask whose a socket is": whose,
+    "have a home": home,
     "give the socket to its group": give_socket,
     "see PID 1": lambda: procfs.service_of(Path("/proc/1/cgroup").read_text()),
     "name PID 1": lambda: (procfs.stat(1) or sys.exit("no PID 1")).name,
