@@ -147,6 +147,8 @@ def _print_summary(
         click.echo(f"- {printable(one.what)}: as model {one.name}{where}")
         if one.secrets:
             click.echo(f"    its environment is in {env_path(target, one)}, readable by you alone")
+        if one.left:
+            click.echo(f"    without {len(one.left)} of its settings: see the comments above it")
         for step in (*one.stop, "mic-supervisor apply"):
             click.echo(f"    {printable(step)}")
     if sys.stdout.isatty() or not proposals:

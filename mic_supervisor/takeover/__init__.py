@@ -19,7 +19,8 @@ class Proposal:
     """One model for the file.
 
     `gpus` are indices; empty: not known. `secrets` go into an env_file of their own. `stop` are the
-    commands that end what runs now. `refused`: why it cannot be taken over as it is.
+    commands that end what runs now. `left` are the settings that no key of the file says, a line
+    each. `refused`: why it cannot be taken over as it is.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Proposal:
     gpus: tuple[int, ...]
     stop: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
     secrets: Pairs = field(default=(), repr=False)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: str | None = None

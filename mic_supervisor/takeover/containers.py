@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mic_supervisor.config.types import format_duration
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.kill import Survey
-from mic_supervisor.model import OwnerKind
+from mic_supervisor.model import OwnerKind, Pairs
+from mic_supervisor.runtimes.checks import signal_number
 from mic_supervisor.runtimes.docker.create import MANAGED_BY
 from mic_supervisor.takeover import Proposal, for_env_file, indices_of, refusal
+from mic_supervisor.takeover.differences import FOR_ALL, differences, line, of_mount
 
 if TYPE_CHECKING:
     from mic_supervisor.runtimes.docker.engine import Engine
@@ -18,34 +24,41 @@ if TYPE_CHECKING:
 _CDI = "nvidia.com/gpu="
 _DEFAULT_SHM = 64 << 20
 _VISIBLE = "NVIDIA_VISIBLE_DEVICES"
-_NOT_CARRIED = (
-    ("Privileged", "privileged"),
-    ("CapAdd", "added capabilities"),
-    ("Devices", "devices"),
-    ("ExtraHosts", "extra hosts"),
-    ("SecurityOpt", "security options"),
-    ("Tmpfs", "tmpfs mounts"),
-)
+_CHOSEN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What the engine says besides of a container: of itself, of its volumes, of its image.
+
+    `image` is None where that is gone. `volumes` maps names to the options that they were made
+    with. `shared` is the size of this machine's /dev/shm in bytes.
+    """
+
+    image: Mapping[str, Any] | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    volumes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    shared: int | None = None
+    image_moved: bool = False
 
 
 def proposals(survey: Survey, engine: Engine) -> list[Proposal]:
     what = "cannot look for containers"
     info = engine.call(what, lambda api: api.info())
-    default = info.get("DefaultRuntime")
     known = survey.inventory.indices
     found = []
     for listed in sorted(engine.call(what, lambda api: api.containers()), key=_name):
         try:
             inspected = _inspect(engine, str(listed["Id"]))
-            wanted = wanted_gpus(inspected, default)
+            wanted = wanted_gpus(inspected, info.get("DefaultRuntime"))
             held = _held(survey, str(listed["Id"]))
             if not is_candidate(inspected) or not (wanted or held):
                 continue
-            image = _image(engine, str(inspected.get("Image")))
+            around = _around(engine, inspected, info)
         except RuntimeRefused:
             continue  # it has ended meanwhile
         wanted = wanted or [str(index) for index in held]
-        found.append(propose(inspected, image, wanted, known, held))
+        found.append(propose(inspected, around, wanted, known, held))
     return found
 
 
@@ -60,10 +73,39 @@ def _inspect(engine: Engine, ref: str) -> dict[str, Any]:
     return found
 
 
+def _around(engine: Engine, inspected: Mapping[str, Any], info: Mapping[str, Any]) -> Around:
+    ref, name = str(inspected.get("Image")), str((inspected.get("Config") or {}).get("Image"))
+    image, named = _image(engine, ref), _image(engine, name)
+    mounts = inspected.get("Mounts") or ()
+    volumes = [str(one["Name"]) for one in mounts if one.get("Type") == "volume"]
+    return Around(
+        image=image,
+        info=info,
+        volumes={volume: _options(engine, volume) for volume in volumes},
+        shared=_shared_memory() if engine.local else None,
+        image_moved=named is not None and named.get("Id") not in (ref, (image or {}).get("Id")),
+    )
+
+
 def _image(engine: Engine, ref: str) -> dict[str, Any] | None:
     try:
         return engine.image(f"cannot inspect image {ref}", ref)
     except RuntimeRefused:
+        return None
+
+
+def _options(engine: Engine, volume: str) -> Mapping[str, str]:
+    what = f"cannot inspect volume {volume}"
+    try:
+        return engine.call(what, lambda api: api.inspect_volume(volume)).get("Options") or {}
+    except RuntimeRefused:
+        return {"type": "not known"}  # its path may be empty as well
+
+
+def _shared_memory() -> int | None:
+    try:
+        return shutil.disk_usage("/dev/shm").total
+    except OSError:
         return None
 
 
@@ -94,7 +136,7 @@ def wanted_gpus(inspected: Mapping[str, Any], default_runtime: str | None) -> li
             wanted += ids or (["all"] if count < 0 else [str(n) for n in range(count)])
     runtime = host.get("Runtime") or default_runtime
     if not wanted and runtime == "nvidia":
-        visible = dict(_environment(inspected)).get(_VISIBLE, "")
+        visible = dict(_environment(inspected.get("Config") or {})).get(_VISIBLE, "")
         if visible not in ("none", "void"):
             wanted = [name for name in visible.split(",") if name]
     return wanted
@@ -102,48 +144,43 @@ def wanted_gpus(inspected: Mapping[str, Any], default_runtime: str | None) -> li
 
 def propose(
     inspected: Mapping[str, Any],
-    image: Mapping[str, Any] | None,
+    around: Around,
     wanted: Sequence[str],
     known: Mapping[str, int],
     held: Sequence[int],
 ) -> Proposal:
-    """`image` is the inspection of its image, None where that is gone; `known` maps UUIDs to
-    indices; `held` are the indices of the GPUs where the driver sees it.
-    """
+    """`known` maps UUIDs to indices; `held` are the indices where the driver sees the container."""
     name = str(inspected.get("Name") or inspected["Id"][:12]).lstrip("/")
     config, host = inspected.get("Config") or {}, inspected.get("HostConfig") or {}
-    base = (image or {}).get("Config") or {}
+    base = (around.image or {}).get("Config") or {}
     notes: list[str] = []
+    left = differences(inspected, base, around.info)
     entry: dict[str, Any] = {"backend": "container", "image": config.get("Image") or "?"}
-    if (entrypoint := config.get("Entrypoint")) != base.get("Entrypoint"):
-        entry["entrypoint"] = list(entrypoint or [])
+    if around.image_moved:
+        notes.append("It runs an earlier image of that name; the model gets what it names now.")
+    command = list(config.get("Cmd") or [])
+    entrypoint = config.get("Entrypoint")
     # Docker drops the image's own command where the entrypoint is replaced.
-    if (config.get("Cmd") or []) != (base.get("Cmd") or []) or "entrypoint" in entry:
-        entry["command"] = list(config.get("Cmd") or [])
-        if not entry["command"]:
-            del entry["command"]
-    notes += _ports(entry, host)
-    notes += _mounts(entry, inspected)
-    if (shm := host.get("ShmSize") or 0) not in (0, _DEFAULT_SHM):
+    if entrypoint != base.get("Entrypoint") or (base.get("Cmd") and not command):
+        entry["entrypoint"] = list(entrypoint or [])
+    if command and (command != base.get("Cmd") or "entrypoint" in entry):
+        entry["command"] = command
+    notes += _ports(entry, inspected)
+    left += _mounts(entry, inspected, around.volumes, notes)
+    shm = host.get("ShmSize")
+    if host.get("IpcMode") == "host":
+        shm = around.shared
+    if shm not in (None, 0, _DEFAULT_SHM):
         entry["shm_size"] = shm
-    for key, field in (("user", "User"), ("working_dir", "WorkingDir")):
-        if config.get(field) and config[field] != base.get(field):
-            entry[key] = config[field]
-    if limits := _limits(host):
+    for key, from_field in (("user", "User"), ("working_dir", "WorkingDir")):
+        if config.get(from_field) and config[from_field] != base.get(from_field):
+            entry[key] = config[from_field]
+    limits, more = _limits(host)
+    if limits:
         entry["limits"] = limits
-    if config.get("StopSignal") and config["StopSignal"] != base.get("StopSignal"):
-        entry["stop_signal"] = config["StopSignal"]
-    if config.get("StopTimeout"):
-        entry["stop_timeout"] = f"{config['StopTimeout']}s"
-    if (base.get("Healthcheck") or {}).get("Test") not in (None, [], ["NONE"]):
-        entry["probe"] = {"docker": True}
-    left = [words for field, words in _NOT_CARRIED if host.get(field)]
-    if left:
-        notes.append(f"Not carried over: {', '.join(left)}.")
-    set_here = set(_environment(inspected)) - set(_environment({"Config": base}))
-    secrets, lost = for_env_file(pair for pair in set_here if pair[0] != _VISIBLE)
-    if lost:
-        notes.append(f"An env_file cannot hold {', '.join(lost)}: put it under env.")
+    left += [*more, *_stopping(entry, config), *_health(entry, config, base)]
+    secrets, unset = _own_environment(config, base, notes)
+    left += unset
     asked = indices_of(wanted, known)
     gpus = tuple(index for index in asked if index in held) or asked
     if len(gpus) < len(asked):
@@ -156,6 +193,7 @@ def propose(
         gpus=gpus,
         stop=_stop(name, config, host),
         notes=tuple(notes),
+        left=tuple(left),
         secrets=secrets,
         refused=refusal(texts),
     )
@@ -169,66 +207,188 @@ def is_candidate(inspected: Mapping[str, Any]) -> bool:
     )
 
 
-def _ports(entry: dict[str, Any], host: Mapping[str, Any]) -> list[str]:
+def _ports(entry: dict[str, Any], inspected: Mapping[str, Any]) -> list[str]:
+    host = inspected.get("HostConfig") or {}
     if str(host.get("NetworkMode")) == "host":
         entry["network"] = "host"
         return ["It serves on the host's network: give its port here, and in its command."]
-    published = []
-    for inside, bindings in (host.get("PortBindings") or {}).items():
+    asked = host.get("PortBindings") or {}
+    # Of a running container also those that Docker chose.
+    actual = (inspected.get("NetworkSettings") or {}).get("Ports") or asked
+    published: list[tuple[int, int, str]] = []
+    others: list[str] = []
+    chosen: set[int] = set()
+    for inside, bindings in actual.items():
         number, _, protocol = str(inside).partition("/")
+        fixed = {str(one.get("HostPort")) for one in asked.get(inside) or ()}
         for binding in bindings or ():
-            if protocol in ("", "tcp") and str(binding.get("HostPort") or "").isdigit():
-                address = binding.get("HostIp") or "0.0.0.0"
-                published.append((int(binding["HostPort"]), int(number), str(address)))
-    published = sorted(set(published))
-    if not published:
-        return []
-    outside, within, address = published[0]
-    entry["port"] = outside
-    if within != outside:
-        entry["container_port"] = within
-    if address != "127.0.0.1":
-        entry["listen"] = address
-    others = ", ".join(f"{out} to {inner}" for out, inner, _ in published[1:])
-    return [f"It publishes more ports, which are not carried over: {others}."] if others else []
+            port, address = str(binding.get("HostPort") or ""), binding.get("HostIp") or "0.0.0.0"
+            if protocol not in ("", "tcp") or not port.isdigit():
+                others.append(f"{port} to {inside}")
+                continue
+            published.append((int(port), int(number), str(address)))
+            if port not in fixed:
+                chosen.add(int(port))
+    notes = []
+    if published:
+        outside, within, address = min(published)
+        if outside in chosen:
+            entry["container_port"] = within
+            notes.append(
+                f"Docker chose its port {outside}, and the supervisor chooses another one. "
+                "`port` gives it a fixed one."
+            )
+        else:
+            entry["port"] = outside
+            if within != outside:
+                entry["container_port"] = within
+        if address != "127.0.0.1":
+            entry["listen"] = address
+        more = {(out, inner, at) for out, inner, at in published} - {(outside, within, address)}
+        same = sorted(at for out, inner, at in more if (out, inner) == (outside, within))
+        if same:
+            notes.append(f"It listens on {', '.join(same)}, too, and `listen` is one address.")
+        others += [f"{out} to {inner}" for out, inner, at in sorted(more) if at not in same]
+    if others:
+        listed = ", ".join(dict.fromkeys(others))
+        notes.append(f"It publishes more ports, which are not carried over: {listed}.")
+    return notes
 
 
-def _mounts(entry: dict[str, Any], inspected: Mapping[str, Any]) -> list[str]:
-    mounts, notes = [], []
-    for mount in inspected.get("Mounts") or ():
+def _mounts(
+    entry: dict[str, Any],
+    inspected: Mapping[str, Any],
+    volumes: Mapping[str, Mapping[str, str]],
+    notes: list[str],
+) -> list[str]:
+    mounts, left = [], []
+    requests = (inspected.get("HostConfig") or {}).get("Mounts") or ()
+    for mount in sorted(inspected.get("Mounts") or (), key=lambda one: str(one["Destination"])):
         kind, target = mount.get("Type"), str(mount.get("Destination"))
-        if kind not in ("bind", "volume") or not mount.get("Source"):
-            notes.append(f"The {kind} mount at {target} is not carried over.")
+        source = mount.get("Source")
+        if kind not in ("bind", "volume") or not source:
+            left.append(line("--mount", f"of type {kind} at {target}"))
             continue
-        one = {"source": str(mount["Source"]), "target": target}
+        options = volumes.get(str(mount.get("Name"))) or {} if kind == "volume" else {}
+        device = str(options.get("device", ""))
+        if "bind" in options.get("o", "").split(",") and device.startswith("/"):
+            source = device
+        elif options:
+            # Its path on this host is an empty directory while no container uses it.
+            left.append(
+                line(
+                    "--mount",
+                    f"of the volume {mount.get('Name')} at {target}, which Docker mounts "
+                    f"(type {options.get('type', '?')}, device {device or '?'})",
+                    "mount it on this host, and give its path under `mounts`",
+                )
+            )
+            continue
+        one = {"source": str(source), "target": target}
         if mount.get("RW") is False:
             one["read_only"] = True  # type: ignore[assignment]
         if kind == "volume":
             notes.append(f"{target} is the volume {mount.get('Name')}, by its path on this host.")
+        left += of_mount(mount, requests)
         mounts.append(one)
     if mounts:
-        entry["mounts"] = sorted(mounts, key=lambda one: one["target"])
-    return sorted(notes)
+        entry["mounts"] = mounts
+    return left
 
 
-def _limits(host: Mapping[str, Any]) -> dict[str, Any]:
+def _limits(host: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`limits`, and what it cannot say of them."""
     limits: dict[str, Any] = {}
     if host.get("Memory"):
         limits["memory"] = int(host["Memory"])
     if host.get("NanoCpus"):
         limits["cpus"] = int(host["NanoCpus"]) / 1e9
+    elif int(host.get("CpuQuota") or 0) > 0:
+        limits["cpus"] = int(host["CpuQuota"]) / int(host.get("CpuPeriod") or 100_000)
+    left = []
     for limit in host.get("Ulimits") or ():
-        soft = limit.get("Soft")
-        if limit.get("Name") == "nofile" and isinstance(soft, int) and soft > 0:
-            limits["nofile"] = soft
-        if limit.get("Name") == "memlock" and isinstance(soft, int):
-            limits["memlock"] = "unlimited" if soft < 0 else soft
-    return limits
+        name, soft, hard = limit.get("Name"), limit.get("Soft"), limit.get("Hard")
+        if name == "memlock" and isinstance(soft, int):
+            limits[name] = "unlimited" if soft < 0 else soft
+        elif name == "nofile" and isinstance(soft, int) and soft > 0:
+            limits[name] = soft
+        if name not in limits or hard != soft:
+            advice = FOR_ALL.format("default-ulimits")
+            left.append(line("--ulimit", f"{name}={soft}:{hard}", advice))
+    return limits, left
 
 
-def _environment(inspected: Mapping[str, Any]) -> list[tuple[str, str]]:
-    items = (inspected.get("Config") or {}).get("Env") or ()
-    pairs = (str(item).partition("=") for item in items)
+def _stopping(entry: dict[str, Any], config: Mapping[str, Any]) -> list[str]:
+    left = []
+    # The image's own signal counts here, too: without the key it would be SIGTERM.
+    if text := str(config.get("StopSignal") or ""):
+        try:
+            name = signal.Signals(signal_number(text) or 0).name
+        except ValueError:
+            left.append(line("--stop-signal", text, "the model gets SIGTERM"))
+        else:
+            if name != "SIGTERM":
+                entry["stop_signal"] = name
+    timeout = config.get("StopTimeout")
+    if isinstance(timeout, int) and timeout >= 0:
+        entry["stop_timeout"] = f"{timeout}s"
+    elif timeout is not None:
+        left.append(line("--stop-timeout", str(timeout), "give a long `stop_timeout`, as in 24h"))
+    return left
+
+
+def _health(entry: dict[str, Any], config: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """Its health check as the probe: the image's by `docker`, one of its own by `exec`."""
+    own, of_image = config.get("Healthcheck") or {}, base.get("Healthcheck") or {}
+    kind, *words = [str(word) for word in own.get("Test") or ["NONE"]]
+    if kind == "NONE":
+        if of_image.get("Test") in (None, [], ["NONE"]):
+            return []
+        return [line("--no-healthcheck", "", "the image's check runs, and nothing follows it")]
+    # The engine's own numbers where none were given, in nanoseconds.
+    interval, timeout, start = (
+        (own.get(key) or default) / 1e9
+        for key, default in (("Interval", 30e9), ("Timeout", 30e9), ("StartPeriod", 0))
+    )
+    if start > 300:  # the budget without the key
+        entry["start_timeout"] = format_duration(start)
+    if own == of_image:
+        entry["probe"] = {"docker": True}
+        return []
+    if kind == "CMD-SHELL":
+        words = [*(config.get("Shell") or ("/bin/sh", "-c")), *words]
+    if refusal(words) is not None or not all(words):
+        return [line("--health-cmd", " ".join(words), "give a `probe`")]
+    entry["probe"] = {
+        "exec": words,
+        "period": format_duration(interval),
+        "timeout": format_duration(timeout),
+        "failures": int(own.get("Retries") or 3),
+    }
+    return []
+
+
+def _own_environment(
+    config: Mapping[str, Any], base: Mapping[str, Any], notes: list[str]
+) -> tuple[Pairs, list[str]]:
+    """What was set for it and not by its image, and what was taken away from that."""
+    items = {str(item) for item in config.get("Env") or ()}
+    unset = sorted(item for item in items if "=" not in item)
+    set_here = set(_environment(config)) - set(_environment(base))
+    chosen = sorted(name for name, _ in set_here if name in _CHOSEN)
+    if chosen:
+        notes.append(f"{', '.join(chosen)} is left out: a model sees its own GPUs and no other.")
+    secrets, lost = for_env_file(
+        (name, value) for name, value in set_here if name not in (_VISIBLE, *chosen)
+    )
+    if lost:
+        notes.append(f"An env_file cannot hold {', '.join(lost)}: put it under env.")
+    return secrets, [line("--env", name, "it unsets the image's variable") for name in unset]
+
+
+def _environment(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    items = (str(item) for item in config.get("Env") or ())
+    pairs = (item.partition("=") for item in items if "=" in item)
     return [(name, value) for name, _, value in pairs]
 
 

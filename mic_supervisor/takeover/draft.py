@@ -120,6 +120,13 @@ def _model_notes(one: Proposal) -> Iterator[str]:
     yield from one.notes
     if one.secrets:
         yield f"Its env_file holds {', '.join(name for name, _ in one.secrets)}."
+    if one.left:
+        yield (
+            "The file has no key for what follows, and the model runs without it. If it needs "
+            "that, leave it as it is, and take the model and its GPU out of this file."
+        )
+    for line in one.left:
+        yield f"- {line}"
 
 
 def _gpu_lines(
@@ -267,7 +274,13 @@ def _comments(notes: Sequence[str]) -> list[str]:
     return [
         f"  # {line}"
         for note in notes
-        for line in wrap(note, _WIDTH - 4, break_long_words=False, break_on_hyphens=False)
+        for line in wrap(
+            note,
+            _WIDTH - 4,
+            subsequent_indent="  " if note.startswith("- ") else "",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     ]
 
 

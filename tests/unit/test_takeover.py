@@ -8,7 +8,7 @@ import pytest
 
 from mic_supervisor.host.processes import Stat
 from mic_supervisor.takeover import Proposal, distinct, for_env_file, indices_of, named
-from mic_supervisor.takeover.containers import is_candidate, propose, wanted_gpus
+from mic_supervisor.takeover.containers import Around, is_candidate, propose, wanted_gpus
 from mic_supervisor.takeover.processes import root_of
 
 KNOWN = {"GPU-aaaa": 0, "GPU-bbbb": 1, "GPU-cccc": 2}
@@ -26,6 +26,10 @@ IMAGE = {
 def inspected(config: dict[str, Any] | None = None, **host: Any) -> dict[str, Any]:
     base: dict[str, Any] = {"Image": "a/b:1", "Labels": {}, **IMAGE["Config"]}
     return {"Id": "f" * 64, "Name": "/web", "Config": base | (config or {}), "HostConfig": host}
+
+
+def container(config: dict[str, Any] | None = None, **host: Any) -> Proposal:
+    return propose(inspected(config, **host), Around(IMAGE), ["0"], KNOWN, [])
 
 
 def request(**values: Any) -> list[dict[str, Any]]:
@@ -69,7 +73,7 @@ def test_gpus_by_any_name() -> None:
 
 
 def test_a_plain_container_needs_no_more_than_its_image() -> None:
-    found = propose(inspected(), IMAGE, ["1"], KNOWN, [])
+    found = propose(inspected(), Around(IMAGE), ["1"], KNOWN, [])
     assert found.entry == {"backend": "container", "image": "a/b:1"}
     assert (found.name, found.gpus, found.stop) == ("web", (1,), ("docker stop web",))
     assert (found.secrets, found.notes, found.refused) == ((), (), None)
@@ -84,6 +88,7 @@ def test_everything_that_was_set() -> None:
                 "User": "1000",
                 "StopSignal": "SIGINT",
                 "StopTimeout": 60,
+                "Healthcheck": {"Test": ["CMD", "true"]},
                 "Labels": {
                     "com.docker.compose.project": "shop",
                     "com.docker.compose.service": "api",
@@ -108,7 +113,7 @@ def test_everything_that_was_set() -> None:
                 {"Type": "tmpfs", "Source": "", "Destination": "/scratch"},
             ]
         },
-        IMAGE | {"Config": IMAGE["Config"] | {"Healthcheck": {"Test": ["CMD", "true"]}}},
+        Around(IMAGE | {"Config": IMAGE["Config"] | {"Healthcheck": {"Test": ["CMD", "true"]}}}),
         ["all"],
         KNOWN,
         [2],
@@ -136,19 +141,208 @@ def test_everything_that_was_set() -> None:
     assert (found.name, found.gpus) == ("api", (2,))
     assert found.stop == ("docker compose -p shop stop api",)
     assert found.notes == (
-        "It publishes more ports, which are not carried over: 9001 to 9000.",
+        "It publishes more ports, which are not carried over: 53 to 53/udp, 9001 to 9000.",
         "/v is the volume v, by its path on this host.",
-        "The tmpfs mount at /scratch is not carried over.",
-        "Not carried over: privileged.",
         "An env_file cannot hold ODD-NAME: put it under env.",
         "It may see GPU 0, 1, 2, and uses these only.",
     )
+    assert found.left == ("--privileged", "--mount of type tmpfs at /scratch")
+
+
+@pytest.mark.parametrize(
+    ("config", "entry", "expected"),
+    [
+        ({"StopSignal": "15"}, {}, []),
+        ({"StopSignal": "2"}, {"stop_signal": "SIGINT"}, []),
+        ({"StopSignal": "quit"}, {"stop_signal": "SIGQUIT"}, []),
+        ({"StopSignal": "SIGRTMIN+3"}, {}, ["--stop-signal SIGRTMIN+3: the model gets SIGTERM"]),
+        ({"StopSignal": "37"}, {}, ["--stop-signal 37: the model gets SIGTERM"]),
+        ({"StopTimeout": 0}, {"stop_timeout": "0s"}, []),
+        (
+            {"StopTimeout": -1},
+            {},
+            ["--stop-timeout -1: give a long `stop_timeout`, as in 24h"],
+        ),
+        (
+            {"Healthcheck": {"Test": ["CMD-SHELL", "curl -f x || exit 1"], "Interval": 9 * 10**9}},
+            {
+                "probe": {
+                    "exec": ["/bin/sh", "-c", "curl -f x || exit 1"],
+                    **{"period": "9s", "timeout": "30s", "failures": 3},
+                }
+            },
+            [],
+        ),
+        (
+            {
+                "Healthcheck": {
+                    **{"Test": ["CMD", "check"], "Retries": 5, "Timeout": 500 * 10**6},
+                    "StartPeriod": 600 * 10**9,
+                }
+            },
+            {
+                "start_timeout": "10m",
+                "probe": {"exec": ["check"], "period": "30s", "timeout": "500ms", "failures": 5},
+            },
+            [],
+        ),
+        (
+            {"Healthcheck": {"Test": ["CMD-SHELL", "test ${X}"]}},
+            {},
+            ["--health-cmd /bin/sh -c test ${X}: give a `probe`"],
+        ),
+        (
+            {"Env": [*IMAGE["Config"]["Env"], "GONE"]},
+            {},
+            ["--env GONE: it unsets the image's variable"],
+        ),
+    ],
+)
+def test_what_needs_another_form_or_has_none(
+    config: dict[str, Any], entry: dict[str, Any], expected: list[str]
+) -> None:
+    found = container(config)
+    assert found.entry == {"backend": "container", "image": "a/b:1", **entry}
+    assert [*found.left] == expected
+
+
+def test_a_stop_signal_of_the_image_is_carried_over_since_ours_would_replace_it() -> None:
+    image = {"Config": IMAGE["Config"] | {"StopSignal": "SIGQUIT"}}
+    given = inspected({"StopSignal": "SIGQUIT"})
+    found = propose(given, Around(image), ["0"], KNOWN, [])
+    assert found.entry["stop_signal"] == "SIGQUIT"
+
+
+def test_a_health_check_that_is_switched_off_is_no_probe() -> None:
+    image = {"Config": IMAGE["Config"] | {"Healthcheck": {"Test": ["CMD", "true"]}}}
+    given = inspected({"Healthcheck": {"Test": ["NONE"]}})
+    found = propose(given, Around(image), ["0"], KNOWN, [])
+    assert "probe" not in found.entry
+    assert [*found.left] == ["--no-healthcheck: the image's check runs, and nothing follows it"]
+
+
+def test_limits_that_are_no_single_number() -> None:
+    ulimits = [
+        {"Name": "nofile", "Soft": 1024, "Hard": 4096},
+        {"Name": "memlock", "Soft": -1, "Hard": -1},
+        {"Name": "stack", "Soft": 67108864, "Hard": 67108864},
+        {"Name": "nofile", "Soft": -1, "Hard": -1},
+    ]
+    found = container(None, Ulimits=ulimits[:3], CpuQuota=150_000, CpuPeriod=50_000)
+    assert found.entry["limits"] == {"cpus": 3.0, "nofile": 1024, "memlock": "unlimited"}
+    assert [text.partition(": ")[0] for text in found.left] == [
+        "--ulimit nofile=1024:4096",
+        "--ulimit stack=67108864:67108864",
+    ]
+    found = container(None, Ulimits=ulimits[3:])
+    assert "limits" not in found.entry
+    assert found.left[0].startswith("--ulimit nofile=-1:-1: ")
+
+
+def test_the_hosts_shared_memory_becomes_as_much_of_its_own() -> None:
+    given = inspected(IpcMode="host", ShmSize=64 << 20)
+    found = propose(given, Around(IMAGE, shared=32 << 30), ["0"], KNOWN, [])
+    assert found.entry["shm_size"] == 32 << 30
+    assert [*found.left] == ["--ipc host: the model has a /dev/shm of its own, of shm_size"]
+
+
+def test_ports_that_docker_chose_and_addresses_that_one_key_cannot_hold() -> None:
+    given = inspected(PortBindings={"80/tcp": [{"HostIp": "", "HostPort": ""}]})
+    given["NetworkSettings"] = {
+        "Ports": {
+            "80/tcp": [
+                {"HostIp": "0.0.0.0", "HostPort": "32768"},
+                {"HostIp": "::", "HostPort": "32768"},
+            ],
+            "90/tcp": None,
+        }
+    }
+    found = propose(given, Around(IMAGE), ["0"], KNOWN, [])
+    assert found.entry == {
+        **{"backend": "container", "image": "a/b:1"},
+        **{"container_port": 80, "listen": "0.0.0.0"},
+    }
+    assert found.notes == (
+        "Docker chose its port 32768, and the supervisor chooses another one. `port` gives it a "
+        "fixed one.",
+        "It listens on ::, too, and `listen` is one address.",
+    )
+
+
+def test_a_volume_that_docker_mounts_is_not_taken_by_its_path() -> None:
+    """Where no container uses it, that path is an empty directory."""
+    given = inspected(
+        Mounts=[{"Type": "volume", "Target": "/c", "VolumeOptions": {"Subpath": "s"}}]
+    )
+    given["Mounts"] = [
+        {
+            "Type": "volume",
+            "Name": "nfs",
+            "Source": "/d/nfs/_data",
+            "Destination": "/a",
+            "RW": True,
+        },
+        {
+            "Type": "volume",
+            "Name": "dir",
+            "Source": "/d/dir/_data",
+            "Destination": "/b",
+            "RW": True,
+        },
+        {
+            "Type": "volume",
+            "Name": "own",
+            "Source": "/d/own/_data",
+            "Destination": "/c",
+            "Mode": "z",
+        },
+        {"Type": "bind", "Source": "/m", "Destination": "/d", "Mode": "ro,Z", "RW": False},
+        {"Type": "bind", "Source": "/n", "Destination": "/e", "Propagation": "rshared", "New": "x"},
+    ]
+    volumes = {
+        "nfs": {"type": "nfs", "o": "addr=h,password=s3cret", "device": ":/models"},
+        "dir": {"type": "none", "o": "bind", "device": "/srv/models"},
+    }
+    found = propose(given, Around(IMAGE, volumes=volumes), ["0"], KNOWN, [])
+    assert found.entry["mounts"] == [
+        {"source": "/srv/models", "target": "/b"},
+        {"source": "/d/own/_data", "target": "/c"},
+        {"source": "/m", "target": "/d", "read_only": True},
+        {"source": "/n", "target": "/e"},
+    ]
+    assert [*found.left] == [
+        "--mount of the volume nfs at /a, which Docker mounts (type nfs, device :/models): "
+        "mount it on this host, and give its path under `mounts`",
+        "--mount at /c with Subpath=s",
+        "--mount at /d with Z",
+        "--mount at /e with rshared, New=x",
+    ]
+    assert "s3cret" not in str(found.notes)
+
+
+def test_the_choice_of_gpus_is_not_carried_into_a_container_that_has_its_own() -> None:
+    found = container({"Env": ["PATH=/bin", "CUDA_VISIBLE_DEVICES=1", "A=1"]})
+    assert found.secrets == (("A", "1"),)
+    assert found.notes == (
+        "CUDA_VISIBLE_DEVICES is left out: a model sees its own GPUs and no other.",
+    )
+
+
+def test_an_image_whose_name_has_moved_on_is_said() -> None:
+    found = propose(inspected(), Around(IMAGE, image_moved=True), ["0"], KNOWN, [])
+    assert found.notes == (
+        "It runs an earlier image of that name; the model gets what it names now.",
+    )
+
+
+def test_an_empty_command_keeps_the_image_from_running_its_own() -> None:
+    assert container({"Cmd": None}).entry["entrypoint"] == ["/entry"]
 
 
 def test_a_container_that_restarts_has_to_be_told_not_to() -> None:
     found = propose(
         inspected(RestartPolicy={"Name": "unless-stopped"}, NetworkMode="host"),
-        None,
+        Around(),
         ["0"],
         KNOWN,
         [],
@@ -158,7 +352,7 @@ def test_a_container_that_restarts_has_to_be_told_not_to() -> None:
 
 
 def test_a_placeholder_in_a_command_cannot_be_taken_over() -> None:
-    found = propose(inspected({"Cmd": ["sh", "-c", "echo ${HOME}"]}), IMAGE, ["0"], KNOWN, [])
+    found = container({"Cmd": ["sh", "-c", "echo ${HOME}"]})
     assert found.refused == "'echo ${HOME}' holds ${, which is a placeholder here"
 
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from mic_supervisor.backends.registry import Registry, examples, recognise
 from mic_supervisor.config.load import load
-from mic_supervisor.takeover.draft import DraftGpu, DraftModel, render, scalar
+from mic_supervisor.model import Gpu, GpuInventory
+from mic_supervisor.takeover import Proposal
+from mic_supervisor.takeover.draft import DraftGpu, DraftModel, first_file, render, scalar
 
 TEXT = render(
     "A title,\n\nand more",
@@ -172,3 +174,16 @@ def test_vllm_goes_on_as_a_process() -> None:
     assert (found.backend, found.name) == ("process", "Qwen3-8B")
     assert found.entry == {"start_timeout": "15m", "probe": {"http": "/health"}}
     assert recognise(["/bin/sleep", "9"], "/", lambda _path: False) is None
+
+
+def test_what_no_key_says_stands_above_the_model_as_a_list(tmp_path: Path) -> None:
+    inventory = GpuInventory("simulated", (Gpu("GPU-a", 0, "A100"),))
+    entry = {"backend": "process", "command": ["/bin/x"]}
+    one = Proposal("x", "PID 7 (x)", entry, (0,), ("kill 7",), left=("umask 0077", "b\x1b[2J"))
+    text, _ = first_file(inventory, [one], Registry(), tmp_path / "gpus.yaml", from_running=True)
+    head = (
+        "The file has no key for what follows, and the model runs without it. If it needs that, "
+        "leave it as it is, and take the model and its GPU out of this file."
+    )
+    assert f"{head} - umask 0077 - b" in " ".join(line.strip("# ") for line in text.splitlines())
+    assert "\n  # - b\N{REPLACEMENT CHARACTER}[2J\n  x:\n" in text

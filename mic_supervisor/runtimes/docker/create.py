@@ -29,7 +29,7 @@ MADE = PREFIX + "made"
 MANAGER = "mic-supervisor"
 
 CDI_KIND = "nvidia.com/gpu="
-LOGS = {"Type": "json-file", "Config": {"max-size": "50m", "max-file": "3"}}
+LOGS: dict[str, Any] = {"Type": "json-file", "Config": {"max-size": "50m", "max-file": "3"}}
 
 
 def ownership(scope: str, host: str) -> dict[str, str]:
