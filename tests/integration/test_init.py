@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import stat
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pytest
 from mic_supervisor.gpu.owners import owner_ref
 from mic_supervisor.model import OwnerKind
 from tests.mock_nvml import GIB, MockGpu, MockNvml, MockProcess, mock_uuid
+from tests.support.drafts import comments_of, model_of
 from tests.support.mic import Mic
 from tests.support.require import missing
+from tests.support.waiting import http, until
 
 
 @pytest.fixture
@@ -57,12 +60,14 @@ def spawn() -> Iterator[Callable[..., int]]:
         process.wait()
 
 
-def model_of(mic: Mic, name: str) -> dict[str, Any]:
-    from mic_supervisor.backends.registry import Registry
-    from mic_supervisor.config.load import load
-
-    models: dict[str, dict[str, Any]] = load(mic.config, Registry(), environ={}).document["models"]
-    return models[name]
+def limits_here() -> dict[str, Any]:
+    """`limits` of a process with this one's own, which a service would not have."""
+    limits: dict[str, Any] = {}
+    for key, plain in (("nofile", {1024}), ("memlock", {64 << 10, 8 << 20})):
+        soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{key.upper()}"))
+        if soft not in plain:
+            limits[key] = "unlimited" if soft == resource.RLIM_INFINITY else soft
+    return {"limits": limits} if limits else {}
 
 
 # --- a first file -----------------------------------------------------------------------------
@@ -161,8 +166,6 @@ def test_a_process_becomes_a_model_and_can_be_taken_over(
         SSH_CONNECTION="x",
         CUDA_VISIBLE_DEVICES="1",
     )
-    from tests.support.waiting import http, until
-
     until(lambda: http(f"http://127.0.0.1:{port}/", timeout=1).status == 200, "the server")
     nvml.change(1, processes=[MockProcess(pid, 2 * GIB)])
     comm = Path(f"/proc/{pid}/comm").read_text().strip()
@@ -185,6 +188,7 @@ def test_a_process_becomes_a_model_and_can_be_taken_over(
         "port": port,
         "probe": {"tcp": True},
         "env_file": str(secrets),
+        **limits_here(),
     }
     mic("check", rc=0)
     # Until the old one is gone its GPU is blocked: nothing of a stranger's is stopped.
@@ -232,6 +236,7 @@ def test_the_whole_of_a_server_is_proposed_once_and_comfyui_by_its_own_backend(
             "input_directory": f"{home}/input",
             "args": ["--highvram"],
             "env_file": f"{mic.home}/comfyui.env",
+            **limits_here(),
         }
         text = mic.config.read_text()
         assert f"    path: {home}\n    python: {sys.executable}\n" in text
@@ -242,6 +247,59 @@ def test_the_whole_of_a_server_is_proposed_once_and_comfyui_by_its_own_backend(
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+@pytest.mark.usefixtures("nobodys")
+@pytest.mark.skipif(os.geteuid() != 0, reason="cannot run: only root may change the user")
+def test_what_a_process_was_started_with_is_carried_over_or_noted(
+    mic: Mic, nvml: MockNvml, spawn: Callable[..., int]
+) -> None:
+    output = mic.home / "its.log"
+    given = "umask 027; ulimit -n 777; ulimit -s 4096; ulimit -l 32"
+    pid = spawn(
+        *("/bin/sh", "-c"),
+        f"{given}; exec >{output} chrt --batch 0 setpriv --no-new-privs --reuid=nobody "
+        "--regid=daemon --groups=daemon,video /bin/sleep 1000",
+        **{"HOME": "/srv/home", "XDG_CACHE_HOME": "/srv/cache", "MIC_ROPHONE": "hw:0"},
+        CUDA_VISIBLE_DEVICES="0,1",
+    )
+    until(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n", "the program")
+    nvml.change(0, processes=[MockProcess(pid)])
+    done = mic("init", "--from-running", rc=0)
+    assert re.search(r"    without \d+ of its settings: see the comments above it\n", done.stdout)
+    found = model_of(mic, "sleep")
+    assert found["user"] == "nobody:daemon"
+    assert found["limits"] == {"nofile": 777, "memlock": 32 << 10}
+    env = (mic.home / "sleep.env").read_text()
+    assert "HOME=/srv/home\n" in env
+    assert "XDG_CACHE_HOME=/srv/cache\n" in env
+    first, *items = comments_of(mic, "sleep")
+    assert "MIC_ROPHONE is left out: such names are the supervisor's own." in first
+    assert "CUDA_VISIBLE_DEVICES is '0,1' there, and it holds these GPUs only." in first
+    for expected in (
+        "no_new_privs 1, and 0 here",
+        "umask 0027, and 0022 here",
+        f"scheduling policy {os.SCHED_BATCH}, and ",
+        f"max stack size {4 << 20}, and ",
+        "more groups than its user has: video",
+        f"its output in {output}: a model's is in `mic-supervisor logs`",
+    ):
+        assert [item for item in items if item.startswith(expected)], expected
+    mic("check", rc=0)
+
+
+@pytest.mark.usefixtures("nobodys")
+def test_a_process_that_listens_elsewhere_keeps_its_address(
+    mic: Mic, nvml: MockNvml, spawn: Callable[..., int], free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    command = (sys.executable, "-m", "http.server", "--bind", "0.0.0.0", str(port))
+    pid = spawn(*command, cwd=mic.home)
+    until(lambda: http(f"http://127.0.0.1:{port}/", timeout=1).status == 200, "the server")
+    nvml.change(0, processes=[MockProcess(pid)])
+    mic("init", "--from-running", rc=0)
+    found = model_of(mic, "server")
+    assert (found["port"], found["listen"]) == (port, "0.0.0.0")
 
 
 @pytest.mark.usefixtures("nobodys")

@@ -9,7 +9,7 @@ import pytest
 from mic_supervisor.host.processes import Stat
 from mic_supervisor.takeover import Proposal, distinct, for_env_file, indices_of, named
 from mic_supervisor.takeover.containers import Around, is_candidate, propose, wanted_gpus
-from mic_supervisor.takeover.processes import root_of
+from mic_supervisor.takeover.processes import is_its_own, root_of
 
 KNOWN = {"GPU-aaaa": 0, "GPU-bbbb": 1, "GPU-cccc": 2}
 IMAGE = {
@@ -397,3 +397,19 @@ def test_the_root_is_what_somebody_started() -> None:
     assert root_of(62, known) == 62  # of a session of its own
     assert root_of(70, known) == 70
     assert root_of(99, known) == 99
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HOME", "XDG_CACHE_HOME", "LISTEN_HOST", "PROMPT_TEMPLATE", "LESS_IS_MORE", "DBUS_HOST"],
+)
+def test_a_variable_that_only_looks_like_one_of_a_session_is_kept(name: str) -> None:
+    assert is_its_own(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PWD", "XDG_SESSION_ID", "XDG_RUNTIME_DIR", "LISTEN_FDS", "SSH_TTY", "CUDA_VISIBLE_DEVICES"],
+)
+def test_a_variable_of_a_session_or_a_unit_is_not_its_own(name: str) -> None:
+    assert not is_its_own(name)
