@@ -19,6 +19,7 @@ from mic_supervisor.config.types import SignalName
 from mic_supervisor.model import HttpCall, HttpCheck, Instance, Probe, Probes
 
 _CONTAINERS_ONLY = "ComfyUI runs as a host process, without a container; remove the key"
+_MODEL_PATHS = "--extra-model-paths-config"  # the one that takes several values
 _OWN_FLAGS = {
     "--listen": "use the key listen",
     "--port": "use the key port",
@@ -27,12 +28,16 @@ _OWN_FLAGS = {
     "--database-url": "each instance has its own",
     "--output-directory": "use the key output_directory",
     "--input-directory": "use the key input_directory",
-    "--extra-model-paths-config": "use the key extra_model_paths",
+    _MODEL_PATHS: "use the key extra_model_paths",
     "--cuda-device": "the file gives each instance its GPUs",
     "--default-device": "the file gives each instance its GPUs",
     "--tls-keyfile": "an instance is probed over plain HTTP; let a proxy do TLS",
     "--tls-certfile": "an instance is probed over plain HTTP; let a proxy do TLS",
 }
+# Those that `recognise` makes keys of, and one that stays an argument.
+_KEPT = frozenset(
+    {"--listen", "--port", "--output-directory", "--input-directory", "--base-directory"}
+) | {_MODEL_PATHS}
 # One group in ComfyUI's cli_args.py: two of them are an error.
 _WHERE_TO_COMPUTE = frozenset(
     {"--gpu-only", "--highvram", "--normalvram", "--lowvram", "--novram", "--cpu"}
@@ -122,23 +127,31 @@ class ComfyUIBackend(BackendBase):
         if not (exists(f"{path}/comfy") and exists(f"{path}/nodes.py")):
             return None
         given, rest = _split(command[main + 1 :])
+        last = {flag: values[-1] if values else "" for flag, values in given.items()}
         entry: dict[str, Any] = {}
-        if given.get("--port", "").isdigit():
-            entry["port"] = int(given["--port"])
-        if listen := given.get("--listen"):
-            entry["listen"] = listen.partition(",")[0]
+        notes = ["Users' files and the database begin anew: each instance has its own."]
+        if last.get("--port", "").isdigit():
+            entry["port"] = int(last["--port"])
+        if listen := last.get("--listen"):
+            entry["listen"], _, more = listen.partition(",")
+            if more:
+                notes.append(f"It listens on {more}, too, and `listen` is one address.")
         elif "--listen" in given:
             entry["listen"] = "0.0.0.0"
-        base = given.get("--base-directory") or path
-        entry["output_directory"] = given.get("--output-directory") or f"{base}/output"
-        entry["input_directory"] = given.get("--input-directory") or f"{base}/input"
-        if paths := given.get("--extra-model-paths-config"):
-            entry["extra_model_paths"] = [paths]
+        base = last.get("--base-directory") or path
+        entry["output_directory"] = last.get("--output-directory") or f"{base}/output"
+        entry["input_directory"] = last.get("--input-directory") or f"{base}/input"
+        if paths := given.get(_MODEL_PATHS):
+            entry["extra_model_paths"] = paths
+        if base != path:  # it holds models and custom nodes, too
+            rest += ["--base-directory", base]
         if rest:
             entry["args"] = rest
+        if main > 1:
+            notes.append(f"{' '.join(command[1:main])} is left out: Python gets no options.")
+        notes += [f"{flag} is left out: {_OWN_FLAGS[flag]}." for flag in given if flag not in _KEPT]
         settings = {"path": path, "python": command[0]}
-        anew = "Users' files and the database begin anew: each instance has its own."
-        return Recognised("comfyui", "comfyui", entry, settings, (anew,))
+        return Recognised("comfyui", "comfyui", entry, settings, tuple(notes))
 
     def compile(self, request: CompileRequest) -> Instance:
         """One process tree that sees the GPUs of the instance and no other. Raises CompileError."""
@@ -221,19 +234,21 @@ def _probes(options: Options, own: Path) -> Probes:
     )
 
 
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def _split(arguments: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     """The flags that are not the model's to give, with their values, and the rest as it is."""
-    given: dict[str, str] = {}
+    given: dict[str, list[str]] = {}
     rest: list[str] = []
     waiting = list(arguments)
     while waiting:
         flag, equals, value = waiting.pop(0).partition("=")
         if flag not in _OWN_FLAGS and flag != "--base-directory":
             rest.append(flag + equals + value)
-        elif equals or not waiting or waiting[0].startswith("--"):
-            given[flag] = value
-        else:
-            given[flag] = waiting.pop(0)
+            continue
+        values = [value] if equals else []
+        most = len(waiting) if flag == _MODEL_PATHS else 1
+        while not equals and len(values) < most and waiting and not waiting[0].startswith("--"):
+            values.append(waiting.pop(0))
+        given.setdefault(flag, []).extend(values)
     return given, rest
 
 

@@ -159,12 +159,34 @@ def test_comfyui_is_known_by_its_files_and_loses_the_flags_that_are_set_for_it()
         "input_directory": "/opt/ComfyUI/input",
         "args": ["--highvram", "--reserve-vram", "2"],
     }
+    assert found.notes == (
+        "Users' files and the database begin anew: each instance has its own.",
+        "--cuda-device is left out: the file gives each instance its GPUs.",
+        "--temp-directory is left out: each instance has its own, which every start empties.",
+    )
     elsewhere = ["/usr/bin/python3", "-s", "/opt/ComfyUI/main.py", "--listen", "--lowvram"]
     found = recognise(elsewhere, "/", COMFY.__contains__)
     assert found is not None
     assert (found.entry["listen"], found.entry["args"]) == ("0.0.0.0", ["--lowvram"])
     assert found.settings["path"] == "/opt/ComfyUI"
+    assert "-s is left out: Python gets no options." in found.notes
     assert recognise(command, "/opt/other", COMFY.__contains__) is None
+
+
+def test_comfyui_keeps_what_has_several_values_and_its_base_directory() -> None:
+    command = ["/usr/bin/python3", "main.py", "--listen", "127.0.0.1,::1"]
+    command += ["--extra-model-paths-config", "/a.yaml", "/b.yaml", "--base-directory=/srv/comfy"]
+    command += ["--extra-model-paths-config", "/c.yaml", "--fast"]
+    found = recognise(command, "/opt/ComfyUI", COMFY.__contains__)
+    assert found is not None
+    assert found.entry == {
+        "listen": "127.0.0.1",
+        "output_directory": "/srv/comfy/output",
+        "input_directory": "/srv/comfy/input",
+        "extra_model_paths": ["/a.yaml", "/b.yaml", "/c.yaml"],
+        "args": ["--fast", "--base-directory", "/srv/comfy"],
+    }
+    assert found.notes[1:] == ("It listens on ::1, too, and `listen` is one address.",)
 
 
 def test_vllm_goes_on_as_a_process() -> None:
