@@ -331,6 +331,8 @@ class DesiredState:
     config_hash: str = ""
     hook: EndpointsHook | None = None
     down: bool = False  # a person asked for everything to be removed
+    # What the file as it is now asks for, while it waits for a person's word; None: it does not.
+    waiting: DesiredState | None = None
 
 
 # --- Observed state ---------------------------------------------------------------------------

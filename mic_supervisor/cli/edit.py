@@ -66,7 +66,7 @@ def start(model: str, keys: tuple[GpuKey, ...]) -> int:
     up to apply, or to the daemon. Exits with 0 when the model is ready, 1 otherwise.
     """
     found = wiring.settings()
-    model, where = composed(model), shown(keys)
+    model, where, written = composed(model), shown(keys), ""
     reach()
     with opened(found, keys, f"start {model} on {where}") as file:
         _check_model(file, model)
@@ -77,9 +77,9 @@ def start(model: str, keys: tuple[GpuKey, ...]) -> int:
             click.echo(f"{found.config}: {where} is {model} already.")
         else:
             _check_unlisted(file, model, where)
-            file.put(model)
+            written = file.put(model)
             print_edit(found.config, where, before, model)
-    document = apply_edit(found, f"start {model}", file.uuids)
+    document = apply_edit(found, f"start {model}", file.uuids, written)
     rows = on(document, file.uuids) or named(document, model)
     code = show(rows, document)
     print_left_out(document)
@@ -97,7 +97,7 @@ def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
     """
     found = wiring.settings()
     where = shown(keys)
-    what = f"stop {model} on {where}" if model else f"stop what is on {where}"
+    what, written = (f"stop {model} on {where}" if model else f"stop what is on {where}"), ""
     reach()
     with opened(found, keys, what) as file:
         if model is not None and composed(model) != file.model:
@@ -110,9 +110,9 @@ def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
             click.echo(f"{found.config}: {where} is none already.")
         else:
             before = file.model
-            file.put(None)
+            written = file.put(None)
             print_edit(found.config, where, before, "none")
-    document = apply_edit(found, "stop", file.uuids)
+    document = apply_edit(found, "stop", file.uuids, written)
     if not file.uuids:
         raise MicError(
             f"cannot find out whether {where} is empty: the driver does not list that GPU",
@@ -202,8 +202,8 @@ class Opened:
         """What the file has there; None for `none`, and for what is not listed."""
         return self.entry.model if self.entry is not None else None
 
-    def put(self, model: str | None) -> None:
-        """Have the file say so. Raises MicError, changing nothing."""
+    def put(self, model: str | None) -> str:
+        """Have the file say so: the hash of the document. Raises MicError, changing nothing."""
         from mic_supervisor.config.document import WAY_OUT
         from mic_supervisor.config.edit import assign
 
@@ -223,15 +223,16 @@ class Opened:
         except MicError as error:
             raise MicError(f"cannot {self.action}: {error}", hint=error.hint) from error
         if after == text:
-            return
+            return self.config.hash
         data = self.file.encode(after)
         try:
-            _load(self.machine, data)
+            config = _load(self.machine, data)
         except ConfigError as error:
             raise ConfigError(
                 error.message, rendered=error.rendered, hint=f"{path} was left as it was"
             ) from error
         self.file.replace(data)
+        return config.hash
 
 
 def check_paused(file: Opened, model: str | None) -> None:
@@ -255,15 +256,14 @@ def opened(found: Settings, keys: tuple[GpuKey, ...], action: str) -> Iterator[O
     `action` is what is to be done, for errors: "start MAM on GPU 1".
     """
     from mic_supervisor.config.edit import locked
-    from mic_supervisor.daemon.generations import has_accepted, unconfirmed
+    from mic_supervisor.daemon.generations import unconfirmed, waits_for_word
 
     machine = wiring.machine(found, create_key=False)
     with locked(found.config) as file:
         config = _load(machine, file.data)
         entry, keys, uuids = _find(machine, config, keys, action)
-        # A first file has nothing to lose.
         state, registry = machine.state, machine.registry
-        why = unconfirmed(state, config, registry, found) if has_accepted(state) else None
+        why = unconfirmed(state, config, registry, found) if waits_for_word(state, found) else None
         yield Opened(machine, file, config, entry, keys, uuids, action, why)
 
 
@@ -322,15 +322,26 @@ def _uuid(key: GpuKey, inventory: GpuInventory, kept: Any, action: str) -> str:
 # --- the machine --------------------------------------------------------------------------------
 
 
-def apply_edit(found: Settings, command: str, uuids: Collection[str]) -> dict[str, Any]:
+def apply_edit(
+    found: Settings, command: str, uuids: Collection[str], written: str
+) -> dict[str, Any]:
     """Have the machine follow the edited file on these GPUs: the document of `apply`.
+
+    `written` is the hash of the document that the edit made, "" where there was nothing to edit.
 
     Confirms no removal. What else the file asks for is left to `apply`, or to the daemon, which
     does it anyhow. Where it is not known which GPUs these are, the whole file is followed.
     """
-    params = {"path": str(found.config), "targets": [*uuids]}
-    try:
+    params = {"path": str(found.config), "targets": [*uuids], "hash": written}
+    with hint_at_apply():
         return order("edited", params, command=command)
+
+
+@contextmanager
+def hint_at_apply() -> Iterator[None]:
+    """Say what is left to do when the file is edited, and another command has the lock."""
+    try:
+        yield
     except LockHeld as error:
         raise LockHeld(
             error.message, hint="the file is edited; when that is over: mic-supervisor apply"

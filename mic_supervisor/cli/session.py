@@ -75,7 +75,9 @@ class Alone:
             config = self._config or wiring.load_config(found, self._file, machine.registry)
             doubt = None
             if config.path.resolve() == found.config.resolve() and config.hash:
-                doubt = unconfirmed(machine.state, config, machine.registry, found)
+                written = str((params or {}).get("hash", ""))
+                state, registry = machine.state, machine.registry
+                doubt = unconfirmed(state, config, registry, found, written=written)
             return asyncio.run(_call(machine, config, doubt, method, params or {}, emit, orders))
 
 
@@ -95,7 +97,7 @@ async def _call(
     from mic_supervisor.converge.loop import Converger
     from mic_supervisor.converge.session import Session, Snapshots
     from mic_supervisor.converge.snapshot import ConfigState, Reloaded
-    from mic_supervisor.daemon.generations import accept, has_accepted, number_of
+    from mic_supervisor.daemon.generations import accept, number_of, waits_for_word
     from mic_supervisor.desired import FileDesired
 
     clock, events = Clock(), Events()
@@ -125,14 +127,14 @@ async def _call(
         models={name: model.backend for name, model in config.models.items()},
     )
 
-    async def reload(confirm: bool) -> Reloaded:
-        nonlocal confirmed
-        # A first file has nothing to lose.
-        if doubt is not None and not confirm and has_accepted(machine.state):
+    async def reload(confirm: bool, _written: str) -> Reloaded:
+        nonlocal confirmed, doubt
+        waits = waits_for_word(machine.state, machine.settings)
+        if doubt is not None and not confirm and waits:
             return Reloaded(changed=False, generation=0, unconfirmed=doubt)
         if config.hash:
             accept(machine.state, config, confirmed=confirm)
-        confirmed = confirm
+        confirmed, doubt = confirm, None
         return Reloaded(changed=False, generation=0)
 
     session = Session(

@@ -174,7 +174,20 @@ def _notices(document: dict[str, Any]) -> list[str]:
     if document["config"]["error"]:
         notices.append(f"{document['config']['error']}".rstrip())
         notices.append("warning: the file has errors; what it said before runs")
-    return notices
+    return [*notices, *_waiting(document.get("waiting"))]
+
+
+def _waiting(plan: dict[str, Any] | None) -> Iterator[str]:
+    """What a file would change that waits for a person; why it waits is one of the warnings."""
+    if plan is None:  # none does, or an earlier daemon does not say
+        return
+    due = [one for one in plan["actions"] if one["action"] != "adopt"]
+    for one in due:
+        yield f"would {one['action']} {one['instance']}: {one['cause']}"
+    for one in plan["blocked"]:
+        yield f"would leave {one['instance']} blocked: {one['reason']}"
+    if not due and not plan["blocked"]:
+        yield "would change nothing that runs"
 
 
 def _table(document: dict[str, Any]) -> Table:

@@ -135,6 +135,11 @@ def doubt(accepted: Config | None, found: Config, *, prune: bool = False) -> str
     return None
 
 
+def unapplied(path: Path) -> str:
+    """Why a file waits that nothing is wrong with."""
+    return f"{path} is not applied yet (MIC_WATCH=plan)"
+
+
 def _is_cut(text: str, before: str) -> bool:
     return text != before and before.startswith(text)
 

@@ -45,10 +45,10 @@ QUESTIONS = frozenset({"ping", "status", "plan", "endpoints", "history"})
 class Session:
     """The methods by name. Questions are answered from the last snapshot.
 
-    `config` tells which configuration runs, `follows` whether that is the file as it is now.
-    `reload` reads the file; with its argument, with the word of a person behind it. `own`: the
-    converger is this command's own, which acts only when and as far as it is told to; a daemon's
-    follows the whole file all the time.
+    `config` tells which configuration runs, `current` the hash of what the file says now, if that
+    is known. `reload` reads the file: with the word of a person behind it, or because a command has
+    just written the document of this hash. `own`: the converger is this command's own, which acts
+    only when and as far as it is told to; a daemon's follows the whole file all the time.
     """
 
     scope: str
@@ -58,8 +58,8 @@ class Session:
     snapshots: Snapshots
     config: Callable[[], ConfigState]
     history: Callable[[], Iterable[Event]]
-    reload: Callable[[bool], Awaitable[Reloaded]]
-    follows: Callable[[], bool] = lambda: True
+    reload: Callable[[bool, str], Awaitable[Reloaded]]
+    current: Callable[[], str | None] = lambda: None
     own: bool = False
 
     def methods(self) -> dict[str, Method]:
@@ -92,16 +92,21 @@ class Session:
         return endpoints.document(snapshot.endpoints, host_name())
 
     async def _plan(self, params: Mapping[str, Any], _emit: Emit) -> dict[str, Any] | None:
-        """What is still out of sync; nothing is read again for it.
+        """What is still out of sync, or what a file would change that waits for a person's word.
 
-        None: that would not be about the file at `path`, as it is now.
+        Nothing is read again for it. None: that would not be about the file at `path`, as it is
+        now.
         """
         path = params.get("path")
         if not self.own and path is not None and Path(path).resolve() != self.path.resolve():
             return None
-        if not await asyncio.to_thread(self.follows):
-            return None
+        current = None if self.own else await asyncio.to_thread(self.current)
         snapshot = await self.snapshots.first()
+        if not self.own and current != snapshot.desired.config_hash:
+            waiting = snapshot.waiting()
+            if waiting is None or waiting.desired.config_hash != current:
+                return None
+            snapshot = waiting
         targets = self._targets(params, snapshot, "plan")
         plan, busy = snapshot.plan, snapshot.busy
         if targets is not None:
@@ -129,9 +134,9 @@ class Session:
     async def _asked_to_reload(self, _params: Mapping[str, Any], _emit: Emit) -> dict[str, Any]:
         return await self._read_file(confirm=True)
 
-    async def _read_file(self, *, confirm: bool) -> dict[str, Any]:
+    async def _read_file(self, *, confirm: bool, written: str = "") -> dict[str, Any]:
         # Whoever asked may be gone already; what was begun is finished.
-        outcome = await asyncio.shield(asyncio.ensure_future(self.reload(confirm)))
+        outcome = await asyncio.shield(asyncio.ensure_future(self.reload(confirm, written)))
         if outcome.error is not None:
             raise ConfigError(
                 "the configuration has errors",
@@ -168,10 +173,13 @@ class Session:
         return _outcome(snapshot, errors, targets, left_out)
 
     async def _edited(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
-        """As apply, after one entry was edited: no removal is confirmed, nothing is forgiven."""
+        """As apply, after one entry was edited: no removal is confirmed, nothing is forgiven.
+
+        `hash` is of the document that the edit made.
+        """
         self._check_path(params)
         with self._listening(emit) as errors:
-            await self._read_file(confirm=False)
+            await self._read_file(confirm=False, written=str(params.get("hash", "")))
             targets, _ = await self._chosen(params, "follow the file on")
             self._begin(targets)
             snapshot = await self.snapshots.converged(targets)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mic_supervisor import codec
 from mic_supervisor.backends.registry import Registry
-from mic_supervisor.config.document import Config, doubt
+from mic_supervisor.config.document import Config, doubt, unapplied
 from mic_supervisor.config.load import load
 from mic_supervisor.config.merge import MAX_BYTES
 from mic_supervisor.config.settings import Settings
@@ -39,6 +39,7 @@ class Generations:
     """The accepted configuration, the one before a restart, and what is wrong with the file now.
 
     The last good files are kept in the state directory, and run after a start with a broken file.
+    With `plan_first` (MIC_WATCH=plan) every other document waits until a person asks for it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Generations:
         state: StateDir,
         *,
         prune_on_watch: bool,
+        plan_first: bool = False,
     ) -> None:
         self.path = path
         self.config: Config | None = None
@@ -57,14 +59,17 @@ class Generations:
         self.error: str | None = None
         self.error_at: float | None = None
         self.unconfirmed: str | None = None  # why the file as it is now waits for a person's word
+        self.waiting: Config | None = None  # what it says, as long as it does
         self._confirmed_hash = ""
         self._registry = registry
         self._environ = environ
         self._state = state
         self._prune_on_watch = prune_on_watch
+        self._plan_first = plan_first
         self._seen = ""
         self._kept_hash = ""
         self._accepted: Config | None = None  # that runs, or ran before a restart
+        self._accepted_hash = ""  # of the same, also where the document itself is not known
 
     def confirms(self, config_hash: str) -> bool:
         """Whether what the document of this hash no longer names may be removed.
@@ -86,6 +91,10 @@ class Generations:
             self._accepted = last_good(self._state, self._registry, self._environ)
         except ConfigError as error:
             unusable = f"\nand the configuration that ran before cannot be used: {error.rendered}"
+        self._accepted_hash = before.hash or _hash(self._accepted)
+        if self._plan_first and _hash(self._accepted) != self._accepted_hash:
+            # An older one would take back what was applied since, and nobody asked for that.
+            self._accepted = None
         outcome = self.reload(now, confirm=False)
         if self.config is not None:
             return outcome
@@ -95,10 +104,14 @@ class Generations:
             self.config, self.loaded_at = self._accepted, now
         return outcome
 
-    def reload(self, now: float, *, confirm: bool) -> Reloaded:
-        """Read the file, and run it if it is valid and nothing says that it is only a part."""
+    def reload(self, now: float, *, confirm: bool, written: str = "") -> Reloaded:
+        """Read the file, and run it if it is valid and waits for nobody.
+
+        `written` is the hash of a document that a command has just written, as a person asked it
+        to: that one waits for nobody, and removes nothing unconfirmed.
+        """
         self._seen = self.fingerprint()
-        self.unconfirmed = None
+        self.unconfirmed = self.waiting = None
         try:
             config = load(self.path, self._registry, environ=self._environ)
         except ConfigError as error:
@@ -106,9 +119,16 @@ class Generations:
             self.error_at = now
             return Reloaded(False, self.number, self.error)
         self.error = self.error_at = None
-        if not confirm and config.hash != self._confirmed_hash:
-            self.unconfirmed = doubt(self._accepted, config, prune=self._prune_on_watch)
+        if not confirm and config.hash not in (self._confirmed_hash, written):
+            self.unconfirmed = _why_it_waits(
+                self._accepted,
+                self._accepted_hash,
+                config,
+                prune=self._prune_on_watch,
+                plan_first=self._plan_first,
+            )
             if self.unconfirmed is not None:
+                self.waiting = config
                 return Reloaded(False, self.number, unconfirmed=self.unconfirmed)
         changed = self.config is None or config.hash != self.config.hash
         if changed and (self.config is not None or config.hash != self._kept_hash):
@@ -123,20 +143,24 @@ class Generations:
             self._confirmed_hash = ""
         # Even an equal document may stand elsewhere now: diagnostics name its lines.
         self.config = self._accepted = config
+        self._accepted_hash = config.hash
         if not (changed or confirm or config.hash != self._kept_hash):
             return Reloaded(changed, self.number)
         try:
             # First: what may be removed is never said by an older record than the files.
             _write_record(self._state, _Record(self.number, config.hash, self._confirmed_hash))
-            self._keep(config)
+            _keep(self._state, config)
+            self._kept_hash = config.hash
         except MicError as error:
             # A disk that is full must not end the supervision, nor hold up a change.
             return Reloaded(changed, self.number, warning=error.message, confirmed=confirmed)
         return Reloaded(changed, self.number, confirmed=confirmed)
 
-    def follows(self) -> bool:
-        """Whether what runs is what the files say now."""
-        return self.error is None and self.unconfirmed is None and not self.differs()
+    def current(self) -> str | None:
+        """The hash of what the files say now, whether it runs or waits; None: it is not known."""
+        if self.error is not None or self.differs():
+            return None
+        return _hash(self.waiting or self.config)
 
     def differs(self) -> bool:
         """Whether the files are not as they were when they were last read. Cheap."""
@@ -158,37 +182,18 @@ class Generations:
             digest.update(f"{path}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
-    def _keep(self, config: Config) -> None:
-        """Copy the files beside each other, and let the copy take its place at once.
 
-        Files that changed since they were read are not the good ones: they are about to be read
-        again.
-        """
-        scratch = self._state.path / f".{_KEPT}.new"
-        old = self._state.path / f".{_KEPT}.old"
-        target = self._state.path / _KEPT
-        try:
-            self._state.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(mode=0o700)
-            (scratch / "gpus.yaml.d").mkdir(mode=0o700)
-            for index, path in enumerate(config.files):
-                name = "gpus.yaml" if index == 0 else f"gpus.yaml.d/{path.name}"
-                _write(scratch / name, read_file(path, MAX_BYTES))
-            if self.differs():
-                shutil.rmtree(scratch)
-                return
-            shutil.rmtree(old, ignore_errors=True)
-            if target.exists():
-                target.rename(old)
-            scratch.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            raise MicError(
-                f"cannot keep the configuration in {target}: {error.strerror}",
-                hint="make room, or point MIC_STATE_DIR to a directory that can be written",
-            ) from error
-        self._kept_hash = config.hash
+def _hash(config: Config | None) -> str:
+    return "" if config is None else config.hash
+
+
+def _why_it_waits(
+    accepted: Config | None, accepted_hash: str, found: Config, *, prune: bool, plan_first: bool
+) -> str | None:
+    why = doubt(accepted, found, prune=prune)
+    if why is None and plan_first and found.hash != accepted_hash:
+        return unapplied(found.path)
+    return why
 
 
 def last_good(state: StateDir, registry: Registry, environ: Mapping[str, str]) -> Config | None:
@@ -202,22 +207,36 @@ def last_good(state: StateDir, registry: Registry, environ: Mapping[str, str]) -
     return load(kept, registry, environ=environ, tolerant=True)
 
 
-def has_accepted(state: StateDir) -> bool:
-    """Whether a daemon or a command has ever followed a file in this scope."""
-    return _recorded(state).hash != "" or (state.path / _KEPT).exists()
+def waits_for_word(state: StateDir, settings: Settings) -> bool:
+    """Whether a command, too, leaves alone what `unconfirmed` speaks against.
+
+    A first file has nothing to lose; with MIC_WATCH=plan it waits as any other does.
+    """
+    kept = (state.path / _KEPT).exists()
+    return kept or _recorded(state).hash != "" or settings.watch == "plan"
 
 
 def unconfirmed(
-    state: StateDir, config: Config, registry: Registry, settings: Settings
+    state: StateDir, config: Config, registry: Registry, settings: Settings, *, written: str = ""
 ) -> str | None:
-    """Why a daemon does not follow `config` before a person confirms it; None: it does."""
-    if config.hash == _recorded(state).confirmed:
+    """Why a daemon does not follow `config` before a person confirms it; None: it does.
+
+    `written` is as for `Generations.reload`.
+    """
+    before = _recorded(state)
+    if config.hash in (before.confirmed, written):
         return None
     try:
         accepted = last_good(state, registry, settings.environ)
     except ConfigError:
         accepted = None  # then nothing can be compared with it
-    return doubt(accepted, config, prune=settings.prune_on_watch)
+    return _why_it_waits(
+        accepted,
+        before.hash or _hash(accepted),
+        config,
+        prune=settings.prune_on_watch,
+        plan_first=settings.watch == "plan",
+    )
 
 
 def accept(state: StateDir, config: Config, *, confirmed: bool) -> None:
@@ -227,9 +246,10 @@ def accept(state: StateDir, config: Config, *, confirmed: bool) -> None:
     """
     before = _recorded(state)
     number = before.generation + (before.hash != config.hash)
-    kept = config.hash if confirmed or config.hash == before.confirmed else ""
-    if (record := _Record(number, config.hash, kept)) != before:
+    word = config.hash if confirmed or config.hash == before.confirmed else ""
+    if (record := _Record(number, config.hash, word)) != before:
         _write_record(state, record)
+        _keep(state, config)
 
 
 def number_of(state: StateDir, config_hash: str) -> int | None:
@@ -254,6 +274,31 @@ def _recorded(state: StateDir) -> _Record:
         return codec.decode(_Record, state.read(_RECORD))
     except (MicError, codec.BadDocument):
         return _Record()  # a removal has to be confirmed again
+
+
+def _keep(state: StateDir, config: Config) -> None:
+    """Write down what `config` was read from, and let the copy take its place at once."""
+    scratch = state.path / f".{_KEPT}.new"
+    old = state.path / f".{_KEPT}.old"
+    target = state.path / _KEPT
+    try:
+        state.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(mode=0o700)
+        (scratch / "gpus.yaml.d").mkdir(mode=0o700)
+        for index, (path, text) in enumerate(zip(config.files, config.texts, strict=True)):
+            name = "gpus.yaml" if index == 0 else f"gpus.yaml.d/{path.name}"
+            _write(scratch / name, text.encode())
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        scratch.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise MicError(
+            f"cannot keep the configuration in {target}: {error.strerror}",
+            hint="make room, or point MIC_STATE_DIR to a directory that can be written",
+        ) from error
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from sdnotify import SystemdNotifier
 
 from mic_supervisor.http.documents import Published
+from mic_supervisor.plan.actions import Plan
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.words import clock, gpu_names
 
@@ -82,4 +83,13 @@ def sentence(published: Published) -> str:
         parts.append(f"the file has errors and is not used: {first}")
     if config.unconfirmed is not None:
         parts.append(f"the file is not used yet: {config.unconfirmed}")
+    if (waiting := snapshot.waiting()) is not None:
+        parts.append(_would(waiting.plan))
     return "; ".join(parts)
+
+
+def _would(plan: Plan) -> str:
+    """ "it would create MAM-51000000, replace embed-51000001, and 2 more" """
+    due = [f"{one.kind} {one.instance}" for one in plan.changes if one.kind != "adopt"]
+    more = [f"and {len(due) - _SHOWN} more"] if len(due) > _SHOWN else []
+    return f"it would {', '.join([*due[:_SHOWN], *more]) or 'change nothing that runs'}"

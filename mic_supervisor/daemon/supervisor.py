@@ -64,6 +64,7 @@ class Supervisor:
             settings.environ,
             state,
             prune_on_watch=settings.prune_on_watch,
+            plan_first=settings.watch == "plan",
         )
         self._notifier = Notifier(settings.environ)
         self._history = History(state.path / "history.jsonl")
@@ -72,7 +73,9 @@ class Supervisor:
         self._complaints: set[str] = set()
         self._loop_state = LoopState()
         self._started_with = self._generations.start(self._clock.steady())
-        self._desired = FileDesired(self._config(), registry, settings.instance_data)
+        self._desired = FileDesired(
+            self._config(), registry, settings.instance_data, self._generations.waiting
+        )
         self._converger = Converger(
             sources=sources,
             desired=self._desired,
@@ -120,7 +123,7 @@ class Supervisor:
             config=lambda: self.published.config,
             history=lambda: self.published.history,
             reload=self._asked_to_reload,
-            follows=self._generations.follows,
+            current=self._generations.current,
         )
         control = ControlServer(self._settings.socket, session.methods(), self._settings.scope)
         await control.start()
@@ -259,15 +262,19 @@ class Supervisor:
                 broken = True
             await asyncio.sleep(_STREAM_DELAY)
 
-    def _asked_to_reload(self, confirm: bool) -> Awaitable[Reloaded]:
-        return self._reload(confirm=confirm, why="reload" if confirm else "an edit")
+    def _asked_to_reload(self, confirm: bool, written: str) -> Awaitable[Reloaded]:
+        why = "reload" if confirm else "an edit"
+        return self._reload(confirm=confirm, written=written, why=why)
 
-    async def _reload(self, *, confirm: bool, why: str) -> Reloaded:
+    async def _reload(self, *, confirm: bool, why: str, written: str = "") -> Reloaded:
         async with self._reloads:
             self._notifier.reloading()
             try:
                 outcome = await asyncio.to_thread(
-                    self._generations.reload, self._clock.steady(), confirm=confirm
+                    self._generations.reload,
+                    self._clock.steady(),
+                    confirm=confirm,
+                    written=written,
                 )
             finally:
                 # Also after a rejection: systemd is told that the reload is over, not that it
@@ -291,8 +298,7 @@ class Supervisor:
             text = f"generation {number} confirmed ({why})"
         self._warn(outcome)
         self._events.emit(Event("config", now, "configuration", text, cause=why))
-        if outcome.error is None and outcome.unconfirmed is None:
-            self._desired.use(self._config())
+        self._desired.use(self._config(), self._generations.waiting)
         # A round may take its time: what is wrong with the file is shown now.
         self._notify(self.published.snapshot)
         self._converger.wake()

@@ -70,16 +70,29 @@ def _hook(config: Config) -> EndpointsHook | None:
     return EndpointsHook(tuple(hooks.on_endpoints_change), hooks.timeout, hooks.settle)
 
 
+def _unsatisfiable(state: DesiredState) -> bool:
+    waits = state.waiting is not None and _unsatisfiable(state.waiting)
+    return bool(state.unsatisfiable) or waits
+
+
 class FileDesired:
     """Desired state from a loaded configuration.
 
     Compiling reads templates and env files; the result is kept until the GPUs or their bindings
     change or `use` brings another configuration. While an entry cannot be compiled it is tried
-    again each time: the missing file may have come.
+    again each time: the missing file may have come. `waiting` is a configuration that is followed
+    only once a person says so; until then it is compiled to show what it would change.
     """
 
-    def __init__(self, config: Config, registry: Registry, instance_data: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        instance_data: Path,
+        waiting: Config | None = None,
+    ) -> None:
         self._config = config
+        self._waiting = waiting
         self._registry = registry
         self._instance_data = instance_data
         self._kept: tuple[object, DesiredState] | None = None
@@ -88,8 +101,9 @@ class FileDesired:
     def config(self) -> Config:
         return self._config
 
-    def use(self, config: Config) -> None:
+    def use(self, config: Config, waiting: Config | None = None) -> None:
         self._config = config
+        self._waiting = waiting
         self._kept = None
 
     def state(self, inventory: GpuInventory, bindings: Mapping[str, str]) -> DesiredState:
@@ -101,11 +115,15 @@ class FileDesired:
             tuple(sorted(bindings.items())),
         )
         kept = self._kept
-        if kept is not None and kept[0] == identity and not kept[1].unsatisfiable:
+        if kept is not None and kept[0] == identity and not _unsatisfiable(kept[1]):
             return kept[1]
-        state = desired_state(
-            self._config, inventory, bindings, self._registry, self._instance_data
-        )
+
+        def compiled(config: Config) -> DesiredState:
+            return desired_state(config, inventory, bindings, self._registry, self._instance_data)
+
+        state = compiled(self._config)
+        if self._waiting is not None:
+            state = replace(state, waiting=compiled(self._waiting))
         self._kept = (identity, state)
         return state
 

@@ -128,11 +128,12 @@ class Scrubber:
 
     def __init__(self, desired: DesiredState | None) -> None:
         found: set[str] = set()
-        if desired is not None:
+        while desired is not None:
             hook = () if desired.hook is None else _arguments(desired.hook.command[1:])
             said = [*hook, *(word for one in desired.instances for word in _secrets(one))]
             # In sentences a text stands as what can be shown of it.
-            found = {form for word in said for form in (word, one_line(word))}
+            found |= {form for word in said for form in (word, one_line(word))}
+            desired = desired.waiting
         # The longest first: a secret may begin with another one.
         ordered = sorted(found, key=lambda item: (-len(item), item))
         self._secrets = ordered

@@ -280,6 +280,7 @@ def _loop(published: Published) -> Iterator[Metric]:
     yield CounterMetricFamily("mic_reconcile", "Rounds of the loop.", loop.rounds)
     yield CounterMetricFamily("mic_reconcile_errors", "Changes that failed.", loop.errors)
     known: list[Row] = [((config.hash,), 1)] if config.hash else []
+    waiting = None if published.snapshot is None else published.snapshot.waiting()
     yield _gauges("mic_config_hash_info", "The configuration that runs.", "hash", known)
     for name, text, value in (
         ("reconcile_duration_seconds", "Time that the last round took.", loop.last_duration),
@@ -290,8 +291,18 @@ def _loop(published: Published) -> Iterator[Metric]:
         ),
         (
             "config_last_reload_successful",
-            "Whether the file as it is now is what runs.",
+            "Whether the file as it is now has no errors.",
             config.last_reload_ok,
+        ),
+        (
+            "config_waiting",
+            "Whether the file as it is now waits for a person.",
+            config.unconfirmed is not None,
+        ),
+        (
+            "config_waiting_changes",
+            "What a file that waits for a person would change.",
+            None if waiting is None else waiting.plan.count,
         ),
         (
             "config_last_reload_success_timestamp_seconds",

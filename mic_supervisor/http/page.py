@@ -150,6 +150,7 @@ def render(published: Published, verdict: Verdict, views: Views) -> str:
     }
     if snapshot is not None:
         shown["indices"] = snapshot.indices
+        shown["waiting"] = snapshot.waiting()
         shown["tiles"] = [*_tiles(snapshot, views)]
         shown["no_gpus"] = snapshot.observed.inventory.unreadable
         if verdict.level is Level.GOOD and snapshot.statuses:

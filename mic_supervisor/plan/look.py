@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 from mic_supervisor.model import DesiredState, ObservedState
 from mic_supervisor.plan import ledger
@@ -80,8 +81,19 @@ class Look:
 
     def limited(self, targets: Selection) -> Plan:
         """The plan for these models and GPUs alone, and what it leaves out, as it is told."""
+        return self._confirmed_plan(self.desired, targets)
+
+    def waiting(self) -> Self | None:
+        """The same look, with the file that waits for a person's word and the plan for it, as it
+        is told; None: no file waits."""
+        desired = self.desired.waiting
+        if desired is None:
+            return None
+        return replace(self, desired=desired, plan=self._confirmed_plan(desired, None))
+
+    def _confirmed_plan(self, desired: DesiredState, targets: Selection | None) -> Plan:
         context = replace(self.context, targets=targets, confirmed=True)
-        plan = reconcile(self.desired, self.observed, self.memory, self.now, context)
+        plan = reconcile(desired, self.observed, self.memory, self.now, context)
         return plan.in_wall(self.offset)
 
 

@@ -17,6 +17,7 @@ from mic_supervisor.plan.status import InstanceStatus, Sync
 from mic_supervisor.plan.words import gpus_down
 from mic_supervisor.text import printable
 from mic_supervisor.views import view
+from mic_supervisor.views.plan import PlanDocument, plan_document
 
 GpuState = Literal[
     "managed", "idle", "kept_empty", "unmanaged", "foreign", "unhealthy", "lost", "unknown"
@@ -49,6 +50,10 @@ class ConfigInUse:
     loaded_at: float | None
     last_reload_ok: bool
     error: str | None
+    unconfirmed: Annotated[
+        str | None,
+        Field(description="why the file as it is now waits for a person; null: it does not"),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +144,10 @@ class StatusDocument:
     paused: list[PauseEntry]
     unreadable: list[str]
     warnings: list[str]
+    waiting: Annotated[
+        PlanDocument | None,
+        Field(description="what a file that waits for a person would change; null: none waits"),
+    ] = None
 
 
 def status_document(look: Look, config: ConfigInUse, host: str) -> StatusDocument:
@@ -151,6 +160,7 @@ def status_document(look: Look, config: ConfigInUse, host: str) -> StatusDocumen
     ]
     if observed.inventory.error_line is not None:
         unreadable.append(gpus_down(observed.inventory.error_line))
+    waiting = look.waiting()
     return StatusDocument(
         version=1,
         host=host,
@@ -161,6 +171,9 @@ def status_document(look: Look, config: ConfigInUse, host: str) -> StatusDocumen
         paused=pauses(look.memory.paused, look.indices),
         unreadable=unreadable,
         warnings=[*look.plan.warnings],
+        waiting=None
+        if waiting is None
+        else plan_document(waiting.plan, host=host, config_hash=waiting.desired.config_hash),
     )
 
 

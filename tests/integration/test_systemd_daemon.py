@@ -201,6 +201,25 @@ def test_a_broken_file(service: Service) -> None:
     assert service.marks() == before
 
 
+def test_with_the_setting_a_save_only_shows_what_would_change(service: Service) -> None:
+    before, env = service.marks(), ENV.format(scope=service.scope)
+    service.machine.write("/etc/mic/mic.env", f"{env}MIC_WATCH=plan\n")
+    service.systemctl("restart", "mic")
+    service.write(GPUS.replace("3: none", "3: idle"))
+    wanted = f"{CONFIG} is not applied yet (MIC_WATCH=plan); it would create {MORE}"
+    for restart in (False, True):  # over a restart, too
+        if restart:
+            service.systemctl("restart", "mic")
+        until(lambda: wanted in service.systemctl("status", "mic").stdout, wanted, timeout=40)
+        assert service.marks() == before
+    service.systemctl("reload", "mic")
+    service.converged(WEB, IDLE, BOX, MORE)
+    after = service.marks()
+    assert {name: after[name] for name in before} == before
+    service.machine.write("/etc/mic/mic.env", env)
+    service.systemctl("restart", "mic")
+
+
 def test_stops_restarts_and_kills_cost_no_instance(service: Service) -> None:
     before = service.marks()
     service.systemctl("restart", "mic")

@@ -54,7 +54,7 @@ def test_every_variable_of_the_contract_is_there() -> None:
     names = """
         CONFIG LISTEN SOCKET STATE_DIR RUN_DIR DOCKER_HOST GPU_SOURCE PROCESS_RUNTIME PORT_RANGE
         RESYNC SCOPE ON_STOP DOCKER_CONFIG HTTP_TOKEN_FILE HTTP_OPEN HTTP_HOSTS
-        PRUNE_ON_WATCH LOG_LEVEL LOG_FORMAT
+        PRUNE_ON_WATCH WATCH LOG_LEVEL LOG_FORMAT
     """
     assert set(VARIABLES) == {f"MIC_{name}" for name in names.split()}
 
@@ -77,6 +77,8 @@ def test_every_variable_of_the_contract_is_there() -> None:
         ("DOCKER_CONFIG", "/root/.docker", Path("/root/.docker")),
         ("PRUNE_ON_WATCH", "TRUE", True),
         ("PRUNE_ON_WATCH", "0", False),
+        ("WATCH", "apply", "apply"),
+        ("WATCH", "plan", "plan"),
         ("LOG_LEVEL", "debug", "debug"),
         ("LOG_FORMAT", "json", "json"),
         ("PROCESS_RUNTIME", "systemd", "systemd"),
@@ -127,6 +129,7 @@ def test_values(tmp_path: Path, name: str, text: str, value: object) -> None:
         ("ON_STOP", "kill", "'kill' is not known: write keep or stop"),
         ("PROCESS_RUNTIME", "x", "'x' is not known: write auto, systemd or subprocess"),
         ("PRUNE_ON_WATCH", "maybe", "'maybe' is neither true nor false"),
+        ("WATCH", "show", "'show' is not known: write apply or plan"),
         ("LOG_LEVEL", "LOUD", "'LOUD' is not known: write debug, info, warning or error"),
         ("LOG_FORMAT", "xml", "'xml' is not known: write text or json"),
     ],

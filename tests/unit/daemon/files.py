@@ -45,8 +45,15 @@ class Files:
         path.write_text(text)
         return path
 
-    def start(self, *, prune_on_watch: bool = False) -> Generations:
-        made = Generations(self.path, REGISTRY, {}, self.state, prune_on_watch=prune_on_watch)
+    def start(self, *, prune_on_watch: bool = False, plan_first: bool = False) -> Generations:
+        made = Generations(
+            self.path,
+            REGISTRY,
+            {},
+            self.state,
+            prune_on_watch=prune_on_watch,
+            plan_first=plan_first,
+        )
         made.start(1.0)
         return made
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mic_supervisor.daemon.notify import Notifier
+from mic_supervisor.daemon.notify import Notifier, sentence
+from tests.unit.http import views_of
 
 
 class Ear:
@@ -69,3 +70,12 @@ def test_nobody_asks_for_signs_of_life(
     notifier = Notifier(environ)
     assert notifier.watchdog is None
     notifier.ready()  # and nothing is heard, and nothing fails
+
+
+def test_a_file_that_waits_is_in_the_sentence_with_what_it_would_change() -> None:
+    text = sentence(views_of.waiting())
+    assert text.startswith("2/2 ready; config generation 5; the file is not used yet: ")
+    assert text.endswith(
+        f"{views_of.WAITS}; it would replace MAM-aaaaaaaa, remove qwen-bbbbbbbbx2, "
+        "create embed-dddddddd"
+    )

@@ -200,6 +200,20 @@ def test_the_status_shows_no_line_of_the_file_and_the_socket_does() -> None:
     assert "gpus.yaml:12:5: error" in served["config"]["error"]
 
 
+def test_the_status_says_what_a_file_that_waits_would_change_and_no_secret_of_it() -> None:
+    published = views_of.waiting()
+    assert published.snapshot is not None
+    served = documents.served_status(published, published.snapshot)
+    assert served["config"]["unconfirmed"] == views_of.WAITS
+    due = {one["model"]: one["action"] for one in served["waiting"]["actions"]}
+    assert due == {"MAM": "replace", "embed": "create", "qwen": "remove"}
+    assert views_of.SECRET not in str(served)
+    assert views_of.SECRET not in published.scrubber.text(f"it said {views_of.SECRET}")
+    good = views_of.good()
+    assert good.snapshot is not None
+    assert documents.served_status(good, good.snapshot)["waiting"] is None
+
+
 def test_metrics_on_the_port_of_the_model_itself_are_discovered() -> None:
     model = b.on("m", 0, metrics_path="/metrics", workload=b.container(listen="::1"))
     observed = b.observed(b.workload(model, ports={"http": 20000}))

@@ -124,11 +124,18 @@ def test_the_loop_and_the_program_itself() -> None:
         "mic_reconcile_duration_seconds": 0.012,
         "mic_reconcile_last_success_timestamp_seconds": views_of.NOW,
         "mic_config_last_reload_successful": 1,
+        "mic_config_waiting": 0,
         "mic_config_last_reload_success_timestamp_seconds": views_of.NOW - 7200,
         f'mic_config_hash_info{{hash="{"f00d" * 16}"}}': 1,
         f'mic_build_info{{revision="{metrics.revision()}",version="0.1.0"}}': 1,
     }
     assert found["mic_collect_duration_seconds"] > 0
+
+
+def test_a_file_that_waits_is_counted_and_what_it_would_change() -> None:
+    found = scrape(views_of.waiting())
+    assert (found["mic_config_waiting"], found["mic_config_waiting_changes"]) == (1, 3)
+    assert (found["mic_config_last_reload_successful"], found["mic_plan_changes"]) == (1, 0)
 
 
 def test_a_failed_look_at_the_gpus_leaves_no_series_of_them_behind() -> None:

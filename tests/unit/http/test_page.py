@@ -72,6 +72,7 @@ def shown(*published: Published, stalled: bool = False) -> Outline:
 
 PAGES = {
     "good": views_of.good(),
+    "waiting": views_of.waiting(),
     "bad": views_of.bad(),
     "frozen": views_of.bad(engine_gone=True),
     "starting": views_of.published(None),
@@ -109,6 +110,19 @@ def test_a_tile_says_everything_about_a_gpu() -> None:
         "None: what runs is what the file says.",
         "/etc/mic/gpus.yaml",
         "generation 5",
+    ):
+        assert part in text, part
+
+
+def test_what_a_file_that_waits_would_change() -> None:
+    text = shown(views_of.waiting()).text
+    for part in (
+        "Everything is as it should be",
+        "None: what runs is what was applied last.",
+        "What the file would change, which is not used yet",
+        "replace MAM-aaaaaaaa (GPU 0): its specification changed: command",
+        "create embed-dddddddd (GPU 3): nothing runs for it yet",
+        "remove qwen-bbbbbbbbx2 (GPU 1,2): ",
     ):
         assert part in text, part
 

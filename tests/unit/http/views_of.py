@@ -51,6 +51,10 @@ REPORT = """\
 """
 
 
+WAITS = "/etc/mic/gpus.yaml is not applied yet (MIC_WATCH=plan)"
+SECRET = "s3cret-of-the-file"  # in a file that waits
+
+
 def gpu(index: int, used: float | None = 0.0, **values: Any) -> Gpu:
     """`used` in GiB; everything that NVML measures is there unless told otherwise."""
     total = 80 * GIB
@@ -173,6 +177,18 @@ def good(**values: Any) -> Published:
     )
     values.setdefault("history", (event("phase", mam.id, phase="ready", was="starting"),))
     return published(found, **values)
+
+
+def waiting() -> Published:
+    """As `good`, and the file as it is now waits: without qwen, with embed, and MAM is changed."""
+    found = good(config={"unconfirmed": WAITS})
+    assert found.snapshot is not None
+    desired = found.snapshot.desired
+    (mam,) = (one for one in desired.instances if one.model == "MAM")
+    changed, new = b.changed(mam, command=("serve", SECRET)), b.on("embed", 3)
+    other = b.desired(changed, new, config_hash="beef" * 16)
+    snapshot = replace(found.snapshot, desired=replace(desired, waiting=other))
+    return replace(found, snapshot=snapshot)
 
 
 def bad(*, engine_gone: bool = False, **values: Any) -> Published:
