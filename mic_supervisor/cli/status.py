@@ -203,7 +203,7 @@ def _table(document: dict[str, Any]) -> Table:
 
 
 def _remarks(document: dict[str, Any]) -> list[str]:
-    """A sentence for each row that is not as it should be, and for each GPU that is noteworthy."""
+    """A sentence for each row that is not as it should be, and what is to be said of other GPUs."""
     remarks = [
         f"{row['id']}: {row['reason']}"
         for row in document["instances"]
@@ -215,6 +215,11 @@ def _remarks(document: dict[str, Any]) -> list[str]:
             # An older daemon does not say what the trouble is.
             why = f": {gpu['trouble']}" if gpu.get("trouble") else ""
             remarks.append(f"{name} is {gpu['state']}{why}")
+    for state, text in (("kept_empty", "Kept empty"), ("idle", "Not in the file")):
+        indices = [str(gpu["index"]) for gpu in document["gpus"] if gpu["state"] == state]
+        remarks += [f"{text}: GPU {','.join(indices)}"] if indices else []
+    if not document.get("daemon", True):  # one that answers may be too old to say so
+        remarks.append("No daemon runs: nothing restarts what dies. Start it: systemctl start mic")
     return remarks
 
 

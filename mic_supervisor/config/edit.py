@@ -19,7 +19,7 @@ from typing import Any
 
 from mic_supervisor.config.diagnostics import Report
 from mic_supervisor.config.document import NONE, GpuEntry, GpuKey, parse_gpu_key
-from mic_supervisor.config.merge import MAX_BYTES, cause_of
+from mic_supervisor.config.merge import MAX_BYTES, NO_FILE, cause_of
 from mic_supervisor.config.yaml import Budget, Entry, parse, resolve
 from mic_supervisor.errors import LockHeld, MicError
 from mic_supervisor.host.files import hint_to_replace
@@ -319,6 +319,8 @@ def _sync(directory: Path) -> None:
 
 
 def _hint(error: OSError) -> str | None:
+    if isinstance(error, FileNotFoundError):
+        return NO_FILE
     if isinstance(error, PermissionError):
         return "run as root, or as the user that the file belongs to"
     return None

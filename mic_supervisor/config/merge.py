@@ -17,6 +17,7 @@ SECTIONS = ("defaults", "backends", "models", "hooks", "gpus")
 RESERVED = {"fleet": "reserved for a later version, where a scheduler decides what runs"}
 """Values under `gpus:`, and names, that mean nothing yet."""
 
+NO_FILE = "run `mic-supervisor init` to write a first one"
 NOT_A_DROP_IN = "the name of a drop-in ends in .yaml, and begins with no dot"
 MAX_FILES = 64
 MAX_TOTAL = 384 * 1024
@@ -234,10 +235,13 @@ def read_text(path: Path, report: Report) -> str | None:
     try:
         return text_of(read_file(path, MAX_BYTES), path, report)
     except IsADirectoryError:
-        problem = "it is a directory"
+        problem, hint = "it is a directory", None
     except OSError as error:
         problem = cause_of(error)
-    report.add(At(Location(str(path))), f"cannot read the file: {problem}")
+        # A link that leads nowhere is something else than no file.
+        absent = isinstance(error, FileNotFoundError) and not path.is_symlink()
+        hint = NO_FILE if absent else None
+    report.add(At(Location(str(path))), f"cannot read the file: {problem}", hint=hint)
     return None
 
 

@@ -85,7 +85,8 @@ class Session:
 
     async def _status(self, _params: Mapping[str, Any], _emit: Emit) -> dict[str, Any]:
         snapshot = await self.snapshots.first()
-        return asdict(status_document(snapshot, self.config().in_use, host_name()))
+        in_use = self.config().in_use
+        return asdict(status_document(snapshot, in_use, host_name(), daemon=not self.own))
 
     async def _endpoints(self, _params: Mapping[str, Any], _emit: Emit) -> dict[str, Any]:
         snapshot = await self.snapshots.first()

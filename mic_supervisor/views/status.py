@@ -148,9 +148,14 @@ class StatusDocument:
         PlanDocument | None,
         Field(description="what a file that waits for a person would change; null: none waits"),
     ] = None
+    daemon: Annotated[
+        bool, Field(description="whether a daemon runs; without one nothing restarts what dies")
+    ] = True
 
 
-def status_document(look: Look, config: ConfigInUse, host: str) -> StatusDocument:
+def status_document(
+    look: Look, config: ConfigInUse, host: str, *, daemon: bool = True
+) -> StatusDocument:
     """What `status --json` prints and `/api/v1/status` answers. `look` is as it is told."""
     observed = look.observed
     unreadable = [
@@ -174,6 +179,7 @@ def status_document(look: Look, config: ConfigInUse, host: str) -> StatusDocumen
         waiting=None
         if waiting is None
         else plan_document(waiting.plan, host=host, config_hash=waiting.desired.config_hash),
+        daemon=daemon,
     )
 
 

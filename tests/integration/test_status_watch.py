@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +17,7 @@ from pydantic import TypeAdapter
 
 from mic_supervisor.views.status import StatusDocument
 from tests.support.mic import PROGRAM, Mic
+from tests.support.terminal import terminal
 from tests.support.waiting import http, until
 
 SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
@@ -54,53 +49,6 @@ def world(mic: Mic) -> Mic:
     return mic
 
 
-class Terminal:
-    """A command on a terminal of its own, and what it wrote so far."""
-
-    def __init__(self, mic: Mic, *args: str, columns: int = 80) -> None:
-        self._end, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        env = {k: v for k, v in mic.environment().items() if k not in ("COLUMNS", "NO_COLOR")}
-        self.process = subprocess.Popen(
-            [PROGRAM, *args],
-            env={**env, "TERM": "xterm-256color"},
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-        )
-        os.close(theirs)
-        self.raw = ""
-
-    def read(self) -> str:
-        while select.select([self._end], [], [], 0.05)[0]:
-            try:
-                self.raw += os.read(self._end, 65536).decode()
-            except OSError:  # the other end is closed
-                break
-        return self.raw
-
-    def screens(self) -> list[str]:
-        """Every screen that was drawn, without colours."""
-        drawn = self.read().split("\x1b[H")[1:]
-        return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "") for text in drawn]
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        os.close(self._end)
-
-
-@contextmanager
-def terminal(mic: Mic, *args: str) -> Iterator[Terminal]:
-    made = Terminal(mic, *args)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
 def test_it_redraws_every_second_in_80_columns_until_ctrl_c(world: Mic) -> None:
     world.run()
     until(lambda: "ready" in world("status").stdout, "the model")
@@ -127,6 +75,21 @@ def test_it_redraws_every_second_in_80_columns_until_ctrl_c(world: Mic) -> None:
         text = shown.read()
         assert NEW_SCREEN in text and text.index(OLD_SCREEN) > text.index(NEW_SCREEN)
         assert "interrupted" not in text and "Traceback" not in text
+
+
+def test_it_names_the_other_gpus_and_says_when_no_daemon_runs(world: Mic) -> None:
+    drop_in = world.config.with_name("gpus.yaml.d") / "10.yaml"
+    drop_in.parent.mkdir()
+    drop_in.write_text("gpus: {2: none}\n")
+    others = "Kept empty: GPU 2\nNot in the file: GPU 3\n"
+    alone = "No daemon runs: nothing restarts what dies. Start it: systemctl start mic\n"
+    with terminal(world, "status") as shown:
+        assert shown.ends()[1].endswith(others + alone)
+    assert world("status", "--json").json()["daemon"] is False
+    world.run(http=False)
+    with terminal(world, "status") as shown:
+        assert shown.ends()[1].endswith(others)
+    assert world("status", "--json").json()["daemon"] is True
 
 
 def test_a_daemon_that_restarts_is_shown_as_that(world: Mic) -> None:

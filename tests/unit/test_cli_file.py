@@ -92,7 +92,11 @@ def test_a_terminal_of_another_encoding_gets_escapes(config: Path, command: str)
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({}, "/etc/mic/gpus.yaml: error: cannot read the file: no such file or directory\n"),
+        (
+            {},
+            "/etc/mic/gpus.yaml: error: cannot read the file: no such file or directory\n"
+            "    run `mic-supervisor init` to write a first one\n",
+        ),
         (
             {"MIC_CONFIGS": "x"},
             "environment: error: MIC_CONFIGS: there is no such setting; did you mean MIC_CONFIG?\n",

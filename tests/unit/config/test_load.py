@@ -341,6 +341,7 @@ def message(path: Path) -> str:
 def test_a_missing_file(tmp_path: Path) -> None:
     assert message(tmp_path / "no.yaml") == (
         "FILE: error: cannot read the file: no such file or directory\n"
+        "    run `mic-supervisor init` to write a first one\n"
     )
 
 
