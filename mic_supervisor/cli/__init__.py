@@ -25,6 +25,7 @@ COMMANDS = {
     "check": ("file:check", "Validate gpus.yaml."),
     "plan": ("plan", "Show what apply would do, and why."),
     "apply": ("apply", "Converge once, and wait until everything is ready."),
+    "edit": ("editor", "Edit gpus.yaml, see the plan, and apply it."),
     "start": ("edit:start", "Give a GPU to a model: edit gpus.yaml, and wait until it is ready."),
     "stop": ("edit:stop", "Empty a GPU: edit gpus.yaml, and wait until it is empty."),
     "restart": ("instances:restart", "Restart a model or an instance now."),

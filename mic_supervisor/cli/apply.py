@@ -55,11 +55,12 @@ def command(
     if as_json:
         print_json(document)
     else:
-        _report(document, limited=bool(targets))
+        report(document, limited=bool(targets))
     return int(document["exit_code"])
 
 
-def _report(document: dict[str, Any], *, limited: bool) -> None:
+def report(document: dict[str, Any], *, limited: bool) -> None:
+    """How an apply ended, for people."""
     rows = document["instances"]
     show(rows, document)
     print_left_out(document)

@@ -65,6 +65,7 @@ class World:
             "MIC_HTTP_OPEN": "false",
             "MIC_ON_STOP": "keep",
             "MIC_PRUNE_ON_WATCH": "false",
+            "MIC_WATCH": "apply",
             "MIC_RESYNC": "2s",
             "MIC_LOG_LEVEL": "info",
             "MIC_LOG_FORMAT": "text",
