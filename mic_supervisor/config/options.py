@@ -101,9 +101,9 @@ class LimitOptions(Strict):
 
 
 class PortOptions(Strict):
-    http: PortNumber | None = None
-    grpc: PortNumber | None = None
-    metrics: PortNumber | None = None
+    http: PortNumber | None = Field(default=None, description="For requests over HTTP.")
+    grpc: PortNumber | None = Field(default=None, description="For requests over gRPC.")
+    metrics: PortNumber | None = Field(default=None, description="For its metrics.")
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
@@ -127,7 +127,7 @@ class RolloutOptions(Strict):
 class MountOptions(Strict):
     source: AbsolutePath = Field(description="A path of the host.")
     target: AbsolutePath = Field(description="A path in the container.")
-    read_only: bool = False
+    read_only: bool = Field(default=False, description="Whether the container may only read it.")
 
 
 class ModelOptions(Strict):
@@ -158,7 +158,9 @@ class ModelOptions(Strict):
         default=300.0, description="From the start until ready, loading included."
     )
     stop_timeout: Duration = Field(default=30.0, description="From the stop signal until KILL.")
-    stop_signal: SignalName = "SIGTERM"
+    stop_signal: SignalName = Field(
+        default="SIGTERM", description="The signal that asks it to end."
+    )
     drain_timeout: Duration = Field(
         default=0.0, description="For requests to end before the stop signal."
     )
@@ -177,19 +179,28 @@ class ModelOptions(Strict):
         "memory.",
     )
     user: Text | None = Field(default=None, description="A user's name or number, or USER:GROUP.")
-    working_dir: AbsolutePath | None = None
-    limits: LimitOptions = LimitOptions()
+    working_dir: AbsolutePath | None = Field(
+        default=None, description="The directory in which it is started."
+    )
+    limits: LimitOptions = Field(default=LimitOptions(), description="Bounds on its resources.")
     mounts: list[MountOptions] = Field(
         default=[], description="Paths of the host in the container."
     )
     shm_size: Size | None = Field(
         default=None, description="The size of /dev/shm in the container."
     )
-    network: Literal["bridge", "host"] = "bridge"
+    network: Literal["bridge", "host"] = Field(
+        default="bridge",
+        description="bridge: its port is published on the address of listen; host: it has the "
+        "network of the host.",
+    )
     container_port: PortNumber | None = Field(
         default=None, description="The port inside the container; the same number by default."
     )
-    rollout: RolloutOptions = RolloutOptions()
+    rollout: RolloutOptions = Field(
+        default=RolloutOptions(),
+        description="How many GPUs change at a time, and whether a failure is taken back.",
+    )
     runtime: Literal["docker", "process"] | None = Field(
         default=None, description="What runs the model, where its backend leaves the choice."
     )

@@ -17,6 +17,8 @@ from mic_supervisor.config.types import format_duration
 from mic_supervisor.errors import MicError
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+ADDRESS = "urn:mic-supervisor:gpus.schema.json"
+"""What the schema is called, wherever a copy of it lies; schema/gpus.schema.json is one."""
 
 # Letters and digits of any script, as far as every dialect of regular expressions can say it.
 _NAME = "^[^\\u0000-,/:-@\\[-\\^`{-\\u00a0]+$"
@@ -60,6 +62,7 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
     _describe(defs["defaults"])
     return {
         "$schema": DIALECT,
+        "$id": ADDRESS,
         "title": "gpus.yaml",
         "description": "Which model runs on which GPU of this machine.",
         "type": "object",
@@ -76,7 +79,10 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
                 "description": "Settings of a backend on this host.",
                 "additionalProperties": False,
                 "properties": {
-                    name: {"anyOf": [_ref(f"{name}_settings"), {"type": "null"}]}
+                    name: {
+                        "anyOf": [_ref(f"{name}_settings"), {"type": "null"}],
+                        "description": f"Settings of {name} on this host.",
+                    }
                     for name in backends
                 },
             },
@@ -117,16 +123,23 @@ def _models(backends: Iterable[str]) -> dict[str, Any]:
         "additionalProperties": {
             "type": "object",
             "required": ["backend"],
-            "properties": {"backend": {"enum": list(backends)}},
+            "properties": {"backend": _backend(enum=list(backends))},
             "allOf": [
                 {
-                    "if": {"properties": {"backend": {"const": name}}, "required": ["backend"]},
+                    "if": {
+                        "properties": {"backend": _backend(const=name)},
+                        "required": ["backend"],
+                    },
                     "then": _ref(f"{name}_options"),
                 }
                 for name in backends
             ],
         },
     }
+
+
+def _backend(**which: Any) -> dict[str, Any]:
+    return {**which, "description": ModelOptions.model_fields["backend"].description}
 
 
 def _gpus() -> dict[str, Any]:
@@ -185,7 +198,7 @@ def _restrict(definition: dict[str, Any], backend: str, refused: dict[str, str])
         if key in refused:
             schema.clear()
             schema.update({"description": f"Not available: {refused[key]}.", "not": {}})
-    definition["properties"]["backend"] = {"const": backend}
+    definition["properties"]["backend"] = _backend(const=backend)
 
 
 def _walk(schema: Any) -> Iterator[dict[str, Any]]:

@@ -251,7 +251,7 @@ def test_backends_that_share_their_options_have_a_schema_each() -> None:
     made = registry(("fitting", f"{HERE}:Fitting"), ("twin", f"{HERE}:Twin"))
     definitions = json_schema(made)["$defs"]
     for name in ("fitting", "twin"):
-        assert definitions[f"{name}_options"]["properties"]["backend"] == {"const": name}
+        assert definitions[f"{name}_options"]["properties"]["backend"]["const"] == name
         assert definitions[f"{name}_settings"]["properties"] == {}
 
 

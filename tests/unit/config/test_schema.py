@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from mic_supervisor.config.types import format_duration, parse_duration
 from tests.unit.config.fakes import FakeRegistry, load_text
 from tests.unit.config.test_load_corpus import FILES
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "gpus.yaml"
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "examples" / "gpus.yaml"
+COPY = ROOT / "schema" / "gpus.schema.json"
 
 
 def as_json(text: str) -> Any:
@@ -86,15 +90,30 @@ def test_defaults_are_spelled_as_a_file_would(schema: dict[str, Any]) -> None:
                 assert problems == [], name
 
 
-def test_what_a_key_is_for_is_said_wherever_it_stands(schema: dict[str, Any]) -> None:
-    described = {
-        name for name, one in ModelOptions.model_fields.items() if one.description is not None
-    }
-    assert {"env", "args", "port", "probe", "start_timeout", "mounts"} <= described
-    for definition in ("server_options", "command_options", "defaults"):
-        for name, value in schema["$defs"][definition]["properties"].items():
-            if name in described and name != "backend":
-                assert value["description"], f"{definition}.{name}"
+def keys(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every key that a file may have, by its path in the schema."""
+    children = schema.items() if isinstance(schema, dict) else ()
+    children = enumerate(schema) if isinstance(schema, list) else children
+    for name, value in children:
+        if name == "properties":
+            yield from ((f"{path}/{key}", one) for key, one in value.items())
+        yield from keys(value, f"{path}/{name}")
+
+
+def test_what_a_key_is_for_is_said_wherever_it_stands() -> None:
+    found = dict(keys(json_schema(Registry())))
+    assert {name.rpartition("/")[2] for name in found} >= {*ModelOptions.model_fields, "gpus"}
+    assert [name for name, one in found.items() if not one.get("description")] == []
+
+
+def test_the_copy_in_the_repository_is_what_schema_prints() -> None:
+    text = json.dumps(json_schema(Registry()), indent=2, ensure_ascii=False) + "\n"
+    assert COPY.read_text() == text, f"run: mic-supervisor schema > {COPY}"
+
+
+def test_it_has_an_address_of_its_own(schema: dict[str, Any]) -> None:
+    assert schema["$id"] == "urn:mic-supervisor:gpus.schema.json"
+    Draft202012Validator.check_schema(schema)
 
 
 def test_a_key_that_a_backend_refuses_says_why_and_matches_nothing(
