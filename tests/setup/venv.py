@@ -33,8 +33,12 @@ def _usable() -> bool:
     return asked.returncode == 0 and Path(asked.stdout.strip()) == VENV
 
 
-def _create() -> None:
-    """venv, else Debian's python3-venv and venv, else virtualenv from the package index."""
+def _create(extra: str) -> None:
+    """venv, else virtualenv from the package index.
+
+    For the tests, which set the machine up anyhow, Debian's python3-venv is installed before that;
+    a demo changes nothing of the machine, whoever runs it. Raises Missing.
+    """
     shutil.rmtree(VENV, ignore_errors=True)
     say(f".venv: creating it with Python {sys.version.split()[0]}")
     make = [sys.executable, "-m", "venv", str(VENV)]
@@ -43,8 +47,10 @@ def _create() -> None:
         return
     except Missing as error:
         say(f".venv: {str(error).splitlines()[0]}; trying other ways")
+        without = error
     shutil.rmtree(VENV, ignore_errors=True)
-    if shutil.which("apt-get") and os.geteuid() == 0 and sys.base_prefix == "/usr":
+    debian = shutil.which("apt-get") is not None and sys.base_prefix == "/usr"
+    if extra and debian and os.geteuid() == 0:
         say(".venv: installing Debian's python3-venv")
         try:
             packages.install(["python3-venv"])
@@ -55,13 +61,21 @@ def _create() -> None:
             shutil.rmtree(VENV, ignore_errors=True)
     target = cache_dir() / "virtualenv"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--target", str(target), "virtualenv"]
-    if not (target / "virtualenv").is_dir():
-        run(pip, "install virtualenv")
-    run(
-        [sys.executable, "-m", "virtualenv", "-q", str(VENV)],
-        "create .venv",
-        env={"PYTHONPATH": str(target)},
-    )
+    try:
+        if not (target / "virtualenv").is_dir():
+            run(pip, "install virtualenv")
+        run(
+            [sys.executable, "-m", "virtualenv", "-q", str(VENV)],
+            "create .venv",
+            env={"PYTHONPATH": str(target)},
+        )
+    except Missing as error:
+        if debian and "ensurepip" in str(without):
+            raise Missing(
+                "cannot create .venv: this Python comes without venv",
+                hint="as root: apt install python3-venv",
+            ) from error
+        raise
 
 
 def main(extra: str) -> None:
@@ -78,7 +92,7 @@ def main(extra: str) -> None:
         return
     try:
         if not _usable():
-            _create()
+            _create(extra)
         what = f"{CHECKOUT}[{extra}]" if extra else str(CHECKOUT)
         say(f".venv: installing {what}, editable")
         pip = [str(PYTHON), "-m", "pip", "install", "--no-input", "-q"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -48,6 +49,39 @@ def test_a_failed_command_says_what_could_not_be_done() -> None:
     assert str(caught.value) == "cannot unpack it: sh exited with 3:\n    no space left"
     with pytest.raises(steps.Missing, match=r"cannot unpack it: no-such-tool is not installed"):
         steps.run(["no-such-tool"], "unpack it")
+
+
+DEBIANS = Path("/usr/bin/python3")  # another one has venv and pip in itself
+HIDDEN = ("/usr/lib/python3*/ensurepip", "/usr/lib/python3/dist-packages/pip")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="cannot run: only root can hide directories")
+@pytest.mark.skipif(
+    not DEBIANS.exists() or not Path("/usr/bin/apt-get").exists(), reason="cannot run: not Debian"
+)
+def test_without_venv_a_demo_says_what_to_install_and_installs_nothing(tmp_path: Path) -> None:
+    """As on a fresh Debian: in a mount namespace of its own, Python has neither venv nor pip."""
+    shutil.copytree(steps.CHECKOUT / "tests" / "setup", tmp_path / "tests" / "setup")
+    for name in ("pyproject.toml", "tests/__init__.py"):
+        shutil.copy(steps.CHECKOUT / name, tmp_path / name)
+    hide = f"for one in {' '.join(HIDDEN)}; do ! test -d $one || mount -t tmpfs none $one; done"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-ec", f"{hide}; exec {DEBIANS} -m tests.setup.venv"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "MIC_TEST_CACHE": str(tmp_path / "cache")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if "unshare failed" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"cannot run: {done.stderr.strip()}")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "setup: error: cannot create .venv: this Python comes without venv\n"
+        "setup: hint: as root: apt install python3-venv\n"
+    )
+    assert "installing" not in done.stdout
 
 
 def test_a_zombie_runs_nothing() -> None:
