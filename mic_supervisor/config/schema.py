@@ -18,7 +18,7 @@ from mic_supervisor.errors import MicError
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 ADDRESS = "urn:mic-supervisor:gpus.schema.json"
-"""What the schema is called, wherever a copy of it lies; schema/gpus.schema.json is one."""
+"""What the schema is called, wherever a copy of it lies; docs/gpus.schema.json is one."""
 
 # Letters and digits of any script, as far as every dialect of regular expressions can say it.
 _NAME = "^[^\\u0000-,/:-@\\[-\\^`{-\\u00a0]+$"

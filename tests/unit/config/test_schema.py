@@ -23,7 +23,7 @@ from tests.unit.config.test_load_corpus import FILES
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "gpus.yaml"
-COPY = ROOT / "schema" / "gpus.schema.json"
+COPY = ROOT / "docs" / "gpus.schema.json"
 
 
 def as_json(text: str) -> Any:
