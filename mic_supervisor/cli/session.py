@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.config.env_file import DEFAULT_SCOPE, setting, socket_of
 from mic_supervisor.daemon.client import Client
+from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
     from mic_supervisor.cli.wiring import Machine
@@ -133,7 +134,10 @@ async def _call(
         if doubt is not None and not confirm and waits:
             return Reloaded(changed=False, generation=0, unconfirmed=doubt)
         if config.hash:
-            accept(machine.state, config, confirmed=confirm)
+            try:
+                accept(machine.state, config, confirmed=confirm)
+            except MicError as error:
+                converger.amiss.note("generation", error.message)
         confirmed, doubt = confirm, None
         return Reloaded(changed=False, generation=0)
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from mic_supervisor.clocks import Clock
+from mic_supervisor.converge.amiss import Amiss, Saver
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
 from mic_supervisor.converge.gpu_reporter import GpuReporter
@@ -101,15 +102,14 @@ class Converger:
         self.unconfirmed: Callable[[], str | None] = lambda: None
         self._sources = sources  # runtimes, GPUs, listeners
         self._desired = desired  # what the file asks for
-        self._save = save
-        self._saved = memory  # what was saved last: the same again is not written
-        self._saving = asyncio.Lock()  # one save at a time, in order
         self._events = events
         self._clock = clock
         self._now = clock.steady
         self._acts = False  # whether plans are carried out
         self._wakes = asyncio.Event()  # somebody wants a round
         self._pool = Threads(64, "mic-work")  # for what blocks by nature
+        self.amiss = Amiss(events, clock.wall, self.wake)  # what cannot be done now, but the plan
+        self._saver = Saver(save, memory, self._pool, self.amiss)
         checker = Checker(Threads(64, "mic-probe"))
         self._prober = Prober(checker, self.wake, clock.steady)
         self._steps = Steps(sources, self._target_of, desired.backend, checker, self._pool)
@@ -224,8 +224,7 @@ class Converger:
         # What is busy now may end while the machine is being read, and what was read of it would
         # then be old: it stays out of this round.
         self.rounds_begun += 1
-        began = self._now()
-        lanes = [*self._lanes.values()]
+        began, lanes = self._now(), [*self._lanes.values()]
         activities = self.activities
         desired, observed, context = await self._observe(lanes)
         seen = self._look(desired, observed, context)
@@ -263,9 +262,8 @@ class Converger:
         # what the file asks for, and is probed: GPUs that cannot be read are not absent.
         there = self._readable or inventory
         desired = await blocking(self._pool, self._desired.state, there, bindings)
-        offset = self._clock.offset()
+        offset, now = self._clock.offset(), self._now()
         self._indices = there.indices
-        now = self._now()
         inventory = with_xids(inventory, self.xids(), now)
         observed = combine(inventory, views, listeners, dict(self._prober.health), now + offset)
         observed = await blocking(self._pool, with_holders, observed, desired, self._sources)
@@ -277,13 +275,13 @@ class Converger:
             published=self._publisher.known(desired.hook),
             hook_error=self._publisher.state.error,
             unconfirmed=self.unconfirmed(),
+            amiss=self.amiss.texts,
         )
         return desired, observed, context
 
     def _look(self, desired: DesiredState, observed: ObservedState, context: Context) -> Look:
         offset = self._clock.offset()
-        now = observed.at - offset
-        jitter = random.random()
+        now, jitter = observed.at - offset, random.random()
         return look(desired, observed, self.memory, now, context, jitter=jitter, offset=offset)
 
     def _act(self, seen: Look, lanes: list[Lane], activities: dict[str, Phase]) -> Look:
@@ -301,7 +299,7 @@ class Converger:
 
     async def _keep_published(self) -> None:
         self.memory = replace(self.memory, published=self._publisher.published)
-        await self._save_memory()
+        await self._saver.save(lambda: self.memory)
 
     async def _withdraw(self, step: Withdraw, change: Change) -> None:
         if self._publisher.published:
@@ -359,13 +357,6 @@ class Converger:
                 Event("phase", at, *about, seconds=seconds, phase=row.phase.value, was=was)
             )
         return seen
-
-    async def _save_memory(self) -> None:
-        async with self._saving:  # lanes save, too, and the last one must be the newest
-            if self.memory == self._saved:
-                return
-            self._saved = self.memory
-            await blocking(self._pool, self._save, self.memory)
 
     def _pause(self, snapshot: Snapshot) -> float:
         """Seconds until the next round, unless something wakes the loop before."""
@@ -456,7 +447,7 @@ class Converger:
         self.memory = ledger.begun(self.memory, step)
         if isinstance(step, Stop | Restart):
             self._prober.forget(step.workload.ref)
-            await self._save_memory()  # we may be killed before the next round
+            await self._saver.save(lambda: self.memory)  # we may be killed before the next round
         if isinstance(step, Withdraw):
             await self._withdraw(step, change)
             return
@@ -496,5 +487,4 @@ class Converger:
         hint: str | None = None,
     ) -> None:
         at, about = self._clock.wall(), (change.instance, text, change.model, change.gpus)
-        event = Event(kind, at, *about, change.cause, seconds, hint, phase=change.kind)
-        self._events.emit(event)
+        self._events.emit(Event(kind, at, *about, change.cause, seconds, hint, phase=change.kind))

@@ -41,6 +41,7 @@ class StateDir:
         self._clock = clock or Clock()
         self._boot = _boot() if boot is None else boot
         self._damaged = False  # whether what `memory` read has to be kept for a person
+        self._unkept: bytes | None = None  # a key that could not be written yet
 
     def memory(self) -> Memory:
         """What was remembered, or nothing yet. Raises MicError when it may not be read.
@@ -79,7 +80,11 @@ class StateDir:
         return replace(memory.moved(-offset).in_time(now, rebooted=rebooted), lost=lost)
 
     def save_memory(self, memory: Memory) -> None:
-        """What was found damaged is kept beside it, and so is the document before this one."""
+        """What was found damaged is kept beside it, and so is the document before this one.
+
+        Raises MicError when it cannot be written.
+        """
+        self._keep_key()
         path = self.path / _MEMORY
         if self._damaged:
             self._set_aside(path)
@@ -102,7 +107,8 @@ class StateDir:
 
         `create` False, and there is none yet: one that is not kept. Then no label was written
         either, and nothing can be compared with it. One that is damaged is made anew: what was
-        digested with the old one is unknown then, and the plan says so.
+        digested with the old one is unknown then, and the plan says so. One that cannot be written
+        is used all the same, and written with the memory as soon as that can be.
         """
         path = self.path / _KEY
         try:
@@ -119,8 +125,15 @@ class StateDir:
         value = os.urandom(_KEY_LENGTH)
         if create:
             self._set_aside(path)
-            self.write(_KEY, value)
+            self._unkept = value
+            with suppress(MicError):  # the memory cannot be written either, and that is said
+                self._keep_key()
         return SpecKey(value)
+
+    def _keep_key(self) -> None:
+        if self._unkept is not None:
+            self.write(_KEY, self._unkept)
+            self._unkept = None
 
     def write(self, name: str, content: str | bytes) -> None:
         """Replace a file at once: a reader sees the old content or the new one, never a part."""
@@ -136,7 +149,8 @@ class StateDir:
                 os.fsync(file.fileno())
             scratch.replace(target)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
+            with suppress(OSError):  # a read-only file system says so before it looks for it
+                scratch.unlink()
             raise MicError(
                 f"cannot write {target}: {error.strerror}",
                 hint="run as root, or point MIC_STATE_DIR to a directory you may write to",
@@ -163,8 +177,13 @@ def _salvaged(path: Path, data: Any) -> tuple[Memory, str | None]:
 
 
 def _is_damage(error: OSError) -> bool:
-    """Whether something else stands in the place of a file, rather than that it may not be read."""
-    return error.errno in (errno.EINVAL, errno.EISDIR, errno.EFBIG, errno.ELOOP, errno.ENXIO)
+    """Whether the file, or the disk that it is on, is damaged.
+
+    Else this program may not read it, or lacks what it takes to.
+    """
+    return error.errno not in (
+        *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    )
 
 
 def _boot() -> str:

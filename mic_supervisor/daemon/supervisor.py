@@ -32,7 +32,6 @@ from mic_supervisor.host import host_name
 from mic_supervisor.http.documents import LoopState, Published
 from mic_supervisor.http.server import HttpServer
 from mic_supervisor.plan.assess import Context
-from mic_supervisor.plan.memory import Memory
 from mic_supervisor.runtimes import Runtime
 
 _LOCK_POLL = 2.0  # seconds between two looks at whether the lock's file is still there
@@ -69,8 +68,7 @@ class Supervisor:
         self._notifier = Notifier(settings.environ)
         self._history = History(state.path / "history.jsonl")
         self._events = Events([log_event, self._record, self._count])
-        self._state = state
-        self._complaints: set[str] = set()
+        self._unrecorded = ""  # why the history could not be written last
         self._loop_state = LoopState()
         self._started_with = self._generations.start(self._clock.steady())
         self._desired = FileDesired(
@@ -81,7 +79,7 @@ class Supervisor:
             desired=self._desired,
             context=context,
             memory=state.memory(),
-            save=self._save,
+            save=state.save_memory,
             events=self._events,
             clock=self._clock,
         )
@@ -303,12 +301,13 @@ class Supervisor:
         self._notify(self.published.snapshot)
         self._converger.wake()
 
-    @staticmethod
-    def _warn(outcome: Reloaded) -> None:
-        if outcome.warning is not None:
-            LOGGER.warning(
-                "%s; it runs; after a restart it runs only if it is still valid", outcome.warning
+    def _warn(self, outcome: Reloaded) -> None:
+        if outcome.error is None and outcome.unconfirmed is None:
+            why = outcome.warning and (
+                f"{outcome.warning}; the configuration runs; after a restart it runs only if it is "
+                "still valid"
             )
+            self._converger.amiss.note("generation", why)
 
     def _config(self) -> Config:
         """What runs; before there ever was a valid file, a configuration that names nothing.
@@ -345,21 +344,15 @@ class Supervisor:
         self._loop_state = replace(self._loop_state, releases=releases)
 
     def _record(self, event: Event) -> None:
-        self._unless_full(lambda: self._history.add(event))
-
-    def _save(self, memory: Memory) -> None:
-        self._unless_full(lambda: self._state.save_memory(memory))
-
-    def _unless_full(self, write: Callable[[], None]) -> None:
-        """A disk that is full must not end the supervision; it is told of once."""
+        """A disk that is full must not end the supervision; it is said once."""
         try:
-            write()
+            self._history.add(event)
         except MicError as error:
-            if error.message not in self._complaints:
+            if error.message != self._unrecorded:
                 LOGGER.error("%s", error.message)
-                self._complaints.add(error.message)
+            self._unrecorded = error.message
         else:
-            self._complaints.clear()
+            self._unrecorded = ""
 
     def _view(self, snapshot: Snapshot | None) -> Published:
         found = self._generations

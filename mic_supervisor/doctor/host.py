@@ -275,6 +275,8 @@ def daemon(
             f"rejected {config['path']} as it is now; what was good before keeps running",
             "see why: mic-supervisor check",
         )
+    for text in status["warnings"]:
+        yield warn("daemon", f"it warns: {text}")
 
 
 def _show(program: str, unit: str) -> dict[str, str]:

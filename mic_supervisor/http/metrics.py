@@ -332,6 +332,10 @@ def _sources(snapshot: Snapshot) -> Iterator[Metric]:
         if view.off is None:
             text = f"Whether {view.runtime} can be read."
             yield GaugeMetricFamily(f"mic_{view.runtime}_up", text, view.error is None)
+    text = "Whether what is remembered could be saved."
+    yield GaugeMetricFamily("mic_state_saved", text, "state" not in snapshot.context.amiss)
+    text = "Whether the daemon found what was remembered damaged."
+    yield GaugeMetricFamily("mic_state_damaged", text, snapshot.memory.lost is not None)
     text = "Changes that are due, those that wait included."
     yield GaugeMetricFamily("mic_plan_changes", text, plan.count)
     text = "Instances for which nothing can be done."

@@ -53,8 +53,8 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What decisions depend on besides the two states. Constant while the program runs, but for
-    `busy`, `forced`, `confirmed` and `targets`.
+    """What decisions depend on besides the two states, and what is said besides. Constant while the
+    program runs, but for what has a default.
     """
 
     scope: str
@@ -69,6 +69,8 @@ class Context:
     published: Mapping[str, Collection[str]] | None = None
     hook_error: str | None = None
     unconfirmed: str | None = None  # why the file as it is now is not what is followed
+    # What the supervisor itself cannot do now, by "state" or the name of a runtime.
+    amiss: Mapping[str, str] = field(default_factory=dict)
     confirmed: bool = True  # whether what the file no longer names may be removed
     targets: Selection | None = None  # None: everything; else the rest is left as it is
 

@@ -103,6 +103,8 @@ def warnings(s: Situation) -> tuple[str, ...]:
     here."""
     out = [s.context.hook_error] if s.context.hook_error is not None and s.desired.hook else []
     out += [s.memory.lost] if s.memory.lost is not None else []
+    unreadable = {view.runtime for view in s.observed.runtimes if view.error is not None}
+    out += [text for what, text in sorted(s.context.amiss.items()) if what not in unreadable]
     if s.context.unconfirmed is not None:
         out.append(f"{s.context.unconfirmed}: {WAY_OUT}")
     found = [*s.desired.warnings]

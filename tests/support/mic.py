@@ -81,6 +81,7 @@ class Mic:
     Calling it runs `mic-supervisor ARGS`. Nothing of the caller's MIC_* settings shines through.
     `shortened` are times of the program itself that a test cannot wait for, as in
     {"mic_supervisor.plan.release.TIMEOUT": 3.0}; unit tests hold them to what they really are.
+    `within` is a command that runs the program, as unshare(1) does.
     """
 
     home: Path
@@ -90,6 +91,7 @@ class Mic:
     env: dict[str, str] = field(default_factory=dict)
     daemons: list[Daemon] = field(default_factory=list)
     shortened: dict[str, float] = field(default_factory=dict)
+    within: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for directory in (self.state_dir, self.run_dir):
@@ -139,9 +141,9 @@ class Mic:
     def program(self) -> list[str]:
         """The first words of every command."""
         if not self.shortened:
-            return [str(PROGRAM)]
+            return [*self.within, str(PROGRAM)]
         code = _SHORTENED.format(times=self.shortened, program=str(PROGRAM))
-        return [sys.executable, "-c", code]
+        return [*self.within, sys.executable, "-c", code]
 
     def environment(self) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("MIC_")}

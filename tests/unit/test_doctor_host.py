@@ -211,13 +211,19 @@ def test_the_daemon_and_its_lock(tmp_path: Path) -> None:
         assert line.startswith(
             f"warn  daemon: does not listen at {path}, and PID {os.getpid()} (mic-supervisor run, "
         )
-        status = {"config": {"path": "/etc/mic/gpus.yaml", "last_reload_ok": False}}
+        status = {
+            "config": {"path": "/etc/mic/gpus.yaml", "last_reload_ok": False},
+            "warnings": ["cannot write memory.json: No space left on device"],
+        }
         found = said(host.daemon(lambda: status, path, lock))
         assert found[0].startswith(f"ok    daemon: answers at {path}; the lock is held by PID ")
         assert found[1] == (
             "warn  daemon: rejected /etc/mic/gpus.yaml as it is now; what was good before keeps "
             "running; fix: see why: mic-supervisor check"
         )
+        assert found[2:] == [
+            "warn  daemon: it warns: cannot write memory.json: No space left on device"
+        ]
 
 
 def test_a_lock_that_its_holder_left_by_being_killed_is_nobodys(tmp_path: Path) -> None:

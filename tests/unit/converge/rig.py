@@ -146,7 +146,9 @@ class Gpus:
 class Rig:
     """A converger in a task, and everything around it."""
 
-    def __init__(self, file: File, *engines: Engine) -> None:
+    def __init__(
+        self, file: File, *engines: Engine, save: Callable[[Memory], None] | None = None
+    ) -> None:
         self.file, self.engine = file, engines[0]
         self.told: list[Event] = []
         self.saved: list[Memory] = []
@@ -156,7 +158,7 @@ class Rig:
             desired=file,
             context=b.CONTEXT,
             memory=Memory(),
-            save=self.saved.append,
+            save=save or self.saved.append,
             events=Events([self.told.append]),
             clock=Clock(lambda: time.monotonic() + self.later),
         )
@@ -184,8 +186,10 @@ class Rig:
 
 
 @asynccontextmanager
-async def converging(file: File, *engines: Engine) -> AsyncIterator[Rig]:
-    rig = Rig(file, *(engines or (Engine(),)))
+async def converging(
+    file: File, *engines: Engine, save: Callable[[Memory], None] | None = None
+) -> AsyncIterator[Rig]:
+    rig = Rig(file, *(engines or (Engine(),)), save=save)
     rig.converger.act()
     task = asyncio.create_task(rig.converger.run())
     try:

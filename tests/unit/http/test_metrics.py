@@ -114,6 +114,8 @@ def test_the_loop_and_the_program_itself() -> None:
         "mic_nvml_up": 1,
         "mic_docker_up": 1,
         "mic_subprocess_up": 1,
+        "mic_state_saved": 1,
+        "mic_state_damaged": 0,
         "mic_plan_changes": 0,
         "mic_plan_blocked": 0,
         "mic_endpoints_hook_runs_total": 3,
@@ -136,6 +138,14 @@ def test_a_file_that_waits_is_counted_and_what_it_would_change() -> None:
     found = scrape(views_of.waiting())
     assert (found["mic_config_waiting"], found["mic_config_waiting_changes"]) == (1, 3)
     assert (found["mic_config_last_reload_successful"], found["mic_plan_changes"]) == (1, 0)
+
+
+def test_a_memory_that_cannot_be_saved_is_told() -> None:
+    published = views_of.good()
+    assert published.snapshot is not None
+    context = replace(published.snapshot.context, amiss={"state": "cannot write memory.json"})
+    snapshot = replace(published.snapshot, context=context)
+    assert scrape(replace(published, snapshot=snapshot))["mic_state_saved"] == 0
 
 
 def test_a_failed_look_at_the_gpus_leaves_no_series_of_them_behind() -> None:
