@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,10 @@ from mic_supervisor.model import (
     RuntimeView,
 )
 from mic_supervisor.runtimes import Runtime
+from mic_supervisor.text import one_line
+
+_LOGGER = logging.getLogger("mic")
+_LONGEST_ERROR = 300  # characters of what an unexpected exception says
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +142,8 @@ class Source(Generic[T]):
     Everything else waits with a round, so a source is waited for as long as it usually takes, with
     room, and from 2 s to 15 s. A call that hangs is left to hang in its thread, once: until it
     returns, the source counts as unreadable, and no second call is made; `awake` is called then.
-    `late` builds that answer from a sentence. `well` says whether an answer is one.
+    `late` builds that answer from a sentence; it is also the answer where `read` raises what nobody
+    expected, which stands in the log with its traceback. `well` says whether an answer is one.
     """
 
     name: str
@@ -150,6 +156,7 @@ class Source(Generic[T]):
     _began: float = field(default=0.0, init=False)
     _was_late: bool = field(default=False, init=False)
     _timeout: float = field(default_factory=lambda: _QUICK, init=False)
+    _defect: str | None = field(default=None, init=False)  # that is in the log
 
     async def get(self) -> T:
         """What the source says now: of a call that began after `get` did, or that it is late."""
@@ -165,7 +172,20 @@ class Source(Generic[T]):
         if not await self._finished(self._pending, self._timeout):
             return self._give_up()
         pending, self._pending = self._pending, None
-        return pending.result()
+        try:
+            found = pending.result()
+        # Whatever a reader dies of, what it reads is unknown, and everything else is looked after.
+        except Exception as error:  # noqa: BLE001
+            return self.late(self._died(error))
+        self._defect = None
+        return found
+
+    def _died(self, error: Exception) -> str:
+        defect = one_line(f"{type(error).__name__}: {error}", _LONGEST_ERROR)
+        if defect != self._defect:  # else each round would say so
+            _LOGGER.error("%s cannot be read: %s", self.name, defect, exc_info=error)
+        self._defect = defect
+        return f"its answer is not what was expected: {defect}"
 
     def _give_up(self) -> T:
         self._was_late = True

@@ -27,7 +27,7 @@ from mic_supervisor.daemon.notify import Notifier, sentence
 from mic_supervisor.daemon.parts import Parts, in_thread
 from mic_supervisor.daemon.watch import GpuWatch, watch
 from mic_supervisor.desired import FileDesired
-from mic_supervisor.errors import LockHeld, MicError, RuntimeUnavailable
+from mic_supervisor.errors import LockHeld, MicError, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.host import host_name
 from mic_supervisor.http.documents import LoopState, Published
 from mic_supervisor.http.server import HttpServer
@@ -36,6 +36,7 @@ from mic_supervisor.runtimes import Runtime
 
 _LOCK_POLL = 2.0  # seconds between two looks at whether the lock's file is still there
 _STREAM_DELAY = 1.0  # seconds between two tries to follow a runtime's events
+_STREAM_PROVEN = 5.0  # seconds after which events that do not break count as followed
 _LAST_STEPS = 2.5  # seconds for steps under way to end: a daemon is gone 5 s after SIGTERM
 _STOP_NOTICE = 15.0  # seconds for which systemd is asked at a time while instances are stopped
 
@@ -241,8 +242,7 @@ class Supervisor:
 
     async def _follow(self, runtime: Runtime, over: threading.Event) -> None:
         """Wake the loop with every event of a runtime. A broken stream is followed anew."""
-        loop = asyncio.get_running_loop()
-        broken = False
+        loop, note = asyncio.get_running_loop(), self._converger.amiss.note
 
         def listen() -> None:
             for line in runtime.events(over):
@@ -251,13 +251,13 @@ class Supervisor:
 
         while not over.is_set():
             self._converger.wake()  # what happened while nobody listened
+            proven = loop.call_later(_STREAM_PROVEN, note, runtime.name, None)
             try:
                 await in_thread(f"follow-{runtime.name}", listen)
-                broken = False
-            except RuntimeUnavailable as error:
-                if not broken:
-                    LOGGER.warning("%s; trying again every few seconds until it is back", error)
-                broken = True
+            except (RuntimeUnavailable, RuntimeRefused) as error:
+                note(runtime.name, f"{error}; trying again every few seconds until it is back")
+            finally:
+                proven.cancel()
             await asyncio.sleep(_STREAM_DELAY)
 
     def _asked_to_reload(self, confirm: bool, written: str) -> Awaitable[Reloaded]:

@@ -230,10 +230,10 @@ def cgroup(pid: int | str) -> str | None:
 
 
 def in_group(part: str) -> int | None:
-    """The PID of some process that has this in its control groups, as a container's id."""
+    """The PID of some process that runs and has this in its control groups, as a container's id."""
     for pid in psutil.pids():
         with suppress(OSError):
-            if part in (cgroup(pid) or ""):
+            if part in (cgroup(pid) or "") and (one := stat(pid)) is not None and one.running:
                 return pid
     return None
 

@@ -22,6 +22,9 @@ class EngineProxy:
     `hold(pattern)` stops the first call whose "METHOD path" the pattern finds: "before" it reaches
     the engine, or "after" the engine did it and before the answer comes back. `held` is set then.
     `cut()` is an engine that dies: open connections break, new ones find no socket.
+    `answer(pattern, raw)` gives these bytes to such calls, and hangs up; the engine sees none of
+    them. `translate(pattern, old, new)` replaces words of the engine's answers to them; both have
+    the same length.
     """
 
     def __init__(self, path: Path, engine: str) -> None:
@@ -29,6 +32,8 @@ class EngineProxy:
         self.held = threading.Event()
         self._engine = engine
         self._pattern: tuple[re.Pattern[str], Moment] | None = None
+        self._answers: tuple[re.Pattern[str], bytes] | None = None
+        self._words: tuple[re.Pattern[str], bytes, bytes] | None = None
         self._let_go = threading.Event()
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -69,6 +74,17 @@ class EngineProxy:
         self._pattern = None
         self._let_go.set()
 
+    def answer(self, pattern: str, raw: bytes) -> None:
+        self._answers = re.compile(pattern), raw
+
+    def translate(self, pattern: str, old: bytes, new: bytes) -> None:
+        assert len(old) == len(new)
+        self._words = re.compile(pattern), old, new
+
+    def honest(self) -> None:
+        """Whatever is asked from now on has the engine's own answer."""
+        self._answers = self._words = None
+
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
@@ -80,9 +96,12 @@ class EngineProxy:
             with self._lock:
                 self._open |= {client, server}
             answer_late = threading.Event()
+            words: list[tuple[bytes, bytes]] = []
             for source, target, inward in ((client, server, True), (server, client, False)):
                 threading.Thread(
-                    target=self._pass_on, args=(source, target, inward, answer_late), daemon=True
+                    target=self._pass_on,
+                    args=(source, target, inward, answer_late, words),
+                    daemon=True,
                 ).start()
 
     def _pass_on(
@@ -91,16 +110,26 @@ class EngineProxy:
         target: socket.socket,
         inward: bool,
         answer_late: threading.Event,
+        words: list[tuple[bytes, bytes]],
     ) -> None:
+        whole = b""
         try:
             while data := source.recv(1 << 16):
                 if inward:
+                    if (raw := self._own_answer(data, words)) is not None:
+                        source.sendall(raw)
+                        return
                     self._look(data, answer_late)
                 elif answer_late.is_set():
                     self.held.set()
                     self._let_go.wait(60)
                     answer_late.clear()
-                target.sendall(data)
+                if words and not inward:
+                    whole += data  # a word may be cut
+                else:
+                    target.sendall(data)
+            for old, new in words:
+                target.sendall(whole.replace(old, new))
         except OSError:
             pass
         finally:
@@ -109,6 +138,15 @@ class EngineProxy:
                     item.shutdown(socket.SHUT_RDWR)
             with self._lock:
                 self._open -= {source, target}
+
+    def _own_answer(self, data: bytes, words: list[tuple[bytes, bytes]]) -> bytes | None:
+        if (found := _REQUEST.match(data)) is None:
+            return None
+        call = f"{found[1].decode()} {found[2].decode()}"
+        if self._words is not None and self._words[0].search(call):
+            words.append(self._words[1:])
+        answers = self._answers
+        return answers[1] if answers is not None and answers[0].search(call) else None
 
     def _look(self, data: bytes, answer_late: threading.Event) -> None:
         """A request begins with a packet of its own: nobody sends one before the last answer."""

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
-import requests
 from docker import APIClient
-from docker.errors import APIError, NotFound, create_api_error_from_http_exception
+from docker.errors import APIError, NotFound
 from docker.types import CancellableStream
 
 from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable, StopFailed
@@ -44,7 +43,8 @@ def log_lines(
     finally:
         _hang_up(log)
     found = engine.container(what, workload.ref)
-    if found is not None and found["State"]["Running"]:
+    state = found.get("State") if found is not None else None
+    if isinstance(state, Mapping) and state.get("Running"):
         raise RuntimeUnavailable(f"{what}: the engine ended the stream")
 
 
@@ -178,10 +178,6 @@ def _output(api: APIClient, exec_id: str, silence: float) -> Iterator[bytes]:
     url = f"{api.base_url}/v{api.api_version}/exec/{exec_id}/start"
     bounds = (api.timeout, silence)
     with api.post(url, json={"Detach": False, "Tty": False}, stream=True, timeout=bounds) as answer:
-        try:
-            answer.raise_for_status()
-        except requests.HTTPError as error:
-            create_api_error_from_http_exception(error)
         while header := answer.raw.read(_HEADER):
             length = struct.unpack(">xxxxL", header)[0]
             data = answer.raw.read(length)

@@ -72,7 +72,7 @@ def identity_of(found: Mapping[str, str], name: str) -> Identity:
         ports={key: port for key, port in (ports or {}).items() if type(port) is int},
         spec=_document(found.get(PREFIX + "spec")),
         spec_hash=found.get(PREFIX + "spec-hash", ""),
-        schema=int(schema) if schema.isascii() and schema.isdigit() else 0,
+        schema=int(schema) if len(schema) < 10 and schema.isascii() and schema.isdigit() else 0,
         origin=found.get(PREFIX + "origin", "file"),
     )
 

@@ -17,7 +17,14 @@ import requests
 import urllib3
 import yaml
 from docker import APIClient
-from docker.errors import APIError, DockerException, InvalidConfigFile, NotFound, StreamParseError
+from docker.errors import (
+    APIError,
+    DockerException,
+    InvalidConfigFile,
+    NotFound,
+    StreamParseError,
+    create_api_error_from_http_exception,
+)
 from docker.utils import version_lt
 from requests import PreparedRequest, Response
 
@@ -43,9 +50,10 @@ def an_object(value: Any) -> dict[str, Any]:
 
 
 class Client(APIClient):
-    """The SDK's client, which waits for the next word of a stream without end.
+    """The SDK's client, which waits for the next word of a stream without end, and takes a refusal
+    of events for an event.
 
-    `silence` ends that, after so many seconds.
+    `silence` ends the first, after so many seconds.
     """
 
     silence: float | None = None
@@ -53,7 +61,13 @@ class Client(APIClient):
     def send(self, request: PreparedRequest, **kwargs: Any) -> Response:
         if kwargs.get("timeout") is None:
             kwargs["timeout"] = (self.timeout, self.silence)
-        return super().send(request, **kwargs)
+        answer = super().send(request, **kwargs)
+        if kwargs.get("stream"):
+            try:
+                answer.raise_for_status()
+            except requests.HTTPError as error:
+                create_api_error_from_http_exception(error)
+        return answer
 
 
 class Engine:
@@ -184,8 +198,15 @@ class Engine:
 
 # Everything that a call through the SDK raises when the other side fails. KeyError, TypeError and
 # the like are among them because the SDK takes the shape of an answer for granted, so that a
-# foreign program behind the address breaks it in those ways.
-ODD_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError)
+# foreign program behind the address breaks it in those ways. RecursionError is JSON that is nested
+# without end.
+ODD_ANSWERS: tuple[type[Exception], ...] = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 ERRORS: tuple[type[Exception], ...] = (
     DockerException,
     StreamParseError,

@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from mic_supervisor.errors import (
     PreflightFailed,
     RuntimeRefused,
     RuntimeUnavailable,
+    StopFailed,
     WorkloadGone,
 )
-from mic_supervisor.model import ContainerSpec, Launch, ObservedWorkload, RuntimeView
+from mic_supervisor.host.processes import in_group
+from mic_supervisor.model import (
+    ContainerSpec,
+    Doubt,
+    Launch,
+    ObservedWorkload,
+    RunState,
+    RuntimeView,
+)
 from mic_supervisor.runtimes import Progress
 from mic_supervisor.runtimes.docker.container import event_lines, log_lines, remove, run_check, stop
 from mic_supervisor.runtimes.docker.create import (
@@ -34,9 +44,11 @@ from mic_supervisor.runtimes.docker.create import labels as labels_of
 from mic_supervisor.runtimes.docker.engine import ADDRESS_HINT, NO_ENGINE, Engine, refused
 from mic_supervisor.runtimes.docker.pull import Puller
 from mic_supervisor.runtimes.docker.view import (
+    INACTIVE,
     InactiveContainers,
     detailed,
     foreign_reason,
+    is_a_list,
     labels_in,
     split,
 )
@@ -81,7 +93,7 @@ class DockerRuntime:
         self._images: dict[str, Mapping[str, str]] = {}  # image id -> its labels
         self._engine = Engine(base_url, timeout=timeout, work_timeout=work_timeout)
         self._kill_wait = kill_wait
-        self._inactive = InactiveContainers(self.inspect)
+        self._inactive = InactiveContainers(self._look_at_inactive)
         self._puller = Puller(self._engine, docker_config)
         self._devices: tuple[float, frozenset[str]] | None = None
 
@@ -99,7 +111,7 @@ class DockerRuntime:
         what = "cannot list containers"
         try:
             listed = self._engine.call(what, lambda api: api.containers(all=True))
-            if not isinstance(listed, list):
+            if not is_a_list(listed):
                 cause = NO_ENGINE.format(address=self._engine.address)
                 raise RuntimeUnavailable(f"{what}: {cause}", hint=ADDRESS_HINT)
             workloads, foreign_workloads = split(
@@ -139,6 +151,21 @@ class DockerRuntime:
         if found is None:
             raise WorkloadGone(f"{what}: it no longer exists")
         return detailed(workload, found)
+
+    def _look_at_inactive(self, workload: ObservedWorkload) -> ObservedWorkload:
+        """As `inspect`. The engine may have lost what still runs: then it is in doubt."""
+        found = self.inspect(workload)
+        pid = self._running_in(workload) if found.state in INACTIVE else None
+        if pid is None:
+            return found
+        reason = f"the engine takes it for {found.state.value}, and PID {pid} in it runs"
+        doubt = Doubt(reason, f"end it: kill {pid}; or see why: journalctl -u docker")
+        return replace(found, state=RunState.UNKNOWN, pid=pid, error=reason, doubt=doubt)
+
+    def _running_in(self, workload: ObservedWorkload) -> int | None:
+        """A process of a container by the kernel, where the engine shares this machine's."""
+        whole = len(workload.ref) == 64  # digits of an id, which is in no other path
+        return in_group(workload.ref) if self._engine.local and whole else None
 
     def version(self) -> dict[str, Any]:
         """What doctor shows of the engine. Keys: version, api, root, driver, cgroup_driver,
@@ -259,6 +286,12 @@ class DockerRuntime:
 
     def stop(self, workload: ObservedWorkload, *, signal: str, grace: float) -> None:
         stop(self._engine, workload, signal, grace, self._kill_wait)
+        if (pid := self._running_in(workload)) is not None:
+            raise StopFailed(
+                f"cannot stop container {workload.name}: the engine says that it does not run, and "
+                f"PID {pid} in it does",
+                hint=f"end it: kill {pid}; or see why: journalctl -u docker",
+            )
 
     def remove(self, workload: ObservedWorkload) -> None:
         remove(self._engine, f"cannot remove container {workload.name}", workload.ref)

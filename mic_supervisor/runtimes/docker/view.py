@@ -43,7 +43,7 @@ _STATES = {
     "dead": RunState.EXITED,
     "removing": RunState.REMOVING,
 }
-_EXIT = re.compile(r"^Exited \((-?\d+)\)")
+_EXIT = re.compile(r"^Exited \((-?\d{1,10})\)")
 _HEALTH = re.compile(r"\((healthy|unhealthy|health: starting)\)")
 _DEAD = "the engine could not remove it completely"
 _FRACTION = re.compile(r"\.(\d{1,6})\d*")
@@ -56,8 +56,22 @@ def no_labels(_image: str) -> Mapping[str, str]:
     return {}
 
 
+def is_a_list(listed: Any) -> bool:
+    """Whether it tells of each container which one it is, and whose it may be.
+
+    One that does not may be any of ours: to leave it out would be to take it for absent.
+    """
+    return isinstance(listed, list) and all(
+        isinstance(item, Mapping)
+        and isinstance(ref := item.get("Id"), str)
+        and ref != ""
+        and isinstance(item.get("Labels") or {}, Mapping)
+        for item in listed
+    )
+
+
 def split(
-    listed: Sequence[Any],
+    listed: Sequence[Mapping[str, Any]],
     scope: str,
     host: str,
     *,
@@ -65,20 +79,19 @@ def split(
     given_name: GivenName | None = None,
     known: Mapping[str, bool] | None = None,
 ) -> tuple[tuple[ObservedWorkload, ...], tuple[ForeignWorkload, ...]]:
-    """The engine's list as ours and foreign ones, each sorted by name.
+    """The engine's list, which `is_a_list`, as ours and foreign ones, each sorted by name.
 
     `images` is asked for those with our labels. For `given_name` and `known` see identity.py;
     without `given_name` the labels decide.
     """
     claimed, refused = [], []
     for item in listed:
-        if isinstance(item, Mapping):
-            labels, image = labels_in(item), item.get("ImageID")
-            reason = foreign_reason(labels, scope, host, image, images)
-            if reason is None:
-                claimed.append((item, _workload(item)))
-            else:
-                refused.append((item, reason))
+        labels, image = labels_in(item), item.get("ImageID")
+        reason = foreign_reason(labels, scope, host, image, images)
+        if reason is None:
+            claimed.append((item, _workload(item)))
+        else:
+            refused.append((item, reason))
     found = [workload for _, workload in claimed]
     copied = copies(found, given_name, known or {}) if given_name is not None else {}
     ours = [workload for workload in found if workload.ref not in copied]
@@ -175,7 +188,7 @@ def _workload(item: Mapping[str, Any]) -> ObservedWorkload:
     run_state = _STATES.get(state, RunState.UNKNOWN)
     exited = _EXIT.match(status)
     health = _HEALTH.search(status)
-    created = item.get("Created")
+    created = _number(item.get("Created"))
     return ObservedWorkload(
         runtime="docker",
         name=name,
@@ -183,7 +196,7 @@ def _workload(item: Mapping[str, Any]) -> ObservedWorkload:
         identity=identity_of(labels_in(item), name),
         state=run_state,
         exit_code=int(exited[1]) if exited else None,
-        created_at=float(created) if isinstance(created, int | float) else None,
+        created_at=created,
         address=_address(item) if run_state is RunState.RUNNING else None,
         engine_health=_engine_health(health[1].removeprefix("health: ")) if health else None,
         error=_DEAD if state == "dead" else None,
@@ -198,15 +211,16 @@ def _foreign_workload(
     claims = claims_of(labels, scope, host)
     ports = item.get("Ports")
     published = {
-        port.get("PublicPort")
+        number
         for port in (ports if isinstance(ports, Sequence) else ())
         if isinstance(port, Mapping) and port.get("Type", "tcp") == "tcp"
+        if isinstance(number := port.get("PublicPort"), int)
     }
     return ForeignWorkload(
         runtime="docker",
         name=name,
         ref=str(item.get("Id", "")),
-        ports=tuple(sorted(port for port in published if isinstance(port, int))),
+        ports=tuple(sorted(published)),
         running=item.get("State") in ("running", "paused", "restarting"),
         reason=reason,
         claims=claims,
@@ -266,6 +280,11 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def _number(value: Any) -> float | None:
+    """None also where it is larger than any that an engine gives: not every integer is a float."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else None
+
+
 def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) else None
 
@@ -284,7 +303,7 @@ def _text(value: Any) -> str | None:
 # memory, or could not be started.
 
 INSPECT_TIMEOUT = 1.0  # seconds that a look waits for all the inspections that it begins
-_INACTIVE = frozenset({RunState.CREATED, RunState.EXITED})
+INACTIVE = frozenset({RunState.CREATED, RunState.EXITED})
 
 Inspect = Callable[[ObservedWorkload], ObservedWorkload]
 
@@ -327,7 +346,7 @@ class InactiveContainers:
 
     def _ask(self, listed: Iterable[ObservedWorkload]) -> list[Future[ObservedWorkload]]:
         with self._lock:
-            inactive = {item.ref: item for item in listed if item.state in _INACTIVE}
+            inactive = {item.ref: item for item in listed if item.state in INACTIVE}
             self._errors = {ref: one for ref, one in self._errors.items() if ref in inactive}
             self._asked = {ref: one for ref, one in self._asked.items() if ref in inactive}
             unknown = inactive.keys() - self._errors.keys() - self._starting - self._asked.keys()
@@ -348,7 +367,7 @@ class InactiveContainers:
             return None
         except MicError as error:
             return replace(item, state=RunState.UNKNOWN, error=error.message)
-        if found.state not in _INACTIVE:
+        if found.state not in INACTIVE:
             return found
         if item.ref not in self._starting:
             self._errors[item.ref] = found.error

@@ -89,7 +89,7 @@ def test_a_line_without_end_is_given_in_pieces() -> None:
     assert [len(line) for line in lines([b"x" * (1 << 20)] * 2)] == [2 << 20]
 
 
-@pytest.mark.parametrize("broken", ["hang up", "end", "no JSON"])
+@pytest.mark.parametrize("broken", ["hang up", "end", "no JSON", "[", '{"a":', "[1]\n", "null\n"])
 def test_events_that_break_off_are_an_error(
     runtime: DockerRuntime, fake: FakeEngine, broken: str
 ) -> None:
@@ -102,6 +102,8 @@ def test_events_that_break_off_are_an_error(
             handler.chunk(b"")
         elif broken == "no JSON":
             handler.chunk(b"Bad Gateway\n")
+        elif broken != "hang up":
+            handler.chunk(broken.encode() * 50_000)
         handler.close_connection = True
 
     fake.answers["GET /events"] = events
@@ -145,10 +147,18 @@ def test_events_are_followed_in_the_version_that_the_engine_speaks(
     assert fake.requests[-1] == (speaks, "GET /events")
 
 
-def test_a_refusal_of_events_is_told_at_once(runtime: DockerRuntime, fake: FakeEngine) -> None:
-    fake.answers["GET /_ping"] = refuse(403, "Forbidden")
+@pytest.mark.parametrize("call", ["GET /_ping", "GET /events"])
+@pytest.mark.parametrize(
+    ("status", "cause"),
+    [(403, "does not allow the call (no)"), (500, ": no"), (503, "is not ready (no)")],
+)
+def test_a_refusal_of_events_is_told_at_once(
+    runtime: DockerRuntime, fake: FakeEngine, call: str, status: int, cause: str
+) -> None:
+    fake.answers[call] = refuse(status, "no")
     error = fails(lambda: next(runtime.events(threading.Event())))
-    assert "does not allow the call (Forbidden)" in str(error)
+    assert str(error).startswith("cannot follow the engine's events: ")
+    assert cause in str(error)
 
 
 def test_a_death_is_told_when_the_engine_has_written_it_down(fake: FakeEngine) -> None:

@@ -121,6 +121,26 @@ def test_a_socket_that_nobody_serves(tmp_path: Path) -> None:
             "check MIC_DOCKER_HOST",
         ),
         (
+            lambda h: h.send(200, b"[" * 100_000),
+            "what answers at {path} is not a Docker Engine",
+            "check MIC_DOCKER_HOST",
+        ),
+        (
+            lambda h: h.send(200, b'[{"Id": ' + b"9" * 5000 + b"}]"),
+            "what answers at {path} is not a Docker Engine",
+            "check MIC_DOCKER_HOST",
+        ),
+        (
+            reply([{"Id": "c1"}, None]),
+            "what answers at {path} is not a Docker Engine",
+            "check MIC_DOCKER_HOST",
+        ),
+        (
+            lambda h: h.wfile.write(b"HTTP/1.1 2"),
+            "what answers at {path} is not a Docker Engine",
+            "check MIC_DOCKER_HOST",
+        ),
+        (
             lambda h: h.wfile.write(b"SSH-2.0-OpenSSH\r\n\r\n"),
             "",  # whatever it is, it is said
             "",

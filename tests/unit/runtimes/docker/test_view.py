@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mic_supervisor.model import ForeignWorkload, Identity, ObservedWorkload, RunState
 from mic_supervisor.runtimes.docker.create import labels
-from mic_supervisor.runtimes.docker.view import detailed, foreign_reason, split
+from mic_supervisor.runtimes.docker.view import detailed, foreign_reason, is_a_list, split
 
 IDENTITY = Identity("default", "h", "mam", "MAM", "triton", ("GPU-1",), {}, {}, "abc")
 OURS = labels(IDENTITY)
@@ -123,6 +123,50 @@ def test_whose_it_is(changes: dict[str, str], reason: str | None) -> None:
     assert foreign_reason({**OURS, **changes}, "default", "h") == reason
 
 
+@pytest.mark.parametrize(
+    "items",
+    [
+        [None],
+        [float("nan")],
+        ["cut"],
+        [[listed()]],
+        [{}],
+        [listed(Id=None)],
+        [listed(Id="")],
+        [listed(Labels=["io.mic.scope"])],
+        [listed(), 7],
+        {"Id": "x"},
+        None,
+    ],
+)
+def test_a_list_with_what_tells_not_which_container_it_is_is_none(items: Any) -> None:
+    assert not is_a_list(items)
+
+
+def test_a_container_without_labels_or_names_is_one() -> None:
+    assert is_a_list([listed(Labels=None, Names=None), {"Id": "x"}])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"Status": f"Exited ({'9' * 5000}) 2 seconds ago"},
+        {"Created": 10**400},
+        {"Created": -(10**400)},
+        {"Labels": {**OURS, "io.mic.schema": "9" * 5000}},
+        {"Labels": {**OURS, "io.mic.ports": '{"http": ' + "9" * 5000 + "}"}},
+        {"Labels": {**OURS, "io.mic.spec": '{"a":' * 5000}},
+        {"Ports": [{"PublicPort": [1]}, {"PublicPort": {"a": 1}}]},
+    ],
+)
+def test_numbers_without_end_and_members_of_other_types_are_unknown(
+    changes: dict[str, Any],
+) -> None:
+    assert only(listed(**changes)).ref == "f27c76fe8b00"
+    (foreign,) = split([listed(**changes | {"Labels": {}})], "default", "h")[1]
+    assert foreign.ports == ()
+
+
 def test_sorted_by_name() -> None:
     items = [listed(Names=[f"/{name}"]) for name in "cab"]
     assert [w.name for w in split(items, "default", "h")[0]] == ["a", "b", "c"]
@@ -202,8 +246,14 @@ STATES = st.fixed_dictionaries(
 @pytest.mark.slow
 @given(st.lists(JSON | ITEMS, max_size=4))
 def test_no_answer_is_a_surprise(items: list[Any]) -> None:
-    workloads, foreign_workloads = split(items, "default", "h")
-    assert len(workloads) + len(foreign_workloads) == sum(isinstance(item, dict) for item in items)
+    if is_a_list(items):
+        workloads, foreign_workloads = split(items, "default", "h")
+        assert len(workloads) + len(foreign_workloads) == len(items)
+    else:
+        assert not all(isinstance(item, dict) and item.get("Id") for item in items) or any(
+            not isinstance(item.get("Labels") or {}, dict) or not isinstance(item["Id"], str)
+            for item in items
+        )
 
 
 @given(ITEMS, JSON | STATES)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
-from mic_supervisor.errors import RuntimeUnavailable, WorkloadGone
+from mic_supervisor.errors import RuntimeUnavailable, StopFailed, WorkloadGone
 from mic_supervisor.model import ObservedWorkload, RunState
 from mic_supervisor.runtimes.docker import view as module
 from mic_supervisor.runtimes.docker.create import labels
@@ -28,6 +29,7 @@ from tests.unit.runtimes.docker.engine_fake import (
 )
 
 CREATED = replace(WORKLOAD, state=RunState.CREATED)
+REF = "5e" * 32
 EXITED = replace(WORKLOAD, state=RunState.EXITED, exit_code=0)
 
 
@@ -227,6 +229,45 @@ def test_a_look_tells_what_the_inspection_does(
 ) -> None:
     fake.answers["GET /containers/c1/json"] = reply({"State": {"Status": status}})
     assert state(runtime) == seen
+
+
+PID = 4121
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A /proc in which one process is in the control group of the container."""
+    process = tmp_path / "proc" / str(PID)
+    process.mkdir(parents=True)
+    (process / "stat").write_text(f"{PID} (serve) R 1 1 1 {'0 ' * 13}1 0 777\n")
+    (process / "cgroup").write_text(f"0::/system.slice/docker-{REF}.scope\n")
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "proc"))
+    return process
+
+
+@pytest.mark.parametrize("status", ["created", "exited", "dead"])
+def test_what_the_engine_takes_for_inactive_while_it_runs_is_in_doubt(
+    runtime: DockerRuntime, fake: FakeEngine, running: Path, status: str
+) -> None:
+    fake.answers["GET /containers/json"] = reply([{**LISTED, "Id": REF, "State": status}])
+    fake.answers[f"GET /containers/{REF}/json"] = reply({"State": {"Status": status}})
+    for _ in range(2):  # also when it was looked at before
+        (seen,) = runtime.observe().workloads
+        assert (seen.state, seen.pid) == (RunState.UNKNOWN, PID)
+        assert seen.doubt is not None
+        assert seen.doubt.reason.endswith(f", and PID {PID} in it runs")
+    stat = running / "stat"
+    stat.write_text(stat.read_text().replace(" R ", " Z "))  # it has ended
+    assert state(runtime) == [RunState.CREATED if status == "created" else RunState.EXITED]
+
+
+def test_a_stop_that_the_engine_takes_for_done_while_it_runs_has_failed(
+    runtime: DockerRuntime, fake: FakeEngine, running: Path
+) -> None:
+    fake.answers[f"POST /containers/{REF}/kill"] = refuse(409, "Container x is not running")
+    error = fails(lambda: runtime.stop(replace(WORKLOAD, ref=REF), signal="SIGTERM", grace=1.0))
+    assert isinstance(error, StopFailed)
+    assert f"PID {PID} in it does" in str(error)
 
 
 def test_a_look_without_an_answer_to_the_inspection(
