@@ -417,6 +417,8 @@ class ForeignWorkload:
 class RuntimeView:
     """What one runtime runs. `error` set: unknown, and the GPUs concerned are frozen.
 
+    `last` is then all of ours that may run: what did when it could be read, and what was begun
+    since. Only we start anything of ours. None: it could not be read yet.
     `off` set: it is switched off, and that is why; it runs nothing and can start nothing.
     """
 
@@ -426,6 +428,7 @@ class RuntimeView:
     error: str | None = None
     hint: str | None = None
     off: str | None = None
+    last: tuple[ObservedWorkload, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from mic_supervisor.converge.amiss import Amiss, Saver
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
 from mic_supervisor.converge.gpu_reporter import GpuReporter
-from mic_supervisor.converge.observe import Sources, combine, read_in, with_holders
+from mic_supervisor.converge.observe import LastViews, Sources, combine, read_in, with_holders
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Checker, Target
 from mic_supervisor.converge.publisher import Publisher
@@ -122,6 +122,7 @@ class Converger:
         self._bound = True  # whether the remembered bindings hold
         self._indices: dict[str, int] = {}  # the driver's of today, by UUID
         self._gpus, self._views, self._listeners = read_in(sources, self._pool, self.wake)
+        self._last_views = LastViews()
         self._publisher = Publisher(
             self._pool, clock.steady, self._emit_hook, host_name(), memory.published
         )
@@ -252,6 +253,8 @@ class Converger:
         inventory, views = await asyncio.gather(
             self._gpus.get(), asyncio.gather(*(view.get() for view in self._views))
         )
+        busy = frozenset(name for lane in lanes for name in lane.instances)
+        views = [self._last_views.noted(view, busy) for view in views]
         # After the runtimes: the port of a container that dies in between would look like a foreign
         # one's.
         listeners = await self._listeners.get()
@@ -269,7 +272,7 @@ class Converger:
         observed = await blocking(self._pool, with_holders, observed, desired, self._sources)
         context = replace(
             self.context,
-            busy=frozenset(name for lane in lanes for name in lane.instances),
+            busy=busy,
             # Asked of the configuration at hand: another one may have come since it was taken.
             confirmed=self.context.confirmed and self.removal_confirmed(desired.config_hash),
             published=self._publisher.known(desired.hook),
@@ -445,6 +448,7 @@ class Converger:
     async def _step(self, step: Step, change: Change, lane: Lane) -> None:
         lane.activities[change.instance] = phase_of_step(step)
         self.memory = ledger.begun(self.memory, step)
+        self._last_views.begins(step)
         if isinstance(step, Stop | Restart):
             self._prober.forget(step.workload.ref)
             await self._saver.save(lambda: self.memory)  # we may be killed before the next round

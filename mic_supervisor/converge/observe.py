@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
@@ -22,6 +22,8 @@ from mic_supervisor.model import (
     RunState,
     RuntimeView,
 )
+from mic_supervisor.plan.actions import Restart, Start, Step
+from mic_supervisor.plan.assess import is_alive
 from mic_supervisor.runtimes import Runtime
 from mic_supervisor.text import one_line
 
@@ -126,6 +128,43 @@ def with_holders(observed: ObservedState, desired: DesiredState, sources: Source
         for item in observed.listeners
     )
     return replace(observed, listeners=named)
+
+
+class LastViews:
+    """What each runtime may run while it cannot be read, see RuntimeView.last."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, tuple[ObservedWorkload, ...]] = {}  # alive, by runtime
+        self._begun: list[ObservedWorkload] = []  # that no look has shown yet
+
+    def begins(self, step: Step) -> None:
+        """Before a step is carried out: it may do what it is for, whatever is heard of it."""
+        if isinstance(step, Start):
+            one = step.launch
+            self._begun.append(
+                ObservedWorkload(one.runtime, one.name, "", one.identity, RunState.UNKNOWN)
+            )
+        elif isinstance(step, Restart):
+            self._begun.append(replace(step.workload, state=RunState.UNKNOWN))
+
+    def noted(self, view: RuntimeView, busy: Collection[str]) -> RuntimeView:
+        """The view, with what is known from before where it has an error.
+
+        What `busy` instances begin may be newer than the view.
+        """
+        name = view.runtime
+        if view.error is None:
+            self._read[name] = tuple(item for item in view.workloads if is_alive(item))
+            self._begun = [
+                item
+                for item in self._begun
+                if item.runtime != name or item.identity.instance in busy
+            ]
+            return view
+        if name not in self._read:
+            return view
+        begun = (item for item in self._begun if item.runtime == name)
+        return replace(view, last=(*self._read[name], *begun))
 
 
 T = TypeVar("T")

@@ -121,7 +121,8 @@ class Ports:
     def __init__(self, observed: ObservedState) -> None:
         self._ours: dict[int, set[str]] = {}
         self._serving: set[int] = set()
-        for workload in workloads(observed):
+        last = [workload for view in observed.runtimes for workload in view.last or ()]
+        for workload in (*workloads(observed), *last):
             for number in workload.identity.ports.values():
                 self._ours.setdefault(number, set()).add(workload.identity.instance)
                 if is_alive(workload):

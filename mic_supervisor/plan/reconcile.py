@@ -4,8 +4,9 @@ A plan is decided once, as if nothing was held up; what then holds it up only ta
 it or lets them wait, with all that depends on them. In this order; the numbers stand again in the
 code:
 
-1. What cannot be read is frozen. An unreadable runtime may run a container of ours on any GPU that
-   is not known to be another runtime's, so nothing is started or stopped there.
+1. What cannot be read is frozen. An unreadable runtime may run what it ran when it could be read,
+   and what was begun since: nothing is started or stopped on those GPUs and ports. One that could
+   never be read may run a container of ours on any GPU that is not known to be another runtime's.
 2. Every workload that is alive in a lane and is not the match of a desired instance must go. It is
    stopped only when each instance that follows on its GPUs is prepared, and created if its runtime
    can create ahead. If a follower is blocked, it stays: a model that runs is worth more than an
@@ -27,7 +28,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from mic_supervisor.config.document import CONFIRM
-from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload, RunState
+from mic_supervisor.model import (
+    DesiredState,
+    ObservedState,
+    ObservedWorkload,
+    RunState,
+    RuntimeView,
+)
 from mic_supervisor.plan.actions import (
     Blocked,
     Change,
@@ -105,7 +112,7 @@ def _decide(s: Situation) -> Plan:
 
 def _lane(s: Situation, lane: Lane) -> tuple[list[Change], Iterable[Blocked]]:
     for view in sorted(s.observed.runtimes, key=lambda item: item.runtime):  # 1
-        if view.error is not None and _concerned(view.runtime, lane):
+        if view.error is not None and _concerned(s, view, lane):
             unknown = because(
                 Code.RUNTIME_UNREADABLE, runtime=view.runtime, error=view.error, hint=view.hint
             )
@@ -149,11 +156,23 @@ def _lane(s: Situation, lane: Lane) -> tuple[list[Change], Iterable[Blocked]]:
     return changes + _removals(s, lane, undesired, stops), blocked.values()
 
 
-def _concerned(runtime: str, lane: Lane) -> bool:
+def _concerned(s: Situation, view: RuntimeView, lane: Lane) -> bool:
     """Whether a lane depends on what an unreadable runtime runs."""
-    if runtime in {*(i.runtime for i in lane.wanted), *(i.runtime for i in lane.undesired)}:
+    if view.runtime in {*(i.runtime for i in lane.wanted), *(i.runtime for i in lane.undesired)}:
         return True
-    return bool(lane.undesired) or not all(item.runs and not item.alive for item in lane.wanted)
+    if not lane.undesired and all(item.runs and not item.alive for item in lane.wanted):
+        return False
+    if view.last is None:
+        return True
+    gpus = {uuid for item in lane.wanted for uuid in item.gpus}
+    gpus |= {uuid for workload in lane.undesired for uuid in workload.identity.gpus}
+    ports = {n for item in lane.wanted for n in (s.numbers[item.instance.id] or {}).values()}
+    return any(
+        not one.identity.gpus
+        or gpus & {*one.identity.gpus}
+        or ports & {*one.identity.ports.values()}
+        for one in view.last
+    )
 
 
 def _frozen(

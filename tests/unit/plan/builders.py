@@ -208,13 +208,15 @@ def observed(
     health: Mapping[str, Health] | None = None,
     foreign_workloads: Iterable[ForeignWorkload] = (),
     errors: Mapping[str, str] | None = None,
+    last: Iterable[ObservedWorkload] | None = None,
     listeners: Iterable[Listener] = (),
     nvml_error: str | None = None,
     process_runtime: str = "subprocess",
 ) -> ObservedState:
     """Six idle GPUs and these workloads. What runs is healthy, unless `health` says otherwise.
 
-    A runtime named in `errors` cannot be read, and what it runs is then not to be seen.
+    A runtime named in `errors` cannot be read, and what it runs is then not to be seen; `last` is
+    what was known of it before.
     """
     errors = errors or {}
     views = tuple(
@@ -225,6 +227,9 @@ def observed(
             else tuple(item for item in workloads if item.runtime == runtime),
             tuple(item for item in foreign_workloads if item.runtime == runtime),
             error=errors.get(runtime),
+            last=tuple(item for item in last if item.runtime == runtime)
+            if last is not None and runtime in errors
+            else None,
         )
         for runtime in ("docker", process_runtime)
     )

@@ -184,6 +184,7 @@ def cases(draw: st.DrawFn) -> Case:
         health={item.ref: draw(HEALTH) for item in found},
         errors={name: "refused" for name in failing_runtimes if draw(st.booleans())},
         listeners=[Listener(port) for port in listeners],
+        last=draw(st.sampled_from([None, found])),
         nvml_error="no driver" if rarely(draw, 25) else None,
         foreign_workloads=[ForeignWorkload("docker", "jupyter", "j", (9002,))]
         if draw(st.booleans())

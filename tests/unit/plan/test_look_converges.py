@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mic_supervisor.converge.observe import LastViews
 from mic_supervisor.model import DesiredState, Instance, Port
 from mic_supervisor.plan.actions import Restart, Start, Step
 from mic_supervisor.plan.assess import Context
@@ -157,7 +158,7 @@ def happen(world: World, trouble: Trouble, event: str | File) -> None:
         used = {port for box in world.alive() for port in box.launch.identity.ports.values()}
         world.listening ^= {trouble.chance.randrange(20000, 20009)} - used
     elif event == "restart":
-        world.memory = reread(world.memory)
+        world.memory, world.last_views = reread(world.memory), LastViews()
     elif event == "lose memory":
         world.memory = Memory()
     elif event in ("calm", "storm"):
@@ -173,6 +174,7 @@ def rounds(world: World, chance: Random, count: int = 1) -> None:
             world.round(chance)
         except Killed:
             world.memory = saved  # what it had noted since the round began is lost
+            world.last_views = LastViews()
         world.pass_time(chance.choice([0.5, 3.0, 30.0]))
 
 

@@ -172,6 +172,9 @@ def unknown_is_never_absent(case: Case) -> None:
         return
     unread = {view.runtime for view in case.observed.runtimes if view.error is not None}
     running = {item.identity.instance for item in alive(case)}
+    last = [item for view in case.observed.runtimes for item in view.last or ()]
+    held = {uuid for item in last for uuid in item.identity.gpus}
+    unknown = any(view.last is None for view in case.observed.runtimes if view.error is not None)
     for change in plan.changes:
         for step in change.steps:
             item = subject(step)
@@ -179,8 +182,8 @@ def unknown_is_never_absent(case: Case) -> None:
             if isinstance(step, Prepare | Create | Start):
                 assert step.launch.runtime not in unread
             if unread and isinstance(step, Start | Restart):
-                # Nothing new: its GPU is known to be its own.
-                assert change.instance in running
+                # Nothing new, since its GPU is known to be its own, or known to be free.
+                assert change.instance in running or not (unknown or held & {*change.gpus})
     known = {one.uuid: one for one in case.observed.inventory.gpus}
     for _, gpus, _ in starts(plan).values():
         assert all(known[one].processes is not None for one in gpus)

@@ -8,6 +8,9 @@ import pytest
 
 from mic_supervisor.model import (
     Doubt,
+    GpuProcess,
+    ObservedWorkload,
+    Port,
     RunState,
     Unlisted,
     UnopenedGpu,
@@ -26,6 +29,7 @@ from tests.unit.plan.builders import (
     observed,
     on,
     plan_for,
+    process,
     program,
     shortly,
     text,
@@ -75,6 +79,51 @@ def test_a_process_that_runs_is_still_looked_after_without_docker() -> None:
         face, health={face.ref: failing("liveness")}, errors={"docker": "connection refused"}
     )
     assert [change.kind for change in plan_for([FACE], state).changes] == ["restart"]
+
+
+GONE = {"docker": "connection refused"}
+
+
+@pytest.mark.parametrize("last", [[], [workload(MAM)]])
+def test_a_process_that_ended_is_started_where_docker_had_nothing_when_it_could_be_read(
+    last: list[ObservedWorkload],
+) -> None:
+    ended = workload(FACE, RunState.EXITED)
+    plan = plan_for([MAM, FACE], observed(ended, errors=GONE, last=last))
+    assert [(change.kind, change.instance) for change in plan.changes] == [("start", FACE.id)]
+    assert [item.instance for item in plan.blocked] == [MAM.id]
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        workload(on("old", 2)),
+        workload(on("old", 2), RunState.UNKNOWN),
+        workload(on("old", 1, 2)),
+        workload(on("old", 1), identity={"gpus": ()}),
+        workload(on("old", 1), ports={"http": 9000}),
+    ],
+)
+def test_a_process_stays_down_where_docker_may_have_its_gpu_or_port(last: ObservedWorkload) -> None:
+    face = on("face", 2, workload=program("/opt/face", ports=(Port("http", 9000),)))
+    state = observed(workload(face, RunState.EXITED), errors=GONE, last=[last])
+    plan = plan_for([face], state)
+    assert plan.count == 0
+    assert plan.blocked[0].reason == "what docker runs is unknown: connection refused"
+
+
+@pytest.mark.parametrize("processes", [(process(4121),), None])
+def test_a_process_stays_down_where_the_driver_lists_others_on_its_gpu_or_does_not_say(
+    processes: tuple[GpuProcess, ...] | None,
+) -> None:
+    state = observed(errors=GONE, last=[], gpus=[gpu(2, processes=processes)])
+    assert plan_for([FACE], state).count == 0
+
+
+def test_a_container_is_started_where_an_unreadable_process_runtime_had_nothing() -> None:
+    state = observed(errors={"subprocess": "no answer"}, last=[workload(FACE)])
+    plan = plan_for([MAM, FACE], state)
+    assert [(change.kind, change.instance) for change in plan.changes] == [("create", MAM.id)]
 
 
 def test_nvml_that_cannot_be_read_stops_and_starts_nothing() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from random import Random
 
+from mic_supervisor.converge.observe import LastViews
 from mic_supervisor.errors import (
     LoadFailed,
     MicError,
@@ -137,6 +138,7 @@ class World:
     dies: Callable[[Box], bool] = lambda box: False
     between: Callable[[Step], None] = lambda step: None
     log: list[str] = field(default_factory=list)
+    last_views: LastViews = field(default_factory=LastViews)
     _lingering: dict[str, set[int]] = field(default_factory=dict)  # UUID -> PIDs that have ended
     _counter: itertools.count[int] = field(default_factory=lambda: itertools.count(1000))
     _assessments: dict[str, Assessment] = field(default_factory=dict)
@@ -185,9 +187,9 @@ class World:
 
     def _view(self, name: str) -> RuntimeView:
         if name in self.unreadable:
-            return RuntimeView(name, error="connection refused")
+            return self.last_views.noted(RuntimeView(name, error="connection refused"), ())
         found = [box.observed() for box in self.boxes.values() if box.launch.runtime == name]
-        return RuntimeView(name, tuple(found))
+        return self.last_views.noted(RuntimeView(name, tuple(found)), ())
 
     def _health(self, box: Box) -> Health:
         up = box.started_at is not None and self.now - box.started_at >= BOOT
@@ -304,6 +306,7 @@ class World:
         self.now += 0.01
         self.log.append(f"{self.now:.2f} {step.id}")
         self.memory = ledger.begun(self.memory, step)
+        self.last_views.begins(step)
         reason = self.fails(step)
         if isinstance(step, Prepare):
             if reason:
