@@ -161,11 +161,16 @@ class Converger:
 
         Returns what of it had failed.
         """
+        self.explain(instances)
         chosen = {*(self.memory.instances if instances is None else instances)}
         failed = {name for name in chosen if self.memory.of(name).has_failed}
         self.memory = ledger.forgiven(self.memory, chosen)
-        self.wake()
         return failed
+
+    def explain(self, instances: Collection[str] | None = None) -> None:
+        """Go on also with what runs for a reason that is lost; None is everything."""
+        self.memory = ledger.explained(self.memory, instances)
+        self.wake()
 
     @property
     def activities(self) -> dict[str, Phase]:
@@ -235,6 +240,7 @@ class Converger:
         else:
             answers = await self._prober.ask_once(self._targets(seen))
             seen = self._look(desired, replace(observed, health=answers), context)
+            self.memory = replace(self.memory, unexplained=seen.memory.unexplained)
             self._publisher.follow(None, seen.statuses)
         reported = seen.in_wall()
         self.snapshot = view(

@@ -176,12 +176,14 @@ class Session:
     async def _edited(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """As apply, after one entry was edited: no removal is confirmed, nothing is forgiven.
 
-        `hash` is of the document that the edit made.
+        What a loss of the memory keeps as it is on the entry's GPUs goes on. `hash` is of the
+        document that the edit made.
         """
         self._check_path(params)
         with self._listening(emit) as errors:
             await self._read_file(confirm=False, written=str(params.get("hash", "")))
-            targets, _ = await self._chosen(params, "follow the file on")
+            targets, only = await self._chosen(params, "follow the file on")
+            self.converger.explain(only or ())
             self._begin(targets)
             snapshot = await self.snapshots.converged(targets)
         left_out = () if targets is None or not self.own else snapshot.limited(targets).left_out

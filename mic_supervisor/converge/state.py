@@ -46,7 +46,8 @@ class StateDir:
     def memory(self) -> Memory:
         """What was remembered, or nothing yet. Raises MicError when it may not be read.
 
-        What of it is damaged is as if it was never there, and `lost` says so.
+        What of it is damaged is as if it was never there, and `lost` says so. What is lost, or was
+        never there, explains nothing of what runs: then `unexplained` is not None.
 
         On disk times are the wall clock's, beside the offset that made them so. In the same boot
         they become exactly what they were, however the clock was set since; after a reboot, and of
@@ -55,7 +56,7 @@ class StateDir:
         path = self.path / _MEMORY
         lost: str | None = None
         data: Any = {}
-        memory = Memory()
+        memory = Memory(unexplained={})
         try:
             if (found := self.read(_MEMORY)) is not None:
                 memory, lost = _salvaged(path, found)
@@ -72,6 +73,8 @@ class StateDir:
         except codec.BadDocument:
             written = _Written()
         self._damaged = lost is not None
+        if lost is not None:
+            memory = replace(memory, unexplained={})
         now = self._clock.steady()
         boot, offset = written.boot_id, written.offset
         if not boot or offset is None or boot != self._boot:

@@ -205,6 +205,8 @@ class Supervisor:
         if self._generations.unconfirmed is not None:
             LOGGER.warning("%s: %s", self._generations.unconfirmed, WAY_OUT)
         self._warn(self._started_with)
+        if self._converger.memory.lost is not None:
+            LOGGER.warning("%s", self._converger.memory.lost)
         self._events.emit(
             Event("config", self._clock.wall(), "configuration", self._origin(), cause="start")
         )
@@ -224,6 +226,7 @@ class Supervisor:
         """Remove nothing by a file's word: this is the operator's setting MIC_ON_STOP=stop."""
         self._desired.use(Config.nothing(self._settings.config, asked=True))
         self._converger.removal_confirmed = lambda _hash: True
+        self._converger.explain()
         notice = asyncio.create_task(self._ask_for_time())
         began = self._clock.steady()
         self._converger.wake()
@@ -279,6 +282,8 @@ class Supervisor:
                 # was good; that stands in STATUS and in the exit status of ExecReload.
                 if self._ready:
                     self._notifier.ready()
+            if confirm and outcome.error is None:
+                self._converger.explain()
             self._took(outcome, why)
             return outcome
 

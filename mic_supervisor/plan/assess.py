@@ -282,6 +282,25 @@ def with_containers(memory: Memory, observed: ObservedState) -> Memory:
     return memory
 
 
+def with_unexplained(
+    memory: Memory, observed: ObservedState, assessments: Iterable[Assessment]
+) -> Memory:
+    """With what runs otherwise than it should where a runtime is first read after a loss.
+
+    Of what was found then it keeps what still does. See Memory.unexplained.
+    """
+    if memory.unexplained is None:
+        return memory
+    as_desired = {item.instance.id for item in assessments if not item.alive}
+    found: dict[str, tuple[str, ...]] = {}
+    for view in observed.runtimes:
+        if view.error is None and view.off is None:
+            known = memory.unexplained.get(view.runtime)
+            names = {one.identity.instance for one in view.workloads} - as_desired
+            found[view.runtime] = tuple(sorted(names if known is None else names & {*known}))
+    return replace(memory, unexplained={**memory.unexplained, **found})
+
+
 def _assess(
     instance: Instance,
     found: Iterable[ObservedWorkload],

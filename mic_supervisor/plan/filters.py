@@ -1,8 +1,12 @@
 """What holds up a plan: it takes changes out of it, or has them wait for their turn.
 
-Taken out is what is in doubt, what is paused, and what was not chosen.
+Taken out is what is in doubt, what is paused, what was not chosen, and what nothing explains.
 
 What runs and cannot be told for certain is in doubt: nothing is done with it, nor on its GPUs.
+
+What runs otherwise than the file asks, and was found so when the memory was lost, may have a reason
+that is lost with it: a pause, a rollback, what a GPU's number meant. So it stays until somebody
+says to go on.
 
 A pause is for who works on something by hand. It covers all that is of the model or on the GPU,
 named by the file or not: nothing is created, started, stopped, removed, loaded or unloaded, and no
@@ -22,6 +26,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
+from mic_supervisor.config.document import CONFIRM
 from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.plan.actions import (
     Blocked,
@@ -71,7 +76,11 @@ def _take_out(plan: Plan, held: Mapping[str, Blocked], s: Situation) -> Plan:
 def _held(s: Situation) -> Iterable[Blocked]:
     """Every instance, and entry in trouble, that is left as it is; of several the last counts."""
     targets = s.context.targets
+    unexplained = {name for names in (s.memory.unexplained or {}).values() for name in names}
+    because_lost = because(Code.UNEXPLAINED, hint=CONFIRM)
     for item in s.assessments:
+        if item.instance.id in unexplained:
+            yield item.blocked(because_lost)
         if (why := _why(s, item.instance.model, item.gpus, s.is_chosen(item))) is not None:
             yield item.blocked(why)
     # Of several with one id, those that are alive say where it is.
@@ -79,6 +88,8 @@ def _held(s: Situation) -> Iterable[Blocked]:
         alive = [item for item in several if is_alive(item)] or several
         gpus = {uuid for item in alive for uuid in item.identity.gpus}
         chosen = targets is None or not s.needed.isdisjoint(gpus)
+        if alive[0].identity.instance in unexplained and not s.is_unconfirmed(alive[0]):
+            yield left_alone(alive[0], because_lost)
         if (why := _why(s, alive[0].identity.model, gpus, chosen)) is not None:
             yield left_alone(alive[0], why)
     for entry in s.desired.unsatisfiable:
@@ -163,8 +174,8 @@ def _renamed(item: Blocked, held: Mapping[str, Blocked]) -> Blocked:
 
 
 def _as_blocked(one: Blocked, plan: Plan) -> Blocked:
-    """That it is excluded; of what is paused, what the plan would have done for it as well."""
-    if not one.paused:
+    """That it is excluded; unless it is in doubt, what the plan would have done for it as well."""
+    if one.why.kind is Code.IN_DOUBT:
         return one
     due = [
         because(Code.WOULD, kind=change.kind, cause=change.why)

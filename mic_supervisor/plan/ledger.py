@@ -132,6 +132,17 @@ def forgiven(memory: Memory, instances: Collection[str]) -> Memory:
     return replace(memory, instances={**memory.instances, **cleared})
 
 
+def explained(memory: Memory, instances: Collection[str] | None = None) -> Memory:
+    """A person said to go on with these, None is everything: see Memory.unexplained."""
+    if memory.unexplained is None or instances is None:
+        return replace(memory, unexplained=None)
+    left = {
+        runtime: tuple(name for name in names if name not in instances)
+        for runtime, names in memory.unexplained.items()
+    }
+    return replace(memory, unexplained=left)
+
+
 _PHASES: Mapping[type[MicError], Phase] = {
     StopFailed: Phase.STUCK_STOPPING,
     ReleaseFailed: Phase.BLOCKED,

@@ -15,6 +15,7 @@ from mic_supervisor.plan.assess import (
     Selection,
     assess,
     with_containers,
+    with_unexplained,
     workloads,
 )
 from mic_supervisor.plan.health import Phase
@@ -124,6 +125,7 @@ def look(
         unhealthy_gpus={gpu.uuid for gpu in observed.inventory.gpus if gpu.trouble is not None},
     )
     known = with_containers(replace(known, bindings=dict(desired.bindings)), observed)
+    known = with_unexplained(known, observed, assessments)
     plan = reconcile(desired, observed, _unknown_yet(known, memory), now, context, assessments)
     statuses = instance_statuses(desired, observed, assessments, plan, known)
     return Look(now, offset, desired, observed, context, memory, assessments, known, plan, statuses)

@@ -127,6 +127,11 @@ class Memory:
     before the last start of ours. `published` are the endpoints that the hook was told of last.
     `containers` maps the ids of those that carry our labels and names to whether they are ours;
     None: an earlier version did not write them down. `lost` tells what of the file was damaged.
+
+    `unexplained` is None unless something was lost, or there was no file. Then it has, by runtime,
+    the instances that ran otherwise than the file asks when the runtime was first read: what is
+    lost may be why, so they stay as they are until a person says to go on (`ledger.explained`). A
+    runtime that is not in it could not be read since.
     """
 
     instances: Mapping[str, InstanceMemory] = field(default_factory=dict)
@@ -136,6 +141,7 @@ class Memory:
     published: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None
     containers: Mapping[str, bool] | None = None
     lost: str | None = None
+    unexplained: Mapping[str, tuple[str, ...]] | None = None
 
     @property
     def known(self) -> Mapping[str, bool]:

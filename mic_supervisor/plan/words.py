@@ -39,6 +39,7 @@ class Code(Enum):
     MODEL_PAUSED = "{model} is {pause}"
     IN_DOUBT = "{doubt}"
     NOT_CHOSEN = "not one of the targets", "name it as well, with apply --target"
+    UNEXPLAINED = "it stays as it is, since what was remembered of it is lost"
     UNCONFIRMED = "the file no longer names {what}; its removal waits to be confirmed"
     SHRINKS = "the file no longer names {gpus} of it; its replacement waits to be confirmed"
     WOULD = "would {kind}: {cause}"

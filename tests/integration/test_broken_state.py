@@ -153,6 +153,24 @@ def test_what_a_malformed_memory_held_before_its_last_change_is_used(job: World,
     assert job.runs() == before
 
 
+def test_what_runs_is_only_adopted_after_a_loss_until_somebody_applies(job: World) -> None:
+    job.write({0: "a"}, a=web())
+    job.apply()
+    before = job.runs()
+    job.write({0: "a"}, a=web("env: {MORE: x}"))
+    kept(job, "memory.json").write_text("{")
+    kept(job, "memory.json.old").unlink()
+    said = "it stays as it is, since what was remembered of it is lost; would replace: "
+    for _ in range(2):  # the daemon's restart is no word of a person
+        daemon = job.mic.run(http=False)
+        until(lambda: said in job.mic("status").stdout, "it to be said", timeout=60)
+        assert job.runs() == before
+        assert daemon.stop() == 0
+    job.apply()
+    assert "MORE=x" in job.one("a-51000000")["Config"]["Env"]
+    job.unchanged()
+
+
 def test_what_is_paused_in_a_damaged_memory_stays_paused(job: World) -> None:
     job.write({0: "a"}, a=web())
     job.apply()

@@ -107,6 +107,18 @@ def test_directories(tmp_path: Path) -> None:
     assert said(checks.directories(settings))[0] == (
         f"warn  state: {state} is open to others (mode 755); fix: chmod 700 {state}"
     )
+    scope = state / settings.scope
+    scope.mkdir()
+    (scope / "memory.json").write_text("{")
+    state.chmod(0o700)
+    assert any(
+        line.startswith(
+            f"warn  state: {scope / 'memory.json'} was damaged, and what it held is lost"
+        )
+        for line in said(checks.directories(settings))
+    )
+    (scope / "memory.json").unlink()
+    scope.rmdir()
     state.rmdir()
     state.write_text("")
     assert said(checks.directories(settings))[0] == (
@@ -220,7 +232,7 @@ def test_images_of_the_file(mic: Mic, busybox_image: str) -> None:
 def test_beside_a_running_daemon(mic: Mic) -> None:
     mic.env["MIC_DOCKER_HOST"] = "none"
     mic.write(
-        "{version: 1, models: {g: {backend: process, command: [/bin/sleep, '9']}}, gpus: {0: g}}"
+        "{version: 1, models: {g: {backend: process, command: [/bin/sleep, '9']}}, gpus: {0: g}}\n"
     )
     daemon = mic.run()
     found = mic("doctor", rc=0).stdout.splitlines()

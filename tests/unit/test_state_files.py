@@ -226,6 +226,12 @@ def damage(scope: Path, *places: str, value: Any = "§") -> None:
     path.write_text(json.dumps(document))
 
 
+def without_loss(found: Memory) -> Memory:
+    """What is good of it. What is lost may be why something runs as it does."""
+    assert found.lost is None or found.unexplained == {}
+    return replace(found, lost=None, unexplained=None)
+
+
 def with_entry(**values: Any) -> Memory:
     entry = replace(EVERYTHING.of("MAM-aaaaaaaa"), **values)
     return EVERYTHING.with_instance("MAM-aaaaaaaa", entry)
@@ -257,7 +263,7 @@ def test_of_a_damaged_memory_the_rest_is_kept(
 ) -> None:
     damage(scope, place, value=value)
     found = state(scope).memory()
-    assert replace(found, lost=None) == kept
+    assert without_loss(found) == kept
     infinite = value == float("inf")  # a number that is none is not known, and no damage
     assert (found.lost is None) is infinite
     assert infinite or ".".join(place.split(" ")[:2]) in (found.lost or "")
@@ -279,8 +285,24 @@ def test_of_a_damaged_memory_the_rest_is_kept(
 def test_a_memory_that_is_none_is_started_without(scope: Path, content: bytes) -> None:
     (scope / "memory.json").write_bytes(content)
     found = state(scope).memory()
-    assert replace(found, lost=None) == Memory()
+    assert without_loss(found) == Memory()
     assert (found.lost or "").startswith(f"{scope / 'memory.json'} was damaged, and what it held")
+
+
+def test_where_nothing_was_ever_remembered_nothing_explains_what_runs(tmp_path: Path) -> None:
+    assert state(tmp_path).memory() == Memory(unexplained={})
+    memory = Memory(unexplained={"docker": ("MAM-aaaaaaaa",), "systemd": ()})
+    state(tmp_path).save_memory(memory)
+    assert state(tmp_path).memory() == memory
+    state(tmp_path).save_memory(Memory())
+    assert state(tmp_path).memory() == Memory()
+
+
+def test_a_file_in_the_place_of_the_directory_is_no_end(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    path.write_text("")
+    found = state(path).memory()
+    assert (found.unexplained, found.lost is None) == ({}, False)
 
 
 def test_what_was_damaged_is_kept_for_a_person_once(scope: Path) -> None:
@@ -292,7 +314,7 @@ def test_what_was_damaged_is_kept_for_a_person_once(scope: Path) -> None:
         host.save_memory(memory)
         host.save_memory(memory)
         assert (scope / f"memory.json.damaged-{count}").read_bytes() == b"{%d" % count
-    assert state(scope).memory() == Memory()
+    assert state(scope).memory() == Memory(unexplained={})
     assert len([*scope.glob("memory.json.damaged-*")]) == 2
 
 
@@ -312,7 +334,7 @@ def test_what_stands_in_the_place_of_the_memory_is_set_aside(scope: Path, kind: 
     STAND_INS[kind](path)
     host = state(scope)
     found = host.memory()
-    assert replace(found, lost=None) == Memory()
+    assert without_loss(found) == Memory()
     assert (found.lost is None) is (kind == "dangling")  # which is no file, as on a first start
     host.save_memory(EVERYTHING)
     assert state(scope).memory() == EVERYTHING
@@ -327,12 +349,12 @@ def test_what_was_there_before_the_last_change_stands_in(scope: Path, content: b
     (scope / "memory.json").write_bytes(content)
     again = state(scope)
     found = again.memory()
-    assert replace(found, lost=None) == EVERYTHING
+    assert without_loss(found) == EVERYTHING
     assert found.lost == (
         f"{scope / 'memory.json'} was damaged; what it held before the last change is used"
     )
     again.save_memory(found)
-    assert state(scope).memory() == EVERYTHING
+    assert state(scope).memory() == replace(EVERYTHING, unexplained={})
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"x" * 31, b"x" * 33, b"x" * 100])

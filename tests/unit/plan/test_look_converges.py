@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mic_supervisor.converge.observe import LastViews
 from mic_supervisor.model import DesiredState, Instance, Port
+from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import Restart, Start, Step
 from mic_supervisor.plan.assess import Context
 from mic_supervisor.plan.memory import Memory
@@ -160,7 +161,7 @@ def happen(world: World, trouble: Trouble, event: str | File) -> None:
     elif event == "restart":
         world.memory, world.last_views = reread(world.memory), LastViews()
     elif event == "lose memory":
-        world.memory = Memory()
+        world.memory = Memory(unexplained={})
     elif event in ("calm", "storm"):
         trouble.rate = 0.3 if event == "storm" else 0.0
     else:
@@ -242,6 +243,7 @@ def test_a_machine_converges_after_any_trouble(
     world.listening.clear()
     world.unreadable.clear()
     happen(world, trouble, last)
+    world.memory = ledger.explained(world.memory)  # as who applies the file says
     world.converge(trouble.chance, ROUNDS)
     check_converged(world)
     before = pids(world)
