@@ -27,12 +27,17 @@ class MicError(Exception):
 class ConfigError(MicError):
     """gpus.yaml, a drop-in or a setting is missing or invalid.
 
-    `rendered` holds the whole report, one diagnostic after the other, sorted by location.
+    `rendered` holds the whole report, one diagnostic after the other, sorted by location, for the
+    terminal of who may read the file. `outline` holds their locations alone, for everybody else:
+    the log, the daemon's socket, HTTP.
     """
 
-    def __init__(self, message: str, *, rendered: str = "", hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, rendered: str = "", outline: str = "", hint: str | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
-        self.rendered = rendered
+        self.rendered = rendered or outline
+        self.outline = outline
 
 
 class CompileError(MicError):

@@ -134,7 +134,7 @@ def run(arguments: list[str]) -> int:
         click.echo("interrupted", err=True)
         return EXIT_INTERRUPTED
     except ConfigError as error:
-        click.echo(error.rendered.rstrip("\n") or f"error: {error.message}", err=True)
+        click.echo(_report(error).rstrip("\n") or f"error: {error.message}", err=True)
         _hint(error)
         return EXIT_FAILED
     except MicError as error:
@@ -154,6 +154,30 @@ def run(arguments: list[str]) -> int:
         click.echo(f"error: cannot write the output: {error.strerror}", err=True)
         return EXIT_FAILED
     return result if isinstance(result, int) else 0
+
+
+def _report(error: ConfigError) -> str:
+    """Every error with its line, for the terminal of who may read the file. Nobody else sees it."""
+    if _in_journal():
+        return error.outline
+    if error.rendered != error.outline:
+        return error.rendered
+    # The daemon says where the file is wrong, and not what stands there.
+    from mic_supervisor.backends.registry import Registry
+    from mic_supervisor.cli import wiring
+
+    try:
+        wiring.load_config(wiring.settings(), None, Registry())
+    except ConfigError as own:
+        if own.outline == error.outline:
+            return own.rendered
+    return error.outline
+
+
+def _in_journal() -> bool:
+    """Whether systemd keeps what is printed here for others to read: systemd.exec(5)."""
+    found = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def _hint(error: MicError) -> None:

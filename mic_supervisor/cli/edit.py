@@ -229,7 +229,10 @@ class Opened:
             config = _load(self.machine, data)
         except ConfigError as error:
             raise ConfigError(
-                error.message, rendered=error.rendered, hint=f"{path} was left as it was"
+                error.message,
+                rendered=error.rendered,
+                outline=error.outline,
+                hint=f"{path} was left as it was",
             ) from error
         self.file.replace(data)
         return config.hash

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn, Protocol
@@ -20,6 +21,7 @@ _MAX_CANDIDATES = 200
 _MAX_WORD = 64
 _MAX_MESSAGE = 400
 _WINDOW = 100  # columns of a source line that are shown
+_PLAIN_PATH = re.compile(r"[\w.\[\]-]+")  # keys that look like keys: another text may be a secret
 
 
 class Located(Protocol):
@@ -59,6 +61,17 @@ class Diagnostic:
         path = f"{self.path}: " if self.path else ""
         return f"{self.location}: error: {path}{self.message}"
 
+    @property
+    def outline(self) -> str:
+        """One line for those who may not read the file: where it is, and not what stands there.
+
+        The path may be a link to any file. So not even a key is shown that looks like none.
+        """
+        if not self.location.line and not self.path:
+            return self.headline  # that it cannot be read, and why
+        path = f"{self.path}: " if _PLAIN_PATH.fullmatch(self.path) else ""
+        return f"{self.location}: error: {path}is not valid; `mic-supervisor check` says why"
+
     def render(self) -> str:
         lines = [self.headline]
         if self.source is not None and self.source.strip():
@@ -71,10 +84,12 @@ class Diagnostic:
 class InvalidConfig(ConfigError):
     """A ConfigError that keeps its diagnostics, sorted by file, line and column."""
 
-    def __init__(
-        self, message: str, *, rendered: str, diagnostics: tuple[Diagnostic, ...] = ()
-    ) -> None:
-        super().__init__(message, rendered=rendered)
+    def __init__(self, message: str, *, diagnostics: tuple[Diagnostic, ...]) -> None:
+        super().__init__(
+            message,
+            rendered=_report([one.render() for one in diagnostics]),
+            outline=_report([one.outline for one in diagnostics]),
+        )
         self.diagnostics = diagnostics
 
 
@@ -129,16 +144,15 @@ class Report:
 
     def fail(self) -> NoReturn:
         found = self.sorted()
-        blocks = [diagnostic.render() for diagnostic in found[:MAX_SHOWN]]
-        if len(found) > MAX_SHOWN:
-            blocks.append(f"… and {len(found) - MAX_SHOWN} more errors")
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         first = found[0].headline.replace(": error: ", ": ", 1)
-        raise InvalidConfig(
-            f"cannot {self.purpose}: {first}{more}",
-            rendered="\n".join(blocks) + "\n",
-            diagnostics=found,
-        )
+        raise InvalidConfig(f"cannot {self.purpose}: {first}{more}", diagnostics=found)
+
+
+def _report(blocks: list[str]) -> str:
+    more = len(blocks) - MAX_SHOWN
+    shown = [*blocks[:MAX_SHOWN], f"… and {more} more errors"] if more > 0 else blocks
+    return "\n".join(shown) + "\n"
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:

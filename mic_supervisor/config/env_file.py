@@ -78,10 +78,11 @@ def parse_env_file(
             bad.append(BadLine(number, "has a quote that is not closed"))
             break  # it takes in the rest of the file
         elif not names.fullmatch(name):
-            problem = "cannot be the name of a variable"
+            # Not quoted: in a file that is none of these, it may be a piece of a secret.
+            problem = "does not begin with the name of a variable"
             if name.startswith("export "):
                 problem = "begins with export, which systemd does not know: remove it"
-            bad.append(BadLine(number, f"{name[:64]!r} {problem}"))
+            bad.append(BadLine(number, problem))
         else:
             value = _unquoted(match["quoted"]) + _ESCAPE.sub(r"\1", plain)
             found.append(Assignment(name, value, number))

@@ -141,7 +141,7 @@ class Session:
         if outcome.error is not None:
             raise ConfigError(
                 "the configuration has errors",
-                rendered=outcome.error,
+                outline=outcome.error,
                 hint=f"generation {outcome.generation} keeps running",
             )
         if outcome.unconfirmed is not None:

@@ -32,7 +32,7 @@ _LONGEST_GAP = 0.5  # seconds
 
 @dataclass(frozen=True, slots=True)
 class ConfigState:
-    """Which configuration runs. `error` is the whole report on the file as it is now, or None.
+    """Which configuration runs. `error` says where the file as it is now is not valid, or is None.
 
     `unconfirmed` says why the file as it is now waits until a person confirms it. `generation`
     counts accepted configurations, over restarts; None: this one was not accepted. `hash` is ""
@@ -57,11 +57,11 @@ class ConfigState:
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """`error` is the whole report; then nothing was swapped. `changed`: another document runs.
+    """`error` says where the file is not valid; then nothing was swapped.
 
-    `warning`: it runs, and may not run again after a restart with a broken file. `unconfirmed`:
-    nothing was swapped, since the file may have been cut; why, and the way out. `confirmed`: what
-    waited for a person's word may be done now.
+    `changed`: another document runs. `warning`: it runs, and may not run again after a restart with
+    a broken file. `unconfirmed`: nothing was swapped, since the file may have been cut; why, and
+    the way out. `confirmed`: what waited for a person's word may be done now.
     """
 
     changed: bool

@@ -95,5 +95,5 @@ class Client:
 
 def _error(answer: Mapping[str, Any]) -> MicError:
     if "rendered" in answer:
-        return ConfigError(answer["message"], rendered=answer["rendered"], hint=answer["hint"])
+        return ConfigError(answer["message"], outline=answer["rendered"], hint=answer["hint"])
     return MicError(answer["message"], hint=answer["hint"])

@@ -195,7 +195,7 @@ class ControlServer:
 
 
 def _document(error: MicError) -> dict[str, Any]:
-    rendered = {"rendered": error.rendered} if isinstance(error, ConfigError) else {}
+    rendered = {"rendered": error.outline} if isinstance(error, ConfigError) else {}
     return {"message": error.message, "hint": error.hint, **rendered}
 
 

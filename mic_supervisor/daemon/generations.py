@@ -90,7 +90,7 @@ class Generations:
         try:
             self._accepted = last_good(self._state, self._registry, self._environ)
         except ConfigError as error:
-            unusable = f"\nand the configuration that ran before cannot be used: {error.rendered}"
+            unusable = f"\nand the configuration that ran before cannot be used: {error.outline}"
         self._accepted_hash = before.hash or _hash(self._accepted)
         if self._plan_first and _hash(self._accepted) != self._accepted_hash:
             # An older one would take back what was applied since, and nobody asked for that.
@@ -115,7 +115,7 @@ class Generations:
         try:
             config = load(self.path, self._registry, environ=self._environ)
         except ConfigError as error:
-            self.error = error.rendered or error.message
+            self.error = error.outline or error.message
             self.error_at = now
             return Reloaded(False, self.number, self.error)
         self.error = self.error_at = None

@@ -1,9 +1,9 @@
 """Who may ask (loopback, holders of a token, or everybody when that is said to be meant), and what
 nobody is told.
 
-The interface may be open to more people than the machine is. Values of environments and the
-arguments of commands have no place in it, wherever a sentence picked them up: a log line that a
-reason quotes, a line of the file that a configuration error shows.
+The interface may be open to more people than the machine is. Locations, codes and our own words go
+there: not what another program said, nor values of environments and arguments of commands, wherever
+a sentence picked them up.
 """
 
 from __future__ import annotations
@@ -119,8 +119,6 @@ _FREE_TEXT = frozenset(
     {"reason", "hint", "error", "cause", "waits", "warnings", "unreadable", "text", "detail"}
 )
 _PRIVATE = re.compile(r"(command|entrypoint|env|args|file_env|variables)(?=[.\[]|$)")
-_PRIVATE_KEY = re.compile(r"\.(env|args|command|entrypoint|exec)(?=[.\[:])")
-_HEADLINE = re.compile(r"(?P<place>.*?: error: )(?P<rest>.*)")
 
 
 class Scrubber:
@@ -209,21 +207,3 @@ def _diff(diff: dict[str, Any]) -> dict[str, Any]:
         return diff
     values = {key: None if diff[key] is None else HIDDEN for key in ("before", "after")}
     return {"path": diff["path"], **values}
-
-
-def config_error(report: str | None) -> str | None:
-    """The report on a broken file: places and sentences, without the lines of the file itself."""
-    if report is None:
-        return None
-    return "\n".join(_headline(line) for line in report.splitlines() if line[:1] != " ")
-
-
-def _headline(line: str) -> str:
-    match = _HEADLINE.fullmatch(line)
-    if match is None:
-        return line
-    private = _PRIVATE_KEY.search(match["rest"])
-    if private is None:
-        return line
-    path, _, _ = match["rest"].partition(": ")
-    return f"{match['place']}{path}: is not valid; `mic-supervisor check` says why"

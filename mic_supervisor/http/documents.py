@@ -187,7 +187,6 @@ class Readiness:
 def served_status(published: Published, snapshot: Snapshot) -> dict[str, Any]:
     """The document of `status --json`, without what is confidential."""
     document = asdict(status_document(snapshot, published.config.in_use, published.host))
-    document["config"]["error"] = access.config_error(published.config.error)
     if document["waiting"] is not None:
         document["waiting"] = access.plan_document(document["waiting"])
     return _scrubbed(published, document)

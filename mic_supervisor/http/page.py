@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.snapshot import Snapshot
-from mic_supervisor.http.access import Scrubber, config_error
+from mic_supervisor.http.access import Scrubber
 from mic_supervisor.http.documents import Published
 from mic_supervisor.http.verdict import Level, Verdict, level_of, overall_verdict
 from mic_supervisor.http.views import Answer, Sample, Views
@@ -120,7 +120,6 @@ def _template() -> Template:
         "iso": lambda moment: _local(moment).isoformat(timespec="seconds"),
         "level": level_of,
         "number": lambda value: f"{value:.0f}",
-        "public": config_error,
         "reason": reason,
         "whose": _whose,
         "words": lambda phase: phase.replace("_", " "),
@@ -296,8 +295,6 @@ def _shown(event: Event, scrubber: Scrubber) -> dict[str, Any]:
         verb = {"begin": "begins"}.get(event.kind, event.kind)
         what = f"{event.phase} {verb}"
     text = scrubber.text(event.text)
-    # A rejected file's report shows its lines; the first says enough, and the location is above.
-    text = (config_error(text) or "").split("\n", 1)[0] if event.kind == "config" else text
     return {
         "at": event.at,
         "instance": event.instance,

@@ -8,7 +8,6 @@ from enum import IntEnum
 
 from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
-from mic_supervisor.http.access import config_error
 from mic_supervisor.http.documents import Published
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import InstanceStatus
@@ -110,7 +109,7 @@ def _sentence(problems: tuple[Problem, ...], snapshot: Snapshot) -> str:
 def _problems(published: Published) -> Iterator[Problem]:
     config, snapshot = published.config, published.snapshot
     if config.error is not None:
-        report = (config_error(config.error) or "").splitlines()
+        report = config.error.splitlines()
         more = f" (and {len(report) - 1} more)" if len(report) > 1 else ""
         running = (
             f"generation {config.generation}, the last good one, runs"

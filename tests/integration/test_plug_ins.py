@@ -210,7 +210,7 @@ def test_one_that_is_gone_takes_nothing_of_others_with_it(
     del mic.env["PYTHONPATH"]
     mic.run()
     status = mic.status()
-    assert "models.echo.backend: unknown backend 'mlserver'" in status["config"]["error"]
+    assert "error: models.echo.backend: is not valid" in status["config"]["error"]
     os.kill(before[1]["pid"], signal.SIGKILL)
     until(lambda: rows(mic)[1]["restarts"] == 1, "the other one to be restarted")
     after = rows(mic)

@@ -55,6 +55,19 @@ def test_check_says_what_it_read(config: Path) -> None:
     assert done.stdout == f"{config}: valid: 5 GPUs; 3 models; 1 drop-in\n"
 
 
+def test_the_journal_gets_no_line_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "gpus.yaml"
+    path.write_text("root:$y$canary:20000:::::\n")
+    with (tmp_path / "journal").open("w+") as journal:
+        found = os.fstat(journal.fileno())
+        for stream in (f"{found.st_dev}:{found.st_ino}", "1:2"):
+            environ = {**os.environ, "MIC_CONFIG": str(path), "JOURNAL_STREAM": stream}
+            command = [sys.executable, "-m", "mic_supervisor.cli", "check"]
+            assert subprocess.run(command, stderr=journal, cwd=ROOT, env=environ).returncode == 1
+            journal.seek(0)
+            assert ("canary" in journal.read()) == (stream == "1:2")
+
+
 def test_check_names_what_lies_among_the_drop_ins_and_is_not_read(config: Path) -> None:
     drop_ins = config.parent / "gpus.yaml.d"
     drop_ins.mkdir()

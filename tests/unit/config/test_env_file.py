@@ -55,11 +55,11 @@ def test_the_format_is_systemds(text: str, values: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("A=1\nexport B=2", 2, "'export B' begins with export, which systemd does not know"),
+        ("A=1\nexport B=2", 2, "begins with export, which systemd does not know"),
         ("A", 1, "is not NAME=VALUE"),
-        ("\n\n1A=2", 3, "'1A' cannot be the name of a variable"),
-        ("A B=2", 1, "'A B' cannot be the name of a variable"),
-        ("=2", 1, "'' cannot be the name of a variable"),
+        ("\n\n1A=2", 3, "does not begin with the name of a variable"),
+        ("A B=2", 1, "does not begin with the name of a variable"),
+        ("=2", 1, "does not begin with the name of a variable"),
         ('A="x\nB=2\nC=3', 1, "has a quote that is not closed"),
         ("A=x\n'B'\nC='x", 2, "is not NAME=VALUE"),
         ('A=x\nB="\0"', 2, "holds U+0000 (a control character), which nobody sees"),

@@ -328,6 +328,63 @@ def test_the_document_is_plain_merged_and_expanded(tmp_path: Path) -> None:
     }
 
 
+# --- what those see who may not read the file ----------------------------------------------------
+
+
+def outline(directory: Path, text: str | bytes) -> str:
+    with pytest.raises(InvalidConfig) as caught:
+        load_text(directory, text)
+    return caught.value.outline.replace(f"{directory}/", "")
+
+
+def test_an_outline_has_locations_and_keys_and_no_values(tmp_path: Path) -> None:
+    text = MODELS.replace("/bin/b", "/bin/b, 8372") + "  d: {backend: s3cr3t}\ngpus: {0: d}\n"
+    says_why = "is not valid; `mic-supervisor check` says why"
+    assert outline(tmp_path, text).splitlines() == [
+        f"gpus.yaml:5:43: error: models.b.command[1]: {says_why}",
+        f"gpus.yaml:6:16: error: models.d.backend: {says_why}",
+    ]
+    assert "8372" in rendered(tmp_path, text) and "s3cr3t" in rendered(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "root:$y$j9T$CANARY:20000:0:99999:7:::\nbin:*:20000::::::\n",  # shadow: keys of a map
+        "CANARY\n",
+        "5417000000000000\n",
+        "-----BEGIN PRIVATE KEY-----\nCANARY\n-----END PRIVATE KEY-----\n",
+        "machine example.com login me password CANARY\n",  # .netrc
+        "[default]\naws_secret_access_key = CANARY\n",
+        "host:5432:db:me:CANARY\n",  # .pgpass
+        '{"auths": {"registry/CANARY": {"auth": "CANARY"}}}',
+        "token: CANARY\n",
+        "users:\n- user: {token: CANARY}\n",
+        "'CANARY\n",
+        "*CANARY\n",
+        "&CANARY x\n",
+        "!CANARY x\n",
+        "a: b: CANARY\n",
+        "version: CANARY\n",
+        "version: 1\nmodels: CANARY\ngpus: {a b CANARY: x, 0: CANARY}\n",
+        b"\xffCANARY",
+    ],
+)
+def test_an_outline_of_any_other_file_shows_nothing_of_it(
+    tmp_path: Path, secret: str | bytes
+) -> None:
+    shown = outline(tmp_path, secret)
+    assert shown.startswith("gpus.yaml:")
+    assert "CANARY" not in shown and "5417" not in shown
+
+
+def test_an_outline_says_why_a_file_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        load(tmp_path / "no.yaml", FakeRegistry(), environ={})
+    assert caught.value.outline == f"{caught.value.diagnostics[0].headline}\n"
+    assert caught.value.outline.endswith("no such file or directory\n")
+
+
 # --- files --------------------------------------------------------------------------------------
 
 

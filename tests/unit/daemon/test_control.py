@@ -62,7 +62,9 @@ class Served:
             raise KeyError("a defect")
 
         async def reject(_params: Mapping[str, Any], _emit: Emit) -> Any:
-            raise ConfigError("broken", rendered="gpus.yaml:1:1: error", hint="mend it")
+            raise ConfigError(
+                "broken", rendered="the line", outline="gpus.yaml:1:1: error", hint="mend it"
+            )
 
         return {
             **{"echo": echo, "wait": wait, "shout": shout, "refuse": refuse, "reject": reject},

@@ -151,6 +151,19 @@ def test_the_setting_confirms_all(files: Files) -> None:
 # --- the last good one --------------------------------------------------------------------------
 
 
+def test_a_link_to_another_file_shows_nothing_of_it(files: Files) -> None:
+    files.start()
+    secret = files.path.with_name("shadow")
+    secret.write_text("root:$y$j9T$canary:20000:0:99999:7:::\n")
+    for path in (files.path, files.kept):
+        path.unlink()
+        path.symlink_to(secret)
+    found = files.start()
+    assert found.error is not None and str(files.path) in found.error
+    assert "and the configuration that ran before cannot be used" in found.error
+    assert "canary" not in found.error
+
+
 def test_the_last_good_one_runs_when_the_file_is_broken(files: Files) -> None:
     drop_in = files.drop_in("gpus: {7: a}\n")
     good = hash_of(files.start())
@@ -188,7 +201,7 @@ def test_of_the_last_good_one_a_lost_plug_in_takes_its_own_models_only(files: Fi
     for path in (files.path, files.kept):
         path.write_text(textwrap.dedent(text))
     found = files.start()
-    assert found.error is not None and "models.b.backend: unknown backend 'gone'" in found.error
+    assert found.error is not None and "models.b.backend: is not valid" in found.error
     assert found.config is not None and set(found.config.models) == {"a", "b"}
     fault = found.config.models["b"]
     assert (fault.options, fault.fault) == (None, "unknown backend 'gone'")

@@ -285,25 +285,3 @@ def test_diffs_of_commands_and_environments_show_no_values() -> None:
     plan = access.plan_document({"version": 1, "actions": [{"action": "replace", "diff": diff}]})
     assert {d["path"]: d["after"] == HIDDEN for d in plan["actions"][0]["diff"]} == paths
     assert all(d["before"] is None for d in plan["actions"][0]["diff"])
-
-
-def test_a_report_keeps_its_places_and_loses_the_lines_of_the_file() -> None:
-    assert access.config_error(views_of.REPORT) == (
-        "/etc/mic/gpus.yaml:12:5: error: models.whisper.backend: unknown backend 'proces'\n"
-        "/etc/mic/gpus.yaml:19:11: error: models.whisper.env.API_KEY: is not valid; "
-        "`mic-supervisor check` says why"
-    )
-    assert access.config_error(None) is None
-
-
-def test_an_error_without_a_place_is_kept() -> None:
-    text = "cannot read /etc/mic/gpus.yaml: no such file or directory"
-    assert access.config_error(text) == text
-
-
-def test_a_message_about_arguments_is_not_shown() -> None:
-    for key in ("args[0]", "command", "entrypoint[1]", "probe.exec[0]", "env"):
-        text = f"gpus.yaml:3:1: error: models.m.{key}: '{SECRET}' is not text"
-        shown = access.config_error(text)
-        assert shown is not None and SECRET not in shown
-        assert shown.startswith(f"gpus.yaml:3:1: error: models.m.{key}: ")

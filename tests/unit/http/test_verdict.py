@@ -33,7 +33,7 @@ def test_everything_that_is_wrong_is_named_with_its_time_and_way_out() -> None:
     assert told == [
         (
             "Configuration",
-            "/etc/mic/gpus.yaml:12:5: error: models.whisper.backend: unknown backend 'proces' "
+            f"/etc/mic/gpus.yaml:12:5: error: models.whisper.backend: {views_of.SAYS_WHY} "
             "(and 1 more); generation 5, the last good one, runs",
         ),
         ("GPU 6", "cannot open it: the GPU fell off the bus"),

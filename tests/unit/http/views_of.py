@@ -40,14 +40,10 @@ GIB = 1 << 30
 PORTS = (Port("http"), Port("metrics"))
 
 NO_ENGINE = "cannot connect to the Docker Engine at unix:///var/run/docker.sock"
-REPORT = """\
-/etc/mic/gpus.yaml:12:5: error: models.whisper.backend: unknown backend 'proces'
-        backend: proces
-                 ^
-    did you mean process?
-/etc/mic/gpus.yaml:19:11: error: models.whisper.env.API_KEY: 12345678 is a number: quote it
-        env: {API_KEY: 12345678}
-                       ^
+SAYS_WHY = "is not valid; `mic-supervisor check` says why"
+REPORT = f"""\
+/etc/mic/gpus.yaml:12:5: error: models.whisper.backend: {SAYS_WHY}
+/etc/mic/gpus.yaml:19:11: error: models.whisper.env.API_KEY: {SAYS_WHY}
 """
 
 
