@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
+_OTHER_QUOTES = str.maketrans("“”", '""')
+_QUOTED = re.compile("“[^”]*(?:”|$)")
 _UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of controls, formats, separators
 
 
@@ -21,6 +24,19 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     """What another program, a server or a person said, as one printable line of bounded length."""
     words = text if text.isprintable() else " ".join(text.split())
     return printable(words if len(words) <= longest else f"{words[: longest - 1]}…")
+
+
+def quoted(said: str, longest: int = LONGEST) -> str:
+    """What another program said, between quotes that it cannot end: “no space left on device”.
+
+    HTTP leaves out what stands between them: `without_quotes`.
+    """
+    return f"“{one_line(said.translate(_OTHER_QUOTES), longest)}”"
+
+
+def without_quotes(text: str, instead: str) -> str:
+    """Our own words of a sentence; it may have been cut within a quote."""
+    return _QUOTED.sub(instead, text)
 
 
 def unseen(text: str) -> str | None:

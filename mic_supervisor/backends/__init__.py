@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from mic_supervisor.config.options import ModelOptions
 from mic_supervisor.model import Gpu, HttpCall, Instance, LoadState, Placement, PlacementState
-from mic_supervisor.text import one_line
+from mic_supervisor.text import one_line, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,8 @@ class Backend(Protocol):
         """
         last = next((line.strip() for line in reversed(log) if line.strip()), "")
         if words := error_text(answer):
-            return words
-        return f"no answer; the last line of its log is: {last}" if last else "no answer"
+            return quoted(words)
+        return f"no answer; the last line of its log is: {quoted(last)}" if last else "no answer"
 
     def is_drained(self, status: int, body: str) -> bool:  # noqa: ARG002
         """Whether the answer to the instance's `drain` call says that nothing is in flight.

@@ -38,6 +38,7 @@ from mic_supervisor.model import (
     PlacementState,
     TcpCheck,
 )
+from mic_supervisor.text import quoted
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -147,9 +148,9 @@ class Guarded:
             state = self._backend.placement_state(placement, status, body)
             fault = _type_fault(state, PlacementState, "its answer")
             if fault is None:
-                return state
+                return state if not state.reason else replace(state, reason=quoted(state.reason))
         except DEFECT as error:
-            fault = _words(error)
+            fault = quoted(_words(error))
         reason = f"backend {self.name} cannot read its server's answer: {fault}"
         return PlacementState(placement.model, LoadState.UNKNOWN, reason=reason)
 
@@ -157,7 +158,9 @@ class Guarded:
         """The server's own words where the plug-in has none."""
         # The failure itself is what the operator needs to hear of.
         words = self._safely("load_failure", answer, log, model)
-        return words if isinstance(words, str) else _DEFAULTS.load_failure(answer, log, model)
+        return (
+            quoted(words) if isinstance(words, str) else _DEFAULTS.load_failure(answer, log, model)
+        )
 
     def is_drained(self, status: int, body: str) -> bool:
         """Raises MicError where the plug-in cannot tell."""
@@ -165,7 +168,7 @@ class Guarded:
             return bool(self._backend.is_drained(status, body))
         except DEFECT as error:
             raise MicError(
-                f"backend {self.name} cannot tell whether it is drained: {_words(error)}"
+                f"backend {self.name} cannot tell whether it is drained: {quoted(_words(error))}"
             ) from error
 
     # A plug-in that cannot say whether entries share a server has an instance for each.
@@ -218,7 +221,7 @@ class Guarded:
         except CompileError:
             raise
         except DEFECT as error:
-            raise self._defect(request, _words(error)) from error
+            raise self._defect(request, quoted(_words(error))) from error
         if fault := fault_of(made):
             raise self._defect(request, fault)
         return made

@@ -14,6 +14,7 @@ from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import MicError
 from mic_supervisor.plan.memory import Memory
+from mic_supervisor.text import quoted
 
 _LOGGER = logging.getLogger("mic")
 _UNSAVED = "a supervisor that ends meanwhile forgets what happened since the last save"
@@ -76,7 +77,8 @@ class Saver:
                 why = error.message
             # Whatever a save dies of, what runs is looked after.
             except Exception as error:
-                why = f"cannot save what is remembered: {type(error).__name__}: {error}"
+                said = quoted(f"{type(error).__name__}: {error}")
+                why = f"cannot save what is remembered: {said}"
                 _LOGGER.exception("cannot save what is remembered")
             else:
                 self._saved = memory

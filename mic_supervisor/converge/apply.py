@@ -33,7 +33,7 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.release import Refused, Released, check_release
 from mic_supervisor.runtimes import Progress
-from mic_supervisor.text import one_line
+from mic_supervisor.text import quoted
 
 _RELEASE_POLL = 0.05  # seconds between two looks at GPUs that are about to be free
 _DRAIN_POLL = 0.25  # seconds between two questions to a server that is drained
@@ -212,7 +212,7 @@ class Steps:
         except NoAnswer as error:
             raise LoadFailed(f"cannot unload {step.placement.model}: {error}") from error
         if not answer.ok:
-            raise LoadFailed(f"cannot unload {step.placement.model}: {one_line(answer.body, 300)}")
+            raise LoadFailed(f"cannot unload {step.placement.model}: {quoted(answer.body, 300)}")
 
     def _why_not(self, target: Target, step: Load, answer: str) -> str:
         runtime = self._sources.runtimes[step.workload.runtime]

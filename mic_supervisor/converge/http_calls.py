@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from mic_supervisor.text import one_line
+from mic_supervisor.text import quoted
 
 if TYPE_CHECKING:
     import httpx
@@ -149,7 +149,7 @@ def lacks(error: OSError) -> bool:
 def _no_answer(error: Exception, port: int) -> NoAnswer:
     cause = _system_error(error)
     if cause is None:
-        said = one_line(str(error), _LONGEST).rstrip(".") or type(error).__name__
+        said = quoted(str(error).rstrip(".") or type(error).__name__, _LONGEST)
         return NoAnswer(f"the connection ended: {said}")
     if isinstance(cause, ConnectionRefusedError):
         return NoAnswer(f"nothing listens on port {port}", refused=True)

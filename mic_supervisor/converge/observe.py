@@ -25,7 +25,7 @@ from mic_supervisor.model import (
 from mic_supervisor.plan.actions import Restart, Start, Step
 from mic_supervisor.plan.assess import is_alive
 from mic_supervisor.runtimes import Runtime
-from mic_supervisor.text import one_line
+from mic_supervisor.text import quoted
 
 _LOGGER = logging.getLogger("mic")
 _LONGEST_ERROR = 300  # characters of what an unexpected exception says
@@ -220,7 +220,7 @@ class Source(Generic[T]):
         return found
 
     def _died(self, error: Exception) -> str:
-        defect = one_line(f"{type(error).__name__}: {error}", _LONGEST_ERROR)
+        defect = quoted(f"{type(error).__name__}: {error}", _LONGEST_ERROR)
         if defect != self._defect:  # else each round would say so
             _LOGGER.error("%s cannot be read: %s", self.name, defect, exc_info=error)
         self._defect = defect

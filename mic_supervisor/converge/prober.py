@@ -18,7 +18,7 @@ from mic_supervisor.converge.probes import (
 from mic_supervisor.converge.tasks import end, log_exception
 from mic_supervisor.model import Health, LoadState, ProbeResult
 from mic_supervisor.plan.assess import passes
-from mic_supervisor.text import one_line
+from mic_supervisor.text import quoted
 
 FIRST_PERIOD = 0.05  # seconds after a start
 _DEVICES_PERIOD = 60.0  # seconds between two looks at a container's GPUs from inside
@@ -129,9 +129,8 @@ class Prober:
         # Answers are read by the backend, which may be a plug-in of another package. A defect there
         # must neither count as a failure of the model nor end the probing.
         except Exception as error:  # noqa: BLE001 - see above
-            unknown = ProbeResult(
-                None, one_line(f"the probe failed: {type(error).__name__}: {error}"), now
-            )
+            said = quoted(f"{type(error).__name__}: {error}")
+            unknown = ProbeResult(None, f"the probe failed: {said}", now)
             return Health(startup=unknown, liveness=unknown, readiness=unknown)
 
 

@@ -31,7 +31,7 @@ from mic_supervisor.model import (
     TcpCheck,
 )
 from mic_supervisor.plan.launch import text_of
-from mic_supervisor.text import one_line
+from mic_supervisor.text import one_line, quoted
 
 ALL_DUE = ("liveness", "readiness", "placements")
 DEVICES = "devices"  # whether a container sees its GPUs: too dear to be asked with every look
@@ -230,7 +230,7 @@ def _devices(target: Target) -> Verdict:
         return False, f"nvidia-smi says there: {said or 'nothing'}"
     if status == 0:
         return True, "it sees its GPUs"
-    return None, f"nvidia-smi exits there with {status}: {said}"
+    return None, f"nvidia-smi exits there with {status}: {said or 'it says nothing'}"
 
 
 def _within_budget(instance: Instance) -> Probe | None:
@@ -272,12 +272,14 @@ def _amiss(answer: Answer, check: HttpCheck) -> tuple[str | None, bool]:
     for key, value in check.expect:
         found = document.get(key) if isinstance(document, dict) else None
         if found != value:
-            return f"{key} is {found!r}, not {value!r}", isinstance(found, str)
+            shown = quoted(str(found), 200)
+            return f"{key} is {shown}, not {value!r}", isinstance(found, str)
     for path, value in check.listed:
         found = _member(document, path)
         if not isinstance(found, list) or value not in found:
-            names = [one for one in found or () if isinstance(one, str)]
-            has = f"has {', '.join(names)} and " if names else ""
+            listed = found if isinstance(found, list) else ()
+            names = [one for one in listed if isinstance(one, str)]
+            has = f"has {quoted(', '.join(names), 200)} and " if names else ""
             return f"{path} {has}lacks {value}", bool(names)
     return None, False
 
@@ -347,7 +349,9 @@ def _exec(target: Target, check: ExecCheck, timeout: float) -> Verdict:
 
 
 def _last_line(output: str) -> str:
-    return one_line((output.strip().splitlines() or [""])[-1], 200)
+    """The last thing that a command said, in quotes; empty: nothing."""
+    lines = output.strip().splitlines()
+    return quoted(lines[-1], 200) if lines else ""
 
 
 def _published(target: Target, name: str) -> tuple[str, int]:

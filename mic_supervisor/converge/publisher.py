@@ -18,7 +18,7 @@ from mic_supervisor.errors import MicError
 from mic_supervisor.host import programs
 from mic_supervisor.model import EndpointsHook
 from mic_supervisor.plan.status import InstanceStatus
-from mic_supervisor.text import one_line
+from mic_supervisor.text import quoted
 from mic_supervisor.views.endpoints import Endpoints, document, serving
 
 _FIRST_DELAY = 5.0  # seconds before a hook that failed is run again, doubling to the last
@@ -183,5 +183,5 @@ def run(hook: EndpointsHook, payload: Mapping[str, object]) -> None:
     else:
         return
     lines = done.output.decode(errors="replace").strip().splitlines()
-    said = f": {one_line(lines[-1], 300)}" if lines else ""
+    said = f": {quoted(lines[-1], 300)}" if lines else ""
     raise MicError(f"on_endpoints_change, {program}, {how}{said}")

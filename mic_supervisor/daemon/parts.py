@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from mic_supervisor.converge import tasks
 from mic_supervisor.daemon.log import LOGGER
 from mic_supervisor.errors import MicError
+from mic_supervisor.text import quoted
 
 _FIRST_DELAY = 1.0  # seconds before a part that ended is started again, doubling to the last
 _LAST_DELAY = 30.0
@@ -53,7 +54,7 @@ class Parts:
                 why = error.message
             # Whatever a part dies of, the others live on, and it is told of with its traceback.
             except Exception as error:  # noqa: BLE001 - see above
-                why = f"{type(error).__name__}: {error}"
+                why = quoted(f"{type(error).__name__}: {error}")
                 LOGGER.exception("%s has died", name)
             finally:
                 proven.cancel()

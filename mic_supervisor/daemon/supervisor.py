@@ -29,6 +29,7 @@ from mic_supervisor.daemon.watch import GpuWatch, watch
 from mic_supervisor.desired import FileDesired
 from mic_supervisor.errors import LockHeld, MicError, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.host import host_name
+from mic_supervisor.http.access import Scrubber
 from mic_supervisor.http.documents import LoopState, Published
 from mic_supervisor.http.server import HttpServer
 from mic_supervisor.plan.assess import Context
@@ -102,6 +103,7 @@ class Supervisor:
         self._parts = Parts(changed=lambda: self._notify(self.published.snapshot))
         self._reloads = asyncio.Lock()
         self._asked: set[asyncio.Future[Reloaded]] = set()
+        self._scrubber = Scrubber()
         self.published = self._view(None)
 
     # --- life -----------------------------------------------------------------------------------
@@ -362,6 +364,8 @@ class Supervisor:
     def _view(self, snapshot: Snapshot | None) -> Published:
         found = self._generations
         models = found.config.models if found.config is not None else {}
+        if snapshot is not None:
+            self._scrubber = self._scrubber.including(snapshot.desired)
         # One offset for all that is shown together.
         offset = self._clock.offset() if snapshot is None else snapshot.offset
         return Published(
@@ -386,4 +390,5 @@ class Supervisor:
                 replace(one, last_at=one.last_at + offset) for one in self._gpu_watch.records
             ),
             down=dict(self._parts.down),
+            scrubber=self._scrubber,
         )

@@ -19,6 +19,7 @@ from mic_supervisor.desired.bind import Binding, BoundEntry, bind, safe_name
 from mic_supervisor.errors import CompileError
 from mic_supervisor.host.files import read_in_time
 from mic_supervisor.model import Gpu, GpuInventory, Instance, Placement, Unsatisfiable
+from mic_supervisor.text import quoted
 
 T = TypeVar("T")
 
@@ -75,8 +76,9 @@ def called(backend: str, what: str, call: Callable[[], T]) -> T:
     # A backend may be a plug-in of another package: whatever it raises concerns its own models
     # alone.
     except Exception as error:
+        said = quoted(f"{type(error).__name__}: {error}")
         raise CompileError(
-            f"backend {backend} cannot compile {what}: {type(error).__name__}: {error}",
+            f"backend {backend} cannot compile {what}: {said}",
             hint="this is a defect of the backend; report it there",
         ) from error
 

@@ -12,6 +12,7 @@ from importlib.metadata import packages_distributions
 from typing import Any
 
 from mic_supervisor.model import GpuTelemetry
+from mic_supervisor.text import quoted
 
 UNINITIALIZED = 1
 NOT_SUPPORTED = 3
@@ -94,7 +95,7 @@ def library_error(code: int, text: str, *, was_open: bool) -> tuple[str, str]:
             "allow the NVIDIA devices to the unit (DeviceAllow=char-nvidiactl rw, char-nvidia rw, "
             "char-nvidia-uvm rw); in a container, recreate it",
         )
-    return f"NVML says: {text} ({code})", "check the driver with: nvidia-smi"
+    return f"NVML says: {quoted(text)} ({code})", "check the driver with: nvidia-smi"
 
 
 def gpu_error(what: str, code: int, text: str = "") -> tuple[str, str]:
@@ -107,7 +108,7 @@ def gpu_error(what: str, code: int, text: str = "") -> tuple[str, str]:
         return f"cannot {what}: the GPU fell off the bus", hint
     if code == NO_PERMISSION:
         return f"cannot {what}: no permission", "check the mode of its /dev/nvidia device"
-    return f"cannot {what}: NVML says: {text} ({code})", "check it with: nvidia-smi"
+    return f"cannot {what}: NVML says: {quoted(text)} ({code})", "check it with: nvidia-smi"
 
 
 # --- what decides nothing -----------------------------------------------------------------------

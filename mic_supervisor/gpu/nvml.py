@@ -34,6 +34,7 @@ from mic_supervisor.gpu.driver import (
 from mic_supervisor.gpu.events import RECOVERY_ACTION, NvmlUsers, recovery_action, trouble_of
 from mic_supervisor.host import processes
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
+from mic_supervisor.text import quoted
 
 FIRST_RETRY = 10.0  # seconds
 LAST_RETRY = 300.0
@@ -134,7 +135,8 @@ class NvmlSource:
         # The binding raises its own types, ctypes' and whatever a broken library leads to; a look
         # that went wrong is an unknown inventory, not the end of the program.
         except Exception as error:  # noqa: BLE001
-            return _failed(f"{type(error).__name__}: {error}", "check the driver with: nvidia-smi")
+            said = quoted(f"{type(error).__name__}: {error}")
+            return _failed(said, "check the driver with: nvidia-smi")
 
     def close(self) -> None:
         def end() -> None:

@@ -22,7 +22,7 @@ from mic_supervisor.config.settings import Settings
 from mic_supervisor.errors import MicError
 from mic_supervisor.host.files import read_text
 from mic_supervisor.model import ContainerSpec, DesiredState, ExecCheck, Instance
-from mic_supervisor.text import one_line
+from mic_supervisor.text import one_line, without_quotes
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1: what a header can carry
 _SHORTEST = 16
@@ -112,44 +112,57 @@ def _read(path: Path) -> bytes:
 
 HIDDEN = "(hidden)"
 SHORTEST = 6  # characters; what is shorter is "true" or "8192" far more often than a secret
+_MOST = 10_000  # texts that are hidden; a daemon may live through many files
 _SHORTEST_NAMED = 3  # of a variable whose name says that it is one
 _NAMED = re.compile(r"TOKEN|KEY|SECRET|PASS|PWD|CREDENTIAL|AUTH", re.IGNORECASE)
 
 _FREE_TEXT = frozenset(
-    {"reason", "hint", "error", "cause", "waits", "warnings", "unreadable", "text", "detail"}
+    {
+        *("reason", "hint", "error", "cause", "waits", "warnings", "unreadable", "trouble"),
+        *("text", "detail"),
+    }
 )
 _PRIVATE = re.compile(r"(command|entrypoint|env|args|file_env|variables)(?=[.\[]|$)")
 
 
 class Scrubber:
-    """Replaces what the desired workloads hold in confidence by "(hidden)"."""
+    """Hides what another program said, and what desired workloads hold in confidence.
 
-    def __init__(self, desired: DesiredState | None) -> None:
-        found: set[str] = set()
-        while desired is not None:
-            hook = () if desired.hook is None else _arguments(desired.hook.command[1:])
-            said = [*hook, *(word for one in desired.instances for word in _secrets(one))]
-            # In sentences a text stands as what can be shown of it.
-            found |= {form for word in said for form in (word, one_line(word))}
-            desired = desired.waiting
+    A server may say a secret in a form that nobody knows. So of what others said, which stands in
+    quotes, nothing is shown, and of our own words what is known to be confidential is not.
+    """
+
+    def __init__(self, confidential: frozenset[str] = frozenset()) -> None:
         # The longest first: a secret may begin with another one.
-        ordered = sorted(found, key=lambda item: (-len(item), item))
-        self._secrets = ordered
-        self._pattern = re.compile("|".join(map(_as_pattern, ordered))) if ordered else None
+        self._ordered = sorted(confidential, key=lambda item: (-len(item), item))
+        self._confidential = confidential
+        self._pattern = re.compile("|".join(map(_as_pattern, self._ordered)))
+
+    def including(self, desired: DesiredState) -> Scrubber:
+        """One that hides what this state holds, too: itself, where it does so already.
+
+        What the file no longer has stays hidden: the history, or a remembered failure, may name it.
+        """
+        # In sentences a text stands as what can be shown of it.
+        found = frozenset(form for word in _held(desired) for form in (word, one_line(word)))
+        if found <= self._confidential:
+            return self
+        both = found | self._confidential
+        return Scrubber(both if len(both) <= _MOST else found)
 
     def text(self, text: str) -> str:
-        if self._pattern is None:
-            return text
-        text = self._pattern.sub(HIDDEN, text)
-        return self._without_a_beginning(text) if text.endswith("…") else text
+        if self._ordered:
+            text = self._pattern.sub(HIDDEN, text)
+            *cut, rest = text.split("…")
+            text = "…".join([*map(self._without_a_beginning, cut), rest])
+        return without_quotes(text, HIDDEN)
 
     def _without_a_beginning(self, text: str) -> str:
-        """Where a sentence was cut in the middle of a secret, that beginning goes as well."""
-        body = text[:-1]
-        for secret in self._secrets:
-            for count in range(min(len(secret), len(body)), SHORTEST - 1, -1):
-                if body.endswith(secret[:count]):
-                    return f"{body[:-count]}{HIDDEN}…"
+        """What was cut in the middle of a secret, without the beginning of that one."""
+        for secret in self._ordered:
+            for count in range(min(len(secret), len(text)), SHORTEST - 1, -1):
+                if text.endswith(secret[:count]):
+                    return f"{text[:-count]}{HIDDEN}"
         return text
 
     def document(self, value: Any, key: str = "") -> Any:
@@ -161,6 +174,15 @@ class Scrubber:
         if isinstance(value, str) and key in _FREE_TEXT:
             return self.text(value)
         return value
+
+
+def _held(desired: DesiredState | None) -> Iterator[str]:
+    while desired is not None:
+        if desired.hook is not None:
+            yield from _arguments(desired.hook.command[1:])
+        for instance in desired.instances:
+            yield from _secrets(instance)
+        desired = desired.waiting
 
 
 def _secrets(instance: Instance) -> Iterator[str]:

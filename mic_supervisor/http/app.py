@@ -105,11 +105,11 @@ def paths(views: Views) -> list[Served]:
     running = document("running", lambda _, snapshot: documents.running(snapshot))
 
     async def gpus(request: Request) -> Response:
-        snapshot = views.current().snapshot
-        if snapshot is not None:
-            unreadable = snapshot.observed.inventory.unreadable
+        published = views.current()
+        if published.snapshot is not None:
+            unreadable = published.snapshot.observed.inventory.unreadable
             if unreadable is not None:
-                raise HTTPException(501, unreadable)
+                raise HTTPException(501, published.scrubber.text(unreadable))
         return await gpus_document(request)
 
     async def running_one(request: Request) -> Response:

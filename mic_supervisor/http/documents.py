@@ -68,7 +68,7 @@ class Published:
     """One consistent view. `snapshot` is None until the first round is done.
 
     `history` is the newest first. `xids` counts since the daemon started. `down` names the parts of
-    the daemon that are not alive, and says why.
+    the daemon that are not alive, and says why. `scrubber` knows what is confidential in this view.
     All times are the wall clock's as it is set now; less `offset` they are steady.
     """
 
@@ -81,11 +81,7 @@ class Published:
     history: tuple[Event, ...] = ()
     xids: tuple[XidRecord, ...] = ()
     down: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def scrubber(self) -> access.Scrubber:
-        """Knows what is confidential in this view."""
-        return access.Scrubber(self.snapshot.desired if self.snapshot is not None else None)
+    scrubber: access.Scrubber = field(default_factory=access.Scrubber)
 
 
 # --- the documents ------------------------------------------------------------------------------

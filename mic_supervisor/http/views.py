@@ -110,10 +110,8 @@ class Views:
         return None
 
     def down(self) -> str | None:
-        """Which parts of the daemon are not alive, and why."""
-        published = self.current()
-        reported = (f"{part} is not alive: {why}" for part, why in published.down.items())
-        return published.scrubber.text("; ".join(reported)) or None
+        """Which parts of the daemon are not alive. Everybody may ask that, so not why."""
+        return "; ".join(f"{part} is not alive" for part in self.current().down) or None
 
     def json(self, name: str, make: Callable[[Published], Any]) -> Answer:
         """The document called `name`."""

@@ -89,8 +89,8 @@ def test_plan_knows_already_what_needs_no_trying(story: Story) -> None:
 def test_an_image_that_cannot_be_pulled(story: Story) -> None:
     assert story.row("image") == (
         "backoff    image-51000001  GPU 1  backoff: cannot pull localhost:1/nobody/made:this: "
-        'localhost:1 cannot be reached (Get "http://localhost:1/v2/": dial tcp 127.0.0.1:1: '
-        "connect: connection refused)\n"
+        'localhost:1 cannot be reached (“Get "http://localhost:1/v2/": dial tcp 127.0.0.1:1: '
+        "connect: connection refused”)\n"
         "    hint: check the network and the engine's proxy; without a registry: "
         "docker load -i FILE\n"
     )
@@ -131,7 +131,7 @@ def test_a_model_that_is_not_in_the_repository(story: Story) -> None:
 def test_a_template_with_a_syntax_error(story: Story) -> None:
     assert story.row("syntax") == (
         "blocked    syntax-51000006  GPU 6  cannot configure syntax: "
-        "REPOSITORY/syntax/config.pbtxt.template:2:9: 'backend = python': Expected \":\"\n"
+        "REPOSITORY/syntax/config.pbtxt.template:2:9: “'backend = python': Expected \":\"”\n"
         "    hint: correct the file; if the field is right and new, upgrade the package "
         "tritonclient\n"
     )
@@ -140,7 +140,7 @@ def test_a_template_with_a_syntax_error(story: Story) -> None:
 def test_a_model_that_fails_to_load_says_what_triton_says(story: Story) -> None:
     assert story.row("fails") == (
         "backoff    fails-51000007  GPU 7  http://127.0.0.1:PORT  backoff: cannot load fails: "
-        "Internal: RuntimeError: told to fail (at /models/fails/1/model.py(14): initialize)\n"
+        "“Internal: RuntimeError: told to fail (at /models/fails/1/model.py(14): initialize)”\n"
         "    hint: see `mic-supervisor logs fails-51000007`\n"
     )
 

@@ -59,7 +59,7 @@ def test_the_log_of_what_is_gone(world: World) -> None:
     world.runtime.remove(workload)
     error = refused(lambda: list(world.runtime.logs(workload)))
     assert isinstance(error, RuntimeRefused)
-    assert str(error).startswith(f"cannot read the log of container {workload.name}: No such")
+    assert str(error).startswith(f"cannot read the log of container {workload.name}: “No such")
 
 
 def test_a_stream_whose_engine_dies_is_an_error(world: World) -> None:

@@ -222,7 +222,7 @@ def test_a_hook_that_fails_is_shown_and_freezes_nothing(mic: Mic, hook: Path) ->
     (hook.parent / "broken").touch()
     mic.write(file(hook, "{0: a, 1: a}"))
     daemon = mic.run()
-    cause = f"on_endpoints_change, {hook}, exits with 4: no proxy here"
+    cause = f"on_endpoints_change, {hook}, exits with 4: “no proxy here”"
     until(lambda: cause in daemon.text(), "the log")
     until(lambda: f"warning: {cause}" in mic("status").stderr, "the status")
     failures = "mic_endpoints_hook_failures_total"

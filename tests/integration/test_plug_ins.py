@@ -347,8 +347,8 @@ def test_what_goes_wrong_while_compiling_blocks_that_model(mic: Mic, broken: Pat
     plan = mic("plan", "--json", rc=0).json()
     assert [(one["action"], one["model"]) for one in plan["actions"]] == [("create", "good")]
     assert sorted(one["reason"].partition(";")[0] for one in plan["blocked"]) == [
-        "backend quits cannot compile b: SystemExit: 3",
-        "backend raises cannot compile a: KeyError: 'template'",
+        "backend quits cannot compile b: “SystemExit: 3”",
+        "backend raises cannot compile a: “KeyError: 'template'”",
         "backend untyped cannot compile c: its workload.env is of type dict, not a tuple",
     ]
     mic("apply", rc=3)

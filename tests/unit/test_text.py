@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.errors import MicError
-from mic_supervisor.text import LONGEST, one_line, printable, unseen
+from mic_supervisor.text import LONGEST, one_line, printable, quoted, unseen, without_quotes
 
 HOSTILE = [
     "\x1b[2Jevil",  # clears a terminal
@@ -49,6 +49,15 @@ def test_an_error_and_an_event_carry_nothing_that_a_terminal_obeys(text: str) ->
     heard: list[Event] = []
     Events([heard.append]).emit(Event("failed", 1.0, "a", text, cause=text))
     assert heard[0].text.isprintable() and heard[0].cause.isprintable()
+
+
+@given(st.text(st.characters(exclude_categories=()), max_size=300), st.integers(0, 400))
+def test_what_somebody_said_stays_within_its_quotes(text: str, cut: int) -> None:
+    shown = quoted(text)
+    assert shown.isprintable() and without_quotes(f"it said {shown}, and ended", "") == (
+        "it said , and ended"
+    )
+    assert without_quotes(f"it said {shown}"[: cut + 9], "") == "it said "
 
 
 def test_a_text_of_megabytes_is_cut() -> None:

@@ -43,6 +43,7 @@ from mic_supervisor.model import (
     Probe,
     Probes,
 )
+from mic_supervisor.text import quoted
 
 _REPOSITORY = "/models"  # inside the container
 _PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # inside, and of a server for all models
@@ -322,7 +323,7 @@ class TritonBackend(BackendBase):
             known = "has no available versions" in said
             reason = "Triton has no version of it loaded" if known else "it is not loaded"
             return PlacementState(model, LoadState.ABSENT, reason=reason)
-        reason = f"Triton answers {status}" + (f": {said[:200]}" if said else "")
+        reason = f"Triton answers {status}" + (f": {quoted(said, 200)}" if said else "")
         return PlacementState(model, LoadState.UNKNOWN, reason=reason)
 
     def load_failure(self, answer: str, log: Sequence[str], model: str) -> str:

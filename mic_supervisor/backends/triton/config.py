@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mic_supervisor.backends import CompileRequest
 from mic_supervisor.backends.common import cannot, read
 from mic_supervisor.errors import CompileError
+from mic_supervisor.text import quoted
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -135,10 +136,10 @@ def _parse(request: CompileRequest, path: Path, text: str) -> Any:
         text_format.Parse(text, config)
     except text_format.ParseError as error:
         line, column = error.GetLine() or 1, error.GetColumn() or 1
-        words = " ".join(_LOCATION.sub("", str(error)).split())
+        said = _LOCATION.sub("", str(error)).strip().removesuffix(".")  # and the line that it is of
         raise cannot(
             request,
-            f"{path}:{line}:{column}: {words.removesuffix('.')}",
+            f"{path}:{line}:{column}: {quoted(said)}",
             "correct the file; if the field is right and new, upgrade the package tritonclient",
         ) from error
     return config

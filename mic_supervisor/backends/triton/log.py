@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from mic_supervisor.backends import error_text
+from mic_supervisor.text import quoted
 
 _LONGEST = 600  # characters of one quotation
 
@@ -34,11 +35,12 @@ def load_failure(answer: str, log: Sequence[str], model: str) -> str:
     said = error_text(answer)
     words = _sentence(said)
     if words and not any(text in words for text in _SAYS_NOTHING):
-        return words
+        return quoted(words)
     cause = _cause(log, model)
+    shown = quoted(words) if words else "Triton gave no answer"
     if cause is None or cause in words:
-        return words or "Triton gave no answer"
-    return f"{words or 'Triton gave no answer'}; its log says: {cause}"
+        return shown
+    return f"{shown}; its log says: {quoted(cause)}"
 
 
 def _cause(log: Sequence[str], model: str) -> str | None:

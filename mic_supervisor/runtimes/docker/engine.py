@@ -29,6 +29,7 @@ from docker.utils import version_lt
 from requests import PreparedRequest, Response
 
 from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable
+from mic_supervisor.text import quoted
 
 T = TypeVar("T")
 
@@ -336,11 +337,12 @@ def other_version(error: BaseException) -> bool:
 
 
 def tidy(message: str) -> str:
-    """The engine's message without the layers that passed it on."""
+    """The engine's message without the layers that passed it on, in quotes."""
     text, found = (message.strip().splitlines() or [""])[0].strip(), 1
     while found:
         text, found = re.subn(_WRAPPINGS, "", text)
-    return text.removesuffix(": unknown").rstrip(".") or "the engine gives no reason"
+    text = text.removesuffix(": unknown").rstrip(".")
+    return quoted(text) if text else "the engine gives no reason"
 
 
 @cache
@@ -358,7 +360,9 @@ def refusal(message: str, *, registry: str | None = None) -> tuple[str, str | No
     """A refusal of the engine as (cause, hint); of a pull, where there is a `registry`."""
     for pattern, cause, hint in _table("engine" if registry is None else "registry"):
         if match := pattern.search(message):
-            words = {"registry": registry, "said": tidy(message), **match.groupdict()}
+            words = match.groupdict()
+            said = words.get("said")
+            words |= {"registry": registry, "said": quoted(said) if said else tidy(message)}
             return cause.format(**words), hint.format(**words)
     return tidy(message), None
 
@@ -401,7 +405,7 @@ def _unreachable(error: Exception, address: str) -> tuple[str, str]:
     items = tuple(chain(error))
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return next(
-        (cause.format(address=address, said=said), hint)
+        (cause.format(address=address, said=quoted(said)), hint)
         for kinds, cause, hint in _NO_ANSWER
         if any(_is(item, kind) for item in items for kind in kinds)
     )

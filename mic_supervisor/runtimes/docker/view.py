@@ -31,7 +31,6 @@ from mic_supervisor.runtimes.docker.create import (
 )
 from mic_supervisor.runtimes.docker.engine import refusal
 from mic_supervisor.runtimes.identity import GivenName, copies
-from mic_supervisor.text import one_line
 
 _STATES = {
     "created": RunState.CREATED,
@@ -254,7 +253,7 @@ def _error(status: str, state: Mapping[str, Any]) -> str | None:
     if status == "dead":
         return _DEAD
     said = _text(state.get("Error"))
-    return one_line(refusal(said)[0]) if said is not None else None
+    return refusal(said)[0] if said is not None else None
 
 
 def _engine_health(text: str) -> Literal["starting", "healthy", "unhealthy"] | None:

@@ -20,6 +20,7 @@ from dbus_fast.unpack import unpack_variants
 
 from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.runtimes.systemd.unit import Process, Property, Unit
+from mic_supervisor.text import quoted
 
 T = TypeVar("T")
 
@@ -355,12 +356,12 @@ def explain(action: str, error: Refused | Lost) -> MicError:
         )
     short = error.name.removeprefix(f"{DBUS}.Error.")
     if short in _BUSY:
-        return RuntimeUnavailable(f"cannot {action}: systemd gave no answer: {error.text}")
+        return RuntimeUnavailable(f"cannot {action}: systemd gave no answer: {quoted(error.text)}")
     if short in _DENIED:
         return RuntimeRefused(f"cannot {action}: systemd lets only root do it", hint="run as root")
     if error.name == f"{SYSTEMD}.UnitMasked":
-        return RuntimeRefused(f"cannot {action}: {error.text}", hint="see systemctl unmask")
-    cause, hint = _REFUSALS.get(error.name, (f"systemd refused: {error.text}", None))
+        return RuntimeRefused(f"cannot {action}: {quoted(error.text)}", hint="see systemctl unmask")
+    cause, hint = _REFUSALS.get(error.name, (f"systemd refused: {quoted(error.text)}", None))
     return RuntimeRefused(f"cannot {action}: {cause}", hint=hint)
 
 

@@ -29,6 +29,7 @@ from mic_supervisor.runtimes.systemd.unit import (
     exit_code,
     user,
 )
+from mic_supervisor.text import quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ async def start(bus: Bus, name: str, properties: Sequence[Property]) -> None:
 def spawn_reason(failure: SpawnFailed) -> str:
     """Why, as far as PID 1 itself tells."""
     if failure.result != "failed":
-        reported = f"systemd ended the job with “{failure.result}”"
+        reported = f"systemd ended the job with {quoted(failure.result)}"
         return _RESULTS.get(failure.result, reported)
     if failure.unit is None:
         return "systemd does not say why"

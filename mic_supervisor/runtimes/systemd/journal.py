@@ -15,6 +15,7 @@ from pathlib import Path
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import programs
 from mic_supervisor.runtimes import lines
+from mic_supervisor.text import quoted
 
 _PROGRAM = "journalctl"
 _QUIETLY = (_PROGRAM, "--quiet", "--no-pager")
@@ -73,7 +74,7 @@ def read(
     if not follow and not over:
         raise RuntimeRefused(f"cannot {what}: the journal gave no answer in {_SILENCE:g} s")
     if over and process.returncode:
-        raise RuntimeRefused(f"cannot {what}: {said or f'{_PROGRAM} failed'}")
+        raise RuntimeRefused(f"cannot {what}: {quoted(said) if said else f'{_PROGRAM} failed'}")
     if cursor:
         rest = _ask(what, "--output=cat", "--all", f"--after-cursor={cursor}", run)
         yield from lines([rest.encode()])
@@ -121,7 +122,7 @@ def last_words(invocation: str) -> str | None:
         last = [*read("read the journal", invocation, tail=1)]
     except RuntimeRefused:
         return None  # it only adds to what is known
-    return last[-1] if last else None
+    return quoted(last[-1]) if last else None
 
 
 def sync() -> None:

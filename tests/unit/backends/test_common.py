@@ -330,9 +330,9 @@ def test_the_base_class_knows_of_no_placements_and_quotes_what_there_is() -> Non
     placement = Placement("m", ("g",), "d", call, call, call)
     base = BackendBase()
     assert base.placement_state(placement, 200, "").state is LoadState.UNKNOWN
-    assert base.load_failure('{"error": "no"}', ["x"], "m") == "no"
+    assert base.load_failure('{"error": "no"}', ["x"], "m") == "“no”"
     assert base.load_failure("", ["a", "last ", ""], "m") == (
-        "no answer; the last line of its log is: last"
+        "no answer; the last line of its log is: “last”"
     )
     assert base.load_failure("", [], "m") == "no answer"
 

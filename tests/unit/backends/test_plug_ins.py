@@ -119,7 +119,7 @@ def test_whatever_compile_raises_is_an_error_of_its_model(
     with pytest.raises(CompileError) as caught:
         told(monkeypatch, raising(fault)).compile(asked)
     said = caught.value.message
-    assert said.startswith(f"backend told cannot compile MAM: {type(fault).__name__}")
+    assert said.startswith(f"backend told cannot compile MAM: “{type(fault).__name__}")
     assert caught.value.hint == f"this is a defect of {HERE}:Told; report it there"
 
 
@@ -210,7 +210,7 @@ def test_an_answer_that_it_cannot_read_is_unknown(
     state = told(monkeypatch, raising(fault)).placement_state(PLACEMENT, 200, "{}")
     assert (state.model, state.state) == ("a", LoadState.UNKNOWN)
     assert str(state.reason).startswith(
-        f"backend told cannot read its server's answer: {type(fault).__name__}"
+        f"backend told cannot read its server's answer: “{type(fault).__name__}"
     )
 
 
@@ -227,13 +227,13 @@ def test_a_failure_it_has_no_words_for_is_told_in_the_servers(
     monkeypatch: pytest.MonkeyPatch, does: Callable[..., Any]
 ) -> None:
     found = told(monkeypatch, does).load_failure('{"error": "out of memory"}', [], "a")
-    assert found == "out of memory"
+    assert found == "“out of memory”"
 
 
 def test_a_drain_that_it_cannot_read_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = told(monkeypatch, raising(KeyError("queue")))
     with pytest.raises(
-        MicError, match=r"^backend told cannot tell whether it is drained: KeyError: 'queue'$"
+        MicError, match=r"^backend told cannot tell whether it is drained: “KeyError: 'queue'”$"
     ):
         backend.is_drained(200, "{}")
     assert told(monkeypatch, lambda _: 1).is_drained(200, "{}") is True

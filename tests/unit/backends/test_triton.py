@@ -356,7 +356,8 @@ def test_an_ensemble_with_instances_is_refused(options: dict[str, Any], config: 
 )
 def test_a_template_that_does_not_parse_says_where(config: str, cause: str) -> None:
     said, hint = refusal(config=config)
-    assert said == f"cannot configure MAM: {cause}"
+    location, _, words = cause.partition(": ")
+    assert said == f"cannot configure MAM: {location}: “{words}”"  # with the line, it may be
     assert hint == (
         "correct the file; if the field is right and new, upgrade the package tritonclient"
     )
@@ -437,7 +438,7 @@ def test_any_other_configuration_has_another_digest() -> None:
             LoadState.ABSENT,
             "Triton has no version of it loaded",
         ),
-        (404, "Not Found", LoadState.UNKNOWN, "Triton answers 404: Not Found"),
+        (404, "Not Found", LoadState.UNKNOWN, "Triton answers 404: “Not Found”"),
         (503, "", LoadState.UNKNOWN, "Triton answers 503"),
         (200, "<html>", LoadState.UNKNOWN, "the answer is not Triton's configuration of it"),
         (200, "[]", LoadState.UNKNOWN, "the answer is not Triton's configuration of it"),

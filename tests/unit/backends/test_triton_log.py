@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mic_supervisor.backends.triton.log import load_failure
+from mic_supervisor.text import without_quotes
 from tests.unit.backends.support import ANSWERS
 
 FAILURES = {name: answer for name, answer in ANSWERS.items() if "says" in answer}
@@ -13,7 +14,12 @@ FAILURES = {name: answer for name, answer in ANSWERS.items() if "says" in answer
 @pytest.mark.parametrize("scenario", FAILURES)
 def test_recorded_failures(scenario: str) -> None:
     answer = FAILURES[scenario]
-    assert load_failure(answer["body"], answer["log"], answer["model"]) == answer["says"]
+    said = load_failure(answer["body"], answer["log"], answer["model"])
+    assert said.translate({ord(quote): None for quote in "“”"}) == answer["says"]
+    # All but these words is Triton's.
+    assert without_quotes(said, "") in (
+        *("", "; its log says: ", "Triton gave no answer; its log says: "),
+    )
 
 
 def test_what_is_said_where_the_answer_is_vague() -> None:
@@ -44,7 +50,7 @@ def test_what_is_said_where_the_answer_is_vague() -> None:
 
 
 VAGUE = '{"error":"failed to load \'M\', failed to poll from model repository"}'
-BARE = "failed to load 'M', failed to poll from model repository"
+BARE = "“failed to load 'M', failed to poll from model repository”"
 TOLD = '2026-11-22T11:13:09Z E 1 model_repository_manager.cc:1460] "Poll failed for model directory'
 ENDED = "2026-11-22T11:13:10Z I 1 model_lifecycle.cc:839] \"successfully loaded 'M'\""
 
@@ -54,12 +60,12 @@ ENDED = "2026-11-22T11:13:10Z I 1 model_lifecycle.cc:839] \"successfully loaded 
     [
         ([], BARE),
         ([f"{TOLD} 'Other': bad\""], BARE),
-        ([f"{TOLD} 'M': bad\""], f"{BARE}; its log says: bad"),
-        ([f"{TOLD} 'M': old\"", f"{TOLD} 'M': new\""], f"{BARE}; its log says: new"),
+        ([f"{TOLD} 'M': bad\""], f"{BARE}; its log says: “bad”"),
+        ([f"{TOLD} 'M': old\"", f"{TOLD} 'M': new\""], f"{BARE}; its log says: “new”"),
         # An earlier failure is not the reason of this one.
         ([f"{TOLD} 'M': old\"", ENDED], BARE),
-        ([f'{TOLD} \'M\': a \\"b\\" \\\\c\\nd"'], f'{BARE}; its log says: a "b" \\c d'),
-        (["garbage", "", f"{TOLD} 'M': bad\"", "\x00\x01"], f"{BARE}; its log says: bad"),
+        ([f'{TOLD} \'M\': a \\"b\\" \\\\c\\nd"'], f'{BARE}; its log says: “a "b" \\c d”'),
+        (["garbage", "", f"{TOLD} 'M': bad\"", "\x00\x01"], f"{BARE}; its log says: “bad”"),
     ],
 )
 def test_only_the_last_try_of_this_model_is_quoted(log: list[str], says: str) -> None:
@@ -83,12 +89,12 @@ def test_a_stub_that_died_repeats_nothing() -> None:
         "2026-11-22T11:13:07Z E 1 model_lifecycle.cc:642] \"failed to load 'M' version 1: "
         f'{said}."'
     ]
-    assert load_failure(body, log, "M") == said
+    assert load_failure(body, log, "M") == f"“{said}”"
 
 
 def test_a_long_cause_is_cut() -> None:
     said = load_failure('{"error": "' + "x" * 5000 + '"}', [], "M")
-    assert len(said) == 600 and said.endswith("x…")
+    assert len(said) == 602 and said.endswith("x…”")
 
 
 def test_two_versions_are_both_told() -> None:
@@ -96,4 +102,4 @@ def test_two_versions_are_both_told() -> None:
         '{"error":"load failed for model \'M\': version 1 is at UNAVAILABLE state: Internal: a;\\n'
         'version 2 is at UNAVAILABLE state: Internal: b;\\n"}'
     )
-    assert load_failure(body, [], "M") == "Internal: a; Internal: b"
+    assert load_failure(body, [], "M") == "“Internal: a; Internal: b”"

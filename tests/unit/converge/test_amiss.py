@@ -23,7 +23,7 @@ def warnings(rig: Rig) -> list[Event]:
     ("error", "said"),
     [
         (FULL, "cannot write memory.json: No space left on device; "),
-        (OSError(30, "Read-only file system"), "cannot save what is remembered: OSError: "),
+        (OSError(30, "Read-only file system"), "cannot save what is remembered: “OSError: "),
     ],
 )
 def test_converging_goes_on_where_nothing_can_be_saved(error: Exception, said: str) -> None:

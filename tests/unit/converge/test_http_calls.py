@@ -204,9 +204,9 @@ def test_says_where_nobody_listens() -> None:
 @pytest.mark.parametrize(
     ("talk", "said"),
     [
-        (lambda _: None, "Server disconnected without sending a response"),
-        (b"220 mail.example.com ESMTP\r\n\r\n", "illegal status line"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok", "peer closed connection"),
+        (lambda _: None, "“Server disconnected without sending a response"),
+        (b"220 mail.example.com ESMTP\r\n\r\n", "“illegal status line"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok", "“peer closed connection"),
         (lambda peer: peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0" + bytes(4)),
          "Connection reset by peer"),
     ],

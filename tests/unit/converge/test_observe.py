@@ -53,7 +53,7 @@ def test_a_reader_that_raises_is_unreadable_and_is_read_again(
         *unreadable, read_again = asyncio.run(looks())
     for view in unreadable:
         assert (view.error or "").startswith(
-            f"its answer is not what was expected: {type(error).__name__}: "
+            f"its answer is not what was expected: “{type(error).__name__}: "
         )
         assert len(view.error or "") < 400
     assert read_again == RuntimeView("docker")

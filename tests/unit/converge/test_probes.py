@@ -147,13 +147,18 @@ def test_checks_that_differ_are_all_made(server: Server) -> None:
         (
             HttpCheck("/health", expect=(("who", "you"),)),
             False,
-            "port PORT is answered by ME, which is not ours: who is 'me', not 'you'",
+            "port PORT is answered by ME, which is not ours: who is “me”, not 'you'",
         ),
         (HttpCheck("/health", listed=(("all[].id", "a"),)), True, "GET /health answers 200"),
         (
             HttpCheck("/health", listed=(("all[].id", "b"),)),
             False,
-            "port PORT is answered by ME, which is not ours: all[].id has a and lacks b",
+            "port PORT is answered by ME, which is not ours: all[].id has “a” and lacks b",
+        ),
+        (
+            HttpCheck("/health", listed=(("who", "b"),)),
+            False,
+            "port PORT is answered by ME, which is not ours: who lacks b",
         ),
         (
             HttpCheck("/text", expect=(("who", "me"),)),
@@ -409,7 +414,7 @@ def test_a_defect_of_a_backend_is_unknown_and_probing_goes_on(server: Server) ->
             assert result is not None
             assert (result.ok, result.reason) == (
                 None,
-                "the probe failed: ZeroDivisionError: a defect",
+                "the probe failed: “ZeroDivisionError: a defect”",
             )
 
     asyncio.run(go())

@@ -81,7 +81,7 @@ def test_it_gets_the_document_its_arguments_and_little_else(
 def test_one_that_fails_is_quoted(tmp_path: Path) -> None:
     hook = script(tmp_path, "echo first; echo 'nginx: no such file' >&2; exit 3")
     path = hook.command[0]
-    assert refusal(hook) == f"on_endpoints_change, {path}, exits with 3: nginx: no such file"
+    assert refusal(hook) == f"on_endpoints_change, {path}, exits with 3: “nginx: no such file”"
     assert refusal(script(tmp_path, "kill -9 $$")).endswith("was killed by signal 9")
     gone = EndpointsHook((str(tmp_path / "none"),))
     assert refusal(gone).endswith("none: No such file or directory")
@@ -144,7 +144,7 @@ def test_one_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
 
 def test_one_that_prints_without_end_costs_no_memory(tmp_path: Path) -> None:
     hook = script(tmp_path, "head -c 20000000 /dev/zero | tr '\\0' x; echo; echo the end; exit 1")
-    assert refusal(hook).endswith("exits with 1: the end")
+    assert refusal(hook).endswith("exits with 1: “the end”")
 
 
 def test_a_child_that_stays_holds_nobody_up(tmp_path: Path) -> None:

@@ -60,10 +60,10 @@ async def is_cancelled() -> None:
     [
         (ends, "it ended"),
         (refuses, "cannot go on: no"),
-        (breaks, "ZeroDivisionError: a defect"),
+        (breaks, "“ZeroDivisionError: a defect”"),
         (is_cancelled, "it was cancelled"),
-        (lambda: in_thread("t", lambda: 1 / 0 and None), "ZeroDivisionError: division by zero"),
-        (lambda: in_thread("t", exit), "RuntimeError: the thread t exited"),
+        (lambda: in_thread("t", lambda: 1 / 0 and None), "“ZeroDivisionError: division by zero”"),
+        (lambda: in_thread("t", exit), "“RuntimeError: the thread t exited”"),
     ],
 )
 def test_one_that_ends_is_told_of_and_started_again(

@@ -49,7 +49,7 @@ def by_index(inventory: GpuInventory) -> dict[int, str]:
         ),
         (
             999,
-            "cannot open it: NVML says: Unknown Error (999); check it with: nvidia-smi",
+            "cannot open it: NVML says: “Unknown Error” (999); check it with: nvidia-smi",
         ),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_missing_gpu_is_looked_for_ever_less_often(
         ),
         (
             28,
-            "cannot read GPUs: NVML says: GPU not found (28); check the driver with: nvidia-smi",
+            "cannot read GPUs: NVML says: “GPU not found” (28); check the driver with: nvidia-smi",
         ),
     ],
 )
@@ -286,7 +286,7 @@ def test_nothing_at_all_leaves_observe_as_an_exception(
     monkeypatch.setattr("pynvml.nvmlDeviceGetCount", broken)
 
     assert source.observe().error_line == (
-        "cannot read GPUs: ValueError: what the library wrote is no text; "
+        "cannot read GPUs: “ValueError: what the library wrote is no text”; "
         "check the driver with: nvidia-smi"
     )
 

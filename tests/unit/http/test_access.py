@@ -14,7 +14,7 @@ from mic_supervisor.errors import MicError
 from mic_supervisor.http import access
 from mic_supervisor.http.access import HIDDEN, Access, Scrubber, access_of
 from mic_supervisor.model import EndpointsHook, ExecCheck, Probe, Probes
-from mic_supervisor.text import one_line
+from mic_supervisor.text import one_line, quoted
 from tests.unit.http import views_of
 from tests.unit.http.ask import Site
 from tests.unit.plan import builders as b
@@ -181,7 +181,7 @@ SECRET = "canary-3f9a"
 
 
 def scrubber(**values: object) -> Scrubber:
-    return Scrubber(b.desired(b.on("m", 0, workload=b.program(**values))))  # type: ignore[arg-type]
+    return Scrubber().including(b.desired(b.on("m", 0, workload=b.program(**values))))  # type: ignore[arg-type]
 
 
 def test_values_of_every_kind_of_environment_are_hidden() -> None:
@@ -191,7 +191,7 @@ def test_values_of_every_kind_of_environment_are_hidden() -> None:
 
 
 def test_arguments_are_hidden_and_what_a_reason_needs_is_not() -> None:
-    found = Scrubber(
+    found = Scrubber().including(
         b.desired(
             b.on("m", 0, workload=b.program("/opt/serve", "--api-key", SECRET, f"--key={SECRET}2"))
         )
@@ -201,7 +201,7 @@ def test_arguments_are_hidden_and_what_a_reason_needs_is_not() -> None:
 
 
 def test_a_containers_whole_command_is_arguments() -> None:
-    found = Scrubber(b.desired(b.on("m", 0, workload=b.container(command=(SECRET,)))))
+    found = Scrubber().including(b.desired(b.on("m", 0, workload=b.container(command=(SECRET,)))))
     assert found.text(f"exec: {SECRET}: not found") == f"exec: {HIDDEN}: not found"
 
 
@@ -226,7 +226,7 @@ def test_arguments_of_probes_and_of_the_hook_are_hidden() -> None:
         hook=EndpointsHook(("/usr/bin/notify", "--token", f"{SECRET}-hook"), 10.0, 1.0),
     )
     text = f"psql --password={SECRET} -psecret99 /var/x; notify --token {SECRET}-hook"
-    assert Scrubber(wanted).text(text) == (
+    assert Scrubber().including(wanted).text(text) == (
         f"psql --password={HIDDEN} {HIDDEN} /var/x; notify --token {HIDDEN}"
     )
 
@@ -235,6 +235,7 @@ def test_arguments_of_probes_and_of_the_hook_are_hidden() -> None:
 def test_a_sentence_that_was_cut_in_a_secret_shows_no_beginning_of_it(count: int) -> None:
     found = scrubber(env=(("A", SECRET), ("B", "another-one")))
     assert found.text(f"it said: {SECRET[:count]}…") == f"it said: {HIDDEN}…"
+    assert found.text(f"it said: {SECRET[:count]}…; and more") == f"it said: {HIDDEN}…; and more"
     assert found.text(f"it said: {SECRET[:3]}…") == f"it said: {SECRET[:3]}…"
 
 
@@ -258,8 +259,24 @@ def test_only_sentences_are_scrubbed() -> None:
     }
 
 
+def test_what_another_program_said_is_hidden_whatever_it_is() -> None:
+    said = f"the hook exits with 1: {quoted('key (base64) Y2FuYXJ5')}; run it by hand"
+    assert Scrubber().text(said) == f"the hook exits with 1: {HIDDEN}; run it by hand"
+    assert Scrubber().text(said[:45]) == f"the hook exits with 1: {HIDDEN}"  # cut by somebody
+    tricky = f"it said {quoted('a” token “b')} and ended"
+    assert Scrubber().text(tricky) == f"it said {HIDDEN} and ended"
+
+
+def test_what_left_the_file_stays_hidden_and_nothing_is_made_anew_for_the_same() -> None:
+    before = scrubber(env=(("TOKEN", SECRET),))
+    wanted = b.desired(b.on("m", 0, workload=b.program(env=(("TOKEN", "the-next-one"),))))
+    after = before.including(wanted)
+    assert after.text(f"{SECRET} the-next-one") == f"{HIDDEN} {HIDDEN}"
+    assert after.including(wanted) is after and after.including(b.desired()) is after
+
+
 def test_nothing_desired_hides_nothing() -> None:
-    assert Scrubber(None).text(SECRET) == SECRET
+    assert Scrubber().text(SECRET) == SECRET
 
 
 @given(st.text(min_size=access.SHORTEST), st.text(), st.text())

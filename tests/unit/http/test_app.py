@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.http.access import Access
-from mic_supervisor.http.app import command_for, wants_html
-from mic_supervisor.model import GpuInventory
+from mic_supervisor.http.app import command_for, paths, wants_html
+from mic_supervisor.model import GpuInventory, UnopenedGpu
+from mic_supervisor.plan.words import Code, because
+from mic_supervisor.text import quoted
 from tests.unit.http import views_of
 from tests.unit.http.ask import Site
 from tests.unit.plan import builders as b
@@ -244,8 +246,7 @@ def test_a_part_of_the_daemon_that_is_not_alive_is_told_of() -> None:
     assert answer.status == 503
     assert (answer.json()["status"], answer.json()["detail"]) == (
         "broken",
-        "the file watch is not alive: ZeroDivisionError: a defect; "
-        "the Xid watch is not alive: it ended",
+        "the file watch is not alive; the Xid watch is not alive",
     )
     page = site("/", headers={"Accept": "text/html"}).text
     assert "2 things are not as they should be" in page
@@ -255,7 +256,48 @@ def test_a_part_of_the_daemon_that_is_not_alive_is_told_of() -> None:
     site = Site(views=views_of.views(still, stall_after=60, clock=clock))
     clock.now = 75
     assert site("/healthz").json()["status"] == "stalled"
-    assert site("/healthz").json()["detail"].endswith("; the loop is not alive: it ended")
+    assert site("/healthz").json()["detail"].endswith("; the loop is not alive")
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_nothing_that_another_program_said_is_in_any_answer(readable: bool) -> None:
+    said = f"it says {quoted('canary Y2FuYXJ5')} there"
+    published = views_of.bad(engine_gone=True)
+    snapshot = published.snapshot
+    assert snapshot is not None
+    observed, plan = snapshot.observed, snapshot.plan
+    inventory = replace(
+        observed.inventory,
+        gpus=tuple(replace(gpu, trouble=said) for gpu in observed.inventory.gpus),
+        unopened=(UnopenedGpu(6, said, said),),
+        error=None if readable else said,
+        hint=said,
+    )
+    snapshot = replace(
+        snapshot,
+        statuses=tuple(replace(row, reason=said) for row in snapshot.statuses),
+        plan=replace(
+            plan,
+            warnings=(said,),
+            changes=tuple(replace(one, why=because(Code.ENDED, end=said)) for one in plan.changes),
+            blocked=tuple(
+                replace(one, why=because(Code.BACKOFF, failure=said, hint=said))
+                for one in plan.blocked
+            ),
+        ),
+        observed=replace(
+            observed,
+            inventory=inventory,
+            runtimes=tuple(replace(view, error=said, hint=said) for view in observed.runtimes),
+        ),
+    )
+    history = (views_of.event("failed", "a", phase="start", text=said, hint=said),)
+    published = replace(published, snapshot=snapshot, history=history, down={"the loop": said})
+    site = Site(published)
+    for path in [one.path for one in paths(site.views)]:
+        for accept in ("text/html", "application/json", "text/plain"):
+            assert "canary" not in site(path, headers={"Accept": accept}).text, path
+    assert site("/", headers={"Accept": "text/html"}).text.count("it says (hidden) there") > 5
 
 
 def test_ready_is_when_every_instance_is(good: Site) -> None:

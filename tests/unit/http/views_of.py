@@ -12,6 +12,7 @@ from typing import Any
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.publisher import HookState
 from mic_supervisor.converge.snapshot import ConfigState, Snapshot
+from mic_supervisor.http.access import Scrubber
 from mic_supervisor.http.documents import LoopState, Published
 from mic_supervisor.http.views import Views
 from mic_supervisor.model import (
@@ -122,6 +123,7 @@ def published(found: Snapshot | None, **values: Any) -> Published:
     }
     loop = LoopState(rounds=7, errors=1, last_duration=0.012, last_success_at=NOW)
     return Published(
+        scrubber=Scrubber() if found is None else Scrubber().including(found.desired),
         host="gpu-01.example",
         version="0.1.0",
         config=ConfigState(**config),
@@ -184,7 +186,8 @@ def waiting() -> Published:
     changed, new = b.changed(mam, command=("serve", SECRET)), b.on("embed", 3)
     other = b.desired(changed, new, config_hash="beef" * 16)
     snapshot = replace(found.snapshot, desired=replace(desired, waiting=other))
-    return replace(found, snapshot=snapshot)
+    scrubber = found.scrubber.including(snapshot.desired)
+    return replace(found, snapshot=snapshot, scrubber=scrubber)
 
 
 def bad(*, engine_gone: bool = False, **values: Any) -> Published:

@@ -150,7 +150,7 @@ def test_events_are_followed_in_the_version_that_the_engine_speaks(
 @pytest.mark.parametrize("call", ["GET /_ping", "GET /events"])
 @pytest.mark.parametrize(
     ("status", "cause"),
-    [(403, "does not allow the call (no)"), (500, ": no"), (503, "is not ready (no)")],
+    [(403, "does not allow the call (“no”)"), (500, ": “no”"), (503, "is not ready (“no”)")],
 )
 def test_a_refusal_of_events_is_told_at_once(
     runtime: DockerRuntime, fake: FakeEngine, call: str, status: int, cause: str

@@ -56,8 +56,8 @@ ENDPOINT = "driver failed programming external connectivity on endpoint mic-a (a
             "#0: error running hook: exit status 1, stdout: , stderr: Auto-detected mode as "
             "'legacy'\nnvidia-container-cli: initialization error: nvml error: driver/library "
             "version mismatch: unknown",
-            "the NVIDIA Container Toolkit says: initialization error: nvml error: driver/library "
-            "version mismatch",
+            "the NVIDIA Container Toolkit says: “initialization error: nvml error: driver/library "
+            "version mismatch”",
             "check the driver with: nvidia-smi",
         ),
         (
@@ -118,8 +118,8 @@ ENDPOINT = "driver failed programming external connectivity on endpoint mic-a (a
             "the engine's disk is full",
             "see what takes it: docker system df; free some with: docker image prune",
         ),
-        ("Minimum memory limit allowed is 6MB", "Minimum memory limit allowed is 6MB", None),
-        (f"failed to create shim task: {RUNC}what is this: unknown", "what is this", None),
+        ("Minimum memory limit allowed is 6MB", "“Minimum memory limit allowed is 6MB”", None),
+        (f"failed to create shim task: {RUNC}what is this: unknown", "“what is this”", None),
         ("", "the engine gives no reason", None),
     ],
 )  # fmt: skip
@@ -143,7 +143,7 @@ def test_every_refusal_can_be_put_in_words(by: str) -> None:
 
 
 def test_tidy_keeps_the_first_line() -> None:
-    assert tidy("one\ntwo") == "one"
+    assert tidy("one\ntwo") == "“one”"
 
 
 LOGIN = "log in with: docker login r.example (MIC_DOCKER_CONFIG names the configuration to use)"
@@ -181,8 +181,8 @@ LOGIN = "log in with: docker login r.example (MIC_DOCKER_CONFIG names the config
         ),
         (
             'Get "https://r.example/v2/": dial tcp: lookup r.example on 10.0.0.1:53: no such host',
-            'r.example cannot be reached (Get "https://r.example/v2/": dial tcp: lookup r.example '
-            "on 10.0.0.1:53: no such host)",
+            'r.example cannot be reached (“Get "https://r.example/v2/": dial tcp: lookup r.example '
+            "on 10.0.0.1:53: no such host”)",
             "check the network and the engine's proxy; without a registry: docker load -i FILE",
         ),
         (
@@ -210,7 +210,7 @@ LOGIN = "log in with: docker login r.example (MIC_DOCKER_CONFIG names the config
             "that is not the name of an image",
             "write it as REGISTRY/NAME:TAG, in lower case",
         ),
-        ("filesystem layer verification failed", "filesystem layer verification failed", None),
+        ("filesystem layer verification failed", "“filesystem layer verification failed”", None),
     ],
 )
 def test_failed_pulls(message: str, cause: str, hint: str | None) -> None:
@@ -266,12 +266,12 @@ def connection(cause: Exception) -> Exception:
         ),
         (
             requests.exceptions.SSLError("bad certificate"),
-            "the connection to /d.sock fails (bad certificate)",
+            "the connection to /d.sock fails (“bad certificate”)",
             LOG_HINT,
         ),
         (
             DockerException("what is this"),
-            "the engine at /d.sock cannot be used (what is this)",
+            "the engine at /d.sock cannot be used (“what is this”)",
             "check MIC_DOCKER_HOST",
         ),
         (KeyError("message"), "what answers at /d.sock is not a Docker Engine",

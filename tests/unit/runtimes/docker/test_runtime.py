@@ -145,15 +145,15 @@ def test_a_socket_that_nobody_serves(tmp_path: Path) -> None:
             "",  # whatever it is, it is said
             "",
         ),
-        (lambda h: h.send(500, b"panic: oh no\ngoroutine 1"), "panic: oh no", ""),
+        (lambda h: h.send(500, b"panic: oh no\ngoroutine 1"), "“panic: oh no”", ""),
         (
             refuse(503, "starting"),
-            "the engine at {path} is not ready (starting)",
+            "the engine at {path} is not ready (“starting”)",
             "journalctl -u docker",
         ),
         (
             refuse(403, "Forbidden"),
-            "{path} does not allow the call (Forbidden)",
+            "{path} does not allow the call (“Forbidden”)",
             "socket proxy",
         ),
         (

@@ -168,8 +168,8 @@ def test_a_failed_start_whose_remains_stay(runtime: DockerRuntime, fake: FakeEng
     starts(fake, refuse(500, "no such thing"))
     fake.answers["DELETE /containers/c1"] = refuse(500, "device or resource busy")
     assert str(fails(lambda: runtime.start(LAUNCH))) == (
-        "cannot start container mic-mam: no such thing; and cannot remove container mic-mam: "
-        "device or resource busy"
+        "cannot start container mic-mam: “no such thing”; and cannot remove container mic-mam: "
+        "“device or resource busy”"
     )
 
 
@@ -296,5 +296,5 @@ def test_a_removal_under_way_is_waited_for(runtime: DockerRuntime, fake: FakeEng
 def test_a_removal_that_does_not_end(runtime: DockerRuntime, fake: FakeEngine) -> None:
     fake.answers["DELETE /containers/c1"] = refuse(409, "removal is already in progress")
     assert str(fails(lambda: runtime.remove(WORKLOAD))) == (
-        "cannot remove container mic-mam: removal is already in progress"
+        "cannot remove container mic-mam: “removal is already in progress”"
     )

@@ -227,7 +227,7 @@ def test_inspection_of_one_that_never_started() -> None:
         ),
     )
     assert (found.state, found.exit_code, found.started_at) == (RunState.CREATED, None, None)
-    assert found.error == "no GPU"
+    assert found.error == "“no GPU”"
 
 
 JSON = st.recursive(

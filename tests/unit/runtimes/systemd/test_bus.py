@@ -240,7 +240,7 @@ PID_1 = "org.freedesktop.systemd1."
         ),
         (
             *(Refused(f"{BUS}NoReply", "too slow"), RuntimeUnavailable),
-            *("cannot do it: systemd gave no answer: too slow", None),
+            *("cannot do it: systemd gave no answer: “too slow”", None),
         ),
         (
             *(Refused(f"{BUS}InteractiveAuthorizationRequired", "x"), RuntimeRefused),
@@ -258,15 +258,15 @@ PID_1 = "org.freedesktop.systemd1."
         ),
         (
             *(Refused(f"{PID_1}UnitMasked", "Unit x is masked."), RuntimeRefused),
-            *("cannot do it: Unit x is masked.", "see systemctl unmask"),
+            *("cannot do it: “Unit x is masked.”", "see systemctl unmask"),
         ),
         (
             *(Refused(f"{BUS}InvalidArgs", "Bad user name"), RuntimeRefused),
-            *("cannot do it: systemd refused: Bad user name", None),
+            *("cannot do it: systemd refused: “Bad user name”", None),
         ),
         (
             *(Refused(f"{BUS}Failed", ""), RuntimeRefused),
-            *(f"cannot do it: systemd refused: {BUS}Failed", None),
+            *(f"cannot do it: systemd refused: “{BUS}Failed”", None),
         ),
         (
             *(Lost("no answer within 3 s"), RuntimeUnavailable),

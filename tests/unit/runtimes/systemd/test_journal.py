@@ -70,7 +70,7 @@ def test_a_failure_says_why(journalctl: Journalctl) -> None:
     found = []
     with pytest.raises(RuntimeRefused) as refused:
         found.extend(journal.read("read it", RUN, tail=None))
-    assert str(refused.value) == "cannot read it: Bad message"
+    assert str(refused.value) == "cannot read it: “Bad message”"
     journalctl.does("exit 3")
     with pytest.raises(RuntimeRefused) as refused:
         journal.previous("read it", "default", "a", 5.0)
