@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
+from mic_supervisor import codec
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import write_file
 from mic_supervisor.cli.session import ask
@@ -17,6 +19,7 @@ from mic_supervisor.host.files import read_text
 if TYPE_CHECKING:
     from mic_supervisor.views.endpoints import Endpoints
 
+_NOT_IN_HOSTS = re.compile(r"[^\w.:%-]")  # what else may end a word, or a line, of a proxy
 _FORMATS = ("nginx", "haproxy")
 
 
@@ -60,7 +63,7 @@ def command(form: str, port: str, output: Path | None, source: Any) -> None:
 def _given(source: Any) -> Endpoints:
     name = getattr(source, "name", "-")
     try:
-        return _parsed(json.load(source))
+        return _checked(_parsed(codec.parse(source.read())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MicError(
             f"cannot read the endpoints in {name}: it is not what on_endpoints_change is given",
@@ -76,6 +79,19 @@ def _parsed(document: Any) -> Endpoints:
         }
         for model, instances in document["models"].items()
     }
+
+
+def _checked(endpoints: Endpoints) -> Endpoints:
+    """Raises ValueError where a text is none that a daemon gives, and could end a line of ours."""
+    for model, instances in endpoints.items():
+        for instance, urls in instances.items():
+            for text in (model, instance, *urls.values()):
+                if not text.isprintable():
+                    raise ValueError("it cannot be shown")
+            for url in map(urlsplit, urls.values()):
+                if url.port is None or _NOT_IN_HOSTS.search(url.hostname or " "):
+                    raise ValueError("it has no address")
+    return endpoints
 
 
 def _write(path: Path, text: str) -> bool:

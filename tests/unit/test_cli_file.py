@@ -55,6 +55,29 @@ def test_check_says_what_it_read(config: Path) -> None:
     assert done.stdout == f"{config}: valid: 5 GPUs; 3 models; 1 drop-in\n"
 
 
+@pytest.mark.parametrize(
+    ("instance", "url"),
+    [
+        ("a", "http://127.0.0.1:99999"),
+        ("a", "http://127.0.0.1:x"),
+        ("a", "http://[::1"),
+        ("a", "http://127.0.0.1"),
+        ("a", "x"),
+        ("a", "http://h;}evil:80"),
+        ("a\nevil;", "http://127.0.0.1:80"),
+    ],
+)
+def test_export_refuses_what_no_daemon_gives(tmp_path: Path, instance: str, url: str) -> None:
+    path = tmp_path / "given"
+    one = {"instance": instance, "endpoints": {"http": url}}
+    path.write_text(json.dumps({"models": {"m": [one]}}))
+    done = mic("export", "nginx", "--from", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: cannot read the endpoints in {path}: ")
+    path.write_text("[" * 100_000)
+    assert mic("export", "nginx", "--from", path).stderr == done.stderr
+
+
 def test_the_journal_gets_no_line_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "gpus.yaml"
     path.write_text("root:$y$canary:20000:::::\n")
