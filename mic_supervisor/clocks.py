@@ -15,8 +15,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
+_LAST = 253402214400.0  # the last day but one of the year 9999
 _FLICKER = 0.5  # seconds: a smaller step of the wall clock does not move what was told
 
 
@@ -61,6 +63,14 @@ def from_monotonic(stamp: float) -> float:
     """The steady time of a CLOCK_MONOTONIC stamp, which leaves out the time asleep."""
     # The time asleep, as a number that two looks agree on.
     return stamp + round(steady() - time.monotonic(), 1)
+
+
+def local(at: float) -> datetime:
+    """A time of the wall clock for people, where this machine is.
+
+    One that no calendar has, as a damaged file may hold, is the nearest that it has.
+    """
+    return datetime.fromtimestamp(min(_LAST, max(0.0, at))).astimezone()
 
 
 def later(at: float | None, seconds: float) -> float | None:

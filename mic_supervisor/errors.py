@@ -5,14 +5,16 @@ Each message reads "cannot X: cause"; a hint names the way out.
 
 from __future__ import annotations
 
-from mic_supervisor.text import printable
+from mic_supervisor.text import LONGEST, printable
+
+_MOST_LINES = 20  # of a message
 
 
 class MicError(Exception):
     """Base of every error that is shown to a person without a traceback.
 
     `hint` is one imperative sentence ("start it with: systemctl start docker"), or None. What a
-    program or a person said may be part of either: no terminal obeys it.
+    program or a person said may be part of either: no terminal obeys it, and it is cut.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -80,4 +82,7 @@ class LockHeld(MicError):
 
 
 def _shown(text: str) -> str:
-    return "\n".join(map(printable, text.split("\n")))
+    """Printable, and no longer than anybody reads: a program may have said thousands of lines."""
+    lines = text[: 2 * LONGEST].split("\n", _MOST_LINES)
+    rest = "\n…" if len(lines) > _MOST_LINES else "…" if len(text) > 2 * LONGEST else ""
+    return "\n".join(map(printable, lines[:_MOST_LINES])) + rest

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -247,7 +246,7 @@ def _refuse(pid: int, why: str, hint: str | None = None) -> NoReturn:
 def describe(target: Target, survey: Survey) -> str:
     """ "PID 4121 (python) on GPU 1 (18.2 GiB), since 2026-11-22 10:14:02, of nobody"."""
     holds = ", ".join(f"GPU {hold.index} ({_gib(hold.used)})" for hold in target.holds)
-    since = datetime.fromtimestamp(target.since).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    since = clocks.local(target.since).strftime("%Y-%m-%d %H:%M:%S")
     return (
         f"PID {target.pid} ({printable(target.name)}) on {holds or 'no GPU'}, since {since}, "
         f"{printable(_owner(target, survey))}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime
 from typing import Any
 
 import click
 
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import json_option, print_json
+from mic_supervisor.clocks import local
 from mic_supervisor.errors import MicError
 
 _LOCK_TIMEOUT = 60.0  # seconds: an apply that runs now is let finish
@@ -108,7 +108,7 @@ def history(instance: str | None, as_json: bool) -> int:
 
 
 def _line(event: dict[str, Any]) -> str:
-    at = datetime.fromtimestamp(event["at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    at = local(event["at"]).strftime("%Y-%m-%d %H:%M:%S")
     took = "" if event["seconds"] is None else f" ({event['seconds']:.1f} s)"
     kind, phase = event["kind"], event["phase"]
     if kind == "phase":

@@ -43,6 +43,20 @@ class Event:
     was: str | None = None
 
 
+def fit(event: Event) -> Event:
+    """The same, as it can be shown: a program, or a damaged file, may have said anything."""
+    return replace(
+        event,
+        instance=one_line(event.instance),
+        text=one_line(event.text),
+        model=one_line(event.model),
+        cause=one_line(event.cause),
+        hint=event.hint and one_line(event.hint),
+        phase=event.phase and one_line(event.phase),
+        was=event.was and one_line(event.was),
+    )
+
+
 Listener = Callable[[Event], None]
 
 
@@ -53,6 +67,6 @@ class Events:
     listeners: list[Listener] = field(default_factory=list)
 
     def emit(self, event: Event) -> None:
-        event = replace(event, text=one_line(event.text), cause=one_line(event.cause))
+        event = fit(event)
         for listener in self.listeners:
             listener(event)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mic_supervisor import codec
-from mic_supervisor.converge.events import Event
+from mic_supervisor.converge.events import Event, fit
 from mic_supervisor.errors import MicError
 from mic_supervisor.host.files import read_file, set_aside
 
@@ -173,7 +173,7 @@ def _text(path: Path) -> str:
 def _events(text: str) -> Iterator[Event]:
     for line in text.splitlines()[-KEPT:]:
         with suppress(codec.BadDocument):  # cut short by a crash, or written by a newer version
-            yield codec.decode(Event, codec.parse(line))
+            yield fit(codec.decode(Event, codec.parse(line)))
 
 
 def _line(event: Event) -> str:

@@ -180,11 +180,15 @@ class World:
                 start_new_session=True,
             )
         if not self.wait_for(self._daemon_answers, 15.0):
-            raise DemoFailed(f"the daemon does not answer:\n{self.daemon_log.read_text().strip()}")
+            raise DemoFailed(f"the daemon does not answer:\n{self._said()}")
+
+    def _said(self) -> str:
+        """The end of the daemon's log."""
+        return "\n".join(self.daemon_log.read_text().strip().splitlines()[-15:])
 
     def _daemon_answers(self) -> bool:
         if not self.daemon_runs:
-            raise DemoFailed(f"the daemon ended:\n{self.daemon_log.read_text().strip()}")
+            raise DemoFailed(f"the daemon ended:\n{self._said()}")
         client = Client.connect(Path(self.settings["MIC_SOCKET"]), self.scope)
         return client is not None and bool(client.call("ping", timeout=10.0))
 

@@ -6,11 +6,11 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mic_supervisor.clocks import local
 from mic_supervisor.config.settings import Address, PortRange, Settings
 from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.errors import MicError
@@ -259,7 +259,7 @@ def daemon(
     holder = lock_holder(lock_path)
     who = "nobody"
     if holder is not None:
-        since = datetime.fromtimestamp(holder.since).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        since = local(holder.since).strftime("%Y-%m-%d %H:%M:%S")
         who = f"PID {holder.pid} ({holder.command}, by {holder.user}) since {since}"
     if status is None:
         if holder is not None:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from mic_supervisor import codec
+from mic_supervisor.clocks import local
 from mic_supervisor.errors import LockHeld, MicError
 from mic_supervisor.host.files import read_file
 
@@ -114,7 +114,7 @@ def _holder(descriptor: int, path: Path) -> str:
     """Who holds the lock. What it wrote may be half there: then the PID is all that is lost."""
     try:
         holder = codec.decode(LockHolder, codec.parse(os.pread(descriptor, 4096, 0)))
-        since = datetime.fromtimestamp(holder.since).astimezone().strftime("%H:%M:%S")
+        since = local(holder.since).strftime("%H:%M:%S")
     except (ValueError, OverflowError):
         return f"another process holds {path}"
     return (

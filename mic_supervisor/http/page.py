@@ -11,12 +11,12 @@ import hashlib
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from mic_supervisor.clocks import local
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.http.access import Scrubber
@@ -114,10 +114,10 @@ def _template() -> Template:
         "css": lambda level: "none" if level is None else level.name.lower(),
         "duration": duration,
         "favicon": _favicon,
-        "full": lambda moment: _local(moment).strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "full": lambda moment: local(moment).strftime("%Y-%m-%d %H:%M:%S %Z"),
         "gib": lambda count, digits=1: f"{count / _GIB:.{digits}f}",
         "gpus": gpu_names,
-        "iso": lambda moment: _local(moment).isoformat(timespec="seconds"),
+        "iso": lambda moment: local(moment).isoformat(timespec="seconds"),
         "level": level_of,
         "number": lambda value: f"{value:.0f}",
         "reason": reason,
@@ -313,8 +313,8 @@ def _favicon(level: Level) -> str:
 
 def clock(moment: float, now: float) -> str:
     """ "12:04:10", with the day where that is not today's."""
-    local, today = _local(moment), _local(now)
-    return local.strftime("%H:%M:%S" if local.date() == today.date() else "%Y-%m-%d %H:%M")
+    when = local(moment)
+    return when.strftime("%H:%M:%S" if when.date() == local(now).date() else "%Y-%m-%d %H:%M")
 
 
 def duration(seconds: float) -> str:
@@ -324,7 +324,3 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {unit}"
     return f"{whole} s"
-
-
-def _local(moment: float) -> datetime:
-    return datetime.fromtimestamp(moment).astimezone()

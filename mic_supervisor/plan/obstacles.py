@@ -12,7 +12,7 @@ from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.situation import Situation
 from mic_supervisor.plan.spec import keys_of
 from mic_supervisor.plan.words import Code, Reason, because, gpus_down, moment, size
-from mic_supervisor.text import printable
+from mic_supervisor.text import one_line, printable
 
 
 def in_the_way(
@@ -124,7 +124,7 @@ def warnings(s: Situation) -> tuple[str, ...]:
     out += sorted(found)
     if s.observed.inventory.error_line is not None:
         out.append(gpus_down(s.observed.inventory.error_line))
-    return (*out, *_on_trust(s), *_left_behind(s))
+    return tuple(map(one_line, (*out, *_on_trust(s), *_left_behind(s))))
 
 
 def _of_gpus(s: Situation) -> Iterable[str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import Enum, unique
 from typing import Any
+
+from mic_supervisor.clocks import local
+from mic_supervisor.text import one_line
 
 _RETRY = "change the file, or: mic-supervisor retry"
 _FAILED = "the new specification failed ({failure})"
@@ -135,7 +137,7 @@ class Reason:
 
     def __str__(self) -> str:
         own = self.kind.sentence.format_map(self.facts)
-        return "; ".join([own, *map(str, self.also)])
+        return one_line("; ".join([own, *map(str, self.also)]))
 
     @property
     def code(self) -> str:
@@ -199,11 +201,11 @@ def size(count: int) -> str:
 
 def clock(at: float) -> str:
     """Local time of day."""
-    return datetime.fromtimestamp(at).astimezone().strftime("%H:%M:%S")
+    return local(at).strftime("%H:%M:%S")
 
 
 def moment(at: float, now: float) -> str:
     """Local time of day; with the date where that was not today."""
-    when = datetime.fromtimestamp(at).astimezone()
-    today = when.date() == datetime.fromtimestamp(now).astimezone().date()
+    when = local(at)
+    today = when.date() == local(now).date()
     return when.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S")

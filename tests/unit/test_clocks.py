@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mic_supervisor import clocks
 from mic_supervisor.clocks import Clock
@@ -23,6 +25,15 @@ def test_the_steady_clock_is_the_one_that_the_kernel_counts_starts_by() -> None:
 
 def test_a_monotonic_stamp_of_now_is_now() -> None:
     assert clocks.from_monotonic(time.monotonic()) == pytest.approx(clocks.steady(), abs=1.0)
+
+
+@given(st.floats() | st.sampled_from([-1e300, 1e300, 253402300800.0]))
+def test_any_number_is_a_time_for_people(at: float) -> None:
+    assert 1969 <= clocks.local(at).year <= 9999
+
+
+def test_a_time_for_people_is_that_of_the_wall_clock() -> None:
+    assert clocks.local(1_795_300_000.5).timestamp() == 1_795_300_000.5
 
 
 def test_an_offset_follows_a_clock_that_is_set_and_does_not_flicker() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.errors import MicError
+from mic_supervisor.plan.words import Code, because
 from mic_supervisor.text import LONGEST, one_line, printable, quoted, unseen, without_quotes
 
 HOSTILE = [
@@ -58,6 +59,21 @@ def test_what_somebody_said_stays_within_its_quotes(text: str, cut: int) -> None
         "it said , and ended"
     )
     assert without_quotes(f"it said {shown}"[: cut + 9], "") == "it said "
+
+
+def test_an_error_a_reason_and_an_event_are_cut() -> None:
+    flood = "\n".join(f"line {number}" for number in range(4000))
+    error = MicError(f"cannot do it: {flood}", hint="x" * 100_000)
+    assert error.message.startswith("cannot do it: line 0\n") and error.message.endswith("\n…")
+    assert error.message.count("\n") == 20
+    assert error.hint is not None and len(error.hint) < 5000 and error.hint.endswith("…")
+    reason = because(Code.RUNTIME_OFF, off=flood)
+    assert len(str(reason)) == LONGEST and "\n" not in str(reason) and str(reason).endswith("…")
+    heard: list[Event] = []
+    Events([heard.append]).emit(Event("failed", 1.0, "n" * 100_000, flood, hint=flood))
+    assert [len(text or "") for text in (heard[0].instance, heard[0].text, heard[0].hint)] == (
+        [LONGEST] * 3
+    )
 
 
 def test_a_text_of_megabytes_is_cut() -> None:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
+from mic_supervisor.cli.daemon import _line as printed
 from mic_supervisor.converge.events import Event
 from mic_supervisor.daemon import log
 from mic_supervisor.daemon.log import History, read
 from mic_supervisor.errors import MicError
+from mic_supervisor.http import page
+from mic_supervisor.http.verdict import overall_verdict
+from tests.unit.http import views_of
 
 
 def event(number: int, kind: str = "phase") -> Event:
@@ -63,6 +70,34 @@ def test_a_line_that_is_none_is_left_out(tmp_path: Path, line: str) -> None:
     with path.open("a") as file:
         file.write(json.dumps(newer) + "\n")
     assert [item.at for item in read(path)] == [1.0, 2.0, 5.0]
+
+
+LINES = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["phase", "failed"]), "instance": st.text(max_size=20)},
+    optional={
+        "at": st.floats(),
+        "text": st.text() | st.integers(),
+        "phase": st.text(),
+        "was": st.text() | st.booleans(),
+        "hint": st.text(),
+        "gpus": st.lists(st.text() | st.none(), max_size=2),
+        "seconds": st.floats() | st.text(),
+    },
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(LINES.map(json.dumps) | st.text(max_size=40), max_size=5))
+@example(['{"kind": "begin", "at": 1e300, "instance": "a", "text": "x"}'])
+@example(['{"kind": "phase", "at": 1, "instance": "\\u001b[2J", "text": "", "phase": "\\n"}'])
+def test_whatever_stands_in_the_file_can_be_shown(tmp_path: Path, lines: list[str]) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8", errors="replace")
+    events = History(path).newest()
+    assert [*read(path)] == [*reversed(events)]
+    published = views_of.good(history=events)
+    page.render(published, overall_verdict(published, None), views_of.views(published))
+    assert all(printed(asdict(event)).isprintable() for event in events)
 
 
 def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
