@@ -71,6 +71,8 @@ def event_lines(engine: Engine, labels: Mapping[str, str], stop: threading.Event
         for event in events:
             if stop.is_set():
                 return
+            if not _is_meant(event, labels):
+                continue
             if event.get("Action") == "die":
                 _written_down(engine, str(event.get("id")))
             yield _event_line(event)
@@ -110,6 +112,18 @@ def _written_down(engine: Engine, ref: str) -> None:
     """
     with suppress(MicError):
         engine.container("cannot inspect a container that ended", ref)
+
+
+def _is_meant(event: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether an event is one that was asked for. An engine that filters none tells of every exec,
+    which probes make all the time.
+
+    What an event does not say speaks for it.
+    """
+    action, attributes = event.get("Action"), (event.get("Actor") or {}).get("Attributes")
+    if isinstance(action, str) and action.partition(":")[0] not in EVENTS:
+        return False
+    return not attributes or labels.items() <= attributes.items()
 
 
 def _event_line(event: Mapping[str, Any]) -> str:

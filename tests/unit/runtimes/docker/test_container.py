@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mic_supervisor.errors import RuntimeUnavailable
 from mic_supervisor.runtimes import lines
+from mic_supervisor.runtimes.docker.create import ownership
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.support.waiting import until
 from tests.unit.runtimes.docker.engine_fake import (
@@ -93,7 +94,8 @@ def test_a_line_without_end_is_given_in_pieces() -> None:
 def test_events_that_break_off_are_an_error(
     runtime: DockerRuntime, fake: FakeEngine, broken: str
 ) -> None:
-    event = {"Action": "die", "Actor": {"ID": "c1", "Attributes": {"name": "m", "exitCode": "1"}}}
+    told = {**ownership("default", "h"), "name": "m", "exitCode": "1"}
+    event = {"Action": "die", "Actor": {"ID": "c1", "Attributes": told}}
 
     def events(handler: Handler) -> None:
         handler.begin()
@@ -113,6 +115,28 @@ def test_events_that_break_off_are_an_error(
     error = fails(lambda: next(heard))
     assert isinstance(error, RuntimeUnavailable)
     assert str(error).startswith("cannot follow the engine's events: ")
+
+
+def test_an_engine_that_filters_nothing_wakes_nobody_with_what_was_not_asked_for(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    ours = {**ownership("default", "h"), "name": "m"}
+    given = [
+        *(("exec_start: nvidia-smi -L", ours), ("exec_die", ours), ("top", ours)),
+        *(("start", {**ours, "io.mic.scope": "other"}), ("die", {"name": "stranger"})),
+        *(("start", ours), ("health_status: healthy", ours), ("oom", {})),
+    ]
+
+    def events(handler: Handler) -> None:
+        handler.begin()
+        for action, attributes in given:
+            event = {"Action": action, "id": "c1", "Actor": {"ID": "c1", "Attributes": attributes}}
+            handler.chunk(json.dumps(event).encode() + b"\n")
+
+    fake.answers["GET /events"] = events
+    heard = runtime.events(threading.Event())
+    assert [next(heard) for _ in range(4)][1:] == ["start m", "health_status: healthy m", "oom c1"]
+    assert fake.asked("GET /containers/c1/json") == 0
 
 
 def test_events_end_soon_when_told_to(runtime: DockerRuntime, fake: FakeEngine) -> None:
