@@ -145,7 +145,7 @@ class Keeper:
                 environment = {**self.payload["env"], MAIN: main}
                 os.execvpe(command[0], command, environment)
         except Exception as error:  # noqa: BLE001 - whatever it is, only the pipe can tell of it
-            os.write(report, str(error).encode()[:4000])
+            os.write(report, str(error).encode(errors="backslashreplace")[:4000])
         finally:
             os._exit(127)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from mic_supervisor import clocks
+from mic_supervisor import clocks, codec
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host import programs
@@ -33,6 +33,7 @@ from mic_supervisor.runtimes.identity import (
 )
 from mic_supervisor.runtimes.keeper import program, records
 from mic_supervisor.runtimes.keeper.records import RUN_ID, Anchor, BadRecord, Record, machine
+from mic_supervisor.text import quoted
 
 _KEEPER_GRACE = 2.0  # seconds that a keeper has to write the exit status once all is gone
 _LONGEST_PAUSE = 0.05  # seconds between two looks at a tree that is dying
@@ -236,13 +237,21 @@ def _spawn(path: Path, payload: dict[str, Any], handle: int) -> None:
             reason = f"its keeper gave no answer within {START_TIMEOUT:g} s"
             raise RuntimeRefused(f"cannot start {path.name}: {reason}") from error
         raise
+    if (why := problem(answer)) is not None:
+        raise RuntimeRefused(f"cannot start {path.name}: {why}")
+
+
+def problem(answer: bytes) -> str | None:
+    """Why a start failed, by all that its keeper wrote; None: the program runs."""
     said = answer.decode(errors="replace").strip().rpartition("\n")[2]
-    try:
-        reason = json.loads(said).get("error")
-    except ValueError:
-        reason = f"its keeper failed: {said or 'it was killed'}"
-    if reason is not None:
-        raise RuntimeRefused(f"cannot start {path.name}: {reason}")
+    with suppress(codec.BadDocument):
+        document = codec.parse(said)
+        if isinstance(document, dict):
+            if isinstance(error := document.get("error"), str):
+                return error
+            if isinstance(document.get("pid"), int):
+                return None
+    return f"its keeper failed: {quoted(said, 300) if said else 'it was killed'}"
 
 
 # --- the runs that the kernel vouches for -------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import selectors
@@ -11,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from mic_supervisor import codec
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.host import programs
 from mic_supervisor.runtimes import lines
@@ -59,9 +60,11 @@ def read(
         try:
             for line in lines(_parts(process, ended if follow else None), whole=follow):
                 seen = True
-                if follow:
-                    cursor, line = _entry(line)
-                yield line
+                if not follow:
+                    yield line
+                elif (entry := _entry(line)) is not None:
+                    cursor, text = entry
+                    yield text
             timeout = _QUIET  # at the end of its output it is about to end
         finally:
             over = _has_ended(process, timeout)
@@ -95,7 +98,7 @@ def previous(what: str, scope: str, instance: str, before: float) -> str | None:
         *(f"MIC_SCOPE={scope}", f"MIC_INSTANCE={instance}"),
     )
     for line in found.splitlines():
-        run = json.loads(line).get("_SYSTEMD_INVOCATION_ID")
+        run = _fields(line).get("_SYSTEMD_INVOCATION_ID")
         if isinstance(run, str):
             return run
     return None
@@ -183,13 +186,32 @@ def _last(said: bytes) -> str:
     return said.decode(errors="replace").strip().rpartition("\n")[2]
 
 
-def _entry(line: str) -> tuple[str, str]:
-    """The cursor and the text of an entry, which is a list of its bytes where it is not UTF-8."""
-    entry = json.loads(line)
-    text = entry.get("MESSAGE") or ""
-    if not isinstance(text, str):
-        text = bytes(text).decode(errors="replace")
-    return entry["__CURSOR"], text.removesuffix("\r")
+def _fields(line: str) -> dict[str, Any]:
+    """An entry as journalctl writes it; empty where the line is none, cut as it may be."""
+    with suppress(codec.BadDocument):
+        found = codec.parse(line)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _entry(line: str) -> tuple[str, str] | None:
+    """The cursor and the text of an entry; None: the line is none."""
+    found = _fields(line)
+    cursor = found.get("__CURSOR")
+    return (cursor, _text(found.get("MESSAGE"))) if isinstance(cursor, str) else None
+
+
+def _text(value: Any) -> str:
+    """A field's value: a list of its bytes where it is not UTF-8, a list of such where it came more
+    than once, nothing where it was too large.
+    """
+    if isinstance(value, list):
+        if all(isinstance(one, int) and 0 <= one < 256 for one in value):
+            value = bytes(value).decode(errors="replace")
+        else:
+            value = " ".join(_text(one) for one in value)
+    return value.removesuffix("\r") if isinstance(value, str) else ""
 
 
 def _parts(process: subprocess.Popen[bytes], ended: Callable[[], bool] | None) -> Iterator[bytes]:

@@ -94,6 +94,8 @@ def test_a_large_environment_fits(tmp_path: Path, scope: str) -> None:
             {"limits": {"RLIMIT_NOFILE": 1 << 62}},
             f"RLIMIT_NOFILE cannot be set to {1 << 62}: ",
         ),
+        ({"command": ["/caf\udce9"]}, r"[Errno 2] No such file or directory: '/caf\udce9'"),
+        ({"command": ["a\0b"]}, "execve: embedded null character"),
         ({"command": [7]}, "expected str, bytes or os.PathLike object, not int"),
     ],
 )

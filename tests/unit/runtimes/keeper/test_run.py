@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mic_supervisor.errors import RuntimeRefused, StopFailed
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import ObservedWorkload, RunState
+from mic_supervisor.runtimes.keeper.run import problem
 from tests.support.waiting import until
 from tests.unit.runtimes.process_world import STUBBORN, World, python, runs, sh
 
@@ -372,3 +375,32 @@ def test_a_copied_environment_makes_nobody_ours(world: World) -> None:
             assert not [pid for pid in strays if runs(pid)]
         finally:
             mine.kill()
+
+
+# --- what comes through the keeper's pipe -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (b'{"pid": 7}\n', None),
+        (b'warning: x\n{"pid": 7}\n', None),
+        (b'{"error": "no room"}\n', "no room"),
+        (b"", "its keeper failed: it was killed"),
+        (b'{"pi', 'its keeper failed: “{"pi”'),
+        (b"{}", "its keeper failed: “{}”"),
+        (b"[]", "its keeper failed: “[]”"),
+        (b"null", "its keeper failed: “null”"),
+        (b'{"error": 5}', 'its keeper failed: “{"error": 5}”'),
+        (b'{"pid": "7"}', 'its keeper failed: “{"pid": "7"}”'),
+        (b"a\0\xff\x1b[2J", "its keeper failed: “a\ufffd\ufffd\ufffd[2J”"),
+    ],
+)
+def test_what_a_keeper_answers(answer: bytes, why: str | None) -> None:
+    assert problem(answer) == why
+
+
+@given(st.binary() | st.sampled_from([b"[" * 50_000, b"x" * 1_000_000, b"1" * 10_000]))
+def test_whatever_a_keeper_answers_is_a_failure_with_words(answer: bytes) -> None:
+    why = problem(answer)
+    assert why is not None and why.isprintable() and len(why) < 400

@@ -5,12 +5,15 @@ What it says of real units is tested inside of a machine, see tests/integration/
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.runtimes.systemd import journal
@@ -156,3 +159,57 @@ def test_why_a_program_was_not_executed(journalctl: Journalctl) -> None:
     assert journal.spawn_failure("x.service", RUN) is None
     journalctl.does("exit 1")
     assert journal.spawn_failure("x.service", RUN) is None
+
+
+# --- entries of any shape -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ("plain\r", "plain"),
+        ([99, 97, 102, 233], "caf\ufffd"),
+        (["two", [102, 195, 188, 114], "fields"], "two für fields"),
+        (None, ""),
+        (7, ""),
+        ({"a": 1}, ""),
+        ([300, -1, "x"], "  x"),
+        ([], ""),
+    ],
+)
+def test_a_message_may_be_bytes_several_or_none(
+    journalctl: Journalctl, tmp_path: Path, message: object, text: str
+) -> None:
+    (tmp_path / "rows").write_text(
+        "".join(
+            f"{row}\n"
+            for row in (
+                json.dumps({"__CURSOR": "c1", "MESSAGE": message}),
+                *("[]", "7", "nonsense", "{}", '{"__CURSOR": "c2", "MESS', "[" * 50_000),
+            )
+        )
+    )
+    journalctl.does(f'case "$*" in *after-cursor=c1*) ;; *) cat {tmp_path}/rows;; esac')
+    assert [*journal.read("read it", RUN, tail=None, follow=True)] == [text]
+
+
+@pytest.mark.parametrize("row", ["[]", "7", "nonsense", "null", '{"x": 1}', '{"_SYSTEMD_INV'])
+def test_a_row_that_is_no_entry_names_no_earlier_run(journalctl: Journalctl, row: str) -> None:
+    journalctl.does(f"echo '{row}'")
+    assert journal.previous("read it", "default", "a", 5.0) is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries({}, optional={"__CURSOR": JSON, "MESSAGE": JSON}).map(json.dumps)
+    | st.text()
+)
+def test_any_row_is_an_entry_or_none(row: str) -> None:
+    found = journal._entry(row)
+    assert found is None or (isinstance(found[0], str) and isinstance(found[1], str))
