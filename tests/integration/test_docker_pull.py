@@ -233,7 +233,7 @@ def test_a_helper_needs_the_home_that_systemd_does_not_set(
     monkeypatch.setenv("HOME", f"{tmp_path}/none")
     error = refused(lambda: other.prepare(launch, lambda line: None))
     assert "it went out without credentials: docker-credential-home is configured" in str(error)
-    assert str(error).endswith("and gives none: no token in /there")
+    assert str(error).endswith("and gives none: “no token in /there”")
 
 
 def test_a_registry_that_is_not_there(world: World, free_port: Callable[[], int]) -> None:

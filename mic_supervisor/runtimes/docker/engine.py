@@ -227,6 +227,7 @@ ADDRESS_HINT = "check MIC_DOCKER_HOST"
 NO_ENGINE = "what answers at {address} is not a Docker Engine"
 LOG_HINT = "see what it says: systemctl status docker; journalctl -u docker"
 
+_LONGEST = 8000  # characters of a message that are looked at
 _REFUSALS = Path(__file__).with_name("refusals.yaml")
 
 _BROKEN: tuple[type[Exception], ...] = (
@@ -327,7 +328,9 @@ def is_read_timeout(error: BaseException | None) -> bool:
 def refused(error: BaseException | None) -> tuple[int | None, str]:
     """(HTTP status, the engine's own message) of an answer; (None, "") for all other errors."""
     answer = next((item for item in chain(error) if isinstance(item, APIError)), None)
-    return (answer.status_code, str(answer.explanation or "")) if answer else (None, "")
+    if answer is None:
+        return None, ""
+    return answer.status_code, str(answer.explanation or "")[:_LONGEST]
 
 
 def other_version(error: BaseException) -> bool:
@@ -358,6 +361,7 @@ def _table(by: str) -> tuple[tuple[re.Pattern[str], str, str], ...]:
 
 def refusal(message: str, *, registry: str | None = None) -> tuple[str, str | None]:
     """A refusal of the engine as (cause, hint); of a pull, where there is a `registry`."""
+    message = message[:_LONGEST]
     for pattern, cause, hint in _table("engine" if registry is None else "registry"):
         if match := pattern.search(message):
             words = match.groupdict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import binascii
-import json
 import re
 import threading
 from dataclasses import dataclass, field
@@ -15,12 +14,13 @@ from docker.auth import AuthConfig, load_config
 from docker.errors import DockerException
 from docker.utils.config import find_config_file
 
+from mic_supervisor import codec
 from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.host import programs
 from mic_supervisor.host.files import read_text
 from mic_supervisor.runtimes import Progress
 from mic_supervisor.runtimes.docker.engine import Engine, is_read_timeout, refusal, refused
-from mic_supervisor.text import one_line
+from mic_supervisor.text import quoted
 
 _HUB = "docker.io"
 _HUB_SERVER = "https://index.docker.io/v1/"
@@ -230,7 +230,7 @@ def credentials(config: Path | None, registry: str) -> tuple[dict[str, Any], Not
             return {}, None
         path = Path(str(found))
     try:
-        document = json.loads(read_text(path))
+        document = codec.parse(read_text(path))
         if not isinstance(document, dict):
             raise ValueError("it is not a JSON object")
         for key in ("auths", "credHelpers"):
@@ -239,7 +239,7 @@ def credentials(config: Path | None, registry: str) -> tuple[dict[str, Any], Not
         known = load_config(config_dict=document) if document else AuthConfig({})
     except OSError as error:
         raise _unusable(path, error.strerror or "it cannot be read") from error
-    except (DockerException, json.JSONDecodeError, binascii.Error) as error:
+    except (DockerException, codec.BadDocument, binascii.Error) as error:
         raise _unusable(path, str(error)) from error
     except (ValueError, TypeError) as error:
         # Not quoted: the SDK's words for a malformed entry may hold a piece of it.
@@ -276,8 +276,8 @@ def _ask_helper(name: str, registry: str) -> dict[str, str] | Nothing:
     except OSError as error:
         raise failed(f"{program} does not run ({error.strerror})") from error
     # Its standard output is never quoted: it may be the secret, whatever the exit status is.
-    complaint = one_line(done.errors.decode(errors="replace").strip(), 300)
-    said = f": {complaint}" if complaint else ""
+    complaint = done.errors.decode(errors="replace").strip()
+    said = f": {quoted(complaint, 300)}" if complaint else ""
     if done.code is None:
         raise failed(f"{program} gives no answer within {_HELPER_TIMEOUT:.0f} s{said}")
     if done.code != 0:
@@ -285,7 +285,7 @@ def _ask_helper(name: str, registry: str) -> dict[str, str] | Nothing:
             return Nothing(f"{program} is configured for {registry} and gives none{said}", by_hand)
         raise failed(f"{program} exits with {done.code}{said}")
     try:
-        answer: Any = json.loads(done.output)
+        answer: Any = codec.parse(done.output)
         user, secret = str(answer["Username"]), str(answer["Secret"])
     except (ValueError, LookupError, TypeError):
         # The cause is dropped on purpose: it holds the helper's output, that is, the secret.

@@ -12,12 +12,15 @@ import pytest
 import requests
 import urllib3
 import yaml
-from docker.errors import DockerException
+from docker.errors import APIError, DockerException
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mic_supervisor.errors import MicError, RuntimeUnavailable
 from mic_supervisor.runtimes.docker import engine as errors
 from mic_supervisor.runtimes.docker.engine import LOG_HINT, START_HINT, explain, refusal, tidy
 from mic_supervisor.runtimes.docker.pull import failure
+from mic_supervisor.text import LONGEST
 
 RUNC = "OCI runtime create failed: runc create failed: unable to start container process: "
 ENDPOINT = "driver failed programming external connectivity on endpoint mic-a (a0ade7edeee2e7e): "
@@ -216,6 +219,29 @@ LOGIN = "log in with: docker login r.example (MIC_DOCKER_CONFIG names the config
 def test_failed_pulls(message: str, cause: str, hint: str | None) -> None:
     error = failure("r.example/x:1", message)
     assert (str(error), error.hint) == (f"cannot pull r.example/x:1: {cause}", hint)
+
+
+BODIES = st.text(st.characters(exclude_categories=()), max_size=200) | st.sampled_from(
+    [
+        "<html>\n<head><title>502 Bad Gateway</title></head>" * 1000,
+        "x" * 5_000_000,
+        "manifest for " * 500_000,
+        "nvidia-container-cli: " * 500_000,
+        "\x00\x1b[2J\u202e\udcff{said}{0}%s",
+        '{"errors":[{"code":"UNAUTHORIZED","detail":' + "[" * 10_000,
+    ]
+)
+
+
+@settings(deadline=5000)
+@given(BODIES)
+def test_whatever_a_registry_or_an_engine_says_is_a_failure_in_few_words(said: str) -> None:
+    for error in (
+        failure("r.example/x:1", said),
+        explain("cannot do it", APIError("no", explanation=said), "/d"),
+    ):
+        for text in (error.message, error.hint or ""):
+            assert text.isprintable() and len(text) <= 3 * LONGEST
 
 
 def test_docker_hub_is_named() -> None:

@@ -218,7 +218,8 @@ def test_the_credentials_that_are_sent(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot use the registry credentials in {path}: Expecting"),
+        ("{", "cannot use the registry credentials in {path}: not JSON: Expecting"),
+        ("[" * 100_000, "cannot use the registry credentials in {path}: nested too deeply"),
         ("[]", "cannot use the registry credentials in {path}: an entry is malformed"),
         ('{"auths": []}', ""),
         ('{"auths": [1]}', "cannot use the registry credentials in {path}: an entry is malformed"),
@@ -236,7 +237,7 @@ def test_the_credentials_that_are_sent(
         ),
         (
             '{"credsStore": "failing"}',
-            "cannot get credentials for r.example: docker-credential-failing exits with 3: no",
+            "cannot get credentials for r.example: docker-credential-failing exits with 3: “no",
         ),
         (
             '{"credsStore": "garbled"}',
@@ -265,7 +266,7 @@ def test_credentials_that_cannot_be_used(
 
 
 @pytest.mark.parametrize(
-    ("helper", "why"), [("empty", "gives none: no HOME"), ("blank", "gives an empty secret")]
+    ("helper", "why"), [("empty", "gives none: “no HOME”"), ("blank", "gives an empty secret")]
 )
 def test_a_helper_that_gives_nothing_is_named_where_the_registry_wants_a_login(
     fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helper: str, why: str
