@@ -25,6 +25,7 @@ from mic_supervisor.gpu.driver import (
     LIB_RM_VERSION_MISMATCH,
     MISSING,
     REINITIALISE,
+    UNKNOWN,
     binding_error,
     cuda_version,
     gpu_error,
@@ -34,7 +35,7 @@ from mic_supervisor.gpu.driver import (
 from mic_supervisor.gpu.events import RECOVERY_ACTION, NvmlUsers, recovery_action, trouble_of
 from mic_supervisor.host import processes
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
-from mic_supervisor.text import quoted
+from mic_supervisor.text import one_line, quoted
 
 FIRST_RETRY = 10.0  # seconds
 LAST_RETRY = 300.0
@@ -213,10 +214,11 @@ class NvmlSource:
         nvml.nvmlInit()
         self._was_open = True
         session = self._session = _Session()
-        with suppress(nvml.NVMLError):
-            session.driver = nvml.nvmlSystemGetDriverVersion()
-        with suppress(nvml.NVMLError):
-            session.nvml = nvml.nvmlSystemGetNVMLVersion()
+        no_text = nvml.NVMLError, UnicodeDecodeError
+        with suppress(*no_text):
+            session.driver = one_line(nvml.nvmlSystemGetDriverVersion(), 80)
+        with suppress(*no_text):
+            session.nvml = one_line(nvml.nvmlSystemGetNVMLVersion(), 80)
         with suppress(nvml.NVMLError):
             session.cuda = cuda_version(nvml.nvmlSystemGetCudaDriverVersion())
         for index in range(nvml.nvmlDeviceGetCount()):
@@ -233,6 +235,9 @@ class NvmlSource:
         except nvml.NVMLError as error:
             session.unopened[index] = error.value, gpu_error("open it", error.value, str(error))
             return
+        except UnicodeDecodeError as error:  # who it is cannot be told, so nothing goes by it
+            session.unopened[index] = UNKNOWN, gpu_error("open it", UNKNOWN, str(error))
+            return
         try:
             name = self._get(nvml.nvmlDeviceGetName, handle)
             pci = self._get(nvml.nvmlDeviceGetPciInfo, handle)
@@ -241,7 +246,9 @@ class NvmlSource:
             return
         session.unopened.pop(index, None)
         session.devices.append(
-            _Device(index, handle, uuid, name or "NVIDIA GPU", pci.busId if pci else None)
+            _Device(
+                index, handle, uuid, one_line(name or "NVIDIA GPU", 96), pci.busId if pci else None
+            )
         )
 
     def _shut_down(self) -> None:

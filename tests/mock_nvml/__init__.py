@@ -325,7 +325,8 @@ class MockNvml:
             # A file system's clock ticks slowly and inodes come back: the size tells two quick
             # writes apart for sure.
             self._generation += 1
-            partial.write_text("\n".join(self._lines()) + "\n" * (1 + self._generation % 64))
+            text = "\n".join(self._lines()) + "\n" * (1 + self._generation % 64)
+            partial.write_bytes(text.encode(errors="surrogateescape"))
             partial.replace(self.state)
 
     def _lines(self) -> Iterator[str]:

@@ -65,6 +65,31 @@ def test_a_gpu_that_cannot_be_opened_harms_no_other(
     assert [(gpu.index, gpu.error_line) for gpu in inventory.unopened] == [(1, text)]
 
 
+def test_texts_of_the_driver_that_nobody_can_read_harm_nothing(
+    mock: MockNvml, source: NvmlSource
+) -> None:
+    mock.set(
+        gpus=[
+            MockGpu(name="caf\udce9"),
+            MockGpu(name="\x1b[2J\u202eB200"),
+            MockGpu(uuid="GPU-\udcff"),
+            MockGpu(name="x" * 90),
+        ],
+        driver_version="575\udce9",
+        nvml_version="\x1b[2J",
+    )
+    seen = source.observe()
+    assert seen.error is None and seen.driver is None
+    assert seen.nvml == "\N{REPLACEMENT CHARACTER}[2J"
+    assert {gpu.index: gpu.name for gpu in seen.gpus} == {
+        0: "NVIDIA GPU",
+        1: "\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}B200",
+        3: "x" * 90,
+    }
+    (unopened,) = seen.unopened
+    assert unopened.index == 2 and unopened.error.startswith("cannot open it: NVML says: “")
+
+
 def test_a_gpu_without_a_uuid_is_not_opened(mock: MockNvml, source: NvmlSource) -> None:
     mock.set([MockGpu(rules=Rules(errors={"nvmlDeviceGetUUID": 999})), MockGpu()])
 
