@@ -28,6 +28,7 @@ from pydantic import BaseModel
 from mic_supervisor.backends import Ask, Backend, BackendBase, CompileRequest, Member
 from mic_supervisor.config.options import ModelOptions
 from mic_supervisor.errors import CompileError, MicError
+from mic_supervisor.host.files import in_time
 from mic_supervisor.model import (
     ContainerSpec,
     ExecCheck,
@@ -43,8 +44,8 @@ from mic_supervisor.text import quoted
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-DEFECT = (Exception, SystemExit)
-"""What a plug-in may raise without taking this program with it. Ctrl-C is not the plug-in's."""
+_LOADS_IN = 60.0  # seconds: a package may import much from a slow disk
+_ANSWERS_IN = 60.0  # seconds; it may ask its server many things
 
 _METHODS = ("compile", "placement_state", "load_failure", "is_drained")
 # A name is a key of the file, a label, and part of a JSON pointer.
@@ -53,6 +54,23 @@ _PLACEHOLDER = re.compile(r"\$\{([^{}]*)\}")
 _DEFAULTS: Backend = cast(Any, BackendBase)()  # no backend: it cannot compile
 
 T = TypeVar("T")
+
+
+class Defect(Exception):
+    """What a plug-in did instead of answering: it raised something, or does not return."""
+
+
+def attempt(name: str, call: Callable[[], T], seconds: float = _ANSWERS_IN) -> T:
+    """What code of the plug-in `name` gives. Raises Defect, and its own CompileError.
+
+    Whatever else it raises must not take this program with it. Ctrl-C is not the plug-in's.
+    """
+    try:
+        return in_time(("plug-in", name), call, seconds)
+    except (CompileError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise Defect(_words(error)) from error
 
 
 def source_of(entry: EntryPoint) -> str:
@@ -72,19 +90,23 @@ def load(name: str, entries: Sequence[EntryPoint]) -> Backend:
     (source,) = sources
     hint = f"upgrade or uninstall the package that brings {source}"
     try:
-        made = entries[0].load()
-        backend = made() if isinstance(made, type) else made
-    except DEFECT as error:
+        backend = attempt(name, lambda: _made(entries[0]), _LOADS_IN)
+    except (Defect, CompileError) as error:
         raise MicError(
-            f"cannot use backend {name}: {source} does not load: {_words(error)}", hint=hint
+            f"cannot use backend {name}: {source} does not load: {error}", hint=hint
         ) from error
     try:
-        lacks = _lacks(name, backend)
-    except DEFECT as error:
-        lacks = f"cannot be looked at: {_words(error)}"
+        lacks = attempt(name, lambda: _lacks(name, backend))
+    except (Defect, CompileError) as error:
+        lacks = f"cannot be looked at: {error}"
     if lacks:
         raise MicError(f"cannot use backend {name}: {source} {lacks}", hint=hint)
     return Guarded(backend, source)
+
+
+def _made(entry: EntryPoint) -> Any:
+    found = entry.load()
+    return found() if isinstance(found, type) else found
 
 
 def _lacks(name: str, backend: Any) -> str | None:
@@ -101,9 +123,9 @@ def _lacks(name: str, backend: Any) -> str | None:
             return f"has {attribute} that take unknown keys; derive them from config.options.Strict"
         try:
             # Otherwise the schema of every backend would fail together with this one's.
-            value.model_json_schema()
-        except DEFECT as error:
-            return f"has {attribute} that no schema can be made of: {_words(error)}"
+            attempt(name, value.model_json_schema)
+        except Defect as error:
+            return f"has {attribute} that no schema can be made of: {error}"
     refused = getattr(backend.Options, "unavailable", None)
     if not isinstance(refused, Mapping) or not all(
         isinstance(item, str) for pair in refused.items() for item in pair
@@ -122,12 +144,13 @@ class Guarded:
     What later versions add to BackendBase is there even for a plug-in that does not derive from it.
     """
 
-    def __init__(self, backend: Backend, source: str) -> None:
+    def __init__(self, backend: Backend, source: str, timeout: float = _ANSWERS_IN) -> None:
         self.name = backend.name
         self.Settings = backend.Settings
         self.Options = backend.Options
         self._backend = backend
         self._source = source
+        self._timeout = timeout
 
     def __getattr__(self, name: str) -> Any:
         # Only for what is not defined here.
@@ -145,12 +168,13 @@ class Guarded:
     ) -> PlacementState:
         """Unknown where the plug-in cannot tell."""
         try:
-            state = self._backend.placement_state(placement, status, body)
+            state: PlacementState = self._call("placement_state", placement, status, body)
             fault = _type_fault(state, PlacementState, "its answer")
             if fault is None:
-                return state if not state.reason else replace(state, reason=quoted(state.reason))
-        except DEFECT as error:
-            fault = quoted(_words(error))
+                reason = quoted(state.reason) if state.reason else None
+                return replace(state, reason=reason)
+        except (Defect, CompileError) as error:
+            fault = quoted(str(error))
         reason = f"backend {self.name} cannot read its server's answer: {fault}"
         return PlacementState(placement.model, LoadState.UNKNOWN, reason=reason)
 
@@ -165,10 +189,10 @@ class Guarded:
     def is_drained(self, status: int, body: str) -> bool:
         """Raises MicError where the plug-in cannot tell."""
         try:
-            return bool(self._backend.is_drained(status, body))
-        except DEFECT as error:
+            return attempt(self.name, lambda: bool(self._backend.is_drained(status, body)))
+        except (Defect, CompileError) as error:
             raise MicError(
-                f"backend {self.name} cannot tell whether it is drained: {quoted(_words(error))}"
+                f"backend {self.name} cannot tell whether it is drained: {quoted(str(error))}"
             ) from error
 
     # A plug-in that cannot say whether entries share a server has an instance for each.
@@ -209,19 +233,20 @@ class Guarded:
     def _safely(self, method: str, *args: Any) -> Any:
         """What the plug-in answers; None where it fails."""
         try:
-            return self.__getattr__(method)(*args)
-        except DEFECT:
+            return self._call(method, *args)
+        except (Defect, CompileError):
             return None
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return attempt(self.name, lambda: self.__getattr__(method)(*args), self._timeout)
 
     def _made(
         self, request: CompileRequest, method: str, fault_of: Callable[[T], str | None], *args: Any
     ) -> T:
         try:
-            made: T = self.__getattr__(method)(*args)
-        except CompileError:
-            raise
-        except DEFECT as error:
-            raise self._defect(request, quoted(_words(error))) from error
+            made: T = self._call(method, *args)
+        except Defect as error:
+            raise self._defect(request, quoted(str(error))) from error
         if fault := fault_of(made):
             raise self._defect(request, fault)
         return made
@@ -234,7 +259,10 @@ class Guarded:
 
 
 def _words(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - that is the plug-in's code, too
+        text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -31,8 +31,11 @@ from mic_supervisor.config.options import Defaults, Hooks, ModelOptions
 from mic_supervisor.config.validate import check_placeholders, validate
 from mic_supervisor.config.yaml import Entry, Node
 from mic_supervisor.errors import MicError
+from mic_supervisor.host.files import in_time
 
 M = TypeVar("M", bound=BaseModel)
+
+_VALIDATES_IN = 60.0  # seconds; nothing of ours takes a thousandth of it
 
 
 class BackendTypes(Protocol):
@@ -142,11 +145,14 @@ class Checker:
 
     def _validate(self, model: type[M], entry: Entry) -> M | None:
         try:
-            return validate(model, entry, self._report)
+            key = ("validators", model)
+            return in_time(key, lambda: validate(model, entry, self._report), _VALIDATES_IN)
         except MicError as error:
             self._report.add(entry, str(error), hint=error.hint)
-        # A plug-in's own validators run in here, and they may even end the program.
-        except (Exception, SystemExit) as error:  # noqa: BLE001
+        except KeyboardInterrupt:
+            raise
+        # A plug-in's own validators run in here, and they may even end the program, or hang.
+        except BaseException as error:  # noqa: BLE001
             self._report.add(entry, f"cannot be checked: {type(error).__name__}: {error}")
         return None
 

@@ -7,7 +7,11 @@ import itertools
 import os
 import stat
 import threading
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MOST = 1 << 20  # bytes, of what people write
 
@@ -42,30 +46,40 @@ def read_text(path: Path, most: int = MOST) -> str:
 def read_in_time(path: Path, most: int = MOST, seconds: float = 2.0) -> str:
     """The same, of a file that may lie on a file system that does not answer (a hung NFS).
 
-    Raises TimeoutError after `seconds`. The read is left behind then, since nothing can end it, and
-    every further one of this path fails at once until it returns.
+    Raises TimeoutError as `in_time` does.
     """
-    left = _LEFT.get(path)
+    return in_time(path, lambda: read_text(path, most), seconds)
+
+
+def in_time(key: Hashable, work: Callable[[], T], seconds: float) -> T:
+    """What `work` gives or raises, where it may hang.
+
+    Raises TimeoutError, an OSError, after `seconds`. It is left behind then, since nothing can end
+    it, and every further one of this key fails at once until it returns.
+    """
+    left = _LEFT.get(key)
     if left is not None and left.is_alive():
-        raise OSError(errno.ETIMEDOUT, "its file system does not answer")
-    outcome: list[str | Exception] = []
+        raise OSError(errno.ETIMEDOUT, "it has not answered since it was last asked")
+    given: list[T] = []
+    raised: list[BaseException] = []
 
-    def read() -> None:
+    def run() -> None:
         try:
-            outcome.append(read_text(path, most))
-        except (OSError, UnicodeDecodeError) as error:  # raised below, for who waits
-            outcome.append(error)
+            given.append(work())
+        # Whatever it is belongs to who waits, and is raised there.
+        except BaseException as error:  # noqa: BLE001
+            raised.append(error)
 
-    thread = threading.Thread(target=read, name="mic-read", daemon=True)
+    thread = threading.Thread(target=run, name="mic-in-time", daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        _LEFT[path] = thread
+        _LEFT[key] = thread
         raise OSError(errno.ETIMEDOUT, f"it does not answer within {seconds:g} s")
-    _LEFT.pop(path, None)  # it answers again
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    _LEFT.pop(key, None)  # it answers again
+    if raised:
+        raise raised[0]
+    return given[0]
 
 
 def hint_to_replace(path: Path, error: OSError) -> str | None:
@@ -82,4 +96,4 @@ def set_aside(path: Path) -> Path:
     return path.rename(target)
 
 
-_LEFT: dict[Path, threading.Thread] = {}  # reads that were given up, by path
+_LEFT: dict[Hashable, threading.Thread] = {}  # what was given up, by its key

@@ -5,7 +5,9 @@ tests/integration/test_plug_ins.py installs real packages.
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 
 from mic_supervisor.backends import Backend, BackendBase, CompileRequest, Member
-from mic_supervisor.backends.plug_ins import load, misfit
+from mic_supervisor.backends.plug_ins import Guarded, load, misfit
 from mic_supervisor.backends.registry import GROUP, Registry
 from mic_supervisor.config.options import ModelOptions, Strict
 from mic_supervisor.doctor.checks import plug_in
@@ -34,6 +36,7 @@ from mic_supervisor.model import (
     Probes,
     ProcessSpec,
 )
+from tests.support.waiting import until
 from tests.unit.backends.support import REAL, SECOND, request
 
 HERE = __name__
@@ -81,7 +84,15 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return does
 
 
-FAULTS = [KeyError("x"), SystemExit(3), RecursionError(), MicError("own words")]
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise KeyError
+
+
+FAULTS = [
+    *(KeyError("x"), SystemExit(3), RecursionError(), MicError("own words"), Unspeakable()),
+    *(GeneratorExit(), asyncio.CancelledError(), BaseException("all of it"), StopIteration()),
+]
 
 GOOD = Instance(
     id="mam-gpu0",
@@ -237,6 +248,29 @@ def test_a_drain_that_it_cannot_read_is_an_error(monkeypatch: pytest.MonkeyPatch
     ):
         backend.is_drained(200, "{}")
     assert told(monkeypatch, lambda _: 1).is_drained(200, "{}") is True
+
+
+def test_one_that_hangs_is_left_behind_and_refused_until_it_returns(
+    monkeypatch: pytest.MonkeyPatch, asked: CompileRequest
+) -> None:
+    returns, begun = threading.Event(), []
+
+    def hangs(*_: Any) -> Any:
+        begun.append(1)
+        assert returns.wait(60)
+        return GOOD
+
+    told(monkeypatch, hangs)
+    backend = Guarded(Told(), "told", timeout=0.1)
+    with pytest.raises(CompileError, match=r"“TimeoutError: .*it does not answer within 0\.1 s"):
+        backend.compile(asked)
+    with pytest.raises(CompileError, match="it has not answered since it was last asked"):
+        backend.compile(asked)
+    assert backend.load_failure('{"error": "no"}', [], "a") == "“no”"
+    assert len(begun) == 1
+    returns.set()
+    until(lambda: all(one.name != "mic-in-time" for one in threading.enumerate()), "its return")
+    assert backend.compile(asked) == GOOD
 
 
 def test_what_the_protocol_gains_later_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,6 +60,11 @@ class Explodes(Fitting):
 class Exits(Fitting):
     def __init__(self) -> None:
         sys.exit("wrong machine")
+
+
+class Ends(Fitting):
+    def __init__(self) -> None:
+        raise asyncio.CancelledError
 
 
 class TakesAnything(Fitting):
@@ -175,6 +181,7 @@ def test_a_broken_plug_in_is_an_error_about_itself_only() -> None:
         ("half", "NoCompile", "has no method compile"),
         ("old", "OldMeans", "has no method placement_state"),
         ("quits", "Exits", "does not load: SystemExit: wrong machine"),
+        ("ends", "Ends", "does not load: CancelledError"),
         (
             "absent",
             "Nowhere",

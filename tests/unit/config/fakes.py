@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -15,6 +16,7 @@ from mic_supervisor.config.options import ModelOptions, Strict, Text
 from mic_supervisor.config.types import PositiveDuration, Size
 from mic_supervisor.errors import MicError
 
+RETURNS = threading.Event()
 LATER = "comes with a later version; remove the key"
 
 
@@ -71,6 +73,10 @@ class Fragile(BackendBase):
         @field_validator("user")
         @classmethod
         def _boom(cls, value: str) -> str:
+            if value == "waits":
+                RETURNS.wait(60)
+            if value == "ends":
+                raise GeneratorExit
             raise RuntimeError(f"boom {value}")
 
 

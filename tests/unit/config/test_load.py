@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from mic_supervisor.config.diagnostics import InvalidConfig
 from mic_supervisor.config.document import GpuKey
 from mic_supervisor.config.load import load
 from mic_supervisor.errors import ConfigError
-from tests.unit.config.fakes import FakeRegistry, ServerOptions, load_text
+from tests.support.waiting import until
+from tests.unit.config.fakes import RETURNS, FakeRegistry, ServerOptions, load_text
 
 MODELS = """\
 version: 1
@@ -162,6 +164,22 @@ def test_two_spellings_of_one_name_are_one(tmp_path: Path) -> None:
     )
     assert config.entries[0].model == "\u00e9"
     assert list(config.models) == ["\u00e9"]
+
+
+def test_a_plug_in_that_hangs_or_ends_everything_is_an_error_at_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "version: 1\nmodels:\n  a: {backend: fragile, user: %s}\ngpus: {0: a}\n"
+    assert "models.a: cannot be checked: GeneratorExit: \n" in rendered(tmp_path, text % "ends")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("mic_supervisor.config.load._VALIDATES_IN", 0.1)
+            assert "it does not answer within 0.1 s" in rendered(tmp_path, text % "waits")
+        assert "it has not answered since it was last asked" in rendered(tmp_path, text % "x")
+    finally:
+        RETURNS.set()
+    until(lambda: all(one.name != "mic-in-time" for one in threading.enumerate()), "its return")
+    assert "RuntimeError: boom x" in rendered(tmp_path, text % "x")
 
 
 def test_a_plug_in_that_fails_in_its_own_way_is_an_error_at_its_model(tmp_path: Path) -> None:
