@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.amiss import Amiss, Saver
 from mic_supervisor.converge.apply import Steps
 from mic_supervisor.converge.events import Event, EventKind, Events
 from mic_supervisor.converge.gpu_reporter import GpuReporter
+from mic_supervisor.converge.lane import Lane
 from mic_supervisor.converge.observe import LastViews, Sources, combine, read_in, with_holders
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Checker, Target
@@ -42,10 +43,10 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.assess import Assessment, Context, Selection, is_alive
 from mic_supervisor.plan.fallback import as_it_runs
-from mic_supervisor.plan.health import Phase, phase_of_step
+from mic_supervisor.plan.health import Activity, Phase, phase_of_step
 from mic_supervisor.plan.launch import listed
 from mic_supervisor.plan.look import Look, look
-from mic_supervisor.plan.memory import Floor, Memory, Pause, Paused
+from mic_supervisor.plan.memory import Memory, Pause, Paused
 from mic_supervisor.plan.release import floor_of
 from mic_supervisor.views import view
 
@@ -54,20 +55,6 @@ CRASH_WATCH = 0.5  # seconds between two rounds while something starts
 QUEUE_WATCH = 2.0  # seconds between two rounds while something waits for a foreign process to go
 
 _ON_ITS_WAY = (Phase.PENDING, Phase.STARTING, Phase.LOADING)
-
-
-@dataclass(frozen=True, slots=True)
-class Lane:
-    """What is being executed: changes of these instances, on these GPUs."""
-
-    instances: frozenset[str]
-    gpus: frozenset[str]
-    activities: dict[str, Phase] = field(default_factory=dict, compare=False)  # by instance
-    # By instance, what its GPUs held when they were released for it.
-    floors: dict[str, Mapping[str, Floor]] = field(default_factory=dict, compare=False)
-
-    def overlaps(self, other: Lane) -> bool:
-        return bool(self.instances & other.instances or self.gpus & other.gpus)
 
 
 class Converger:
@@ -173,7 +160,7 @@ class Converger:
         self.wake()
 
     @property
-    def activities(self) -> dict[str, Phase]:
+    def activities(self) -> dict[str, Activity]:
         """What is being carried out, by instance."""
         return {name: at for lane in self._lanes.values() for name, at in lane.activities.items()}
 
@@ -293,7 +280,7 @@ class Converger:
         now, jitter = observed.at - offset, random.random()
         return look(desired, observed, self.memory, now, context, jitter=jitter, offset=offset)
 
-    def _act(self, seen: Look, lanes: list[Lane], activities: dict[str, Phase]) -> Look:
+    def _act(self, seen: Look, lanes: list[Lane], activities: dict[str, Activity]) -> Look:
         """Carry out what the look concludes; the same look, with what that began."""
         self._assessments = {item.instance.id: item for item in seen.assessments}
         self._inventory = seen.observed.inventory
@@ -357,11 +344,12 @@ class Converger:
                 self._events.emit(Event("adopt", at, one.id, text, one.model, one.gpus))
 
     def _note_phases(self, seen: Look) -> Look:
-        """Tell of every phase that an instance entered."""
+        """Tell of every phase that an instance entered; progress tells what a step waits for."""
         seen, entered = seen.reported()
         at = self._clock.wall()
         for row, was, seconds in entered:
-            about = (row.id, row.reason or "", row.model, row.gpus)
+            told = row.why is None and row.id in self.activities
+            about = (row.id, "" if told else row.reason or "", row.model, row.gpus)
             self._events.emit(
                 Event("phase", at, *about, seconds=seconds, phase=row.phase.value, was=was)
             )
@@ -386,13 +374,9 @@ class Converger:
             if change.steps and change.waits is None:
                 by_lane.setdefault(change.lane, []).append(change)
         for changes in by_lane.values():
-            lane = Lane(
-                frozenset(change.instance for change in changes),
-                frozenset(uuid for change in changes for uuid in change.gpus),
-            )
+            lane = Lane.of(changes)
             if any(lane.overlaps(other) for other in [*busy, *self._lanes.values()]):
                 continue
-            lane.activities.update(dict.fromkeys(lane.instances, Phase.PENDING))
             self.context = replace(self.context, forced=self.context.forced - lane.instances)
             task = asyncio.create_task(self._execute(changes, lane))
             self._lanes[task] = lane
@@ -414,7 +398,11 @@ class Converger:
         failed: set[str] = set()
         broken: set[tuple[str, str]] = set()
         for change in changes:
-            self._emit("begin", change, change.cause)
+            # That what failed is tried again is no news, as long as it fails in the same way.
+            if self.memory.of(change.instance).cooldown is None:
+                self._emit("begin", change, change.cause)
+            else:
+                self._emit("progress", change, f"trying again: {change.kind}: {change.cause}")
 
         async def attempt(step: Step, change: Change) -> None:
             try:
@@ -452,7 +440,7 @@ class Converger:
                 self._emit("done", change, change.cause, seconds=self._now() - began)
 
     async def _step(self, step: Step, change: Change, lane: Lane) -> None:
-        lane.activities[change.instance] = phase_of_step(step)
+        lane.enters(change.instance, phase_of_step(step))
         self.memory = ledger.begun(self.memory, step)
         self._last_views.begins(step)
         if isinstance(step, Stop | Restart):
@@ -463,8 +451,12 @@ class Converger:
             return
         loop = asyncio.get_running_loop()
 
+        def report(text: str) -> None:
+            lane.reports(change.instance, text)
+            self._emit("progress", change, text)
+
         def progress(text: str) -> None:  # from any thread
-            loop.call_soon_threadsafe(self._emit, "progress", change, text)
+            loop.call_soon_threadsafe(report, text)
 
         # As it is before the start: afterwards it is the instance's own.
         seen = {g.uuid: f for g in self._inventory.gpus if (f := floor_of(g)) is not None}

@@ -129,7 +129,7 @@ class History:
 
     def add(self, event: Event) -> None:
         """Keep what changed something; progress is gone with the moment."""
-        if event.kind == "progress":
+        if event.kind == "progress" or self._fails_again(event):
             return
         self._events.append(event)
         try:
@@ -145,6 +145,12 @@ class History:
         except OSError as error:
             raise MicError(f"cannot write {self._path}: {error.strerror}") from error
 
+    def _fails_again(self, event: Event) -> bool:
+        """Whether it is a try that failed as the one before it did."""
+        tries = (one for one in reversed(self._events) if one.kind in ("begin", "failed"))
+        last = next((one for one in tries if one.instance == event.instance), None)
+        return event.kind == "failed" and last is not None and _failure(last) == _failure(event)
+
     def newest(self) -> tuple[Event, ...]:
         return tuple(reversed(self._events))
 
@@ -154,6 +160,10 @@ class History:
         scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
         scratch.replace(self._path)
         self._lines = len(self._events)
+
+
+def _failure(event: Event) -> tuple[str, str | None, str, str]:
+    return event.kind, event.phase, event.model, event.text
 
 
 def read(path: Path) -> Iterable[Event]:

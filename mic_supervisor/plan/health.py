@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import NamedTuple
 
 from mic_supervisor.model import LoadState, ObservedWorkload, RunState
 from mic_supervisor.plan.actions import (
@@ -51,6 +52,13 @@ class Phase(StrEnum):
     BLOCKED = "blocked"
     PAUSED = "paused"
     STUCK_STOPPING = "stuck_stopping"
+
+
+class Activity(NamedTuple):
+    """What is being carried out for an instance, and what that waits for, where that is known."""
+
+    phase: Phase
+    reason: str | None = None
 
 
 ON_ITS_WAY = frozenset(

@@ -293,7 +293,7 @@ def observed(
     failure, then or later: whoever paused it may have ended it. Nor is that of one on a GPU that is
     `unhealthy_gpus`, by its UUID: the GPU may have.
     """
-    memory = _cooled_down(memory, now)
+    memory = _cooled_down(memory, now, busy)
     instances: dict[str, InstanceMemory] = {
         name: entry
         for name, entry in memory.instances.items()
@@ -391,10 +391,13 @@ def _note_end_quietly(entry: InstanceMemory, assessment: Assessment) -> Instance
     return _runs(entry, match) if assessment.runs and match is not None else entry
 
 
-def _cooled_down(memory: Memory, now: float) -> Memory:
-    """A cooldown after which nothing was tried any more is over, and so is its count."""
+def _cooled_down(memory: Memory, now: float, busy: Collection[str]) -> Memory:
+    """A cooldown after which nothing was tried any more is over, and so is its count. A try may
+    take longer than the longest cooldown.
+    """
+    latest = now - backoff.LONGEST_COOLDOWN
     for name, entry in memory.instances.items():
-        if entry.cooldown is not None and now > entry.cooldown.until + backoff.LONGEST_COOLDOWN:
+        if entry.cooldown is not None and entry.cooldown.until < latest and name not in busy:
             memory = _with(memory, name, cooldown=None)
     return memory
 

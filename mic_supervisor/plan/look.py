@@ -18,7 +18,7 @@ from mic_supervisor.plan.assess import (
     with_unexplained,
     workloads,
 )
-from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.health import Activity
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.status import InstanceStatus, instance_statuses
@@ -53,7 +53,7 @@ class Look:
         """The numbers that the driver gives the GPUs today, by UUID."""
         return {gpu.uuid: gpu.index for gpu in self.observed.inventory.gpus}
 
-    def doing(self, activities: Mapping[str, Phase]) -> Look:
+    def doing(self, activities: Mapping[str, Activity]) -> Look:
         """The same look, once more is being carried out."""
         return replace(
             self,

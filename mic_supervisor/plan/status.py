@@ -14,7 +14,7 @@ from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload, 
 from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import Assessment, Selection, is_alive, workloads
 from mic_supervisor.plan.fallback import as_it_runs, fallback
-from mic_supervisor.plan.health import ON_ITS_WAY, Phase, phase_of
+from mic_supervisor.plan.health import ON_ITS_WAY, Activity, Phase, phase_of
 from mic_supervisor.plan.memory import Cooldown, InstanceMemory, Memory, memory_key
 from mic_supervisor.plan.words import Code, Reason, because
 
@@ -107,7 +107,7 @@ def instance_statuses(
     assessments: Sequence[Assessment],
     plan: Plan,
     memory: Memory,
-    activities: Mapping[str, Phase] = {},
+    activities: Mapping[str, Activity] = {},
 ) -> tuple[InstanceStatus, ...]:
     """Sorted by id: every desired instance, every unsatisfiable entry, everything that has to go.
 
@@ -131,8 +131,7 @@ def instance_statuses(
     known = {row.id for row in rows}
     rows += [_absent(entry) for entry in desired.unsatisfiable if not known & set(entry.instances)]
     rows = [
-        row if row.id in activities else _cooling_down(row, memory.of(row.id).cooldown)
-        for row in rows
+        _cooling_down(row, memory.of(row.id).cooldown, trying=row.id in activities) for row in rows
     ]
     return tuple(sorted(rows, key=lambda row: row.id))
 
@@ -184,14 +183,19 @@ def _desired(
     waits: Mapping[str, Reason],
     due: Mapping[str, Reason],
     memory: Memory,
-    activities: Mapping[str, Phase],
+    activities: Mapping[str, Activity],
 ) -> InstanceStatus:
     instance, entry = item.instance, memory.of(item.instance.id)
     activity = activities.get(instance.id)
     retry_at = blocked.until if blocked is not None else None
     phase, reason = phase_of(
-        item, activity=activity, blocked=blocked is not None, retry_at=retry_at
+        item,
+        activity=activity and activity.phase,
+        blocked=blocked is not None,
+        retry_at=retry_at,
     )
+    if activity is not None:
+        reason = activity.reason
     why: Reason | None = None
     held = blocked if activity is None else None
     if held is not None and not held.paused and phase is not Phase.READY:
@@ -210,10 +214,10 @@ def _desired(
         how = f"; it runs, {phase.value}" + (f": {reason}" if reason else "")
         phase, reason = Phase.PAUSED, held.reason + (how if failing else "")
         why = held.why
-    elif instance.id in waits:
+    elif activity is None and instance.id in waits:
         why = waits[instance.id]
         reason = f"waits for {why}"
-    elif phase is Phase.PENDING and instance.id in due:
+    elif phase is Phase.PENDING and reason is None and instance.id in due:
         why = due[instance.id]
         reason = str(why)
     really = as_it_runs(entry, item)
@@ -282,11 +286,23 @@ def _how(entry: InstanceMemory, item: Assessment) -> str:
     return f", {phase.value}" + (f": {reason}" if reason else "")
 
 
-def _cooling_down(row: InstanceStatus, cooldown: Cooldown | None) -> InstanceStatus:
-    """What its last change failed with, where that is a phase of its own, or it only waits."""
+# What is tried again has not come further than the last time.
+_BEFORE_START = frozenset({Phase.PENDING, Phase.STOPPING, Phase.WAITING_VRAM})
+
+
+def _cooling_down(
+    row: InstanceStatus, cooldown: Cooldown | None, *, trying: bool
+) -> InstanceStatus:
+    """What its last change failed with, where that is a phase of its own, or it only waits.
+
+    That stays so while it is tried again, until something starts: it is one wait, however many
+    tries that takes.
+    """
     if cooldown is None or row.phase in (Phase.READY, Phase.PAUSED):
         return row
-    if cooldown.phase is None and row.phase is not Phase.PENDING:
+    if trying and row.phase not in _BEFORE_START:
+        return row
+    if not trying and cooldown.phase is None and row.phase is not Phase.PENDING:
         return row
     phase = Phase.BACKOFF if cooldown.phase is None else Phase(cooldown.phase)
     return replace(
@@ -294,7 +310,7 @@ def _cooling_down(row: InstanceStatus, cooldown: Cooldown | None) -> InstanceSta
         phase=phase,
         reason=cooldown.reason,
         why=because(Code.NEXT_TRY, failure=cooldown.reason),
-        next_retry=cooldown.until,
+        next_retry=None if trying else cooldown.until,
         health=_HEALTH.get(phase, row.health),
     )
 
@@ -305,7 +321,7 @@ def _health(phase: Phase, item: Assessment) -> str:
 
 
 def _leaving(
-    workload: ObservedWorkload, activity: Phase | None, blocked: Iterable[Blocked]
+    workload: ObservedWorkload, activity: Activity | None, blocked: Iterable[Blocked]
 ) -> InstanceStatus:
     """A row for what runs and is not desired. What follows it may be blocked: then it stays."""
     identity = workload.identity
@@ -322,7 +338,7 @@ def _leaving(
         model=identity.model,
         backend=identity.backend,
         gpus=identity.gpus,
-        phase=activity or phase,
+        phase=activity.phase if activity is not None else phase,
         sync="out_of_sync",
         health=_HEALTH[Phase.PAUSED] if phase is Phase.PAUSED and activity is None else "unknown",
         reason=str(why),

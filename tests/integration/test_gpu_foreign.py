@@ -185,6 +185,42 @@ def test_memory_that_nobody_has_is_started_into_where_the_model_fits(
     assert daemon.stop() == 0
 
 
+def test_a_wait_for_memory_is_one_phase_with_its_reason_and_ever_longer_pauses(
+    mic: Mic, nvml: MockNvml
+) -> None:
+    mic.shortened["mic_supervisor.plan.release.TIMEOUT"] = 2.0
+    mic.write(entry(a=", vram: 20GiB", gpus="{0: a}"))
+    daemon = mic.run()
+    until(lambda: rows(mic)["a"]["phase"] == "unprobed", "the start")
+    nvml.change(0, memory_used=30 * GIB)
+    os.kill(rows(mic)["a"]["pid"], signal.SIGKILL)
+    waiting = "waiting for 29.5 GiB to be released on GPU 0"
+    until(lambda: rows(mic)["a"]["reason"] == waiting, "the first wait")
+    assert rows(mic)["a"]["phase"] == "waiting_vram"
+    assert waiting in http(f"{mic.url}/readyz").text
+
+    refused = "that it needs, and the driver lists nobody who has the rest"
+    until(lambda: rows(mic)["a"]["phase"] == "blocked", "the refusal")
+    seen: set[tuple[str, bool]] = set()
+
+    def tried(times: int) -> bool:
+        row = rows(mic)["a"]
+        seen.add((row["phase"], refused in row["reason"]))
+        assert refused in http(f"{mic.url}/readyz").text
+        return daemon.text().count(": start failed after ") >= times
+
+    until(lambda: tried(4), "three more tries", timeout=60)
+    assert seen == {("blocked", True)}
+    kept = mic("history", "a", "--json").json()["events"]
+    phases = [event["phase"] for event in kept]
+    since = len(phases) - phases[::-1].index("waiting_vram")
+    assert [event["kind"] for event in kept[since:]] == ["failed", "phase"]
+
+    nvml.change(0, memory_used=0)
+    until(lambda: rows(mic)["a"]["phase"] == "unprobed", "the release", timeout=40)
+    assert daemon.stop() == 0
+
+
 def test_a_card_that_is_too_small_is_seen_before_anything_is_stopped(
     mic: Mic, nvml: MockNvml
 ) -> None:

@@ -28,7 +28,9 @@ from mic_supervisor.model import (
     RunState,
     RuntimeView,
 )
+from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.status import InstanceStatus
 from tests.unit.plan import builders as b
 
 HEALTH = Probes(*[Probe(EngineCheck(), period=0.05)] * 3)
@@ -177,9 +179,19 @@ class Rig:
         )
 
     def phase(self, instance: str) -> str | None:
+        found = self._rows(instance)
+        return found[0].phase.value if found else None
+
+    def row(self, instance: str) -> InstanceStatus:
+        """As it is shown; before the first round, as nothing is known of it."""
+        nothing = InstanceStatus(
+            instance, "", "", "", (), Phase.PENDING, "unknown", "unknown", None
+        )
+        return next(iter(self._rows(instance)), nothing)
+
+    def _rows(self, instance: str) -> list[InstanceStatus]:
         snapshot = self.converger.snapshot
-        rows = snapshot.statuses if snapshot is not None else ()
-        return next((row.phase.value for row in rows if row.id == instance), None)
+        return [row for row in snapshot.statuses if row.id == instance] if snapshot else []
 
     def tells(self, kind: str, instance: str) -> list[str]:
         return [e.text for e in self.told if e.kind == kind and e.instance == instance]

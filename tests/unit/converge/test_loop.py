@@ -6,12 +6,15 @@ import asyncio
 import itertools
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
 from mic_supervisor.converge import observe
 from mic_supervisor.errors import RuntimeRefused, RuntimeUnavailable
+from mic_supervisor.model import Launch
 from mic_supervisor.plan.assess import Selection
+from mic_supervisor.plan.health import Phase
 from tests.unit.converge.rig import (
     SHORT,
     TIMEOUT,
@@ -111,6 +114,57 @@ def test_what_shares_gpus_is_one_lane_and_starts_after_all_of_it_stopped() -> No
         # What can fail early was tried before anything was stopped.
         assert engine.calls.index(f"prepare {A.id}") < stopped
         assert engine.calls.index(f"prepare {B.id}") < stopped
+
+    run(body)
+
+
+def test_what_a_start_waits_for_is_its_reason_meanwhile() -> None:
+    newer = on("b", 0)
+
+    class Pulls(Engine):
+        def prepare(self, launch: Launch, progress: Callable[[str], None]) -> None:
+            progress(f"pulling 34 % for {launch.identity.instance}")
+            super().prepare(launch, progress)
+
+    async def body() -> None:
+        engine = Pulls()
+        file = File(A)
+        pull = engine.gates[f"prepare {A.id}"] = threading.Event()
+        stop = engine.gates[f"stop {A.id}"] = threading.Event()
+        async with converging(file, engine) as rig:
+            await rig.until(lambda: rig.row(A.id).reason == f"pulling 34 % for {A.id}")
+            assert rig.row(A.id).phase is Phase.PENDING
+            pull.set()
+            await rig.phases(a_aaaaaaaa="ready")
+            file.says(newer)
+            rig.converger.wake()
+            waits = f"waits for {A.id}, which is stopping"
+            await rig.until(lambda: rig.row(newer.id).reason == waits)
+            assert rig.row(A.id).phase is Phase.STOPPING
+            stop.set()
+            await rig.until(lambda: rig.phase(newer.id) == "ready")
+
+    run(body)
+
+
+def test_what_fails_again_stays_in_its_phase_and_is_no_news() -> None:
+    async def body() -> None:
+        engine = Engine()
+        engine.refuses[f"create {A.id}"] = RuntimeUnavailable("cannot reach the engine")
+        async with converging(File(A), engine) as rig:
+            await rig.phases(a_aaaaaaaa="backoff")
+            known = len(rig.told)
+            gate = engine.gates[f"create {A.id}"] = threading.Event()
+            rig.later += 5.0
+            await rig.until(lambda: engine.calls.count(f"create {A.id}") == 2)
+            looks = engine.looks
+            await rig.until(lambda: engine.looks > looks + 2)
+            row = rig.row(A.id)  # while it is tried again
+            assert (row.phase, row.reason) == (Phase.BACKOFF, "cannot reach the engine")
+            engine.gates.clear()
+            gate.set()
+            await rig.until(lambda: len(rig.tells("failed", A.id)) == 2)
+            assert [event.kind for event in rig.told[known:]] == ["progress", "failed"]
 
     run(body)
 

@@ -45,6 +45,25 @@ def test_half_a_surrogate_breaks_no_history(tmp_path: Path) -> None:
     assert event.text.startswith("paused: caf")
 
 
+def test_a_try_that_fails_as_the_one_before_is_no_line_of_its_own(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.jsonl")
+    texts = ["no engine", "no engine", "a full disk", "no engine"]
+    for text in texts:
+        history.add(Event("failed", 1.0, "MAM", text, phase="remove"))
+        history.add(Event("failed", 1.0, "web", "no engine", phase="remove"))
+    history.add(Event("begin", 1.0, "MAM", "asked for", phase="remove"))
+    history.add(Event("failed", 1.0, "MAM", "no engine", phase="remove"))
+    kept = [(event.instance, event.kind, event.text) for event in reversed(history.newest())]
+    assert kept == [
+        ("MAM", "failed", "no engine"),
+        ("web", "failed", "no engine"),
+        ("MAM", "failed", "a full disk"),
+        ("MAM", "failed", "no engine"),
+        ("MAM", "begin", "asked for"),
+        ("MAM", "failed", "no engine"),
+    ]
+
+
 def test_the_last_thousand_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "KEPT", 10)
     path = tmp_path / "history.jsonl"

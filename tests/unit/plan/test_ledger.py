@@ -15,7 +15,7 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.plan import backoff, ledger
 from mic_supervisor.plan.actions import Load, Release, Remove, Start, Step, Stop, Unload
-from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.health import Activity, Phase
 from mic_supervisor.plan.look import Look, look
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.status import converged
@@ -132,6 +132,38 @@ def test_a_rest_that_nothing_was_tried_after_is_forgotten() -> None:
     late = NOW + 4 + backoff.LONGEST_COOLDOWN
     assert seen(memory, late).memory.of(MAM.id).cooldown is not None
     assert seen(memory, late + 1).memory.of(MAM.id).cooldown is None
+
+
+def test_its_count_outlasts_a_try_that_takes_longer_than_any_rest() -> None:
+    memory = after(STOP, STUCK, 3)
+    late = NOW + 600.0
+    busy = replace(CONTEXT, busy=frozenset({MAM.id}))
+    state = observed(RUNS, health={RUNS.ref: passed()})
+    during = look(desired(NEW), state, memory, late, busy).memory
+    again = ledger.failed(during, STOP, STUCK, assessment(NEW), late, 0.0)
+    cooldown = again.of(MAM.id).cooldown
+    assert cooldown is not None
+    assert cooldown.until == late + 8
+
+
+@pytest.mark.parametrize("activity", [Phase.PENDING, Phase.STOPPING, Phase.WAITING_VRAM])
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        (STOP, STUCK),
+        (Release("it", MAM.id, MAM.gpus, ()), ReleaseFailed("after 30 s still 2 GiB")),
+        (STOP, RuntimeUnavailable("cannot stop it: no engine")),
+    ],
+)
+def test_a_try_that_has_come_no_further_shows_the_phase_and_reason_of_the_wait(
+    step: Step, error: MicError, activity: Phase
+) -> None:
+    found = seen(after(step, error))
+    (waits,) = found.statuses
+    (tried,) = found.doing({MAM.id: Activity(activity, "waiting for 2 GiB")}).statuses
+    assert (tried.phase, tried.reason, tried.next_retry) == (waits.phase, error.message, None)
+    (starts,) = found.doing({MAM.id: Activity(Phase.STARTING)}).statuses
+    assert (starts.phase, starts.reason) == (Phase.STARTING, None)
 
 
 def test_what_the_specification_may_have_caused_has_one_wait() -> None:
