@@ -26,7 +26,7 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.fallback import fallback, rebuilt, relaunch
-from mic_supervisor.plan.health import ended
+from mic_supervisor.plan.health import ended, never_ran
 from mic_supervisor.plan.launch import launch
 from mic_supervisor.plan.memory import memory_key
 from mic_supervisor.plan.obstacles import in_the_way, in_trouble
@@ -231,7 +231,7 @@ def _why(s: Situation, item: Assessment, unhealthy: str | None) -> tuple[ChangeK
         return "restart", because(Code.ASKED_FOR)
     if item.alive:
         return "replace", because(Code.INTERRUPTED) if created else _drift(item)
-    if created:
+    if match is not None and never_ran(match):
         return "start", because(Code.NEVER_STARTED)
     if match is not None:
         return "start", because(Code.ENDED, end=ended(match))

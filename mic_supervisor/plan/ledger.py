@@ -50,6 +50,7 @@ from mic_supervisor.plan.fallback import can_roll_back, fallback
 from mic_supervisor.plan.health import Phase, ended, never_ran
 from mic_supervisor.plan.memory import Cooldown, Floor, InstanceMemory, Memory, Recorded, memory_key
 from mic_supervisor.plan.status import InstanceStatus
+from mic_supervisor.plan.words import Code
 
 # --- what is done -----------------------------------------------------------------------------
 
@@ -76,8 +77,13 @@ def done(
         change.instance,
         started=step.launch.name if isinstance(step, Start) else step.workload.name,
         started_at=now,
-        restarts=memory.of(change.instance).restarts + (change.kind in ("start", "restart")),
+        restarts=memory.of(change.instance).restarts + _is_a_restart(change),
     )
+
+
+def _is_a_restart(change: Change) -> bool:
+    """A start that was cut short, and comes to its end now, is none."""
+    return change.kind in ("start", "restart") and change.why.kind is not Code.NEVER_STARTED
 
 
 def failed(

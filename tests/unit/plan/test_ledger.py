@@ -13,11 +13,21 @@ from mic_supervisor.errors import (
     RuntimeUnavailable,
     StopFailed,
 )
+from mic_supervisor.model import ObservedWorkload, RunState
 from mic_supervisor.plan import backoff, ledger
-from mic_supervisor.plan.actions import Load, Release, Remove, Start, Step, Stop, Unload
+from mic_supervisor.plan.actions import (
+    Load,
+    Release,
+    Remove,
+    Restart,
+    Start,
+    Step,
+    Stop,
+    Unload,
+)
 from mic_supervisor.plan.health import Activity, Phase
 from mic_supervisor.plan.look import Look, look
-from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.status import converged
 from tests.unit.plan.builders import (
     CONTEXT,
@@ -187,6 +197,27 @@ def test_what_was_not_known_before_is_adopted_in_the_plan_of_the_same_look() -> 
     first = look(desired(MAM), state, Memory(), NOW, CONTEXT)
     assert [change.kind for change in first.plan.changes] == ["adopt"]
     assert look(desired(MAM), state, first.memory, NOW, CONTEXT).plan.changes == ()
+
+
+@pytest.mark.parametrize(
+    ("was", "restarts"),
+    [
+        (workload(MAM, RunState.EXITED, exit_code=137), 1),
+        (workload(MAM, RunState.CREATED), 0),
+        # As a keeper's record, and a unit, whose start was cut short.
+        (
+            workload(
+                MAM, RunState.EXITED, exit_code=None, started_at=None, error="it was cut short"
+            ),
+            0,
+        ),
+    ],
+)
+def test_a_start_that_was_cut_short_is_no_restart(was: ObservedWorkload, restarts: int) -> None:
+    memory = Memory().with_instance(MAM.id, InstanceMemory(phase="starting"))
+    (change,) = look(desired(MAM), observed(was), memory, NOW, CONTEXT).plan.changes
+    (step,) = (step for step in change.steps if isinstance(step, Restart))
+    assert ledger.done(memory, step, change, NOW, {}).of(MAM.id).restarts == restarts
 
 
 # --- since when ---------------------------------------------------------------------------------
