@@ -35,6 +35,7 @@ from mic_supervisor.plan.actions import (
     Plan,
     Prepare,
     Restart,
+    Start,
     Step,
     Stop,
     ToModel,
@@ -445,6 +446,7 @@ class Converger:
         self._last_views.begins(step)
         if isinstance(step, Stop | Restart):
             self._prober.forget(step.workload.ref)
+        if isinstance(step, Start | Stop | Restart):
             await self._saver.save(lambda: self.memory)  # we may be killed before the next round
         if isinstance(step, Withdraw):
             await self._withdraw(step, change)

@@ -22,7 +22,7 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import Blocked, FieldDiff
-from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.words import Reason
 from mic_supervisor.runtimes.identity import known_from
 
@@ -210,6 +210,17 @@ class Assessment:
         return (
             None if answers is None else f"it lost its GPU inside the container, {how}: {answers}"
         )
+
+    def failure(self, entry: InstanceMemory, now: float) -> str | None:
+        """Why what runs has failed, by its probes; None: it has not, as far as is known.
+
+        One that was counted has, until they pass, also where a supervisor has just begun to ask.
+        """
+        seen = self.live_failure or self.overdue(entry.started_at, now)
+        waits = entry.retry_at is not None and entry.attempt == self.hash
+        counted = waits and entry.started is None and self.runs
+        well = self.started_up and self.lives
+        return entry.reason if seen is None and counted and not well else seen
 
     def blocked(self, why: Reason, until: float | None = None) -> Blocked:
         return Blocked(self.instance.id, why, self.instance.gpus, self.instance.model, until)

@@ -75,7 +75,7 @@ def decide_bring_up(s: Situation, item: Assessment) -> Decision:
         if unhealthy_gpu and up is not None:
             return Decision(good.match, None, item.blocked(in_trouble(unhealthy_gpu)))
         return Decision(good.match, cleared(up, item) if up is not None else None, why)
-    unhealthy = item.live_failure or item.overdue(entry.started_at, s.now)
+    unhealthy = item.failure(entry, s.now)
     forced = item.instance.id in s.context.forced
     blind = item.blind if unhealthy is None and not unhealthy_gpu else None
     if item.runs and unhealthy is None and blind is None and not forced:
@@ -169,7 +169,7 @@ def _fall_back(s: Situation, good: Assessment) -> tuple[BringUp | None, Blocked]
     entry = s.entry(good)
     failure = entry.failed_reason
     reported = good.blocked(because(Code.ROLLED_BACK, failure=failure))
-    unhealthy = good.live_failure or good.overdue(entry.started_at, s.now)
+    unhealthy = good.failure(entry, s.now)
     patient = entry.retry_at is not None and entry.retry_at > s.now
     well = good.runs and unhealthy is None
     if well and not (patient and loads(good)):

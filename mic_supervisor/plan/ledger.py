@@ -56,9 +56,13 @@ from mic_supervisor.plan.words import Code
 
 
 def begun(memory: Memory, step: Step) -> Memory:
-    """Whatever ends now was asked for, and is no crash: not for our successor either."""
+    """Whatever ends now was asked for, and is no crash: not for our successor either. Nor is what
+    starts now what failed before.
+    """
+    if isinstance(step, Start):
+        return _with(memory, step.instance, retry_at=None)
     if isinstance(step, Stop | Restart):
-        return _with(memory, step.workload.identity.instance, started=None)
+        return _with(memory, step.workload.identity.instance, started=None, retry_at=None)
     return memory
 
 
@@ -377,7 +381,7 @@ def _note_end(
             return replace(entry, started=None, ready_since=None)  # removed by hand
         return entry
     if is_alive(workload):
-        failure = assessment.live_failure or assessment.overdue(entry.started_at, now)
+        failure = assessment.failure(entry, now)
     elif never_ran(workload):
         return entry  # it was made, and whoever made it did not come to start it
     else:

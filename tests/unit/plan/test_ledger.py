@@ -13,7 +13,7 @@ from mic_supervisor.errors import (
     RuntimeUnavailable,
     StopFailed,
 )
-from mic_supervisor.model import ObservedWorkload, RunState
+from mic_supervisor.model import Health, ObservedWorkload, ProbeResult, RunState
 from mic_supervisor.plan import backoff, ledger
 from mic_supervisor.plan.actions import (
     Load,
@@ -36,6 +36,7 @@ from tests.unit.plan.builders import (
     changed,
     container,
     desired,
+    failing,
     known,
     observed,
     on,
@@ -218,6 +219,43 @@ def test_a_start_that_was_cut_short_is_no_restart(was: ObservedWorkload, restart
     (change,) = look(desired(MAM), observed(was), memory, NOW, CONTEXT).plan.changes
     (step,) = (step for step in change.steps if isinstance(step, Restart))
     assert ledger.done(memory, step, change, NOW, {}).of(MAM.id).restarts == restarts
+
+
+UNHEARD = ProbeResult(False, "refused", NOW, 1)
+
+
+def waiting(entry: InstanceMemory, now: float = NOW, health: Health | None = None) -> Look:
+    state = observed(RUNS, health={RUNS.ref: health or passed()})
+    return look(desired(MAM), state, Memory().with_instance(MAM.id, entry), now, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    "health",
+    [Health(), Health(startup=UNHEARD), failing("liveness", 1), failing("startup", 1, None)],
+)
+def test_what_failed_and_waits_has_failed_for_a_supervisor_that_asks_it_for_the_first_time(
+    health: Health,
+) -> None:
+    ready = waiting(InstanceMemory()).memory.of(MAM.id)
+    entry = replace(ready, started=None, failures=2, reason="not up within 3 s: refused")
+    entry = replace(entry, attempt=assessment(MAM, RUNS).hash, retry_at=NOW + 5)
+    found = waiting(entry, health=health)
+    (row,) = found.statuses
+    assert (row.phase, row.next_retry) == (Phase.BACKOFF, NOW + 5)
+    assert row.reason == "backoff: not up within 3 s: refused"
+    assert found.memory.of(MAM.id).failures == 2  # it is counted once
+    late = waiting(entry, NOW + 5, health)
+    (change,) = late.plan.changes
+    assert (change.kind, change.cause) == ("restart", "not up within 3 s: refused")
+
+    (row,) = waiting(entry).statuses  # its probes pass by now
+    assert row.phase is Phase.READY
+    # A try that was cut short by the end of its supervisor is no failure.
+    stop = next(step for step in change.steps if isinstance(step, Stop))
+    begun = ledger.begun(late.memory, stop).of(MAM.id)
+    (row,) = waiting(begun, NOW + 5, health).statuses
+    assert row.phase is not Phase.BACKOFF
+    assert waiting(begun, NOW + 5, health).plan.count == 0
 
 
 # --- since when ---------------------------------------------------------------------------------
