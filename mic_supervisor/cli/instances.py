@@ -12,11 +12,13 @@ import click
 
 from mic_supervisor.cli.progress import named, show
 from mic_supervisor.cli.session import order
+from mic_supervisor.config.document import composed
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from mic_supervisor.cli.wiring import Machine
     from mic_supervisor.model import ObservedState, ObservedWorkload
     from mic_supervisor.runtimes import Runtime
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 def restart(name: str) -> int:
     """Restart a model's instances, one GPU at a time, although nothing is wrong with them.
 
-    Clears their backoff and what failed before. Exits with 0 when all are ready again, 3 when some
+    A model in a server of several is unloaded and loaded again; the others go on serving. Clears
+    their backoff and what failed before. Exits with 0 when all are ready again, 3 when some
     are not, 1 when none is.
     """
     document = order("restart", {"name": name}, command=f"restart {name}")
@@ -38,11 +41,11 @@ def restart(name: str) -> int:
 def retry(name: str) -> int:
     """Try an instance again now: no backoff, and a specification that failed gets another chance.
 
-    What is ready is left alone. INSTANCE may be a model, for all of its instances. Exits with 0
-    when they are ready, 3 when some are not, 1 when none is.
+    What is ready is left alone. INSTANCE may be a model, for all of its instances, or one in a
+    server of several. Exits with 0 when they are ready, 3 when some are not, 1 when none is.
     """
     document = order("retry", {"name": name}, command=f"retry {name}")
-    if not document["failed_before"]:
+    if not document["failed_before"] and not document.get("begun"):  # an earlier daemon has none
         click.echo(f"Nothing of {name} had failed: there was nothing to try again.")
     return show(named(document, name), document)
 
@@ -100,7 +103,8 @@ def resume(name: str | None, everything: bool) -> int:
 def logs(instance: str, follow: bool, lines: int | None, previous: bool) -> int:
     """Show the log of an instance: container or process.
 
-    INSTANCE is an instance's id, or a model that has one instance.
+    INSTANCE is an instance's id, or a model that has one instance. A server of several models has
+    one log, which is shown for each of them.
     """
     from mic_supervisor.cli import wiring
     from mic_supervisor.converge.observe import observe
@@ -111,7 +115,7 @@ def logs(instance: str, follow: bool, lines: int | None, previous: bool) -> int:
         )
     machine = wiring.machine(wiring.settings(), create_key=False)
     observed = observe(machine.sources, time.time())
-    found = _named(instance, observed)
+    found = _named(instance, observed, machine)
     workload = found[0]
     runtime = machine.sources.runtimes[workload.runtime]
     if previous:
@@ -123,23 +127,39 @@ def logs(instance: str, follow: bool, lines: int | None, previous: bool) -> int:
     return 0
 
 
-def _named(name: str, observed: ObservedState) -> list[ObservedWorkload]:
+def _server_of(model: str, machine: Machine) -> str | None:
+    """The id of the server of several models that has this one, as the file says."""
+    from mic_supervisor.cli import wiring
+    from mic_supervisor.desired.bind import safe_name
+
+    try:
+        config = wiring.load_config(machine.settings, None, machine.registry)
+    except MicError:
+        return None  # an instance has its name from what runs; the log is wanted all the more
+    found = config.servers.get(composed(model))
+    return None if found is None else safe_name(found)
+
+
+def _named(name: str, observed: ObservedState, machine: Machine) -> list[ObservedWorkload]:
     """The instance's workloads, the one that runs, or ran last, first."""
     from mic_supervisor.plan.assess import is_alive, workloads
 
     everything = list(workloads(observed))
-    ids = {item.identity.instance for item in everything if item.identity.instance == name}
-    ids = ids or {item.identity.instance for item in everything if item.identity.model == name}
+    models = {item.identity.instance: item.identity.model for item in everything}
+    ids = {name} & models.keys() or {one for one, model in models.items() if model == name}
+    if not ids and (server := _server_of(name, machine)) in models:
+        click.echo(f"{name} is in {server}: this is the log of that server.", err=True)
+        ids = {str(server)}
     if len(ids) > 1:
         raise MicError(f"{name} has several instances", hint=f"name one: {', '.join(sorted(ids))}")
     if not ids:
         for view in observed.runtimes:
             if view.error is not None:
                 raise MicError(f"cannot look for {name}: {view.error}", hint=view.hint)
-        known = sorted({item.identity.instance for item in everything})
+        known = ", ".join(sorted(models))
         raise MicError(
             f"cannot show the log of {name}: there is no such instance",
-            hint=f"there is {', '.join(known)}" if known else "nothing of ours runs here",
+            hint=f"there is {known}" if known else "nothing of ours runs here",
         )
     found = [item for item in everything if item.identity.instance in ids]
     return sorted(found, key=lambda item: (not is_alive(item), -(item.created_at or 0.0)))

@@ -12,6 +12,7 @@ import click
 
 from mic_supervisor.config.document import composed
 from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.memory import memory_key
 from mic_supervisor.plan.words import gpu_names, left_out_line
 
 if TYPE_CHECKING:
@@ -111,8 +112,19 @@ def on(document: dict[str, Any], uuids: Collection[str]) -> list[dict[str, Any]]
 
 
 def named(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The rows of an instance, or of a model."""
-    return [row for row in document["instances"] if composed(name) in (row["id"], row["model"])]
+    """The rows of an instance, or of a model; of one in a server of several, what is said of it."""
+    rows, wanted = document["instances"], composed(name)
+    return [row for row in rows if wanted in (row["id"], row["model"])] or [
+        {
+            **row,
+            **one,
+            "id": memory_key(row["id"], wanted),
+            "as_desired": one["phase"] == Phase.READY,
+        }
+        for row in rows
+        for one in row["models"]
+        if one["model"] == wanted
+    ]
 
 
 def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:

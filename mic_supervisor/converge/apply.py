@@ -16,7 +16,13 @@ from mic_supervisor.converge.probes import Checker, Target
 from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import LoadFailed, MicError, ReleaseFailed, StopFailed
 from mic_supervisor.gpu.owners import annotate, managed_refs
-from mic_supervisor.model import GpuInventory, LoadState, RuntimeView
+from mic_supervisor.model import (
+    GpuInventory,
+    LoadState,
+    Placement,
+    PlacementState,
+    RuntimeView,
+)
 from mic_supervisor.plan.actions import (
     Create,
     Drain,
@@ -37,7 +43,7 @@ from mic_supervisor.text import quoted
 
 _RELEASE_POLL = 0.05  # seconds between two looks at GPUs that are about to be free
 _DRAIN_POLL = 0.25  # seconds between two questions to a server that is drained
-_VERIFY_TIMEOUT = 10.0  # seconds, from the answer to a load until the server says it runs it
+_VERIFY_TIMEOUT = 10.0  # seconds, from the answer to a load or unload until the server says so
 _VERIFY_POLL = 0.1  # seconds between two looks at a model that was just loaded
 _LOG_LINES = 400
 _SILENT = 3  # calls without an answer, in a row, after which nobody is waited for
@@ -193,26 +199,47 @@ class Steps:
             raise refused(error) from error
         if not answer.ok:
             raise refused(await blocking(self._pool, self._why_not, target, step, answer.body))
+
+        def loaded(state: PlacementState) -> bool:
+            return state.state is LoadState.LOADED and state.digest == placement.digest
+
+        state = await self._verified(target, placement, loaded)
+        if not loaded(state):
+            runs = ", ".join(f"{key}={value}" for key, value in state.summary)
+            raise refused(
+                "the server accepted the configuration but runs another one "
+                f"({runs or state.reason or state.state.value})"
+            )
+
+    async def _unload(self, step: Unload) -> None:
+        target, placement = self._target_of(step), step.placement
+        what = f"cannot unload {placement.model}"
+        try:
+            answer = await self._checker.call(target, placement.unload)
+        except NoAnswer as error:
+            raise LoadFailed(f"{what}: {error}") from error
+        if not answer.ok:
+            raise LoadFailed(f"{what}: {one_line(answer.body, 300)}")
+
+        def gone(state: PlacementState) -> bool:
+            return state.state is not LoadState.LOADED
+
+        if not gone(await self._verified(target, placement, gone)):
+            raise LoadFailed(
+                f"{what}: the server still has it {_VERIFY_TIMEOUT:g} s later",
+                hint="requests to it may be under way",
+            )
+
+    async def _verified(
+        self, target: Target, placement: Placement, enough: Callable[[PlacementState], bool]
+    ) -> PlacementState:
+        """What the server says of a model, once that is enough or has been waited for."""
         deadline = time.monotonic() + _VERIFY_TIMEOUT
         while True:
             state = await self._checker.placement_state(target, placement)
-            if state.state is LoadState.LOADED and state.digest == placement.digest:
-                return
-            if time.monotonic() >= deadline:
-                runs = ", ".join(f"{key}={value}" for key, value in state.summary)
-                raise refused(
-                    "the server accepted the configuration but runs another one "
-                    f"({runs or state.reason or state.state.value})"
-                )
+            if enough(state) or time.monotonic() >= deadline:
+                return state
             await asyncio.sleep(_VERIFY_POLL)
-
-    async def _unload(self, step: Unload) -> None:
-        try:
-            answer = await self._checker.call(self._target_of(step), step.placement.unload)
-        except NoAnswer as error:
-            raise LoadFailed(f"cannot unload {step.placement.model}: {error}") from error
-        if not answer.ok:
-            raise LoadFailed(f"cannot unload {step.placement.model}: {quoted(answer.body, 300)}")
 
     def _why_not(self, target: Target, step: Load, answer: str) -> str:
         runtime = self._sources.runtimes[step.workload.runtime]

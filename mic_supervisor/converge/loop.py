@@ -32,7 +32,6 @@ from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import (
     Change,
     Create,
-    Plan,
     Prepare,
     Restart,
     Start,
@@ -47,7 +46,7 @@ from mic_supervisor.plan.fallback import as_it_runs
 from mic_supervisor.plan.health import Activity, Phase, phase_of_step
 from mic_supervisor.plan.launch import listed
 from mic_supervisor.plan.look import Look, look
-from mic_supervisor.plan.memory import Memory, Pause, Paused
+from mic_supervisor.plan.memory import Memory, Pause, Paused, instance_of
 from mic_supervisor.plan.release import floor_of
 from mic_supervisor.views import view
 
@@ -144,14 +143,18 @@ class Converger:
                     await asyncio.sleep(snapshot.gap)
                     await self._wakes.wait()
 
-    def forgive(self, instances: Collection[str] | None = None) -> set[str]:
+    def forgive(self, names: Collection[str] | None = None) -> set[str]:
         """Try again now what failed before; None is everything. Somebody asked for it.
 
-        Returns what of it had failed.
+        A server's id means its models as well, `memory_key` one of them. Returns what had failed.
         """
-        self.explain(instances)
-        chosen = {*(self.memory.instances if instances is None else instances)}
-        failed = {name for name in chosen if self.memory.of(name).has_failed}
+        self.explain(None if names is None else {*map(instance_of, names)})
+        chosen = {
+            key
+            for key in self.memory.instances
+            if names is None or key in names or instance_of(key) in names
+        }
+        failed = {key for key in chosen if self.memory.of(key).has_failed}
         self.memory = ledger.forgiven(self.memory, chosen)
         return failed
 
@@ -170,9 +173,11 @@ class Converger:
         self._bound = False
         self.wake()
 
-    def force(self, instances: Collection[str]) -> None:
-        """Restart these although nothing is wrong with them."""
-        self.context = replace(self.context, forced=self.context.forced | set(instances))
+    def force(self, names: Collection[str]) -> None:
+        """Restart these instances, and models of servers by `memory_key`, although nothing is wrong
+        with them.
+        """
+        self.context = replace(self.context, forced=self.context.forced | set(names))
         self.wake()
 
     def pause(self, chosen: Selection, reason: str | None) -> None:
@@ -288,7 +293,7 @@ class Converger:
         self._prober.watch(self._targets(seen))
         self._emit_adopted(seen)
         self._gpu_reporter.report(seen.desired, seen.observed, seen.context.busy)
-        self._dispatch(seen.plan, lanes)
+        self._dispatch(seen, lanes)
         seen = self._note_phases(seen.doing(activities | self.activities))
         self.memory = seen.memory
         self._publisher.follow(seen.desired.hook, seen.statuses)
@@ -369,16 +374,17 @@ class Converger:
 
     # --- lanes --------------------------------------------------------------------------------
 
-    def _dispatch(self, plan: Plan, busy: list[Lane]) -> None:
+    def _dispatch(self, seen: Look, busy: list[Lane]) -> None:
         by_lane: dict[str, list[Change]] = {}
-        for change in plan.changes:
+        for change in seen.plan.changes:
             if change.steps and change.waits is None:
                 by_lane.setdefault(change.lane, []).append(change)
         for changes in by_lane.values():
             lane = Lane.of(changes)
             if any(lane.overlaps(other) for other in [*busy, *self._lanes.values()]):
                 continue
-            self.context = replace(self.context, forced=self.context.forced - lane.instances)
+            done = {key for key in seen.context.forced if instance_of(key) in lane.instances}
+            self.context = replace(self.context, forced=self.context.forced - done)
             task = asyncio.create_task(self._execute(changes, lane))
             self._lanes[task] = lane
             task.add_done_callback(self._lane_done)

@@ -23,7 +23,8 @@ from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host import host_name
 from mic_supervisor.plan.actions import Change
 from mic_supervisor.plan.assess import Selection
-from mic_supervisor.plan.health import ON_ITS_WAY
+from mic_supervisor.plan.health import ON_ITS_WAY, Phase
+from mic_supervisor.plan.memory import instance_of, memory_key
 from mic_supervisor.plan.selection import Names, free_of_pauses, select, to_resume
 from mic_supervisor.plan.status import InstanceStatus, chosen_rows, converged
 from mic_supervisor.text import one_line
@@ -32,6 +33,7 @@ from mic_supervisor.views.apply import Failure, apply_document
 from mic_supervisor.views.plan import plan_document, to_text
 from mic_supervisor.views.status import instances, pauses, status_document
 
+_DOWN = frozenset({Phase.BACKOFF, Phase.BLOCKED, Phase.STUCK_STOPPING})
 _LONGEST_REASON = 500  # characters of why somebody paused something
 
 Emit = Callable[[Event], None]
@@ -190,27 +192,35 @@ class Session:
         return _outcome(snapshot, errors, targets, left_out)
 
     async def _restart(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
-        document, _ = await self._again(params, emit, "restart")
-        return document
+        return await self._again(params, emit, "restart")
 
     async def _retry(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
-        document, failed = await self._again(params, emit, "retry")
-        return document | {"failed_before": sorted(failed)}
+        return await self._again(params, emit, "retry")
 
     async def _again(
         self, params: Mapping[str, Any], emit: Emit, action: Literal["restart", "retry"]
-    ) -> tuple[dict[str, Any], set[str]]:
-        """The outcome, and which of the instances had failed before."""
+    ) -> dict[str, Any]:
+        """The outcome, what of it had failed before, and for which instances something is done."""
         names = await self._named(str(params.get("name", "")), action)
-        with self._listening(emit) as errors:
+        instances = {instance_of(name) for name in names}
+        begun: set[str] = set()
+
+        def note(event: Event) -> None:
+            if event.kind == "begin" and event.instance in instances:
+                begun.add(event.instance)
+            emit(event)
+
+        with self._listening(note) as errors:
             if self.own:  # it follows the file as it is now; a daemon already does
                 await self._read_file(confirm=False)
             failed = self.converger.forgive(names)
             if action == "restart":
                 self.converger.force(names)
             self._begin(None)
+            self._emit_changes_under_way(note, instances)
             snapshot = await self.snapshots.converged()
-        return _outcome(snapshot, errors), failed
+        document = _outcome(snapshot, errors)
+        return document | {"failed_before": sorted(failed), "begun": sorted(begun)}
 
     async def _pause(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Returns when nothing is done any more for what is paused."""
@@ -299,22 +309,31 @@ class Session:
         )
 
     async def _named(self, name: str, action: str) -> list[str]:
-        """The instances of a name, but for those that are paused; all paused is an error."""
+        """The instances of a name, but for those that are paused; all paused is an error. Of a
+        model in a server of several, `memory_key`.
+        """
         snapshot = await self.snapshots.first()
-        found = [row for row in snapshot.statuses if composed(name) in (row.id, row.model)]
-        if not found:
-            known = ", ".join(row.id for row in snapshot.statuses)
+        rows, model = snapshot.statuses, composed(name)
+        found = [row for row in rows if model in (row.id, row.model)]
+        inside = [] if found else [row for row in rows if model in row.inside]
+        if not found and not inside:
+            known = ", ".join(one for row in rows for one in (row.id, *row.inside))
             raise MicError(
                 f"cannot {action} {name}: there is no instance {name!r}",
                 hint=f"there is {known}" if known else None,
             )
-        return free_of_pauses(
-            [(row.id, row.model, row.gpus) for row in found],
-            snapshot.memory.paused,
-            f"{action} {name}",
-            snapshot.indices,
-            snapshot.at,
-        )
+        concerned = [(row.id, row.model, row.gpus) for row in found or inside]
+        about = snapshot.memory.paused, f"{action} {name}", snapshot.indices, snapshot.at
+        free = free_of_pauses(concerned, *about)
+        if not inside:
+            return free
+        for row in inside:
+            if row.phase in _DOWN:
+                raise MicError(
+                    f"cannot {action} {name}: its server, {row.id}, is not up: {row.reason}",
+                    hint=f"mic-supervisor retry {row.id}",
+                )
+        return free_of_pauses([(memory_key(row.id, model), model, ()) for row in inside], *about)
 
     @contextmanager
     def _listening(self, emit: Emit) -> Iterator[dict[str, Failure]]:

@@ -64,7 +64,8 @@ class Context:
     process_runtime: str  # "systemd" or "subprocess"
     creates_ahead: frozenset[str] = frozenset({"docker"})
     busy: frozenset[str] = frozenset()  # instances that steps are being executed for
-    forced: frozenset[str] = frozenset()  # instances to restart although nothing is wrong
+    # Instances, and models of servers by `memory_key`, to restart although nothing is wrong.
+    forced: frozenset[str] = frozenset()
     # The instances that were published, by model; None: nobody has to be told, or can be.
     published: Mapping[str, Collection[str]] | None = None
     hook_error: str | None = None

@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mic_supervisor.config.document import CONFIRM
-from mic_supervisor.model import Gpu, LoadState, ObservedWorkload, PlacementState, RunState
+from mic_supervisor.model import (
+    Gpu,
+    LoadState,
+    ObservedWorkload,
+    Placement,
+    PlacementState,
+    RunState,
+)
 from mic_supervisor.plan.actions import (
     Blocked,
     ChangeKind,
@@ -288,6 +295,7 @@ def inside(s: Situation, item: Assessment) -> tuple[list[Due], Blocked | None]:
         first, *others = (why for _, why in late)
         both = Reason(first.kind, first.facts, tuple(others))
         why_not = item.blocked(both, min(at for at, _ in late))
+    due += _asked_for(s, item)
     for unload in _unloads(item):
         one = unload.step.placement
         if s.context.confirmed or (one.gpus and {*one.gpus} <= s.placed):
@@ -324,18 +332,32 @@ def loads(item: Assessment) -> list[Due]:
     return out
 
 
+def _asked_for(s: Situation, item: Assessment) -> list[Due]:
+    """The models of a server that somebody wants restarted: what is unloaded is loaded again."""
+    match = item.match
+    if match is None or not item.started_up:
+        return []
+    keys = {memory_key(item.instance.id, one.model): one for one in item.instance.placements}
+    return [
+        _unload(item, match, one, because(Code.ASKED_FOR))
+        for key, one in keys.items()
+        if key in s.context.forced and item.loaded(one)
+    ]
+
+
 def _unloads(item: Assessment) -> list[Due]:
     """What a server has loaded for us that the file does not have in it any more."""
     match = item.match
     if match is None or not item.started_up or item.alive:
         return []
     return [
-        Due(
-            Unload(f"unload {one.model} from {match.name}", item.instance.id, match, one),
-            because(Code.SURPLUS, model=one.model),
-        )
+        _unload(item, match, one, because(Code.SURPLUS, model=one.model))
         for one in item.health.surplus
     ]
+
+
+def _unload(item: Assessment, match: ObservedWorkload, one: Placement, why: Reason) -> Due:
+    return Due(Unload(f"unload {one.model} from {match.name}", item.instance.id, match, one), why)
 
 
 def _is_known(state: PlacementState) -> bool:

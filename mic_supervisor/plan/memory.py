@@ -66,6 +66,11 @@ def memory_key(instance: str, model: str) -> str:
     return f"{instance}/{model}"
 
 
+def instance_of(key: str) -> str:
+    """Whose entry that is: an instance's own, or that of a model in it."""
+    return key.partition("/")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Pause:
     """Since when something is to be left as it is, and what was given as the reason.

@@ -80,6 +80,11 @@ class InstanceStatus:
         """What programs know the reason by."""
         return None if self.why is None else self.why.code
 
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """The models of a server of several."""
+        return tuple(one.model for one in self.models)
+
     def mentions(self, failure: str) -> bool:
         """Whether the reason says already what something failed with."""
         return self.reason == failure or (self.why is not None and self.why.is_about(failure))

@@ -153,6 +153,7 @@ class Rig:
     ) -> None:
         self.file, self.engine = file, engines[0]
         self.told: list[Event] = []
+        self.events = Events([self.told.append])
         self.saved: list[Memory] = []
         self.later = 0.0  # seconds by which the clock is ahead
         self.converger = Converger(
@@ -161,7 +162,7 @@ class Rig:
             context=b.CONTEXT,
             memory=Memory(),
             save=save or self.saved.append,
-            events=Events([self.told.append]),
+            events=self.events,
             clock=Clock(lambda: time.monotonic() + self.later),
         )
         self.converger.resync = 0.1

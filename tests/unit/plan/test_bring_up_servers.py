@@ -169,6 +169,16 @@ def test_one_that_does_not_load_waits_alone() -> None:
     assert [change.model for change in later.changes] == ["A", "B"]
 
 
+def test_a_model_that_is_to_be_restarted_is_unloaded_and_then_loaded_again() -> None:
+    forced = replace(CONTEXT, forced=frozenset({memory_key(ID, "A")}))
+    plan = plan_for([BOTH], runs(says(loaded("A"), loaded("B"))), context=forced)
+    assert text(plan) == ("- unload   server-shared  GPU 0  asked for\n\nPlan: 1 to unload.\n")
+    absent = loaded("A", state=LoadState.ABSENT)
+    plan = plan_for([BOTH], runs(says(absent, loaded("B"))), context=forced)
+    assert [(change.kind, change.model) for change in plan.changes] == [("load", "A")]
+    assert plan_for([BOTH], runs(Health()), context=forced).count == 0  # nothing answers yet
+
+
 def status(state: ObservedState, memory: Memory, wanted: Instance = BOTH) -> Any:
     plan = plan_for([wanted], state, memory)
     assessments = assess(desired(wanted), state, CONTEXT)
