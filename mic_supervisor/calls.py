@@ -114,6 +114,12 @@ class Placement:
     unload: HttpCall = field(repr=False)
     verify: HttpCall = field(repr=False)  # its answer goes to the backend's `placement_state`
     summary: Pairs = ()  # what a person would call it: (("instances_per_gpu", "8"),)
+    entry: str | None = None  # as the file calls it, where that is another name than the server's
+
+    @property
+    def called(self) -> str:
+        """As people know it: by the file."""
+        return self.entry or self.model
 
 
 class LoadState(StrEnum):

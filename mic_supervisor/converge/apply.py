@@ -187,11 +187,11 @@ class Steps:
 
     async def _load(self, step: Load, progress: Progress) -> None:
         target, placement = self._target_of(step), step.placement
-        progress(f"loading {placement.model}")
+        progress(f"loading {placement.called}")
 
         def refused(why: object) -> LoadFailed:
             hint = f"see `mic-supervisor logs {step.instance}`"
-            return LoadFailed(f"cannot load {placement.model}: {why}", hint=hint)
+            return LoadFailed(f"cannot load {placement.called}: {why}", hint=hint)
 
         try:
             answer = await self._checker.call(target, placement.load)
@@ -213,7 +213,7 @@ class Steps:
 
     async def _unload(self, step: Unload) -> None:
         target, placement = self._target_of(step), step.placement
-        what = f"cannot unload {placement.model}"
+        what = f"cannot unload {placement.called}"
         try:
             answer = await self._checker.call(target, placement.unload)
         except NoAnswer as error:

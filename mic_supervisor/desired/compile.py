@@ -208,19 +208,20 @@ class Servers:
         for member in members.values():
             try:
                 make = partial(server.backend.compile_placement, request, member)
-                placements.append(called(name, member.model, make))
+                made = called(name, member.model, make)
+                placements.append(replace(made, entry=member.model))
             except CompileError as error:
                 failed += [
                     unsatisfiable_entry(bound, error, (f"{server.instance}/{member.model}",))
                     for bound in server.entries
                     if bound.entry.model == member.model
                 ]
-        made = called(
+        server_made = called(
             name,
             server.name,
             lambda: server.backend.compile_server(request, [*members.values()], placements),
         )
-        return replace(made, location=str(server.entries[0].entry.location)), failed
+        return replace(server_made, location=str(server.entries[0].entry.location)), failed
 
     def _server(self, model: str | None) -> _Server | None:
         found = self._config.servers.get(model or "")

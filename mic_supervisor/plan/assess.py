@@ -38,7 +38,7 @@ class Selection:
 
     def has(self, instance: Instance) -> bool:
         """Whether it is of one of the models, serves one, or has one of the GPUs."""
-        served = any(item.model in self.models for item in instance.placements)
+        served = any(item.called in self.models for item in instance.placements)
         return served or self.concerns(instance.model, instance.gpus)
 
     def concerns(self, model: str | None, gpus: Collection[str]) -> bool:

@@ -250,7 +250,7 @@ def _why(s: Situation, item: Assessment, unhealthy: str | None) -> tuple[ChangeK
 
 def _drift(item: Assessment) -> Reason:
     paths = [diff.path for diff in item.diff]
-    models = [placement.model for placement in item.instance.placements]
+    models = [placement.called for placement in item.instance.placements]
     # What is in a server that is replaced is gone until the new one has it loaded.
     down = f"; {' and '.join(models)} go down with it" if len(models) > 1 else ""
     if paths == ["gpus"]:
@@ -279,7 +279,7 @@ def inside(s: Situation, item: Assessment) -> tuple[list[Due], Blocked | None]:
     late: list[tuple[float, Reason]] = []
     if item.instance.shared:
         for load in [*due]:
-            model = load.step.placement.model
+            model = load.step.placement.called
             entry = s.memory.of(memory_key(item.instance.id, model))
             if entry.retry_at is not None and entry.retry_at > s.now:
                 due.remove(load)
@@ -321,13 +321,13 @@ def loads(item: Assessment) -> list[Due]:
             for key in sorted({*before, *after})
             if before.get(key) != after.get(key)
         )
-        of = f"{placement.model}: " if item.instance.shared else ""
+        of = f"{placement.called}: " if item.instance.shared else ""
         if state.state is LoadState.LOADED:
             changed = ", ".join(entry.path for entry in diff) or "its configuration"
             why = because(Code.MODEL_CHANGED, of=of, changed=changed)
         else:
-            why = because(Code.NOT_LOADED, of=of, model=placement.model)
-        name = f"load {placement.model} into {match.name}"
+            why = because(Code.NOT_LOADED, of=of, model=placement.called)
+        name = f"load {placement.called} into {match.name}"
         out.append(Due(Load(name, item.instance.id, match, placement), why, diff))
     return out
 
@@ -337,7 +337,7 @@ def _asked_for(s: Situation, item: Assessment) -> list[Due]:
     match = item.match
     if match is None or not item.started_up:
         return []
-    keys = {memory_key(item.instance.id, one.model): one for one in item.instance.placements}
+    keys = {memory_key(item.instance.id, one.called): one for one in item.instance.placements}
     return [
         _unload(item, match, one, because(Code.ASKED_FOR))
         for key, one in keys.items()
@@ -357,7 +357,7 @@ def _unloads(item: Assessment) -> list[Due]:
 
 
 def _unload(item: Assessment, match: ObservedWorkload, one: Placement, why: Reason) -> Due:
-    return Due(Unload(f"unload {one.model} from {match.name}", item.instance.id, match, one), why)
+    return Due(Unload(f"unload {one.called} from {match.name}", item.instance.id, match, one), why)
 
 
 def _is_known(state: PlacementState) -> bool:

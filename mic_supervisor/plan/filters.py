@@ -198,10 +198,10 @@ def _take_out_loads(plan: Plan, s: Situation) -> Plan:
     names: dict[str, list[str]] = {}
     for change in plan.changes:
         step = next(iter(change.steps), None)
-        if not isinstance(step, ToModel) or step.placement.model not in paused:
+        if not isinstance(step, ToModel) or step.placement.called not in paused:
             cooldown.append(change)
             continue
-        model = step.placement.model
+        model = step.placement.called
         names.setdefault(change.instance, []).append(model)
         pause = since(paused[model], s.observed.at)
         due = because(Code.WOULD, kind=change.kind, cause=change.why)

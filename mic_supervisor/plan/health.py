@@ -98,8 +98,8 @@ def phase_of(
         if not assessment.loaded(placement):
             state = assessment.placement(placement)
             if state.state is LoadState.LOADED and state.digest is not None:
-                return Phase.LOADING, f"{placement.model} runs with another configuration"
-            return Phase.LOADING, state.reason or f"{placement.model} is {state.state.value}"
+                return Phase.LOADING, f"{placement.called} runs with another configuration"
+            return Phase.LOADING, state.reason or f"{placement.called} is {state.state.value}"
     if assessment.unprobed:
         return Phase.UNPROBED, "it has no probe: nothing can say whether it is healthy"
     if assessment.ready:

@@ -96,7 +96,7 @@ def failed(
     """`item` is the instance as it was when the change was decided; None: it is not desired."""
     if item is not None and item.instance.shared and isinstance(step, Load):
         # It concerns the model alone: the server goes on with the others.
-        key, digest = memory_key(step.instance, step.placement.model), step.placement.digest
+        key, digest = memory_key(step.instance, step.placement.called), step.placement.digest
         entry = memory.of(key)
         failures = (entry.failures if entry.attempt == digest else 0) + 1
         entry = replace(
@@ -360,7 +360,7 @@ def _remember_loads(memory: Memory, assessment: Assessment) -> dict[str, Instanc
     """What is still to be known of loads that failed: not what is loaded, nor what has changed."""
     kept: dict[str, InstanceMemory] = {}
     for placement in assessment.instance.placements:
-        key = memory_key(assessment.instance.id, placement.model)
+        key = memory_key(assessment.instance.id, placement.called)
         entry = memory.instances.get(key)
         same = entry is not None and entry.attempt == placement.digest
         if entry is not None and same and not assessment.loaded(placement):

@@ -282,7 +282,7 @@ def _beside(
             change = _change(kind, lane, item, due.why, [due.step], due.diff)
             one = due.step.placement
             if item.instance.shared:  # it concerns one model of several
-                change = replace(change, model=one.model, gpus=one.gpus)
+                change = replace(change, model=one.called, gpus=one.gpus)
             changes.append(change)
     extra = left_over(item, entry)  # 6
     if extra and item.runs and not steps:

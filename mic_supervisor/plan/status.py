@@ -260,9 +260,9 @@ def _models(
     if not item.instance.shared:
         return ()
     found: list[ModelStatus] = []
-    for placement in sorted(item.instance.placements, key=lambda one: one.model):
-        entry = memory.of(memory_key(item.instance.id, placement.model))
-        where = (placement.model, placement.gpus)
+    for placement in sorted(item.instance.placements, key=lambda one: one.called):
+        entry = memory.of(memory_key(item.instance.id, placement.called))
+        where = (placement.called, placement.gpus)
         if not item.started_up or phase is Phase.PAUSED:
             found.append(ModelStatus(*where, phase, reason, why=why))
         elif item.loaded(placement):
