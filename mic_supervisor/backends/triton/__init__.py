@@ -50,9 +50,11 @@ _PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # inside, and of a serve
 SHARED = "triton-shared"  # the id of that server
 # What only a server for all models has here; with one for each model, the model says it.
 _OF_SHARED = (
-    *("gpus", "ports", "args", "env", "env_file", "listen", "mounts", "limits", "start_timeout"),
-    "stop_timeout",
+    *("gpus", "ports", "args", "env", "env_file", "listen", "mounts", "limits", "network"),
+    *("start_timeout", "stop_timeout"),
 )
+# What no model says of that server: its models have it from the file's `defaults` alone.
+_OF_DEFAULTS = ("listen", "network", "rollout", "stop_signal", "stop_timeout")
 # What a model says of its server, where that is not for all models.
 _OF_SERVER = frozenset(
     {
@@ -111,6 +113,9 @@ class Settings(Strict):
         default=None, description="Paths of the host in a shared server's container."
     )
     limits: LimitOptions | None = Field(default=None, description="Bounds of a shared server.")
+    network: Literal["bridge", "host"] | None = Field(
+        default=None, description="The network of a shared server."
+    )
     start_timeout: PositiveDuration | None = Field(
         default=None, description="From the start of a shared server until it answers."
     )
@@ -265,7 +270,7 @@ class TritonBackend(BackendBase):
         compiled = {item.model for item in placements}
         names = [member.options.model or member.model for member in members]
         if shared:
-            options = _options_of_shared(request)
+            options = _options_of_shared(request, members[0].options)
             probes = _probes(request.instance, None, options)
             request = replace(request, options=options)
         else:
@@ -284,6 +289,7 @@ class TritonBackend(BackendBase):
             frozen_models=tuple(name for name in names if name not in compiled),
             vram=max(vram, default=None),
             on_foreign=strictest,
+            foreign_threshold=min(member.options.foreign_threshold for member in members),
         )
 
     def surplus(self, instance: Instance, ask: Ask) -> tuple[Placement, ...]:
@@ -398,10 +404,14 @@ def _instance(
     return common.instance(request, workload, filled.probes, placements)
 
 
-def _options_of_shared(request: CompileRequest) -> Options:
-    """The options that a model would have whose server is like the one for all models."""
+def _options_of_shared(request: CompileRequest, member: Options) -> Options:
+    """The options that a model would have whose server is like the one for all models.
+
+    `member` are those of any of its models.
+    """
     settings: Settings = request.settings
-    given = {
+    given = {key: getattr(member, key) for key in _OF_DEFAULTS}
+    given |= {
         key: value
         for key in _OF_SHARED
         if key != "gpus" and (value := getattr(settings, key)) is not None

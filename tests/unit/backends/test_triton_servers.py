@@ -74,6 +74,29 @@ def test_a_shared_server_has_fixed_ports_and_no_readiness_of_one_model() -> None
     assert own.workload.command[-1] == "--x"
 
 
+def test_a_shared_server_has_what_the_file_says_for_every_model_and_its_settings_go_first() -> None:
+    said = {
+        "network": "host",
+        "listen": "10.0.0.5",
+        "stop_timeout": "50s",
+        "stop_signal": "SIGINT",
+        "rollout": {"rollback": False},
+        "foreign_threshold": "1g",
+    }
+    both = [member("A", REAL, **said), member("B", SECOND, **said | {"foreign_threshold": "2g"})]
+    made = shared(REAL, SECOND, members=both)
+    work = made.workload
+    assert isinstance(work, ContainerSpec)
+    assert (work.network, work.listen, work.stop_timeout) == ("host", "10.0.0.5", 50.0)
+    assert (work.stop_signal, made.rollback, made.foreign_threshold) == ("SIGINT", False, 1 << 30)
+    assert "--http-port=${port:http}" in work.command
+    assert "--http-address=10.0.0.5" in work.command
+    own = shared(REAL, SECOND, members=both, network="bridge", listen="127.0.0.1").workload
+    assert isinstance(own, ContainerSpec)
+    assert (own.network, own.listen, own.stop_timeout) == ("bridge", "127.0.0.1", 50.0)
+    assert "--http-port=8000" in own.command
+
+
 def test_surplus_is_what_has_our_mark_and_no_entry() -> None:
     made = shared(REAL, SECOND, members=[member("A", REAL)])
     ours = {"name": "B", "instance_group": [{"name": "B-0123456789ab", "gpus": [1], "count": 1}]}
