@@ -46,9 +46,11 @@ from mic_supervisor.runtimes.docker.pull import Puller
 from mic_supervisor.runtimes.docker.view import (
     INACTIVE,
     InactiveContainers,
+    StartTimes,
     detailed,
     foreign_reason,
     is_a_list,
+    is_new,
     labels_in,
     split,
 )
@@ -94,6 +96,7 @@ class DockerRuntime:
         self._engine = Engine(base_url, timeout=timeout, work_timeout=work_timeout)
         self._kill_wait = kill_wait
         self._inactive = InactiveContainers(self._look_at_inactive)
+        self._starts = StartTimes(self.inspect)
         self._puller = Puller(self._engine, docker_config)
         self._devices: tuple[float, frozenset[str]] | None = None
 
@@ -104,9 +107,9 @@ class DockerRuntime:
     # --- Looking ------------------------------------------------------------------------------
 
     def observe(self) -> RuntimeView:
-        """One list call: pid, started_at and finished_at stay None. What is listed as inactive is
-        inspected as well, once: see Rests in view.py. And one call for each image of a container
-        with our labels, the first time.
+        """One list call: pid and finished_at stay None. What is listed as inactive is inspected as
+        well, once, and what runs in the background: see view.py. And one call for each image of a
+        container with our labels, the first time.
         """
         what = "cannot list containers"
         try:
@@ -124,7 +127,9 @@ class DockerRuntime:
             )
         except MicError as error:
             return RuntimeView(self.name, error=error.message, hint=error.hint)
-        view = RuntimeView(self.name, self._inactive.sure(workloads), foreign_workloads)
+        new = {str(item["Id"]) for item in listed if is_new(item)}
+        workloads = self._starts.added(self._inactive.sure(workloads), new)
+        view = RuntimeView(self.name, workloads, foreign_workloads)
         self._known = known_from(view)
         return view
 

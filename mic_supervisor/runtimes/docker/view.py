@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -275,6 +275,11 @@ def _seconds(stamp: Any) -> float | None:
         return None
 
 
+def is_new(item: Mapping[str, Any]) -> bool:
+    """Whether a listed container has run for less than a minute: "Up 5 seconds"."""
+    return "second" in str(item.get("Status", ""))
+
+
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
@@ -371,6 +376,48 @@ class InactiveContainers:
         if item.ref not in self._starting:
             self._errors[item.ref] = found.error
         return replace(item, error=found.error or item.error)
+
+
+class StartTimes:
+    """When running containers were started, which the list does not tell. Thread-safe.
+
+    Nobody waits for the inspections that this takes: a look has what earlier ones asked for, so a
+    command, which looks once, asks for nothing. A container that somebody restarts is new again.
+    """
+
+    def __init__(self, inspect: Inspect) -> None:
+        self._inspect = inspect
+        self._lock = threading.Lock()
+        self._known: dict[str, float | None] = {}  # by id, of what runs
+        self._asked: dict[str, Future[ObservedWorkload]] = {}
+
+    def added(
+        self, listed: Sequence[ObservedWorkload], new: Collection[str]
+    ) -> tuple[ObservedWorkload, ...]:
+        """The workloads with what is known of them; `new` are the ids of those that may have been
+        started since the last look.
+        """
+        running = {item.ref: item for item in listed if item.state is RunState.RUNNING}
+        with self._lock:
+            self._known = {ref: at for ref, at in self._known.items() if ref in running}
+            self._asked = {ref: one for ref, one in self._asked.items() if ref in running}
+            for ref, item in running.items():
+                self._ask(item, ref in new)
+            return tuple(
+                replace(item, started_at=item.started_at or self._known.get(item.ref))
+                for item in listed
+            )
+
+    def _ask(self, item: ObservedWorkload, new: bool) -> None:
+        asked = self._asked.get(item.ref)
+        if asked is not None and asked.done():
+            del self._asked[item.ref]
+            if asked.exception() is None:
+                self._known[item.ref] = asked.result().started_at
+        if item.ref not in self._known:
+            self._known[item.ref] = None
+        elif (new or self._known[item.ref] is None) and item.ref not in self._asked:
+            self._asked[item.ref] = _inspection(self._inspect, item)
 
 
 def _inspection(inspect: Inspect, item: ObservedWorkload) -> Future[ObservedWorkload]:

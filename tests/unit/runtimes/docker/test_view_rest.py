@@ -15,7 +15,7 @@ from mic_supervisor.model import ObservedWorkload, RunState
 from mic_supervisor.runtimes.docker import view as module
 from mic_supervisor.runtimes.docker.create import labels
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
-from mic_supervisor.runtimes.docker.view import InactiveContainers
+from mic_supervisor.runtimes.docker.view import InactiveContainers, StartTimes, is_new
 from tests.support.waiting import until
 from tests.unit.runtimes.docker.engine_fake import (
     IDENTITY,
@@ -297,3 +297,53 @@ def test_after_a_start_without_an_answer_its_container_is_inspected(
     fails(lambda: runtime.restart(CREATED))
     assert state(runtime) == [RunState.CREATED]
     assert fake.asked("GET /containers/c1/json") == asked + 1
+
+
+# --- when what runs was started -----------------------------------------------------------------
+
+
+def test_a_start_is_known_from_the_third_look_on_and_asked_for_again_while_it_is_new(
+    engine: Inspections,
+) -> None:
+    starts = StartTimes(engine)
+    engine.found = replace(WORKLOAD, started_at=100.0)
+
+    def seen(*, new: bool = False) -> float | None:
+        (one,) = starts.added([WORKLOAD], [WORKLOAD.ref] if new else [])
+        return one.started_at
+
+    assert seen() is None
+    assert engine.count == 0  # a command looks once
+    until(lambda: seen() == 100.0, "the inspection")
+    assert [seen() for _ in range(3)] == [100.0] * 3
+    assert engine.count == 1
+    engine.found = replace(WORKLOAD, started_at=200.0)  # somebody restarted it by hand
+    until(lambda: seen(new=True) == 200.0, "the other start")
+    (ended,) = starts.added([replace(EXITED, ref=WORKLOAD.ref)], [])
+    assert ended.started_at is None
+    assert seen() is None
+
+
+def test_an_inspection_that_hangs_or_fails_leaves_the_start_unknown(engine: Inspections) -> None:
+    starts = StartTimes(engine)
+    engine.held.clear()
+    engine.found = RuntimeUnavailable("no engine")
+    for _ in range(5):
+        assert starts.added([WORKLOAD], [])[0].started_at is None
+    assert engine.count == 1
+    engine.held.set()
+    until(lambda: starts.added([WORKLOAD], []) and engine.count > 1, "another try")
+
+
+@pytest.mark.parametrize(
+    ("status", "new"),
+    [
+        ("Up Less than a second", True),
+        ("Up 59 seconds (healthy)", True),
+        ("Up About a minute", False),
+        ("Up 3 weeks", False),
+        (None, False),
+    ],
+)
+def test_what_has_run_for_seconds_is_new(status: object, new: bool) -> None:
+    assert is_new({"Status": status}) is new
