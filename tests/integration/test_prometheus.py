@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -20,13 +19,17 @@ from mic_supervisor.http.documents import Durations, LoopState, Published
 from mic_supervisor.http.server import HttpServer
 from tests.support.mic import Mic
 from tests.support.ports import PortBlock
-from tests.support.prometheus import Prometheus, promtool
+from tests.support.prometheus import (
+    DASHBOARD,
+    EXAMPLES,
+    Prometheus,
+    example,
+    filled,
+    promtool,
+)
 from tests.support.waiting import http, until
 from tests.unit.http import views_of
 from tests.unit.plan import builders as b
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-DASHBOARD = EXAMPLES / "grafana-dashboard.json"
 
 # Serves /health on one port and metrics, with labels like a real model server's, on another.
 MODEL = """
@@ -46,17 +49,6 @@ for port in map(int, sys.argv[1:]):
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever).start()
 """
-
-
-def example(target: str) -> dict[str, Any]:
-    """examples/prometheus.yml with its one address replaced, and in a hurry."""
-    text = (EXAMPLES / "prometheus.yml").read_text()
-    assert text.count("127.0.0.1:6004") == 2
-    config: dict[str, Any] = yaml.safe_load(text.replace("127.0.0.1:6004", target))
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(EXAMPLES / name) for name in config["rule_files"]]
-    config["scrape_configs"][1]["http_sd_configs"][0]["refresh_interval"] = "1s"
-    return config
 
 
 def test_the_examples_are_valid() -> None:
@@ -165,13 +157,6 @@ def test_every_expression_of_the_dashboard_has_an_answer(scraped: Prometheus) ->
         return [(title, expr) for title, expr in asked if not scraped.query(filled(expr))]
 
     until(lambda: not unanswered(), "an answer to everything", timeout=30)
-
-
-def filled(expr: str) -> str:
-    """As Grafana would send it."""
-    sent = expr.replace("$instance", ".*").replace("$__rate_interval", "1m")
-    assert "$" not in sent
-    return sent
 
 
 def test_the_panels_of_the_dashboard_lie_side_by_side() -> None:

@@ -6,17 +6,22 @@ every request meanwhile; how many those were is printed with `-s`.
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import docker
 import pytest
 
-from tests.integration.job_world import World, lines_of, world
+from tests.integration.job_world import World, lines_of, simulated, world
 from tests.support.ports import PortBlock
+from tests.support.prometheus import DASHBOARD, Prometheus, example, filled
 from tests.support.triton import infer_request
 from tests.support.waiting import http, until
 
@@ -25,6 +30,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.triton]
 MODELS = {"MAM": "{backend: triton}", "web": "{backend: triton}"}
 GPUS: dict[int | str, str] = {0: "MAM", 1: "MAM", 2: "web"}
 SHARED = "triton-shared"
+DOCS = Path(__file__).parents[2] / "docs" / "http.md"
 
 
 class Client:
@@ -214,6 +220,102 @@ def test_the_daemon_knows_what_was_loaded_before_it_started(made: World) -> None
         assert daemon.stop() == 0
     assert made.run_of(SHARED) == run
     assert "load" not in daemon.text().replace("load-", "").replace("reload", "")
+
+
+def test_one_of_its_models_is_called_by_its_name(made: World) -> None:
+    """With a daemon and without; `other` is what the file calls a directory of another name."""
+    made.repository.model("bad", fails=True)
+    gpus: dict[int | str, str] = {0: "MAM", 1: "bad", 2: "other"}
+    use(made, "shared", gpus, bad="{backend: triton}", other="{backend: triton, model: web}")
+    made.mic("apply", rc=3)
+    run = made.run_of(SHARED)
+    for way in ("alone", "through the daemon"):
+        daemon = made.mic.run() if way != "alone" else None
+        done = made.mic("logs", "MAM", "-n", "3", rc=0)
+        assert done.stderr == f"MAM is in {SHARED}: this is the log of that server.\n"
+        assert done.stdout
+        asked_at = load_count(made, "web")
+        with asked(made, (SHARED, "MAM")):
+            done = made.mic("restart", "other", rc=0)
+        assert lines_of(done.stdout, "ready") == [
+            f"ready      {SHARED}/other  GPU 2  {made.url(SHARED)}"
+        ]
+        assert load_count(made, "web") == asked_at + 1
+
+        done = made.mic("retry", "bad", rc=1)
+        assert "had failed" not in done.stdout
+        assert "told to fail" in done.stdout
+        done = made.mic("retry", SHARED, rc=1)
+        assert "had failed" not in done.stdout
+        done = made.mic("retry", "MAM", rc=0)
+        assert done.stdout.startswith("Nothing of MAM had failed: there was nothing to try again.")
+        done = made.mic("retry", "nobody", rc=1)
+        assert f"there is {SHARED}, MAM, bad, other" in done.stderr
+        if daemon is not None:
+            assert daemon.stop() == 0
+    assert made.run_of(SHARED) == run
+    assert lines_of(made.mic("status", "other", rc=3).stdout, "2\tother\tready")
+    made.repository.model("bad")
+    assert "had failed" not in made.mic("retry", "bad", rc=0).stdout
+
+
+def load_count(made: World, model: str) -> int:
+    """How often the server has loaded a model since it was started."""
+    log = made.engine.logs(made.one(SHARED)["Id"]).decode()
+    return log.count(f"successfully loaded '{model}'")
+
+
+def test_prometheus_joins_what_the_server_says_of_each_model_with_what_we_say(
+    made: World, tmp_path: Path
+) -> None:
+    use(made, "shared")
+    made.apply()
+    daemon = made.mic.run()
+    http_port = made.mic.ports.take()
+    prometheus = Prometheus(tmp_path / "prometheus", http_port, example(made.mic.listen))
+    try:
+        with asked(made, (SHARED, "MAM"), (SHARED, "web")):
+            until(lambda: prometheus.query("nv_inference_request_success"), "Triton's own metrics")
+        documented = re.findall(r"```promql\n(.*?)\n```", DOCS.read_text(), re.DOTALL)
+        assert len(documented) == 2
+        (first, second) = documented
+
+        def gpus_of() -> dict[str, str]:
+            found = [row["metric"] for row in prometheus.query(first)]
+            return {one["model"]: one["gpu_uuids"] for one in found}
+
+        mam, web = ",".join(map(simulated, (0, 1))), simulated(2)
+        until(lambda: gpus_of() == {"MAM": mam, "web": web}, "the join")  # and no error
+        ready = second.replace("vllm:num_requests_running", "nv_inference_request_success")
+        until(
+            lambda: {row["metric"]["model"] for row in prometheus.query(ready)} >= {"MAM", "web"},
+            "the join with one value for each instance",
+        )
+
+        panels = json.loads(DASHBOARD.read_text())["panels"]
+        for panel in panels:
+            for target in panel["targets"]:
+                prometheus.query(filled(target["expr"]))  # one that is wrong is answered with 422
+        (table,) = (one for one in panels if one["type"] == "table" and "state" in str(one))
+        rows = prometheus.query(filled(table["targets"][0]["expr"]))
+        assert {row["metric"]["model"] for row in rows} == {"MAM", "web"}
+
+        began = datetime.fromisoformat(made.run_of(SHARED).started_at[:26] + "+00:00").timestamp()
+        until(lambda: prometheus.query("mic_model_start_time_seconds"), "the start", timeout=40)
+        for row in prometheus.query("mic_model_start_time_seconds"):
+            assert abs(float(row["value"][1]) - began) < 0.01
+    finally:
+        prometheus.close()
+        assert daemon.stop() == 0
+
+
+def test_what_the_file_says_for_every_model_holds_for_their_server(made: World) -> None:
+    use(made, "shared")
+    made.settings += "\ndefaults: {network: host, stop_timeout: 20s}"
+    made.write(dict(GPUS), **MODELS)
+    made.apply()
+    assert made.one(SHARED)["HostConfig"]["NetworkMode"] == "host"
+    made.unchanged()
 
 
 def test_another_set_of_gpus_replaces_the_server_and_says_who_goes_down(made: World) -> None:

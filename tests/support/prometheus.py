@@ -13,6 +13,9 @@ import yaml
 from tests.support.require import program
 from tests.support.waiting import http, until
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DASHBOARD = EXAMPLES / "grafana-dashboard.json"
+
 
 def promtool(*args: str | Path, stdin: str = "") -> str:
     """What promtool says; a complaint of its fails the test."""
@@ -70,3 +73,21 @@ class Prometheus:
             self._process.kill()
             self._process.wait()
         self._log.close()
+
+
+def example(target: str) -> dict[str, Any]:
+    """examples/prometheus.yml with its one address replaced, and in a hurry."""
+    text = (EXAMPLES / "prometheus.yml").read_text()
+    assert text.count("127.0.0.1:6004") == 2
+    config: dict[str, Any] = yaml.safe_load(text.replace("127.0.0.1:6004", target))
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(EXAMPLES / name) for name in config["rule_files"]]
+    config["scrape_configs"][1]["http_sd_configs"][0]["refresh_interval"] = "1s"
+    return config
+
+
+def filled(expr: str) -> str:
+    """As Grafana would send it."""
+    sent = expr.replace("$instance", ".*").replace("$__rate_interval", "1m")
+    assert "$" not in sent
+    return sent
