@@ -5,22 +5,18 @@ Each but the last is one call of the session, and tells how it ended.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
 import click
 
 from mic_supervisor.cli.progress import named, show
-from mic_supervisor.cli.session import order
-from mic_supervisor.config.document import composed
+from mic_supervisor.cli.session import daemon, order
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from mic_supervisor.cli.wiring import Machine
-    from mic_supervisor.model import ObservedState, ObservedWorkload
-    from mic_supervisor.runtimes import Runtime
 
 
 @click.command(name="restart")
@@ -106,67 +102,57 @@ def logs(instance: str, follow: bool, lines: int | None, previous: bool) -> int:
     INSTANCE is an instance's id, or a model that has one instance. A server of several models has
     one log, which is shown for each of them.
     """
-    from mic_supervisor.cli import wiring
-    from mic_supervisor.converge.observe import observe
-
     if follow and previous:
         raise click.UsageError(
             "--follow and --previous exclude each other: what ended adds nothing"
         )
-    machine = wiring.machine(wiring.settings(), create_key=False)
-    observed = observe(machine.sources, time.time())
-    found = _named(instance, observed, machine)
-    workload = found[0]
-    runtime = machine.sources.runtimes[workload.runtime]
-    if previous:
-        text = _previous(found, runtime, lines)
-    else:
-        text = runtime.logs(workload, tail=lines, follow=follow)
-    for line in text:
+    text = None if follow else _as_the_daemon_reads(instance, lines, previous)
+    for line in _as_read_here(instance, lines, follow, previous) if text is None else text:
         click.echo(line)
     return 0
 
 
-def _server_of(model: str, machine: Machine) -> str | None:
-    """The id of the server of several models that has this one, as the file says."""
+def _as_the_daemon_reads(name: str, lines: int | None, previous: bool) -> list[str] | None:
+    """For members of the group mic, who may ask it, and may read neither Docker nor the state.
+    None: this user reads the log without it.
+    """
+    if os.geteuid() == 0:
+        return None
+    try:
+        client = daemon()
+    except MicError:
+        return None  # not a member; may be one of the group docker
+    if client is None:
+        return None
+    answer = client.call("logs", {"name": name, "lines": lines, "previous": previous})
+    _say_whose(name, answer["server"])
+    if answer["cut"]:
+        click.echo("Only its end is shown; root sees all of it.", err=True)
+    found: list[str] = answer["lines"]
+    return found
+
+
+def _as_read_here(name: str, lines: int | None, follow: bool, previous: bool) -> Iterable[str]:
     from mic_supervisor.cli import wiring
+    from mic_supervisor.converge.logs import log_of
+    from mic_supervisor.converge.observe import observe
     from mic_supervisor.desired.bind import safe_name
 
-    try:
-        config = wiring.load_config(machine.settings, None, machine.registry)
-    except MicError:
-        return None  # an instance has its name from what runs; the log is wanted all the more
-    found = config.servers.get(composed(model))
-    return None if found is None else safe_name(found)
+    machine = wiring.machine(wiring.settings(), create_key=False)
+
+    def server_of(model: str) -> str | None:
+        try:
+            config = wiring.load_config(machine.settings, None, machine.registry)
+        except MicError:
+            return None  # as of a file without the model: there is no such instance
+        server = config.servers.get(model)
+        return None if server is None else safe_name(server)
+
+    log = log_of(name, observe(machine.sources, time.time()), server_of)
+    _say_whose(name, log.server)
+    return log.lines(machine.sources.runtimes, tail=lines, follow=follow, previous=previous)
 
 
-def _named(name: str, observed: ObservedState, machine: Machine) -> list[ObservedWorkload]:
-    """The instance's workloads, the one that runs, or ran last, first."""
-    from mic_supervisor.plan.assess import is_alive, workloads
-
-    everything = list(workloads(observed))
-    models = {item.identity.instance: item.identity.model for item in everything}
-    ids = {name} & models.keys() or {one for one, model in models.items() if model == name}
-    if not ids and (server := _server_of(name, machine)) in models:
+def _say_whose(name: str, server: str | None) -> None:
+    if server is not None:
         click.echo(f"{name} is in {server}: this is the log of that server.", err=True)
-        ids = {str(server)}
-    if len(ids) > 1:
-        raise MicError(f"{name} has several instances", hint=f"name one: {', '.join(sorted(ids))}")
-    if not ids:
-        for view in observed.runtimes:
-            if view.error is not None:
-                raise MicError(f"cannot look for {name}: {view.error}", hint=view.hint)
-        known = ", ".join(sorted(models))
-        raise MicError(
-            f"cannot show the log of {name}: there is no such instance",
-            hint=f"there is {known}" if known else "nothing of ours runs here",
-        )
-    found = [item for item in everything if item.identity.instance in ids]
-    return sorted(found, key=lambda item: (not is_alive(item), -(item.created_at or 0.0)))
-
-
-def _previous(found: list[ObservedWorkload], runtime: Runtime, lines: int | None) -> Iterable[str]:
-    """Of the workload that was replaced, else of the run before in the same workload."""
-    if len(found) > 1:
-        return runtime.logs(found[1], tail=lines)
-    return runtime.previous_logs(found[0], tail=lines)

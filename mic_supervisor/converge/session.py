@@ -10,13 +10,15 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from mic_supervisor import __version__
 from mic_supervisor.config.document import NONE, WAY_OUT, composed
 from mic_supervisor.converge.events import Event, Events
+from mic_supervisor.converge.logs import log_of
 from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.errors import ConfigError, MicError
@@ -27,6 +29,7 @@ from mic_supervisor.plan.health import ON_ITS_WAY, Phase
 from mic_supervisor.plan.memory import instance_of, memory_key
 from mic_supervisor.plan.selection import Names, free_of_pauses, select, to_resume
 from mic_supervisor.plan.status import InstanceStatus, chosen_rows, converged
+from mic_supervisor.runtimes import Runtime
 from mic_supervisor.text import one_line
 from mic_supervisor.views import endpoints
 from mic_supervisor.views.apply import Failure, apply_document
@@ -39,7 +42,7 @@ _LONGEST_REASON = 500  # characters of why somebody paused something
 Emit = Callable[[Event], None]
 Method = Callable[[Mapping[str, Any], Emit], Awaitable[Any]]
 
-QUESTIONS = frozenset({"ping", "status", "plan", "endpoints", "history"})
+QUESTIONS = frozenset({"ping", "status", "plan", "endpoints", "history", "logs"})
 """Methods that change nothing. They need no lock."""
 
 
@@ -49,8 +52,9 @@ class Session:
 
     `config` tells which configuration runs, `current` the hash of what the file says now, if that
     is known. `reload` reads the file: with the word of a person behind it, or because a command has
-    just written the document of this hash. `own`: the converger is this command's own, which acts
-    only when and as far as it is told to; a daemon's follows the whole file all the time.
+    just written the document of this hash. `runtimes` are those whose logs are read. `own`: the
+    converger is this command's own, which acts only when and as far as it is told to; a daemon's
+    follows the whole file all the time.
     """
 
     scope: str
@@ -62,6 +66,7 @@ class Session:
     history: Callable[[], Iterable[Event]]
     reload: Callable[[bool, str], Awaitable[Reloaded]]
     current: Callable[[], str | None] = lambda: None
+    runtimes: Mapping[str, Runtime] = field(default_factory=dict)
     own: bool = False
 
     def methods(self) -> dict[str, Method]:
@@ -78,6 +83,7 @@ class Session:
             "pause": self._pause,
             "resume": self._resume,
             "history": self._past,
+            "logs": self._logs,
         }
 
     # --- questions ------------------------------------------------------------------------------
@@ -131,6 +137,17 @@ class Session:
             for event in reversed([*self.history()])
             if name in (None, event.instance, event.model)
         ]
+
+    async def _logs(self, params: Mapping[str, Any], _emit: Emit) -> dict[str, Any]:
+        """The end of a log, as it was written: for who may ask a daemon and not look himself."""
+        snapshot = await self.snapshots.first()
+        servers = {model: row.id for row in snapshot.statuses for model in row.inside}
+        log = log_of(str(params.get("name", "")), snapshot.observed, servers.get)
+        asked = params.get("lines")
+        tail = asked if isinstance(asked, int) else None
+        read = partial(log.last, tail=tail, previous=bool(params.get("previous")))
+        lines, cut = await asyncio.to_thread(read, self.runtimes)
+        return {"lines": lines, "cut": cut, "server": log.server}
 
     # --- orders ---------------------------------------------------------------------------------
 

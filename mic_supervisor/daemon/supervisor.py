@@ -125,6 +125,7 @@ class Supervisor:
             history=lambda: self.published.history,
             reload=self._asked_to_reload,
             current=self._generations.current,
+            runtimes=self._sources.runtimes,
         )
         control = ControlServer(self._settings.socket, session.methods(), self._settings.scope)
         await control.start()

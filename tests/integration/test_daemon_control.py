@@ -8,6 +8,7 @@ import pwd
 import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ from tests.integration.daemon_world import (
     identity,
     process,
 )
-from tests.support.mic import Result
+from tests.support.mic import PROGRAM, Result
+from tests.support.require import program
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.engine
@@ -38,6 +40,12 @@ SLOW = (
     '{{backend: container, image: "mic-test/busybox:1", command: [sh, -c, "sleep {delay}; '
     'mkdir -p /w; echo ok > /w/health; exec httpd -f -p ${{port}} -h /w"], '
     "probe: {{http: /health, period: 200ms}}, env: {{TURN: '{turn}'}}, stop_timeout: 1s}}"
+)
+
+
+TALKS = (
+    '{backend: container, image: "mic-test/busybox:1", stop_timeout: 1s, '
+    'command: [sh, -c, "echo one; echo two; exec sleep 100000"]}'
 )
 
 
@@ -295,6 +303,34 @@ def test_the_socket_is_for_root_and_its_group(world: DaemonWorld) -> None:
     assert found.st_mode & 0o7777 == 0o660
     assert found.st_uid == os.geteuid()
     assert world.mic.run_dir.stat().st_mode & 0o002 == 0
+
+
+def test_a_member_of_the_group_reads_logs_through_the_daemon(world: DaemonWorld) -> None:
+    """One who may look neither at the state nor at the engine: here, since both are elsewhere."""
+    setpriv = program("setpriv", "util-linux")
+    caps = "+dac_override,+dac_read_search"  # for the checkout, and the test's directories
+    member = [setpriv, "--reuid=65534", "--clear-groups"]
+    member += [f"--inh-caps={caps}", f"--ambient-caps={caps}", PROGRAM]
+    nowhere = dict.fromkeys(("MIC_STATE_DIR", "MIC_RUN_DIR", "MIC_CONFIG"), "/nowhere")
+
+    def logs(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*member, "logs", *args],
+            env=world.mic.environment() | nowhere,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    world.write(BASE | {3: "talks"}, talks=TALKS)
+    world.converged(P0, P1, C2, identity("talks", 3))
+    until(lambda: world.mic("logs", "talks", rc=0).stdout == "one\ntwo\n", "its lines")
+    done = logs("talks")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one\ntwo\n", "")
+    assert logs("talks", "-n", "1").stdout == "two\n"
+    done = logs("nobody")
+    assert done.returncode == 1
+    assert "cannot show the log of nobody: there is no such instance" in done.stderr
 
 
 # --- one daemon per scope -----------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""Whose log is meant by a name, and its lines: for a command, and for the daemon's session."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from mic_supervisor.config.document import composed
+from mic_supervisor.errors import MicError
+from mic_supervisor.model import ObservedState, ObservedWorkload
+from mic_supervisor.plan.assess import is_alive, workloads
+from mic_supervisor.runtimes import Runtime
+
+_MOST_LINES = 10_000  # that the daemon reads for somebody
+_MOST = 4 << 20  # characters of them
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """`found` are an instance's workloads, the one that runs, or ran last, first. `server` is its
+    id where it is the server of the model that was named.
+    """
+
+    found: tuple[ObservedWorkload, ...]
+    server: str | None
+
+    def lines(
+        self,
+        runtimes: Mapping[str, Runtime],
+        *,
+        tail: int | None,
+        follow: bool = False,
+        previous: bool = False,
+    ) -> Iterable[str]:
+        """With `previous`, of the workload that was replaced, else of the run before in the same
+        workload. Raises MicError, perhaps with the first line.
+        """
+        first, *others = self.found
+        runtime = runtimes[first.runtime]
+        if not previous:
+            return runtime.logs(first, tail=tail, follow=follow)
+        if others:
+            return runtime.logs(others[0], tail=tail)
+        return runtime.previous_logs(first, tail=tail)
+
+    def last(
+        self, runtimes: Mapping[str, Runtime], *, tail: int | None, previous: bool
+    ) -> tuple[list[str], bool]:
+        """The last lines, as many as fit into an answer, and whether that left some out."""
+        most = _MOST_LINES if tail is None else min(tail, _MOST_LINES)
+        kept: deque[str] = deque()
+        count = size = 0
+        for line in self.lines(runtimes, tail=most, previous=previous):
+            kept.append(line)
+            count, size = count + 1, size + len(line)
+            while size > _MOST:
+                size -= len(kept.popleft())
+        return [*kept], len(kept) < count or (count == _MOST_LINES != tail)
+
+
+def log_of(name: str, observed: ObservedState, server_of: Callable[[str], str | None]) -> Log:
+    """The log of an instance, by its id or its model. `server_of` knows the id of the server of
+    several that has a model. Raises MicError where there is none, or are several.
+    """
+    name = composed(name)
+    everything = [*workloads(observed)]
+    models = {item.identity.instance: item.identity.model for item in everything}
+    ids = {name} & models.keys() or {one for one, model in models.items() if model == name}
+    server = None if ids else server_of(name)
+    if server is not None and server in models:
+        ids = {server}
+    if len(ids) > 1:
+        raise MicError(f"{name} has several instances", hint=f"name one: {', '.join(sorted(ids))}")
+    if not ids:
+        for view in observed.runtimes:
+            if view.error is not None:
+                raise MicError(f"cannot look for {name}: {view.error}", hint=view.hint)
+        known = ", ".join(sorted(models))
+        raise MicError(
+            f"cannot show the log of {name}: there is no such instance",
+            hint=f"there is {known}" if known else "nothing of ours runs here",
+        )
+    found = [item for item in everything if item.identity.instance in ids]
+    found.sort(key=lambda item: (not is_alive(item), -(item.created_at or 0.0)))
+    return Log(tuple(found), server)
