@@ -271,7 +271,9 @@ def _beside(
     changes: list[Change] = []
     why_not: Blocked | None = None
     steps = _own_stops(item, stops)
-    if steps:  # two of one instance: the second serves nobody and holds the GPU
+    # Two of one instance: the second serves nobody and holds the GPU. While something is carried
+    # out for it, the second is the former one, on its way out.
+    if steps and item.instance.id not in s.context.busy:
         code = Code.FAILED if entry.failed == item.hash else Code.RUNS_TWICE
         changes.append(_change("stop", lane, item, because(code), steps, item.diff))
     good = fallback(entry, item)

@@ -253,6 +253,9 @@ def test_the_second_of_one_instance_is_stopped() -> None:
         "Plan: 1 to stop.\n"
     )
     assert shortly(plan, second=second) == ["stop second"]
+    # As it is looked at while its replacement is under way.
+    busy = replace(CONTEXT, busy=frozenset({MAM.id}))
+    assert plan_for([MAM], observed(one, second), known(one), context=busy).count == 0
 
 
 def test_of_two_as_the_file_says_the_known_one_stays() -> None:
