@@ -35,6 +35,7 @@ from mic_supervisor.plan.actions import (
     Withdraw,
 )
 from mic_supervisor.plan.assess import Assessment, is_alive
+from mic_supervisor.plan.memory import InstanceMemory
 
 
 class Phase(StrEnum):
@@ -64,6 +65,19 @@ class Activity(NamedTuple):
 ON_ITS_WAY = frozenset(
     {Phase.PENDING, Phase.STOPPING, Phase.WAITING_VRAM, Phase.STARTING, Phase.LOADING}
 )
+
+
+# It is down, or about to be.
+DOWN = frozenset({*Phase} - {Phase.READY, Phase.UNPROBED, Phase.DEGRADED, Phase.PAUSED})
+
+
+def since_of(entry: InstanceMemory, phase: Phase) -> float | None:
+    """Since when an instance is in a phase, as far as is remembered: steady.
+
+    A try that fails has not brought it up: it is down since it went down.
+    """
+    stays_down = entry.has_failed and {entry.phase, phase} <= DOWN
+    return entry.since if stays_down or entry.phase == phase else None
 
 
 def phase_of(

@@ -47,7 +47,7 @@ from mic_supervisor.plan import backoff
 from mic_supervisor.plan.actions import Change, Create, Load, Prepare, Restart, Start, Step, Stop
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.fallback import can_roll_back, fallback
-from mic_supervisor.plan.health import Phase, ended, never_ran
+from mic_supervisor.plan.health import DOWN, Phase, ended, never_ran, since_of
 from mic_supervisor.plan.memory import Cooldown, Floor, InstanceMemory, Memory, Recorded, memory_key
 from mic_supervisor.plan.status import InstanceStatus
 from mic_supervisor.plan.words import Code
@@ -248,10 +248,6 @@ class Entered(NamedTuple):
     seconds: float | None
 
 
-# It is down, or about to be: a try that fails has not brought it up.
-_DOWN = frozenset({*Phase} - {Phase.READY, Phase.UNPROBED, Phase.DEGRADED, Phase.PAUSED})
-
-
 def reported(
     memory: Memory, rows: Iterable[InstanceStatus], now: float, unasked: Collection[str] = ()
 ) -> tuple[Memory, tuple[InstanceStatus, ...], list[Entered]]:
@@ -267,14 +263,13 @@ def reported(
         if entry is None:
             shown.append(row)
             continue
-        if row.id in unasked and entry.phase is not None and entry.phase not in _DOWN:
+        if row.id in unasked and entry.phase is not None and entry.phase not in DOWN:
             shown.append(replace(row, since=entry.since))
             continue
         if entry.phase != row.phase:
             seconds = None if entry.since is None else now - entry.since
             entered.append(Entered(row, entry.phase, seconds))
-            stays_down = entry.has_failed and {entry.phase, row.phase} <= _DOWN
-            since = entry.since if stays_down and entry.since is not None else now
+            since = since_of(entry, row.phase) or now
             entry = replace(entry, phase=row.phase.value, since=since)
             memory = memory.with_instance(row.id, entry)
         shown.append(replace(row, since=entry.since))

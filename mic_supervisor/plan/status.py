@@ -14,7 +14,7 @@ from mic_supervisor.model import DesiredState, ObservedState, ObservedWorkload, 
 from mic_supervisor.plan.actions import Blocked, Plan
 from mic_supervisor.plan.assess import Assessment, Selection, is_alive, workloads
 from mic_supervisor.plan.fallback import as_it_runs, fallback
-from mic_supervisor.plan.health import ON_ITS_WAY, Activity, Phase, phase_of
+from mic_supervisor.plan.health import ON_ITS_WAY, Activity, Phase, phase_of, since_of
 from mic_supervisor.plan.memory import Cooldown, InstanceMemory, Memory, memory_key
 from mic_supervisor.plan.words import Code, Reason, because
 
@@ -240,7 +240,7 @@ def _desired(
         sync="in_sync" if in_sync else "out_of_sync",
         health=_health(phase, item),
         reason=reason,
-        since=entry.since if entry.phase == phase.value else None,
+        since=since_of(entry, phase),
         restarts=entry.restarts,
         next_retry=retry_at,
         endpoints=_endpoints(really.instance.workload.listen, serving, instance.metrics_path),

@@ -281,6 +281,16 @@ def test_since_is_when_it_went_down_whichever_phase_its_tries_are_in() -> None:
     assert since == 300.0
 
 
+def test_a_command_tells_since_when_it_is_down_although_it_remembers_nothing() -> None:
+    entry = InstanceMemory(failures=1, reason="it ended", phase="backoff", since=200.0)
+    memory = Memory().with_instance(MAM.id, entry)
+    (row,) = look(desired(MAM), observed(), memory, NOW, CONTEXT).statuses
+    assert (row.phase, row.since) == (Phase.PENDING, 200.0)
+    memory = memory.with_instance(MAM.id, replace(entry, failures=0))
+    (row,) = look(desired(MAM), observed(), memory, NOW, CONTEXT).statuses
+    assert row.since is None
+
+
 def test_since_of_one_that_does_not_fail_is_of_its_phase() -> None:
     memory, since = told(known(RUNS), Phase.STARTING, 100.0)
     memory, since = told(memory, Phase.LOADING, 110.0)
