@@ -225,6 +225,9 @@ def _desired(
     elif phase is Phase.PENDING and reason is None and instance.id in due:
         why = due[instance.id]
         reason = str(why)
+    if phase is Phase.LOADING and (unloaded := _failing(item, memory)) is not None:
+        # That a model is tried again changes nothing for the others of its server.
+        phase, why, reason = Phase.DEGRADED, unloaded, str(unloaded)
     really = as_it_runs(entry, item)
     serving = really.match
     in_sync = item.runs and not item.alive and instance.id not in due
@@ -252,6 +255,20 @@ def _desired(
         models=_models(item, phase, reason, why, memory),
         why=why,
     )
+
+
+def _failing(item: Assessment, memory: Memory) -> Reason | None:
+    """What the models of a server of several last failed to load with; None: none has."""
+    if not item.instance.shared:
+        return None
+    missing = [one.called for one in item.instance.placements if not item.loaded(one)]
+    failures = {name: memory.of(memory_key(item.instance.id, name)).reason for name in missing}
+    found = [
+        because(Code.MODEL_BACKOFF, model=name, failure=failure)
+        for name, failure in sorted(failures.items())
+        if failure is not None
+    ]
+    return replace(found[0], also=tuple(found[1:])) if found else None
 
 
 def _models(

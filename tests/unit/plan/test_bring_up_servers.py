@@ -20,7 +20,8 @@ from mic_supervisor.model import (
 from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import Load, Plan
 from mic_supervisor.plan.assess import assess
-from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.health import Activity, Phase
+from mic_supervisor.plan.look import look
 from mic_supervisor.plan.memory import Memory, memory_key
 from mic_supervisor.plan.status import by_model, converged, instance_statuses
 from tests.unit.plan.builders import (
@@ -195,6 +196,18 @@ def test_the_others_serve_and_the_server_is_degraded() -> None:
         ("B", (uuid(1),), Phase.READY, True),
     ]
     assert converged(desired(BOTH), plan, [row], Memory(), began=NOW, now=NOW + 1)
+
+
+def test_that_a_model_is_tried_again_changes_nothing_for_the_server() -> None:
+    state = runs(says(loaded("A", state=LoadState.ABSENT), loaded("B")))
+    first = look(desired(BOTH), state, failed(A), NOW, CONTEXT)
+    (waits,) = first.statuses
+    late = look(desired(BOTH), state, failed(A), NOW + 60, CONTEXT)
+    assert [change.kind for change in late.plan.changes] == ["load"]
+    for seen in (late, late.doing({ID: Activity(Phase.LOADING, "loading A")})):
+        (row,) = seen.statuses
+        assert (row.phase, row.reason) == (waits.phase, waits.reason)
+        assert row.phase is Phase.DEGRADED
 
 
 def test_all_loaded_is_ready() -> None:
