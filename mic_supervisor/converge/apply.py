@@ -219,7 +219,7 @@ class Steps:
         except NoAnswer as error:
             raise LoadFailed(f"{what}: {error}") from error
         if not answer.ok:
-            raise LoadFailed(f"{what}: {one_line(answer.body, 300)}")
+            raise LoadFailed(f"{what}: {quoted(answer.body, 300)}")
 
         def gone(state: PlacementState) -> bool:
             return state.state is not LoadState.LOADED
