@@ -13,7 +13,7 @@ from mic_supervisor.config.document import MAX_NAME, NONE
 from mic_supervisor.config.load import BackendSource, BackendTypes
 from mic_supervisor.config.merge import RESERVED, VERSION
 from mic_supervisor.config.options import Defaults, Hooks, ModelOptions
-from mic_supervisor.config.types import format_duration
+from mic_supervisor.config.types import format_duration, format_size
 from mic_supervisor.errors import MicError
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -181,6 +181,8 @@ def _polish(definition: dict[str, Any], names: dict[str, str]) -> None:
         default = schema.get("default")
         if isinstance(default, float) and schema.get("type") == "string":
             schema["default"] = format_duration(default)
+        elif isinstance(default, int) and schema.get("type") == "string":
+            schema["default"] = format_size(default)
         elif not isinstance(default, (str, int, float)):
             schema.pop("default", None)
 

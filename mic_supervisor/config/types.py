@@ -11,12 +11,9 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 _DURATION = r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_SIZE = r"[0-9]{1,15}(\.[0-9]{1,9})?(b|k|m|g|t|KiB|MiB|GiB|TiB)?"
-_BYTES = {"b": 1} | {
-    unit: 1 << (10 * power)
-    for power, units in enumerate((("k", "KiB"), ("m", "MiB"), ("g", "GiB"), ("t", "TiB")), 1)
-    for unit in units
-}
+# As Docker and Compose read sizes: 2g, 2gb, 2GB and 2GiB are all 2 * 1024^3 bytes.
+_SIZE = r"([0-9]{1,16}(?:\.[0-9]{1,9})?) ?([KkMmGgTt][Ii]?[Bb]?|[Bb])"
+_BYTES = {unit: 1 << (10 * power) for power, unit in enumerate("bkmgt")}
 
 MAX_DURATION = 365 * 24 * 3600.0
 MAX_SIZE = 1 << 50
@@ -26,9 +23,9 @@ def parse_duration(value: Any) -> float:
     """Seconds from "500ms", "30s", "5m" or "1h"; ValueError for all else, a bare number too."""
     match = re.fullmatch(_DURATION, value) if isinstance(value, str) else None
     if match is None:
-        form = "write a number and a unit, as in 30s or 5m"
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            form = f"a number needs a unit, as in {value}s or {value}m"
+        form = "write a number and a unit, as in `30s` or `5m`"
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", str(value)):
+            form = f"a number needs a unit: write `{value}s` or `{value}m`"
         _refuse(value, f"is not a duration: {form}")
     seconds = float(value.removesuffix(match[2])) * _SECONDS[match[2]]
     if seconds > MAX_DURATION:
@@ -40,7 +37,7 @@ def parse_positive_duration(value: Any) -> float:
     """As parse_duration, and more than nothing."""
     seconds = parse_duration(value)
     if seconds <= 0:
-        raise ValueError(f"{value} is no time at all: write a longer one, as in 30s or 5m")
+        raise ValueError(f"{value} is no time at all: write a longer one, as in `30s` or `5m`")
     return seconds
 
 
@@ -54,18 +51,33 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_size(value: Any) -> int:
-    """Bytes from "512m", "2g", "20GiB" or a plain integer. ValueError for anything else."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        size = value
-    else:
-        match = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
-        if match is None:
-            _refuse(value, "is not a size: write a number and a unit, as in 512m or 20GiB")
-        unit = match[2] or ""
-        size = int(float(value.removesuffix(unit)) * _BYTES[unit or "b"])
+    """Bytes from "512m", "2gb" or "20GiB". ValueError for all else, a bare number too."""
+    match = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
+    if match is None:
+        form = "write a number and a unit, as in `512m` or `20GiB`"
+        if re.fullmatch("[0-9]{1,16}", str(value)) and int(value) <= MAX_SIZE:
+            form = f"a number needs a unit: write {_with_unit(int(value))}"
+        _refuse(value, f"is not a size: {form}")
+    size = int(float(match[1]) * _BYTES[match[2][0].lower()])
     if size > MAX_SIZE:
         raise ValueError(f"{value} is more than any machine has")
     return size
+
+
+def format_size(size: int) -> str:
+    """The shortest text that `parse_size` reads back: "2g", "1536m", "1000b"."""
+    return next(
+        f"{size // factor}{unit}"
+        for unit, factor in reversed(_BYTES.items())
+        if factor == 1 or (size >= factor and size % factor == 0)
+    )
+
+
+def _with_unit(number: int) -> str:
+    """The sizes that a number without a unit was probably meant to be."""
+    if number < 1024:
+        return f"`{number}m` or `{number}g`"
+    return f"`{number}m`" if number < 1 << 20 else f"`{format_size(number)}`"
 
 
 def _refuse(value: Any, why: str) -> NoReturn:
@@ -85,6 +97,8 @@ def _parse_address(value: Any) -> str:
 
 
 def _parse_memlock(value: Any) -> int:
+    if value in (-1, "-1"):
+        _refuse(value, "is not a size: write `unlimited`")
     return -1 if value == "unlimited" else parse_size(value)
 
 
@@ -101,18 +115,16 @@ def _text(pattern: str) -> dict[str, Any]:
     return {"type": "string", "pattern": f"^{pattern}$"}
 
 
-def _size_schema(pattern: str) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, _text(pattern)]})
-
-
 _DURATION_SCHEMA = WithJsonSchema(_text(_DURATION))
 Duration = Annotated[float, BeforeValidator(parse_duration), _DURATION_SCHEMA]
 PositiveDuration = Annotated[float, BeforeValidator(parse_positive_duration), _DURATION_SCHEMA]
 ListenAddress = Annotated[
     str, BeforeValidator(_parse_address), WithJsonSchema({"type": "string", "minLength": 2})
 ]
-Size = Annotated[int, BeforeValidator(parse_size), _size_schema(_SIZE)]
-Memlock = Annotated[int, BeforeValidator(_parse_memlock), _size_schema(f"(unlimited|{_SIZE})")]
+Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema(_text(_SIZE))]
+Memlock = Annotated[
+    int, BeforeValidator(_parse_memlock), WithJsonSchema(_text(f"(unlimited|{_SIZE})"))
+]
 SignalName = Annotated[
     str, BeforeValidator(_parse_signal), WithJsonSchema(_text("([Ss][Ii][Gg])?[A-Za-z0-9]+"))
 ]

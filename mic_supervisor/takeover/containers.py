@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mic_supervisor.config.types import format_duration
+from mic_supervisor.config.types import format_duration, format_size
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.kill import Survey
 from mic_supervisor.model import OwnerKind, Pairs
@@ -171,7 +171,7 @@ def propose(
     if host.get("IpcMode") == "host":
         shm = around.shared
     if shm not in (None, 0, _DEFAULT_SHM):
-        entry["shm_size"] = shm
+        entry["shm_size"] = format_size(shm)
     for key, from_field in (("user", "User"), ("working_dir", "WorkingDir")):
         if config.get(from_field) and config[from_field] != base.get(from_field):
             entry[key] = config[from_field]
@@ -300,7 +300,7 @@ def _limits(host: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """`limits`, and what it cannot say of them."""
     limits: dict[str, Any] = {}
     if host.get("Memory"):
-        limits["memory"] = int(host["Memory"])
+        limits["memory"] = format_size(int(host["Memory"]))
     if host.get("NanoCpus"):
         limits["cpus"] = int(host["NanoCpus"]) / 1e9
     elif int(host.get("CpuQuota") or 0) > 0:
@@ -309,7 +309,7 @@ def _limits(host: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for limit in host.get("Ulimits") or ():
         name, soft, hard = limit.get("Name"), limit.get("Soft"), limit.get("Hard")
         if name == "memlock" and isinstance(soft, int):
-            limits[name] = "unlimited" if soft < 0 else soft
+            limits[name] = "unlimited" if soft < 0 else format_size(soft)
         elif name == "nofile" and isinstance(soft, int) and soft > 0:
             limits[name] = soft
         if name not in limits or hard != soft:

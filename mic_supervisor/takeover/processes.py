@@ -15,6 +15,7 @@ import psutil
 
 from mic_supervisor.backends import Recognised
 from mic_supervisor.backends.registry import recognise
+from mic_supervisor.config.types import format_size
 from mic_supervisor.host import processes
 from mic_supervisor.kill import Survey
 from mic_supervisor.model import Owner, OwnerKind, Pairs
@@ -233,7 +234,10 @@ def _limits(one: psutil.Process) -> tuple[dict[str, Any], list[str]]:
             continue
         if key is not None:
             # Not as we have it: this shell may have more than the supervisor.
-            limits[key] = soft if soft == "unlimited" else int(soft)
+            if soft != "unlimited":
+                limits[key] = format_size(int(soft)) if key == "memlock" else int(soft)
+            else:
+                limits[key] = soft
         elif soft != ours.get(name):
             left.append(f"{name.lower()} {soft}, and {ours.get(name)} here")
     return limits, left

@@ -15,6 +15,7 @@ from typing import Any
 import docker
 import pytest
 
+from mic_supervisor.config.types import format_size
 from mic_supervisor.gpu.owners import owner_ref
 from mic_supervisor.model import OwnerKind
 from tests.mock_nvml import GIB, MockGpu, MockNvml, MockProcess, mock_uuid
@@ -67,6 +68,8 @@ def limits_here() -> dict[str, Any]:
         soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{key.upper()}"))
         if soft not in plain:
             limits[key] = "unlimited" if soft == resource.RLIM_INFINITY else soft
+            if key == "memlock" and soft != resource.RLIM_INFINITY:
+                limits[key] = format_size(soft)
     return {"limits": limits} if limits else {}
 
 
@@ -269,7 +272,7 @@ def test_what_a_process_was_started_with_is_carried_over_or_noted(
     assert re.search(r"    without \d+ of its settings: see the comments above it\n", done.stdout)
     found = model_of(mic, "sleep")
     assert found["user"] == "nobody:daemon"
-    assert found["limits"] == {"nofile": 777, "memlock": 32 << 10}
+    assert found["limits"] == {"nofile": 777, "memlock": "32k"}
     env = (mic.home / "sleep.env").read_text()
     assert "HOME=/srv/home\n" in env
     assert "XDG_CACHE_HOME=/srv/cache\n" in env
@@ -381,7 +384,7 @@ def test_a_container_becomes_a_model_and_can_be_taken_over(
             "port": port,
             "container_port": 8000,
             "mounts": [{"source": str(data), "target": "/data", "read_only": True}],
-            "shm_size": 128 << 20,
+            "shm_size": "128m",
             "env_file": f"{mic.home}/{name}.env",
         }
         assert (mic.home / f"{name}.env").read_text() == "TOKEN=s3cret\n"

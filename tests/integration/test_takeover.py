@@ -12,6 +12,7 @@ import docker
 import pytest
 from docker.errors import NotFound
 
+from mic_supervisor.config.types import parse_size
 from tests.integration.docker_world import docker as run_docker
 from tests.mock_nvml import MockGpu, MockNvml, MockProcess
 from tests.support.drafts import comments_of, model_of
@@ -92,10 +93,10 @@ def test_each_setting_of_a_container_is_carried_over_or_noted(
     )
     found = model_of(mic, f"{mic.scope}-many")
     assert {key: found[key] for key in found if key not in ("image", "command", "env_file")} == {
-        **{"backend": "container", "port": web, "container_port": 80, "shm_size": 128 << 20},
+        **{"backend": "container", "port": web, "container_port": 80, "shm_size": "128m"},
         **{"user": "1000:1000", "working_dir": "/tmp", "stop_signal": "SIGINT"},
         "mounts": [{"source": str(mic.home), "target": "/data", "read_only": True}],
-        "limits": {"memory": 64 << 20, "cpus": 0.5, "nofile": 1000, "memlock": 32768},
+        "limits": {"memory": "64m", "cpus": 0.5, "nofile": 1000, "memlock": "32k"},
         "stop_timeout": "0s",
         "probe": {
             **{"exec": ["/bin/sh", "-c", "true"], "period": "9s"},
@@ -126,7 +127,7 @@ def test_each_setting_of_a_container_is_carried_over_or_noted(
     )
     found = model_of(mic, f"{mic.scope}-host")
     assert found["network"] == "host"
-    assert found["shm_size"] == shutil.disk_usage("/dev/shm").total
+    assert parse_size(found["shm_size"]) == shutil.disk_usage("/dev/shm").total
 
     assert_items(
         comments_of(mic, f"{mic.scope}-joined")[1:],

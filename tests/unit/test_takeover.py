@@ -129,9 +129,9 @@ def test_everything_that_was_set() -> None:
             {"source": "/m", "target": "/models", "read_only": True},
             {"source": "/d/v", "target": "/v"},
         ],
-        "shm_size": 2 << 30,
+        "shm_size": "2g",
         "user": "1000",
-        "limits": {"memory": 1 << 30, "cpus": 1.5, "memlock": "unlimited"},
+        "limits": {"memory": "1g", "cpus": 1.5, "memlock": "unlimited"},
         "stop_signal": "SIGINT",
         "stop_timeout": "60s",
         "probe": {"docker": True},
@@ -242,7 +242,7 @@ def test_limits_that_are_no_single_number() -> None:
 def test_the_hosts_shared_memory_becomes_as_much_of_its_own() -> None:
     given = inspected(IpcMode="host", ShmSize=64 << 20)
     found = propose(given, Around(IMAGE, shared=32 << 30), ["0"], KNOWN, [])
-    assert found.entry["shm_size"] == 32 << 30
+    assert found.entry["shm_size"] == "32g"
     assert [*found.left] == ["--ipc host: the model has a /dev/shm of its own, of shm_size"]
 
 

@@ -118,7 +118,7 @@ def test_values(tmp_path: Path, name: str, text: str, value: object) -> None:
         ("PORT_RANGE", "20999-20000", "'20999-20000' is no range of ports: "),
         ("PORT_RANGE", "0-10", "'0-10' is no range of ports: "),
         ("PORT_RANGE", "1-65536", "'1-65536' is no range of ports: "),
-        ("RESYNC", "10", "'10' is not a duration: write a number and a unit, as in 30s or 5m"),
+        ("RESYNC", "10", "'10' is not a duration: a number needs a unit: write `10s` or `10m`"),
         ("RESYNC", "0s", "0s is no time at all: "),
         ("SCOPE", "", "'' is no scope: "),
         ("SCOPE", "-a", "'-a' is no scope: "),
