@@ -8,7 +8,7 @@ outside a backend's file names the backend.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,6 +162,15 @@ class BackendBase(Backend):
 
     example: tuple[str, str] = ("", "")
     """For a first gpus.yaml: YAML below `backends:` and below `models:`."""
+
+    def meant_by(
+        self,
+        name: str,  # noqa: ARG002
+        given: Collection[str | int],  # noqa: ARG002
+    ) -> str | None:
+        """A hint for a model that has `backend: NAME` and means this one, or an image or a program
+        that this one can run; `given` are the model's keys. None: nobody would mean it."""
+        return None
 
     def recognise(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -12,7 +12,13 @@ from pydantic import Field
 
 from mic_supervisor.backends import CompileRequest
 from mic_supervisor.config.env_file import parse_env_file
-from mic_supervisor.config.options import AbsolutePath, CheckOptions, ModelOptions, Strict
+from mic_supervisor.config.options import (
+    AbsolutePath,
+    Advice,
+    CheckOptions,
+    ModelOptions,
+    Strict,
+)
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import (
     Check,
@@ -76,6 +82,39 @@ def refuse_own_startup(options: ModelOptions, why: str) -> None:
     given = options.probe
     if isinstance(given, CheckOptions) or (given is not None and given.startup is not None):
         raise ValueError(f"probe: {why}; give probe.liveness or probe.readiness")
+
+
+# For `advice` of Options and Settings.
+
+
+def advise_port(options: ModelOptions, *texts: str) -> Iterator[Advice]:
+    """That nothing tells the server its port. `texts` are its command."""
+    given = checks(options)
+    if given and not any(check.http or check.tcp for check in given):
+        return  # it may be no server at all
+    everything = (*texts, *options.args, *options.env.values())
+    told = any("${port" in text for text in everything)
+    if told or options.port or options.ports or options.container_port or options.env_file:
+        return
+    inside = "container_port" not in options.unavailable and options.network == "bridge"
+    key = "container_port" if inside else "port"
+    yield Advice(
+        "command",
+        "nothing tells the server which port to listen on: ${port} stands nowhere in its command "
+        "and its environment",
+        'give it the port, in its own way: add `args: [--port, "${port}"]`; or, if it always '
+        f"listens on the same one, add `{key}: 8000` with that number",
+    )
+
+
+def advise_tag(image: str | None) -> Iterator[Advice]:
+    """That an image has neither a tag nor a digest."""
+    if image and ":" not in image.rpartition("/")[2] and "@" not in image and "${" not in image:
+        yield Advice(
+            "image",
+            f"{image} has no tag, and is another image whenever somebody pushes a new one",
+            f"write its tag or its digest as well, as in `{image}:1.0`",
+        )
 
 
 def cannot(request: CompileRequest, cause: str, hint: str | None = None) -> CompileError:

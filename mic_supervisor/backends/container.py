@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, common
-from mic_supervisor.config.options import ModelOptions, Text
+from mic_supervisor.config.options import Advice, ModelOptions, Text
 from mic_supervisor.model import Instance
+
+_MEANT = frozenset(("docker", "podman", "compose", "containerd", "image", "oci", "nvidia-docker"))
+# What people take for a backend, and is an image: with the port that it listens on.
+_IMAGES = {
+    "ollama": ("ollama/ollama:0.12.3", 11434),
+    "llama.cpp": ("ghcr.io/ggml-org/llama.cpp:server-cuda", 8080),
+    "sglang": ("lmsysorg/sglang:v0.5.3-cu129", 30000),
+    "tgi": ("ghcr.io/huggingface/text-generation-inference:3.3.4", 80),
+    "tei": ("ghcr.io/huggingface/text-embeddings-inference:1.8", 80),
+}
+_SPELT = {"llamacpp": "llama.cpp", "llama-cpp": "llama.cpp", "llama-server": "llama.cpp"}
 
 
 class Options(ModelOptions):
@@ -33,6 +45,10 @@ class Options(ModelOptions):
         common.refuse_container_port_on_host(self)
         return self
 
+    def advice(self) -> Iterable[Advice]:
+        yield from common.advise_tag(self.image)
+        yield from common.advise_port(self, *self.command, *(self.entrypoint or ()))
+
 
 class ContainerBackend(BackendBase):
     name = "container"
@@ -46,6 +62,16 @@ class ContainerBackend(BackendBase):
         '    command: [--port, "${port}", --model-id, BAAI/bge-m3]\n'
         "    probe: {http: /health}\n",
     )
+
+    def meant_by(self, name: str, given: Collection[str | int]) -> str | None:
+        low = name.lower().replace("_", "-")
+        low = _SPELT.get(low, low)
+        if low not in _MEANT and low not in _IMAGES:
+            return None
+        if "image" in given:
+            return "write `backend: container`"
+        image, port = _IMAGES.get(low, ("REGISTRY/NAME:TAG", 8000))
+        return f"write `backend: container` and `image: {image}` and `container_port: {port}`"
 
     def compile(self, request: CompileRequest) -> Instance:
         """One container with all the GPUs of the instance. Raises CompileError."""

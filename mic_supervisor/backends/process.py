@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, common
-from mic_supervisor.config.options import ModelOptions, Text
+from mic_supervisor.config.options import Advice, ModelOptions, Text
 from mic_supervisor.model import Instance
 
 _CONTAINERS_ONLY = "a host process has no container; remove the key"
@@ -38,6 +39,9 @@ class Options(ModelOptions):
         common.refuse_engine_probe(self)
         return self
 
+    def advice(self) -> Iterable[Advice]:
+        return common.advise_port(self, *self.command)
+
 
 class ProcessBackend(BackendBase):
     name = "process"
@@ -51,6 +55,10 @@ class ProcessBackend(BackendBase):
         "    env_file: /etc/mic/whisper.env                 # secrets stay out of this file\n"
         "    probe: {http: /health}\n",
     )
+
+    def meant_by(self, name: str, given: Collection[str | int]) -> str | None:  # noqa: ARG002
+        meant = ("command", "cmd", "exec", "shell", "script", "program", "systemd", "host")
+        return "write `backend: process`" if name.lower() in meant else None
 
     def compile(self, request: CompileRequest) -> Instance:
         """One process tree that sees the GPUs of the instance and no other. Raises CompileError.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from mic_supervisor.backends import Backend, Recognised, plug_ins
+from mic_supervisor.config.yaml import inline
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
@@ -93,6 +96,17 @@ class Registry:
         """What brings the plug-in of this name: "mic-supervisor-x 1.0 (mic_x:XBackend)"."""
         sources = {plug_ins.source_of(entry) for entry in self._installed() if entry.name == name}
         return " and ".join(sorted(sources))
+
+    def meant(self, name: str, given: Collection[str | int]) -> str | None:
+        """A hint for who takes `name` for a backend, in a model with the keys `given`."""
+        hints = (_built_in(one).meant_by(name, given) for one in _BUILT_IN)
+        return next((hint for hint in hints if hint is not None), None)
+
+    def example(self, name: str) -> str | None:
+        """A model with this backend, as a map on one line; the plainest for a name of none."""
+        known = _built_in(name if name in _BUILT_IN else "container")
+        (model,) = yaml.safe_load(known.example[1]).values()
+        return inline(model)
 
     def is_built_in(self, name: str) -> bool:
         return name in _BUILT_IN

@@ -7,7 +7,7 @@ and flags.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from mic_supervisor.backends import BackendBase, CompileRequest, Recognised, common
-from mic_supervisor.config.options import AbsolutePath, ModelOptions, Strict, Text
+from mic_supervisor.config.options import AbsolutePath, Advice, ModelOptions, Strict, Text
 from mic_supervisor.config.types import PositiveDuration, Size
 from mic_supervisor.model import HttpCall, HttpCheck, Instance, Mount, Port, Probe, Probes, Workload
 
@@ -67,6 +67,9 @@ class Settings(Strict):
         "the server runs as has to be able to read it.",
     )
     shm_size: Size = Field(default=8 << 30, description="The size of /dev/shm of a container.")
+
+    def advice(self) -> Iterable[Advice]:
+        return common.advise_tag(self.image)
 
 
 class Options(ModelOptions):

@@ -33,6 +33,10 @@ def check(file: Path | None) -> None:
     click.echo(f"{config.path}: {summary(config)}")
     for path in not_read(config.path):
         click.echo(f"warning: {path} is not read: {NOT_A_DROP_IN}", err=True)
+        if path.suffix.lower() in (".yml", ".yaml") and not path.name.startswith("."):
+            click.echo(f"    rename it: mv {path} {path.with_suffix('.yaml')}", err=True)
+    for warning in config.warnings:
+        click.echo(warning, err=True)
 
 
 @click.command(name="models")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, NoReturn, Protocol
 from unicodedata import combining, east_asian_width
 
 from mic_supervisor.config.document import Location
@@ -20,6 +20,7 @@ _MAX_SUGGESTIONS = 20  # difflib is slow, and a file with more misspellings than
 _MAX_CANDIDATES = 200
 _MAX_WORD = 64
 _MAX_MESSAGE = 400
+_MAX_HINT = 2400  # what it says to write is to be copied whole
 _WINDOW = 100  # columns of a source line that are shown
 _PLAIN_PATH = re.compile(r"[\w.\[\]-]+")  # keys that look like keys: another text may be a secret
 
@@ -44,7 +45,8 @@ class At(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One error. `location.line` 0: it concerns the file as a whole.
+    """One error, or one warning of a file that is valid. `location.line` 0: it concerns the file as
+    a whole.
 
     `source` is the whole line that `location` points into, None where there is none to show.
     """
@@ -54,12 +56,13 @@ class Diagnostic:
     message: str
     source: str | None = None
     hint: str | None = None
+    level: Literal["error", "warning"] = "error"
 
     @property
     def headline(self) -> str:
         """One line: "gpus.yaml:7:3: error: models.MAM: unknown backend 'tritn'"."""
         path = f"{self.path}: " if self.path else ""
-        return f"{self.location}: error: {path}{self.message}"
+        return f"{self.location}: {self.level}: {path}{self.message}"
 
     @property
     def outline(self) -> str:
@@ -101,6 +104,7 @@ class Report:
 
     purpose: str
     lines: dict[str, list[str]] = field(default_factory=dict)
+    warnings: list[Diagnostic] = field(default_factory=list)
     _found: dict[tuple[Location, str, str], Diagnostic] = field(default_factory=dict)
     _suggestions: int = 0
 
@@ -124,14 +128,25 @@ class Report:
             self._suggestions += 1
             meant = closest(*like)
             hint = f"did you mean {meant}?" if meant is not None else hint
-        location, path = at.location, at.path
+        made = self._made(at, message, hint)
+        self._found.setdefault((made.location, made.path, made.message), made)
+
+    def warn(self, at: Located, message: str, *, hint: str | None = None) -> None:
+        """Record what `check` warns of: the file can be used all the same."""
+        self.warnings.append(replace(self._made(at, message, hint), level="warning"))
+
+    def _made(self, at: Located, message: str, hint: str | None) -> Diagnostic:
+        location = at.location
         lines = self.lines.get(location.file, [])
         source = lines[location.line - 1] if 0 < location.line <= len(lines) else None
         message = _clip(printable(message), _MAX_MESSAGE)
-        hint = _clip(printable(hint), _MAX_MESSAGE) if hint is not None else None
-        self._found.setdefault(
-            (location, path, message), Diagnostic(location, path, message, source, hint)
-        )
+        hint = _clip(printable(hint), _MAX_HINT) if hint is not None else None
+        return Diagnostic(location, at.path, message, source, hint)
+
+    def replace(self, file: str, at: Located, message: str, *, hint: str) -> None:
+        """This one error of a file instead of all that were found in it."""
+        self._found = {key: one for key, one in self._found.items() if key[0].file != file}
+        self.add(at, message, hint=hint)
 
     def sorted(self) -> tuple[Diagnostic, ...]:
         order = {file: number for number, file in enumerate(self.lines)}

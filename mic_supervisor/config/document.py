@@ -91,6 +91,7 @@ class Config:
     hooks: Hooks | None = None
     servers: Mapping[str, str] = field(default_factory=dict)  # of models that share one, by name
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)  # merged, plain data
+    warnings: tuple[str, ...] = ()  # what `check` says of it, although it is valid
     texts: tuple[str, ...] = field(default=(), repr=False)  # of `files`, each line end as "\n"
     down: bool = False  # a person asked for everything to be removed, whatever the file says
 
@@ -260,4 +261,22 @@ def _one(text: str) -> GpuKey:
         )
     if upper == "GPU-":
         raise BadKey("this is not a whole UUID", "nvidia-smi -L prints it: GPU- and 36 characters")
-    raise BadKey("this names no GPU", _FORMS)
+    raise BadKey("this names no GPU", _meant(text))
+
+
+def _meant(text: str) -> str:
+    """How to write the GPU that was meant, as far as one can tell."""
+    # What a Chinese keyboard makes of digits, dashes and commas, and an editor of quotes.
+    plain = normalize("NFKC", text).replace("、", ",").strip("“”‘’\"' ")
+    numbered = re.fullmatch(r"(?i)(?:/dev/)?(?:gpu|cuda|nvidia|device)[ :#_-]*([0-9]+)", plain)
+    if numbered is not None:
+        plain = numbered[1]
+    if plain != text:
+        try:
+            parse_gpu_key(plain)
+            return f"write `{plain}`" if plain.isdigit() else f'write `"{plain}"`'
+        except BadKey:
+            pass
+    if plain.lower() in ("all", "any", "*", "auto", "each", "every"):
+        return 'say which: write `"0-3"` for an instance on each of the GPUs 0 to 3'
+    return _FORMS

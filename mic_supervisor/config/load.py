@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from mic_supervisor.config.diagnostics import At, Located, Report, closest, dotted, show
+from mic_supervisor.config.diagnostics import At, Report, closest, dotted, show
 from mic_supervisor.config.document import (
     MAX_NAME,
     NONE,
@@ -26,8 +27,9 @@ from mic_supervisor.config.document import (
     composed,
     is_model_name,
 )
+from mic_supervisor.config.hints import for_map
 from mic_supervisor.config.merge import RESERVED, GpuItem, Merged, read_merged
-from mic_supervisor.config.options import Defaults, Hooks, ModelOptions
+from mic_supervisor.config.options import Advice, Defaults, Hooks, ModelOptions, Strict
 from mic_supervisor.config.validate import check_placeholders, validate
 from mic_supervisor.config.yaml import Entry, Node
 from mic_supervisor.errors import MicError
@@ -58,6 +60,14 @@ class BackendSource(Protocol):
     def names(self) -> Sequence[str]: ...
 
     def get(self, name: str) -> BackendTypes | None: ...
+
+    def meant(self, name: str, given: Collection[str | int]) -> str | None:
+        """A hint for who takes `name` for a backend, in a model with these keys."""
+        ...
+
+    def example(self, name: str) -> str | None:
+        """A model with this backend, as a map on one line; None: there is none to show."""
+        ...
 
 
 def load(
@@ -96,6 +106,7 @@ def load(
         servers=checker.servers,
         variables=dict(sorted(checker.variables.items())),
         document=document,
+        warnings=tuple(warning.render() for warning in report.warnings),
         texts=tuple("\n".join(report.lines[str(file)]) for file in merged.files),
     )
 
@@ -145,16 +156,26 @@ class Checker:
 
     def _validate(self, model: type[M], entry: Entry) -> M | None:
         try:
-            key = ("validators", model)
-            return in_time(key, lambda: validate(model, entry, self._report), _VALIDATES_IN)
+            found, advice = in_time(
+                ("validators", model), lambda: self._checked(model, entry), _VALIDATES_IN
+            )
+            for one in advice:
+                given = entry.node.entries.get(one.key)
+                at = entry if given is None else given.node
+                self._report.warn(at, one.message, hint=one.hint)
+            return found
         except MicError as error:
             self._report.add(entry, str(error), hint=error.hint)
         except KeyboardInterrupt:
             raise
-        # A plug-in's own validators run in here, and they may even end the program, or hang.
+        # A plug-in's own code runs in here, and it may even end the program, or hang.
         except BaseException as error:  # noqa: BLE001
             self._report.add(entry, f"cannot be checked: {type(error).__name__}: {error}")
         return None
+
+    def _checked(self, model: type[M], entry: Entry) -> tuple[M, list[Advice]]:
+        found = validate(model, entry, self._report)
+        return found, list(found.advice()) if isinstance(found, Strict) else []
 
     def _check_placeholders(self, node: Node) -> None:
         check_placeholders(node, self._environ, self._report, self.variables)
@@ -181,14 +202,21 @@ class Checker:
         if not node.valid:
             return None
         if not isinstance(node.value, dict):
-            text = "has no value" if node.value is None else "must be a map"
-            self._report.add(entry, text, hint="write at least the backend: {backend: NAME}")
+            text = "has no value" if node.value is None else f"must be a map, not {node.shown}"
+            example = self._registry.example(str(node.value)) or self._registry.example("")
+            hint = for_map(node.plain()) or f"write `{entry.source}: {example}`"
+            self._report.add(entry, text, hint=hint)
             return None
-        self._check_placeholders(node)
         backend = self._backend_of(entry)
         if backend is None:
+            self._check_placeholders(node)
             return None
-        types = self._get(backend, node.entries["backend"].node)
+        types = self._get(backend, node.entries["backend"], node.entries)
+        known = getattr(types, "Options", ModelOptions).model_fields
+        # Of a key that is unknown, that is enough to be said.
+        self._check_placeholders(
+            replace(node, value={key: one for key, one in node.entries.items() if key in known})
+        )
         if isinstance(types, MicError):
             if not self._tolerant:
                 return None
@@ -230,6 +258,8 @@ class Checker:
             near = closest("backend", map(str, entry.node.entries))
             if near is not None:
                 hint = f"did you mean backend where {near} stands? {hint}"
+            elif (fitting := self._fitting(entry.node.entries)) is not None:
+                hint = f"add `backend: {fitting}`"
             self._report.add(entry, "the key backend is missing", hint=hint)
         elif given is not None and given.node.valid:
             if isinstance(given.node.value, str):
@@ -237,17 +267,36 @@ class Checker:
             self._report.add(given.node, "must be the name of a backend")
         return None
 
-    def _get(self, name: str, at: Located) -> BackendTypes | MicError:
-        """The backend, or why there is none, reported at each place that names it."""
-        like = None
+    def _fitting(self, given: Collection[str | int]) -> str | None:
+        """The one backend that a model with these keys, and no other, can have."""
+        found = []
+        for name in self._registry.names():
+            with suppress(MicError):
+                options = getattr(self._registry.get(name), "Options", ModelOptions)
+                fields = options.model_fields
+                needed = {key for key, field in fields.items() if field.is_required()}
+                if needed - {"backend"} <= {*given} <= fields.keys() - options.unavailable.keys():
+                    found.append(name)
+        return found[0] if len(found) == 1 else None
+
+    def _get(
+        self, name: str, entry: Entry, given: Collection[str | int] | None = None
+    ) -> BackendTypes | MicError:
+        """The backend, or why there is none, reported at each place that names it; at the value of
+        `backend:` in a model that has the keys `given`."""
+        like, at = None, entry if given is None else entry.node
         try:
             types = self._registry.get(name)
             if types is not None:
                 return types
-            like = (name, list(self._registry.names()))
-            fault = MicError(
-                f"unknown backend {show(name)}", hint=f"known are {', '.join(like[1])}"
-            )
+            known = self._registry.names()
+            hint = self._registry.meant(name, given or ())
+            if hint is None:
+                like, hint = (name, list(known)), f"known are {', '.join(known)}"
+            else:
+                hint = hint if given is not None else "remove the key: no backend has that name"
+                at = entry
+            fault = MicError(f"unknown backend {show(name)}", hint=hint)
         except MicError as error:
             fault = error
         if not self._tolerant:
@@ -317,15 +366,18 @@ class Checker:
                 self._report.add(node, f"{name} is {RESERVED[name]}")
             elif name != NONE and name not in listed:
                 like = (name, (NONE, *listed))
-                self._report.add(node, f"unknown model {show(node.value)}", like=like)
+                hint = f"describe it under models:, or keep the GPU empty: write `{NONE}`"
+                self._report.add(node, f"unknown model {show(node.value)}", like=like, hint=hint)
             else:
                 node.value = name
                 return name
         elif node.value is None:
-            hint = f"write {NONE} to keep the GPU empty"
+            hint = f"write `{item.entry.source}: {NONE}` to keep the GPU empty"
             self._report.add(item.entry, "has no value", hint=hint)
         elif node.branching:
-            self._report.add(node, "must be the name of one model")
+            inner = [one.value for one in node.below() if isinstance(one.value, str)]
+            only = f"write `{inner[0]}`" if len(inner) == 1 else None
+            self._report.add(node, "must be the name of one model", hint=only)
         else:
             self._report.add(node, "must be the name of a model", hint="quote it")
         return None

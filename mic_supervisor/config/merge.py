@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mic_supervisor.config.diagnostics import At, Report, show
-from mic_supervisor.config.document import BadKey, GpuKey, Location, parse_gpu_key
+from mic_supervisor.config.diagnostics import At, Report
+from mic_supervisor.config.document import NONE, BadKey, GpuKey, Location, parse_gpu_key
+from mic_supervisor.config.hints import for_map, other_file
 from mic_supervisor.config.yaml import Budget, Entry, Node, parse
 from mic_supervisor.host.files import read_file
 
@@ -119,6 +120,9 @@ def _read(file: Path, report: Report, budget: Budget, data: bytes | None) -> Nod
     root = parse(text, str(file), report, budget)
     if root is None:
         return None if len(report) > before else Node(Location(str(file), 1, 1), "", {})
+    if (other := other_file(root)) is not None:
+        report.replace(str(file), At(Location(str(file), 1, 1)), other[0], hint=other[1])
+        return None
     if isinstance(root.value, dict):
         return root
     if root.valid:
@@ -142,7 +146,7 @@ def _add_file(merged: Merged, root: Node, report: Report, *, is_drop_in: bool) -
         elif not node.valid:
             continue
         elif not isinstance(node.value, dict | None):
-            report.add(node, "must be a map")
+            report.add(node, f"must be a map, not {node.shown}", hint=_hint(key, node))
         elif key == "gpus":
             merged.gpus.update(_gpus(node, merged.refused, report))
         else:
@@ -162,13 +166,25 @@ def _check_version(root: Node, report: Report, *, is_drop_in: bool) -> None:
     if entry is None:
         if not is_drop_in:
             first = At(Location(root.location.file, 1, 1), "version")
-            report.add(first, "is missing", hint=f"begin the file with: version: {VERSION}")
+            report.add(
+                first, "is missing", hint=f"begin the file with it: add `version: {VERSION}`"
+            )
     elif entry.node.valid and (type(entry.node.value) is not int or entry.node.value != VERSION):
-        given = "a list or a map" if entry.node.branching else show(entry.node.value)
         report.add(
             entry.node,
-            f"must be {VERSION}, the only version that this mic-supervisor reads; here: {given}",
+            f"must be {VERSION}, the only version that this mic-supervisor reads; "
+            f"here: {entry.node.shown}",
+            hint=f"write `{VERSION}`",
         )
+
+
+def _hint(section: str, node: Node) -> str | None:
+    """How a section is written, where it is no map."""
+    hint = for_map(node.plain())
+    if hint is None and section == "gpus":
+        model = node.value if isinstance(node.value, str) else NONE
+        hint = f"give each GPU a model, or {NONE}: write `{{0: {model}}}`"
+    return hint
 
 
 def overlay(base: Node, over: Node) -> None:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from mic_supervisor.config.types import (
     Duration,
@@ -29,6 +40,15 @@ def _env_name(name: str) -> str:
 EnvName = Annotated[str, AfterValidator(_env_name)]
 
 
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A warning about the key `key`, or about the whole where that is not given."""
+
+    key: str
+    message: str
+    hint: str
+
+
 class Strict(BaseModel):
     """Unknown keys are errors; nothing is coerced between strings, numbers and booleans.
 
@@ -36,6 +56,10 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+
+    def advice(self) -> Iterable[Advice]:
+        """What `check` warns of, although it is valid."""
+        return ()
 
 
 class CheckOptions(Strict):
@@ -130,6 +154,30 @@ class MountOptions(Strict):
     read_only: bool = Field(default=False, description="Whether the container may only read it.")
 
 
+def _short_mount(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    source, target, mode, *more = [*given.split(":"), "", ""]
+    if not source.startswith("/") or not target.startswith("/") or any(more):
+        raise ValueError(
+            f"{given!r} is no mount: both sides are absolute paths, as in `/srv/models:/models:ro`"
+        )
+    if mode not in ("", "ro", "rw"):
+        raise ValueError(f"{given!r} has the mode {mode!r}: write `{source}:{target}:ro`")
+    return {"source": source, "target": target, "read_only": mode == "ro"}
+
+
+Mounted = (
+    MountOptions
+    | Annotated[
+        MountOptions,
+        BeforeValidator(_short_mount),
+        WithJsonSchema({"type": "string", "pattern": "^/[^:]*:/[^:]*(:r[ow])?$"}),
+    ]
+)
+"""A mount as a map, or as Docker and Compose have it: SOURCE:TARGET or SOURCE:TARGET:ro."""
+
+
 class ModelOptions(Strict):
     """Keys for every backend. `unavailable` maps a key to why it cannot be used with a backend.
 
@@ -183,8 +231,9 @@ class ModelOptions(Strict):
         default=None, description="The directory in which it is started."
     )
     limits: LimitOptions = Field(default=LimitOptions(), description="Bounds on its resources.")
-    mounts: list[MountOptions] = Field(
-        default=[], description="Paths of the host in the container."
+    mounts: list[Mounted] = Field(
+        default=[],
+        description="Paths of the host in the container; /source:/target:ro is short for a map.",
     )
     shm_size: Size | None = Field(
         default=None, description="The size of /dev/shm in the container."

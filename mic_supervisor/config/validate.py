@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from mic_supervisor.config import hints
 from mic_supervisor.config.diagnostics import At, Located, Report, dotted, show
 from mic_supervisor.config.env_file import SYSTEMD_NAME
 from mic_supervisor.config.yaml import Entry, Node
@@ -73,6 +74,7 @@ class _Fault:
     entry: Entry
     valid: bool
     about_key: bool
+    key: str
     fork: str | None = None
     branch: str | None = None
 
@@ -93,6 +95,7 @@ class _Fault:
 def _locate(root: Entry, error: Any) -> _Fault:
     entry, valid, about_key = root, root.node.valid, error["type"] == "extra_forbidden"
     fork = branch = None
+    key = ""
     missing = error["type"] == "missing"
     for element in error["loc"][:-1] if missing else error["loc"]:
         node, below = entry.node, entry.node.entries.get(element)
@@ -101,6 +104,7 @@ def _locate(root: Entry, error: Any) -> _Fault:
         if isinstance(node.value, list) and isinstance(element, int) and element < len(node.value):
             below = Entry(node.value[element].location, node.value[element])
         if below is not None:
+            key = element if isinstance(element, str) else key
             # An unknown key is unknown whatever its value.
             entry, valid = below, valid and node.valid
         elif element == "[key]":
@@ -109,7 +113,7 @@ def _locate(root: Entry, error: Any) -> _Fault:
             fork, branch = entry.path, str(element)
     node = entry.node
     valid = valid and (node.valid or error["type"] == "extra_forbidden")
-    return _Fault(error, entry, valid and (node.whole or not missing), about_key, fork, branch)
+    return _Fault(error, entry, valid and (node.whole or not missing), about_key, key, fork, branch)
 
 
 def _best_branches(faults: Sequence[_Fault]) -> list[_Fault]:
@@ -142,10 +146,14 @@ def _concerns_keys_of_fork(fault: _Fault) -> bool:
 
 def _report(fault: _Fault, model: type[BaseModel], report: Report) -> None:
     kind, entry, node = fault.kind, fault.entry, fault.entry.node
+    unavailable: Mapping[str, str] = getattr(model, "unavailable", {})
     if kind == "extra_forbidden":
         known = _fields(model, fault.loc[:-1])
-        hint = f"known are {', '.join(known)}" if 0 < len(known) <= 8 else None
-        report.add(entry, "unknown key", like=(str(fault.loc[-1]), known), hint=hint)
+        hint = hints.for_key(fault.key, node.plain(), known, unavailable)
+        like = None if hint is not None else (fault.key, known)
+        if hint is None and 0 < len(known) <= 8:
+            hint = f"known are {', '.join(known)}"
+        report.add(entry, "unknown key", like=like, hint=hint)
     elif kind == "missing":
         report.add(entry, f"the key {fault.loc[-1]} is missing")
     elif kind in ("value_error", "assertion_error"):
@@ -155,12 +163,12 @@ def _report(fault: _Fault, model: type[BaseModel], report: Report) -> None:
         words = re.split(r",| or ", str(fault.error["ctx"]["expected"]))
         words = [word.strip("' ") for word in words]
         words = [{"True": "true", "False": "false"}.get(word, word) for word in words]
-        given = "" if node.branching else f"; here: {_shown(node)}"
+        given = "" if node.branching else f"; here: {node.shown}"
         like = (str(node.value), words) if isinstance(node.value, str) else None
         report.add(node, f"must be {_listed(words)}{given}", like=like)
     else:
-        message, hint = _words(fault)
-        report.add(entry if fault.about_key else node, message, hint=hint)
+        message, hint, whole = _words(fault, unavailable)
+        report.add(entry if fault.about_key or whole else node, message, hint=hint)
 
 
 def _own_words(fault: _Fault) -> tuple[Located, str]:
@@ -174,47 +182,51 @@ def _own_words(fault: _Fault) -> tuple[Located, str]:
     return (fault.entry if whole else fault.node), message
 
 
-def _words(fault: _Fault) -> tuple[str, str | None]:
-    """A message and a hint for an error of pydantic's own."""
-    kind, context, node = fault.kind, fault.error.get("ctx", {}), fault.node
-    quote = wrap = None
-    if not node.branching:
-        start, end = node.span
-        source = node.text[start:end].strip()[:64]  # as the file spells it: 1.10 stays 1.10
-        quote, wrap = f'quote it: "{source}"', f"write [{source}]"
+def _words(fault: _Fault, unavailable: Mapping[str, str]) -> tuple[str, str | None, bool]:
+    """A message and a hint for an error of pydantic's own, and whether they are about the entry."""
+    kind, node = fault.kind, fault.node
     number = isinstance(node.value, str) and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", node.value)
     unquote = "remove the quotes" if number else None
     wanted = {
-        "string_type": ("a text", quote),
+        "string_type": ("a text", _quoted(node)),
         "bool_type": ("true or false", None),
         "bool_parsing": ("true or false", None),
         **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), ("a whole number", unquote)),
         **dict.fromkeys(("float_type", "float_parsing"), ("a number", unquote)),
-        **dict.fromkeys(("list_type", "tuple_type", "set_type"), ("a list", wrap)),
+        **dict.fromkeys(("list_type", "tuple_type", "set_type"), ("a list", None)),
         **dict.fromkeys(
             ("dict_type", "model_type", "mapping_type", "model_attributes_type"), ("a map", None)
         ),
     }
     if kind in wanted:
         what, hint = wanted[kind]
-        return f"must be {what}, not {_shown(node)}", hint
+        whole = False
+        if hint is None:
+            hint, whole = hints.for_value(fault.key, node.plain(), what, unavailable)
+        return f"must be {what}, not {node.shown}", hint, whole
+    return _bounds(fault), None, False
+
+
+def _quoted(node: Node) -> str | None:
+    if node.branching:
+        return None
+    start, end = node.span
+    return f'quote it: "{node.text[start:end].strip()[:64]}"'  # as it is spelt: 1.10 stays 1.10
+
+
+def _bounds(fault: _Fault) -> str:
+    kind, context, node = fault.kind, fault.error.get("ctx", {}), fault.node
     for bound, words in _BOUNDS.items():
         if bound in context:
-            return f"must be {words} {context[bound]:g}; here: {_shown(node)}", None
+            return f"must be {words} {context[bound]:g}; here: {node.shown}"
     if kind in ("string_too_short", "too_short") and context.get("min_length") == 1:
-        return "must not be empty", None
+        return "must not be empty"
     if kind == "string_pattern_mismatch":
         if context.get("pattern") == "^/":
-            return f"must begin with /; here: {_shown(node)}", None
-        return f"{_shown(node)} does not have the form {context.get('pattern')}", None
+            return f"must begin with /; here: {node.shown}"
+        return f"{node.shown} does not have the form {context.get('pattern')}"
     message = re.sub(r"^(Input|String|List|Value|Dictionary) should ", "must ", fault.error["msg"])
-    return message[:1].lower() + message[1:], None
-
-
-def _shown(node: Node) -> str:
-    if node.branching:
-        return "a map" if isinstance(node.value, dict) else "a list"
-    return show(node.value)
+    return message[:1].lower() + message[1:]
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ something else than text or a plain decimal number has to be quoted.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -28,6 +28,7 @@ from yaml.events import (
 
 from mic_supervisor.config.diagnostics import At, Report, dotted, show
 from mic_supervisor.config.document import Location, composed
+from mic_supervisor.config.syntax import COLON_AND_BLANK, report_syntax_error, unspaced
 from mic_supervisor.text import unseen
 
 Scalar = str | int | float | bool | None
@@ -40,6 +41,7 @@ class Entry:
     location: Location  # of the key
     node: Node
     span: tuple[int, int] = (0, 0)
+    source: str = ""  # the key as it is spelt
 
     @property
     def path(self) -> str:
@@ -72,6 +74,13 @@ class Node:
     def branching(self) -> bool:
         """Whether it is a map or a list."""
         return isinstance(self.value, (dict, list))
+
+    @property
+    def shown(self) -> str:
+        """The value inside a message."""
+        if self.branching:
+            return "a map" if isinstance(self.value, dict) else "a list"
+        return show(self.value)
 
     def below(self) -> Iterator[Node]:
         """The values of a map, the items of a list."""
@@ -255,6 +264,8 @@ class _Builder:
     def _mapping(self, mapping: Node, depth: int) -> dict[str | int, Entry]:
         entries: dict[str | int, Entry] = {}
         while not isinstance(event := self._loader.get_event(), MappingEndEvent):
+            if self._check_unspaced(event, mapping):
+                continue
             key = self._key(event, mapping.path, depth)
             mapping.whole = mapping.whole and key is not None
             # Where a key is a map or a list, no map was meant: "{{ template }}".
@@ -265,8 +276,22 @@ class _Builder:
                 first = entries[key].location.line
                 self._add(event, path, f"stands here twice, first in line {first}")
             elif key is not None:
-                entries[key] = Entry(self._location(event), node, _span(event))
+                source = self._text[slice(*_span(event))]
+                entries[key] = Entry(self._location(event), node, _span(event), source)
         return entries
+
+    def _check_unspaced(self, event: Any, mapping: Node) -> bool:
+        """Whether the key is a whole `0:MAM`, as between braces; reports it, and skips its value,
+        which is empty."""
+        if not isinstance(event, ScalarEvent) or event.style is not None:
+            return False
+        pair = unspaced(event.value)
+        if pair is None or self._text[_span(event)[1] :].lstrip().startswith(":"):
+            return False
+        self._add(event, mapping.path, COLON_AND_BLANK, f"write `{pair}`")
+        mapping.whole = False
+        self._loader.get_event()
+        return True
 
     def _key(self, event: Any, path: str, depth: int) -> str | int | None:
         """The key, or None after reporting that it is none."""
@@ -295,67 +320,7 @@ def _span(event: Any) -> tuple[int, int]:
     return event.start_mark.index, event.end_mark.index
 
 
-# --- what a parser's complaints mean, and which unquoted texts surprise -------------------------
-
-_WORDS = {
-    "mapping values are not allowed here": (
-        "a ':' that ends a key cannot stand here",
-        "quote the text that holds it, or check the indentation",
-    ),
-    "could not find expected ':'": ("a ':' is missing after this key", None),
-    "found character '\\t' that cannot start any token": (
-        "a tab cannot stand here",
-        "indent with spaces",
-    ),
-    "found unexpected end of stream": ("the quote that opens here is not closed", None),
-    "found unexpected document separator": ("the quote that opens here is not closed", None),
-    "expected <block end>, but found '<block mapping start>'": (
-        "this line is indented more than the one that it belongs to",
-        "give the keys of one map the same indentation",
-    ),
-    "expected <block end>, but found '<block sequence start>'": (
-        "this item is indented more than the one that it belongs to",
-        "give the items of one list the same indentation",
-    ),
-    "expected <block end>, but found '<scalar>'": (
-        "a text follows where the value had ended",
-        "quote the whole value",
-    ),
-    "expected <block end>, but found ':'": ("a key is missing before the ':'", None),
-    "expected <block end>, but found '-'": ("a list's item cannot stand here", None),
-}
-_FROM_START = {
-    "could not find expected ':'",
-    "found unexpected end of stream",
-    "found unexpected document separator",
-}
-_SPECIAL = re.compile(r"found character '(.)' that cannot start any token")
-
-
-def report_syntax_error(
-    error: yaml.MarkedYAMLError, opened: yaml.Mark | None, file: str, report: Report
-) -> None:
-    """`opened` is where the innermost bracket stands that was open when the parser gave up."""
-    problem = error.problem or "the text is not YAML"
-    mark = error.problem_mark or error.context_mark
-    if opened is not None and problem.endswith("'<stream end>'"):
-        message, hint = "the bracket that opens here is not closed", None
-        mark = opened
-    elif problem in _WORDS:
-        message, hint = _WORDS[problem]
-        if problem in _FROM_START:
-            mark = error.context_mark or mark
-    elif special := _SPECIAL.fullmatch(problem):
-        message, hint = f"a text cannot begin with {special[1]} unless it is quoted", "quote it"
-    else:
-        message, hint = problem.replace("'<stream end>'", "the end of the file"), None
-    line, column = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
-    lines = report.lines.get(file, [])
-    # Inside brackets a brace ends an unquoted text: "$" is one, and "{port}" no part of it.
-    if opened is not None and line <= len(lines) and lines[line - 1][column - 2 : column] == "${":
-        hint = 'inside brackets, quote a text that holds ${…}: "${port}"'
-    report.add(At(Location(file, line, column)), message, hint=hint)
-
+# --- which unquoted texts surprise ----------------------------------------------------------------
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _DECIMAL = re.compile(r"-?(?:0|[1-9][0-9]{0,17})\.[0-9]{1,17}")
@@ -368,7 +333,6 @@ _SURPRISES = [
     (re.compile(pattern), what)
     for pattern, what in (
         (r"y|Y|yes|Yes|YES|n|N|no|No|NO|on|On|ON|off|Off|OFF", "a truth value"),
-        (r"~|null|Null|NULL", "no value"),
         (r"[-+]?0[0-9_]+|[-+]?0o[0-7_]+", "an octal number"),
         (r"[-+]?0x[0-9a-fA-F_]+", "a hexadecimal number"),
         (r"[-+]?0b[01_]+", "a binary number"),
@@ -389,9 +353,10 @@ _SURPRISES = [
 def resolve(text: str) -> tuple[str | int | float | bool | None, str | None]:
     """The value of an unquoted scalar, and what is surprising about it, None if nothing is.
 
-    An empty text is None. A surprising one keeps its text as its value.
+    An empty text is None, and so is what every YAML reader takes for no value. A surprising one
+    keeps its text as its value.
     """
-    if text == "":
+    if text in ("", "~", "null", "Null", "NULL"):
         return None, None
     if text in _BOOLEANS:
         return _BOOLEANS[text], None
@@ -405,3 +370,44 @@ def resolve(text: str) -> tuple[str | int | float | bool | None, str | None]:
         if pattern.fullmatch(text):
             return text, f"{text} is read as {what} by some YAML readers"
     return text, None
+
+
+# --- from plain data to text ----------------------------------------------------------------------
+
+# What every YAML reader takes for this very text. Whatever else there is goes into quotes.
+_PLAIN = re.compile(
+    r"-{0,2}[A-Za-z_/][A-Za-z0-9_./@+-]*(:[A-Za-z0-9_./@+-]+)*|[1-9][0-9]*[A-Za-z]{1,3}"
+)
+_NEVER_PLAIN = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n", "none"))
+
+
+def inline(value: Any) -> str:
+    """A value on one line, as a file may have it between brackets as well."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{scalar(k)}: {inline(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(inline(item) for item in value) + "]"
+    return scalar(value)
+
+
+def scalar(value: Any) -> str:
+    """As `inline`, for what is neither a map nor a list."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
+    text = str(value)
+    if _PLAIN.fullmatch(text) and text.lower() not in _NEVER_PLAIN:
+        return text
+    return '"' + "".join(map(_escaped, text)) + '"'
+
+
+def _escaped(char: str) -> str:
+    if char in '"\\':
+        return "\\" + char
+    if char.isprintable():
+        return char
+    number = ord(char)
+    if number <= 0xFF:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number <= 0xFFFF else f"\\U{number:08x}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.backends.registry import Registry, examples
 from mic_supervisor.config.load import load
+from mic_supervisor.config.yaml import inline, scalar
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host import host_name
 from mic_supervisor.kill import Survey
@@ -191,9 +191,6 @@ def env_path(target: Path, one: Proposal) -> Path:
 # --- the text of a file -------------------------------------------------------------------------
 
 _WIDTH = 96
-# What every YAML reader takes for this very text. Whatever else there is goes into quotes.
-_PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./@+-]*(:[A-Za-z0-9_./@+-]+)*")
-_WORDS = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n", "none"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,34 +292,3 @@ def _entries(values: Mapping[str, Any], indent: int) -> list[str]:
         out.append(f"{' ' * indent}{key}:")
         out += [f"{' ' * indent}  - {inline(item)}" for item in value]
     return out
-
-
-def inline(value: Any) -> str:
-    """A value on one line."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{scalar(k)}: {inline(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(inline(item) for item in value) + "]"
-    return scalar(value)
-
-
-def scalar(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return str(value)
-    text = str(value)
-    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
-        return text
-    return '"' + "".join(map(_escaped, text)) + '"'
-
-
-def _escaped(char: str) -> str:
-    if char in '"\\':
-        return "\\" + char
-    if char.isprintable():
-        return char
-    number = ord(char)
-    if number <= 0xFF:
-        return f"\\x{number:02x}"
-    return f"\\u{number:04x}" if number <= 0xFFFF else f"\\U{number:08x}"

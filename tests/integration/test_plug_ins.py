@@ -285,7 +285,8 @@ def broken(tmp_path: Path, mic: Mic) -> Path:
 def test_broken_ones_are_errors_where_they_are_named_and_nowhere_else(
     mic: Mic, broken: Path
 ) -> None:
-    head = "version: 1\nmodels:\n  a: {backend: works}\n  b: {backend: container, image: x:1}\n"
+    plain = "{backend: container, image: x:1, container_port: 80}"
+    head = f"version: 1\nmodels:\n  a: {{backend: works}}\n  b: {plain}\n"
     mic.write(head + "gpus: {0: a, 1: b}\n")
     said = mic("check", rc=0)
     assert said.stderr == ""

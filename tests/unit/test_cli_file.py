@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 VALID = """\
 version: 1
 models:
-  换脸: {backend: process, command: [/bin/a]}
-  whisper: {backend: container, image: img, env: {T: "${env:TOKEN}"}}
-  spare: {backend: container, image: img}
+  换脸: {backend: process, command: [/bin/a, "${port}"]}
+  whisper: {backend: container, image: img:1, env: {T: "${env:TOKEN}"}, container_port: 80}
+  spare: {backend: container, image: img:1, container_port: 80}
 gpus: {"0-1": 换脸, "3,4": whisper, 5: none}
 """
 
@@ -99,19 +99,26 @@ def test_check_names_what_lies_among_the_drop_ins_and_is_not_read(config: Path) 
     done = mic("check", config, TOKEN="x")
     assert (done.returncode, done.stdout.endswith("1 drop-in\n")) == (0, True)
     why = "is not read: the name of a drop-in ends in .yaml, and begins with no dot"
-    assert done.stderr.splitlines() == [
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("warning")] == [
         f"warning: {drop_ins / name} {why}"
         for name in (".50.yaml.swp", "20.yml", "30.YAML", "40.yaml~", "60.yaml.bak")
     ]
+    ways_out = [line.split() for line in lines if "rename it: mv " in line]
+    assert [Path(way[3]).name for way in ways_out] == ["20.yml", "30.YAML"]
+    for way in ways_out:
+        subprocess.run(way[2:], check=True)
+    assert mic("check", config, TOKEN="x").stdout.endswith("3 drop-ins\n")
 
 
 def test_check_reports_on_stderr_and_fails(config: Path) -> None:
     done = mic("check", config)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"{config}:4:55: error: models.whisper.env.T: ${{env:TOKEN}} is not set\n"
-        '      whisper: {backend: container, image: img, env: {T: "${env:TOKEN}"}}\n'
-        "                                                          ^\n"
+        f"{config}:4:57: error: models.whisper.env.T: ${{env:TOKEN}} is not set\n"
+        '      whisper: {backend: container, image: img:1, env: {T: "${env:TOKEN}"}, '
+        "container_port: 80}\n"
+        "                                                            ^\n"
         "    set it in the environment of mic-supervisor, or in /etc/mic/mic.env\n"
     )
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from mic_supervisor.backends.registry import Registry, examples, recognise
 from mic_supervisor.config.load import load
+from mic_supervisor.config.yaml import scalar
 from mic_supervisor.model import Gpu, GpuInventory
 from mic_supervisor.takeover import Proposal
-from mic_supervisor.takeover.draft import DraftGpu, DraftModel, first_file, render, scalar
+from mic_supervisor.takeover.draft import DraftGpu, DraftModel, first_file, render
 
 TEXT = render(
     "A title,\n\nand more",
@@ -51,7 +52,7 @@ def test_the_whole_text() -> None:
         "  web:\n"
         "    backend: container\n"
         "    image: a/b:1.0\n"
-        '    command: ["--port", "80", "on", "x: y"]\n'
+        '    command: [--port, "80", "on", "x: y"]\n'
         "\n"
         "  web-2:\n"
         "    backend: process\n"
@@ -115,7 +116,7 @@ def test_scalars() -> None:
         "a:",
         "#x",
         "~",
-        "-x",
+        "-1",
         "é",
         "null",
     ):

@@ -22,10 +22,11 @@ from mic_supervisor.backends.triton.log import load_failure
 from mic_supervisor.config.document import BadKey, parse_gpu_key
 from mic_supervisor.config.options import (
     AbsolutePath,
+    Advice,
     EnvName,
     LimitOptions,
     ModelOptions,
-    MountOptions,
+    Mounted,
     PortOptions,
     Strict,
     Text,
@@ -109,7 +110,7 @@ class Settings(Strict):
     listen: ListenAddress | None = Field(
         default=None, description="The address that a shared server serves on."
     )
-    mounts: list[MountOptions] | None = Field(
+    mounts: list[Mounted] | None = Field(
         default=None, description="Paths of the host in a shared server's container."
     )
     limits: LimitOptions | None = Field(default=None, description="Bounds of a shared server.")
@@ -151,6 +152,9 @@ class Settings(Strict):
     def _own_flags(cls, value: list[str] | None) -> list[str] | None:
         _refuse_own_flags(value or ())
         return value
+
+    def advice(self) -> Iterable[Advice]:
+        return common.advise_tag(self.image)
 
 
 def _refuse_own_flags(args: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -95,6 +95,12 @@ class FakeRegistry:
         if name == "broken":
             raise MicError("cannot use backend broken: it does not load", hint="uninstall it")
         return self._backends.get(name)
+
+    def meant(self, name: str, given: Collection[str | int]) -> str | None:
+        return "write `backend: server`" if name == "daemon" else None
+
+    def example(self, name: str) -> str:
+        return "{backend: command, command: [/bin/a]}"
 
 
 def load_text(

@@ -553,3 +553,22 @@ def test_a_flood_of_errors_is_counted(tmp_path: Path) -> None:
     text = rendered(tmp_path, f"{MODELS}gpus:\n{gpus}")
     assert text.count("error:") == 100
     assert text.endswith("… and 400 more errors\n")
+
+
+# --- short forms ----------------------------------------------------------------------------------
+
+
+def test_a_short_mount_is_the_map_that_it_stands_for(tmp_path: Path) -> None:
+    config = load_text(
+        tmp_path,
+        MODELS.replace(
+            "copies: 8",
+            'mounts: [/a:/b, "/c:/d:ro", {source: /e, target: /f, read_only: true}, "/g:/h:rw"]',
+        )
+        + "gpus: {0: a}\n",
+    )
+    options = config.models["a"].options
+    assert isinstance(options, ServerOptions)
+    assert [(one.source, one.target, one.read_only) for one in options.mounts] == [
+        *[("/a", "/b", False), ("/c", "/d", True), ("/e", "/f", True), ("/g", "/h", False)]
+    ]

@@ -220,3 +220,11 @@ def test_what_the_example_shows_in_comments_works_too(
         load(path, Registry(), environ={})
     except InvalidConfig as error:
         pytest.fail(error.rendered, pytrace=False)
+
+
+def test_a_mount_is_a_map_or_a_text(validator: Draft202012Validator) -> None:
+    models = 'models: {a: {backend: command, command: [/a], mounts: ["/a:/b:ro"]}}'
+    assert validator.is_valid(as_json(f"version: 1\n{models}\ngpus: {{0: a}}\n"))
+    assert not validator.is_valid(
+        as_json(f"version: 1\n{models.replace('/a:/b:ro', 'data:/b')}\ngpus: {{0: a}}\n")
+    )
