@@ -175,7 +175,7 @@ def _fall_back(s: Situation, good: Assessment) -> tuple[BringUp | None, Blocked]
     """What is due for what was rolled back to, see plan/fallback.py, and why no more than that."""
     entry = s.entry(good)
     failure = entry.failed_reason
-    reported = good.blocked(because(Code.ROLLED_BACK, failure=failure))
+    reported = good.blocked(because(Code.ROLLED_BACK, failure=failure, instance=good.instance.id))
     unhealthy = good.failure(entry, s.now)
     patient = entry.retry_at is not None and entry.retry_at > s.now
     well = good.runs and unhealthy is None
@@ -183,12 +183,14 @@ def _fall_back(s: Situation, good: Assessment) -> tuple[BringUp | None, Blocked]
         return None, reported
     if patient:
         how = "cannot be loaded again" if well else "failed as well"
-        why = because(Code.ROLLBACK_BACKOFF, failure=failure, how=how, last=entry.reason)
+        last, own = entry.reason, good.instance.id
+        why = because(Code.ROLLBACK_BACKOFF, failure=failure, how=how, last=last, instance=own)
         return None, good.blocked(why, entry.retry_at)
     up = _take_over(s, good, unhealthy)
     if isinstance(up, BringUp):
         return up, reported
-    why = because(Code.ROLLBACK_BLOCKED, failure=failure, obstacle=up, hint=up.hint)
+    facts = {"obstacle": up, "hint": up.hint, "instance": good.instance.id}
+    why = because(Code.ROLLBACK_BLOCKED, failure=failure, **facts)
     return None, good.blocked(why)
 
 

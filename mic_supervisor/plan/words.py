@@ -14,7 +14,7 @@ from typing import Any
 from mic_supervisor.clocks import local
 from mic_supervisor.text import one_line
 
-_RETRY = "change the file, or: mic-supervisor retry"
+_RETRY = "change the file, or: mic-supervisor retry {instance}"
 _FAILED = "the new specification failed ({failure})"
 _HELD = "{what} is still held by {holder}, "
 _NEEDS = "it needs {vram}, and GPU {gpu} ({name}) has "
@@ -97,6 +97,7 @@ class Code(Enum):
     GPUS_CHANGED = "its set of GPUs changed{down}"
     CHANGED_AND_DOWN = "{drift}, and the earlier one does not run"
     ASKED_FOR = "asked for"
+    DOWN = "somebody said `mic-supervisor down`"
     UNHEALTHY = "{failure}"
     GPU_NOT_SEEN = "{blind}"
     ROLLBACK = "rollback: {failure}"
@@ -177,6 +178,11 @@ def gpus_down(error: str) -> str:
 def shortened(paths: Sequence[str]) -> str:
     """ "image, env.A, env.B and 2 more" """
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def beside(phase: str, reason: str) -> str:
+    """`reason` as it stands behind its phase: that of a backoff begins with the word."""
+    return reason.removeprefix(f"{phase}: ")
 
 
 def gpu_names(gpus: Iterable[str], indices: Mapping[str, int]) -> str:

@@ -10,7 +10,7 @@ from tests.support.waiting import http, until
 pytestmark = pytest.mark.engine
 
 WHY = "the new specification failed (it exited with 3)"
-HINT = "    hint: change the file, or: mic-supervisor retry\n"
+HINT = "    hint: change the file, or: mic-supervisor retry a-51000000\n"
 BAD = server(EXIT_UNLESS="/never", EXIT_CODE=3)
 
 

@@ -166,7 +166,7 @@ def test_one_that_hangs_is_restarted_and_the_failed_one_is_not_tried() -> None:
         "~ restart  MAM-aaaaaaaa  GPU 0  rolled back, and not alive: GET /health answers 503\n"
         "\n"
         f"! blocked  MAM-aaaaaaaa on GPU 0: {FAILED}; the last good one runs\n"
-        "    hint: change the file, or: mic-supervisor retry\n"
+        "    hint: change the file, or: mic-supervisor retry MAM-aaaaaaaa\n"
         "\n"
         "Plan: 1 to restart; 1 blocked.\n"
     )
@@ -184,7 +184,7 @@ def test_it_is_restarted_with_backoff() -> None:
     assert text(plan) == (
         f"! blocked  MAM-aaaaaaaa on GPU 0: {FAILED}; the last good one failed as well; "
         "backoff: not alive: no answer; next try at 00:16:50\n"
-        "    hint: change the file, or: mic-supervisor retry\n"
+        "    hint: change the file, or: mic-supervisor retry MAM-aaaaaaaa\n"
         "\n"
         "No changes; 1 blocked.\n"
     )

@@ -136,7 +136,7 @@ def test_a_failure_leads_back_to_it() -> None:
         "    removes mic-test-face-aaaaaaaa-30e4675a\n"
         "\n"
         f"! blocked  face-aaaaaaaa on GPU 0: {FAILED}; the last good one runs\n"
-        "    hint: change the file, or: mic-supervisor retry\n"
+        "    hint: change the file, or: mic-supervisor retry face-aaaaaaaa\n"
         "\n"
         "Plan: 1 to start; 1 blocked.\n"
     )

@@ -67,7 +67,7 @@ def test_the_last_good_specification_takes_over_from_one_that_failed() -> None:
         "\n"
         "! blocked  MAM-aaaaaaaa on GPU 0: "
         "the new specification failed (it exited with 1); the last good one runs\n"
-        "    hint: change the file, or: mic-supervisor retry\n"
+        "    hint: change the file, or: mic-supervisor retry MAM-aaaaaaaa\n"
         "\n"
         "Plan: 1 to start; 1 blocked.\n"
     )
@@ -95,7 +95,7 @@ def test_while_the_last_good_one_runs_the_failed_one_is_not_tried() -> None:
     assert text(plan) == (
         "! blocked  MAM-aaaaaaaa on GPU 0: "
         "the new specification failed (it exited with 1); the last good one runs\n"
-        "    hint: change the file, or: mic-supervisor retry\n"
+        "    hint: change the file, or: mic-supervisor retry MAM-aaaaaaaa\n"
         "\n"
         "No changes; 1 blocked.\n"
     )
@@ -110,7 +110,7 @@ def test_a_good_one_that_fails_in_its_turn_is_started_with_backoff() -> None:
         "! blocked  MAM-aaaaaaaa on GPU 0: the new specification failed (it exited with 1); "
         "the last good one failed as well; backoff: it exited with 139 (SIGSEGV); "
         "next try at 00:16:45\n"
-        "    hint: change the file, or: mic-supervisor retry\n"
+        "    hint: change the file, or: mic-supervisor retry MAM-aaaaaaaa\n"
         "\n"
         "No changes; 1 blocked.\n"
     )
@@ -150,10 +150,10 @@ def test_what_failed_on_one_gpu_is_not_tried_on_another() -> None:
     assert text(plan) == (
         "! blocked  MAM-aaaaaaaa on GPU 0: "
         "the new specification failed (it exited with 1); the last good one runs\n"
-        "    hint: change the file, or: mic-supervisor retry\n"
+        "    hint: change the file, or: mic-supervisor retry MAM-aaaaaaaa\n"
         "! blocked  MAM-bbbbbbbb on GPU 1: "
         "the new specification failed on MAM-aaaaaaaa; the earlier one runs\n"
-        "    hint: change the file, or: mic-supervisor retry\n"
+        "    hint: change the file, or: mic-supervisor retry MAM-aaaaaaaa\n"
         "\n"
         "No changes; 2 blocked.\n"
     )

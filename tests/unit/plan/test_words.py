@@ -47,8 +47,8 @@ def test_a_reason_within_another_is_worded_in_it_and_found_in_it() -> None:
 
 
 def test_the_hint_of_a_reason_goes_before_that_of_its_code() -> None:
-    assert because(Code.ROLLED_BACK, failure="x").hint == (
-        "change the file, or: mic-supervisor retry"
+    assert because(Code.ROLLED_BACK, failure="x", instance="a-1").hint == (
+        "change the file, or: mic-supervisor retry a-1"
     )
     assert because(Code.ROLLED_BACK, failure="x", hint="look").hint == "look"
     assert because(Code.RUNTIME_OFF, off="it is off", hint=None).hint is None
