@@ -85,6 +85,7 @@ def down(yes: bool) -> int:
     """
     from mic_supervisor.converge.observe import observe
     from mic_supervisor.daemon.client import Client
+    from mic_supervisor.desired.bind import shown_id, with_shown_ids
     from mic_supervisor.plan.assess import workloads
 
     found = wiring.settings()
@@ -103,9 +104,10 @@ def down(yes: bool) -> int:
     if not ours:
         click.echo("Nothing of ours runs here.")
         return 0
-    names = sorted({workload.identity.instance for workload in ours})
+    models = {workload.identity.instance: workload.identity.model for workload in ours}
+    names = sorted(shown_id(instance, model) for instance, model in models.items())
     click.echo(f"To be removed: {', '.join(names)}")
-    confirm("Remove them?", yes=yes)
+    confirm("Remove them?", yes=yes, otherwise="nothing removed")
     document = order("apply", {}, command="down", config=Config.nothing(found.config, asked=True))
     left = {row["id"] for row in document["instances"]}
     left |= {item["instance"] for item in document["remaining"]["actions"]}
@@ -115,9 +117,9 @@ def down(yes: bool) -> int:
         reason, hint = f"{name} is still there", None
         if name in blocked:
             reason, hint = f"cannot remove {name}: {blocked[name]['reason']}", blocked[name]["hint"]
-        click.echo(f"error: {errors.get(name, reason)}", err=True)
+        click.echo(with_shown_ids(f"error: {errors.get(name, reason)}", models), err=True)
         if hint is not None:
-            click.echo(f"hint: {hint}", err=True)
+            click.echo(with_shown_ids(f"hint: {hint}", models), err=True)
     if not left:
         click.echo(f"Removed {len(names)}.")
     return 1 if left else 0
@@ -126,6 +128,7 @@ def down(yes: bool) -> int:
 def _check_paused(
     machine: wiring.Machine, ours: list[ObservedWorkload], observed: ObservedState
 ) -> None:
+    from mic_supervisor.desired.bind import shown_id
     from mic_supervisor.plan.selection import pause_on
 
     paused = machine.state.memory().paused
@@ -135,6 +138,6 @@ def _check_paused(
         held = pause_on(paused, identity.model, identity.gpus, indices, observed.at)
         if held is not None:
             raise MicError(
-                f"cannot remove {identity.instance}: {held[0]}",
+                f"cannot remove {shown_id(identity.instance, identity.model)}: {held[0]}",
                 hint=f"{held[1]}, or all of them: mic-supervisor resume --all",
             )

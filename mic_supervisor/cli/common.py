@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -19,11 +19,38 @@ if TYPE_CHECKING:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+Kind = Literal["models", "instances", "gpus"]
+
+
+def completes(*kinds: Kind) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """For `shell_complete`: what there is of these kinds, in the file and on the machine."""
+
+    def complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+        from mic_supervisor.cli.session import known_names
+
+        there = known_names()
+        return [name for kind in kinds for name in there[kind] if name.startswith(incomplete)]
+
+    return complete
+
+
+def name_argument(metavar: str, *, required: bool = True) -> Callable[[Command], Command]:
+    """An instance, a model or a GPU."""
+    return click.argument(
+        "name",
+        metavar=metavar if required else f"[{metavar}]",
+        required=required,
+        shell_complete=completes("models", "instances", "gpus"),
+    )
+
+
 targets_option = click.option(
     "--target",
     "targets",
     multiple=True,
-    metavar="GPU|MODEL",
+    metavar="GPU|MODEL|INSTANCE",
+    shell_complete=completes("models", "instances", "gpus"),
     help="This one only; may be said several times. Removes nothing that the file merely lacks.",
 )
 
@@ -46,13 +73,21 @@ class Duration(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
-def confirm(question: str, *, yes: bool) -> None:
-    """Ask, unless `yes`, and end the command where the answer is no. Raises MicError."""
+EXIT_DECLINED = 130  # as after Ctrl-C
+
+
+def confirm(question: str, *, yes: bool, otherwise: str) -> None:
+    """Ask, unless `yes`. Where the answer is no, say `otherwise` and end the command.
+
+    Raises MicError.
+    """
     if yes:
         return
     if not sys.stdin.isatty():
         raise MicError("cannot ask whether to go on: this is no terminal", hint="say --yes")
-    click.confirm(question, abort=True)
+    if not click.confirm(question):
+        click.echo(otherwise, err=True)
+        raise click.exceptions.Exit(EXIT_DECLINED)
 
 
 def print_json(document: Any) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mic_supervisor.cli import wiring
-from mic_supervisor.cli.common import json_option, print_json
+from mic_supervisor.cli.common import json_option, name_argument, print_json
+from mic_supervisor.cli.session import ask, named_gpus
 from mic_supervisor.clocks import local
+from mic_supervisor.desired.bind import is_called, shown_id, with_shown_ids
 from mic_supervisor.errors import MicError
+from mic_supervisor.plan.words import beside
+
+if TYPE_CHECKING:
+    from mic_supervisor.converge.events import Event
 
 _LOCK_TIMEOUT = 60.0  # seconds: an apply that runs now is let finish
 
@@ -79,12 +85,12 @@ def reload(wait: bool) -> int:
 
 
 @click.command(name="history")
-@click.argument("instance", required=False)
+@name_argument("INSTANCE|MODEL|GPU", required=False)
 @json_option
-def history(instance: str | None, as_json: bool) -> int:
+def history(name: str | None, as_json: bool) -> int:
     """The last 1,000 transitions, oldest first, with their cause and how long they took.
 
-    INSTANCE is an instance's id or a model.
+    With a name, those of one instance, model or GPU only; exits with 1 where there is none of it.
     """
     from dataclasses import asdict
 
@@ -92,19 +98,30 @@ def history(instance: str | None, as_json: bool) -> int:
     from mic_supervisor.host import host_name
 
     found = wiring.settings()
-    events = [
-        asdict(event)
-        for event in read(found.scope_state_dir / "history.jsonl")
-        if instance in (None, event.instance, event.model)
-    ]
+    everything = [*read(found.scope_state_dir / "history.jsonl")]
+    events = [asdict(event) for event in everything if name is None or _is_of(event, name)]
+    if name is not None and not events:
+        uuids = named_gpus(name, ask("status"))
+        events = [asdict(event) for event in everything if uuids & {*event.gpus}]
+    if name is not None and not events:
+        known = sorted({shown_id(one.instance, one.model) for one in everything if one.model})
+        raise MicError(
+            f"cannot show the history of {name}: nothing is recorded of it",
+            hint=f"there is {', '.join(known[:20])}" if known else None,
+        )
     if as_json:
         print_json({"version": 1, "host": host_name(), "events": events})
         return 0
+    models = {one.instance: one.model for one in everything}
     for event in events:
-        click.echo(_line(event))
+        click.echo(with_shown_ids(_line(event), models))
     if not events:
         click.echo("Nothing is recorded yet.")
     return 0
+
+
+def _is_of(event: Event, name: str) -> bool:
+    return is_called(name, event.instance, [event.model] if event.model else [])
 
 
 def _line(event: dict[str, Any]) -> str:
@@ -113,7 +130,7 @@ def _line(event: dict[str, Any]) -> str:
     kind, phase = event["kind"], event["phase"]
     if kind == "phase":
         was = f"{event['was']} -> " if event["was"] else ""
-        text = f"{was}{phase}{took}" + (f": {event['text']}" if event["text"] else "")
+        text = ": ".join(filter(None, (f"{was}{phase}{took}", beside(phase, event["text"]))))
     elif kind in ("begin", "done", "failed"):
         word = {"begin": "begins", "done": "done", "failed": "failed"}[kind]
         text = f"{phase} {word}{took}: {event['text']}"

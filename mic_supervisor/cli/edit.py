@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.common import completes
 from mic_supervisor.cli.progress import named, on, print_left_out, show
 from mic_supervisor.cli.session import ask, order, reach
 from mic_supervisor.config.document import composed
@@ -51,12 +52,13 @@ gpu_option = click.option(
     type=GpuParameter(),
     required=True,
     metavar="GPU",
+    shell_complete=completes("gpus"),
     help="Its index, UUID or PCI bus id; 3,4 for an instance over both.",
 )
 
 
 @click.command(name="start")
-@click.argument("model")
+@click.argument("model", shell_complete=completes("models"))
 @gpu_option
 def start(model: str, keys: tuple[GpuKey, ...]) -> int:
     """Give a GPU to MODEL in gpus.yaml, and wait until it is ready.
@@ -87,7 +89,7 @@ def start(model: str, keys: tuple[GpuKey, ...]) -> int:
 
 
 @click.command(name="stop")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=completes("models"))
 @gpu_option
 def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
     """Have gpus.yaml keep a GPU empty, and wait until it is.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mic_supervisor.cli.common import name_argument
 from mic_supervisor.cli.progress import named, show
 from mic_supervisor.cli.session import daemon, order
 from mic_supervisor.errors import MicError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="restart")
-@click.argument("name", metavar="MODEL|INSTANCE")
+@name_argument("MODEL|INSTANCE|GPU")
 def restart(name: str) -> int:
     """Restart a model's instances, one GPU at a time, although nothing is wrong with them.
 
@@ -33,12 +34,12 @@ def restart(name: str) -> int:
 
 
 @click.command(name="retry")
-@click.argument("name", metavar="INSTANCE")
+@name_argument("INSTANCE|MODEL|GPU")
 def retry(name: str) -> int:
     """Try an instance again now: no backoff, and a specification that failed gets another chance.
 
-    What is ready is left alone. INSTANCE may be a model, for all of its instances, or one in a
-    server of several. Exits with 0 when they are ready, 3 when some are not, 1 when none is.
+    What is ready is left alone. A model stands for all of its instances, and may be one in a server
+    of several. Exits with 0 when they are ready, 3 when some are not, 1 when none is.
     """
     document = order("retry", {"name": name}, command=f"retry {name}")
     if not document["failed_before"] and not document.get("begun"):  # an earlier daemon has none
@@ -47,15 +48,15 @@ def retry(name: str) -> int:
 
 
 @click.command(name="pause")
-@click.argument("name", metavar="MODEL|GPU")
+@name_argument("MODEL|GPU|INSTANCE")
 @click.option("--reason", help="Shown wherever the pause is.")
 def pause(name: str, reason: str | None) -> int:
     """Leave a model, or whatever is on a GPU, alone until it is resumed.
 
     Nothing of it is started, restarted, replaced, stopped or removed meanwhile, whatever the file
     says. Probes go on, and failures are not counted. A GPU is named by its index, UUID or PCI bus
-    id; 3,4 and 0-3 name several. A change that has stopped something already is finished first;
-    this command waits for that.
+    id; 3,4 and 0-3 name several. An instance stands for its GPUs. A change that has stopped
+    something already is finished first; this command waits for that.
     """
     params = {"names": [name], "reason": reason}
     document = order("pause", params, command=f"pause {name}")
@@ -68,7 +69,7 @@ def pause(name: str, reason: str | None) -> int:
 
 
 @click.command(name="resume")
-@click.argument("name", metavar="MODEL|GPU", required=False)
+@name_argument("MODEL|GPU|INSTANCE", required=False)
 @click.option("--all", "everything", is_flag=True, help="Whatever is paused.")
 def resume(name: str | None, everything: bool) -> int:
     """Manage a paused model or GPU again, and wait until it is as the file says.
@@ -92,22 +93,22 @@ def resume(name: str | None, everything: bool) -> int:
 
 
 @click.command(name="logs")
-@click.argument("instance")
+@name_argument("INSTANCE|MODEL|GPU")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
 @click.option("-n", "--lines", type=click.IntRange(0), help="Only the last so many lines.")
 @click.option("--previous", is_flag=True, help="The run before, or the replaced workload's.")
-def logs(instance: str, follow: bool, lines: int | None, previous: bool) -> int:
+def logs(name: str, follow: bool, lines: int | None, previous: bool) -> int:
     """Show the log of an instance: container or process.
 
-    INSTANCE is an instance's id, or a model that has one instance. A server of several models has
-    one log, which is shown for each of them.
+    A model or a GPU must have one instance only. A server of several models has one log, which is
+    shown for each of them.
     """
     if follow and previous:
         raise click.UsageError(
             "--follow and --previous exclude each other: what ended adds nothing"
         )
-    text = None if follow else _as_the_daemon_reads(instance, lines, previous)
-    for line in _as_read_here(instance, lines, follow, previous) if text is None else text:
+    text = None if follow else _as_the_daemon_reads(name, lines, previous)
+    for line in _as_read_here(name, lines, follow, previous) if text is None else text:
         click.echo(line)
     return 0
 

@@ -47,6 +47,7 @@ def command(pid: int | None, all_orphans: bool, yes: bool, force: bool, grace: f
       64  wrong usage
       70  it is still there after KILL, or a GPU still lists it
       77  no permission to signal it
+      130 the answer was no
     """
     if (pid is None) != all_orphans:
         raise click.UsageError("give either a PID or --all-orphans")
@@ -75,7 +76,8 @@ def command(pid: int | None, all_orphans: bool, yes: bool, force: bool, grace: f
         for target in targets:
             click.echo(describe(target, seen))
         count = len(targets)
-        confirm("Kill it?" if count == 1 else f"Kill these {count}?", yes=yes)
+        question = "Kill it?" if count == 1 else f"Kill these {count}?"
+        confirm(question, yes=yes, otherwise="not killed")
         results = end(targets, lambda: survey(machine.sources), grace=grace)
     finally:
         machine.sources.gpus.close()

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mic_supervisor.config.document import composed
+from mic_supervisor.desired.bind import is_called, shown_id, with_shown_ids
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import memory_key
-from mic_supervisor.plan.words import gpu_names, left_out_line
+from mic_supervisor.plan.words import beside, gpu_names, left_out_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,26 +30,24 @@ def follow(indices: dict[str, int], *, quiet: bool) -> Iterator[Callable[[Event]
     """What to tell of each event: a table on a terminal, lines in a pipe, nothing if `quiet`."""
     began, changed = time.monotonic(), set[str]()
     rows: dict[str, tuple[str, str, float]] = {}
+    models: dict[str, str] = {}
+
+    def told(event: Event) -> str | None:
+        models[event.instance] = event.model
+        text = line_of(event, changed)
+        return None if text is None else with_shown_ids(text, models)
 
     def line(event: Event) -> None:
-        if (text := line_of(event, changed)) is not None:
+        if (text := told(event)) is not None:
             passed = time.monotonic() - began
             label = gpu_label(event.gpus, indices)
-            click.echo(f"{passed:6.1f} s  {label:<7}  {event.instance}: {text}")
+            called = shown_id(event.instance, event.model)
+            click.echo(f"{passed:6.1f} s  {label:<7}  {called}: {text}")
 
     def row(event: Event) -> None:
-        if (text := line_of(event, changed)) is not None:
-            rows[event.instance] = (gpu_label(event.gpus, indices), text, time.monotonic())
-
-    def draw() -> Table:
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("GPU", "INSTANCE", "", "FOR"):
-            table.add_column(name, no_wrap=True, overflow="ellipsis")
-        for instance, (label, text, at) in sorted(rows.items()):
-            table.add_row(label, instance, text, f"{max(0.0, time.monotonic() - at):.0f} s")
-        return table
+        if (text := told(event)) is not None:
+            called = shown_id(event.instance, event.model)
+            rows[called] = (gpu_label(event.gpus, indices), text, time.monotonic())
 
     if quiet:
         yield lambda _event: None
@@ -57,8 +56,21 @@ def follow(indices: dict[str, int], *, quiet: bool) -> Iterator[Callable[[Event]
     else:
         from rich.live import Live
 
-        with Live(get_renderable=draw, refresh_per_second=8, transient=True):
+        with Live(get_renderable=lambda: table(rows), refresh_per_second=8, transient=True):
             yield row
+
+
+def table(rows: Mapping[str, tuple[str, str, float]]) -> Table:
+    """Of GPU, text and the monotonic time since when, by instance. GPU and time are never cut: a
+    long name or reason goes on in the next line."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("GPU", "INSTANCE", "", "FOR"):
+        table.add_column(name, no_wrap=name in ("GPU", "FOR"), overflow="fold")
+    for instance, (label, text, at) in sorted(rows.items()):
+        table.add_row(label, instance, text, f"{max(0.0, time.monotonic() - at):.0f} s")
+    return table
 
 
 def line_of(event: Event, changed: set[str]) -> str | None:
@@ -76,7 +88,7 @@ def line_of(event: Event, changed: set[str]) -> str | None:
             return None
         if event.phase == Phase.PAUSED:
             return event.text
-        text = event.text.removeprefix(f"{event.phase}: ")  # as that of a backoff begins
+        text = beside(event.phase or "", event.text)
         return f"{event.phase}" + (f": {text}" if text else "")
     if event.kind == "begin":
         return f"{event.phase}: {event.text}"
@@ -99,7 +111,7 @@ def outcome(row: Mapping[str, Any]) -> str:
     """The last line about an instance of an apply's document."""
     indices = {gpu["uuid"]: gpu["index"] for gpu in row["gpus"] if gpu["index"] is not None}
     label = gpu_label([gpu["uuid"] for gpu in row["gpus"]], indices)
-    why = row["reason"] if row["reason"] and row["phase"] != Phase.READY else ""
+    why = beside(row["phase"], row["reason"] or "") if row["phase"] != Phase.READY else ""
     tail = "  ".join(part for part in (row["endpoints"].get("http", ""), why) if part)
     return f"{row['phase']:<9}  {row['id']}  {label}  {tail}".rstrip()
 
@@ -112,9 +124,12 @@ def on(document: dict[str, Any], uuids: Collection[str]) -> list[dict[str, Any]]
 
 
 def named(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The rows of an instance, or of a model; of one in a server of several, what is said of it."""
-    rows, wanted = document["instances"], composed(name)
-    return [row for row in rows if wanted in (row["id"], row["model"])] or [
+    """The rows of an instance or a model, or those that a daemon took for named; of a model in a
+    server of several, what is said of it.
+    """
+    rows, ids, wanted = document["instances"], document.get("named", ()), composed(name)
+    found = [r for r in rows if r["id"] in ids or is_called(name, r["id"], [r["model"]])]
+    return found or [
         {
             **row,
             **one,
@@ -134,16 +149,17 @@ def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:
     """
     failures = {item["instance"]: item for item in document["failures"]}
     hints = {item["instance"]: item["hint"] for item in document["remaining"]["blocked"]}
+    models = {row["id"]: row["model"] for row in document["instances"]}
     for row in rows:
-        click.echo(outcome(row))
+        click.echo(with_shown_ids(outcome(row), models))
         failure = failures.get(row["id"], {"reason": "", "hint": None, "told": True})
         if row["as_desired"]:
             continue
         if not failure.get("told"):  # an earlier daemon does not say
-            click.echo(f"    {failure['reason']}")
+            click.echo(with_shown_ids(f"    {failure['reason']}", models))
         hint = failure["hint"] or hints.get(row["id"])
         if hint:
-            click.echo(f"    hint: {hint}")
+            click.echo(with_shown_ids(f"    hint: {hint}", models))
     good = [row["as_desired"] for row in rows]
     return 0 if good and all(good) else 3 if any(good) else 1
 
@@ -151,4 +167,5 @@ def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:
 def print_left_out(document: dict[str, Any]) -> None:
     """What else the file asks for; a daemon sees to that by itself."""
     for item in document["left_out"]:
-        click.echo(left_out_line(item["instance"], item["action"], item["cause"]))
+        line = left_out_line(item["instance"], item["action"], item["cause"])
+        click.echo(with_shown_ids(line, {item["instance"]: item["model"]}))

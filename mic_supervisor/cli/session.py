@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mic_supervisor.config.document import NONE
 from mic_supervisor.config.env_file import DEFAULT_SCOPE, setting, socket_of
 from mic_supervisor.daemon.client import Client
 from mic_supervisor.errors import MicError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mic_supervisor.converge.events import Event
 
 _ASK_TIMEOUT = 10.0  # seconds for the daemon to answer a question
+_COMPLETION_TIMEOUT = 2.0  # seconds that somebody who types waits for it
 
 
 class Alone:
@@ -177,6 +179,42 @@ def daemon() -> Client | None:
 def ask(method: str, params: Mapping[str, Any] | None = None) -> Any:
     """What the daemon answers to a question; without one, what this machine shows."""
     return (daemon() or Alone()).call(method, params, timeout=_ASK_TIMEOUT)
+
+
+def named_gpus(name: str, status: Mapping[str, Any]) -> frozenset[str]:
+    """The UUIDs of the GPUs in a status document that a person calls so; empty: none."""
+    from mic_supervisor.plan.selection import gpus_called
+
+    # An older daemon does not say where a GPU is plugged in.
+    there = [(gpu["uuid"], gpu["index"], gpu.get("pci_bus_id")) for gpu in status["gpus"]]
+    return gpus_called(name, there)
+
+
+def known_names() -> dict[str, list[str]]:
+    """For completion: models, instances and GPUs, as the file and the daemon name them.
+
+    Never raises, and says nothing: somebody is typing.
+    """
+    from mic_supervisor.backends.registry import Registry
+    from mic_supervisor.cli import wiring
+    from mic_supervisor.desired.bind import shown_id
+
+    models, instances, gpus = set[str](), set[str](), set[str]()
+    with suppress(MicError, OSError):
+        config = wiring.load_config(wiring.settings(), None, Registry())
+        models |= {*config.models}
+        gpus |= {key.value for entry in config.entries for key in entry.keys}
+    with suppress(MicError, OSError):
+        if (client := daemon()) is not None:
+            status = client.call("status", timeout=_COMPLETION_TIMEOUT)
+            instances |= {shown_id(row["id"], row["model"]) for row in status["instances"]}
+            models |= {row["model"] for row in status["instances"]}
+            gpus |= {str(gpu["index"]) for gpu in status["gpus"] if gpu["index"] is not None}
+    return {
+        "models": sorted(models - {NONE}),
+        "instances": sorted(instances),
+        "gpus": sorted(gpus, key=lambda gpu: (len(gpu), gpu)),
+    }
 
 
 def reach() -> None:

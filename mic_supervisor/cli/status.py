@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mic_supervisor.cli.common import json_option, print_json
-from mic_supervisor.cli.session import Alone, daemon
+from mic_supervisor.cli.common import json_option, name_argument, print_json
+from mic_supervisor.cli.session import Alone, daemon, named_gpus
+from mic_supervisor.desired.bind import is_called, with_shown_ids
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
@@ -34,20 +35,20 @@ _STYLES = {
 
 
 @click.command(name="status")
-@click.argument("model", required=False)
+@name_argument("MODEL|INSTANCE|GPU", required=False)
 @json_option
 @click.option(
     "--watch",
     is_flag=True,
     help="Redraw every second until Ctrl-C; in a pipe, or with --json, print a document a line.",
 )
-def command(model: str | None, as_json: bool, watch: bool) -> int:
+def command(name: str | None, as_json: bool, watch: bool) -> int:
     """Desired against actual, one row per instance.
 
-    MODEL shows one model only. Exits with 0 when all shown are ready, 3 otherwise, and 1 when the
-    machine cannot be read. --watch ends with 0.
+    With a name, those of one model, instance or GPU only. Exits with 0 when all shown are ready, 3
+    otherwise, and 1 when the machine cannot be read. --watch ends with 0.
     """
-    read = _reader(model)
+    read = _reader(name)
     if watch:
         return _stream(read) if as_json or not sys.stdout.isatty() else _redraw(read)
     document = read()
@@ -60,14 +61,14 @@ def command(model: str | None, as_json: bool, watch: bool) -> int:
     return 0 if all(row["as_desired"] for row in document["instances"]) else EXIT_NOT_READY
 
 
-def _reader(model: str | None) -> Callable[[], dict[str, Any]]:
-    """What reads the document once more each time it is called, for this model or for all."""
+def _reader(name: str | None) -> Callable[[], dict[str, Any]]:
+    """What reads the document once more each time it is called, for this name or for all."""
     alone = Alone()
 
     def read() -> dict[str, Any]:
         document = _ask() or alone.call("status")
-        if model is not None:
-            rows = document["instances"] = _only(model, document["instances"])
+        if name is not None:
+            rows = document["instances"] = _only(name, document)
             models = {row["model"] for row in rows}
             document["paused"] = [p for p in document.get("paused", ()) if p["model"] in models]
         return document
@@ -117,12 +118,17 @@ def _ask_http() -> dict[str, Any] | None:
     return document if isinstance(document, dict) and document.get("version") == 1 else None
 
 
-def _only(model: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    chosen = [row for row in rows if model in (row["model"], row["id"], *_inside(row))]
+def _only(name: str, document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an instance, a model or a GPU. Raises MicError where there is none."""
+    rows = document["instances"]
+    chosen = [row for row in rows if is_called(name, row["id"], (row["model"], *_inside(row)))]
+    if not chosen:
+        uuids = named_gpus(name, document)
+        chosen = [row for row in rows if uuids & {gpu["uuid"] for gpu in row["gpus"]}]
     if not chosen:
         known = ", ".join(sorted({name for row in rows for name in _inside(row) or [row["model"]]}))
         raise MicError(
-            f"cannot show {model}: neither the file nor this machine has an instance of it",
+            f"cannot show {name}: neither the file nor this machine has an instance of it",
             hint=f"there is {known}" if known else None,
         )
     return chosen
@@ -204,8 +210,9 @@ def _table(document: dict[str, Any]) -> Table:
 
 def _remarks(document: dict[str, Any]) -> list[str]:
     """A sentence for each row that is not as it should be, and what is to be said of other GPUs."""
+    models = {row["id"]: row["model"] for row in document["instances"]}
     remarks = [
-        f"{row['id']}: {row['reason']}"
+        with_shown_ids(f"{row['id']}: {row['reason']}", models)
         for row in document["instances"]
         if row["reason"] and not row["as_desired"]
     ]

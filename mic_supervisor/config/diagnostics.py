@@ -225,3 +225,8 @@ def width(text: str) -> int:
     return sum(
         0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text
     )
+
+
+def padded(text: str, columns: int) -> str:
+    """`text` and blanks up to `columns`."""
+    return text + " " * (columns - width(text))

@@ -173,7 +173,7 @@ class Checker:
             self._report.add(entry, f"cannot be checked: {type(error).__name__}: {error}")
         return None
 
-    def _checked(self, model: type[M], entry: Entry) -> tuple[M, list[Advice]]:
+    def _checked(self, model: type[M], entry: Entry) -> tuple[M | None, list[Advice]]:
         found = validate(model, entry, self._report)
         return found, list(found.advice()) if isinstance(found, Strict) else []
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from mic_supervisor.config.document import composed
+from mic_supervisor.desired.bind import is_called, shown_id
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import ObservedState, ObservedWorkload
 from mic_supervisor.plan.assess import is_alive, workloads
+from mic_supervisor.plan.selection import gpus_called
 from mic_supervisor.runtimes import Runtime
 
 _MOST_LINES = 10_000  # that the daemon reads for somebody
@@ -60,23 +62,27 @@ class Log:
 
 
 def log_of(name: str, observed: ObservedState, server_of: Callable[[str], str | None]) -> Log:
-    """The log of an instance, by its id or its model. `server_of` knows the id of the server of
-    several that has a model. Raises MicError where there is none, or are several.
+    """The log of an instance, by its id, its model or its GPU. `server_of` knows the id of the
+    server of several that has a model. Raises MicError where there is none, or are several.
     """
-    name = composed(name)
+    wanted = composed(name)
     everything = [*workloads(observed)]
     models = {item.identity.instance: item.identity.model for item in everything}
-    ids = {name} & models.keys() or {one for one, model in models.items() if model == name}
-    server = None if ids else server_of(name)
+    called = {one: shown_id(one, model) for one, model in models.items()}
+    ids = {wanted} & models.keys()
+    ids = ids or {one for one, model in models.items() if is_called(name, one, [model])}
+    server = None if ids else server_of(wanted)
     if server is not None and server in models:
         ids = {server}
+    ids = ids or _on_gpu(name, observed, everything)
     if len(ids) > 1:
-        raise MicError(f"{name} has several instances", hint=f"name one: {', '.join(sorted(ids))}")
+        which = ", ".join(sorted(called[one] for one in ids))
+        raise MicError(f"{name} has several instances", hint=f"name one: {which}")
     if not ids:
         for view in observed.runtimes:
             if view.error is not None:
                 raise MicError(f"cannot look for {name}: {view.error}", hint=view.hint)
-        known = ", ".join(sorted(models))
+        known = ", ".join(sorted(called.values()))
         raise MicError(
             f"cannot show the log of {name}: there is no such instance",
             hint=f"there is {known}" if known else "nothing of ours runs here",
@@ -84,3 +90,11 @@ def log_of(name: str, observed: ObservedState, server_of: Callable[[str], str | 
     found = [item for item in everything if item.identity.instance in ids]
     found.sort(key=lambda item: (not is_alive(item), -(item.created_at or 0.0)))
     return Log(tuple(found), server)
+
+
+def _on_gpu(name: str, observed: ObservedState, everything: list[ObservedWorkload]) -> set[str]:
+    gpus = [(gpu.uuid, gpu.index, gpu.pci_bus_id) for gpu in observed.inventory.gpus]
+    uuids = gpus_called(name, gpus)
+    ids = {item.identity.instance for item in everything if uuids & {*item.identity.gpus}}
+    alive = {item.identity.instance for item in everything if is_alive(item)}
+    return ids & alive or ids  # what was there before has left its GPU to another one

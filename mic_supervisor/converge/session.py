@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.logs import log_of
 from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
+from mic_supervisor.desired.bind import is_called, shown_id
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host import host_name
 from mic_supervisor.plan.actions import Change
@@ -125,9 +126,13 @@ class Session:
             "document": asdict(
                 plan_document(plan, host=host_name(), config_hash=snapshot.desired.config_hash)
             ),
-            "text": to_text(plan, snapshot.indices),
+            "text": to_text(
+                plan, snapshot.indices, {row.id: row.model for row in snapshot.statuses}
+            ),
             "empty": plan.empty and not busy,
-            "busy": sorted(busy),
+            "busy": sorted(
+                shown_id(row.id, row.model) for row in snapshot.statuses if row.id in busy
+            ),
         }
 
     async def _past(self, params: Mapping[str, Any], _emit: Emit) -> list[dict[str, Any]]:
@@ -135,7 +140,7 @@ class Session:
         return [
             asdict(event)
             for event in reversed([*self.history()])
-            if name in (None, event.instance, event.model)
+            if name is None or is_called(str(name), event.instance, [event.model])
         ]
 
     async def _logs(self, params: Mapping[str, Any], _emit: Emit) -> dict[str, Any]:
@@ -236,7 +241,7 @@ class Session:
             self._begin(None)
             self._emit_changes_under_way(note, instances)
             snapshot = await self.snapshots.converged()
-        document = _outcome(snapshot, errors)
+        document = _outcome(snapshot, errors) | {"named": names}
         return document | {"failed_before": sorted(failed), "begun": sorted(begun)}
 
     async def _pause(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
@@ -315,7 +320,10 @@ class Session:
         paused = snapshot.memory.paused
         models = {*self.config().models, *paused.models}
         models |= {row.model for row in snapshot.statuses if row.model != NONE}
-        return Names.of(snapshot.desired, models, snapshot.observed.inventory, paused.gpus)
+        instances = {row.id: (row.model, row.gpus) for row in snapshot.statuses if row.gpus}
+        return Names.of(
+            snapshot.desired, models, snapshot.observed.inventory, paused.gpus, instances
+        )
 
     def _targets(
         self, params: Mapping[str, Any], snapshot: Snapshot, action: str
@@ -331,10 +339,15 @@ class Session:
         """
         snapshot = await self.snapshots.first()
         rows, model = snapshot.statuses, composed(name)
-        found = [row for row in rows if model in (row.id, row.model)]
+        found = [row for row in rows if is_called(name, row.id, [row.model])]
         inside = [] if found else [row for row in rows if model in row.inside]
         if not found and not inside:
-            known = ", ".join(one for row in rows for one in (row.id, *row.inside))
+            with suppress(MicError):  # it is no GPU either: that is said below
+                found = _concerned(select([name], self._names(snapshot), action), snapshot)
+        if not found and not inside:
+            known = ", ".join(
+                one for row in rows for one in (shown_id(row.id, row.model), *row.inside)
+            )
             raise MicError(
                 f"cannot {action} {name}: there is no instance {name!r}",
                 hint=f"there is {known}" if known else None,

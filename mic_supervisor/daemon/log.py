@@ -13,8 +13,10 @@ from pathlib import Path
 
 from mic_supervisor import codec
 from mic_supervisor.converge.events import Event, fit
+from mic_supervisor.desired.bind import with_shown_ids
 from mic_supervisor.errors import MicError
 from mic_supervisor.host.files import read_file, set_aside
+from mic_supervisor.plan.words import beside
 
 LOGGER = logging.getLogger("mic")
 
@@ -42,7 +44,7 @@ def log_event(event: Event) -> None:
     LOGGER.log(
         _LEVELS.get(event.kind, logging.INFO),
         "%s",
-        _sentence(event),
+        with_shown_ids(_sentence(event), {event.instance: event.model}),
         extra={
             "fields": {
                 "event": event.kind,
@@ -63,7 +65,7 @@ def _sentence(event: Event) -> str:
     where = event.instance
     if event.kind == "phase":
         was = f"{event.was} -> " if event.was else ""
-        why = f": {event.text}" if event.text else ""
+        why = f": {beside(event.phase or '', event.text)}" if event.text else ""
         return f"{where}: {was}{event.phase}{took}{why}"
     if event.kind == "begin":
         return f"{where}: {event.phase}: {event.text}"

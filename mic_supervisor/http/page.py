@@ -19,13 +19,14 @@ from urllib.parse import quote
 from mic_supervisor.clocks import local
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.snapshot import Snapshot
+from mic_supervisor.desired.bind import shown_id
 from mic_supervisor.http.access import Scrubber
 from mic_supervisor.http.documents import Published
 from mic_supervisor.http.verdict import Level, Verdict, level_of, overall_verdict
 from mic_supervisor.http.views import Answer, Sample, Views
 from mic_supervisor.model import Gpu, OwnerKind
 from mic_supervisor.plan.status import InstanceStatus, by_model
-from mic_supervisor.plan.words import gpu_names
+from mic_supervisor.plan.words import beside, gpu_names
 from mic_supervisor.views.plan import reason
 from mic_supervisor.views.status import GpuState, Holder, gpu_rows
 
@@ -115,6 +116,8 @@ def _template() -> Template:
         "duration": duration,
         "favicon": _favicon,
         "full": lambda moment: local(moment).strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "called": lambda item: shown_id(item.instance, item.model or ""),
+        "beside": lambda text, phase: beside(phase, text),
         "gib": lambda count, digits=1: f"{count / _GIB:.{digits}f}",
         "gpus": gpu_names,
         "iso": lambda moment: local(moment).isoformat(timespec="seconds"),
@@ -294,10 +297,10 @@ def _shown(event: Event, scrubber: Scrubber) -> dict[str, Any]:
     else:
         verb = {"begin": "begins"}.get(event.kind, event.kind)
         what = f"{event.phase} {verb}"
-    text = scrubber.text(event.text)
+    text = scrubber.text(beside(event.phase or "", event.text))
     return {
         "at": event.at,
-        "instance": event.instance,
+        "instance": shown_id(event.instance, event.model),
         "text": ": ".join(part for part in (what, text) if part),
         "failed": event.kind == "failed",
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from mic_supervisor.converge.snapshot import Snapshot
+from mic_supervisor.desired.bind import shown_id, with_shown_ids
 from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
 from mic_supervisor.http.documents import Published
 from mic_supervisor.plan.health import Phase
@@ -65,11 +66,16 @@ def overall_verdict(
     """`firsts` says since when problems that do not tell themselves have been seen, by key."""
     snapshot = published.snapshot
     scrubber = published.scrubber
+    models = {row.id: row.model for row in (snapshot.statuses if snapshot is not None else ())}
+
+    def shown(text: str) -> str:
+        return with_shown_ids(scrubber.text(text), models)
+
     problems = tuple(
         replace(
             problem,
-            text=scrubber.text(problem.text),
-            hint=None if problem.hint is None else scrubber.text(problem.hint),
+            text=shown(problem.text),
+            hint=None if problem.hint is None else shown(problem.hint),
             since=(firsts or {}).get(problem.key) if problem.since is None else problem.since,
         )
         for problem in _problems(published)
@@ -141,7 +147,11 @@ def _problems(published: Published) -> Iterator[Problem]:
         if item.instance not in known:
             covered.update(item.gpus)
             yield Problem(
-                Level.BAD, item.instance, item.reason, next_try=item.until, hint=item.hint
+                Level.BAD,
+                shown_id(item.instance, item.model or ""),
+                item.reason,
+                next_try=item.until,
+                hint=item.hint,
             )
     for gpu in gpu_rows(snapshot.desired, snapshot.observed):
         if gpu.state in _GPU_TROUBLE and gpu.uuid not in covered:
@@ -206,7 +216,9 @@ def _instance(row: InstanceStatus, indices: Mapping[str, int], hint: str | None)
         text = f"{text}, and not as the file says" if row.reason is None else text
     return Problem(
         level_of(row),
-        f"{row.model} on {gpu_names(row.gpus, indices)}" if row.gpus else row.id,
+        f"{row.model} on {gpu_names(row.gpus, indices)}"
+        if row.gpus
+        else shown_id(row.id, row.model),
         text,
         row.since,
         row.next_retry,

@@ -320,7 +320,7 @@ def _removals(
 
 def _why_leaving(s: Situation, lane: Lane, workload: ObservedWorkload) -> Reason:
     if s.desired.down:
-        return because(Code.ASKED_FOR)
+        return because(Code.DOWN)
     gpus = set(workload.identity.gpus)
     for item in lane.wanted:
         if gpus & set(item.instance.gpus):

@@ -6,11 +6,19 @@ And what is said of pauses to who wants to act in spite of one, or to end one.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from mic_supervisor.config.diagnostics import closest
-from mic_supervisor.config.document import BadKey, GpuEntry, Location, composed, parse_gpu_key
-from mic_supervisor.desired.bind import bind
+from mic_supervisor.config.document import (
+    BadKey,
+    GpuEntry,
+    GpuKey,
+    Location,
+    composed,
+    parse_gpu_key,
+)
+from mic_supervisor.desired.bind import bind, shown_id
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import DesiredState, GpuInventory
 from mic_supervisor.plan.assess import Selection
@@ -20,12 +28,14 @@ from mic_supervisor.plan.words import Code, Reason, because, moment
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What there is to be named. `uuids` are GPUs that need not be there: bound, or paused."""
+    """What there is to be named. `uuids` are GPUs that need not be there: bound, or paused.
+    `instances` has the model and the GPUs of each, by its id."""
 
     models: Collection[str]
     inventory: GpuInventory
     bindings: Mapping[str, str]
     uuids: Collection[str] = ()
+    instances: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -34,17 +44,19 @@ class Names:
         models: Iterable[str],
         inventory: GpuInventory,
         uuids: Iterable[str] = (),
+        instances: Mapping[str, tuple[str, tuple[str, ...]]] = {},
     ) -> Names:
         """`models` are those of the file and of what runs."""
         bindings = dict(desired.bindings)
         given = {uuid for item in desired.instances for uuid in item.gpus}
         given |= {uuid for item in desired.unsatisfiable for uuid in item.gpus}
         known = {*bindings.values(), *given, *desired.kept_empty, *uuids}
-        return cls(sorted({*models}), inventory, bindings, sorted(known))
+        return cls(sorted({*models}), inventory, bindings, sorted(known), instances)
 
 
 def select(names: Iterable[str], there: Names, action: str) -> Selection:
-    """What these name: a model, or a GPU by index, UUID or PCI bus id; a range or a group of them.
+    """What these name: a model; an instance by its id, which stands for its GPUs; or a GPU by its
+    index, UUID or PCI bus id, a range or a group of them.
 
     Raises MicError "cannot ACTION: …" with what there is.
     """
@@ -52,8 +64,13 @@ def select(names: Iterable[str], there: Names, action: str) -> Selection:
     gpus: set[str] = set()
     for name in names:
         of_model = composed(name) if composed(name) in there.models else None
+        of_instances = [
+            gpus
+            for instance, (model, gpus) in there.instances.items()
+            if composed(name) in (instance, shown_id(instance, model))
+        ]
         try:
-            of_gpus = _gpus(name, there)
+            of_gpus = of_instances[0] if of_instances else _gpus(name, there)
         except MicError as error:
             if of_model is None:
                 raise MicError(f"cannot {action}: {error.message}", hint=error.hint) from error
@@ -96,6 +113,24 @@ def _gpus(name: str, there: Names) -> tuple[str, ...]:
             raise MicError(lost.reason, hint=_there_is(there))
         found.append(lost.gpus[0])
     return tuple(found)
+
+
+def gpus_called(name: str, there: Iterable[tuple[str, int | None, str | None]]) -> frozenset[str]:
+    """The UUIDs of those GPUs that a person calls so; `there` has UUID, index and PCI bus id of
+    each. None where it is no name of a GPU, or of none of these."""
+    try:
+        keys = {*parse_gpu_key(name).keys}
+    except BadKey:
+        return frozenset()
+    found = set()
+    for uuid, index, bus in there:
+        names = {GpuKey("uuid", uuid), GpuKey("index", str(index))}
+        with suppress(BadKey):
+            names |= {*parse_gpu_key(uuid).keys}
+            names |= {*parse_gpu_key(bus).keys} if bus else set()
+        if names & keys:
+            found.add(uuid)
+    return frozenset(found)
 
 
 def _there_is(there: Names) -> str:

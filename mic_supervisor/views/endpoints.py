@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from mic_supervisor.desired.bind import shown_id
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import InstanceStatus, by_model
 
@@ -28,6 +29,12 @@ class Address:
     instance: str
     host: str  # an IPv6 address without brackets
     port: int
+    called: str = ""  # the id as people are shown it
+
+    @property
+    def comment(self) -> str:
+        """Behind the instance, where people are shown another name."""
+        return f"  # {self.called}" if self.called != self.instance else ""
 
     @property
     def text(self) -> str:
@@ -51,13 +58,14 @@ def serving(
     return {model: dict(sorted(found[model].items())) for model in sorted(found)}
 
 
-def addresses(endpoints: Mapping[str, Mapping[str, str]], port: str) -> list[Address]:
+def addresses(model: str, endpoints: Mapping[str, Mapping[str, str]], port: str) -> list[Address]:
     """Of one model, by instance; those that have no port of this name are left out."""
     found = []
     for instance, urls in sorted(endpoints.items()):
         url = urlsplit(urls.get(port, ""))
         if url.hostname is not None and url.port is not None:
-            found.append(Address(instance, url.hostname, url.port))
+            called = shown_id(instance, model)
+            found.append(Address(instance, url.hostname, url.port, called))
     return found
 
 
@@ -137,19 +145,20 @@ def _text(
 ) -> str:
     lines = [_HEAD.format(scope=scope, port=port)]
     for model, instances in sorted(endpoints.items()):
+        found = addresses(model, instances, port)
         lines.append(f"# {model}\n")
-        lines += [f"{line}\n" for line in section(name_of(model), addresses(instances, port), port)]
+        lines += [f"{line}\n" for line in section(name_of(model), found, port)]
         lines.append("\n")
     return "".join(lines).rstrip("\n") + "\n"
 
 
 def _nginx(name: str, found: list[Address], _port: str) -> list[str]:
-    servers = [f"    server {one.text} max_fails=0;  # {one.instance}" for one in found]
+    servers = [f"    server {one.text} max_fails=0;  # {one.called}" for one in found]
     # A block without any server is an error of the configuration.
     return [f"upstream {name} {{", *(servers or ["    server 127.0.0.1:1 down;"]), "}"]
 
 
 def _haproxy(name: str, found: list[Address], port: str) -> list[str]:
     over = " proto h2" if port == "grpc" else ""
-    servers = [f"    server {one.instance} {one.text}{over}" for one in found]
+    servers = [f"    server {one.instance} {one.text}{over}{one.comment}" for one in found]
     return [f"backend {name}", "    mode http", "    balance leastconn", *servers]

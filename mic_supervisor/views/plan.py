@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import takewhile
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mic_supervisor.config.diagnostics import padded, width
+from mic_supervisor.desired.bind import shown_id, with_shown_ids
 from mic_supervisor.plan.actions import Blocked, Change, ChangeKind, FieldDiff, Plan
 from mic_supervisor.plan.words import clock, gpu_names, left_out_line
 from mic_supervisor.views import view
@@ -110,22 +115,26 @@ _MARKS = {
 }
 
 
-def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
+def to_text(plan: Plan, indices: Mapping[str, int], others: Mapping[str, str] | None = None) -> str:
     """What `plan` prints: a line per change with its cause, then its field diffs and the names of
     what it removes.
 
-    `indices` maps UUIDs to the numbers that the driver gives them today.
+    `indices` maps UUIDs to the numbers that the driver gives them today, `others` the ids of
+    instances that reasons may name to their models.
     """
     lines: list[str] = []
-    width = max((len(change.instance) for change in plan.changes), default=0)
+    models = {**(others or {}), **{item.instance: item.model or "" for item in plan.blocked}}
+    models |= {change.instance: change.model for change in (*plan.changes, *plan.left_out)}
+    called = {one: shown_id(one, model) for one, model in models.items()}
+    longest = max((width(called[change.instance]) for change in plan.changes), default=0)
     gpus_of = {change.gpus: gpu_names(change.gpus, indices) for change in plan.changes}
     gpus_width = max((len(location) for location in gpus_of.values()), default=0)
     for change in plan.changes:
         lines.append(
-            f"{_MARKS[change.kind]} {change.kind:<7}  {change.instance:<{width}}  "
+            f"{_MARKS[change.kind]} {change.kind:<7}  {padded(called[change.instance], longest)}  "
             f"{gpus_of[change.gpus]:<{gpus_width}}  {change.cause}"
         )
-        lines += [f"    {diff_line(diff)}" for diff in change.diff]
+        lines += [f"    {line}" for diff in change.diff for line in diff_lines(diff)]
         lines += [f"    {line}" for line in ending_lines(change)]
         if change.waits is not None:
             lines.append(f"    waits for {_timed(str(change.waits), change.until)}")
@@ -134,7 +143,7 @@ def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
         for item in plan.blocked:
             location = f" on {gpu_names(item.gpus, indices)}" if item.gpus else ""
             mark = "paused " if item.paused else "blocked"
-            lines.append(f"! {mark}  {item.instance}{location}: {reason(item)}")
+            lines.append(f"! {mark}  {called[item.instance]}{location}: {reason(item)}")
             if item.hint:
                 lines.append(f"    hint: {item.hint}")
     if plan.left_out:
@@ -147,7 +156,7 @@ def to_text(plan: Plan, indices: Mapping[str, int]) -> str:
         lines += [f"warning: {text}" for text in plan.warnings]
     lines += [""] if lines else []
     lines.append(summary(plan))
-    return "\n".join(lines) + "\n"
+    return with_shown_ids("\n".join(lines) + "\n", models)
 
 
 def ending_lines(change: Change) -> list[str]:
@@ -180,8 +189,61 @@ def _timed(why: str, until: float | None) -> str:
     return why if until is None else f"{why}; next try at {clock(until)}"
 
 
-def diff_line(diff: FieldDiff) -> str:
-    return f"{diff.path}: {_value(diff.before)} -> {_value(diff.after)}"
+_WIDEST = 100  # characters of a line that shows both sides whole
+_CONTEXT = 16  # characters of a long text that stay on each side of what differs
+
+
+def diff_lines(diff: FieldDiff) -> list[str]:
+    """Both sides where they are short; of a long list or text only what differs."""
+    path, before, after = diff.path, diff.before, diff.after
+    whole = f"{path}: {_value(before)} -> {_value(after)}"
+    if len(whole) <= _WIDEST:
+        return [whole]
+    if isinstance(before, list) and isinstance(after, list):
+        return [f"{path}: {line}" for line in _list_lines(before, after)]
+    old, new = _around(_value(before), _value(after))
+    return [f"{path}: {old} -> {new}"]
+
+
+def _list_lines(before: Sequence[Any], after: Sequence[Any]) -> Iterator[str]:
+    """A line for each part that differs, behind the flag that its first item is the value of."""
+    old, new = [_item(item) for item in before], [_item(item) for item in after]
+    matcher = SequenceMatcher(None, old, new, autojunk=False)
+    for kind, first, last, start, end in matcher.get_opcodes():
+        if kind == "equal":
+            continue
+        gone, come = " ".join(old[first:last]), " ".join(new[start:end])
+        flag = old[first - 1] + " " if first and old[first - 1].startswith("-") else ""
+        if gone.startswith("-") or come.startswith("-"):
+            flag = ""
+        if not gone or not come:
+            yield f"{flag}{gone or come} {'added' if come else 'removed'}"
+        else:
+            gone, come = _around(gone, come)
+            yield f"{flag}{gone} -> {flag}{come}"
+
+
+def _item(item: Any) -> str:
+    return quote(item) if isinstance(item, str) else _value(item)
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _around(before: str, after: str) -> tuple[str, str]:
+    """What differs in two long texts, with a little of what stands around it."""
+    if len(before) + len(after) <= _WIDEST:
+        return before, after
+    same = _alike(before, after)
+    tail = _alike(before[same:][::-1], after[same:][::-1])
+    start, end = max(0, same - _CONTEXT), max(0, tail - _CONTEXT)
+
+    def cut(text: str) -> str:
+        return ("…" if start else "") + text[start : len(text) - end] + ("…" if end else "")
+
+    return cut(before), cut(after)
 
 
 def _value(value: Any) -> str:

@@ -114,6 +114,7 @@ class Holder:
 class StatusGpu:
     uuid: str
     index: int | None
+    pci_bus_id: str | None
     name: str | None
     instance: str | None
     state: GpuState
@@ -251,6 +252,7 @@ def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[StatusGpu]:
         StatusGpu(
             uuid=uuid,
             index=None,
+            pci_bus_id=None,
             name=None,
             instance=running.get(uuid) or wanted.get(uuid),
             state="unknown" if observed.inventory.error is not None else "lost",

@@ -88,7 +88,7 @@ def test_plan_knows_already_what_needs_no_trying(story: Story) -> None:
 
 def test_an_image_that_cannot_be_pulled(story: Story) -> None:
     assert story.row("image") == (
-        "backoff    image-51000001  GPU 1  backoff: cannot pull localhost:1/nobody/made:this: "
+        "backoff    image-51000001  GPU 1  cannot pull localhost:1/nobody/made:this: "
         'localhost:1 cannot be reached (“Get "http://localhost:1/v2/": dial tcp 127.0.0.1:1: '
         "connect: connection refused”)\n"
         "    hint: check the network and the engine's proxy; without a registry: "
@@ -98,7 +98,7 @@ def test_an_image_that_cannot_be_pulled(story: Story) -> None:
 
 def test_a_mount_whose_source_is_missing(story: Story) -> None:
     assert story.row("mount") == (
-        "backoff    mount-51000002  GPU 2  backoff: cannot prepare "
+        "backoff    mount-51000002  GPU 2  cannot prepare "
         "mic-SCOPE-mount-51000002-HASH: the mount source /nonexistent/weights does not exist\n"
         "    hint: create it with: mkdir -p /nonexistent/weights\n"
     )
@@ -106,7 +106,7 @@ def test_a_mount_whose_source_is_missing(story: Story) -> None:
 
 def test_a_program_that_the_image_does_not_have(story: Story) -> None:
     assert story.row("program") == (
-        "backoff    program-51000003  GPU 3  backoff: cannot create container "
+        "backoff    program-51000003  GPU 3  cannot create container "
         "mic-SCOPE-program-51000003-HASH: the image has no program no-such-program\n"
         "    hint: check the command and the entrypoint\n"
     )
@@ -139,7 +139,7 @@ def test_a_template_with_a_syntax_error(story: Story) -> None:
 
 def test_a_model_that_fails_to_load_says_what_triton_says(story: Story) -> None:
     assert story.row("fails") == (
-        "backoff    fails-51000007  GPU 7  http://127.0.0.1:PORT  backoff: cannot load fails: "
+        "backoff    fails-51000007  GPU 7  http://127.0.0.1:PORT  cannot load fails: "
         "“Internal: RuntimeError: told to fail (at /models/fails/1/model.py(14): initialize)”\n"
         "    hint: see `mic-supervisor logs fails-51000007`\n"
     )

@@ -50,8 +50,7 @@ def test_a_container_that_exits_at_once(good: World) -> None:
     done = good.mic("apply", rc=3)
     assert time.monotonic() - begun < 50  # a start may take 60 s
     assert outcome(done.stdout) == (
-        "backoff    a-51000000  GPU 0  backoff: it exited with 7\n"
-        f"{GOOD}Apply: 1 as desired, 1 not.\n"
+        f"backoff    a-51000000  GPU 0  it exited with 7\n{GOOD}Apply: 1 as desired, 1 not.\n"
     )
     told = progress(done.stdout)
     # The first failure is answered at once, the second with backoff.
@@ -68,7 +67,7 @@ def test_a_container_that_is_killed_for_its_memory_says_so(good: World) -> None:
     done = good.mic("apply", rc=3)
     cause = "it used more memory than its limit and was killed"
     assert outcome(done.stdout) == (
-        f"backoff    a-51000000  GPU 0  backoff: {cause}\n{GOOD}Apply: 1 as desired, 1 not.\n"
+        f"backoff    a-51000000  GPU 0  {cause}\n{GOOD}Apply: 1 as desired, 1 not.\n"
     )
     assert progress(done.stdout).count(f"a-51000000: start: {cause}") == 1
 
@@ -109,7 +108,7 @@ def test_a_container_that_never_gets_ready(good: World) -> None:
     done = good.mic("apply", rc=3)
     assert outcome(done.stdout) == (
         "backoff    a-51000000  GPU 0  http://127.0.0.1:PORT  "
-        "backoff: not up within 1 s: GET /nope answers 404\n"
+        "not up within 1 s: GET /nope answers 404\n"
         f"{GOOD}Apply: 1 as desired, 1 not.\n"
     )
     assert len(good.all("a-51000000")) == 1
@@ -125,7 +124,7 @@ def test_a_replacement_that_never_gets_ready_is_rolled_back(good: World) -> None
     assert outcome(done.stdout) == (
         f"degraded   a-51000000  GPU 0  http://127.0.0.1:PORT  {why}; the last good one runs, "
         "and is ready\n"
-        "    hint: change the file, or: mic-supervisor retry\n"
+        "    hint: change the file, or: mic-supervisor retry a-51000000\n"
         f"{GOOD}Apply: 1 as desired, 1 not.\n"
     )
     assert [line for line in progress(done.stdout) if "rollback" in line] == [
@@ -140,7 +139,7 @@ def test_a_replacement_that_never_gets_ready_is_rolled_back(good: World) -> None
     good.mic("status", rc=3)
     assert good.plan() == (
         f"! blocked  a-51000000 on GPU 0: {why}; the last good one runs\n"
-        "    hint: change the file, or: mic-supervisor retry\n"
+        "    hint: change the file, or: mic-supervisor retry a-51000000\n"
         "\n"
         "No changes; 1 blocked.\n"
     )
@@ -172,7 +171,7 @@ def test_without_rollback_the_new_one_is_kept(good: World) -> None:
     text = good.apply(rc=3)
     assert text.splitlines()[0] == (
         "backoff    a-51000000  GPU 0  http://127.0.0.1:PORT  "
-        "backoff: not up within 1 s: GET /nope answers 404"
+        "not up within 1 s: GET /nope answers 404"
     )
     assert good.runs()["a-51000000"].id != before.id
 

@@ -241,6 +241,7 @@ def test_on_a_terminal_it_asks(
         assert process.wait(5) == -signal.SIGTERM
     else:
         assert process.poll() is None
+        assert ("not killed" in shown.decode()) == (answer == b"n\n")
 
 
 def test_a_pid_that_went_to_another_process_while_it_asked_is_left_alone(

@@ -200,6 +200,7 @@ def test_status_as_json_field_by_field(ready: World) -> None:
         {
             "uuid": simulated(index),
             "index": index,
+            "pci_bus_id": f"00005100:{index:02X}:00.0",
             "name": "Simulated GPU",
             "instance": ID[index] if index < 3 else None,
             "state": "managed" if index < 3 else "kept_empty",
@@ -429,7 +430,7 @@ def test_down_removes_the_predecessors_too(one: World) -> None:
         (["aply"], "Error: there is no command 'aply'; did you mean apply?"),
         (["xyzzy"], "Error: there is no command 'xyzzy'"),
         (["plan", "--jsn"], "Error: No such option"),
-        (["logs"], "Error: Missing argument 'INSTANCE'."),
+        (["logs"], "Error: Missing argument 'INSTANCE|MODEL|GPU'."),
         (["logs", "-n", "-1", "a"], "Error: Invalid value for '-n' / '--lines': "),
         (["status", "a", "b"], "Error: Got unexpected extra argument (b)"),
     ],

@@ -18,7 +18,7 @@ SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 GOOD = f'[{sys.executable}, {SERVER}, --port, "${{port}}"]'
 BAD = '[/bin/sh, -c, "exit 3"]'
 WHY = "the new specification failed (it exited with 3)"
-HINT = "    hint: change the file, or: mic-supervisor retry\n"
+HINT = "    hint: change the file, or: mic-supervisor retry face-51000000\n"
 
 
 def put(
@@ -92,7 +92,7 @@ def test_there_is_no_way_back(alone: Mic, what: str) -> None:
     put(alone, BAD, token="two" if what == "env" else "one", more=more)
     done = alone("apply", rc=1)
     assert outcome(done.stdout) == (
-        "backoff    face-51000000  GPU 0  backoff: it exited with 3\nApply: 0 as desired, 1 not.\n"
+        "backoff    face-51000000  GPU 0  it exited with 3\nApply: 0 as desired, 1 not.\n"
     )
 
 

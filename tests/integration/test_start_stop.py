@@ -121,7 +121,7 @@ def test_other_gpus_are_not_touched(machine: Mic) -> None:
 def test_a_start_that_fails_is_told_and_stays_in_the_file(machine: Mic) -> None:
     started = machine("start", "broken", "--gpu", "0", rc=1)
     assert gpus_of(machine) == "gpus:\n  0: broken   # idle\n"
-    assert "backoff    broken-51000000  GPU 0  backoff: it exited with 1" in started.stdout
+    assert "backoff    broken-51000000  GPU 0  it exited with 1" in started.stdout
 
 
 def test_it_neither_confirms_nor_retries_anything_else(machine: Mic) -> None:

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.config.document import GpuEntry, GpuKey, Location
-from mic_supervisor.desired.bind import Binding, bind, instance_id, safe_name
+from mic_supervisor.desired.bind import (
+    Binding,
+    bind,
+    instance_id,
+    is_called,
+    safe_name,
+    shown_id,
+    with_shown_ids,
+)
 from mic_supervisor.model import GpuInventory, UnopenedGpu
 from tests.unit.plan.builders import gpu, uuid
 
@@ -284,3 +292,35 @@ def test_neither_the_order_of_entries_nor_of_gpus_matters(
     mixed = bind([entries[place] for place in order], machine(*numbers), kept)
     assert bound(plain) == bound(mixed)
     assert plain.bindings == mixed.bindings
+
+
+# --- what people are shown of an id, and call an instance -----------------------------------------
+
+
+def test_people_are_shown_the_whole_name_of_a_model() -> None:
+    for model in ("人脸", "Gesicht_für_alle", "m" * 60, "MAM", "a.b-c_d"):
+        assert shown_id(instance_id(model, ["51000000"]), model) == f"{model}-51000000"
+        assert shown_id(instance_id(model, ["51000000x2"]), model) == f"{model}-51000000x2"
+    assert shown_id("triton-shared", "人脸") == "triton-shared"
+
+
+def test_ids_in_a_text_are_shown_and_names_of_workloads_are_left() -> None:
+    instance = instance_id("人脸", ["51000000"])
+    told = with_shown_ids(
+        f"{instance}: held by {instance}, see mic-supervisor logs {instance}; "
+        f"mic-default-{instance}-0123abcd.service, {instance}-x and x.{instance} are others",
+        {instance: "人脸", "MAM-51000001": "MAM"},
+    )
+    assert told == (
+        "人脸-51000000: held by 人脸-51000000, see mic-supervisor logs 人脸-51000000; "
+        f"mic-default-{instance}-0123abcd.service, {instance}-x and x.{instance} are others"
+    )
+
+
+def test_an_instance_is_called_by_its_id_as_it_is_shown_or_kept_and_by_its_model() -> None:
+    instance = instance_id("人脸", ["51000000"])
+    for name in (instance, "人脸-51000000", "人脸"):
+        assert is_called(name, instance, ["人脸"])
+    assert is_called("e\N{COMBINING ACUTE ACCENT}", "x-1", ["é"])
+    for name in ("人", "51000000", "MAM", ""):
+        assert not is_called(name, instance, ["人脸"])

@@ -37,7 +37,9 @@ FACE = on("face", 2, workload=program("/opt/face", "--port", "${port}"))
 def test_what_a_person_takes_down_is_not_said_to_be_missing_in_the_file() -> None:
     old = workload(MAM)
     plan = plan_for(replace(desired(), down=True), observed(old))
-    assert text(plan).startswith("- remove   MAM-aaaaaaaa  GPU 0  asked for\n")
+    assert text(plan).startswith(
+        "- remove   MAM-aaaaaaaa  GPU 0  somebody said `mic-supervisor down`\n"
+    )
 
 
 def test_a_model_that_moves_is_removed_here_and_created_there() -> None:
@@ -170,7 +172,7 @@ def test_changing_one_gpu_of_a_group_replaces_it() -> None:
     plan = plan_for([on("qwen", 3, 5)], observed(old))
     assert text(plan) == (
         "~ replace  qwen-ddddddddx2  GPU 3,5  its set of GPUs changed\n"
-        f'    gpus: ["{uuid(3)}", "{uuid(4)}"] -> ["{uuid(3)}", "{uuid(5)}"]\n'
+        f"    gpus: {uuid(4)} -> {uuid(5)}\n"
         "\n"
         "Plan: 1 to replace.\n"
     )

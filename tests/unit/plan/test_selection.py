@@ -10,18 +10,20 @@ from mic_supervisor.errors import MicError
 from mic_supervisor.model import GpuInventory
 from mic_supervisor.plan.assess import Selection
 from mic_supervisor.plan.memory import Pause, Paused
-from mic_supervisor.plan.selection import Names, free_of_pauses, select, to_resume
+from mic_supervisor.plan.selection import Names, free_of_pauses, gpus_called, select, to_resume
 from tests.unit.plan.builders import NOW, gpus, on, uuid
 
 MAM = on("MAM", 0)
 AT = Pause(600.0)
 
 
+FACE = on("人脸", 2, 3)
 THERE = Names(
     ["7", "MAM", "face"],
     GpuInventory("nvml", gpus(4)),
     {"0": uuid(0), "5": uuid(5)},
     [uuid(0), uuid(5)],
+    {one.id: (one.model, one.gpus) for one in (MAM, FACE)},
 )
 
 
@@ -36,11 +38,28 @@ THERE = Names(
         (["7"], {"7"}, set()),
         (["5"], set(), {5}),  # bound to one that is not there now
         ([uuid(5)], set(), {5}),
+        (["MAM-aaaaaaaa"], set(), {0}),
+        ([FACE.id], set(), {2, 3}),
+        (["人脸-ccccccccx2"], set(), {2, 3}),
     ],
 )
 def test_names_of_models_and_gpus(names: list[str], models: set[str], indices: set[int]) -> None:
     found = select(names, THERE, "pause x")
     assert (found.models, found.gpus) == (models, {uuid(index) for index in indices})
+
+
+@pytest.mark.parametrize(
+    ("name", "indices"),
+    [
+        *[("1", {1}), ("0,1", {0, 1}), ("0-2", {0, 1, 2}), (uuid(1).upper(), {1}), ("9", set())],
+        *[("3b:00.0", {2}), ("0000:3B:00.0", {2}), ("MAM", set()), ("", set()), ("01", set())],
+    ],
+)
+def test_gpus_are_called_as_the_file_writes_them(name: str, indices: set[int]) -> None:
+    there = [(uuid(index), index, None) for index in range(2)]
+    lost = (uuid(3), None, None)
+    found = gpus_called(name, [*there, (uuid(2), 2, "00000000:3B:00.0"), lost])
+    assert found == {uuid(index) for index in indices}
 
 
 @pytest.mark.parametrize(
