@@ -51,6 +51,7 @@ _BRIEF = frozenset({"check", "plan"})
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64  # sysexits.h, so that 2 can mean "there are changes"
+EXIT_CONFIG = 78  # the same: the daemon's settings; mic.service has it end a restart's loop
 EXIT_INTERRUPTED = 130
 
 
@@ -136,7 +137,7 @@ def run(arguments: list[str]) -> int:
     except ConfigError as error:
         click.echo(_report(error).rstrip("\n") or f"error: {error.message}", err=True)
         _hint(error)
-        return EXIT_FAILED
+        return EXIT_CONFIG if arguments[:1] == ["run"] else EXIT_FAILED
     except MicError as error:
         click.echo(f"error: {error.message}", err=True)
         _hint(error)

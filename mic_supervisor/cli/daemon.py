@@ -25,8 +25,21 @@ _LOCK_TIMEOUT = 60.0  # seconds: an apply that runs now is let finish
 def run() -> int:
     """The daemon: keep this machine as the file says, for as long as it is up.
 
-    What systemd starts. Ends with SIGTERM; instances keep running unless MIC_ON_STOP=stop.
+    What systemd starts. Ends with SIGTERM; instances keep running unless MIC_ON_STOP=stop. Exits
+    with 78 where the settings are refused: systemd does not start it again then.
     """
+    from mic_supervisor.daemon.notify import Notifier
+
+    try:
+        _run()
+    except MicError as error:
+        hint = "" if error.hint is None else f"; {error.hint}"
+        Notifier(os.environ).status(f"cannot run: {error.message}{hint}")
+        raise
+    return 0
+
+
+def _run() -> None:
     import asyncio
 
     from mic_supervisor.daemon.log import set_up
@@ -49,7 +62,6 @@ def run() -> int:
         )
         # Not asyncio.run, which waits without an end for threads that hang.
         asyncio.new_event_loop().run_until_complete(supervisor.run(serve))
-    return 0
 
 
 @click.command(name="reload")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mic_supervisor.config.settings import Settings
-from mic_supervisor.errors import MicError
+from mic_supervisor.errors import ConfigError
 from mic_supervisor.host.files import read_text
 from mic_supervisor.model import ContainerSpec, DesiredState, ExecCheck, Instance
 from mic_supervisor.text import one_line, without_quotes
@@ -68,11 +68,11 @@ class Access:
 
 
 def access_of(settings: Settings) -> Access:
-    """What the settings allow. Raises MicError where they would open the machine unasked."""
+    """What the settings allow. Raises ConfigError where they would open the machine unasked."""
     if settings.http_token_file is not None:
         return Access(_read(settings.http_token_file))
     if not settings.listen.is_loopback and not settings.http_open:
-        raise MicError(
+        raise ConfigError(
             f"cannot serve HTTP on {settings.listen}: "
             "other machines reach that address, and no token is asked of them",
             hint="set MIC_HTTP_TOKEN_FILE to a file that holds one, or MIC_HTTP_OPEN=true "
@@ -88,19 +88,19 @@ def _read(path: Path) -> bytes:
         mode = path.stat().st_mode
         text = read_text(path).strip()
     except OSError as error:
-        raise MicError(
+        raise ConfigError(
             f"cannot read the token in {path}: {(error.strerror or str(error)).lower()}",
             hint=f"{_MAKE} > {path}; chmod 600 {path}",
         ) from error
     except UnicodeDecodeError as error:
-        raise MicError(f"cannot use the token in {path}: it is not text", hint=_MAKE) from error
+        raise ConfigError(f"cannot use the token in {path}: it is not text", hint=_MAKE) from error
     if mode & stat.S_IROTH:
-        raise MicError(
+        raise ConfigError(
             f"cannot use the token in {path}: everybody on this machine may read it",
             hint=f"chmod 600 {path}, and make a new one",
         )
     if not _TOKEN.fullmatch(text) or len(text) < _SHORTEST:
-        raise MicError(
+        raise ConfigError(
             f"cannot use the token in {path}: it must be one word of {_SHORTEST} characters or "
             "more, of letters, digits and -._~+/",
             hint=_MAKE,

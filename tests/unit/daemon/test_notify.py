@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mic_supervisor.daemon.notify import Notifier, sentence
+from tests.support.mic import Mic
 from tests.unit.http import views_of
 
 
@@ -79,3 +80,26 @@ def test_a_file_that_waits_is_in_the_sentence_with_what_it_would_change() -> Non
         f"{views_of.WAITS}; it would replace MAM-aaaaaaaa, remove qwen-bbbbbbbbx2, "
         "create embed-dddddddd"
     )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "code", "status"),
+    [
+        ("MIC_RESYNC", "often", 78, "MIC_RESYNC"),
+        ("MIC_SCOPES", "a", 78, "MIC_SCOPES"),
+        ("MIC_LISTEN", "0.0.0.0:6004", 78, "cannot serve HTTP on 0.0.0.0:6004"),
+        ("MIC_HTTP_TOKEN_FILE", "/no/token", 78, "cannot read the token in /no/token"),
+        ("MIC_RUN_DIR", "/dev/null", 1, "/dev/null"),  # it may be mounted later
+    ],
+)
+def test_systemd_is_told_why_there_is_no_daemon(
+    mic: Mic, variable: str, value: str, code: int, status: str
+) -> None:
+    path = mic.home / "notify"
+    mic.env |= {variable: value, "NOTIFY_SOCKET": str(path)}
+    ear = Ear(path)
+    done = mic("run", rc=code)
+    [said] = ear.heard()
+    ear.close()
+    assert said.startswith("STATUS=cannot run: ") and status in said
+    assert status in done.stderr
