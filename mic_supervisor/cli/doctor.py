@@ -27,19 +27,22 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 def command(as_json: bool) -> int:
     """Check this machine, and say how to fix what is wrong.
 
-    Docker and its NVIDIA side, the driver and the GPUs, systemd and the unit, the daemon, ports,
-    the configuration with its files and images, backends of other packages, directories, the clock.
+    What is installed, the configuration with its files and images, backends of other packages, the
+    driver and the GPUs, Docker and its NVIDIA side, systemd and the unit, the daemon, ports,
+    directories, the clock.
     Nothing is changed. Each check is on its own, and has 15 seconds.
 
     Exits with 0 when nothing fails (warnings are no failure), 1 otherwise.
     """
+    from mic_supervisor.backends.registry import Registry
     from mic_supervisor.doctor import examine, fail
-    from mic_supervisor.doctor.checks import checks
+    from mic_supervisor.doctor.checks import checks, installation_checks
 
     try:
         found = wiring.settings()
     except ConfigError as error:
-        findings = [fail("settings", error.message, "correct it: everything depends on it")]
+        wrong = fail("settings", error.message, "correct it: what else is checked depends on it")
+        findings = [wrong, *examine(installation_checks(Registry()))]
     else:
         findings = examine(checks(found))
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -19,6 +20,8 @@ from mic_supervisor.errors import MicError
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 ADDRESS = "urn:mic-supervisor:gpus.schema.json"
 """What the schema is called, wherever a copy of it lies; docs/gpus.schema.json is one."""
+FILES = (Path("/usr/local/share/mic/gpus.schema.json"), Path("/usr/share/mic/gpus.schema.json"))
+"""Where editors find it: as `mic-supervisor install` writes it, and as a package brings it."""
 
 # Letters and digits of any script, as far as every dialect of regular expressions can say it.
 _NAME = "^[^\\u0000-,/:-@\\[-\\^`{-\\u00a0]+$"

@@ -15,11 +15,12 @@ from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.document import Config
 from mic_supervisor.config.load import load
 from mic_supervisor.config.merge import NOT_A_DROP_IN, not_read
+from mic_supervisor.config.schema import FILES, json_schema
 from mic_supervisor.config.settings import NO_DOCKER, Settings
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.daemon.client import Client
 from mic_supervisor.desired import desired_state
-from mic_supervisor.doctor import Check, Finding, fail, host, ok, warn
+from mic_supervisor.doctor import Check, Finding, fail, host, installation, ok, warn
 from mic_supervisor.errors import ConfigError, MicError, RuntimeUnavailable
 from mic_supervisor.gpu.source import open_source
 from mic_supervisor.host.processes import listener_owners, listeners
@@ -27,6 +28,24 @@ from mic_supervisor.model import ContainerSpec, DesiredState, GpuInventory
 from mic_supervisor.views.config import counted, summary
 
 _SLOW = 1.0  # seconds to load a plug-in; a built-in backend takes a few hundredths
+
+
+def installation_checks(registry: Registry) -> list[Check]:
+    """Those of what is installed, which no setting changes."""
+    systemd = Path("/run/systemd/system").is_dir()
+
+    def program() -> Iterator[Finding]:
+        started = installation.program_of(host.show(host.UNIT)) if systemd else None
+        path = os.environ.get("PATH", "")
+        yield from installation.programs(installation.this_program(), path, started)
+        yield from installation.unit_files(host.UNIT)
+
+    return [
+        Check("program", program),
+        Check("schema", lambda: installation.schema(FILES, lambda: json_schema(registry))),
+        *([Check("group mic", installation.group)] if systemd else []),
+        Check("systemd", host.systemd),
+    ]
 
 
 def checks(found: Settings) -> list[Check]:
@@ -66,7 +85,9 @@ def checks(found: Settings) -> list[Check]:
             Check("docker disk", lambda: _unless_away(docker_disk(lambda: facts()["root"]))),
             Check("images", lambda: _unless_away(images(desired, has_image))),
         ]
+
     return [
+        *installation_checks(registry),
         Check("settings", lambda: settings(found)),
         Check("config", lambda: config(found, loaded)),
         Check("models", lambda: models(desired)),
@@ -76,7 +97,6 @@ def checks(found: Settings) -> list[Check]:
         ),
         Check("gpus", lambda: host.gpus(inventory)),
         *docker,
-        Check("systemd", host.systemd),
         Check("daemon", lambda: host.daemon(ask_daemon, found.socket, found.lock_path)),
         Check("ports", lambda: host.ports(found.port_range, listeners, len(inventory().gpus))),
         Check("http", lambda: host.listen(found.listen, found.lock_path, listener_owners().get)),

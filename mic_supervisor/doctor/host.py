@@ -13,6 +13,7 @@ from typing import Any
 from mic_supervisor.clocks import local
 from mic_supervisor.config.settings import Address, PortRange, Settings
 from mic_supervisor.doctor import Finding, fail, ok, warn
+from mic_supervisor.doctor.installation import program_of, unusable
 from mic_supervisor.errors import MicError
 from mic_supervisor.host import programs
 from mic_supervisor.host.lock import lock_holder
@@ -26,8 +27,9 @@ _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 _PORTS_PER_GPU = 6  # three for an instance and three for its successor
 _PLAUSIBLE = 1735689600.0  # 2025-01-01, before this program was written
 _TIMEOUT = 5.0  # seconds for one question to a program
+_LAST_WORDS = 5.0  # seconds for a unit that is started again and again to say why
 _WRITTEN = ("memory.json", "history.jsonl")
-_UNIT, _SLICE = "mic.service", "mic.slice"
+UNIT, _SLICE = "mic.service", "mic.slice"
 
 
 # --- GPUs ---------------------------------------------------------------------------------------
@@ -219,33 +221,53 @@ def systemd(
         return
     version = _ask(program, "--version").split("\n", 1)[0]
     yield ok("systemd", version or "is PID 1")
-    unit = _show(program, _UNIT)
+    unit = show(UNIT, program)
+    # Its last words are there between an end and the next start, for a tenth of a second.
+    end = time.monotonic() + _LAST_WORDS
+    while _is_looping(unit) and not unit.get("StatusText") and time.monotonic() < end:
+        time.sleep(0.03)
+        unit = show(UNIT, program)
     if unit.get("LoadState") != "loaded":
         yield warn(
-            _UNIT,
+            UNIT,
             "is not installed" if unit.get("LoadState") == "not-found" else "cannot be loaded",
-            "copy systemd/mic.service to /etc/systemd/system",
+            "install it with: mic-supervisor install",
         )
     else:
         yield from _unit(unit)
-    if (tasks := _show(program, _SLICE).get("TasksCurrent", "")).isdigit():
+    if (tasks := show(_SLICE, program).get("TasksCurrent", "")).isdigit():
         yield ok(_SLICE, f"{tasks} tasks in it")
 
 
+def _is_looping(unit: dict[str, str]) -> bool:
+    starting = unit.get("ActiveState") == "activating"
+    return starting and (unit.get("SubState") == "auto-restart" or unit.get("NRestarts") != "0")
+
+
 def _unit(unit: dict[str, str]) -> Iterator[Finding]:
-    state = unit.get("ActiveState", "?")
-    if state == "failed":
+    state, restarts = unit.get("ActiveState", "?"), unit.get("NRestarts", "0")
+    said = unit.get("StatusText") or f"exit status {unit.get('ExecMainStatus', '?')}"
+    program = program_of(unit)
+    if program is not None and (why := unusable(Path(program))) is not None:
         yield fail(
-            _UNIT, f"has failed ({unit.get('Result', '?')})", "see why: journalctl -u mic -e"
+            UNIT, f"starts {program}, which {why}", "install it anew: mic-supervisor install"
+        )
+    elif state == "failed":
+        result = unit.get("Result", "?")
+        yield fail(UNIT, f"has failed ({result}): {said}", "see more: journalctl -u mic -e")
+    elif _is_looping(unit):
+        yield fail(
+            UNIT,
+            f"does not stay up, and was started {restarts} times again: {said}",
+            "see more: journalctl -u mic -e",
         )
     elif state != "active":
-        yield warn(_UNIT, f"is {state}", "start it with: systemctl start mic")
+        yield warn(UNIT, f"is {state}", "start it with: systemctl start mic")
     else:
-        restarts = unit.get("NRestarts", "0")
-        yield ok(_UNIT, "runs" if restarts == "0" else f"runs, after {restarts} restarts")
+        yield ok(UNIT, "runs" if restarts == "0" else f"runs, after {restarts} restarts")
     if unit.get("UnitFileState") not in ("enabled", "enabled-runtime", "static"):
         yield warn(
-            _UNIT,
+            UNIT,
             f"is {unit.get('UnitFileState') or 'not enabled'}: it does not come back after a boot",
             "enable it with: systemctl enable mic",
         )
@@ -279,8 +301,12 @@ def daemon(
         yield warn("daemon", f"it warns: {text}")
 
 
-def _show(program: str, unit: str) -> dict[str, str]:
-    names = "LoadState,ActiveState,UnitFileState,Result,NRestarts,TasksCurrent"
+def show(unit: str, program: str = "systemctl") -> dict[str, str]:
+    """What systemd says of a unit, by property. Raises MicError where it cannot be asked."""
+    names = (
+        "LoadState,ActiveState,SubState,UnitFileState,FragmentPath,Result,NRestarts,TasksCurrent,"
+        "ExecStart,ExecMainStatus,StatusText"
+    )
     lines = _ask(program, "show", unit, f"--property={names}").splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
 

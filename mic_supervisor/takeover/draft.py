@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.backends.registry import Registry, examples
 from mic_supervisor.config.load import load
+from mic_supervisor.config.schema import FILES
 from mic_supervisor.config.yaml import inline, scalar
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host import host_name
@@ -110,7 +111,8 @@ def first_file(
         "  mic-supervisor apply    does it, and waits until everything is ready"
     )
     gpus, placed = _gpu_lines(inventory, proposals)
-    return render(title, gpus, models, settings, examples(registry.names())), placed
+    schema = next((path for path in FILES if path.exists()), FILES[-1])
+    return render(title, gpus, models, settings, examples(registry.names()), schema), placed
 
 
 def _model_notes(one: Proposal) -> Iterator[str]:
@@ -219,13 +221,14 @@ def render(
     models: Sequence[DraftModel] = (),
     backends: Mapping[str, Mapping[str, Any]] | None = None,
     examples: str = "",
+    schema: Path = FILES[-1],
 ) -> str:
     """The whole file. What is not commented out is read as it was meant, or refused by `check`.
 
     `examples` is YAML that is written as comments.
     """
     out = [
-        "# yaml-language-server: $schema=/usr/share/mic/gpus.schema.json",
+        f"# yaml-language-server: $schema={schema}",
         "#",
         *(f"# {line}".rstrip() for line in title.splitlines()),
         "",

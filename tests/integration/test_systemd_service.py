@@ -300,6 +300,77 @@ def test_no_restart_of_many_has_to_kill_it(running: SystemdMachine) -> None:
     assert pids(running) == before
 
 
+def failed(machine: SystemdMachine) -> dict[str, str]:
+    """What is shown of a daemon that could not be started, and is not started again."""
+    machine.exec("systemctl", "start", "mic", rc=1)
+    assert machine.show("mic", "ActiveState") == "failed"
+    assert machine.show("mic", "NRestarts") == "0"
+    program = ("/opt/mic/bin/python3", "-m", "mic_supervisor.cli")
+    found = machine.exec(*program, "doctor", rc=1).stdout
+    return {
+        "systemctl": machine.exec("systemctl", "status", "mic", rc=3).stdout,
+        "doctor": next(line for line in found.splitlines() if "  mic.service: " in line),
+    }
+
+
+def test_refused_settings_end_the_restarts_and_are_the_status(
+    systemd_machine: SystemdMachine,
+) -> None:
+    systemd_machine.write("/etc/mic/mic.env", f"{ENV}MIC_RESYNCS=1s\n")
+    shown = failed(systemd_machine)
+    assert "code=exited, status=78" in shown["systemctl"]
+    assert re.search(r'Status: "cannot run: .*MIC_RESYNCS', shown["systemctl"]), shown
+    assert "MIC_RESYNCS" in shown["doctor"]
+    # Every other command refuses them as well.
+    assert "MIC_RESYNCS" in systemd_machine.exec("mic-supervisor", "doctor", rc=1).stdout
+    systemd_machine.write("/etc/mic/mic.env", ENV)
+    systemd_machine.exec("systemctl", "start", "mic")
+
+
+def test_an_option_that_there_is_not_ends_the_restarts(systemd_machine: SystemdMachine) -> None:
+    systemd_machine.write("/etc/mic/mic.env", ENV)
+    systemd_machine.write(
+        f"{DROP_IN}/option.conf",
+        "[Service]\nExecStart=\nExecStart=/usr/bin/mic-supervisor run --fast\n",
+    )
+    systemd_machine.exec("systemctl", "daemon-reload")
+    assert "code=exited, status=64" in failed(systemd_machine)["systemctl"]
+
+
+def test_a_program_that_is_not_there_ends_the_restarts(systemd_machine: SystemdMachine) -> None:
+    machine = systemd_machine
+    machine.write("/etc/mic/mic.env", ENV)
+    machine.exec("mv", "/usr/bin/mic-supervisor", "/root/")
+    try:
+        shown = failed(machine)
+    finally:
+        machine.exec("mv", "/root/mic-supervisor", "/usr/bin/")
+    assert "status=203/EXEC" in shown["systemctl"]
+    assert shown["doctor"] == (
+        "fail  mic.service: starts /usr/bin/mic-supervisor, which is not there; "
+        "fix: install it anew: mic-supervisor install"
+    )
+    machine.exec("systemctl", "start", "mic")
+
+
+def test_what_a_restart_may_repair_is_tried_again_with_its_reason(
+    systemd_machine: SystemdMachine,
+) -> None:
+    machine = systemd_machine
+    machine.write("/etc/mic/mic.env", f"{ENV}MIC_RUN_DIR=/var/lib/mic/late/run\n")
+    machine.write("/var/lib/mic/late", "not yet a directory")
+    machine.exec("systemctl", "start", "--no-block", "mic")
+    until(lambda: int(machine.show("mic", "NRestarts")) > 3, "restarts")
+
+    def reason() -> str:
+        found = machine.exec("mic-supervisor", "doctor", rc=1).stdout
+        return next((one for one in found.splitlines() if "does not stay up" in one), "")
+
+    assert "/var/lib/mic/late" in until(reason, "its reason")
+    machine.exec("rm", "/var/lib/mic/late")
+    await_daemon(machine)
+
+
 def test_it_answers_once_systemd_calls_it_started(running: SystemdMachine) -> None:
     ask = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:6004/healthz').status)"
     for _ in range(3):

@@ -169,9 +169,34 @@ def fake_systemctl(directory: Path, unit: str, slice_: str = "LoadState=loaded")
         (
             "LoadState=loaded\\nActiveState=failed\\nResult=exit-code\\nUnitFileState=disabled\\n",
             [
-                "fail  mic.service: has failed (exit-code); fix: see why: journalctl -u mic -e",
+                "fail  mic.service: has failed (exit-code): exit status ?; "
+                "fix: see more: journalctl -u mic -e",
                 "warn  mic.service: is disabled: it does not come back after a boot; "
                 "fix: enable it with: systemctl enable mic",
+            ],
+        ),
+        (
+            "LoadState=loaded\\nActiveState=failed\\nResult=exit-code\\nExecMainStatus=78\\n"
+            "StatusText=cannot run: MIC_SCOPES is no setting\\nUnitFileState=enabled\\n",
+            [
+                "fail  mic.service: has failed (exit-code): cannot run: MIC_SCOPES is no setting; "
+                "fix: see more: journalctl -u mic -e",
+            ],
+        ),
+        (
+            "LoadState=loaded\\nActiveState=activating\\nSubState=auto-restart\\nNRestarts=41\\n"
+            "ExecMainStatus=1\\nUnitFileState=enabled\\n",
+            [
+                "fail  mic.service: does not stay up, and was started 41 times again: "
+                "exit status 1; fix: see more: journalctl -u mic -e",
+            ],
+        ),
+        (
+            "LoadState=loaded\\nActiveState=failed\\nUnitFileState=enabled\\n"
+            "ExecStart={ path=/no/mic-supervisor ; argv[]=/no/mic-supervisor run ; }\\n",
+            [
+                "fail  mic.service: starts /no/mic-supervisor, which is not there; "
+                "fix: install it anew: mic-supervisor install",
             ],
         ),
         (
@@ -180,10 +205,7 @@ def fake_systemctl(directory: Path, unit: str, slice_: str = "LoadState=loaded")
         ),
         (
             "LoadState=not-found\\nActiveState=inactive\\n",
-            [
-                "warn  mic.service: is not installed; "
-                "fix: copy systemd/mic.service to /etc/systemd/system"
-            ],
+            ["warn  mic.service: is not installed; fix: install it with: mic-supervisor install"],
         ),
     ],
 )
