@@ -44,6 +44,8 @@ COMMANDS = {
     "kill": ("kill", "End a process that holds a GPU."),
     "down": ("apply:down", "Remove every managed instance."),
     "schema": ("file:schema", "Print the JSON Schema of gpus.yaml."),
+    "install": ("install:install", "Write the systemd unit, man page and completions."),
+    "uninstall": ("install:uninstall", "Remove what install wrote, and say what still runs."),
     "demo": ("demo", "A guided tour on simulated GPUs."),
 }
 

@@ -83,10 +83,8 @@ def down(yes: bool) -> int:
 
     Exits with 0 when nothing of ours is left, 1 otherwise.
     """
-    from mic_supervisor.converge.observe import observe
     from mic_supervisor.daemon.client import Client
     from mic_supervisor.desired.bind import shown_id, with_shown_ids
-    from mic_supervisor.plan.assess import workloads
 
     found = wiring.settings()
     if Client.connect(found.socket, found.scope) is not None:
@@ -95,11 +93,7 @@ def down(yes: bool) -> int:
             hint="stop the daemon first: systemctl stop mic",
         )
     machine = wiring.machine(found, create_key=False)
-    observed = observe(machine.sources, time.time())
-    for view in observed.runtimes:
-        if view.error is not None:
-            raise MicError(f"cannot read what runs: {view.error}", hint=view.hint)
-    ours = list(workloads(observed))
+    observed, ours = observe_ours(machine)
     _check_paused(machine, ours, observed)
     if not ours:
         click.echo("Nothing of ours runs here.")
@@ -123,6 +117,18 @@ def down(yes: bool) -> int:
     if not left:
         click.echo(f"Removed {len(names)}.")
     return 1 if left else 0
+
+
+def observe_ours(machine: wiring.Machine) -> tuple[ObservedState, list[ObservedWorkload]]:
+    """What is here, and which of it is ours. Raises MicError where a runtime cannot be read."""
+    from mic_supervisor.converge.observe import observe
+    from mic_supervisor.plan.assess import workloads
+
+    observed = observe(machine.sources, time.time())
+    for view in observed.runtimes:
+        if view.error is not None:
+            raise MicError(f"cannot read what runs: {view.error}", hint=view.hint)
+    return observed, list(workloads(observed))
 
 
 def _check_paused(

@@ -95,3 +95,27 @@ def test_a_process_of_a_unit_says_whose_it_is(systemd_machine: SystemdMachine) -
     assert machine.show("jupyter.service", "ActiveState") == "active"
     machine.exec("mic-supervisor", "kill", "--force", "--yes", pid)
     until(lambda: machine.show("jupyter.service", "ActiveState") != "active", "its end")
+
+
+def test_install_and_uninstall(systemd_machine: SystemdMachine) -> None:
+    machine = systemd_machine
+    machine.sh("systemctl disable --now mic; rm /etc/systemd/system/mic.service")
+    unit = "/usr/local/lib/systemd/system/mic.service"
+    said = machine.exec("mic-supervisor", "install").stdout
+    assert said.startswith(f"writes {unit}\n")
+    machine.sh("systemd-sysusers && systemctl daemon-reload && systemctl enable --now mic")
+    assert machine.show("mic", "FragmentPath") == unit
+    assert machine.sh("stat -c '%a %G' /run/mic/mic.sock").stdout == "660 mic\n"
+    found = findings(machine, rc=0)
+    assert found["program"] == ["ok: /usr/bin/mic-supervisor, version 0.1.0"]
+    assert found["schema"] == ["ok: /usr/local/share/mic/gpus.schema.json is that of this version"]
+    assert found["group mic"] == ["ok: its members may use the daemon's socket: nobody"]
+    assert found["mic.service"] == ["ok: runs"]
+    refused = machine.exec("mic-supervisor", "uninstall", rc=1)
+    assert refused.stderr == (
+        f"error: cannot remove {unit}: the daemon runs, or starts with the machine\n"
+        "hint: first: systemctl disable --now mic, which stops no instance\n"
+    )
+    machine.exec("systemctl", "disable", "--now", "mic")
+    machine.exec("mic-supervisor", "uninstall")
+    assert machine.sh("find /usr/local -type f").stdout == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,13 @@ _KEPT = 3  # wheels; other checkouts may use an older state
 
 def build() -> Path:
     """The wheel of the sources as they are now, uncommitted changes included."""
+    # Through links, too: what the package shares lies beside it.
+    walked = os.walk(CHECKOUT / "mic_supervisor", followlinks=True)
     sources = sorted(
-        path
-        for path in (CHECKOUT / "mic_supervisor").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        Path(directory, name)
+        for directory, _, names in walked
+        if not directory.endswith(("__pycache__", ".pytest_cache"))
+        for name in names
     )
     names = [str(path.relative_to(CHECKOUT)) for path in sources]
     key = fingerprint(CHECKOUT / "pyproject.toml", names, *sources)
