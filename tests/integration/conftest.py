@@ -31,6 +31,7 @@ FIRST = (
     "test_comfyui",
     "test_broken_starts",
     "test_ownership",
+    "test_packages",
     "test_broken_state",
     "test_endpoints",
     "test_main_job_cli",

@@ -5,6 +5,7 @@ mic-test/python:1   Debian with Python 3.11
 mic-test/server:1   the same with mic_supervisor/demo/server.py as `model-server`
 mic-test/triton:1   the same with a real tritonserver from the wheel nvidia-pytriton
 mic-test/systemd:1  Debian with systemd as PID 1, nginx, and what the project needs in /opt/mic
+mic-test/trixie:1   the Debian after it, with systemd as PID 1 and Python 3.13, and no more
 
 Each carries a label with the fingerprint of what went in; one that has it is not built again.
 """
@@ -78,6 +79,16 @@ COPY site/ /opt/mic/lib/python3.11/site-packages/
 ENV container=docker
 STOPSIGNAL SIGRTMIN+3
 CMD ["/sbin/init"]
+"""
+TRIXIE_BASE = "mic-test/trixie-base:1"
+# Its systemd wants to be asked before it lives with version 1 of the control groups. PID 1 of a
+# container takes its own command line for the kernel's.
+TRIXIE_DOCKERFILE = """\
+FROM mic-test/trixie-base:1
+RUN systemctl mask systemd-firstboot.service console-getty.service getty.target
+ENV container=docker
+STOPSIGNAL SIGRTMIN+3
+CMD ["/sbin/init", "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"]
 """
 
 
@@ -304,6 +315,21 @@ def _build_systemd(engine: docker.APIClient) -> None:
     _ensure(engine, tag, fingerprint(base_key, SYSTEMD_DOCKERFILE, wanted), make)
 
 
+def _build_trixie(engine: docker.APIClient) -> None:
+    tag = "mic-test/trixie:1"
+    base_key = tree.key(tree.NEXT_SYSTEMD, tree.NEXT_SUITE)
+
+    def make_base(key: str) -> None:
+        packed = tree.packed("trixie", tree.NEXT_SYSTEMD, tree.NEXT_SUITE)
+        _import(engine, TRIXIE_BASE, key, packed)
+
+    def make(key: str) -> None:
+        _build(engine, tag, key, TRIXIE_DOCKERFILE, lambda _archive: None)
+
+    _ensure(engine, TRIXIE_BASE, base_key, make_base)
+    _ensure(engine, tag, fingerprint(base_key, TRIXIE_DOCKERFILE), make)
+
+
 def _below(directory: str, name: str | None) -> str | None:
     return None if name is None else f"{directory}/{name}"
 
@@ -319,5 +345,6 @@ def ensure() -> None:
         _build_server(engine)
         _build_triton(engine)
         _build_systemd(engine)
+        _build_trixie(engine)
     finally:
         engine.close()

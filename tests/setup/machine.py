@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 
-from tests.setup import engine, images, mlserver, packages
+from tests.setup import debs, engine, images, mlserver, packages
 from tests.setup.steps import IN_CI, Missing, cache_dir, die, locked, say
 
 
@@ -18,7 +18,8 @@ def main() -> None:
     begun = time.monotonic()
     say(f"cache: {cache_dir()}")
     with locked("machine"):
-        for step in (packages.ensure, engine.ensure, images.ensure, mlserver.ensure):
+        steps = (packages.ensure, engine.ensure, images.ensure, mlserver.ensure, debs.ensure)
+        for step in steps:
             try:
                 step()
             except Missing as error:

@@ -13,6 +13,8 @@ from tests.setup.steps import Missing, cache_dir, fingerprint, run, say
 SUITE = "bookworm"
 PYTHON = ("python3-minimal", "libpython3.11")
 SYSTEMD = ("systemd", "systemd-sysv", "dbus", "python3", "nginx-light")
+NEXT_SUITE = "trixie"
+NEXT_SYSTEMD = ("systemd", "systemd-sysv", "dbus", "python3")
 
 # Nothing that runs reads these; they are more than half of the tree.
 STRIPPED = (
@@ -25,15 +27,18 @@ STRIPPED = (
 )
 
 
-def key(packages: tuple[str, ...]) -> str:
-    return fingerprint(SUITE, packages, STRIPPED)
+def key(packages: tuple[str, ...], suite: str = SUITE) -> str:
+    return fingerprint(suite, packages, STRIPPED)
 
 
 KEY = key(PYTHON)
 
 
 def _mirror() -> str | None:
-    """The mirror that this machine's apt uses for SUITE; None: debootstrap's own choice."""
+    """The mirror that this machine's apt uses for SUITE, which has the others as well.
+
+    None: debootstrap's own choice.
+    """
     try:
         asked = subprocess.run(
             ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)"],
@@ -57,16 +62,16 @@ def _leave_no_mounts(target: Path) -> None:
         run(["umount", mount], f"unmount {mount}")
 
 
-def packed(name: str = "python", packages: tuple[str, ...] = PYTHON) -> Path:
+def packed(name: str = "python", packages: tuple[str, ...] = PYTHON, suite: str = SUITE) -> Path:
     """The tree as a tar file, made if need be (about half a minute). Raises Missing."""
     kept = cache_dir() / "images"
     kept.mkdir(exist_ok=True)
-    archive = kept / f"{name}-{key(packages)}.tar"
+    archive = kept / f"{name}-{key(packages, suite)}.tar"
     if archive.exists():
         return archive
     if os.geteuid() != 0:
         raise Missing("cannot make a Debian tree: not root", hint="run make test as root once")
-    say(f"images: bootstrapping Debian {SUITE} with {', '.join(packages)}")
+    say(f"images: bootstrapping Debian {suite} with {', '.join(packages)}")
     downloads = cache_dir() / "debs"
     downloads.mkdir(exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="tree-", dir=kept))
@@ -75,7 +80,7 @@ def packed(name: str = "python", packages: tuple[str, ...] = PYTHON) -> Path:
         run(
             [
                 *["debootstrap", "--variant=minbase", f"--include={','.join(packages)}"],
-                *[f"--cache-dir={downloads}", SUITE, str(target)],
+                *[f"--cache-dir={downloads}", suite, str(target)],
                 *filter(None, [_mirror()]),
             ],
             "make a Debian tree",

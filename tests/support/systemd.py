@@ -35,6 +35,7 @@ UNIT_FILE = CHECKOUT / "systemd" / "mic.service"
 
 _BOOT_TIMEOUT = 90.0  # seconds
 _CGROUPS = Path("/sys/fs/cgroup")
+_ONE_TREE = (_CGROUPS / "cgroup.controllers").exists()  # version 2
 _HOST_SYSTEMD = Path("/run/systemd/system")
 _TOP_GROUPS = ("mic.slice", "system.slice", "user.slice", "machine.slice", "init.scope")
 _PROGRAM = """\
@@ -64,7 +65,12 @@ class SystemdMachine:
     """
 
     def __init__(
-        self, engine: docker.APIClient, scope: str, *, docker_socket: str | None = None
+        self,
+        engine: docker.APIClient,
+        scope: str,
+        *,
+        docker_socket: str | None = None,
+        image: str = IMAGE,
     ) -> None:
         self._engine = engine
         privileges = _privileges()
@@ -73,13 +79,14 @@ class SystemdMachine:
             binds.append(f"{docker_socket}:/var/run/docker.sock")
         self.id = str(
             engine.create_container(
-                IMAGE,
+                image,
                 name=f"mic-test-machine-{uuid.uuid4().hex[:8]}",
                 hostname="machine",
                 labels={LABEL: scope},
                 host_config=engine.create_host_config(
                     tmpfs={"/run": "", "/run/lock": "", "/tmp": "exec"},
-                    cgroupns="private",
+                    # A later systemd takes no part of the host's groups for the whole.
+                    cgroupns="private" if image == IMAGE or _ONE_TREE else "host",
                     **privileges,
                 ),
             )["Id"]
@@ -216,14 +223,18 @@ class SystemdMachine:
 
 @contextmanager
 def machine(
-    engine: docker.APIClient, scope: str, *, docker_socket: str | None = None
+    engine: docker.APIClient,
+    scope: str,
+    *,
+    docker_socket: str | None = None,
+    image: str = IMAGE,
 ) -> Iterator[SystemdMachine]:
     """A machine that has not been booted; removed afterwards, with the groups that it leaves."""
     with (cache_dir() / "systemd-machine.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # that of whoever was killed is free
         _remove_stale(engine)
         remove_groups()
-        one = SystemdMachine(engine, scope, docker_socket=docker_socket)
+        one = SystemdMachine(engine, scope, docker_socket=docker_socket, image=image)
         try:
             yield one
         finally:
@@ -243,7 +254,7 @@ def _privileges() -> dict[str, Any]:
     With version 2 of the control groups, a privileged container has a tree of its own to write to.
     With version 1 it has not: it is given the host's, which must not be another systemd's.
     """
-    if (_CGROUPS / "cgroup.controllers").exists():
+    if _ONE_TREE:
         return {"privileged": True}
     if _HOST_SYSTEMD.is_dir():
         missing("systemd in a container would share the control groups of this machine's own")
