@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("docker", "jinja2", "pynvml", "requests", "starlette", "tritonclient", "google.protobuf")
@@ -73,6 +75,30 @@ def test_ci_calls_make_test_and_nothing_cleverer() -> None:
         "exec make test\n"
     )
     assert os.access(script, os.X_OK)
+
+
+def test_the_workflow_is_valid_and_calls_make_on_every_python() -> None:
+    path = ROOT / ".github" / "workflows" / "ci.yml"
+    program = Path(sys.executable).with_name("actionlint")
+    done = subprocess.run([program, "-no-color", path], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    jobs = yaml.safe_load(path.read_text())["jobs"]
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z-]+(?: [a-z-]+)*):", makefile, re.MULTILINE)
+    for step in (step for job in jobs.values() for step in job["steps"] if "run" in step):
+        command, *words = step["run"].split()
+        assert command == "make", step
+        assert {w for w in words if "=" not in w} <= set(" ".join(targets).split())
+    assert jobs["check"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+
+
+def test_a_commit_is_checked_by_what_check_runs_first() -> None:
+    [repo] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["entry"] for hook in repo["hooks"]] == [
+        ".venv/bin/ruff check .",
+        ".venv/bin/ruff format --check .",
+        ".venv/bin/mypy",
+    ]
 
 
 def imported_modules(importtime: str) -> set[str]:
