@@ -249,6 +249,7 @@ def _say_what_runs() -> None:
     """The instances of this scope. That this machine cannot tell is said, too."""
     from mic_supervisor.cli import wiring
     from mic_supervisor.cli.apply import observe_ours
+    from mic_supervisor.desired.bind import shown_id
 
     try:
         found = wiring.settings()
@@ -256,7 +257,8 @@ def _say_what_runs() -> None:
     except MicError as error:
         click.echo(f"warning: cannot tell what still runs: {error.message}", err=True)
         return
-    names = sorted({workload.identity.instance for workload in ours})
+    identities = [workload.identity for workload in ours]
+    names = sorted({shown_id(one.instance, one.model) for one in identities})
     if not names:
         click.echo("No instance runs here.")
         return
