@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, NoReturn, Protocol
 from unicodedata import combining, east_asian_width
@@ -90,8 +90,8 @@ class InvalidConfig(ConfigError):
     def __init__(self, message: str, *, diagnostics: tuple[Diagnostic, ...]) -> None:
         super().__init__(
             message,
-            rendered=_report([one.render() for one in diagnostics]),
-            outline=_report([one.outline for one in diagnostics]),
+            rendered=_report(diagnostics, Diagnostic.render),
+            outline=_report(diagnostics, lambda one: one.outline),
         )
         self.diagnostics = diagnostics
 
@@ -164,10 +164,11 @@ class Report:
         raise InvalidConfig(f"cannot {self.purpose}: {first}{more}", diagnostics=found)
 
 
-def _report(blocks: list[str]) -> str:
-    more = len(blocks) - MAX_SHOWN
-    shown = [*blocks[:MAX_SHOWN], f"… and {more} more errors"] if more > 0 else blocks
-    return "\n".join(shown) + "\n"
+def _report(found: tuple[Diagnostic, ...], block: Callable[[Diagnostic], str]) -> str:
+    blocks = [block(one) for one in found[:MAX_SHOWN]]
+    if (more := len(found) - MAX_SHOWN) > 0:
+        blocks.append(f"… and {more} more errors")
+    return "\n".join(blocks) + "\n"
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
