@@ -238,8 +238,9 @@ def images(
 
 def directories(found: Settings) -> Iterator[Finding]:
     yield from _own("state", found.state_dir, "MIC_STATE_DIR", 0o077)
-    if (lost := StateDir(found.scope_state_dir).memory().lost) is not None:
-        yield warn("state", lost, "see what would be done now: mic-supervisor plan")
+    with suppress(MicError):  # this user may not read it, nor write there: that was said
+        if (lost := StateDir(found.scope_state_dir).memory().lost) is not None:
+            yield warn("state", lost, "see what would be done now: mic-supervisor plan")
     yield from _own("run", found.run_dir, "MIC_RUN_DIR", 0o022)
 
 

@@ -114,26 +114,28 @@ def test_a_start_that_hangs_in_the_engine(world: DaemonWorld, proxy: EngineProxy
 
 
 def test_a_list_that_hangs_in_the_engine(world: DaemonWorld, proxy: EngineProxy) -> None:
-    """Docker is unknown then, and what runs without it runs on."""
+    """Docker is unknown then. What runs without it runs on, and starts where Docker ran nothing."""
     world.write({0: "c", 1: "p"})
     world.mic.run(http=False)
     world.converged(identity("c", 0), identity("p", 1))
     before = world.marks()
     proxy.hold(r"GET /\S*containers/json")
-    world.write({0: "c", 1: "p", 2: "p"})
+    world.write({0: "c", 1: "p", 2: "p", 3: "c"})
     assert proxy.held.wait(10)
 
     def told() -> bool:
-        reason = world.rows().get(identity("p", 2), {}).get("reason") or ""
+        reason = world.rows().get(identity("c", 3), {}).get("reason") or ""
         return "what docker runs is unknown: docker has not answered for" in reason
 
-    # It may run a container of ours on any free GPU, so that one is left alone, and said so.
     until(told, "Docker to be unknown", timeout=SOON)
+    up_soon(world, identity("p", 2))
     assert world.phases()[identity("p", 1)] == "unprobed"
-    assert world.marks() == before
+    after = world.marks()
+    assert {name: after[name] for name in before} == before
     answers_at_once(world)
     proxy.release()
-    world.converged(identity("c", 0), identity("p", 1), identity("p", 2), timeout=30)
+    names = [identity("c", 0), identity("p", 1), identity("p", 2), identity("c", 3)]
+    world.converged(*names, timeout=30)
     after = world.marks()
     assert {name: after[name] for name in before} == before
 

@@ -278,7 +278,7 @@ def test_an_unknown_signal(world: World) -> None:
     workload = world.up()
     error = refused(lambda: world.runtime.stop(workload, signal="SIGFOO", grace=1))
     assert isinstance(error, RuntimeRefused)
-    assert str(error) == f"cannot stop container {workload.name}: Invalid signal: SIGFOO"
+    assert str(error) == f"cannot stop container {workload.name}: “Invalid signal: SIGFOO”"
 
 
 def test_a_running_container_is_not_removed(world: World) -> None:
