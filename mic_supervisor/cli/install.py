@@ -16,9 +16,11 @@ from pathlib import Path
 
 import click
 
+from mic_supervisor import codec
 from mic_supervisor.cli.common import write_file
 from mic_supervisor.doctor.installation import this_program
 from mic_supervisor.errors import MicError
+from mic_supervisor.host.files import read_file
 
 UNIT = "lib/systemd/system/mic.service"
 SCHEMA = "share/mic/gpus.schema.json"
@@ -172,7 +174,7 @@ def _recorded(prefix: Path) -> dict[str, str]:
     """What install wrote below `prefix`. Raises MicError where that cannot be read."""
     path = prefix / _RECORD
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = codec.parse(read_file(path))
         if any(".." in Path(name).parts or Path(name).is_absolute() for name in found):
             raise ValueError("it names a file outside of that directory")
         return {str(name): str(digest) for name, digest in found.items()}
@@ -192,7 +194,7 @@ def _digest(text: str) -> str:
 def _digest_at(path: Path) -> str | None:
     """None: there is no such file. Raises MicError."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(read_file(path)).hexdigest()
     except FileNotFoundError:
         return None
     except OSError as error:
