@@ -204,7 +204,7 @@ class Supervisor:
             self._settings.config,
         )
         if self._generations.error is not None:
-            LOGGER.error("%s", self._generations.error)
+            LOGGER.error("%s", self._generations.error.rstrip())
         if self._generations.unconfirmed is not None:
             LOGGER.warning("%s: %s", self._generations.unconfirmed, WAY_OUT)
         self._warn(self._started_with)
@@ -293,7 +293,7 @@ class Supervisor:
     def _took(self, outcome: Reloaded, why: str) -> None:
         now, number = self._clock.wall(), self._generations.number
         if outcome.error is not None:
-            LOGGER.error("%s", outcome.error)
+            LOGGER.error("%s", outcome.error.rstrip())
             text = f"rejected ({why}); generation {number} keeps running"
         elif outcome.unconfirmed is not None:
             LOGGER.warning("%s: %s", outcome.unconfirmed, WAY_OUT)
