@@ -12,7 +12,7 @@ from tests.integration.docker_world import World as DockerWorld
 from tests.integration.job_world import World as JobWorld
 from tests.integration.job_world import world as job_world
 
-# The longest first, for two workers that take a module at a time (`--no-loadscope-reorder`): what
+# The longest first, for workers that take a module at a time (`--no-loadscope-reorder`): what
 # takes a minute and comes last keeps one of them busy alone. There is one machine with systemd at a
 # time, so that two modules with one are far from each other.
 FIRST = (
