@@ -83,8 +83,8 @@ def down(yes: bool) -> int:
 
     Exits with 0 when nothing of ours is left, 1 otherwise.
     """
+    from mic_supervisor.config.names import shown_id, with_shown_ids
     from mic_supervisor.daemon.client import Client
-    from mic_supervisor.desired.bind import shown_id, with_shown_ids
 
     found = wiring.settings()
     if Client.connect(found.socket, found.scope) is not None:
@@ -134,7 +134,7 @@ def observe_ours(machine: wiring.Machine) -> tuple[ObservedState, list[ObservedW
 def _check_paused(
     machine: wiring.Machine, ours: list[ObservedWorkload], observed: ObservedState
 ) -> None:
-    from mic_supervisor.desired.bind import shown_id
+    from mic_supervisor.config.names import shown_id
     from mic_supervisor.plan.selection import pause_on
 
     paused = machine.state.memory().paused

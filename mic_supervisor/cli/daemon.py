@@ -11,7 +11,7 @@ from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import json_option, name_argument, print_json
 from mic_supervisor.cli.session import ask, named_gpus
 from mic_supervisor.clocks import local
-from mic_supervisor.desired.bind import is_called, shown_id, with_shown_ids
+from mic_supervisor.config.names import is_called, shown_id, with_shown_ids
 from mic_supervisor.errors import MicError
 from mic_supervisor.plan.words import beside
 

@@ -251,7 +251,7 @@ def _say_what_runs() -> None:
     """The instances of this scope. That this machine cannot tell is said, too."""
     from mic_supervisor.cli import wiring
     from mic_supervisor.cli.apply import observe_ours
-    from mic_supervisor.desired.bind import shown_id
+    from mic_supervisor.config.names import shown_id
 
     try:
         found = wiring.settings()

@@ -135,9 +135,9 @@ def _as_the_daemon_reads(name: str, lines: int | None, previous: bool) -> list[s
 
 def _as_read_here(name: str, lines: int | None, follow: bool, previous: bool) -> Iterable[str]:
     from mic_supervisor.cli import wiring
+    from mic_supervisor.config.names import safe_name
     from mic_supervisor.converge.logs import log_of
     from mic_supervisor.converge.observe import observe
-    from mic_supervisor.desired.bind import safe_name
 
     machine = wiring.machine(wiring.settings(), create_key=False)
 

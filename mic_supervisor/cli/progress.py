@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mic_supervisor.config.document import composed
-from mic_supervisor.desired.bind import is_called, shown_id, with_shown_ids
+from mic_supervisor.config.names import is_called, shown_id, with_shown_ids
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import memory_key
 from mic_supervisor.plan.words import beside, gpu_names, left_out_line

@@ -197,7 +197,7 @@ def known_names() -> dict[str, list[str]]:
     """
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.cli import wiring
-    from mic_supervisor.desired.bind import shown_id
+    from mic_supervisor.config.names import shown_id
 
     models, instances, gpus = set[str](), set[str](), set[str]()
     with suppress(MicError, OSError):

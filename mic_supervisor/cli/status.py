@@ -11,7 +11,7 @@ import click
 
 from mic_supervisor.cli.common import json_option, name_argument, print_json
 from mic_supervisor.cli.session import Alone, daemon, named_gpus
-from mic_supervisor.desired.bind import is_called, with_shown_ids
+from mic_supervisor.config.names import is_called, with_shown_ids
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:

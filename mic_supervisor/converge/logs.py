@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from mic_supervisor.config.document import composed
-from mic_supervisor.desired.bind import is_called, shown_id
+from mic_supervisor.config.names import is_called, shown_id
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import ObservedState, ObservedWorkload
 from mic_supervisor.plan.assess import is_alive, workloads

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from mic_supervisor import __version__
 from mic_supervisor.config.document import NONE, WAY_OUT, composed
+from mic_supervisor.config.names import is_called, shown_id
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.logs import log_of
 from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
-from mic_supervisor.desired.bind import is_called, shown_id
 from mic_supervisor.errors import ConfigError, MicError
 from mic_supervisor.host import host_name
 from mic_supervisor.plan.actions import Change

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mic_supervisor import codec
+from mic_supervisor.config.names import with_shown_ids
 from mic_supervisor.converge.events import Event, fit
-from mic_supervisor.desired.bind import with_shown_ids
 from mic_supervisor.errors import MicError
 from mic_supervisor.host.files import read_file, set_aside
 from mic_supervisor.plan.words import beside

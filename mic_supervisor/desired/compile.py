@@ -15,7 +15,8 @@ from typing import TypeVar
 from mic_supervisor.backends import Backend, CompileRequest, Member
 from mic_supervisor.backends.registry import Registry
 from mic_supervisor.config.document import Config, GpuEntry, Location, parse_gpu_key
-from mic_supervisor.desired.bind import Binding, BoundEntry, bind, safe_name
+from mic_supervisor.config.names import safe_name
+from mic_supervisor.desired.bind import Binding, BoundEntry, bind
 from mic_supervisor.errors import CompileError
 from mic_supervisor.host.files import read_in_time
 from mic_supervisor.model import Gpu, GpuInventory, Instance, Placement, Unsatisfiable

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mic_supervisor.clocks import local
+from mic_supervisor.config.names import shown_id
 from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.snapshot import Snapshot
-from mic_supervisor.desired.bind import shown_id
 from mic_supervisor.http.access import Scrubber
 from mic_supervisor.http.documents import Published
 from mic_supervisor.http.verdict import Level, Verdict, level_of, overall_verdict

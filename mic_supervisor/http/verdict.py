@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
+from mic_supervisor.config.names import shown_id, with_shown_ids
 from mic_supervisor.converge.snapshot import Snapshot
-from mic_supervisor.desired.bind import shown_id, with_shown_ids
 from mic_supervisor.gpu.events import RecoveryAction, XidSeverity
 from mic_supervisor.http.documents import Published
 from mic_supervisor.plan.health import Phase

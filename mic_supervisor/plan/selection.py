@@ -18,7 +18,8 @@ from mic_supervisor.config.document import (
     composed,
     parse_gpu_key,
 )
-from mic_supervisor.desired.bind import bind, shown_id
+from mic_supervisor.config.names import shown_id
+from mic_supervisor.desired.bind import bind
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import DesiredState, GpuInventory
 from mic_supervisor.plan.assess import Selection

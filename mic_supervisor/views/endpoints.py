@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mic_supervisor.desired.bind import shown_id
+from mic_supervisor.config.names import shown_id
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import InstanceStatus, by_model
 

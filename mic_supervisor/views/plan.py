@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mic_supervisor.config.diagnostics import padded, width
-from mic_supervisor.desired.bind import shown_id, with_shown_ids
+from mic_supervisor.config.names import shown_id, with_shown_ids
 from mic_supervisor.plan.actions import Blocked, Change, ChangeKind, FieldDiff, Plan
 from mic_supervisor.plan.words import clock, gpu_names, left_out_line
 from mic_supervisor.views import view

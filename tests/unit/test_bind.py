@@ -9,15 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.config.document import GpuEntry, GpuKey, Location
-from mic_supervisor.desired.bind import (
-    Binding,
-    bind,
-    instance_id,
-    is_called,
-    safe_name,
-    shown_id,
-    with_shown_ids,
-)
+from mic_supervisor.config.names import is_called, safe_name, shown_id, with_shown_ids
+from mic_supervisor.desired.bind import Binding, bind, instance_id
 from mic_supervisor.model import GpuInventory, UnopenedGpu
 from tests.unit.plan.builders import gpu, uuid
 
