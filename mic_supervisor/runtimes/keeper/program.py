@@ -26,6 +26,7 @@ import resource
 import signal
 import sys
 import time
+import warnings  # noqa: F401 - os.execvpe imports it, when the user may read no library any more
 from typing import Any
 
 RECORD = "record.json"
