@@ -1,34 +1,25 @@
-"""How long the tour of `mic-supervisor demo --once` takes.
-
-python -m benchmarks.demo_tour [TRIES]
-"""
+"""How long the tour of `mic-supervisor demo --once` takes."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
-from benchmarks._common import Target, alternating, installed, judge, median, times
+from benchmarks._common import Options, seconds
+from benchmarks.sheets import Cell, Outcome, Row, Sheet, Target
 from tests.support.mic import PROGRAM
 
-TARGET = 20.0  # seconds
+MOST = 20.0  # seconds
 
 
-def main(tries: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="mic-bench-") as home:
-        environment = installed({"PATH": "/usr/bin:/bin"}, Path(home) / "bytecode")
-
-        def tour() -> None:
-            command = [PROGRAM, "demo", "--once"]
-            subprocess.run(command, env=environment, check=True, capture_output=True)
-
-        taken = alternating(tries, {"mic-supervisor demo --once": tour})
-    took = median(taken["mic-supervisor demo --once"])
-    times(f"The tour, {tries} tries", taken, took, "ratio")
-    judge(Target("the tour", took, TARGET, " s"))
+def tour() -> None:
+    command = [str(PROGRAM), "demo", "--once"]
+    subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, check=True, capture_output=True)
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+def measure(options: Options) -> Outcome:
+    cell = Cell(tuple(seconds(tour) for _ in range(max(1, options.tries // 3))), "s")
+    rows = (Row("mic-supervisor demo --once", (cell,)),)
+    return Outcome(
+        [Sheet("demo", "The tour", ("all of it",), rows, compares=False)],
+        [Target("demo", "the tour", cell.median, MOST, " s")],
+    )

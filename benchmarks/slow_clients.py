@@ -1,23 +1,21 @@
-"""How long /metrics takes beside 1000 clients that send their header byte by byte, or read nothing.
-
-python -m benchmarks.slow_clients [TRIES]
-"""
+"""/metrics beside 1000 clients that send their header byte by byte, or read nothing."""
 
 from __future__ import annotations
 
-import sys
 from contextlib import closing
 
-from benchmarks._common import Target, judge, median, times
+from benchmarks._common import Options
+from benchmarks.sheets import Cell, Outcome, Row, Sheet, Target
 from tests.support.ports import PortBlock
 from tests.support.slow_clients import answers, crowd, dripping, scrape, serve
 from tests.support.waiting import until
 
 CLIENTS = 1000
-TARGET = 0.05  # seconds
+MOST = 0.05  # seconds
 
 
-def main(tries: int) -> None:
+def measure(options: Options) -> Outcome:
+    tries = 4 * options.tries
     with closing(PortBlock()) as ports:
         port = ports.take()
         server = serve(port)
@@ -29,10 +27,10 @@ def main(tries: int) -> None:
                 beside = [scrape(port) for _ in range(tries)]
         finally:
             server.stop()
-    taken = {"alone": alone, f"beside {CLIENTS} slow clients": beside}
-    times(f"An answer from /metrics, {tries} tries each", taken, median(alone), "ratio")
-    judge(Target(f"beside {CLIENTS} slow clients", median(beside), TARGET, " s"))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    columns = ("alone", f"beside {CLIENTS} slow clients")
+    cells = tuple(Cell(tuple(1000 * value for value in taken), "ms") for taken in (alone, beside))
+    rows = (Row("/metrics", cells),)
+    return Outcome(
+        [Sheet("slow-clients", "An answer from /metrics", columns, rows, compares=False)],
+        [Target("slow-clients", columns[1], cells[1].median, 1000 * MOST, " ms")],
+    )
