@@ -34,7 +34,7 @@ class Options(ModelOptions):
     """A key that would do nothing is refused with the reason, never ignored."""
 
     unavailable: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("network", "container_port", "shm_size", "mounts"), _CONTAINERS_ONLY),
+        **dict.fromkeys(common.CONTAINERS_ONLY, _CONTAINERS_ONLY),
         "args": "`mlserver start` has no flags; set MLSERVER_… variables under env",
         "drain_timeout": "MLServer does not report what it is working on; remove the key",
         "runtime": "MLServer runs as a host process; remove the key",
@@ -143,7 +143,7 @@ def _probes(options: Options, model: str) -> Probes:
     from a stranger on its port.
     """
     if options.probe is not None:
-        return common.probes(options)
+        return common.probes(options, "metrics")
     path = f"/v2/models/{quote(model, safe='')}"
     ready = HttpCheck(f"{path}/ready")
     alive = HttpCheck(path, expect=(("name", model),))
