@@ -88,6 +88,6 @@ def in_wall(at: float, noted: float | None = None) -> float:
     return noted if noted is not None and abs(found - noted) < 1.0 else found
 
 
-def boot_id(proc: Path = Path("/proc")) -> str:
+def boot_id() -> str:
     """Another one after each boot of the kernel, see random(4). Raises OSError."""
-    return (proc / "sys/kernel/random/boot_id").read_text().strip()
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -49,6 +49,15 @@ class CompileError(MicError):
     """
 
 
+class Unserviceable(MicError):
+    """What was asked for cannot be had here, however often it is asked for: a model that the file
+    does not have, another scope. `claim` ends with 78 then."""
+
+
+class DaemonGone(MicError):
+    """The daemon does not answer, or went away: it may be back in a moment."""
+
+
 class RuntimeUnavailable(MicError):
     """A runtime cannot be reached: what it runs is unknown, which is never the same as absent."""
 
@@ -63,6 +72,10 @@ class WorkloadGone(RuntimeRefused):
 
 class PreflightFailed(MicError):
     """Something that a start needs is not there; found before anything was stopped."""
+
+
+class Withdrawn(MicError):
+    """What a step was doing is not wanted any more; it was given up before anything was stopped."""
 
 
 class StopFailed(MicError):

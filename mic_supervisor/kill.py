@@ -45,9 +45,9 @@ _GPU_STEP = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """One GPU that a process is on. `used` in bytes; None is unknown."""
+    """One GPU that a process is on, and what people call it. `used` in bytes; None is unknown."""
 
-    index: int
+    number: int | str
     uuid: str
     used: int | None
 
@@ -124,7 +124,7 @@ class Survey:
         for gpu in self.inventory.gpus:
             for process in gpu.processes or ():
                 if process.pid == pid:
-                    yield Hold(gpu.index, gpu.uuid, process.used_memory)
+                    yield Hold(gpu.number, gpu.uuid, process.used_memory)
 
 
 def survey(sources: Sources) -> Survey:
@@ -160,17 +160,18 @@ def chosen(survey: Survey, pid: int, scope: str, *, force: bool) -> Target:
     target = survey.target(pid)
     if target is None:
         listed = [
-            str(gpu.index)
+            str(gpu.number)
             for gpu in survey.inventory.gpus
             for p in gpu.processes or ()
             if p.pid == pid
         ]
         if listed:
-            raise MicError(
-                f"there is no process {pid}, although GPU {', '.join(listed)} lists it",
-                hint="the driver has not cleaned up: see dmesg | grep -i -e xid -e nvrm",
+            _refuse(
+                pid,
+                f"there is no such process, although GPU {', '.join(listed)} lists it",
+                "the driver has not cleaned up: see dmesg | grep -i -e xid -e nvrm",
             )
-        raise MicError(f"there is no process {pid}")
+        _refuse(pid, "there is no such process")
     _refuse_ours(survey, target, scope, force=force)
     if not force:
         _refuse_untold(survey, target)
@@ -207,9 +208,9 @@ def _refuse_ours(survey: Survey, target: Target, scope: str, *, force: bool) -> 
         workload = survey.workload_of(ours)
         hint = None
         if workload is not None:
-            known = survey.inventory.indices
-            indices = [known[uuid] for uuid in workload.identity.gpus if uuid in known]
-            where = f" --gpu {indices[0]}" if indices else ""
+            known = survey.inventory.numbers
+            numbers = [known[uuid] for uuid in workload.identity.gpus if uuid in known]
+            where = f" --gpu {numbers[0]}" if numbers else ""
             hint = f"stop it with: mic-supervisor stop {workload.identity.model}{where}"
         _refuse(target.pid, f"it belongs to our instance {ours}", hint)
     if _is_kin(target, scope) and not force:
@@ -245,7 +246,7 @@ def _refuse(pid: int, why: str, hint: str | None = None) -> NoReturn:
 
 def describe(target: Target, survey: Survey) -> str:
     """ "PID 4121 (python) on GPU 1 (18.2 GiB), since 2026-11-22 10:14:02, of nobody"."""
-    holds = ", ".join(f"GPU {hold.index} ({_gib(hold.used)})" for hold in target.holds)
+    holds = ", ".join(f"GPU {hold.number} ({_gib(hold.used)})" for hold in target.holds)
     since = clocks.local(target.since).strftime("%Y-%m-%d %H:%M:%S")
     return (
         f"PID {target.pid} ({printable(target.name)}) on {holds or 'no GPU'}, since {since}, "

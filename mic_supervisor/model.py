@@ -12,20 +12,32 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from mic_supervisor.calls import Check as Check
-from mic_supervisor.calls import EngineCheck as EngineCheck
-from mic_supervisor.calls import ExecCheck as ExecCheck
-from mic_supervisor.calls import HttpCall as HttpCall
-from mic_supervisor.calls import HttpCheck as HttpCheck
-from mic_supervisor.calls import LoadState as LoadState
-from mic_supervisor.calls import Pairs as Pairs
-from mic_supervisor.calls import Placement as Placement
-from mic_supervisor.calls import PlacementState as PlacementState
-from mic_supervisor.calls import Probe as Probe
-from mic_supervisor.calls import Probes as Probes
-from mic_supervisor.calls import TcpCheck as TcpCheck
+from mic_supervisor.workloads import Check as Check
+from mic_supervisor.workloads import ContainerSpec as ContainerSpec
+from mic_supervisor.workloads import EngineCheck as EngineCheck
+from mic_supervisor.workloads import ExecCheck as ExecCheck
+from mic_supervisor.workloads import Health as Health
+from mic_supervisor.workloads import Hook as Hook
+from mic_supervisor.workloads import HttpCall as HttpCall
+from mic_supervisor.workloads import HttpCheck as HttpCheck
+from mic_supervisor.workloads import Limits as Limits
+from mic_supervisor.workloads import LoadState as LoadState
+from mic_supervisor.workloads import Mount as Mount
+from mic_supervisor.workloads import Pairs as Pairs
+from mic_supervisor.workloads import Placement as Placement
+from mic_supervisor.workloads import PlacementState as PlacementState
+from mic_supervisor.workloads import Port as Port
+from mic_supervisor.workloads import Preparation as Preparation
+from mic_supervisor.workloads import Probe as Probe
+from mic_supervisor.workloads import ProbeResult as ProbeResult
+from mic_supervisor.workloads import Probes as Probes
+from mic_supervisor.workloads import ProcessSpec as ProcessSpec
+from mic_supervisor.workloads import Progress as Progress
+from mic_supervisor.workloads import TcpCheck as TcpCheck
+from mic_supervisor.workloads import WarmUp as WarmUp
+from mic_supervisor.workloads import Workload as Workload
 
-# --- GPUs -------------------------------------------------------------------------------------
+# --- GPUs: what one look at this machine's gave, and the processes on them --------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +95,14 @@ class GpuProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class Near:
+    """The CPUs and the memory (NUMA) nodes that are the nearest to a GPU, by number, sorted."""
+
+    cpus: tuple[int, ...]
+    nodes: tuple[int, ...] = ()  # empty: not known
+
+
+@dataclass(frozen=True, slots=True)
 class GpuTelemetry:
     """What only metrics are made of. What this GPU or driver does not know is left out."""
 
@@ -99,7 +119,11 @@ Unlisted = Literal["implausible", "untold"]
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU, keyed by `uuid`. `index` is NVML's today and may be another one tomorrow."""
+    """One GPU, keyed by `uuid`. `index` is NVML's today and may be another one tomorrow.
+
+    A slice of a GPU that has MIG on is a GPU, too: it has memory and processes of its own, and
+    `parent`. Its `index` is its GPU's, and names that one only.
+    """
 
     uuid: str
     index: int
@@ -118,6 +142,13 @@ class Gpu:
     recovery_action: str | None = None  # what the driver says it needs: "none", "reset", …
     mig: bool | None = None  # None: it does not have the mode, or does not tell
     persistence: bool | None = None
+    near: Near | None = None  # None: the driver does not say
+    parent: str | None = None  # the UUID of the GPU that it is a MIG slice of; None: it is none
+
+    @property
+    def number(self) -> int | str:
+        """What people call it: 3 of GPU 3. The driver counts no slices, so the UUID of one."""
+        return self.index if self.parent is None else self.uuid
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +178,7 @@ class GpuInventory:
     driver: str | None = None
     nvml: str | None = None  # version of the management library
     cuda: str | None = None  # the newest that the driver supports: "12.8"
+    late: bool = False  # the driver has been asked, and may answer yet
 
     @property
     def error_line(self) -> str | None:
@@ -155,8 +187,13 @@ class GpuInventory:
 
     @property
     def indices(self) -> dict[str, int]:
-        """UUID to the number that the driver gives the GPU today."""
-        return {gpu.uuid: gpu.index for gpu in self.gpus}
+        """UUID to the number that the driver gives the GPU today. It gives none to a slice."""
+        return {gpu.uuid: gpu.index for gpu in self.gpus if gpu.parent is None}
+
+    @property
+    def numbers(self) -> dict[str, int | str]:
+        """UUID to what people call it, slices too."""
+        return {gpu.uuid: gpu.number for gpu in self.gpus}
 
     @property
     def unreadable(self) -> str | None:
@@ -168,94 +205,6 @@ class GpuInventory:
 
 def _in_one(error: str, hint: str | None) -> str:
     return error if hint is None else f"{error}; {hint}"
-
-
-# --- Workloads: what an instance runs ---------------------------------------------------------
-#
-# Command and environment texts may hold `${port}`, `${port:NAME}`, `${gpu_indices}` and
-# `${env:NAME}`. They are filled in at launch and are not part of a workload's identity.
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    source: str
-    target: str
-    read_only: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Port:
-    """A port that a workload serves on.
-
-    `host` None: chosen from the range. `container` None: the same number as the host's.
-    """
-
-    name: str  # "http", "grpc", "metrics"
-    host: int | None = None
-    container: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    memory: int | None = None  # bytes
-    cpus: float | None = None
-    nofile: int | None = None
-    memlock: int | None = None  # bytes, -1 is unlimited
-
-
-@dataclass(frozen=True, slots=True)
-class ContainerSpec:
-    """A container. `devices` are the GPU UUIDs to ask the engine for; empty for simulated GPUs.
-
-    `file_env` is what `env_file` holds; `variables` are the values of the `${env:NAME}` that the
-    texts refer to. Both, and `env`, are secrets: they have no repr and enter labels as keyed
-    digests only.
-    """
-
-    image: str
-    command: tuple[str, ...] = ()
-    entrypoint: tuple[str, ...] | None = None
-    env: Pairs = field(default=(), repr=False)
-    env_file: str | None = None
-    file_env: Pairs = field(default=(), repr=False)
-    variables: Pairs = field(default=(), repr=False)
-    devices: tuple[str, ...] = ()
-    mounts: tuple[Mount, ...] = ()
-    ports: tuple[Port, ...] = ()
-    listen: str = "127.0.0.1"
-    network: Literal["bridge", "host"] = "bridge"
-    shm_size: int | None = None  # bytes
-    user: str | None = None
-    working_dir: str | None = None
-    limits: Limits = Limits()
-    stop_signal: str = "SIGTERM"
-    stop_timeout: float = 30.0  # seconds between the stop signal and KILL
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessSpec:
-    """A host process and its tree. Secrets as in ContainerSpec.
-
-    `directories` are absolute paths that a runtime makes before it executes the command, in this
-    order, where they are not there: 0700 and the user's own; their parents are 0755.
-    """
-
-    command: tuple[str, ...]
-    env: Pairs = field(default=(), repr=False)
-    env_file: str | None = None
-    file_env: Pairs = field(default=(), repr=False)
-    variables: Pairs = field(default=(), repr=False)
-    ports: tuple[Port, ...] = ()
-    listen: str = "127.0.0.1"
-    user: str | None = None
-    working_dir: str | None = None
-    limits: Limits = Limits()
-    stop_signal: str = "SIGTERM"
-    stop_timeout: float = 30.0
-    directories: tuple[str, ...] = ()
-
-
-Workload = ContainerSpec | ProcessSpec
 
 
 # --- Desired state ----------------------------------------------------------------------------
@@ -274,9 +223,8 @@ class Instance:
     placements: tuple[Placement, ...] = ()
     shared: bool = False  # a server of several models: a load that fails concerns that model alone
     inventory: HttpCall | None = None  # whose answer the backend's `surplus` wants to see first
-    # models in it that are left as they are: their entry is unsatisfiable
-    frozen_models: tuple[str, ...] = ()
-    start_timeout: float = 300.0  # seconds; the startup probe's budget
+    frozen_models: tuple[str, ...] = ()  # left as they are: their entry is unsatisfiable
+    start_timeout: float = 300.0  # seconds; the budget from its start until it is ready
     drain_timeout: float = 0.0  # seconds
     drain: HttpCall | None = None  # asked for until the backend's `is_drained` says so
     rollback: bool = True
@@ -286,7 +234,10 @@ class Instance:
     foreign_threshold: int = 512 << 20  # bytes; below it, who only draws is not foreign
     origin: str = "file"
     location: str = ""  # "gpus.yaml:41:3"
+    prepare: Preparation | None = None
     metrics_path: str | None = None  # of metrics on port "http"; a port "metrics" needs none
+    warm_up: WarmUp | None = None  # what has to be answered before it is ready, after a start
+    openai_model: str | None = None  # its name in OpenAI's API on port "http"; None: no such API
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,17 +262,65 @@ class Unsatisfiable:
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointsHook:
-    """A program that is told which instances serve each model. Times are seconds."""
+class FleetEntry:
+    """GPUs that the file hands over together; a claim gets all of them, or none.
 
-    command: tuple[str, ...]
-    timeout: float = 30.0
-    settle: float = 1.0  # from its end until what it took out is stopped
+    `digits` is what an instance's id has of them. `size` is how many the file names, also where
+    some of them are not known. `trouble` says why no claim can get them now.
+    """
+
+    gpus: tuple[str, ...]  # UUIDs, in the file's order
+    digits: tuple[str, ...]
+    size: int
+    trouble: str | None = None
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a claim is over, while what it had is taken away.
+
+    `released`: its holder asked for it; `vanished`: its holder was away for the whole grace;
+    `failed`: it cannot be served; `drained`: the host is; `refused`: it can never be served here.
+    `text` and `hint` are for the holder, as an error has them.
+    """
+
+    kind: Literal["released", "vanished", "failed", "drained", "refused"]
+    text: str = ""
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """That somebody outside wants an instance of a model, on GPUs that the file hands over.
+
+    Times are steady. Nothing of it is written down: a restart of the supervisor finds again what
+    runs, and its holder comes back and says which instance it had.
+    """
+
+    token: str  # what its holder calls it, unique
+    model: str
+    size: int  # how many GPUs it has, or is to have
+    asked_at: float  # the earliest has its turn first
+    by: str = ""  # the user who holds it, as the kernel knows it
+    holder: str = ""  # what its holder calls itself
+    gpus: tuple[str, ...] | None = None  # UUIDs, as their entry has them; None: it waits its turn
+    instance: str | None = None  # the id of what it has; while it waits, of what it says it had
+    got_at: float | None = None
+    vanished_at: float | None = None  # None: its holder is there
+    first: bool = False  # before all others: the file took back what it had
+    found: bool = False  # it ran when the supervisor came, and its holder did not come back yet
+    ending: Ending | None = None
+    down_since: float | None = None  # since when nothing of it is on its way, nor serves
+    gone_since: float | None = None  # since when nothing of it runs any more, while it ends
 
 
 @dataclass(frozen=True, slots=True)
 class DesiredState:
-    """What should run. Instances are sorted by id and own disjoint sets of GPUs."""
+    """What should run. Instances are sorted by id and own disjoint sets of GPUs.
+
+    Of what is handed over, the GPUs that no claim has are among those that are kept empty.
+    """
 
     instances: tuple[Instance, ...] = ()
     kept_empty: tuple[str, ...] = ()  # UUIDs
@@ -329,10 +328,19 @@ class DesiredState:
     bindings: tuple[tuple[str, str], ...] = ()  # index key of the file -> UUID
     warnings: tuple[str, ...] = ()
     config_hash: str = ""
-    hook: EndpointsHook | None = None
+    hook: Hook | None = None
+    on_transition: Hook | None = None
+    profile: str | None = None  # of the file, that is on
+    # Of GPUs that only profiles name that are not on: UUID, and a model of theirs, its server or
+    # `fleet`.
+    aside: tuple[tuple[str, str], ...] = ()
+    fleet: tuple[FleetEntry, ...] = ()
+    claimable: frozenset[str] = frozenset()  # the models of the file that a claim can be of
+    claims: tuple[Claim, ...] = ()
+    claim_grace: float | None = None  # seconds; None: what claims have stays as it is, since only a
+    # daemon knows who holds them
     down: bool = False  # a person asked for everything to be removed
-    # What the file as it is now asks for, while it waits for a person's word; None: it does not.
-    waiting: DesiredState | None = None
+    waiting: DesiredState | None = None  # what a file asks for that waits for a person's word
 
 
 # --- Observed state ---------------------------------------------------------------------------
@@ -419,7 +427,9 @@ class RuntimeView:
 
     `last` is then all of ours that may run: what did when it could be read, and what was begun
     since. Only we start anything of ours. None: it could not be read yet.
+    `late` set: it has been asked, and may answer yet.
     `off` set: it is switched off, and that is why; it runs nothing and can start nothing.
+    `ignores_gpus` set: it takes requests for GPUs and ignores them; "Podman 4.3.1".
     """
 
     runtime: str
@@ -428,34 +438,9 @@ class RuntimeView:
     error: str | None = None
     hint: str | None = None
     off: str | None = None
+    ignores_gpus: str | None = None
     last: tuple[ObservedWorkload, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
-    """`ok` None: the prober itself could not tell.
-
-    `failures` in a row lead to something, at a pace that the file sets: two that count are at least
-    a period apart, however often is asked. `counted_at` is when the last of them was.
-    """
-
-    ok: bool | None
-    reason: str
-    at: float  # steady
-    failures: int = 0
-    counted_at: float | None = None  # steady
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """What the probes of one running workload last said. None: not probed (yet)."""
-
-    startup: ProbeResult | None = None
-    liveness: ProbeResult | None = None
-    readiness: ProbeResult | None = None
-    placements: tuple[PlacementState, ...] = ()
-    surplus: tuple[Placement, ...] = ()  # what the server has of ours, and nobody asks for
-    devices: ProbeResult | None = None  # whether a container sees its GPUs from inside
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,6 +467,11 @@ class ObservedState:
     listeners: tuple[Listener, ...] | None = None
     at: float = 0.0  # since the epoch, as all that is told
 
+    @property
+    def late(self) -> bool:
+        """Whether a part of it may be known soon, which is not now."""
+        return self.inventory.late or any(view.late for view in self.runtimes)
+
 
 # --- Launches: a workload with everything filled in -------------------------------------------
 
@@ -491,10 +481,12 @@ class Launch:
     """What a runtime is asked to create: every `${…}` replaced, every port chosen.
 
     In `spec`, `env` holds the whole environment (env_file and variables merged in), every Port
-    has its `host` and `container` numbers, and `file_env` and `variables` are empty.
+    has its `host` and `container` numbers, and `file_env` and `variables` are empty. `near` is what
+    it is confined to; None: to nothing.
     """
 
     name: str
     runtime: str
     identity: Identity
     spec: Workload
+    near: Near | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import docker
 import pytest
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.types import DeviceRequest
+from hypothesis import settings
 
 from tests.setup import mlserver
 from tests.support import scopes, systemd
@@ -20,8 +22,20 @@ from tests.support.require import missing
 from tests.support.systemd import SystemdMachine
 from tests.support.triton import TritonRepository
 
+# On a busy machine an example may take any time.
+settings.register_profile("any machine", deadline=None)
+settings.register_profile("quick", deadline=None, max_examples=30)
+settings.load_profile("any machine")
+
 # A background job of a script ignores SIGINT, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests with one name, xdist runs the first alone, and says that all have passed."""
+    counts = Counter(item.nodeid for item in items)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise pytest.UsageError(f"several tests have one name: {', '.join(repeated)}")
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ class Options(ModelOptions):
 
     unavailable: ClassVar[dict[str, str]] = {
         "runtime": common.ONE_RUNTIME,
-        **dict.fromkeys(("network", "container_port", "shm_size", "mounts"), _CONTAINERS_ONLY),
+        **dict.fromkeys(common.CONTAINERS_ONLY, _CONTAINERS_ONLY),
         "working_dir": "ComfyUI runs in backends.comfyui.path; remove the key",
     }
 
@@ -229,8 +229,8 @@ def _probes(options: Options, own: Path) -> Probes:
     given = common.probes(options)
     return Probes(
         startup=Probe(check, period=1.0, timeout=10.0),
-        liveness=given.liveness or Probe(check, period=10.0, timeout=30.0),
-        readiness=given.readiness or Probe(check, period=5.0, timeout=10.0),
+        liveness=common.over(given.liveness, Probe(check, period=10.0, timeout=30.0)),
+        readiness=common.over(given.readiness, Probe(check, period=5.0, timeout=10.0)),
     )
 
 

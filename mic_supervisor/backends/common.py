@@ -11,32 +11,37 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mic_supervisor.backends import CompileRequest
+from mic_supervisor.backends.probe import checks as checks
+from mic_supervisor.backends.probe import metrics_port as metrics_port
+from mic_supervisor.backends.probe import over as over
+from mic_supervisor.backends.probe import probes as probes
+from mic_supervisor.backends.probe import refuse_engine_probe as refuse_engine_probe
+from mic_supervisor.backends.probe import refuse_own_startup as refuse_own_startup
+from mic_supervisor.backends.probe import refuse_unprobed_warm_up as refuse_unprobed_warm_up
+from mic_supervisor.backends.probe import warm_up
+from mic_supervisor.config import container as container_keys
 from mic_supervisor.config.env_file import parse_env_file
 from mic_supervisor.config.options import (
     AbsolutePath,
     Advice,
-    CheckOptions,
     ModelOptions,
     Strict,
 )
 from mic_supervisor.errors import CompileError
 from mic_supervisor.model import (
-    Check,
     ContainerSpec,
-    EngineCheck,
     ExecCheck,
     HttpCall,
-    HttpCheck,
     Instance,
     Limits,
     Mount,
     Pairs,
     Placement,
     Port,
+    Preparation,
     Probe,
     Probes,
     ProcessSpec,
-    TcpCheck,
     Workload,
 )
 
@@ -45,6 +50,11 @@ NO_DRAIN = (
     "stop_timeout for a server that finishes them after its stop signal"
 )
 ONE_RUNTIME = "there is one way to run it; remove the key"
+CONTAINERS_ONLY = (
+    *("network", "container_port", "shm_size", "mounts"),
+    *container_keys.KEYS,
+)
+"""The keys that a backend refuses which runs host processes."""
 
 _PLACEHOLDER = re.compile(r"\$\{([^{}]*)(\}?)")
 _NAMED_PORT = re.compile(r"\$\{port:(http|grpc|metrics)\}")
@@ -72,25 +82,13 @@ def refuse_container_port_on_host(options: ModelOptions) -> None:
         )
 
 
-def refuse_engine_probe(options: ModelOptions) -> None:
-    if any(check.docker for check in checks(options)):
-        raise ValueError("probe: docker: a host process has no image; use http, tcp or exec")
-
-
-def refuse_own_startup(options: ModelOptions, why: str) -> None:
-    """For a backend whose startup probe is its own."""
-    given = options.probe
-    if isinstance(given, CheckOptions) or (given is not None and given.startup is not None):
-        raise ValueError(f"probe: {why}; give probe.liveness or probe.readiness")
-
-
 # For `advice` of Options and Settings.
 
 
 def advise_port(options: ModelOptions, *texts: str) -> Iterator[Advice]:
     """That nothing tells the server its port. `texts` are its command."""
     given = checks(options)
-    if given and not any(check.http or check.tcp for check in given):
+    if given and not any(check.http or check.tcp or check.progress for check in given):
         return  # it may be no server at all
     everything = (*texts, *options.args, *options.env.values())
     told = any("${port" in text for text in everything)
@@ -143,6 +141,7 @@ def texts(
     env: Mapping[str, str],
     entrypoint: Iterable[str] | None = None,
     probes: Probes = Probes(),  # noqa: B008 (frozen)
+    called: str = "command",
 ) -> Texts:
     """Fills in what is known now: the model, the instance and the GPUs' UUIDs.
 
@@ -194,7 +193,7 @@ def texts(
         return replace(probe, check=ExecCheck(fill_all(probe.check.command, f"probe.{kind}.exec")))
 
     return Texts(
-        command=fill_all(command, "command"),
+        command=fill_all(command, called),
         entrypoint=None if entrypoint is None else fill_all(entrypoint, "entrypoint"),
         env=tuple((name, fill(env[name], f"env.{name}")) for name in sorted(env)),
         probes=Probes(*map(fill_probe, ("startup", "liveness", "readiness"))),
@@ -275,44 +274,6 @@ def ports_in(options: ModelOptions, *texts: str) -> set[str]:
     return {name for text in found for name in _NAMED_PORT.findall(text)}
 
 
-def probes(options: ModelOptions) -> Probes:
-    """A single `probe:` is all three.
-
-    Where a split one leaves `startup` out, the liveness or readiness check is the startup check
-    too: otherwise a server that is slow to start would be restarted before it is up.
-    """
-    given = options.probe
-    if given is None:
-        return Probes()
-    if isinstance(given, CheckOptions):
-        probe = _probe(given)
-        return Probes(probe, probe, probe)
-    startup = given.startup or given.liveness or given.readiness
-    return Probes(_probe(startup), _probe(given.liveness), _probe(given.readiness))
-
-
-def _probe(options: CheckOptions | None) -> Probe | None:
-    if options is None:
-        return None
-    check: Check = EngineCheck()
-    if options.http is not None:
-        check = HttpCheck(options.http)
-    elif options.exec is not None:
-        check = ExecCheck(tuple(options.exec))
-    elif options.tcp:
-        check = TcpCheck()
-    return Probe(check, options.period, options.timeout, options.failures)
-
-
-def checks(options: ModelOptions) -> tuple[CheckOptions, ...]:
-    """Every check that a model's `probe:` names."""
-    given = options.probe
-    if isinstance(given, CheckOptions):
-        return (given,)
-    split = (given.startup, given.liveness, given.readiness) if given is not None else ()
-    return tuple(check for check in split if check is not None)
-
-
 def devices(request: CompileRequest) -> tuple[str, ...]:
     """UUIDs to ask for; a simulated GPU is no device."""
     return tuple(gpu.uuid for gpu in request.gpus if not gpu.simulated)
@@ -372,6 +333,8 @@ def container(
     `shm_size` is the backend's default.
     """
     options: ModelOptions = request.options
+    if options.shm_size is not None:
+        shm_size = options.shm_size
     return ContainerSpec(
         **_of_any_workload(request, filled, ports),
         image=image,
@@ -379,12 +342,39 @@ def container(
         devices=devices(request),
         mounts=mounts(request, own_mounts),
         network=options.network,
-        shm_size=shm_size if options.shm_size is None else options.shm_size,
+        # With the host's, or without any, there is nothing whose size it would be.
+        shm_size=None if options.ipc in ("host", "none") else shm_size,
+        **_container_keys(request),
     )
 
 
+def _container_keys(request: CompileRequest) -> dict[str, Any]:
+    options: ModelOptions = request.options
+    found = {key: _frozen(getattr(options, key)) for key in container_keys.KEYS}
+    found["host_devices"] = found.pop("devices")
+    if options.networks:
+        if options.network == "host":  # of a server for all models, whose network is a default
+            cause = "with network: host it joins no other network"
+            raise cannot(request, cause, "remove networks, or say network: bridge")
+        # As in Compose, where a service is reached by its name.
+        found["network_aliases"] = tuple(dict.fromkeys((request.model, *options.network_aliases)))
+    return found
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(sorted(value.items()))
+    return tuple(value) if isinstance(value, list) else value
+
+
 def process(request: CompileRequest, filled: Texts, ports: tuple[Port, ...]) -> ProcessSpec:
-    """A host process from its command and the model's common keys."""
+    """A host process from its command and the model's common keys. Raises CompileError for a key
+    that only a container has, of a backend whose Options do not refuse it.
+    """
+    for key in container_keys.KEYS:
+        if key in request.options.model_fields_set:
+            cause = f"it runs as a host process, and {key} is a key of containers"
+            raise cannot(request, cause, f"remove {key}")
     return ProcessSpec(**_of_any_workload(request, filled, ports))
 
 
@@ -408,6 +398,15 @@ def _of_any_workload(
     }
 
 
+def _preparation(request: CompileRequest, ports: Sequence[Port]) -> Preparation | None:
+    """Its texts are its own: they are no part of what runs."""
+    options: ModelOptions = request.options
+    if options.prepare is None:
+        return None
+    filled = texts(request, ports, command=options.prepare, env={}, called="prepare")
+    return Preparation(filled.command, filled.variables, options.prepare_timeout)
+
+
 def instance(
     request: CompileRequest,
     workload: Workload,
@@ -416,6 +415,7 @@ def instance(
     *,
     drain: HttpCall | None = None,
     metrics_path: str | None = None,
+    openai_model: str | None = None,
 ) -> Instance:
     """The instance around a workload, with the model's common keys."""
     options: ModelOptions = request.options
@@ -427,6 +427,7 @@ def instance(
         workload=workload,
         probes=probes,
         placements=placements,
+        warm_up=warm_up(options),
         start_timeout=options.start_timeout,
         drain_timeout=options.drain_timeout,
         rollback=options.rollout.rollback,
@@ -435,5 +436,7 @@ def instance(
         on_foreign=options.on_foreign,
         foreign_threshold=options.foreign_threshold,
         drain=drain,
+        prepare=_preparation(request, workload.ports),
         metrics_path=metrics_path,
+        openai_model=openai_model,
     )

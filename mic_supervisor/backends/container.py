@@ -41,8 +41,9 @@ class Options(ModelOptions):
     metrics: common.MetricsPath = None
 
     @model_validator(mode="after")
-    def _container_port_needs_a_bridge(self) -> Self:
+    def _fits_together(self) -> Self:
         common.refuse_container_port_on_host(self)
+        common.refuse_unprobed_warm_up(self)
         return self
 
     def advice(self) -> Iterable[Advice]:
@@ -84,7 +85,7 @@ class ContainerBackend(BackendBase):
             command=[*options.command, *options.args],
             entrypoint=options.entrypoint,
             env=options.env,
-            probes=common.probes(options),
+            probes=common.probes(options, common.metrics_port(ports)),
         )
         workload = common.container(request, filled, ports, image=options.image)
         return common.instance(request, workload, filled.probes, metrics_path=options.metrics)

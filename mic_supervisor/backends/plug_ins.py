@@ -37,6 +37,7 @@ from mic_supervisor.model import (
     LoadState,
     Placement,
     PlacementState,
+    Progress,
     TcpCheck,
 )
 from mic_supervisor.text import quoted
@@ -303,10 +304,14 @@ def _loose_ends(instance: Instance, ports: set[str], variables: set[str]) -> Ite
     workload, probes = instance.workload, instance.probes
     given = (probes.startup, probes.liveness, probes.readiness)
     checks = [probe.check for probe in given if probe is not None]
-    for check in checks:
-        if isinstance(check, HttpCheck | TcpCheck) and check.port not in ports:
+    progress = [probe.progress for probe in given if probe is not None and probe.progress]
+    for check in (*checks, *progress):
+        if isinstance(check, HttpCheck | TcpCheck | Progress) and check.port not in ports:
             yield f"a probe asks port {check.port!r}, which it does not have"
-    if (instance.placements or instance.drain) and "http" not in ports:
+    if instance.warm_up and probes.startup is None:
+        yield "it has a warm_up, and no startup probe says when its server is up"
+    called = instance.placements or instance.drain or instance.warm_up or progress
+    if called and "http" not in ports:
         yield "its server is called on port 'http', which it does not have"
     texts = [*workload.command, *(value for _, value in workload.env)]
     if isinstance(workload, ContainerSpec):

@@ -20,7 +20,7 @@ class Options(ModelOptions):
     unavailable: ClassVar[dict[str, str]] = {
         "drain_timeout": common.NO_DRAIN,
         "runtime": common.ONE_RUNTIME,
-        **dict.fromkeys(("network", "container_port", "shm_size", "mounts"), _CONTAINERS_ONLY),
+        **dict.fromkeys(common.CONTAINERS_ONLY, _CONTAINERS_ONLY),
     }
 
     command: Annotated[list[Text], Field(min_length=1)] = Field(
@@ -37,6 +37,7 @@ class Options(ModelOptions):
                 "write where it is, as in /usr/bin/python3"
             )
         common.refuse_engine_probe(self)
+        common.refuse_unprobed_warm_up(self)
         return self
 
     def advice(self) -> Iterable[Advice]:
@@ -73,7 +74,7 @@ class ProcessBackend(BackendBase):
             ports,
             command=[*options.command, *options.args],
             env={**common.visible_gpus(request), **options.env},
-            probes=common.probes(options),
+            probes=common.probes(options, common.metrics_port(ports)),
         )
         workload = common.process(request, filled, ports)
         return common.instance(request, workload, filled.probes, metrics_path=options.metrics)

@@ -6,8 +6,10 @@ and flags.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -17,7 +19,17 @@ from pydantic import Field, model_validator
 from mic_supervisor.backends import BackendBase, CompileRequest, Recognised, common
 from mic_supervisor.config.options import AbsolutePath, Advice, ModelOptions, Strict, Text
 from mic_supervisor.config.types import PositiveDuration, Size
-from mic_supervisor.model import HttpCall, HttpCheck, Instance, Mount, Port, Probe, Probes, Workload
+from mic_supervisor.model import (
+    HttpCall,
+    HttpCheck,
+    Instance,
+    Mount,
+    Port,
+    Probe,
+    Probes,
+    Progress,
+    Workload,
+)
 
 _CACHE = "/cache"  # inside the container
 _TOKEN = "/run/secrets/hf_token"  # inside the container
@@ -83,6 +95,15 @@ class Options(ModelOptions):
     start_timeout: PositiveDuration = Field(
         default=900.0, description="From the start until ready, loading included."
     )
+    hang_timeout: PositiveDuration | None = Field(
+        default=None,
+        description="How long its engine may make no step, the second half of it with a request "
+        "of one token, until it counts as hanging.",
+    )
+    on_hang: Literal["report", "restart"] = Field(
+        default="report",
+        description="What becomes of an instance that hangs: report it as degraded, or restart it.",
+    )
 
     @model_validator(mode="after")
     def _own_flags(self) -> Self:
@@ -94,14 +115,27 @@ class Options(ModelOptions):
                     "drain_timeout: with --disable-log-stats vLLM does not report what is in "
                     "flight; remove one of them"
                 )
+            if flag == "--disable-log-stats" and self.hang_timeout is not None:
+                raise ValueError(
+                    "hang_timeout: with --disable-log-stats vLLM does not count what it does; "
+                    "remove one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_see_a_hang(self) -> Self:
+        if self.hang_timeout is None and "on_hang" in self.model_fields_set:
+            raise ValueError("on_hang: it needs a hang_timeout, as in `hang_timeout: 5m`")
+        if self.hang_timeout and any(check.progress for check in common.checks(self)):
+            raise ValueError("hang_timeout: the probe has a progress; remove one of them")
         return self
 
     @model_validator(mode="after")
     def _fits_its_runtime(self) -> Self:
         common.refuse_container_port_on_host(self)
         if self.runtime == "process":
-            for key in ("container_port", "shm_size", "mounts"):
-                if key in self.model_fields_set:
+            for key in common.CONTAINERS_ONLY:
+                if key in self.model_fields_set and key != "network":
                     raise ValueError(f"{key}: {_CONTAINERS_ONLY}")
             if "network" in self.model_fields_set and self.network == "bridge":
                 raise ValueError("network: a host process has no bridge; remove the key")
@@ -116,7 +150,7 @@ class VllmBackend(BackendBase):
        (SO_REUSEPORT): ready is that /v1/models lists this model. With an API key that path answers
        401 to a probe, and /health has to do.
     2. /health fails only once the engine is dead, and is slow under load. An engine that hangs is
-       seen by a probe of your own.
+       seen by its counters, and by a request where they stand still: `hang_timeout`.
     3. Some versions crash on a UUID in CUDA_VISIBLE_DEVICES (vllm-project/vllm #20939, #46132). A
        container sees its own devices only and needs no such variable; a process gets numbers, in
        the order of the PCI bus, which is the order that the driver's own numbers have.
@@ -150,15 +184,24 @@ class VllmBackend(BackendBase):
         ports = common.ports(options)
         args = [*_from_config(request, options, request.settings), *options.args]
         workload, probes = _workload(request, ports, options, request.settings, args)
+        keyed = _API_KEY in dict((*workload.env, *workload.file_env)) or any(
+            _flag(arg) == "--api-key" for arg in args
+        )
         if options.probe is None:
-            keyed = _API_KEY in dict((*workload.env, *workload.file_env)) or any(
-                _flag(arg) == "--api-key" for arg in args
-            )
-            probes = _probes(options.model, args, keyed)
+            probes = _probes(_served_name(options.model, args), keyed)
+        if options.hang_timeout is not None:
+            probes = _with_progress(request, probes, args, keyed)
         drain = HttpCall("GET", "/metrics") if options.drain_timeout > 0 else None
         # Source: vLLM's documentation, "Production Metrics": on the port of the API, and asked for
         # no key.
-        return common.instance(request, workload, probes, drain=drain, metrics_path="/metrics")
+        return common.instance(
+            request,
+            workload,
+            probes,
+            drain=drain,
+            metrics_path="/metrics",
+            openai_model=_served_name(options.model, args),
+        )
 
     def is_drained(self, status: int, body: str) -> bool:
         """Reads the two gauges of `GET /metrics`; there is one of each for every engine."""
@@ -225,7 +268,10 @@ def _workload(
         tools = Path(settings.executable).parent
         env["PATH"] = f"{tools}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         if common.devices(request):
-            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "${gpu_indices}"}
+            # vLLM reads indices, and UUIDs only of late; a slice has no index.
+            sliced = any(gpu.parent is not None for gpu in request.gpus)
+            visible = "${gpu_uuids}" if sliced else "${gpu_indices}"
+            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
         command = _command(options, request, spread, options.listen)
         command = [settings.executable, "serve", *command]
     else:
@@ -288,12 +334,15 @@ def _command(
     return [*command, *options.args]
 
 
-def _probes(model: str, args: Sequence[str], keyed: bool) -> Probes:
+def _served_name(model: str, args: Sequence[str]) -> str:
+    """Under which clients ask for it; the first, where there are several."""
+    return _value(args, "--served-model-name") or model
+
+
+def _probes(name: str, keyed: bool) -> Probes:
     alive = HttpCheck("/health")
     ready = alive
     if not keyed:
-        # The name under which clients ask for it; the first, where there are several.
-        name = _value(args, "--served-model-name") or model
         ready = HttpCheck("/v1/models", listed=(("data[].id", name),))
     # An API server that is busy takes seconds to answer, and a restart costs minutes.
     return Probes(
@@ -301,6 +350,33 @@ def _probes(model: str, args: Sequence[str], keyed: bool) -> Probes:
         liveness=Probe(alive, period=10.0, timeout=10.0),
         readiness=Probe(ready, timeout=10.0),
     )
+
+
+def _with_progress(
+    request: CompileRequest, probes: Probes, args: Sequence[str], keyed: bool
+) -> Probes:
+    """Half the time for the counter, which grows with every step of the engine, half for a token.
+
+    A gauge of what runs read 0 in a real hang (vllm-project/vllm #46811).
+    """
+    options: Options = request.options
+    if keyed:
+        raise common.cannot(
+            request,
+            "hang_timeout asks for a token, and the server wants an API key for that",
+            "remove hang_timeout, or the key, and let a proxy ask for one; or write a probe of "
+            "your own with `exec`, which has the key",
+        )
+    assert options.hang_timeout is not None  # else nobody asks
+    half = options.hang_timeout / 2
+    body = json.dumps({"model": _served_name(options.model, args), "prompt": "1", "max_tokens": 1})
+    call = HttpCall("POST", "/v1/completions", body, half)
+    moves = Progress("vllm:iteration_tokens_total_count", call, within=half)
+    if options.on_hang == "restart":
+        live = probes.liveness or Probe(None, progress=moves)
+        return replace(probes, liveness=replace(live, progress=moves))
+    ready = probes.readiness or Probe(None, progress=moves)
+    return replace(probes, readiness=replace(ready, progress=moves))
 
 
 def _value(args: Sequence[str], flag: str) -> str | None:

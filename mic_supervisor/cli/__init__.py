@@ -17,7 +17,7 @@ from importlib import import_module
 import click
 
 from mic_supervisor import __version__
-from mic_supervisor.errors import ConfigError, MicError
+from mic_supervisor.errors import ConfigError, MicError, Unserviceable
 
 # name -> (module, or module:function; the line that --help shows, which loads nothing).
 COMMANDS = {
@@ -28,10 +28,13 @@ COMMANDS = {
     "edit": ("editor", "Edit gpus.yaml, see the plan, and apply it."),
     "start": ("edit:start", "Give a GPU to a model: edit gpus.yaml, and wait until it is ready."),
     "stop": ("edit:stop", "Empty a GPU: edit gpus.yaml, and wait until it is empty."),
+    "switch": ("edit:switch", "Put a profile of gpus.yaml on, and apply it."),
     "restart": ("instances:restart", "Restart a model or an instance now."),
     "retry": ("instances:retry", "Try again now what failed."),
     "pause": ("instances:pause", "Leave a model or a GPU alone until it is resumed."),
     "resume": ("instances:resume", "Manage a paused model or GPU again."),
+    "drain": ("drain:drain", "Take this host out of service: stop everything, start nothing."),
+    "undrain": ("drain:undrain", "Put this host back into service."),
     "status": ("status", "Desired and actual state, one row per instance."),
     "doctor": ("doctor", "Check this machine, and say how to fix it."),
     "gpus": ("gpus", "Memory, power, temperature and holders of each GPU."),
@@ -42,6 +45,7 @@ COMMANDS = {
     "reload": ("daemon:reload", "Make the daemon read its file again."),
     "export": ("export", "Upstreams for nginx or HAProxy, from what serves now."),
     "kill": ("kill", "End a process that holds a GPU."),
+    "claim": ("claim", "Hold a GPU that the file hands over, for a scheduler's job."),
     "down": ("apply:down", "Remove every managed instance."),
     "schema": ("file:schema", "Print the JSON Schema of gpus.yaml."),
     "install": ("install:install", "Write the systemd unit, man page and completions."),
@@ -49,11 +53,11 @@ COMMANDS = {
     "demo": ("demo", "A guided tour on simulated GPUs."),
 }
 
-_BRIEF = frozenset({"check", "plan"})
+_BRIEF = frozenset({"check", "plan", "status"})
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64  # sysexits.h, so that 2 can mean "there are changes"
-EXIT_CONFIG = 78  # the same: the daemon's settings; mic.service has it end a restart's loop
+EXIT_CONFIG = 78  # the same: the daemon's settings, what can never be claimed; it ends restarts
 EXIT_INTERRUPTED = 130
 
 
@@ -78,7 +82,8 @@ class Commands(click.Group):
         if name and not name.startswith("-") and name not in COMMANDS:
             from difflib import get_close_matches
 
-            close = get_close_matches(name, COMMANDS, 1)
+            begun = [command for command in COMMANDS if command.startswith(name)]
+            close = begun if len(begun) == 1 else get_close_matches(name, COMMANDS, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             ctx.fail(f"there is no command {name!r}{hint}")
         return super().resolve_command(ctx, args)
@@ -106,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # What a terminal's encoding lacks is shown as an escape, which JSON knows as well.
             stream.reconfigure(errors="backslashreplace")
-    if arguments and arguments[0] in _BRIEF:
+    if arguments and arguments[0] in _BRIEF and "--watch" not in arguments:
         gc.disable()  # they end before there is anything to collect
     if arguments and arguments[0] == "run":
         # Until the daemon is up there is nothing to tidy up. What it holds, the kernel lets go.
@@ -143,7 +148,8 @@ def run(arguments: list[str]) -> int:
     except MicError as error:
         click.echo(f"error: {error.message}", err=True)
         _hint(error)
-        return EXIT_FAILED
+        final = isinstance(error, Unserviceable) and arguments[:1] == ["claim"]
+        return EXIT_CONFIG if final else EXIT_FAILED
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and error.code != 1:
             raise

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mic_supervisor.backends.registry import Registry
-from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import Duration, confirm, json_option, print_json, targets_option
 from mic_supervisor.cli.progress import print_left_out, show
-from mic_supervisor.cli.session import order
-from mic_supervisor.config.document import Config
+from mic_supervisor.cli.session import daemon, order
+from mic_supervisor.config.env_file import setting
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
+    from mic_supervisor.cli import wiring
     from mic_supervisor.model import ObservedState, ObservedWorkload
 
 
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @json_option
 @targets_option
+@click.option(
+    "--pull",
+    is_flag=True,
+    help="Ask the registries for newer images, pull them, and replace what runs older ones; load "
+    "newer files of models.",
+)
 @click.option("--rebind", is_flag=True, help="Bind the file's GPU numbers to today's GPUs anew.")
 @click.option(
     "--lock-timeout",
@@ -33,7 +39,12 @@ if TYPE_CHECKING:
     help="How long to wait for another writer; 30s.",
 )
 def command(
-    file: Path | None, as_json: bool, targets: tuple[str, ...], rebind: bool, lock_timeout: float
+    file: Path | None,
+    as_json: bool,
+    targets: tuple[str, ...],
+    pull: bool,
+    rebind: bool,
+    lock_timeout: float,
 ) -> int:
     """Converge once, with progress, and wait until everything is ready.
 
@@ -44,13 +55,30 @@ def command(
     With --target only the instances of that model, or on that GPU, are changed, and whatever has
     to leave their GPUs; the rest is shown as left out, and counts for nothing. A daemon converges
     the rest all the same: then --target says what is waited for, and confirms no removal.
+
+    With --pull, an image that cannot be pulled counts as a failure, and what runs goes on.
     """
-    found = wiring.settings()
-    # First of all: a file with errors should be told at once, whoever converges.
-    config = wiring.load_config(found, file, Registry())
-    params = {"path": str(config.path), "targets": targets, "rebind": rebind}
+    params: dict[str, Any] = {"targets": targets, "pull": pull, "rebind": rebind}
+    config = None
+    if (client := daemon()) is not None:  # it reads the file, and tells its errors
+        client.close()
+        if path := file or setting("MIC_CONFIG", "", os.environ):
+            params["path"] = str(Path(path).absolute())
+    else:
+        from mic_supervisor.backends.registry import Registry
+        from mic_supervisor.cli import wiring
+
+        # First of all: a file with errors should be told at once, and not after the lock.
+        config = wiring.load_config(wiring.settings(), file, Registry())
+        params["path"] = str(config.path)
     document = order(
-        "apply", params, command="apply", config=config, lock_timeout=lock_timeout, quiet=as_json
+        "apply",
+        params,
+        command="apply",
+        file=file,
+        config=config,
+        lock_timeout=lock_timeout,
+        quiet=as_json,
     )
     if as_json:
         print_json(document)
@@ -68,7 +96,8 @@ def report(document: dict[str, Any], *, limited: bool) -> None:
         click.echo("The daemon converges everything else as well; --target chose what to wait for.")
     for text in document["remaining"]["warnings"]:
         click.echo(f"warning: {text}")
-    bad = sum(not row["as_desired"] for row in rows)
+    not_pulled = {item["instance"] for item in document["failures"] if item.get("not_pulled")}
+    bad = sum(not row["as_desired"] or row["id"] in not_pulled for row in rows)
     good = len(rows) - bad
     if limited and not rows:
         click.echo("Apply: the file asks for no instance there.")
@@ -83,6 +112,8 @@ def down(yes: bool) -> int:
 
     Exits with 0 when nothing of ours is left, 1 otherwise.
     """
+    from mic_supervisor.cli import wiring
+    from mic_supervisor.config.document import Config
     from mic_supervisor.config.names import shown_id, with_shown_ids
     from mic_supervisor.daemon.client import Client
 

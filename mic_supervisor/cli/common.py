@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-Kind = Literal["models", "instances", "gpus"]
+Kind = Literal["models", "instances", "gpus", "profiles"]
 
 
 def completes(*kinds: Kind) -> Callable[[click.Context, click.Parameter, str], list[str]]:
@@ -63,14 +63,20 @@ class Duration(click.ParamType[float]):
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        from mic_supervisor.config.types import parse_duration
-
         if isinstance(value, float):
             return value
+        from mic_supervisor.config.types import parse_duration
+
         try:
             return parse_duration(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Whole(click.IntRange):
+    """A whole number between two, and said to be one where something else is given."""
+
+    name = "whole number"
 
 
 EXIT_DECLINED = 130  # as after Ctrl-C

@@ -9,13 +9,16 @@ import click
 
 from mic_supervisor.cli import wiring
 from mic_supervisor.cli.common import json_option, name_argument, print_json
-from mic_supervisor.cli.session import ask, named_gpus
+from mic_supervisor.cli.session import ask, daemon, named_gpus
 from mic_supervisor.clocks import local
 from mic_supervisor.config.names import is_called, shown_id, with_shown_ids
 from mic_supervisor.errors import MicError
+from mic_supervisor.host import start_daemon
 from mic_supervisor.plan.words import beside
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mic_supervisor.converge.events import Event
 
 _LOCK_TIMEOUT = 60.0  # seconds: an apply that runs now is let finish
@@ -80,7 +83,7 @@ def reload(wait: bool) -> int:
     if client is None:
         raise MicError(
             f"cannot reload: no daemon listens on {found.socket}",
-            hint="start it with: systemctl start mic",
+            hint=f"start it with: {start_daemon()}",
         )
     if not wait:
         client.send("reload")
@@ -102,15 +105,14 @@ def reload(wait: bool) -> int:
 def history(name: str | None, as_json: bool) -> int:
     """The last 1,000 transitions, oldest first, with their cause and how long they took.
 
-    With a name, those of one instance, model or GPU only; exits with 1 where there is none of it.
+    What a person ordered has the user who did. With a name, those of one instance, model or GPU
+    only; exits with 1 where there is none of it.
     """
     from dataclasses import asdict
 
-    from mic_supervisor.daemon.log import read
     from mic_supervisor.host import host_name
 
-    found = wiring.settings()
-    everything = [*read(found.scope_state_dir / "history.jsonl")]
+    everything = _recorded(wiring.settings().scope_state_dir / "history.jsonl")
     events = [asdict(event) for event in everything if name is None or _is_of(event, name)]
     if name is not None and not events:
         uuids = named_gpus(name, ask("status"))
@@ -132,6 +134,21 @@ def history(name: str | None, as_json: bool) -> int:
     return 0
 
 
+def _recorded(path: Path) -> list[Event]:
+    """What is kept, with or without a daemon. Who may not read it asks the daemon."""
+    from mic_supervisor import codec
+    from mic_supervisor.converge.events import Event
+    from mic_supervisor.daemon.log import read
+
+    try:
+        return [*read(path)]
+    except MicError as error:
+        client = daemon() if isinstance(error.__cause__, PermissionError) else None
+        if client is None:
+            raise
+        return [codec.decode(Event, event) for event in client.call("history", timeout=10.0)]
+
+
 def _is_of(event: Event, name: str) -> bool:
     return is_called(name, event.instance, [event.model] if event.model else [])
 
@@ -148,4 +165,5 @@ def _line(event: dict[str, Any]) -> str:
         text = f"{phase} {word}{took}: {event['text']}"
     else:
         text = event["text"]
-    return f"{at}  {event['instance']}: {text}"
+    by = f", by {event['by']}" if event["by"] else ""
+    return f"{at}  {event['instance']}: {text}{by}"

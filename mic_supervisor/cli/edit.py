@@ -1,4 +1,4 @@
-"""start and stop: they edit the file, and wait until the machine follows it."""
+"""start, stop and switch: they edit the file, and wait until the machine follows it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mic_supervisor.cli import wiring
+from mic_supervisor.cli.apply import report
 from mic_supervisor.cli.common import completes
 from mic_supervisor.cli.progress import named, on, print_left_out, show
-from mic_supervisor.cli.session import ask, order, reach
-from mic_supervisor.config.document import composed
+from mic_supervisor.cli.session import Alone, ask, order, reach
+from mic_supervisor.config.document import NONE
+from mic_supervisor.config.names import composed
 from mic_supervisor.errors import ConfigError, LockHeld, MicError
 
 if TYPE_CHECKING:
-    from mic_supervisor.config.document import Config, GpuEntry, GpuKey
+    from mic_supervisor.config.document import Config, GpuEntry, GpuKey, Location
     from mic_supervisor.config.edit import LockedFile
     from mic_supervisor.config.settings import Settings
     from mic_supervisor.model import GpuInventory
@@ -72,15 +74,16 @@ def start(model: str, keys: tuple[GpuKey, ...]) -> int:
     reach()
     with opened(found, keys, f"start {model} on {where}") as file:
         _check_model(file, model)
+        _check_in_service(file)
         _check_free(file, model, where)
         check_paused(file, model)
-        before = "none" if file.entry is not None else None
+        before = file.entry.value if file.entry is not None else None
         if file.model == model:
             click.echo(f"{found.config}: {where} is {model} already.")
         else:
             _check_unlisted(file, model, where)
             written = file.put(model)
-            print_edit(found.config, where, before, model)
+            print_edit(found.config, where, before, model, file.entry)
     document = apply_edit(found, f"start {model}", file.uuids, written)
     rows = on(document, file.uuids) or named(document, model)
     code = show(rows, document)
@@ -103,18 +106,18 @@ def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
     reach()
     with opened(found, keys, what) as file:
         if model is not None and composed(model) != file.model:
-            has = file.model or ("none" if file.entry is not None else "no entry")
+            has = file.entry.value if file.entry is not None else "no entry"
             raise MicError(
                 f"cannot {what}: {found.config} has {has} there", hint="see `mic-supervisor status`"
             )
         check_paused(file, file.model)
-        if file.entry is not None and file.model is None:
+        if file.entry is not None and file.entry.value == NONE:
             click.echo(f"{found.config}: {where} is none already.")
         else:
-            before = file.model
+            before = file.entry.value if file.entry is not None else None
             written = file.put(None)
-            print_edit(found.config, where, before, "none")
-    document = apply_edit(found, "stop", file.uuids, written)
+            print_edit(found.config, where, before, "none", file.entry)
+    document = apply_edit(found, f"stop on {where}", file.uuids, written)
     if not file.uuids:
         raise MicError(
             f"cannot find out whether {where} is empty: the driver does not list that GPU",
@@ -124,8 +127,72 @@ def stop(model: str | None, keys: tuple[GpuKey, ...]) -> int:
     if left:
         show(left, document)
         return 1
+    if unknown := document.get("unreadable"):  # an earlier daemon does not say
+        raise MicError(
+            f"cannot find out whether {where} is empty: {'; '.join(unknown)}",
+            hint="the file is edited, and is followed once that can be read",
+        )
     click.echo(f"{where} is empty.")
     print_left_out(document)
+    return 0
+
+
+@click.command(name="switch")
+@click.argument(
+    "profile", metavar="[PROFILE|none]", required=False, shell_complete=completes("profiles")
+)
+def switch(profile: str | None) -> int:
+    """Put a profile of gpus.yaml on, and wait until the machine follows it.
+
+    Sets the key `profile` of the file, which keeps its comments and its layout, shows the plan and
+    carries it out. `none` puts no profile on: then `gpus:` alone counts. A removal that has nothing
+    to do with a profile is left to apply. Without a name it lists the profiles, and changes
+    nothing. Exits as apply does.
+    """
+    if profile is None:
+        return _list_profiles()
+    from mic_supervisor.config.edit import locked, put_profile
+    from mic_supervisor.config.profiles import no_profile
+
+    found, name, written = wiring.settings(), composed(profile), ""
+    action = f"switch to {name}"
+    reach()
+    machine = wiring.machine(found, create_key=False)
+    with locked(found.config) as file:
+        config = load_data(machine, file.data)
+        path, before = config.path, config.profile or NONE
+        if name not in (NONE, *config.profiles):
+            raise no_profile(action, path, name, config.profiles)
+        if name == before:
+            click.echo(f"{path}: the profile is {name} already.")
+        else:
+            refuse_doubt(doubt_of(machine, config), action)
+            if config.profile_at is not None:
+                _check_own(path, config.profile_at, "`profile`", action)
+            try:
+                data = file.encode(put_profile(file.text, name))
+            except MicError as error:
+                raise MicError(f"cannot {action}: {error.message}", hint=error.hint) from error
+            config = load_edited(machine, data)
+            answer = Alone(config=config).call("plan", {"hash": config.hash})
+            click.echo(answer["text"], nl=False)
+            file.replace(data)
+            written = config.hash
+            click.echo(f"{path}: the profile is {name} now, was {before}.")
+    with hint_at_apply():
+        params = {"path": str(path), "hash": written}
+        document = order("edited", params, command=f"switch {name}")
+    report(document, limited=False)
+    return int(document["exit_code"])
+
+
+def _list_profiles() -> int:
+    """Which profiles there are. The one that is on has a mark."""
+    from mic_supervisor.backends.registry import Registry
+
+    config = wiring.load_config(wiring.settings(), None, Registry())
+    for name in (NONE, *config.profiles):
+        click.echo(f"{'*' if name == (config.profile or NONE) else ' '} {name}")
     return 0
 
 
@@ -140,6 +207,15 @@ def _check_model(file: Opened, model: str) -> None:
         f"cannot {file.action}: {file.config.path} has no model {diagnostics.show(model)}",
         hint=f"did you mean {meant}?" if meant is not None else f"known are {known}",
     )
+
+
+def _check_in_service(file: Opened) -> None:
+    """Refuse to write what would not be followed. Raises MicError."""
+    from mic_supervisor.plan.selection import drained
+
+    if (order := file.machine.state.memory().drained) is not None:
+        why = drained(order, time.time())
+        raise MicError(f"cannot {file.action}: {why}", hint=why.hint)
 
 
 def _check_free(file: Opened, model: str, where: str) -> None:
@@ -206,19 +282,12 @@ class Opened:
 
     def put(self, model: str | None) -> str:
         """Have the file say so: the hash of the document. Raises MicError, changing nothing."""
-        from mic_supervisor.config.document import WAY_OUT
         from mic_supervisor.config.edit import assign
 
         path = self.config.path
-        if self.doubt is not None:
-            # With this edit in it, the file would not look cut any more.
-            raise MicError(f"cannot {self.action}: {self.doubt}", hint=WAY_OUT)
-        if self.entry is not None and self.entry.location.file != str(path):
-            raise MicError(
-                f"cannot {self.action}: {self.entry.location} sets it, and drop-ins win over "
-                f"{path}",
-                hint=f"edit {self.entry.location.file}, then: mic-supervisor apply",
-            )
+        refuse_doubt(self.doubt, self.action)
+        if self.entry is not None:
+            _check_own(path, self.entry.location, "it", self.action)
         text = self.file.text
         try:
             after = assign(text, self.entry, self.keys, model)
@@ -227,17 +296,39 @@ class Opened:
         if after == text:
             return self.config.hash
         data = self.file.encode(after)
-        try:
-            config = _load(self.machine, data)
-        except ConfigError as error:
-            raise ConfigError(
-                error.message,
-                rendered=error.rendered,
-                outline=error.outline,
-                hint=f"{path} was left as it was",
-            ) from error
+        config = load_edited(self.machine, data)
         self.file.replace(data)
         return config.hash
+
+
+def refuse_doubt(doubt: str | None, action: str) -> None:
+    """With an edit in it, a file would not look cut any more. Raises MicError."""
+    from mic_supervisor.config.document import WAY_OUT
+
+    if doubt is not None:
+        raise MicError(f"cannot {action}: {doubt}", hint=WAY_OUT)
+
+
+def _check_own(path: Path, at: Location, what: str, action: str) -> None:
+    """Refuse to edit in the file what a drop-in sets. Raises MicError."""
+    if at.file != str(path):
+        raise MicError(
+            f"cannot {action}: {at} sets {what}, and drop-ins win over {path}",
+            hint=f"edit {at.file}, then: mic-supervisor apply",
+        )
+
+
+def load_edited(machine: wiring.Machine, data: bytes) -> Config:
+    """The configuration as it is with `data` in the file. Raises ConfigError, for an edit."""
+    try:
+        return load_data(machine, data)
+    except ConfigError as error:
+        raise ConfigError(
+            error.message,
+            rendered=error.rendered,
+            outline=error.outline,
+            hint=f"{machine.settings.config} was left as it was",
+        ) from error
 
 
 def check_paused(file: Opened, model: str | None) -> None:
@@ -261,18 +352,26 @@ def opened(found: Settings, keys: tuple[GpuKey, ...], action: str) -> Iterator[O
     `action` is what is to be done, for errors: "start MAM on GPU 1".
     """
     from mic_supervisor.config.edit import locked
-    from mic_supervisor.daemon.generations import unconfirmed, waits_for_word
 
     machine = wiring.machine(found, create_key=False)
     with locked(found.config) as file:
-        config = _load(machine, file.data)
+        config = load_data(machine, file.data)
         entry, keys, uuids = _find(machine, config, keys, action)
-        state, registry = machine.state, machine.registry
-        why = unconfirmed(state, config, registry, found) if waits_for_word(state, found) else None
-        yield Opened(machine, file, config, entry, keys, uuids, action, why)
+        doubt = doubt_of(machine, config)
+        yield Opened(machine, file, config, entry, keys, uuids, action, doubt)
 
 
-def _load(machine: wiring.Machine, data: bytes) -> Config:
+def doubt_of(machine: wiring.Machine, config: Config) -> str | None:
+    """Why the file, which is as `config` now, is not what is followed; None: it is."""
+    from mic_supervisor.daemon.generations import unconfirmed, waits_for_word
+
+    state, found = machine.state, machine.settings
+    if not waits_for_word(state, found):
+        return None
+    return unconfirmed(state, config, machine.registry, found)
+
+
+def load_data(machine: wiring.Machine, data: bytes) -> Config:
     from mic_supervisor.config.load import load
 
     found = machine.settings
@@ -353,6 +452,10 @@ def hint_at_apply() -> Iterator[None]:
         ) from error
 
 
-def print_edit(path: Path, where: str, before: str | None, after: str) -> None:
+def print_edit(
+    path: Path, where: str, before: str | None, after: str, entry: GpuEntry | None
+) -> None:
+    """`entry` is the one that was edited; a profile that it stands in is named."""
     was = f"was {before}" if before is not None else "was not listed"
-    click.echo(f"{path}: {where} is {after} now, {was}.")
+    there = f" in profile {entry.profile}" if entry is not None and entry.profile else ""
+    click.echo(f"{path}: {where} is {after} now{there}, {was}.")

@@ -7,12 +7,17 @@ from pathlib import Path
 import click
 
 from mic_supervisor.cli.common import json_option, print_json, print_rows
-from mic_supervisor.errors import ConfigError
+from mic_supervisor.errors import ConfigError, MicError
 
 
 @click.command(name="check")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-def check(file: Path | None) -> None:
+@click.option(
+    "--env-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Validate the settings in this file, as a new mic.env; FILE only where it is given.",
+)
+def check(file: Path | None, env_file: Path | None) -> None:
     """Validate gpus.yaml, or FILE, with its drop-ins.
 
     Reports every error at once and needs no GPU, no Docker and no root. Paths and images that the
@@ -23,7 +28,13 @@ def check(file: Path | None) -> None:
     from mic_supervisor.config.merge import NOT_A_DROP_IN, not_read
     from mic_supervisor.views.config import summary
 
-    found = wiring.settings()
+    found = wiring.settings(env_file)
+    if env_file is not None:
+        if found.unread is not None:
+            raise MicError(found.unread, hint=f"look at its permissions: ls -l {env_file}")
+        click.echo(f"{env_file}: the settings are valid")
+        if file is None:
+            return
     try:
         config = wiring.load_config(found, file, Registry())
     except ConfigError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,7 +35,8 @@ def command(as_json: bool) -> int:
 
     Into a pipe goes one line per GPU, its columns set off by tabs: index, UUID, name, memory used
     of all, power drawn of the limit, utilization, temperature, holders, remarks. What is not known
-    is "?".
+    is "?". A slice of a GPU that has MIG on follows its GPU, with the index of that one; the driver
+    knows neither its power nor its utilization.
     """
     from mic_supervisor.host import host_name
 
@@ -105,26 +107,31 @@ def document(
 
 
 def lines(inventory: GpuInventory) -> list[str]:
-    """One line per GPU, by index, columns set off by tabs."""
-    found: dict[int, tuple[str, ...]] = {
-        gpu.index: (
-            gpu.uuid,
-            gpu.name,
-            *_measured(gpu),
-            _holders(gpu),
-            "; ".join(_remarks(gpu)) or "-",
+    """One line per GPU, by index, each followed by its slices; columns set off by tabs."""
+    found: list[tuple[int, tuple[str, ...]]] = [
+        (
+            gpu.index,
+            (
+                gpu.uuid,
+                gpu.name,
+                *_measured(gpu),
+                _holders(gpu),
+                "; ".join(_remarks(gpu)) or "-",
+            ),
         )
         for gpu in inventory.gpus
-    }
-    found.update((gpu.index, ("?", gpu.error_line)) for gpu in inventory.unopened)
-    return ["\t".join((str(index), *map(printable, found[index]))) for index in sorted(found)]
+    ]
+    found += [(gpu.index, ("?", gpu.error_line)) for gpu in inventory.unopened]
+    found.sort(key=itemgetter(0))
+    return ["\t".join((str(index), *map(printable, columns))) for index, columns in found]
 
 
 def _remarks(gpu: Gpu) -> list[str]:
     """What is to be known of a GPU beside what is measured."""
     return [
         *([f"unhealthy: {gpu.trouble}"] if gpu.trouble is not None else []),
-        *(["MIG is on, which is reported and not managed"] if gpu.mig else []),
+        *(["MIG is on: a model gets one of its slices"] if gpu.mig else []),
+        *([f"slice of GPU {gpu.index}"] if gpu.parent is not None else []),
         *(["persistence mode is off"] if gpu.persistence is False else []),
     ]
 
@@ -150,10 +157,10 @@ def print_tables(inventory: GpuInventory) -> None:
         console.print(f"GPU {unopened.index}: {printable(unopened.error_line)}", style="red")
     for gpu in inventory.gpus:
         if gpu.processes is None:
-            console.print(f"GPU {gpu.index}: {_UNLISTED[gpu.unlisted]}", style="yellow")
+            console.print(f"GPU {gpu.number}: {_UNLISTED[gpu.unlisted]}", style="yellow")
         for remark in _remarks(gpu):
             style = "red" if gpu.trouble is not None else "yellow"
-            console.print(f"GPU {gpu.index}: {printable(remark)}", style=style)
+            console.print(f"GPU {gpu.number}: {printable(remark)}", style=style)
     holders = [
         (str(gpu.index), *_holder(process))
         for gpu in inventory.gpus

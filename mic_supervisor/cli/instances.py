@@ -7,30 +7,42 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
+from queue import Queue
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import click
 
-from mic_supervisor.cli.common import name_argument
+from mic_supervisor.cli.common import Whole, name_argument
 from mic_supervisor.cli.progress import named, show
 from mic_supervisor.cli.session import daemon, order
 from mic_supervisor.errors import MicError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
+
+    from mic_supervisor.converge.logs import Log
+
+_MOST_WAITING = 1000  # lines that were read and not printed yet: a pager takes its time
 
 
 @click.command(name="restart")
-@name_argument("MODEL|INSTANCE|GPU")
-def restart(name: str) -> int:
+@name_argument("MODEL|INSTANCE|GPU", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every instance that is not paused.")
+def restart(name: str | None, everything: bool) -> int:
     """Restart a model's instances, one GPU at a time, although nothing is wrong with them.
 
-    A model in a server of several is unloaded and loaded again; the others go on serving. Clears
-    their backoff and what failed before. Exits with 0 when all are ready again, 3 when some
-    are not, 1 when none is.
+    With --all those of every model; of each model one GPU at a time. A model in a server of several
+    is unloaded and loaded again; the others go on serving. Clears their backoff and what failed
+    before. Exits with 0 when all are ready again, 3 when some are not, 1 when none is.
     """
-    document = order("restart", {"name": name}, command=f"restart {name}")
-    return show(named(document, name), document)
+    if (name is None) is not everything:
+        raise click.UsageError("name a model, an instance or a GPU, or say --all")
+    called = name or "--all"
+    params = {"all": True} if everything else {"name": name}
+    document = order("restart", params, command=f"restart {called}")
+    return show(named(document, called), document)
 
 
 @click.command(name="retry")
@@ -93,15 +105,18 @@ def resume(name: str | None, everything: bool) -> int:
 
 
 @click.command(name="logs")
-@name_argument("INSTANCE|MODEL|GPU")
+@name_argument("INSTANCE|MODEL|GPU", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
-@click.option("-n", "--lines", type=click.IntRange(0), help="Only the last so many lines.")
+@click.option(
+    "-n", "--lines", type=Whole(0), metavar="N", help="Only the last so many lines of each."
+)
 @click.option("--previous", is_flag=True, help="The run before, or the replaced workload's.")
-def logs(name: str, follow: bool, lines: int | None, previous: bool) -> int:
-    """Show the log of an instance: container or process.
+def logs(name: str | None, follow: bool, lines: int | None, previous: bool) -> int:
+    """Show the log of an instance: container or process; without a name, of all of them.
 
-    A model or a GPU must have one instance only. A server of several models has one log, which is
-    shown for each of them.
+    Of several instances each line has the id of its own before it; they come one after the other,
+    and with --follow as they are written. A server of several models has one log, which is shown
+    for each of them. Exits with 1 where no log can be read.
     """
     if follow and previous:
         raise click.UsageError(
@@ -113,7 +128,7 @@ def logs(name: str, follow: bool, lines: int | None, previous: bool) -> int:
     return 0
 
 
-def _as_the_daemon_reads(name: str, lines: int | None, previous: bool) -> list[str] | None:
+def _as_the_daemon_reads(name: str | None, lines: int | None, previous: bool) -> list[str] | None:
     """For members of the group mic, who may ask it, and may read neither Docker nor the state.
     None: this user reads the log without it.
     """
@@ -133,10 +148,12 @@ def _as_the_daemon_reads(name: str, lines: int | None, previous: bool) -> list[s
     return found
 
 
-def _as_read_here(name: str, lines: int | None, follow: bool, previous: bool) -> Iterable[str]:
+def _as_read_here(
+    name: str | None, lines: int | None, follow: bool, previous: bool
+) -> Iterable[str]:
     from mic_supervisor.cli import wiring
     from mic_supervisor.config.names import safe_name
-    from mic_supervisor.converge.logs import log_of
+    from mic_supervisor.converge.logs import Log, logs_of
     from mic_supervisor.converge.observe import observe
 
     machine = wiring.machine(wiring.settings(), create_key=False)
@@ -149,11 +166,51 @@ def _as_read_here(name: str, lines: int | None, follow: bool, previous: bool) ->
         server = config.servers.get(model)
         return None if server is None else safe_name(server)
 
-    log = log_of(name, observe(machine.sources, time.time()), server_of)
-    _say_whose(name, log.server)
-    return log.lines(machine.sources.runtimes, tail=lines, follow=follow, previous=previous)
+    found = logs_of(name, observe(machine.sources, time.time()), server_of)
+    _say_whose(name, found[0].server)
+    read = partial(
+        Log.lines,
+        runtimes=machine.sources.runtimes,
+        tail=lines,
+        follow=follow,
+        previous=previous,
+    )
+    return read(found[0]) if len(found) == 1 else _together(found, read, at_once=follow)
 
 
-def _say_whose(name: str, server: str | None) -> None:
+def _together(
+    found: list[Log], read: Callable[[Log], Iterable[str]], *, at_once: bool
+) -> Iterator[str]:
+    """The lines of several, each with whose it is. Raises MicError where none can be read."""
+    waiting: Queue[str | None] = Queue(_MOST_WAITING)
+    errors: list[MicError] = []
+
+    def lines_of(log: Log) -> Iterator[str]:
+        try:
+            yield from (f"{log.called} | {line}" for line in read(log))
+        except MicError as error:
+            errors.append(error)
+            click.echo(f"error: {log.called}: {error.message}", err=True)
+
+    def pump(log: Log) -> None:
+        try:
+            for line in lines_of(log):
+                waiting.put(line)
+        finally:
+            waiting.put(None)  # else a defect of one would have all of them wait for ever
+
+    if at_once:
+        for log in found:
+            Thread(target=pump, args=(log,), daemon=True).start()  # its calls block
+        for _ in found:
+            yield from iter(waiting.get, None)
+    else:
+        for log in found:
+            yield from lines_of(log)
+    if len(errors) == len(found):
+        raise errors[0]
+
+
+def _say_whose(name: str | None, server: str | None) -> None:
     if server is not None:
         click.echo(f"{name} is in {server}: this is the log of that server.", err=True)

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
 
 from mic_supervisor.cli import wiring
-from mic_supervisor.cli.common import Duration, confirm
+from mic_supervisor.cli.common import Duration, Whole, confirm
+from mic_supervisor.cli.session import daemon
 from mic_supervisor.errors import MicError
 from mic_supervisor.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mic_supervisor.config.settings import Settings
     from mic_supervisor.kill import Result
 
 EXIT_STAYS = 70  # sysexits.h EX_SOFTWARE: it did not work, and nobody could have known
 EXIT_DENIED = 77  # sysexits.h EX_NOPERM
+_ANSWERS_IN = 5.0  # seconds for the daemon
 _ORPHANS = "processes that hold a GPU and that nobody owns"
 
 
 @click.command(name="kill")
-@click.argument("pid", type=click.IntRange(min=1), required=False)
+@click.argument("pid", type=Whole(min=1), required=False)
 @click.option("--all-orphans", is_flag=True, help=f"All {_ORPHANS}, instead of one PID.")
 @click.option("--yes", is_flag=True, help="Do not ask. Needed where there is no terminal.")
 @click.option(
@@ -81,7 +85,31 @@ def command(pid: int | None, all_orphans: bool, yes: bool, force: bool, grace: f
         results = end(targets, lambda: survey(machine.sources), grace=grace)
     finally:
         machine.sources.gpus.close()
+    _record(found, results)
     return report(results, grace)
+
+
+def _record(found: Settings, results: Sequence[Result]) -> None:
+    """Into the history, by the daemon where one runs. What cannot be written undoes no kill."""
+    import os
+    import time
+
+    from mic_supervisor.converge.events import Event
+    from mic_supervisor.daemon.log import History
+    from mic_supervisor.host import who_asks
+
+    with suppress(MicError):
+        for result in results:
+            if result.outcome in ("gone", "changed", "denied"):
+                continue  # nothing was done to it
+            pid, gpus = f"PID {result.target.pid}", [hold.uuid for hold in result.target.holds]
+            text = f"kill: {result.target.name} {'stays' if result.outcome == 'stays' else 'ended'}"
+            if (client := daemon()) is not None:
+                client.call("killed", {"pid": pid, "text": text, "gpus": gpus}, timeout=_ANSWERS_IN)
+            elif os.geteuid() == 0 or os.access(found.scope_state_dir, os.W_OK):
+                about = (time.time(), pid, text, "", tuple(gpus), "kill")
+                event = Event("order", *about, by=who_asks(os.getuid(), os.getpid()))
+                History(found.scope_state_dir / "history.jsonl").add(event)
 
 
 def report(results: Sequence[Result], grace: float) -> int:
@@ -89,7 +117,7 @@ def report(results: Sequence[Result], grace: float) -> int:
     code = 0
     for result in results:
         pid, name = result.target.pid, printable(result.target.name)
-        gpus = ", ".join(str(hold.index) for hold in result.target.holds)
+        gpus = ", ".join(str(hold.number) for hold in result.target.holds)
         match result.outcome:
             case "ended" if result.killed:
                 click.echo(f"{pid} ({name}) was killed: it did not end within {grace:g} s of TERM")

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mic_supervisor.config.document import composed
-from mic_supervisor.config.names import is_called, shown_id, with_shown_ids
-from mic_supervisor.plan.health import Phase
-from mic_supervisor.plan.memory import memory_key
+from mic_supervisor.config.names import composed, is_called, shown_id, with_shown_ids
 from mic_supervisor.plan.words import beside, gpu_names, left_out_line
 
 if TYPE_CHECKING:
@@ -21,8 +18,9 @@ if TYPE_CHECKING:
 
     from mic_supervisor.converge.events import Event
 
-_QUIET = frozenset({Phase.PENDING, Phase.STOPPING})  # the change itself says it better
-_GOOD = frozenset({Phase.STARTING, Phase.LOADING, Phase.READY, Phase.UNPROBED})
+# The change itself says it better, and so does the end of `drain`.
+_QUIET = frozenset({"pending", "stopping", "drained"})
+_GOOD = frozenset({"starting", "loading", "ready", "unprobed"})
 
 
 @contextmanager
@@ -82,11 +80,11 @@ def line_of(event: Event, changed: set[str]) -> str | None:
     if event.kind == "begin":
         changed.add(event.instance)
     if event.kind == "phase":
-        if event.phase == Phase.LOADING and not event.text:
+        if event.phase == "loading" and not event.text:
             return None
         if event.phase in _QUIET or (event.phase in _GOOD and event.instance not in changed):
             return None
-        if event.phase == Phase.PAUSED:
+        if event.phase == "paused":
             return event.text
         text = beside(event.phase or "", event.text)
         return f"{event.phase}" + (f": {text}" if text else "")
@@ -111,7 +109,7 @@ def outcome(row: Mapping[str, Any]) -> str:
     """The last line about an instance of an apply's document."""
     indices = {gpu["uuid"]: gpu["index"] for gpu in row["gpus"] if gpu["index"] is not None}
     label = gpu_label([gpu["uuid"] for gpu in row["gpus"]], indices)
-    why = beside(row["phase"], row["reason"] or "") if row["phase"] != Phase.READY else ""
+    why = beside(row["phase"], row["reason"] or "") if row["phase"] != "ready" else ""
     tail = "  ".join(part for part in (row["endpoints"].get("http", ""), why) if part)
     return f"{row['phase']:<9}  {row['id']}  {label}  {tail}".rstrip()
 
@@ -127,6 +125,8 @@ def named(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The rows of an instance or a model, or those that a daemon took for named; of a model in a
     server of several, what is said of it.
     """
+    from mic_supervisor.plan.memory import memory_key
+
     rows, ids, wanted = document["instances"], document.get("named", ()), composed(name)
     found = [r for r in rows if r["id"] in ids or is_called(name, r["id"], [r["model"]])]
     return found or [
@@ -134,7 +134,7 @@ def named(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
             **row,
             **one,
             "id": memory_key(row["id"], wanted),
-            "as_desired": one["phase"] == Phase.READY,
+            "as_desired": one["phase"] == "ready",
         }
         for row in rows
         for one in row["models"]
@@ -150,17 +150,18 @@ def show(rows: list[dict[str, Any]], document: dict[str, Any]) -> int:
     failures = {item["instance"]: item for item in document["failures"]}
     hints = {item["instance"]: item["hint"] for item in document["remaining"]["blocked"]}
     models = {row["id"]: row["model"] for row in document["instances"]}
+    good = []
     for row in rows:
         click.echo(with_shown_ids(outcome(row), models))
         failure = failures.get(row["id"], {"reason": "", "hint": None, "told": True})
-        if row["as_desired"]:
+        good.append(row["as_desired"] and not failure.get("not_pulled"))
+        if good[-1]:
             continue
         if not failure.get("told"):  # an earlier daemon does not say
             click.echo(with_shown_ids(f"    {failure['reason']}", models))
         hint = failure["hint"] or hints.get(row["id"])
         if hint:
             click.echo(with_shown_ids(f"    hint: {hint}", models))
-    good = [row["as_desired"] for row in rows]
     return 0 if good and all(good) else 3 if any(good) else 1
 
 

@@ -12,7 +12,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mic_supervisor.config.document import NONE
 from mic_supervisor.config.env_file import DEFAULT_SCOPE, setting, socket_of
 from mic_supervisor.daemon.client import Client
 from mic_supervisor.errors import MicError
@@ -96,27 +95,43 @@ async def _call(
     import asyncio
 
     from mic_supervisor.clocks import Clock
-    from mic_supervisor.converge.events import Events
+    from mic_supervisor.converge.claims import ClaimDesk
+    from mic_supervisor.converge.events import Event, Events, Order
     from mic_supervisor.converge.loop import Converger
-    from mic_supervisor.converge.session import Session, Snapshots
+    from mic_supervisor.converge.outcome import Snapshots
+    from mic_supervisor.converge.session import Session
     from mic_supervisor.converge.snapshot import ConfigState, Reloaded
     from mic_supervisor.daemon.generations import accept, number_of, waits_for_word
+    from mic_supervisor.daemon.log import History
     from mic_supervisor.desired import FileDesired
+    from mic_supervisor.host import who_asks
 
     clock, events = Clock(), Events()
+    desired = FileDesired(config, machine.registry, machine.settings.instance_data)
     converger = Converger(
         sources=machine.sources,
-        desired=FileDesired(config, machine.registry, machine.settings.instance_data),
+        desired=desired,
         context=machine.context,
         memory=machine.state.memory(),
         save=machine.state.save_memory if orders else lambda _memory: None,
         events=events,
         clock=clock,
     )
+    if orders:  # as a daemon does; who only asks may not even read it
+        history = History(machine.state.path / "history.jsonl")
+
+        def record(event: Event) -> None:
+            try:
+                history.add(event)
+            except MicError as error:
+                converger.amiss.note("history", error.message)
+
+        events.listeners.append(record)
+    converger.claims = ClaimDesk(desired, None, events, clock, converger.wake)
     converger.unconfirmed = lambda: doubt
     confirmed = False
     converger.removal_confirmed = lambda _hash: confirmed or not orders
-    snapshots = Snapshots(converger, clock.steady)
+    snapshots = Snapshots(converger, clock.steady, complete=True)
     converger.observers.append(snapshots.on_snapshot)
     state = ConfigState(
         path=str(config.path),
@@ -127,10 +142,11 @@ async def _call(
         error=None,
         error_at=None,
         unconfirmed=doubt,
+        profile=config.profile,
         models={name: model.backend for name, model in config.models.items()},
     )
 
-    async def reload(confirm: bool, _written: str) -> Reloaded:
+    async def reload(confirm: bool, _written: str, order: Order) -> Reloaded:
         nonlocal confirmed, doubt
         waits = waits_for_word(machine.state, machine.settings)
         if doubt is not None and not confirm and waits:
@@ -141,6 +157,9 @@ async def _call(
             except MicError as error:
                 converger.amiss.note("generation", error.message)
         confirmed, doubt = confirm, None
+        text = f"{order.command}, without a daemon"
+        about = ("configuration", text)
+        events.emit(Event("config", clock.wall(), *about, cause=order.command, by=order.by))
         return Reloaded(changed=False, generation=0)
 
     session = Session(
@@ -152,6 +171,8 @@ async def _call(
         config=lambda: state,
         history=tuple,
         reload=reload,
+        by=who_asks(os.getuid(), os.getpid()),
+        runtimes=machine.sources.runtimes,
         own=True,
     )
     answer = asyncio.ensure_future(session.methods()[method](params, emit))
@@ -191,29 +212,33 @@ def named_gpus(name: str, status: Mapping[str, Any]) -> frozenset[str]:
 
 
 def known_names() -> dict[str, list[str]]:
-    """For completion: models, instances and GPUs, as the file and the daemon name them.
+    """For completion: models, instances, GPUs and profiles, as the file and the daemon name them.
 
     Never raises, and says nothing: somebody is typing.
     """
     from mic_supervisor.backends.registry import Registry
     from mic_supervisor.cli import wiring
+    from mic_supervisor.config.document import NONE
     from mic_supervisor.config.names import shown_id
 
-    models, instances, gpus = set[str](), set[str](), set[str]()
+    models, instances, gpus, profiles = set[str](), set[str](), set[str](), set[str]()
     with suppress(MicError, OSError):
         config = wiring.load_config(wiring.settings(), None, Registry())
         models |= {*config.models}
         gpus |= {key.value for entry in config.entries for key in entry.keys}
+        profiles |= {NONE, *config.profiles}
     with suppress(MicError, OSError):
         if (client := daemon()) is not None:
             status = client.call("status", timeout=_COMPLETION_TIMEOUT)
             instances |= {shown_id(row["id"], row["model"]) for row in status["instances"]}
             models |= {row["model"] for row in status["instances"]}
             gpus |= {str(gpu["index"]) for gpu in status["gpus"] if gpu["index"] is not None}
+            gpus |= {gpu["uuid"] for gpu in status["gpus"] if gpu.get("parent") is not None}
     return {
         "models": sorted(models - {NONE}),
         "instances": sorted(instances),
         "gpus": sorted(gpus, key=lambda gpu: (len(gpu), gpu)),
+        "profiles": sorted(profiles),
     }
 
 
@@ -228,6 +253,7 @@ def order(
     params: Mapping[str, Any],
     *,
     command: str,
+    file: Path | None = None,
     config: Config | None = None,
     lock_timeout: float = 30.0,
     quiet: bool = False,
@@ -236,10 +262,11 @@ def order(
     from mic_supervisor.cli.progress import follow
 
     client = daemon()
-    alone = Alone(config=config, command=command, lock_timeout=lock_timeout)
+    alone = Alone(file=file, config=config, command=command, lock_timeout=lock_timeout)
     indices = {} if quiet else _indices(client, alone)
     with follow(indices, quiet=quiet) as shown:
-        document: dict[str, Any] = (client or alone).call(method, params, emit=shown)
+        given = {**params, "command": command}
+        document: dict[str, Any] = (client or alone).call(method, given, emit=shown)
     return document | {"through_daemon": client is not None}
 
 

@@ -11,8 +11,9 @@ import click
 
 from mic_supervisor.cli.common import json_option, name_argument, print_json
 from mic_supervisor.cli.session import Alone, daemon, named_gpus
-from mic_supervisor.config.names import is_called, with_shown_ids
+from mic_supervisor.config.names import is_called, shown_id, with_shown_ids
 from mic_supervisor.errors import MicError
+from mic_supervisor.host import start_daemon
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,7 @@ _STYLES = {
     "starting": "yellow",
     "loading": "yellow",
     "paused": "cyan",
+    "drained": "cyan",
 }
 
 
@@ -71,6 +73,8 @@ def _reader(name: str | None) -> Callable[[], dict[str, Any]]:
             rows = document["instances"] = _only(name, document)
             models = {row["model"] for row in rows}
             document["paused"] = [p for p in document.get("paused", ()) if p["model"] in models]
+            ids = {row["id"] for row in rows}
+            document["claims"] = [c for c in document.get("claims", ()) if c["instance"] in ids]
         return document
 
     return read
@@ -173,13 +177,15 @@ def _notices(document: dict[str, Any]) -> list[str]:
     for pause in document.get("paused", ()):  # an earlier daemon has none
         gpu, model = pause["gpu"], pause["model"]
         if gpu is not None and gpu["uuid"] not in shown:
-            name = gpu["uuid"] if gpu["index"] is None else f"GPU {gpu['index']}"
+            name = _gpu_name(gpu)
             notices.append(f"{name} is {_paused(pause)}")
         elif model is not None and model not in models:
             notices.append(f"{model} is {_paused(pause)}")
     if document["config"]["error"]:
         notices.append(f"{document['config']['error']}".rstrip())
         notices.append("warning: the file has errors; what it said before runs")
+    profile = document["config"].get("profile")  # an earlier daemon knows none
+    notices += [f"Profile {profile} is on."] if profile is not None else []
     return [*notices, *_waiting(document.get("waiting"))]
 
 
@@ -216,18 +222,39 @@ def _remarks(document: dict[str, Any]) -> list[str]:
         for row in document["instances"]
         if row["reason"] and not row["as_desired"]
     ]
+    parents = {gpu.get("parent") for gpu in document["gpus"]}  # an earlier daemon tells none
     for gpu in document["gpus"]:
         if gpu["state"] in ("foreign", "unmanaged", "unhealthy", "lost", "unknown"):
-            name = gpu["uuid"] if gpu["index"] is None else f"GPU {gpu['index']}"
+            name = _gpu_name(gpu)
             # An older daemon does not say what the trouble is.
             why = f": {gpu['trouble']}" if gpu.get("trouble") else ""
             remarks.append(f"{name} is {gpu['state']}{why}")
-    for state, text in (("kept_empty", "Kept empty"), ("idle", "Not in the file")):
-        indices = [str(gpu["index"]) for gpu in document["gpus"] if gpu["state"] == state]
-        remarks += [f"{text}: GPU {','.join(indices)}"] if indices else []
+    remarks += [_claim(claim) for claim in document.get("claims", ())]  # an earlier daemon has none
+    for state, text in (
+        ("kept_empty", "Kept empty"),
+        ("fleet", "Handed over, and not claimed"),
+        ("idle", "Not in the file"),
+    ):
+        gpus = [gpu for gpu in document["gpus"] if gpu["state"] == state]
+        # A GPU with slices is not idle because it is not in the file: its slices may be.
+        names = [_gpu_number(gpu) for gpu in gpus if gpu["uuid"] not in parents]
+        remarks += [f"{text}: GPU {','.join(names)}"] if names else []
     if not document.get("daemon", True):  # one that answers may be too old to say so
-        remarks.append("No daemon runs: nothing restarts what dies. Start it: systemctl start mic")
+        remarks.append(f"No daemon runs: nothing restarts what dies. Start it: {start_daemon()}")
     return remarks
+
+
+def _claim(claim: dict[str, Any]) -> str:
+    """ "MAM-51000000: claimed by alice (task 3), ready"; its instance has a row of its own."""
+    from mic_supervisor.plan.words import clock
+
+    what = shown_id(claim["instance"], claim["model"]) if claim["instance"] else claim["model"]
+    note = f" ({claim['holder']})" if claim["holder"] else ""
+    who = f"claimed by {claim['by']}{note}" if claim["by"] else "claimed"
+    if claim["state"] == "waiting":
+        return f"{what}: {who}, waits for {claim['reason']}"
+    until = f" until {clock(claim['until'])}" if claim["until"] is not None else ""
+    return f"{what}: {who}, {claim['state']}{until}"
 
 
 def _paused(pause: dict[str, Any]) -> str:
@@ -303,7 +330,7 @@ def _pause(began: float) -> None:
 
 
 def _cells(row: dict[str, Any], now: float) -> tuple[str, ...]:
-    gpus = [str(gpu["uuid"] if gpu["index"] is None else gpu["index"]) for gpu in row["gpus"]]
+    gpus = [_gpu_number(gpu) for gpu in row["gpus"]]
     return (
         ",".join(gpus) or "-",
         row["model"],
@@ -313,6 +340,15 @@ def _cells(row: dict[str, Any], now: float) -> tuple[str, ...]:
         str(row["restarts"]),
         row["endpoints"].get("http", "-"),
     )
+
+
+def _gpu_number(gpu: dict[str, Any]) -> str:
+    """The UUID of one that is not there, or is a slice."""
+    return str(gpu["uuid"] if gpu["index"] is None else gpu["index"])
+
+
+def _gpu_name(gpu: dict[str, Any]) -> str:
+    return str(gpu["uuid"]) if gpu["index"] is None else f"GPU {gpu['index']}"
 
 
 def _ago(since: float | None, now: float) -> str:

@@ -32,16 +32,18 @@ class Machine:
     context: Context
 
 
-def settings() -> Settings:
-    """From the environment and /etc/mic/mic.env."""
-    return load_settings(os.environ)
+def settings(env_file: Path | None = None) -> Settings:
+    """From the environment and /etc/mic/mic.env; or from one file alone, as systemd reads it."""
+    return load_settings(os.environ) if env_file is None else load_settings({}, env_file)
 
 
-def load_config(found: Settings, path: Path | None, registry: Registry) -> Config:
-    """The file named on the command line, or MIC_CONFIG."""
+def load_config(
+    found: Settings, path: Path | None, registry: Registry, profile: str | None = None
+) -> Config:
+    """The file named on the command line, or MIC_CONFIG; `profile` stands for its own."""
     from mic_supervisor.config.load import load
 
-    return load(path or found.config, registry, environ=found.environ)
+    return load(path or found.config, registry, environ=found.environ, profile=profile)
 
 
 def machine(found: Settings, *, create_key: bool) -> Machine:
@@ -103,12 +105,13 @@ def _docker(found: Settings, host: str, state: StateDir) -> Runtime:
 
 
 def _process(found: Settings, host: str, *, repairs: bool) -> Runtime:
-    kind = found.process_runtime
-    if kind != "subprocess":
-        from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime, systemd_is_pid1
+    from mic_supervisor.host import systemd_is_pid1
 
-        if kind == "systemd" or systemd_is_pid1():
-            return SystemdRuntime(found.scope, host, directory=found.run_dir)
+    kind = found.process_runtime
+    if kind == "systemd" or (kind != "subprocess" and systemd_is_pid1()):
+        from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime
+
+        return SystemdRuntime(found.scope, host, directory=found.run_dir)
     from mic_supervisor.plan.launch import given_name
     from mic_supervisor.runtimes.keeper.runtime import KeeperRuntime
 

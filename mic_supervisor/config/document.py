@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 NONE = "none"
 """The value under `gpus:` that keeps a GPU empty."""
 
+FLEET = "fleet"
+"""The value under `gpus:` that hands GPUs over: claims say what runs there."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Location:
@@ -38,7 +41,7 @@ class Location:
 class GpuKey:
     """One GPU as the file spells it.
 
-    `value` is normalised: "3" for an index, "GPU-…" in lower case after the prefix for a UUID,
+    `value` is normalised: "3" for an index, "GPU-…" or "MIG-…" in lower case after it for a UUID,
     "00000000:3b:00.0" (8-digit domain, lower case) for a PCI bus id.
     """
 
@@ -53,12 +56,21 @@ class GpuKey:
 class GpuEntry:
     """One entry under `gpus:`. A range is already expanded to one entry per GPU.
 
-    `model` None is `none`: kept empty. More than one key: one instance over all of them.
+    `model` None is `none`: kept empty; with `fleet` it is `fleet`: handed over to a claim. More
+    than one key: one instance over all of them. `profile` is the one that the entry stands in;
+    None: in none.
     """
 
     keys: tuple[GpuKey, ...]
     model: str | None
     location: Location
+    profile: str | None = None
+    fleet: bool = False
+
+    @property
+    def value(self) -> str:
+        """As the file has it."""
+        return self.model or (FLEET if self.fleet else NONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,9 @@ class Config:
     """A valid configuration. `hash` is of the merged document: comments and order do not enter it.
 
     `backends` holds the Settings of every backend that a model uses, defaults included.
-    `variables` are the values of all `${env:NAME}` the document refers to.
+    `variables` are the values of all `${env:NAME}` the document refers to. `entries` are those that
+    count with the profile that is on; `aside` has the GPUs that only other profiles name, one by
+    one, with each of their models.
     """
 
     path: Path
@@ -93,6 +107,10 @@ class Config:
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)  # merged, plain data
     warnings: tuple[str, ...] = ()  # what `check` says of it, although it is valid
     texts: tuple[str, ...] = field(default=(), repr=False)  # of `files`, each line end as "\n"
+    profile: str | None = None  # that is on
+    profile_at: Location | None = None  # where the key `profile` stands
+    profiles: tuple[str, ...] = ()  # all that the file has, by name
+    aside: tuple[GpuEntry, ...] = ()
     down: bool = False  # a person asked for everything to be removed, whatever the file says
 
     @classmethod
@@ -100,13 +118,18 @@ class Config:
         """One that asks for nothing: what a file must never say, and a person may (`asked`)."""
         return cls(path=path, files=(), hash="", entries=(), models={}, backends={}, down=asked)
 
+    @property
+    def claimable(self) -> frozenset[str]:
+        """The models that a claim can be of: those that share no server."""
+        return frozenset(self.models.keys() - self.servers.keys())
+
 
 # --- doubt: may files that changed be no more than a part of what somebody meant? -----------------
 #
 # A killed program, a full disk or a copy under way leaves a file that is cut, or none. Such
 # a file may be valid and say another thing: `0: m10` cut to `0: m1`. A person's word is above it.
 
-CONFIRM = "confirm with `mic-supervisor apply` or `systemctl reload mic`"
+CONFIRM = "confirm with `mic-supervisor apply` or `mic-supervisor reload`"
 WAY_OUT = f"finish it, or {CONFIRM}"
 
 
@@ -168,17 +191,12 @@ def is_model_name(name: str) -> bool:
     return bool(letters) and all(kind in letters or kind[0] == "M" for kind in kinds)
 
 
-def composed(name: str) -> str:
-    """Names are compared in composed form: two keyboards spell é differently."""
-    return normalize("NFC", name)
-
-
 MAX_INDEX = 127
 """No machine has more GPUs than this; a larger number is a slip of the hand."""
 
 _INDEX = re.compile(r"[0-9]+")
 _RANGE = re.compile(r"([0-9]+)\s*-\s*([0-9]+)")
-_UUID = re.compile(r"(?i)GPU-([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})")
+_UUID = re.compile(r"(?i)(GPU|MIG)-([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})")
 _PCI = re.compile(
     r"(?i)(?:(?P<domain>[0-9a-f]{4}|[0-9a-f]{8}):)?"
     r"(?P<bus>[0-9a-f]{2}):(?P<device>[01][0-9a-f])\.(?P<function>[0-7])"
@@ -233,6 +251,11 @@ def parse_gpu_key(key: str | int) -> GpuSelection:
     for number, one in enumerate(keys):
         if one in keys[:number]:
             raise BadKey(f"{one} stands in this group twice")
+    if len(keys) > 1 and any(one.value.startswith("MIG-") for one in keys):
+        raise BadKey(
+            "a MIG slice cannot be in a group: CUDA shows a process one slice and no other GPU",
+            "write an entry for each slice",
+        )
     return GpuSelection(keys)
 
 
@@ -248,19 +271,15 @@ def _one(text: str) -> GpuKey:
     if _INDEX.fullmatch(text):
         return GpuKey("index", str(_index(text)))
     if match := _UUID.fullmatch(text):
-        return GpuKey("uuid", f"GPU-{match[1].lower()}")
+        return GpuKey("uuid", f"{match[1].upper()}-{match[2].lower()}")
     if match := _PCI.fullmatch(text):
         domain = (match["domain"] or "0").lower().zfill(8)
         address = f"{domain}:{match['bus']}:{match['device']}.{match['function']}"
         return GpuKey("pci", address.lower())
-    upper = text[:4].upper()
-    if upper == "MIG-":
+    if (upper := text[:4].upper()) in ("GPU-", "MIG-"):
         raise BadKey(
-            "a MIG device cannot be given a model: MIG is not managed",
-            "name the whole GPU, with MIG turned off",
+            "this is not a whole UUID", f"nvidia-smi -L prints it: {upper} and 36 characters"
         )
-    if upper == "GPU-":
-        raise BadKey("this is not a whole UUID", "nvidia-smi -L prints it: GPU- and 36 characters")
     raise BadKey("this names no GPU", _meant(text))
 
 

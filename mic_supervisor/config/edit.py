@@ -1,4 +1,4 @@
-"""Changes one entry under `gpus:`, and leaves every other byte of the file as it is.
+"""Changes one entry under a `gpus:`, or the key `profile`, and no other byte of the file.
 
 Nothing is written by a YAML library, which would lay the file out anew: the locations of keys and
 values come from PyYAML's parser, and the text between them is copied. What comes out is read again
@@ -20,7 +20,7 @@ from typing import Any
 from mic_supervisor.config.diagnostics import Report
 from mic_supervisor.config.document import NONE, GpuEntry, GpuKey, parse_gpu_key
 from mic_supervisor.config.merge import MAX_BYTES, NO_FILE, cause_of
-from mic_supervisor.config.yaml import Budget, Entry, parse, resolve
+from mic_supervisor.config.yaml import Budget, Entry, Node, parse, resolve
 from mic_supervisor.errors import LockHeld, MicError
 from mic_supervisor.host.files import hint_to_replace
 
@@ -31,20 +31,55 @@ def assign(text: str, entry: GpuEntry | None, keys: tuple[GpuKey, ...], model: s
     """`text` with `model` on the GPUs `keys`; None keeps them empty.
 
     `entry` is an entry of this file that has any of these GPUs, as it was loaded from this very
-    text; None: it has none yet. One GPU may be taken out of a range. The text must be valid. What
-    changes gets a line end at its end: without one, the file may have been cut. Raises MicError for
-    a part of a group, and where the layout defeats this.
+    text, and may stand in a profile; None: it has none yet. One GPU may be taken out of a range.
+    The text must be valid. What changes gets a line end at its end: without one, the file may have
+    been cut. Raises MicError for a part of a group, and where the layout defeats this.
     """
     value = NONE if model is None else model
+    profile = entry.profile if entry is not None else None
     after = _splice(text, entry, keys, value)
-    if after is not None and after != text and not after.endswith("\n"):
-        after += _line_end_of(after)
-    if after is None or _meaning(after) != {**_meaning(text), frozenset(keys): value}:
+    wanted = {**_meaning(text, profile), frozenset(keys): value}
+    if after is None or _meaning(after, profile) != wanted:
+        where = "gpus:" if profile is None else f"profiles.{profile}.gpus"
         raise MicError(
             "cannot edit the file: the way its `gpus:` is laid out is not understood",
-            hint=f"edit it by hand: under gpus:, set {_shown(keys)} to {value}",
+            hint=f"edit it by hand: under {where}, set {_shown(keys)} to {value}",
+        )
+    return _ended(text, after)
+
+
+def put_profile(text: str, name: str) -> str:
+    """`text` with `name` as the profile that is on. The text must be valid.
+
+    A key `profile` that is not there yet comes before `profiles:`, else at the end of the file.
+    Raises MicError where the layout defeats this.
+    """
+    root = _root(text)
+    entries = root.entries if root is not None else {}
+    known, profiles = entries.get("profile"), entries.get("profiles")
+    if known is not None:
+        after = _replaced(text, known.node.span, _like(text, known.node.span, name))
+    elif root is not None and text[root.span[0]] == "{":
+        at = root.span[0] + 1
+        after = _replaced(text, (at, at), f'"profile": "{name}", ')
+    else:
+        before = len(text) if profiles is None else text.rfind("\n", 0, profiles.span[0]) + 1
+        head, end = text[:before], _line_end_of(text)
+        gap = "" if not head or head.endswith("\n") else end
+        after = f"{head}{gap}profile: {_plain_or_quoted(name)}{end}{text[before:]}"
+    after = _ended(text, after)
+    found = _root(after)
+    if root is None or found is None or found.plain() != {**root.plain(), "profile": name}:
+        raise MicError(
+            "cannot edit the file: the way it is laid out is not understood",
+            hint=f"edit it by hand: write `profile: {_plain_or_quoted(name)}`",
         )
     return after
+
+
+def _ended(text: str, after: str) -> str:
+    """`after` with a line end at its end, if it is not `text`."""
+    return after if after == text or after.endswith("\n") else after + _line_end_of(after)
 
 
 def _shown(keys: tuple[GpuKey, ...]) -> str:
@@ -52,7 +87,7 @@ def _shown(keys: tuple[GpuKey, ...]) -> str:
 
 
 def _splice(text: str, entry: GpuEntry | None, keys: tuple[GpuKey, ...], value: str) -> str | None:
-    section = _gpus(text)
+    section = _gpus(text, entry.profile if entry is not None else None)
     if entry is None:
         return _added(text, section, keys, value)
     where = entry.location.line, entry.location.column
@@ -163,21 +198,32 @@ def _plain_or_quoted(value: str) -> str:
     return value if resolve(value) == (value, None) else f'"{value}"'
 
 
-def _gpus(text: str) -> Entry | None:
-    """The entry `gpus:`; None where there is none, or the text is not valid."""
+def _gpus(text: str, profile: str | None = None) -> Entry | None:
+    """The entry `gpus:`, of a profile or of the file; None where there is none, or the text is not
+    valid."""
+    node = _root(text)
+    for key in () if profile is None else ("profiles", profile):
+        entry = node.entries.get(key) if node is not None else None
+        node = entry.node if entry is not None else None
+    return node.entries.get("gpus") if node is not None else None
+
+
+def _root(text: str) -> Node | None:
+    """The document; None where it is empty, or not valid."""
     report = Report("load gpus.yaml")
     report.lines["gpus.yaml"] = text.split("\n")
     root = parse(text, "gpus.yaml", report, Budget())
-    return root.entries.get("gpus") if root is not None and not report else None
+    return root if not report else None
 
 
 def _is_flow(text: str, section: Entry) -> bool:
     return text[section.node.span[0]] == "{"
 
 
-def _meaning(text: str) -> Mapping[frozenset[GpuKey], Any]:
-    """What `gpus:` says, ranges expanded; empty where it cannot be read."""
-    section = _gpus(text)
+def _meaning(text: str, profile: str | None) -> Mapping[frozenset[GpuKey], Any]:
+    """What `gpus:` says, of a profile or of the file, ranges expanded; empty where it cannot be
+    read."""
+    section = _gpus(text, profile)
     return {
         frozenset(keys): item.node.value
         for key, item in (section.node.entries.items() if section is not None else ())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mic_supervisor.config.document import NONE, is_model_name
-from mic_supervisor.config.syntax import COLON_AND_BLANK, unspaced
+from mic_supervisor.config.syntax import COLON_AND_BLANK, meant, unspaced
 from mic_supervisor.config.types import format_duration
 from mic_supervisor.config.yaml import Node, inline
 
@@ -63,7 +63,7 @@ _LEFT_OUT = {
     "logging": "logs are capped by themselves",
     "deploy": f"{_GPUS}; memory and CPUs stand under limits:",
     **dict.fromkeys(
-        ("gpu", "gpus", "device", "devices", "device_ids", "gpu_ids", "num_gpus", "runtimes"), _GPUS
+        ("gpu", "gpus", "device", "device_ids", "gpu_ids", "num_gpus", "runtimes"), _GPUS
     ),
 }
 
@@ -173,15 +173,21 @@ def _size(value: Any) -> Any:
     return f"{value}b" if type(value) is int else value
 
 
-def _limits(value: Any) -> Made:
-    limits: dict[str, Any] = {}
-    for name, limit in value.items() if isinstance(value, dict) else ():
-        number = limit.get("soft") if isinstance(limit, dict) else limit
-        if name == "memlock":
-            limits[name] = "unlimited" if number == -1 else _size(number)
-        elif name == "nofile" and type(number) is int:
-            limits[name] = number
-    return {"limits": limits} if limits else None
+_PULLS = {"if_not_present": "missing", **{one: one for one in ("missing", "always", "never")}}
+
+
+def _pull(value: Any) -> Made:
+    return {"pull": _PULLS[value]} if isinstance(value, str) and value in _PULLS else None
+
+
+def _networks(value: Any) -> Made:
+    """Of Compose's map of networks, with the names for it in each."""
+    if not isinstance(value, dict) or not value:
+        return None
+    given = [one.get("aliases") for one in value.values() if isinstance(one, dict)]
+    aliases = [str(name) for names in given if isinstance(names, list) for name in names]
+    made: dict[str, Any] = {"networks": [str(name) for name in value]}
+    return made | ({"network_aliases": [*dict.fromkeys(aliases)]} if aliases else {})
 
 
 _INSTEAD: dict[str, Callable[[Any], Made]] = {
@@ -193,7 +199,7 @@ _INSTEAD: dict[str, Callable[[Any], Made]] = {
     "cmd": lambda value: {"command": _split(value)},
     "mem_limit": lambda value: {"limits": {"memory": _size(value)}},
     "cpus": lambda value: {"limits": {"cpus": value}},
-    "ulimits": _limits,
+    "pull_policy": _pull,
     "stop_grace_period": lambda value: {"stop_timeout": _duration(value) or value},
 }
 KEYS = frozenset((*_LEFT_OUT, *_INSTEAD))
@@ -208,10 +214,15 @@ def for_value(
 ) -> tuple[str | None, bool]:
     """A hint for the value of a known key that must be `wanted`, as in "a list"; and whether it
     stands for the whole entry, and not for the value alone."""
+    brackets = {"a list": "[]", "a map": "{}"}.get(wanted, "")
+    if isinstance(value, str) and (plain := meant(value, brackets)) is not None:
+        return written(plain), False
     if key == "ports" and (made := _ports(value)) is not None:
         usable = {one: given for one, given in made.items() if one not in unavailable}
         usable = usable or {"port": made["container_port"]}
         return written(*(f"{one}: {inline(given)}" for one, given in usable.items())), True
+    if key == "networks" and (made := _networks(value)) is not None:
+        return written(*(f"{one}: {inline(given)}" for one, given in made.items())), True
     if key == "env" and (made := _environment(value)) is not None:
         return written(inline(made["env"])), False
     if key == "probe" and wanted == "a map":
@@ -244,9 +255,10 @@ def for_map(value: Any) -> str | None:
         return None
     whole: dict[str, Any] = {}
     for item in value:
-        name = item.get("name") if len(item) > 1 else None
-        rest = {key: given for key, given in item.items() if key != "name"}
-        whole |= rest if name is None else {str(name): rest}
+        first = "name" if "name" in item else next(iter(item))
+        named = len(item) > 1 and (first == "name" or item[first] is None)  # or "- MAM:" above
+        rest = {key: given for key, given in item.items() if key != first}
+        whole |= {str(item[first] or first): rest} if named else item
     return f"leave the dashes out: {written(inline(whole)) or 'write NAME: VALUE lines'}"
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,18 +19,20 @@ from pydantic import BaseModel
 
 from mic_supervisor.config.diagnostics import At, Report, closest, dotted, show
 from mic_supervisor.config.document import (
+    FLEET,
     MAX_NAME,
     NONE,
     Config,
     GpuEntry,
     Location,
     ModelDefinition,
-    composed,
     is_model_name,
 )
 from mic_supervisor.config.hints import for_map
-from mic_supervisor.config.merge import RESERVED, GpuItem, Merged, read_merged
+from mic_supervisor.config.merge import GpuItem, Merged, read_merged
+from mic_supervisor.config.names import composed
 from mic_supervisor.config.options import Advice, Defaults, Hooks, ModelOptions, Strict
+from mic_supervisor.config.profiles import aside, check_covered, no_profile, profile_said
 from mic_supervisor.config.validate import check_placeholders, validate
 from mic_supervisor.config.yaml import Entry, Node
 from mic_supervisor.errors import MicError
@@ -37,6 +40,7 @@ from mic_supervisor.host.files import in_time
 
 M = TypeVar("M", bound=BaseModel)
 
+_OURS = "mic_supervisor."  # what the modules of this program are called
 _VALIDATES_IN = 60.0  # seconds; nothing of ours takes a thousandth of it
 
 
@@ -76,14 +80,15 @@ def load(
     *,
     environ: Mapping[str, str],
     data: bytes | None = None,
+    profile: str | None = None,
     tolerant: bool = False,
 ) -> Config:
     """The configuration in `path` and its drop-ins, `path`.d/*.yaml.
 
     `environ` is where `${env:NAME}` is looked up. `data` stands for what is in `path`, as it would
-    be after a change that is only planned. `tolerant`: a backend that cannot be used is the fault
-    of the models that name it, and no error. Raises InvalidConfig, a ConfigError, with every error
-    of all files. Reads files and nothing else.
+    be after a change that is only planned, and `profile` for the key of that name. `tolerant`: a
+    backend that cannot be used is the fault of the models that name it, and no error. Raises
+    InvalidConfig, a ConfigError, with every error of all files. Reads files and nothing else.
     """
     report = Report(f"load {path}")
     merged = read_merged(path, report, data)
@@ -93,13 +98,17 @@ def load(
     checker.check()
     if report:
         report.fail()
-    document = merged.plain()
+    profiles = tuple(sorted(map(str, merged.profiles)))
+    if profile is not None and profile not in (NONE, *profiles):
+        raise no_profile(f"use profile {profile}", path, profile, profiles)
+    on = checker.profile if profile is None else None if profile == NONE else profile
+    document = merged.plain(on)
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return Config(
         path=path,
         files=tuple(merged.files),
         hash=hashlib.sha256(canonical.encode()).hexdigest(),
-        entries=checker.entries,
+        entries=checker.entries[on],
         models=checker.models,
         backends=checker.backends,
         hooks=checker.hooks,
@@ -108,6 +117,10 @@ def load(
         document=document,
         warnings=tuple(warning.render() for warning in report.warnings),
         texts=tuple("\n".join(report.lines[str(file)]) for file in merged.files),
+        profile=on,
+        profile_at=merged.profile.location if merged.profile is not None else None,
+        profiles=profiles,
+        aside=aside(checker.entries, on),
     )
 
 
@@ -121,7 +134,8 @@ class Checker:
     models: dict[str, ModelDefinition]
     backends: dict[str, BaseModel]  # settings, of those that the file lists or a model uses
     hooks: Hooks | None
-    entries: tuple[GpuEntry, ...]  # by kind of key and number
+    profile: str | None  # that the file has on
+    entries: dict[str | None, tuple[GpuEntry, ...]]  # with each profile; by kind of key and number
     servers: dict[str, str]  # of each model all of whose entries share one
     variables: dict[str, str]  # what `${env:NAME}` refers to
 
@@ -140,15 +154,24 @@ class Checker:
         self._environ = environ
         self._report = report
         self._tolerant = tolerant
+        self._misnamed: set[str] = set()  # models whose name was reported
         self._used: dict[str, tuple[BackendTypes, Location]] = {}  # and the first model that does
 
     def check(self) -> None:
         self.models = self._models()
         self.backends = self._backends()
         self.hooks = self._section("hooks", Hooks)
-        self.entries = self._entries()
+        self.profile = profile_said(self._merged, self._report)
+        self.entries = {None: self._entries(None)}
+        for name, one in self._merged.profiles.items():
+            if self._name(name, one.entry, "profile") is not None:
+                self.entries[str(name)] = self._entries(str(name))
+        check_covered(self._merged, self._report)
         self.servers = self._servers()
-        self._check_ports()
+        before = len(self._report)
+        for profile, entries in self.entries.items():
+            if len(self._report) == before:  # what is wrong without one is wrong with each
+                self._check_ports(profile, entries)
 
     def _section(self, name: str, model: type[M]) -> M | None:
         entry = self._merged.sections.get(name)
@@ -156,8 +179,10 @@ class Checker:
 
     def _validate(self, model: type[M], entry: Entry) -> M | None:
         try:
-            found, advice = in_time(
-                ("validators", model), lambda: self._checked(model, entry), _VALIDATES_IN
+            # A plug-in's code may hang. Ours does not, and a thread takes longer than it.
+            ours, check = model.__module__.startswith(_OURS), partial(self._checked, model, entry)
+            found, advice = (
+                check() if ours else in_time(("validators", model), check, _VALIDATES_IN)
             )
             for one in advice:
                 given = entry.node.entries.get(one.key)
@@ -188,6 +213,8 @@ class Checker:
         models: dict[str, ModelDefinition] = {}
         for key, entry in self._merged.entries("models").items():
             name = self._name(key, entry)
+            if name is None:
+                self._misnamed.add(str(key))
             model = self._model(name, entry, defaults)
             if model is not None and name is not None:
                 models[name] = model
@@ -236,16 +263,17 @@ class Checker:
             if reasons and reasons[0] is not None and None not in reasons:
                 self._report.add(entry, reasons[0])
 
-    def _name(self, key: str | int, entry: Entry) -> str | None:
+    def _name(self, key: str | int, entry: Entry, of: str = "model") -> str | None:
         problem = hint = None
         if isinstance(key, int):
-            problem, hint = "a model's name must be a text", f'quote it: "{key}"'
-        elif key == NONE or key in RESERVED:
-            problem = f"{key} cannot be a model's name: under gpus: it has a meaning of its own"
+            problem, hint = f"a {of}'s name must be a text", f'quote it: "{key}"'
+        elif key in (NONE, FLEET):
+            where = "gpus" if of == "model" else of
+            problem = f"{key} cannot be a {of}'s name: under {where}: it has a meaning of its own"
         elif len(key) > MAX_NAME:
-            problem = f"a model's name has at most {MAX_NAME} characters"
+            problem = f"a {of}'s name has at most {MAX_NAME} characters"
         elif not is_model_name(key):
-            problem = "a model's name has letters and digits of any script, and - _ . between them"
+            problem = f"a {of}'s name has letters and digits of any script, and - _ . between them"
         if problem is not None:
             self._report.add(entry, problem, hint=hint)
             return None
@@ -341,19 +369,25 @@ class Checker:
 
     # --- gpus: --------------------------------------------------------------------------------
 
-    def _entries(self) -> tuple[GpuEntry, ...]:
+    def _entries(self, profile: str | None) -> tuple[GpuEntry, ...]:
+        """Those that count with this profile on."""
         merged = self._merged
+        own = None if profile is None else merged.profiles[profile]
         if not merged.names_gpus:
             hint = f"give each GPU a model, or {NONE} to keep it empty"
             self._report.add(At(merged.anchor, "gpus"), "names no GPU", hint=hint)
         listed = dict.fromkeys(map(str, merged.entries("models")))
         entries: list[GpuEntry] = []
-        for item in (*merged.gpus.values(), *merged.refused):
+        refused = merged.refused if own is None else own.refused
+        for item in (*merged.with_profile(profile).values(), *refused):
             model = self._target(item, listed)
+            of = profile if own is not None and frozenset(item.keys) in own.gpus else None
             if model == NONE:
-                entries += [GpuEntry((gpu,), None, item.entry.location) for gpu in item.keys]
+                entries += [GpuEntry((gpu,), None, item.entry.location, of) for gpu in item.keys]
+            elif model == FLEET and item.keys:
+                entries.append(GpuEntry(item.keys, None, item.entry.location, of, fleet=True))
             elif model in self.models and item.keys:
-                entries.append(GpuEntry(item.keys, model, item.entry.location))
+                entries.append(GpuEntry(item.keys, model, item.entry.location, of))
         return tuple(sorted(entries, key=_by_key))
 
     def _target(self, item: GpuItem, listed: Mapping[str, None]) -> str | None:
@@ -362,12 +396,13 @@ class Checker:
             return None
         if isinstance(node.value, str):
             name = composed(node.value)
-            if name in RESERVED:
-                self._report.add(node, f"{name} is {RESERVED[name]}")
-            elif name != NONE and name not in listed:
-                like = (name, (NONE, *listed))
+            if name not in (NONE, FLEET) and name not in listed:
+                if self._merged.models_refused:
+                    return None  # it may stand among them
+                known = (one for one in (NONE, FLEET, *listed) if one not in self._misnamed)
                 hint = f"describe it under models:, or keep the GPU empty: write `{NONE}`"
-                self._report.add(node, f"unknown model {show(node.value)}", like=like, hint=hint)
+                text = f"unknown model {show(node.value)}"
+                self._report.add(node, text, like=(name, known), hint=hint)
             else:
                 node.value = name
                 return name
@@ -397,10 +432,11 @@ class Checker:
                 self._report.add(given[key], why)
         return servers
 
-    def _check_ports(self) -> None:
+    def _check_ports(self, profile: str | None, entries: Iterable[GpuEntry]) -> None:
         """A fixed port serves one instance."""
         running: dict[str, int] = {}
-        for entry in self.entries:
+        there = "" if profile is None else f" with profile {profile}"
+        for entry in entries:
             if entry.model is not None:
                 count = running.get(entry.model, 0) + 1
                 running[entry.model] = 1 if entry.model in self.servers else count
@@ -408,12 +444,14 @@ class Checker:
         for name in (name for name in self.models if name in running):
             for port, node in self._fixed_ports(name):
                 if running[name] > 1:
-                    fits = f"the port {port} fits one instance only, and {name} has {running[name]}"
+                    has = f"{name} has {running[name]}{there}"
+                    fits = f"the port {port} fits one instance only, and {has}"
                     hint = "leave it out: each instance then gets a port of its own"
                     self._report.add(node, fits, hint=hint)
                 elif port in taken:
                     other, first = taken[port]
-                    self._report.add(node, f"the port {port} is taken by {other}, in {first}")
+                    text = f"the port {port} is taken by {other}, in {first}{there}"
+                    self._report.add(node, text)
                 else:
                     taken[port] = (name, node.location)
 

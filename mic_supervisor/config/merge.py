@@ -14,10 +14,7 @@ from mic_supervisor.config.yaml import Budget, Entry, Node, parse
 from mic_supervisor.host.files import read_file
 
 VERSION = 1
-SECTIONS = ("defaults", "backends", "models", "hooks", "gpus")
-RESERVED = {"fleet": "reserved for a later version, where a scheduler decides what runs"}
-"""Values under `gpus:`, and names, that mean nothing yet."""
-
+SECTIONS = ("defaults", "backends", "models", "hooks", "gpus", "profiles", "profile")
 NO_FILE = "run `mic-supervisor init` to write a first one"
 NOT_A_DROP_IN = "the name of a drop-in ends in .yaml, and begins with no dot"
 MAX_FILES = 64
@@ -27,7 +24,7 @@ MAX_TOTAL = 384 * 1024
 
 @dataclass(slots=True)
 class GpuItem:
-    """One entry under `gpus:`, ranges expanded; `entry` is what the file has."""
+    """One entry under a `gpus:`, ranges expanded; `entry` is what the file has."""
 
     keys: tuple[GpuKey, ...]
     entry: Entry
@@ -37,11 +34,23 @@ class GpuItem:
 
 
 @dataclass(slots=True)
+class Profile:
+    """What stands under one key of `profiles:`, which is at `entry`; `gpus` and `refused` are as
+    those of the document."""
+
+    entry: Entry
+    gpus: dict[frozenset[GpuKey], GpuItem] = field(default_factory=dict)
+    refused: list[GpuItem] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Merged:
     """The document. `anchor` is where `gpus:` stands, or should; `sections` holds all else that is
     given, as maps, or as None where everything under the key is commented out; `gpus` is keyed by
     the set of GPUs, whatever their order; `refused` are entries whose key was reported;
-    `names_gpus` is set if any file has something under `gpus:`, be it wrong."""
+    `names_gpus` is set if any file has something under `gpus:`, be it wrong; `models_refused` if
+    what stands under a `models:` is no map, which was reported. `profile` is the key of that name,
+    which says which one of `profiles` is on."""
 
     files: list[Path]
     anchor: Location
@@ -49,18 +58,35 @@ class Merged:
     gpus: dict[frozenset[GpuKey], GpuItem] = field(default_factory=dict)
     refused: list[GpuItem] = field(default_factory=list)
     names_gpus: bool = False
+    models_refused: bool = False
+    profiles: dict[str | int, Profile] = field(default_factory=dict)
+    profile: Entry | None = None
+
+    def with_profile(self, name: str | None) -> dict[frozenset[GpuKey], GpuItem]:
+        """`gpus` with a profile on: its entries take the place of those whose GPUs they have."""
+        over = self.profiles[name].gpus if name is not None else {}
+        named = frozenset(gpu for keys in over for gpu in keys)
+        return {keys: one for keys, one in self.gpus.items() if not keys & named} | over
 
     def entries(self, section: str) -> dict[str | int, Entry]:
         return self.sections[section].node.entries if section in self.sections else {}
 
-    def plain(self) -> dict[str, Any]:
-        """Plain data, the same for the same meaning: what the hash is taken of."""
+    def plain(self, profile: str | None) -> dict[str, Any]:
+        """Plain data, the same for the same meaning: what the hash is taken of. `profile` is on."""
         document: dict[str, Any] = {"version": VERSION}
         for name, entry in self.sections.items():
             if entry.node.value is not None:
                 document[name] = entry.node.plain()
-        document["gpus"] = {str(item): item.entry.node.plain() for item in self.gpus.values()}
+        document["gpus"] = _plain(self.with_profile(profile))
+        if self.profiles:
+            document["profiles"] = {str(n): _plain(one.gpus) for n, one in self.profiles.items()}
+        if profile is not None:
+            document["profile"] = profile
         return document
+
+
+def _plain(gpus: dict[frozenset[GpuKey], GpuItem]) -> dict[str, Any]:
+    return {str(item): item.entry.node.plain() for item in gpus.values()}
 
 
 def read_merged(path: Path, report: Report, data: bytes | None = None) -> Merged | None:
@@ -75,7 +101,8 @@ def read_merged(path: Path, report: Report, data: bytes | None = None) -> Merged
         return None
     for number, root in enumerate(filter(None, roots)):
         _add_file(merged, root, report, is_drop_in=number > 0)
-    _check_overlap(merged, report)
+    for gpus in (merged.gpus, *(one.gpus for one in merged.profiles.values())):
+        _check_overlap(merged.files, gpus, report)
     return merged
 
 
@@ -137,18 +164,23 @@ def _add_file(merged: Merged, root: Node, report: Report, *, is_drop_in: bool) -
         if key == "gpus":
             merged.names_gpus |= node.value not in (None, {}) or not node.whole
             merged.anchor = merged.anchor if is_drop_in else entry.location
+        if key == "models":
+            merged.models_refused |= not (node.valid and isinstance(node.value, dict | None))
         if key == "version":
             continue
-        if key in RESERVED:
-            report.add(entry, f"{key} is {RESERVED[str(key)]}")
-        elif key not in SECTIONS:
+        if key not in SECTIONS:
             report.add(entry, "unknown key", like=(str(key), ("version", *SECTIONS)))
         elif not node.valid:
             continue
+        elif key == "profile":
+            merged.profile = entry
         elif not isinstance(node.value, dict | None):
             report.add(node, f"must be a map, not {node.shown}", hint=_hint(key, node))
         elif key == "gpus":
             merged.gpus.update(_gpus(node, merged.refused, report))
+        elif key == "profiles":
+            for name, one in node.entries.items():
+                _add_profile(merged.profiles.setdefault(name, Profile(one)), one.node, report)
         else:
             if key == "backends":
                 for settings in node.below():
@@ -159,6 +191,22 @@ def _add_file(merged: Merged, root: Node, report: Report, *, is_drop_in: bool) -
                 known.node = node
             elif known is not entry:
                 overlay(known.node, node)
+
+
+def _add_profile(profile: Profile, node: Node, report: Report) -> None:
+    if not node.valid or node.value is None:
+        return  # what is not there changes nothing
+    if not isinstance(node.value, dict):
+        said = f"must be a map with the key gpus, not {node.shown}"
+        report.add(node, said, hint="write `{gpus: {0: none}}`")
+    for key, entry in node.entries.items():
+        if key != "gpus":
+            report.add(entry, "unknown key: a profile has only gpus", like=(str(key), ("gpus",)))
+        elif entry.node.valid and not isinstance(entry.node.value, dict | None):
+            hint = _hint("gpus", entry.node)
+            report.add(entry.node, f"must be a map, not {entry.node.shown}", hint=hint)
+        else:
+            profile.gpus.update(_gpus(entry.node, profile.refused, report))
 
 
 def _check_version(root: Node, report: Report, *, is_drop_in: bool) -> None:
@@ -181,6 +229,8 @@ def _check_version(root: Node, report: Report, *, is_drop_in: bool) -> None:
 def _hint(section: str, node: Node) -> str | None:
     """How a section is written, where it is no map."""
     hint = for_map(node.plain())
+    if hint is None and section == "profiles":
+        hint = "name each profile: write `{night: {gpus: {0: none}}}`"
     if hint is None and section == "gpus":
         model = node.value if isinstance(node.value, str) else NONE
         hint = f"give each GPU a model, or {NONE}: write `{{0: {model}}}`"
@@ -217,11 +267,13 @@ def _gpus(node: Node, refused: list[GpuItem], report: Report) -> dict[frozenset[
     return items
 
 
-def _check_overlap(merged: Merged, report: Report) -> None:
+def _check_overlap(
+    files: list[Path], gpus: dict[frozenset[GpuKey], GpuItem], report: Report
+) -> None:
     """A drop-in may name part of a group that another file sets up."""
-    order = {str(file): number for number, file in enumerate(merged.files)}
+    order = {str(file): number for number, file in enumerate(files)}
     owners: dict[GpuKey, GpuItem] = {}
-    for item in sorted(merged.gpus.values(), key=lambda item: order[item.entry.location.file]):
+    for item in sorted(gpus.values(), key=lambda item: order[item.entry.location.file]):
         for gpu in item.keys:
             other = owners.setdefault(gpu, item)
             if other is not item:

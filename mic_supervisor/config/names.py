@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 
-from mic_supervisor.config.document import composed
-
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+
+
+def composed(name: str) -> str:
+    """Names are compared in composed form: two keyboards spell é differently."""
+    return unicodedata.normalize("NFC", name)
 
 
 def safe_name(model: str) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
+from mic_supervisor.config.container import ContainerOptions
+from mic_supervisor.config.types import Advice as Advice
 from mic_supervisor.config.types import (
     Duration,
     ListenAddress,
@@ -25,6 +24,7 @@ from mic_supervisor.config.types import (
     SignalName,
     Size,
 )
+from mic_supervisor.config.types import Strict as Strict
 
 PortNumber = Annotated[int, Field(ge=1, le=65535, strict=True)]
 Text = Annotated[str, Field(min_length=1)]
@@ -40,30 +40,60 @@ def _env_name(name: str) -> str:
 EnvName = Annotated[str, AfterValidator(_env_name)]
 
 
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """A warning about the key `key`, or about the whole where that is not given."""
+def _metric_name(name: str) -> str:
+    if not re.fullmatch("[a-zA-Z_:][a-zA-Z0-9_:]*", name):
+        raise ValueError(
+            f"{name!r} cannot be the name of a metric: write it as the server's metrics show it, "
+            "without labels, as in `requests_total`"
+        )
+    return name
 
-    key: str
-    message: str
-    hint: str
+
+def _body(body: Any) -> Any:
+    if not isinstance(body, str | dict | list):
+        raise ValueError(f"{body!r} is no text, map or list; write a map, as in `{{inputs: a}}`")
+    return body
 
 
-class Strict(BaseModel):
-    """Unknown keys are errors; nothing is coerced between strings, numbers and booleans.
+class RequestOptions(Strict):
+    """One request to the model's server, on its port for HTTP."""
 
-    A validator of several keys raises ValueError("KEY: why"): the error is shown at KEY's location.
-    """
+    path: AbsolutePath = Field(description="Where it is sent.")
+    body: Annotated[
+        Any, AfterValidator(_body), WithJsonSchema({"type": ["string", "object", "array"]})
+    ] = Field(
+        default=None,
+        description="POST this, a map or a list as JSON; without it the request is GET.",
+    )
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
-    def advice(self) -> Iterable[Advice]:
-        """What `check` warns of, although it is valid."""
-        return ()
+class WarmUpOptions(RequestOptions):
+    """Requests that have to be answered with 2xx or 3xx before an instance is ready."""
+
+    count: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="How many, one after the other."
+    )
+
+
+class ProgressOptions(Strict):
+    """A counter that has to move while there is work."""
+
+    metric: Annotated[str, AfterValidator(_metric_name)] = Field(
+        description="The counter's name; with labels it is their sum."
+    )
+    path: AbsolutePath = Field(default="/metrics", description="Where the server shows it.")
+    within: PositiveDuration = Field(
+        default=120.0,
+        description="How long it may stand still before the request is sent, and as long may the "
+        "request take.",
+    )
+    request: RequestOptions = Field(
+        description="A small one, which the server answers unless it hangs."
+    )
 
 
 class CheckOptions(Strict):
-    """One probe: exactly one of http, tcp, exec, docker."""
+    """One probe: exactly one of http, tcp, exec, docker; progress beside it, or alone."""
 
     http: AbsolutePath | None = Field(default=None, description="GET this path; 2xx and 3xx pass.")
     tcp: Literal[True] | None = Field(default=None, description="Connect to the port.")
@@ -73,6 +103,11 @@ class CheckOptions(Strict):
     docker: Literal[True] | None = Field(
         default=None, description="The health check that the image itself declares."
     )
+    progress: ProgressOptions | None = Field(
+        default=None,
+        description="A counter that has to move while there is work. Alone, or beside the check of "
+        "everything, it reports and never restarts.",
+    )
     period: PositiveDuration = Field(
         default=5.0, description="From the end of one try to the next."
     )
@@ -81,11 +116,15 @@ class CheckOptions(Strict):
         default=3, description="Failed tries in a row until it counts."
     )
 
+    @property
+    def kinds(self) -> list[str]:
+        """Which check it is; none where it has a progress alone."""
+        return [kind for kind in ("http", "tcp", "exec", "docker") if getattr(self, kind)]
+
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        kinds = [k for k in ("http", "tcp", "exec", "docker") if getattr(self, k) is not None]
-        if len(kinds) != 1:
-            given = " and ".join(kinds) or "none"
+        if len(self.kinds) != 1 and (self.kinds or self.progress is None):
+            given = " and ".join(self.kinds) or "none"
             raise ValueError(
                 f"a probe has exactly one of http, tcp, exec and docker; here: {given}"
             )
@@ -110,6 +149,11 @@ class SplitProbe(Strict):
     def _names_one(self) -> Self:
         if self.startup is None and self.liveness is None and self.readiness is None:
             raise ValueError("a probe has exactly one of http, tcp, exec and docker; here: none")
+        if self.startup is not None and self.startup.progress is not None:
+            raise ValueError(
+                "startup: a counter says nothing of a start; move its progress to readiness, which "
+                "reports, or to liveness, which restarts"
+            )
         return self
 
 
@@ -121,6 +165,10 @@ class LimitOptions(Strict):
     nofile: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Open files.")
     memlock: Memlock | None = Field(
         default=None, description='Locked memory: a size, or "unlimited".'
+    )
+    numa: Literal["near"] | None = Field(
+        default=None,
+        description="`near`: it gets the CPUs and the memory next to its GPUs alone.",
     )
 
 
@@ -178,12 +226,7 @@ Mounted = (
 """A mount as a map, or as Docker and Compose have it: SOURCE:TARGET or SOURCE:TARGET:ro."""
 
 
-class ModelOptions(Strict):
-    """Keys for every backend. `unavailable` maps a key to why it cannot be used with a backend.
-
-    A key that a backend cannot honour is refused with that reason, never ignored.
-    """
-
+class _Options(Strict):
     unavailable: ClassVar[dict[str, str]] = {}
 
     backend: Text = Field(description="What serves the model.")
@@ -201,6 +244,10 @@ class ModelOptions(Strict):
     listen: ListenAddress = Field(default="127.0.0.1", description="The address to serve on.")
     probe: CheckOptions | SplitProbe | None = Field(
         default=None, description="How to tell whether it works; without one it is unprobed."
+    )
+    warm_up: WarmUpOptions | None = Field(
+        default=None,
+        description="Requests that have to be answered after a start before it is ready.",
     )
     start_timeout: PositiveDuration = Field(
         default=300.0, description="From the start until ready, loading included."
@@ -225,6 +272,14 @@ class ModelOptions(Strict):
         default=512 << 20,
         description="A foreign process that only draws, such as a desktop, counts from this much "
         "memory.",
+    )
+    prepare: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None,
+        description="A program of the host and its arguments, run before an instance is made or "
+        "anything is stopped for it; ${…} is replaced.",
+    )
+    prepare_timeout: PositiveDuration = Field(
+        default=14400.0, description="How long that may take."
     )
     user: Text | None = Field(default=None, description="A user's name or number, or USER:GROUP.")
     working_dir: AbsolutePath | None = Field(
@@ -265,10 +320,28 @@ class ModelOptions(Strict):
         return data
 
     @model_validator(mode="after")
+    def _prepared_by_a_program_of_the_host(self) -> Self:
+        if self.prepare is None and "prepare_timeout" in self.model_fields_set:
+            raise ValueError("prepare_timeout: there is nothing to wait for; give prepare as well")
+        if self.prepare is not None and not self.prepare[0].startswith("/"):
+            raise ValueError(
+                f"prepare: the program {self.prepare[0]!r} is not an absolute path; write where it "
+                "is, as in /usr/local/bin/fetch-weights"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_name_ports(self) -> Self:
         if self.port is not None and self.ports is not None:
             raise ValueError("ports: give either port or ports, not both")
         return self
+
+
+class ModelOptions(ContainerOptions, _Options):
+    """Keys for every backend. `unavailable` maps a key to why it cannot be used with a backend.
+
+    A key that a backend cannot honour is refused with that reason, never ignored.
+    """
 
 
 class Defaults(Strict):
@@ -287,16 +360,21 @@ class Defaults(Strict):
 
 
 class Hooks(Strict):
-    """Run without a shell, one at a time, as the supervisor's user."""
+    """Run without a shell, each one at a time, as the supervisor's user."""
 
     on_endpoints_change: Annotated[list[Text], Field(min_length=1)] | None = Field(
         default=None,
         description="A program's absolute path and its arguments: run when the instances that "
         "serve a model change, before one of them is stopped and after one has become ready.",
     )
+    on_transition: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None,
+        description="A program's absolute path and its arguments: run for each change of phase, "
+        "with one JSON document on its standard input.",
+    )
     timeout: PositiveDuration = Field(
         default=30.0,
-        description="How long the hook may run. After that, it and all that it started are killed.",
+        description="How long a hook may run. After that, it and all that it started are killed.",
     )
     settle: Duration = Field(
         default=1.0,
@@ -304,7 +382,7 @@ class Hooks(Strict):
         "proxies use the earlier endpoints for a moment.",
     )
 
-    @field_validator("on_endpoints_change")
+    @field_validator("on_endpoints_change", "on_transition")
     @classmethod
     def _absolute(cls, value: list[str] | None) -> list[str] | None:
         if any("${" in item for item in value or ()):

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from mic_supervisor.config.document import MAX_NAME, NONE
+from mic_supervisor.config.document import FLEET, MAX_NAME, NONE
 from mic_supervisor.config.load import BackendSource, BackendTypes
-from mic_supervisor.config.merge import RESERVED, VERSION
+from mic_supervisor.config.merge import VERSION
 from mic_supervisor.config.options import Defaults, Hooks, ModelOptions
 from mic_supervisor.config.types import format_duration, format_size
 from mic_supervisor.errors import MicError
@@ -25,11 +25,14 @@ FILES = (Path("/usr/local/share/mic/gpus.schema.json"), Path("/usr/share/mic/gpu
 
 # Letters and digits of any script, as far as every dialect of regular expressions can say it.
 _NAME = "^[^\\u0000-,/:-@\\[-\\^`{-\\u00a0]+$"
+_NAMES = {"pattern": _NAME, "maxLength": MAX_NAME, "not": {"enum": [NONE, FLEET]}}
 _INDEX = r"(0|[1-9][0-9]{0,2})"
-_UUID = "[Gg][Pp][Uu]-[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
+_DIGITS = "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
+_UUID = f"[Gg][Pp][Uu]-{_DIGITS}"
+_SLICE = f"[Mm][Ii][Gg]-{_DIGITS}"
 _PCI = "(([0-9A-Fa-f]{4}|[0-9A-Fa-f]{8}):)?[0-9A-Fa-f]{2}:[01][0-9A-Fa-f]\\.[0-7]"
 _ONE = f"({_INDEX}|{_UUID}|{_PCI})"
-_GPUS = f"^({_INDEX}\\s*-\\s*{_INDEX}|{_ONE}(\\s*,\\s*{_ONE})*)$"
+_GPUS = f"^({_INDEX}\\s*-\\s*{_INDEX}|{_SLICE}|{_ONE}(\\s*,\\s*{_ONE})*)$"
 
 
 def json_schema(registry: BackendSource) -> dict[str, Any]:
@@ -95,6 +98,29 @@ def json_schema(registry: BackendSource) -> dict[str, Any]:
                 "description": "Programs that are run when something changes.",
             },
             "gpus": _gpus(),
+            "profiles": {
+                "type": ["object", "null"],
+                "description": "Other values for some of the GPUs, by the name of a profile.",
+                "propertyNames": _NAMES,
+                "additionalProperties": {
+                    "type": ["object", "null"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "gpus": {
+                            **_gpus(),
+                            "type": ["object", "null"],
+                            "minProperties": 0,
+                            "description": "What takes the place of these GPUs' entries in gpus: "
+                            "while the profile is on.",
+                        }
+                    },
+                },
+            },
+            "profile": {
+                "type": "string",
+                "minLength": 1,
+                "description": f"The profile that is on, or {NONE}; mic-supervisor switch sets it.",
+            },
         },
         "$defs": defs,
     }
@@ -118,11 +144,7 @@ def _models(backends: Iterable[str]) -> dict[str, Any]:
     return {
         "type": ["object", "null"],
         "description": "What may run: a name, its backend and the backend's options.",
-        "propertyNames": {
-            "pattern": _NAME,
-            "maxLength": MAX_NAME,
-            "not": {"enum": [NONE, *RESERVED]},
-        },
+        "propertyNames": _NAMES,
         "additionalProperties": {
             "type": "object",
             "required": ["backend"],
@@ -152,14 +174,14 @@ def _gpus() -> dict[str, Any]:
         "minProperties": 1,
         "propertyNames": {
             "pattern": _GPUS,
-            "description": 'An index (0), a UUID, a PCI bus id; "0-3" is an instance for each of '
-            'four GPUs, "3,4" one instance over two.',
+            "description": 'An index (0), a UUID, also of a MIG slice, a PCI bus id; "0-3" is an '
+            'instance for each of four GPUs, "3,4" one instance over two.',
         },
         "additionalProperties": {
             "type": "string",
             "minLength": 1,
-            "not": {"enum": list(RESERVED)},
-            "description": f"A model's name, or {NONE} to keep the GPU empty.",
+            "description": f"A model's name, {NONE} to keep the GPU empty, or {FLEET} to hand it "
+            "over to claims.",
         },
     }
 

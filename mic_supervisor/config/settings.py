@@ -187,6 +187,7 @@ class Settings(BaseSettings):
     http_open: bool = False
     http_hosts: Annotated[tuple[str, ...], PlainValidator(_host_names)] | None = None
     prune_on_watch: bool = False
+    claim_grace: PositiveDuration = 120.0
     watch: Literal["apply", "plan"] = "apply"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"

@@ -20,8 +20,15 @@ def unspaced(text: str) -> str | None:
     return None if found is None else f"{found[1]}: {found[2]}"
 
 
-_MARKS = str.maketrans({"，": ", ", "：": ": ", "｛": "{", "｝": "}", "［": "[", "］": "]"})
-_WIDE = "a full-width mark stands here, which is none of YAML's"
+_OTHERS = {"，": ", ", "：": ": ", **dict(zip("｛｝［］【】“”‘’", "{}[][]\"\"''", strict=True))}
+_MARKS = str.maketrans(_OTHERS)
+_WIDE = "a full-width mark or quote stands here, which is none of YAML's"
+
+
+def meant(text: str, brackets: str) -> str | None:
+    """A value with YAML's own marks, where it stands in these then: `[a, b]` for `【a，b】`."""
+    plain = _plain(text)
+    return plain if plain and plain[0] + plain[-1] == brackets else None
 
 
 _ASIDE = re.compile(r"\"[^\"]*\"|'[^']*'|#.*")  # texts and comments may hold any mark

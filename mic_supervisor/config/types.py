@@ -1,13 +1,15 @@
-"""The scalar types of gpus.yaml: durations, sizes, signals; each says what it accepts."""
+"""The types of gpus.yaml: durations, sizes, signals, each says what it accepts; `Strict`."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 
 _DURATION = r"[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -128,3 +130,28 @@ Memlock = Annotated[
 SignalName = Annotated[
     str, BeforeValidator(_parse_signal), WithJsonSchema(_text("([Ss][Ii][Gg])?[A-Za-z0-9]+"))
 ]
+
+
+# --- what every part of the file is read by ----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A warning about the key `key`, or about the whole where that is not given."""
+
+    key: str
+    message: str
+    hint: str
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; nothing is coerced between strings, numbers and booleans.
+
+    A validator of several keys raises ValueError("KEY: why"): the error is shown at KEY's location.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+
+    def advice(self) -> Iterable[Advice]:
+        """What `check` warns of, although it is valid."""
+        return ()

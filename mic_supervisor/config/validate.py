@@ -258,7 +258,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 # --- ${…} in texts --------------------------------------------------------------------------------
 
-TEMPLATED = frozenset({"command", "entrypoint", "args", "env", "exec"})
+TEMPLATED = frozenset({"command", "entrypoint", "args", "env", "exec", "prepare"})
 """Keys below which `${…}` is replaced, wherever they stand."""
 
 NAMES = ("port", "gpu_uuids", "gpu_indices", "model", "instance")
@@ -268,7 +268,7 @@ _OPEN = re.compile(r"\$?\$\{(?P<body>[^{}$]*)(?P<close>\})?")
 _KNOWN = "known are ${port}, ${gpu_uuids}, ${gpu_indices}, ${model}, ${instance} and ${env:NAME}"
 _NOT_HERE = (
     "${…} is not replaced here",
-    "it is replaced in command, entrypoint, args, env and exec only",
+    "it is replaced in command, entrypoint, args, env, exec and prepare only",
 )
 
 

@@ -27,7 +27,8 @@ from yaml.events import (
 )
 
 from mic_supervisor.config.diagnostics import At, Report, dotted, show
-from mic_supervisor.config.document import Location, composed
+from mic_supervisor.config.document import Location
+from mic_supervisor.config.names import composed
 from mic_supervisor.config.syntax import COLON_AND_BLANK, report_syntax_error, unspaced
 from mic_supervisor.text import unseen
 
@@ -222,6 +223,8 @@ class _Builder:
             node.value = self._mapping(node, depth)
         elif isinstance(event, SequenceStartEvent):
             node.value = self._sequence(path, depth)
+            for item in node.value if event.flow_style else ():
+                self._check_commas(item)
         return node
 
     def _check_properties(self, event: Any, path: str) -> bool:
@@ -249,11 +252,28 @@ class _Builder:
             node.value, surprise = resolve(event.value)
             if surprise is not None and node.valid:
                 problem, hint = surprise, "quote it if a text is meant"
+                if "a truth value" in surprise:
+                    hint += "; if not, write true or false"
+            elif _QUOTED.fullmatch(event.value):
+                what = "these quotes are not YAML's, and so they are part of the text"
+                plain = inline(event.value[1:-1])
+                self._report.warn(At(node.location, node.path), what, hint=f"write `{plain}`")
         elif _UNUSABLE.search(event.value):
             node.value, problem = "", "the text holds a character that no program takes"
         if problem is not None:
             self._add(event, node.path, problem, hint)
             node.valid = False
+
+    def _check_commas(self, item: Node) -> None:
+        """`[a，b]` is a list of one text."""
+        text = self._text[slice(*item.span)]
+        if "，" in text and text[0] not in "\"'" and isinstance(item.value, str):
+            parts = ", ".join(part.strip() for part in text.split("，"))
+            self._report.warn(
+                At(item.location, item.path),
+                "a full-width comma parts no items: this is one text",
+                hint=f"write `{parts}`, or `{inline(item.value)}` where one text is meant",
+            )
 
     def _sequence(self, path: str, depth: int) -> list[Node]:
         items: list[Node] = []
@@ -323,6 +343,7 @@ def _span(event: Any) -> tuple[int, int]:
 # --- which unquoted texts surprise ----------------------------------------------------------------
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_QUOTED = re.compile("[“‘].*[”’]", re.DOTALL)
 _DECIMAL = re.compile(r"-?(?:0|[1-9][0-9]{0,17})\.[0-9]{1,17}")
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False}
 _BOOLEANS["FALSE"] = False

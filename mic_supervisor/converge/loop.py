@@ -11,20 +11,20 @@ import random
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from mic_supervisor.clocks import Clock
-from mic_supervisor.converge.amiss import Amiss, Saver
-from mic_supervisor.converge.apply import Steps
-from mic_supervisor.converge.events import Event, EventKind, Events
-from mic_supervisor.converge.gpu_reporter import GpuReporter
-from mic_supervisor.converge.lane import Lane
+from mic_supervisor.converge.amiss import Amiss, GpuReporter, Saver
+from mic_supervisor.converge.apply import Lane, Steps
+from mic_supervisor.converge.claims import ClaimDesk
+from mic_supervisor.converge.events import Event, EventKind, Events, adopted, pauses
+from mic_supervisor.converge.hooks import Publisher, Transitions
 from mic_supervisor.converge.observe import LastViews, Sources, combine, read_in, with_holders
 from mic_supervisor.converge.prober import Prober
 from mic_supervisor.converge.probes import Checker, Target
-from mic_supervisor.converge.publisher import Publisher
 from mic_supervisor.converge.snapshot import Desired, Snapshot
 from mic_supervisor.converge.tasks import Threads, blocking
-from mic_supervisor.errors import LoadFailed, MicError
+from mic_supervisor.errors import LoadFailed, MicError, Withdrawn
 from mic_supervisor.gpu.events import XidRecord, with_xids
 from mic_supervisor.host import host_name
 from mic_supervisor.model import DesiredState, GpuInventory, ObservedState, ObservedWorkload
@@ -32,6 +32,7 @@ from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import (
     Change,
     Create,
+    Drain,
     Prepare,
     Restart,
     Start,
@@ -43,18 +44,15 @@ from mic_supervisor.plan.actions import (
 )
 from mic_supervisor.plan.assess import Assessment, Context, Selection, is_alive
 from mic_supervisor.plan.fallback import as_it_runs
-from mic_supervisor.plan.health import Activity, Phase, phase_of_step
+from mic_supervisor.plan.health import Activity, phase_of_step
 from mic_supervisor.plan.launch import listed
 from mic_supervisor.plan.look import Look, look
-from mic_supervisor.plan.memory import Memory, Pause, Paused, instance_of
-from mic_supervisor.plan.release import floor_of
+from mic_supervisor.plan.memory import Drained, Memory, Pause, Paused, instance_of
+from mic_supervisor.plan.release import Released, floor_of
+from mic_supervisor.plan.selection import asked_for, given_up, is_withdrawn
 from mic_supervisor.views import view
 
 RESYNC = 10.0  # seconds between two rounds that nothing woke
-CRASH_WATCH = 0.5  # seconds between two rounds while something starts
-QUEUE_WATCH = 2.0  # seconds between two rounds while something waits for a foreign process to go
-
-_ON_ITS_WAY = (Phase.PENDING, Phase.STARTING, Phase.LOADING)
 
 
 class Converger:
@@ -87,6 +85,7 @@ class Converger:
         self.released: list[Callable[[float], None]] = []  # called with what each release took
         self.removal_confirmed: Callable[[str], bool] = lambda _config_hash: True
         self.unconfirmed: Callable[[], str | None] = lambda: None
+        self.claims: ClaimDesk | None = None  # who else says what runs, on GPUs handed over
         self._sources = sources  # runtimes, GPUs, listeners
         self._desired = desired  # what the file asks for
         self._events = events
@@ -99,7 +98,10 @@ class Converger:
         self._saver = Saver(save, memory, self._pool, self.amiss)
         checker = Checker(Threads(64, "mic-probe"))
         self._prober = Prober(checker, self.wake, clock.steady)
-        self._steps = Steps(sources, self._target_of, desired.backend, checker, self._pool)
+        self._steps = Steps(sources, self._target_of, desired.backend, checker)
+        self._steps.withdrawn = lambda step: is_withdrawn(  # from any thread
+            self.memory, self._assessments.get(step.instance), step
+        )
         self._lanes: dict[asyncio.Task[None], Lane] = {}  # that are being carried out
         self._inventory = GpuInventory("none")  # of the last look at the GPUs
         self._readable: GpuInventory | None = None  # the last one that told of GPUs
@@ -113,6 +115,9 @@ class Converger:
         self._publisher = Publisher(
             self._pool, clock.steady, self._emit_hook, host_name(), memory.published
         )
+        emit = partial(self._emit_hook, about="transitions")
+        self._transitions = Transitions(self._pool, emit, host_name())
+        events.listeners.append(self._transitions.listen)
 
     def act(self, targets: Selection | None = None) -> None:
         """Carry out plans from now on; with `targets` for these models and GPUs alone."""
@@ -139,7 +144,7 @@ class Converger:
                 await self.finish()
                 return snapshot
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._pause(snapshot)):
+                async with asyncio.timeout(snapshot.pause(self.resync, self._now())):
                     await asyncio.sleep(snapshot.gap)
                     await self._wakes.wait()
 
@@ -180,29 +185,37 @@ class Converger:
         self.context = replace(self.context, forced=self.context.forced | set(names))
         self.wake()
 
-    def pause(self, chosen: Selection, reason: str | None) -> None:
-        """Leave these as they are from now on. A lane that is past its preparations goes on."""
+    def pause(self, chosen: Selection, reason: str | None, by: str | None = None) -> None:
+        """Leave these as they are from now on. A lane that has stopped something goes on."""
         pause = Pause(self._clock.wall(), reason)
         paused = self.memory.paused.including(chosen.models, chosen.gpus, pause)
-        self._note_pause(paused, chosen, f"paused: {reason}" if reason else "paused")
+        self._note_pause(paused, chosen, f"paused: {reason}" if reason else "paused", by)
 
-    def resume(self, chosen: Selection) -> None:
+    def resume(self, chosen: Selection, by: str | None = None) -> None:
         """Look after these again."""
         paused = self.memory.paused.without(chosen.models, chosen.gpus)
-        self._note_pause(paused, chosen, "resumed")
+        self._note_pause(paused, chosen, "resumed", by)
 
-    def _note_pause(self, paused: Paused, chosen: Selection, text: str) -> None:
-        self.memory, now = replace(self.memory, paused=paused), self._clock.wall()
-        for model in sorted(chosen.models):
-            self._events.emit(Event("pause", now, model, text, model))
-        for uuid in sorted(chosen.gpus):
-            (name,) = Selection(gpus=frozenset({uuid})).called(self._indices)
-            self._events.emit(Event("pause", now, name, text, gpus=(uuid,)))
+    def _note_pause(self, paused: Paused, chosen: Selection, text: str, by: str | None) -> None:
+        self.memory = replace(self.memory, paused=paused)
+        for event in pauses(chosen, text, self._indices, self._clock.wall(), by):
+            self._events.emit(event)
+        self.wake()
+
+    def drain(self, order: Drained | None, by: str | None = None) -> None:
+        """Stop everything, and start nothing; None: follow the file again, as if nothing had
+        failed."""
+        memory = replace(self.memory, drained=order)
+        self.memory = ledger.explained(ledger.forgiven(memory, memory.instances))
+        text = "undrained" if order is None else f"drained: {order.reason}"
+        text = text.removesuffix(": None")
+        self._events.emit(Event("pause", self._clock.wall(), "host", text, by=by))
         self.wake()
 
     async def finish(self) -> None:
-        """Let the hook be told of what is true, and keep what is remembered."""
+        """Let the hooks be told of what is true, and keep what is remembered."""
         await self._publisher.finish()
+        await self._transitions.finish()
         await self._keep_published()
 
     async def close(self, timeout: float = 5.0) -> None:
@@ -212,6 +225,7 @@ class Converger:
         fails at once, and nothing is stopped.
         """
         self._steps.end()
+        self._transitions.end()
         await self._prober.close()
         if self._lanes:
             await asyncio.wait(self._lanes, timeout=timeout)
@@ -252,28 +266,29 @@ class Converger:
         inventory, views = await asyncio.gather(
             self._gpus.get(), asyncio.gather(*(view.get() for view in self._views))
         )
+        inventory = with_xids(inventory, self.xids(), self._now())
         busy = frozenset(name for lane in lanes for name in lane.instances)
         views = [self._last_views.noted(view, busy) for view in views]
-        # After the runtimes: the port of a container that dies in between would look like a foreign
-        # one's.
+        # After the runtimes: the port of a container that dies in between would look foreign.
         listeners = await self._listeners.get()
         bindings, self._bound = (self.memory.bindings if self._bound else {}), True
         if inventory.error is None:
             self._readable = inventory
-        # While the driver does not answer nothing is started or stopped. But what runs is still
-        # what the file asks for, and is probed: GPUs that cannot be read are not absent.
+        # GPUs that cannot be read are not absent: what runs on them is desired, and probed.
         there = self._readable or inventory
         desired = await blocking(self._pool, self._desired.state, there, bindings)
-        offset, now = self._clock.offset(), self._now()
-        self._indices = there.indices
-        inventory = with_xids(inventory, self.xids(), now)
+        # Asked of the configuration at hand: another one may have come since it was taken.
+        confirmed = self.context.confirmed and self.removal_confirmed(desired.config_hash)
+        if self.claims is not None:
+            at, pool = self.memory.paused.gpus, self._pool
+            desired = await self.claims.add(desired, there, views, at, pool, confirmed=confirmed)
+        offset, now, self._indices = self._clock.offset(), self._now(), there.indices
         observed = combine(inventory, views, listeners, dict(self._prober.health), now + offset)
         observed = await blocking(self._pool, with_holders, observed, desired, self._sources)
         context = replace(
             self.context,
             busy=busy,
-            # Asked of the configuration at hand: another one may have come since it was taken.
-            confirmed=self.context.confirmed and self.removal_confirmed(desired.config_hash),
+            confirmed=confirmed,
             published=self._publisher.known(desired.hook),
             hook_error=self._publisher.state.error,
             unconfirmed=self.unconfirmed(),
@@ -291,12 +306,15 @@ class Converger:
         self._assessments = {item.instance.id: item for item in seen.assessments}
         self._inventory = seen.observed.inventory
         self._prober.watch(self._targets(seen))
-        self._emit_adopted(seen)
+        for event in adopted(seen, self._clock.wall()):
+            self._events.emit(event)
         self._gpu_reporter.report(seen.desired, seen.observed, seen.context.busy)
         self._dispatch(seen, lanes)
+        self._transitions.hook = seen.desired.on_transition
         seen = self._note_phases(seen.doing(activities | self.activities))
         self.memory = seen.memory
-        self._publisher.follow(seen.desired.hook, seen.statuses)
+        drained = seen.memory.drained is not None
+        self._publisher.follow(seen.desired.hook, seen.statuses, drained=drained)
         return seen
 
     async def _keep_published(self) -> None:
@@ -309,9 +327,9 @@ class Converger:
         if not await self._publisher.withdraw(step.workload.identity.instance):
             self._emit("warning", change, "stopping it although on_endpoints_change failed")
 
-    def _emit_hook(self, text: str, bad: bool) -> None:
+    def _emit_hook(self, text: str, bad: bool, about: str = "endpoints") -> None:
         kind: EventKind = "failed" if bad else "hook"
-        self._events.emit(Event(kind, self._clock.wall(), "endpoints", text, phase="hook"))
+        self._events.emit(Event(kind, self._clock.wall(), about, text, phase="hook"))
         self.wake()
 
     def _targets(self, seen: Look) -> dict[str, Target]:
@@ -340,15 +358,6 @@ class Converger:
             raise LoadFailed(f"cannot change {step.instance}: the file no longer names it")
         return self._target(step.workload, as_it_runs(self.memory.of(step.instance), item))
 
-    def _emit_adopted(self, seen: Look) -> None:
-        """An instance that runs as it should, and that nothing is remembered of, is taken over."""
-        at, text = self._clock.wall(), "adopted: it runs already, as the file asks"
-        for item in seen.assessments:
-            one = item.instance
-            known = seen.before.of(one.id).started is not None
-            if item.runs and not known and seen.memory.of(one.id).started is not None:
-                self._events.emit(Event("adopt", at, one.id, text, one.model, one.gpus))
-
     def _note_phases(self, seen: Look) -> Look:
         """Tell of every phase that an instance entered; progress tells what a step waits for."""
         seen, entered = seen.reported()
@@ -360,17 +369,6 @@ class Converger:
                 Event("phase", at, *about, seconds=seconds, phase=row.phase.value, was=was)
             )
         return seen
-
-    def _pause(self, snapshot: Snapshot) -> float:
-        """Seconds until the next round, unless something wakes the loop before."""
-        pause = self.resync
-        if any(row.phase in _ON_ITS_WAY for row in snapshot.statuses):
-            pause = CRASH_WATCH
-        elif any(row.phase is Phase.WAITING_VRAM for row in snapshot.statuses):
-            pause = min(pause, QUEUE_WATCH)
-        wake = snapshot.plan.next_wake  # of the wall clock, as the snapshot is told
-        left = -1.0 if wake is None else wake - snapshot.offset - self._now()
-        return max(0.01, min(pause, left) if left > 0 else pause)
 
     # --- lanes --------------------------------------------------------------------------------
 
@@ -400,7 +398,7 @@ class Converger:
             task.result()  # a defect: the event loop's exception handler writes it down
 
     async def _execute(self, changes: list[Change], lane: Lane) -> None:
-        began = self._now()
+        began, asked = self._now(), asked_for(changes, self._assessments)
         owner = {step.id: change for change in changes for step in change.steps}
         failed: set[str] = set()
         broken: set[tuple[str, str]] = set()
@@ -414,6 +412,10 @@ class Converger:
         async def attempt(step: Step, change: Change) -> None:
             try:
                 await self._step(step, change, lane)
+            except Withdrawn as error:  # the next round decides anew
+                failed.add(step.id)
+                broken.add((change.instance, change.model))
+                self._emit("progress", change, error.message)
             except MicError as error:
                 failed.add(step.id)
                 broken.add((change.instance, change.model))
@@ -422,16 +424,16 @@ class Converger:
                 text, hint = error.message, error.hint
                 self._emit("failed", change, text, seconds=now - began, hint=hint)
 
-        prepared = False
+        stopping = False
         beside: list[asyncio.Task[None]] = []
         for step in in_order([step for change in changes for step in change.steps]):
             change = owner[step.id]
-            if not prepared and not isinstance(step, Prepare | Create):
+            if not stopping:
                 # What has been stopped for something is not left lying for a pause.
-                if any(self._is_paused(item) for item in changes):
-                    self._emit("progress", change, "paused before anything was stopped for it")
+                if how := given_up(self.memory, changes, asked, self._assessments):
+                    self._emit("progress", change, f"{how} before anything was stopped for it")
                     return
-                prepared = True
+                stopping = not isinstance(step, Prepare | Create | Withdraw | Drain)
             if failed & set(step.depends_on):
                 failed.add(step.id)
                 broken.add((change.instance, change.model))
@@ -470,23 +472,18 @@ class Converger:
         seen = {g.uuid: f for g in self._inventory.gpus if (f := floor_of(g)) is not None}
         began = self._now()
         found = await self._steps.run(step, progress)
-        if found is not None:
+        if isinstance(found, Released):
             lane.floors[change.instance] = found.floors
             for listener in self.released:
                 listener(self._now() - began)
             if found.warning is not None:
                 self._emit("warning", change, found.warning)
         floors = lane.floors.get(change.instance, seen)
-        self.memory = ledger.done(self.memory, step, change, self._now(), floors)
+        files = found if isinstance(found, str) else None
+        self.memory = ledger.done(self.memory, step, change, self._now(), floors, files)
         if isinstance(step, ToModel):
             # The next round must see what is loaded now, or it would ask for it again.
             await self._prober.probe_now(step.workload.ref)
-
-    def _is_paused(self, change: Change) -> bool:
-        gpus = {*change.gpus}
-        for step in change.steps:
-            gpus |= {*step.workload.identity.gpus} if isinstance(step, Stop) else set()
-        return self.memory.paused.has(change.model, gpus)
 
     def _emit(
         self,

@@ -89,7 +89,7 @@ def _with_doubtful_gpus(view: RuntimeView, inventory: GpuInventory) -> RuntimeVi
             return item
         ends = item.identity.instance.rpartition("-")[2]
         named = tuple(
-            gpu.uuid for gpu in inventory.gpus if gpu.uuid.lower().startswith(f"gpu-{ends}-")
+            gpu.uuid for gpu in inventory.gpus if gpu.uuid.lower()[4:].startswith(f"{ends}-")
         )
         return replace(item, identity=replace(item.identity, gpus=named or rest))
 
@@ -251,7 +251,7 @@ def read_in(
     gpus = Source(
         "NVML",
         sources.gpus.observe,
-        lambda error: GpuInventory("nvml", error=error),
+        lambda error: GpuInventory("nvml", error=error, late=True),
         lambda inventory: inventory.error is None,
         pool,
         awake,
@@ -274,4 +274,4 @@ def read_in(
 
 
 def _late_view(name: str) -> Callable[[str], RuntimeView]:
-    return lambda error: RuntimeView(name, error=error)
+    return lambda error: RuntimeView(name, error=error, late=True)

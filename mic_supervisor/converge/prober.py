@@ -13,10 +13,11 @@ from mic_supervisor.converge.probes import (
     DEVICES_AGAIN,
     Checker,
     Target,
+    all_loaded,
     has_devices,
 )
 from mic_supervisor.converge.tasks import end, log_exception
-from mic_supervisor.model import Health, LoadState, ProbeResult
+from mic_supervisor.model import Health, ProbeResult
 from mic_supervisor.plan.assess import passes
 from mic_supervisor.text import quoted
 
@@ -79,7 +80,10 @@ class Prober:
         """One look at each of these, side by side, that nothing is remembered of."""
         now = self._clock()
         probes = (self._probe(target, now, None) for target in targets.values())
-        return dict(zip(targets, await asyncio.gather(*probes), strict=True))
+        found = dict(zip(targets, await asyncio.gather(*probes), strict=True))
+        for ref in targets:
+            self._checker.forget(ref)
+        return found
 
     def forget(self, ref: str) -> None:
         """Drop what is known of a workload: it is about to be stopped or started."""
@@ -90,6 +94,7 @@ class Prober:
         self._kicks.pop(ref, None)
         self._epochs.pop(ref, None)
         self.health.pop(ref, None)
+        self._checker.forget(ref)
 
     async def close(self) -> None:
         tasks = [*self._tasks.values()]
@@ -138,8 +143,9 @@ class Schedule:
     """When what is asked of one workload is due next, each kind at a pace of its own.
 
     Until the startup probe has passed it gates all else, and is asked in quick succession, slowing
-    down to its own period: a start that takes 3 s should not be seen after 5. So are models that
-    are being loaded. Nothing hastens liveness and readiness but a kick. `now` is in seconds.
+    down to its own period: a start that takes 3 s should not be seen after 5. So is what warms up,
+    and so are models that are being loaded. Nothing hastens liveness and readiness but a kick.
+    `now` is in seconds.
     """
 
     def __init__(self, now: float) -> None:
@@ -162,7 +168,8 @@ class Schedule:
         """These were asked for, and this is what came of it."""
         probes = target.instance.probes
         period = probes.startup.period if probes.startup is not None else 5.0
-        if probes.startup is not None and not passes(health.startup):
+        starts = probes.startup is not None and not passes(health.startup)
+        if starts or (health.warm_up is not None and not passes(health.warm_up)):
             self._due.update(dict.fromkeys(kinds, now + self._next_pace(period)))
             return
         lost = health.devices is not None and health.devices.ok is False
@@ -173,7 +180,7 @@ class Schedule:
         }
         pauses["placements"] = pauses["liveness"]
         if "placements" in kinds:
-            if _loaded(target, health):
+            if all_loaded(target.instance, health.placements):
                 self._pace = FIRST_PERIOD
             else:
                 pauses["placements"] = self._next_pace(pauses["placements"])
@@ -186,14 +193,6 @@ class Schedule:
     def _next_pace(self, slowest: float) -> float:
         self._pace = min(self._pace * _SLOWER, slowest)
         return self._pace
-
-
-def _loaded(target: Target, health: Health) -> bool:
-    """Whether every model is loaded as the file says."""
-    loaded = {
-        item.model: item.digest for item in health.placements if item.state is LoadState.LOADED
-    }
-    return all(loaded.get(item.model) == item.digest for item in target.instance.placements)
 
 
 def _without_times(health: Health) -> Health:
@@ -210,4 +209,5 @@ def _without_times(health: Health) -> Health:
         liveness=trim(health.liveness),
         readiness=trim(health.readiness),
         devices=trim(health.devices),
+        warm_up=trim(health.warm_up),
     )

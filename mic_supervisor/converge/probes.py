@@ -1,17 +1,19 @@
-"""Asks a running instance how it is: one try each, no memory, no verdict."""
+"""Asks a running instance how it is: one try each, and no verdict."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mic_supervisor.backends import Backend
 from mic_supervisor.converge.http_calls import Answer, HttpCalls, NoAnswer, lacks, reachable
 from mic_supervisor.converge.listening import instead, is_own
+from mic_supervisor.converge.requests import Requests, Verdict, counted
 from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import (
@@ -23,13 +25,17 @@ from mic_supervisor.model import (
     HttpCall,
     HttpCheck,
     Instance,
+    LoadState,
     ObservedWorkload,
     Placement,
     PlacementState,
     Probe,
     ProbeResult,
+    Progress,
     TcpCheck,
+    WarmUp,
 )
+from mic_supervisor.plan.assess import passes
 from mic_supervisor.plan.launch import text_of
 from mic_supervisor.text import one_line, quoted
 
@@ -40,9 +46,6 @@ _SEE_TIMEOUT = 20.0  # seconds; with persistence mode off it wakes the GPU first
 # What a server answers that wants a key: it is up, and says no more to a probe.
 _GUARDED = frozenset({401, 403})
 DEVICES_AGAIN = 5.0  # seconds after a look that did not see them, until another such look counts
-
-Verdict = tuple[bool | None, str]
-"""(passed, in a few words why not). None: the prober itself could not tell."""
 
 Exec = Callable[[ObservedWorkload, tuple[str, ...], float], tuple[int, str]]
 """Runs a command where the workload runs, within so many seconds: (exit status, output)."""
@@ -68,6 +71,12 @@ class Checker:
     def __init__(self, pool: Executor) -> None:
         self._http = HttpCalls()
         self._pool = pool
+        self._requests: dict[str, Requests] = {}  # by the workload's ref
+
+    def forget(self, ref: str) -> None:
+        """Give up what outlasts the looks at a workload."""
+        if (requests := self._requests.pop(ref, None)) is not None:
+            requests.close()
 
     async def call(self, target: Target, what: HttpCall) -> Answer:
         """Send one call to the instance's port "http". Raises NoAnswer."""
@@ -103,15 +112,20 @@ class Checker:
         """
         before = before or Health()
         probes = target.instance.probes
-        verdicts: dict[tuple[Check, float], Verdict] = {}
+        verdicts: dict[tuple[Check | Progress | None, float], Verdict | None] = {}
+
+        async def asked(what: Check | Progress | None, timeout: float) -> Verdict | None:
+            if (what, timeout) not in verdicts:
+                verdicts[what, timeout] = await self._ask(target, what, timeout, now)
+            return verdicts[what, timeout]
 
         async def result(probe: Probe | None, was: ProbeResult | None) -> ProbeResult | None:
             if probe is None:
                 return None
-            key = (probe.check, probe.timeout)
-            if key not in verdicts:
-                verdicts[key] = await self._check(target, *key)
-            return _counted(*verdicts[key], now, was, probe.period)
+            found = await asked(probe.check, probe.timeout)
+            if found is None or found[0] is True:
+                found = await asked(probe.progress, probe.timeout) or found
+            return was if found is None else _counted(*found, now, was, probe.period)
 
         startup = before.startup
         if startup is None or startup.ok is not True:
@@ -119,13 +133,20 @@ class Checker:
         if startup is not None and startup.ok is not True:
             return Health(startup=await self._explained(target, startup))
         liveness, readiness, placements = before.liveness, before.readiness, before.placements
-        devices, surplus = before.devices, before.surplus
-        if "liveness" in due:
-            liveness = await result(probes.liveness, liveness)
+        devices, surplus, warm_up = before.devices, before.surplus, before.warm_up
         if "placements" in due:
             placements = tuple(
                 [await self.placement_state(target, item) for item in target.instance.placements]
             )
+        warming = target.instance.warm_up if all_loaded(target.instance, placements) else None
+        if warming is not None and not passes(warm_up):
+            start = _within_budget(target.instance)
+            said = await self._ask(target, warming, 0.0, now) or (None, "not known yet")
+            warm_up = _counted(*said, now, warm_up, start.period if start is not None else 5.0)
+            if not passes(warm_up):
+                return Health(startup, placements=placements, devices=devices, warm_up=warm_up)
+        if "liveness" in due:
+            liveness = await result(probes.liveness, liveness)
         if "readiness" in due:
             readiness = await result(probes.readiness, readiness)
         if DEVICES in due:
@@ -133,10 +154,19 @@ class Checker:
             devices = _counted(*verdict, now, devices, DEVICES_AGAIN)
         if "placements" in due and target.instance.inventory is not None:
             surplus = await self._surplus(target)
-        return Health(startup, liveness, readiness, placements, surplus=surplus, devices=devices)
+        return Health(startup, liveness, readiness, placements, surplus, devices, warm_up)
 
-    async def _check(self, target: Target, check: Check, timeout: float) -> Verdict:
+    async def _ask(
+        self, target: Target, check: Check | Progress | WarmUp | None, timeout: float, now: float
+    ) -> Verdict | None:
+        """None: nothing is asked, or nothing is known yet."""
+        if check is None:
+            return None
         try:
+            if isinstance(check, WarmUp):
+                return self._requests_to(target).warm_up(check)
+            if isinstance(check, Progress):
+                return await self._progress(target, check, timeout, now)
             if isinstance(check, HttpCheck):
                 return await self._get(target, check, timeout)
             if isinstance(check, TcpCheck):
@@ -146,6 +176,32 @@ class Checker:
             return await blocking(self._pool, _exec, target, check, timeout)
         except KeyError as error:
             return None, f"its port {error} is not recorded"
+
+    async def _progress(
+        self, target: Target, what: Progress, timeout: float, now: float
+    ) -> Verdict | None:
+        requests = self._requests_to(target)
+        text = fault = ""
+        try:
+            answer = await self._http.ask(
+                *_published(target, what.port), "GET", what.path, timeout=timeout
+            )
+        except NoAnswer as error:
+            fault = f"GET {what.path}: {error}"
+            if error.own:
+                return None, fault
+        else:
+            if answer.ok:
+                text = answer.body
+            else:
+                fault = f"GET {what.path} answers {answer.status}"
+        return requests.progress(what, counted(text, what.metric), fault, now)
+
+    def _requests_to(self, target: Target) -> Requests:
+        """Raises KeyError where its port is not recorded."""
+        port = target.workload.identity.ports["http"]
+        send = partial(self.send, target.instance.workload.listen, port)
+        return self._requests.setdefault(target.workload.ref, Requests(send))
 
     async def _get(self, target: Target, check: HttpCheck, timeout: float) -> Verdict:
         host, port = _published(target, check.port)
@@ -239,6 +295,12 @@ def _within_budget(instance: Instance) -> Probe | None:
     if found is None:
         return None
     return replace(found, period=min(found.period, instance.start_timeout / found.failures))
+
+
+def all_loaded(instance: Instance, placements: Iterable[PlacementState]) -> bool:
+    """Whether every model is loaded as the file says."""
+    loaded = {item.model: item.digest for item in placements if item.state is LoadState.LOADED}
+    return all(loaded.get(item.model) == item.digest for item in instance.placements)
 
 
 def _counted(

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mic_supervisor.backends import Backend
-from mic_supervisor.converge.publisher import HookState
+from mic_supervisor.converge.hooks import HookState
+from mic_supervisor.desired.claims import Claims
 from mic_supervisor.model import DesiredState, GpuInventory
+from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.look import Look
 from mic_supervisor.views import view
 from mic_supervisor.views.endpoints import Endpoints
@@ -22,12 +24,21 @@ class Desired(Protocol):
         """The desired state for this inventory. Blocking; may read files."""
         ...
 
+    def with_claims(
+        self, state: DesiredState, claims: Claims, inventory: GpuInventory
+    ) -> DesiredState:
+        """What `state` gave, with an instance for each claim that has GPUs. Blocking, too."""
+        ...
+
     def backend(self, name: str) -> Backend:
         """The backend of an instance that `state` gave."""
         ...
 
 
 _LONGEST_GAP = 0.5  # seconds
+_CRASH_WATCH = 0.5  # seconds between two rounds while something starts
+_QUEUE_WATCH = 2.0  # seconds between two rounds while something waits for a foreign process to go
+_ON_ITS_WAY = (Phase.PENDING, Phase.STARTING, Phase.LOADING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,7 @@ class ConfigState:
     error_at: float | None
     models: Mapping[str, str] = field(default_factory=dict)  # name -> backend
     unconfirmed: str | None = None
+    profile: str | None = None  # that is on
 
     @property
     def in_use(self) -> ConfigInUse:
@@ -94,3 +106,14 @@ class Snapshot(Look):
         a second.
         """
         return min(3 * self.seconds, _LONGEST_GAP)
+
+    def pause(self, resync: float, now: float) -> float:
+        """Seconds until the next round, unless something wakes the loop before. `now` is steady."""
+        pause = resync
+        if any(row.phase in _ON_ITS_WAY for row in self.statuses):
+            pause = _CRASH_WATCH
+        elif any(row.phase is Phase.WAITING_VRAM for row in self.statuses):
+            pause = min(pause, _QUEUE_WATCH)
+        wake = self.plan.next_wake  # of the wall clock, as the snapshot is told
+        left = -1.0 if wake is None else wake - self.offset - now
+        return max(self.gap, min(pause, left) if left > 0 else pause)

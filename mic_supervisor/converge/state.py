@@ -80,6 +80,8 @@ class StateDir:
         if not boot or offset is None or boot != self._boot:
             offset = self._clock.wall() - now
         rebooted = boot is not None and boot != self._boot
+        if memory.drained is not None and memory.drained.boot not in (None, self._boot):
+            memory = replace(memory, drained=None)  # it was meant to end with that boot
         return replace(memory.moved(-offset).in_time(now, rebooted=rebooted), lost=lost)
 
     def save_memory(self, memory: Memory) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mic_supervisor import codec
 from mic_supervisor.converge.events import Event
-from mic_supervisor.errors import ConfigError, MicError
+from mic_supervisor.errors import ConfigError, DaemonGone, MicError, Unserviceable
 
 VERSION = 1
 _CONNECT_TIMEOUT = 5.0  # seconds
@@ -37,9 +37,11 @@ class Client:
             if isinstance(error, FileNotFoundError | ConnectionRefusedError | NotADirectoryError):
                 return None
             why, hint = error.strerror or "it does not answer", "see `systemctl status mic`"
+            kind: type[MicError] = DaemonGone
             if isinstance(error, PermissionError):
                 why, hint = "permission denied", "run as root, or add yourself to the group mic"
-            raise MicError(f"cannot talk to the daemon at {path}: {why}", hint=hint) from error
+                kind = Unserviceable
+            raise kind(f"cannot talk to the daemon at {path}: {why}", hint=hint) from error
         return cls(connection, path, scope)
 
     def close(self) -> None:
@@ -83,11 +85,11 @@ class Client:
                     else:
                         return answer["result"]
         except (OSError, ValueError) as error:
-            raise MicError(
+            raise DaemonGone(
                 f"cannot follow the daemon at {self._path}: {error}",
                 hint="see `systemctl status mic`",
             ) from error
-        raise MicError(
+        raise DaemonGone(
             "the daemon went away before it had finished",
             hint="it continues when it is back; see `systemctl status mic`",
         )
@@ -96,4 +98,5 @@ class Client:
 def _error(answer: Mapping[str, Any]) -> MicError:
     if "rendered" in answer:
         return ConfigError(answer["message"], outline=answer["rendered"], hint=answer["hint"])
-    return MicError(answer["message"], hint=answer["hint"])
+    kind = Unserviceable if answer.get("final") else MicError
+    return kind(answer["message"], hint=answer["hint"])

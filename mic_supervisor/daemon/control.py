@@ -12,16 +12,18 @@ import grp
 import json
 import os
 import socket
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mic_supervisor import codec
-from mic_supervisor.converge.session import Method
+from mic_supervisor.converge.session import QUESTIONS, Method
 from mic_supervisor.converge.tasks import end
 from mic_supervisor.daemon.client import VERSION, Client
 from mic_supervisor.daemon.log import LOGGER
-from mic_supervisor.errors import ConfigError, MicError
+from mic_supervisor.errors import ConfigError, MicError, Unserviceable
+from mic_supervisor.host import who_asks
 
 _LONGEST_REQUEST = 1 << 16  # bytes
 _REQUEST_TIMEOUT = 10.0  # seconds for a client to say what it wants
@@ -34,12 +36,15 @@ _SAME_VERSION = "use the command of the version that the daemon is of, or restar
 
 
 class ControlServer:
-    """Serves `methods` by name to clients that mean `scope`.
+    """Serves what `methods` gives, by name, to clients that mean `scope`.
 
-    A client that goes away cancels its own waiting only.
+    It is called with who orders something, and None for a question. A client that goes away cancels
+    its own waiting only.
     """
 
-    def __init__(self, path: Path, methods: Mapping[str, Method], scope: str) -> None:
+    def __init__(
+        self, path: Path, methods: Callable[[str | None], Mapping[str, Method]], scope: str
+    ) -> None:
         self._path = path
         self._methods = methods
         self._scope = scope
@@ -132,7 +137,9 @@ class ControlServer:
             writer.close()
 
     def _request(self, line: bytes) -> tuple[str, Mapping[str, Any]]:
-        """(method, params). Raises MicError where it is none, or is for another daemon."""
+        """(method, params), without what is null, which is as if it was not there. Raises MicError
+        where it is none, or is for another daemon.
+        """
         try:
             request = codec.parse(line)
         except codec.BadDocument:
@@ -148,13 +155,14 @@ class ControlServer:
             )
         scope = request.get("scope", self._scope)  # a command of an earlier version does not say
         if scope != self._scope:
-            raise MicError(
+            raise Unserviceable(
                 f"cannot answer: this is the daemon of scope {self._scope}, not of {scope}",
                 hint=f"unset MIC_SOCKET, or point it to where the daemon of {scope} listens",
             )
         if not isinstance(params, dict):
             raise MicError("cannot answer: params is no JSON object")
-        return str(request.get("method")), params
+        given = {name: value for name, value in params.items() if value is not None}
+        return str(request.get("method")), given
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -163,7 +171,8 @@ class ControlServer:
             if not line:
                 return
             name, params = self._request(line)
-            method = self._methods.get(name)
+            by = None if name in QUESTIONS else await asyncio.to_thread(_peer, writer)
+            method = self._methods(by).get(name)
             if method is None:
                 raise MicError(f"cannot answer: there is no method {name!r}", hint=_SAME_VERSION)
         except ValueError:  # more than _LONGEST_REQUEST without a line's end
@@ -194,9 +203,18 @@ class ControlServer:
         await writer.drain()
 
 
+def _peer(writer: asyncio.StreamWriter) -> str:
+    """Who connected, as the kernel knows it. What a client says of itself counts for nothing."""
+    found = writer.get_extra_info("socket")
+    given = found.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", given)
+    return who_asks(uid, pid)
+
+
 def _document(error: MicError) -> dict[str, Any]:
     rendered = {"rendered": error.outline} if isinstance(error, ConfigError) else {}
-    return {"message": error.message, "hint": error.hint, **rendered}
+    final = {"final": True} if isinstance(error, Unserviceable) else {}
+    return {"message": error.message, "hint": error.hint, **rendered, **final}
 
 
 def _send(writer: asyncio.StreamWriter, **document: Any) -> None:

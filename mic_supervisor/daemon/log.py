@@ -55,6 +55,7 @@ def log_event(event: Event) -> None:
                 "seconds": None if event.seconds is None else round(event.seconds, 3),
                 "phase": event.phase,
                 "was": event.was,
+                "by": event.by,
             }
         },
     )
@@ -74,7 +75,7 @@ def _sentence(event: Event) -> str:
     if event.kind == "failed":
         hint = f" ({event.hint})" if event.hint else ""
         return f"{where}: {event.phase} failed{took}: {event.text}{hint}"
-    return f"{where}: {event.text}"
+    return f"{where}: {event.text}{event.ordered}"
 
 
 class _Text(logging.Formatter):

@@ -14,10 +14,12 @@ from mic_supervisor.backends.registry import Registry
 from mic_supervisor.clocks import Clock
 from mic_supervisor.config.document import WAY_OUT, Config
 from mic_supervisor.config.settings import Settings
-from mic_supervisor.converge.events import Event, Events
+from mic_supervisor.converge.claims import ClaimDesk
+from mic_supervisor.converge.events import Event, Events, Order
 from mic_supervisor.converge.loop import Converger
 from mic_supervisor.converge.observe import Sources
-from mic_supervisor.converge.session import Session, Snapshots, all_converged
+from mic_supervisor.converge.outcome import Snapshots, all_converged
+from mic_supervisor.converge.session import Session
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded, Snapshot
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.daemon.control import ControlServer
@@ -25,7 +27,7 @@ from mic_supervisor.daemon.generations import Generations
 from mic_supervisor.daemon.log import LOGGER, History, log_event
 from mic_supervisor.daemon.notify import Notifier, sentence
 from mic_supervisor.daemon.parts import Parts, in_thread
-from mic_supervisor.daemon.watch import GpuWatch, watch
+from mic_supervisor.daemon.watch import FileWatch, GpuWatch
 from mic_supervisor.desired import FileDesired
 from mic_supervisor.errors import LockHeld, MicError, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.host import host_name
@@ -98,10 +100,21 @@ class Supervisor:
         self._converger.observers.append(self._publish)
         self._snapshots = Snapshots(self._converger, self._clock.steady)
         self._converger.observers.append(self._snapshots.on_snapshot)
+        self._reloads = asyncio.Lock()
+        self._file_watch = FileWatch(
+            self._generations.fingerprint,
+            self._generations.differs,
+            partial(self._reload, confirm=False, why="the file changed"),
+            self._reloads,
+        )
+        grace, wake = settings.claim_grace, self._converger.wake
+        self._claims = ClaimDesk(self._desired, grace, self._events, self._clock, wake)
+        self._claims.read_file = self._file_watch.look
+        self._converger.claims = self._claims
+        self._converger.observers.append(self._claims.on_snapshot)
         self._stopping = asyncio.Event()
         self._ready = False  # whether a round was done, and systemd told
         self._parts = Parts(changed=lambda: self._notify(self.published.snapshot))
-        self._reloads = asyncio.Lock()
         self._asked: set[asyncio.Future[Reloaded]] = set()
         self._scrubber = Scrubber()
         self.published = self._view(None)
@@ -126,8 +139,9 @@ class Supervisor:
             reload=self._asked_to_reload,
             current=self._generations.current,
             runtimes=self._sources.runtimes,
+            claims=self._claims,
         )
-        control = ControlServer(self._settings.socket, session.methods(), self._settings.scope)
+        control = ControlServer(self._settings.socket, session.methods_for, self._settings.scope)
         await control.start()
         streams_over = threading.Event()
         keep = self._parts.keep
@@ -135,11 +149,7 @@ class Supervisor:
             keep("the HTTP server", lambda: self._serve(serve))
         keep("the loop", self._converger.run)
         keep("the control socket", control.keep_listening)
-        changed = partial(self._reload, confirm=False, why="the file changed")
-        keep(
-            "the file watch",
-            lambda: watch(self._generations.fingerprint, self._generations.differs, changed),
-        )
+        keep("the file watch", self._file_watch.follow)
         for runtime in self._sources.runtimes.values():
             keep(f"the follower of {runtime.name}", partial(self._follow, runtime, streams_over))
         if self._gpu_watch.follows:
@@ -266,11 +276,12 @@ class Supervisor:
                 proven.cancel()
             await asyncio.sleep(_STREAM_DELAY)
 
-    def _asked_to_reload(self, confirm: bool, written: str) -> Awaitable[Reloaded]:
-        why = "reload" if confirm else "an edit"
-        return self._reload(confirm=confirm, written=written, why=why)
+    def _asked_to_reload(self, confirm: bool, written: str, order: Order) -> Awaitable[Reloaded]:
+        return self._reload(confirm=confirm, written=written, why=order.command, by=order.by)
 
-    async def _reload(self, *, confirm: bool, why: str, written: str = "") -> Reloaded:
+    async def _reload(
+        self, *, confirm: bool, why: str, written: str = "", by: str | None = None
+    ) -> Reloaded:
         async with self._reloads:
             self._notifier.reloading()
             try:
@@ -287,10 +298,10 @@ class Supervisor:
                     self._notifier.ready()
             if confirm and outcome.error is None:
                 self._converger.explain()
-            self._took(outcome, why)
+            self._took(outcome, why, by)
             return outcome
 
-    def _took(self, outcome: Reloaded, why: str) -> None:
+    def _took(self, outcome: Reloaded, why: str, by: str | None) -> None:
         now, number = self._clock.wall(), self._generations.number
         if outcome.error is not None:
             LOGGER.error("%s", outcome.error.rstrip())
@@ -303,8 +314,9 @@ class Supervisor:
         else:
             text = f"generation {number} confirmed ({why})"
         self._warn(outcome)
-        self._events.emit(Event("config", now, "configuration", text, cause=why))
-        self._desired.use(self._config(), self._generations.waiting)
+        self._events.emit(Event("config", now, "configuration", text, cause=why, by=by))
+        if not self._stopping.is_set():  # else MIC_ON_STOP says what is to run
+            self._desired.use(self._config(), self._generations.waiting)
         # A round may take its time: what is wrong with the file is shown now.
         self._notify(self.published.snapshot)
         self._converger.wake()
@@ -364,7 +376,7 @@ class Supervisor:
 
     def _view(self, snapshot: Snapshot | None) -> Published:
         found = self._generations
-        models = found.config.models if found.config is not None else {}
+        config = found.config or Config.nothing(self._settings.config)
         if snapshot is not None:
             self._scrubber = self._scrubber.including(snapshot.desired)
         # One offset for all that is shown together.
@@ -374,14 +386,15 @@ class Supervisor:
             version=__version__,
             config=ConfigState(
                 path=str(self._settings.config),
-                hash=found.config.hash if found.config is not None else "",
+                hash=config.hash,
                 generation=found.number,
                 loaded_at=None if found.loaded_at is None else found.loaded_at + offset,
                 last_reload_ok=found.error is None,
                 error=found.error,
                 error_at=None if found.error_at is None else found.error_at + offset,
                 unconfirmed=found.unconfirmed,
-                models={name: model.backend for name, model in models.items()},
+                profile=config.profile,
+                models={name: model.backend for name, model in config.models.items()},
             ),
             loop=self._loop_state,
             snapshot=snapshot,

@@ -20,29 +20,51 @@ _QUIET = 0.25  # seconds without a change until a file counts as written
 _LONGEST = 3.0  # seconds after which a file that never stays the same is read all the same
 
 
-async def watch(
-    stamp: Callable[[], str], differs: Callable[[], bool], changed: Callable[[], Awaitable[object]]
-) -> None:
-    """Call `changed` once for each burst of changes, until cancelled.
+class FileWatch:
+    """Calls `changed` once for each burst of changes.
 
-    The content is looked at, and no event of the kernel is waited for: network file systems send
-    none, and editors and mounts replace files, links and directories in many ways.
+    `stamp` says what the files hold, `differs` whether that is not what was last read. The content
+    is looked at, and no event of the kernel is waited for: network file systems send none, and
+    editors and mounts replace files, links and directories in many ways. Whoever reads them, also
+    `changed`, holds `reads` until they are followed.
     """
-    while True:
-        await asyncio.sleep(POLL)
-        if await asyncio.to_thread(differs):
-            await _unchanging(stamp)
-            await changed()
 
+    def __init__(
+        self,
+        stamp: Callable[[], str],
+        differs: Callable[[], bool],
+        changed: Callable[[], Awaitable[object]],
+        reads: asyncio.Lock,
+    ) -> None:
+        self._stamp = stamp
+        self._differs = differs
+        self._changed = changed
+        self._reads = reads
+        self._looks = asyncio.Lock()  # so that two who look at once find a change once
 
-async def _unchanging(stamp: Callable[[], str]) -> None:
-    """Until nothing changed for a moment: ten saves in a second are one change."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _LONGEST
-    before = ""
-    while loop.time() < deadline and (now := await asyncio.to_thread(stamp)) != before:
-        before = now
-        await asyncio.sleep(_QUIET)
+    async def follow(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(POLL)
+            await self.look()
+
+    async def look(self) -> None:
+        """Returns when what the files held at the call is followed, whoever read it."""
+        async with self._looks:
+            if await asyncio.to_thread(self._differs):
+                await self._unchanging()
+                await self._changed()
+        async with self._reads:
+            pass
+
+    async def _unchanging(self) -> None:
+        """Until nothing changed for a moment: ten saves in a second are one change."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _LONGEST
+        before = ""
+        while loop.time() < deadline and (now := await asyncio.to_thread(self._stamp)) != before:
+            before = now
+            await asyncio.sleep(_QUIET)
 
 
 # --- GPUs ---------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@
 Standard library only, and one file: it is `model-server` in mic-test/server:1 as well.
 
 GET /health, /ready, /v2/health/ready   200 "ok", and 503 "loading" before that
-GET /v2/models/MODEL, /v1/models        what Triton and a completion server say of a model
+GET /v2/models/MODEL, /v1/models        what servers of these protocols say of a model
 GET /metrics                            Prometheus text format 0.0.4
 POST /infer?delay=2                     gives back the JSON that it got
 GET /env, /args, /pid                   the environment, the arguments, {"pid": …, "children": […]}
-PUT /PATH?status=503&delay=2            from now on GET /PATH answers this status and the request's
-                                        body, after this many seconds; DELETE /PATH takes that back
+PUT /PATH?status=503&delay=2            from now on GET and POST /PATH answer this status and the
+                                        request's body, after this many seconds, and count nothing;
+                                        DELETE /PATH takes that back
 POST /exit?code=3                       ends the server with this code
 
 Each setting is an option or an environment variable: `--ready-delay 2` or READY_DELAY=2.
@@ -116,9 +117,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         if path in MODEL.scripted:
-            status, delay, body = MODEL.scripted[path]
-            time.sleep(delay)
-            self.answer(status, body)
+            self.follow_script(path)
         elif path in ("/health", "/ready", "/v2/health/ready"):
             self.answer(200 if MODEL.ready else 503, b"ok" if MODEL.ready else b"loading")
         elif path == "/metrics":
@@ -140,6 +139,11 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def follow_script(self, path: str) -> None:
+        status, delay, body = MODEL.scripted[path]
+        time.sleep(delay)
+        self.answer(status, body)
+
     def do_PUT(self) -> None:
         length = self.headers.get("Content-Length", "")
         if not length.isdigit() or int(length) > LARGEST:
@@ -155,6 +159,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "PUT":
             MODEL.scripted[parts.path] = int(query.get("status", 200)), delay, body
             self.answer(200)
+        elif parts.path in MODEL.scripted:
+            self.follow_script(parts.path)
         elif parts.path == "/exit":
             self.answer(200)
             leave(int(query.get("code", 1)))

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mic_supervisor.config.document import GpuEntry, GpuKey
 from mic_supervisor.config.names import safe_name
-from mic_supervisor.model import Gpu, GpuInventory, Unsatisfiable
+from mic_supervisor.model import FleetEntry, Gpu, GpuInventory, Unsatisfiable
 
-_UUID = re.compile(r"gpu-([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_UUID = re.compile(r"(?:gpu|mig)-([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
 class BoundEntry:
-    """An entry whose GPUs are all there."""
+    """An entry whose GPUs are all there. `digits` is what an instance's id has of them."""
 
     entry: GpuEntry
     gpus: tuple[Gpu, ...]
-    instance: str | None  # None for `none`
+    instance: str | None  # None for `none` and `fleet`
+    digits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Binding:
     unsatisfiable: tuple[Unsatisfiable, ...]
     bindings: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
+    lost_fleet: tuple[FleetEntry, ...] = ()  # of `unsatisfiable`, what is handed over
 
 
 def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str, str]) -> Binding:
@@ -47,7 +49,7 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
        in the file keeps it, even where something else is wrong with its entry.
     """
     entries = tuple(entries)
-    by_index = {gpu.index: gpu for gpu in inventory.gpus}
+    by_index = {gpu.index: gpu for gpu in inventory.gpus if gpu.parent is None}
     by_uuid = {gpu.uuid.lower(): gpu for gpu in inventory.gpus}
     by_pci = {_pci(gpu.pci_bus_id): gpu for gpu in inventory.gpus if gpu.pci_bus_id}
     keys = [key for entry in entries for key in entry.keys if key.kind != "uuid"]
@@ -101,11 +103,13 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
     ids = _short_ids({*(gpu.uuid for gpu in inventory.gpus), *kept.values()})
     bound: list[BoundEntry] = []
     lost: list[Unsatisfiable] = []
+    lost_fleet: list[FleetEntry] = []
     claimed: dict[str, str] = {}
     for entry in entries:
         found = [find(key) for key in entry.keys]
         gpus = tuple(item for item in found if isinstance(item, Gpu))
         reasons = [item for item in found if isinstance(item, str)]
+        reasons += [f"GPU {gpu.index} is parted into MIG slices" for gpu in gpus if gpu.mig]
         subject = ", ".join(str(key) for key in entry.keys)
         expected = [
             item.uuid if isinstance(item, Gpu) else _expected(key, bindings)
@@ -123,35 +127,41 @@ def bind(entries: Iterable[GpuEntry], inventory: GpuInventory, kept: Mapping[str
                 claimed[uuid.lower()] = f"{subject} ({entry.location})"
                 own.append(uuid)
         known = [uuid for uuid in expected if uuid is not None]
+        digits = tuple(ids.get(uuid) or _short(uuid) for uuid in known)
         instance = (
-            instance_id(entry.model, [ids.get(uuid) or _short(uuid) for uuid in known])
+            instance_id(entry.model, digits)
             if entry.model and len(known) == len(entry.keys)
             else None
         )
         if reasons:
+            hint = _slices_hint(entry, gpus, inventory) or _hint(reasons)
+            if entry.fleet:
+                why = "; ".join(reasons)
+                lost_fleet.append(FleetEntry(tuple(own), digits, len(entry.keys), why, hint))
             lost.append(
                 Unsatisfiable(
-                    subject=f"{entry.model or 'none'} on {subject}",
+                    subject=f"{entry.value} on {subject}",
                     reason="; ".join(reasons),
                     # What another entry claims is that entry's: freezing it would punish the
                     # entry that is in order.
                     gpus=tuple(own),
                     instances=(instance,) if instance and own == known else (),
                     model=entry.model,
-                    hint=_hint(reasons),
+                    hint=hint,
                 )
             )
         else:
-            bound.append(BoundEntry(entry, gpus, instance))
+            bound.append(BoundEntry(entry, gpus, instance, digits))
     return Binding(
         tuple(bound),
         tuple(lost),
         tuple(sorted(bindings.items(), key=lambda item: (len(item[0]), item[0]))),
         tuple(warnings),
+        tuple(lost_fleet),
     )
 
 
-def instance_id(model: str, gpus: list[str]) -> str:
+def instance_id(model: str, gpus: Sequence[str]) -> str:
     """`<model>-<first 8 digits of the GPU's UUID>`, safe in container and unit names.
 
     The id does not depend on how the file spells the GPU, nor on its index.
@@ -197,8 +207,24 @@ def _no_such_index(value: str, inventory: GpuInventory) -> str:
         return unopened[int(value)]
     if inventory.source == "none":
         return "the supervisor does not look for GPUs here (MIC_GPU_SOURCE=none)"
-    count = len(inventory.gpus) + len(unopened)
-    return f"there is no GPU {value}; this machine has {count}"
+    there = ",".join(map(str, sorted({*inventory.indices.values(), *unopened})))
+    return f"there is no GPU {value}; this machine has {f'GPU {there}' if there else 'none'}"
+
+
+def _slices_hint(entry: GpuEntry, gpus: Iterable[Gpu], inventory: GpuInventory) -> str | None:
+    """What to write instead of a GPU that has MIG on, or of a slice that is gone."""
+    for gpu in gpus:
+        slices = [f'"{one.uuid}"' for one in inventory.gpus if one.parent == gpu.uuid]
+        if gpu.mig and slices:
+            return f"write a slice as the key: {', '.join(slices)}"
+        if gpu.mig:
+            return (
+                "it has no slices: make them with `nvidia-smi mig`, and write their UUIDs; or "
+                f"switch MIG off with: nvidia-smi -i {gpu.index} -mig 0"
+            )
+    if any(key.value.startswith("MIG-") for key in entry.keys) and not tuple(gpus):
+        return "list the slices with: mic-supervisor gpus; one that is made anew has another UUID"
+    return None
 
 
 def _hint(reasons: list[str]) -> str | None:

@@ -35,7 +35,7 @@ class Compiler:
 
     def instance(self, bound: BoundEntry) -> Instance:
         """The instance of an entry. Raises CompileError."""
-        assert bound.entry.model is not None and bound.instance is not None  # not `none`
+        assert bound.entry.model is not None and bound.instance is not None  # it has a model
         definition = self.config.models[bound.entry.model]
         if definition.fault is not None:
             raise CompileError(definition.fault, hint=definition.hint)
@@ -87,9 +87,9 @@ def called(backend: str, what: str, call: Callable[[], T]) -> T:
 def unsatisfiable_entry(
     bound: BoundEntry, error: CompileError, instances: tuple[str, ...]
 ) -> Unsatisfiable:
-    indices = ",".join(str(gpu.index) for gpu in bound.gpus)
+    numbers = ",".join(str(gpu.number) for gpu in bound.gpus)
     return Unsatisfiable(
-        subject=f"{bound.entry.model} on GPU {indices}",
+        subject=f"{bound.entry.value} on GPU {numbers}",
         reason=error.message,
         gpus=tuple(gpu.uuid for gpu in bound.gpus),
         instances=instances,
@@ -156,8 +156,8 @@ class Servers:
                     f"its GPU is reserved for {server.instance}",
                     hint=f"take it out of `gpus` under backends.{server.backend.name}",
                 )
-                assert bound.instance is not None
-                return unsatisfiable_entry(bound, cause, (bound.instance,))
+                ids = (bound.instance,) if bound.instance is not None else ()
+                return unsatisfiable_entry(bound, cause, ids)
         return None
 
     def compile(self) -> tuple[list[Instance], list[Unsatisfiable]]:
@@ -187,12 +187,18 @@ class Servers:
 
     def _compile(self, server: _Server) -> tuple[Instance, list[Unsatisfiable]]:
         gpus = _in_bus_order([*server.reserved, *(g for b in server.entries for g in b.gpus)])
+        if len(gpus) > 1 and any(gpu.parent is not None for gpu in gpus):
+            raise CompileError(
+                "it has several GPUs, and one of them is a MIG slice: CUDA shows a process one "
+                "slice and no other GPU",
+                hint=f"set `server: per-gpu` under backends.{server.backend.name}",
+            )
         if server.reserved:
             own = {gpu.uuid for gpu in server.reserved}
             if outside := [gpu for gpu in gpus if gpu.uuid not in own]:
-                indices = ", ".join(str(gpu.index) for gpu in outside)
+                numbers = ", ".join(str(gpu.number) for gpu in outside)
                 raise CompileError(
-                    f"the file has a model of it on GPU {indices}, which is not reserved for it",
+                    f"the file has a model of it on GPU {numbers}, which is not reserved for it",
                     hint=f"add it to `gpus` under backends.{server.backend.name}",
                 )
         members: dict[str, Member] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from mic_supervisor.desired import desired_state
 from mic_supervisor.doctor import Check, Finding, fail, host, installation, ok, warn
 from mic_supervisor.errors import ConfigError, MicError, RuntimeUnavailable
 from mic_supervisor.gpu.source import open_source
+from mic_supervisor.host import systemd_is_pid1
 from mic_supervisor.host.processes import listener_owners, listeners
 from mic_supervisor.model import ContainerSpec, DesiredState, GpuInventory
+from mic_supervisor.plan.memory import Memory
 from mic_supervisor.views.config import counted, summary
 
 _SLOW = 1.0  # seconds to load a plug-in; a built-in backend takes a few hundredths
@@ -32,7 +34,7 @@ _SLOW = 1.0  # seconds to load a plug-in; a built-in backend takes a few hundred
 
 def installation_checks(registry: Registry) -> list[Check]:
     """Those of what is installed, which no setting changes."""
-    systemd = Path("/run/systemd/system").is_dir()
+    systemd = systemd_is_pid1()
 
     def program() -> Iterator[Finding]:
         started = installation.program_of(host.show(host.UNIT)) if systemd else None
@@ -51,7 +53,7 @@ def installation_checks(registry: Registry) -> list[Check]:
 def checks(found: Settings) -> list[Check]:
     """Every check of this machine, in the order in which they are shown."""
     real = found.gpu_source.kind == "nvml"
-    systemd = Path("/run/systemd/system").is_dir()
+    systemd = systemd_is_pid1()
     source = open_source(found.gpu_source.kind, found.gpu_source.count)
     registry = Registry()
 
@@ -62,13 +64,15 @@ def checks(found: Settings) -> list[Check]:
     def inventory() -> GpuInventory:
         return source.observe()
 
-    def bindings() -> Mapping[str, str]:
+    def memory() -> Memory:
         with suppress(MicError):  # the state may be another user's
-            return StateDir(found.scope_state_dir).memory().bindings
-        return {}
+            return StateDir(found.scope_state_dir).memory()
+        return Memory()
 
     def desired() -> DesiredState:
-        return desired_state(loaded(), inventory(), bindings(), registry, found.instance_data)
+        return desired_state(
+            loaded(), inventory(), memory().bindings, registry, found.instance_data
+        )
 
     def ask_daemon() -> Any:
         client = Client.connect(found.socket, found.scope)
@@ -98,6 +102,7 @@ def checks(found: Settings) -> list[Check]:
         Check("gpus", lambda: host.gpus(inventory)),
         *docker,
         Check("daemon", lambda: host.daemon(ask_daemon, found.socket, found.lock_path)),
+        Check("drained", lambda: host.drained(memory(), ask_daemon)),
         Check("ports", lambda: host.ports(found.port_range, listeners, len(inventory().gpus))),
         Check("http", lambda: host.listen(found.listen, found.lock_path, listener_owners().get)),
         Check("directories", lambda: directories(found)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -14,11 +15,14 @@ from mic_supervisor.clocks import local
 from mic_supervisor.config.settings import Address, PortRange, Settings
 from mic_supervisor.doctor import Finding, fail, ok, warn
 from mic_supervisor.doctor.installation import program_of, unusable
-from mic_supervisor.errors import MicError
-from mic_supervisor.host import programs
+from mic_supervisor.errors import MicError, RuntimeUnavailable
+from mic_supervisor.host import SYSTEMD, programs, start_daemon
 from mic_supervisor.host.lock import lock_holder
 from mic_supervisor.host.processes import environ, processes
 from mic_supervisor.model import Gpu, GpuInventory, Listener
+from mic_supervisor.plan import selection
+from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.words import IGNORED_HINT
 from mic_supervisor.runtimes.docker.engine import Engine
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 
@@ -30,6 +34,8 @@ _TIMEOUT = 5.0  # seconds for one question to a program
 _LAST_WORDS = 5.0  # seconds for a unit that is started again and again to say why
 _WRITTEN = ("memory.json", "history.jsonl")
 UNIT, _SLICE = "mic.service", "mic.slice"
+_USERS = Path("/run/user")  # $XDG_RUNTIME_DIR of each user, where systemd is PID 1
+_TOOLKIT = Path("/etc/nvidia-container-runtime/config.toml")
 
 
 # --- GPUs ---------------------------------------------------------------------------------------
@@ -45,14 +51,14 @@ def gpus(read_gpus: Callable[[], GpuInventory]) -> Iterator[Finding]:
     if inventory.error is not None:
         yield fail("gpus", inventory.error, inventory.hint)
         return
-    count = len(inventory.gpus)
+    count = len(inventory.indices)
     if inventory.source == "simulated":
         yield ok("gpus", f"{count} simulated by MIC_GPU_SOURCE")
         return
     if not count and not inventory.unopened:
         yield fail("gpus", "the driver counts none", "look for them with: lspci -d 10de:")
         return
-    names = sorted({gpu.name for gpu in inventory.gpus})
+    names = sorted({gpu.name for gpu in inventory.gpus if gpu.parent is None})
     driver = f", driver {inventory.driver}" if inventory.driver else ""
     yield ok("gpus", f"{count} of them ({', '.join(names)}){driver}")
     for lost in inventory.unopened:
@@ -60,19 +66,19 @@ def gpus(read_gpus: Callable[[], GpuInventory]) -> Iterator[Finding]:
     for gpu in inventory.gpus:
         if gpu.trouble is not None:
             yield fail(
-                f"gpu {gpu.index}",
+                f"gpu {gpu.number}",
                 f"is unhealthy: {gpu.trouble}; nothing is started on it",
                 f"stop what uses it, then: nvidia-smi --gpu-reset -i {gpu.index}; or reboot",
             )
         if gpu.processes is None and gpu.unlisted is None:
             yield warn(
-                f"gpu {gpu.index}",
+                f"gpu {gpu.number}",
                 "its holders cannot be read, so nothing is started on it",
                 "check it with: nvidia-smi",
             )
         elif gpu.processes is None:
             yield warn(
-                f"gpu {gpu.index}",
+                f"gpu {gpu.number}",
                 "the driver does not say who is on it, so only a model that ignores foreign "
                 "processes is started there",
                 "set `on_foreign: ignore` for a model that has this GPU to itself",
@@ -89,11 +95,19 @@ def _modes(found: tuple[Gpu, ...]) -> Iterator[Finding]:
         )
     elif any(item.persistence for item in found):
         yield ok("persistence mode", "is on")
-    if split := [item.index for item in found if item.mig]:
+    parents = {item.parent for item in found if item.parent is not None}
+    if parted := [item.index for item in found if item.uuid in parents]:
+        yield ok(
+            "mig",
+            f"is on for GPU {_list(parted)}, with {sum(bool(item.parent) for item in found)} "
+            "slices; power and utilization of a slice are unknown",
+        )
+    if empty := [item.index for item in found if item.mig and item.uuid not in parents]:
         yield warn(
             "mig",
-            f"is on for GPU {_list(split)}: instances get whole GPUs, and utilization is unknown",
-            f"switch it off with: nvidia-smi -i {_list(split).replace(' ', '')} -mig 0",
+            f"is on for GPU {_list(empty)}, which has no slices: no model can have it",
+            "make slices with `nvidia-smi mig`, or switch MIG off with: nvidia-smi -i "
+            f"{_list(empty).replace(' ', '')} -mig 0",
         )
 
 
@@ -210,8 +224,11 @@ def _mtime(path: Path) -> float:
 
 
 def systemd(
-    marker: Path = Path("/run/systemd/system"), program: str = "systemctl"
+    marker: Path = SYSTEMD,
+    program: str = "systemctl",
+    last_words: float = _LAST_WORDS,
 ) -> Iterator[Finding]:
+    """`last_words`: seconds in which a unit that is started again and again may say why."""
     if not marker.is_dir():
         yield warn(
             "systemd",
@@ -223,7 +240,7 @@ def systemd(
     yield ok("systemd", version or "is PID 1")
     unit = show(UNIT, program)
     # Its last words are there between an end and the next start, for a tenth of a second.
-    end = time.monotonic() + _LAST_WORDS
+    end = time.monotonic() + last_words
     while _is_looping(unit) and not unit.get("StatusText") and time.monotonic() < end:
         time.sleep(0.03)
         unit = show(UNIT, program)
@@ -287,7 +304,7 @@ def daemon(
         if holder is not None:
             yield warn("daemon", f"does not listen at {path}, and {who} holds the lock")
         else:
-            yield warn("daemon", f"none listens at {path}", "start it with: systemctl start mic")
+            yield warn("daemon", f"none listens at {path}", f"start it with: {start_daemon()}")
         return
     yield ok("daemon", f"answers at {path}; the lock is held by {who}")
     config = status["config"]
@@ -299,6 +316,13 @@ def daemon(
         )
     for text in status["warnings"]:
         yield warn("daemon", f"it warns: {text}")
+
+
+def drained(memory: Memory, ask: Callable[[], Mapping[str, Any] | None]) -> Iterator[Finding]:
+    """A daemon that runs warns of it itself."""
+    if memory.drained is not None and ask() is None:
+        why = selection.drained(memory.drained, time.time())
+        yield warn("drained", f"nothing is started: {why}", f"end it with: {why.hint}")
 
 
 def show(unit: str, program: str = "systemctl") -> dict[str, str]:
@@ -339,20 +363,53 @@ def questions(found: Settings) -> tuple[Callable[[], Mapping[str, Any]], Callabl
     return cache(runtime.version), has_image
 
 
-def engine(facts: Callable[[], Mapping[str, Any]], *, real_gpus: bool) -> Iterator[Finding]:
-    """`facts` is DockerRuntime.version. Raises MicError when the engine cannot be reached."""
-    found = facts()
-    yield ok(
-        "docker",
-        f"Engine {found['version'] or '?'} (API {found['api'] or '?'}) answers at "
-        f"{found['address']}",
-    )
+def engine(
+    facts: Callable[[], Mapping[str, Any]],
+    *,
+    real_gpus: bool,
+    users: Path = _USERS,
+    toolkit: Path = _TOOLKIT,
+) -> Iterator[Finding]:
+    """`facts` is DockerRuntime.version."""
+    try:
+        found = facts()
+    except RuntimeUnavailable as error:
+        yield fail("docker", error.message, error.hint)
+        yield from _of_users(users)
+        return
+    name = found["podman"] or f"Engine {found['version'] or '?'}"
+    yield ok("docker", f"{name} (API {found['api'] or '?'}) answers at {found['address']}")
+    if found["podman"] is not None:
+        if real_gpus:
+            yield fail(
+                "docker gpus",
+                f"{found['podman']} takes a request for a GPU and ignores it: no model that needs "
+                "one is started there",
+                IGNORED_HINT,
+            )
+        return
     yield _life(found)
+    if found["rootless"] and found["cgroup_driver"] in (None, "none"):
+        yield warn(
+            "docker cgroups",
+            "it is rootless and has no control groups: `limits` of memory and CPUs do nothing",
+            "use control groups version 2, and delegate memory and cpu to the user: "
+            "https://docs.docker.com/engine/security/rootless/",
+        )
     if not real_gpus:
         return
     cdi = [name for name in found["cdi_devices"] if name.startswith("nvidia.com/gpu=")]
-    yield _gpus(found, cdi)
-    if found["cgroup_driver"] == "systemd" and not cdi:
+    named = [name for name in cdi if name.partition("=")[2].startswith(("GPU-", "MIG-"))]
+    yield _gpus(found, named)
+    if cdi and not named:
+        yield warn(
+            "docker gpus",
+            f"{len(cdi)} CDI devices are named by index only, so they are not used",
+            "nvidia-ctk cdi generate --device-name-strategy=uuid --output=/etc/cdi/nvidia.yaml",
+        )
+    if found["rootless"]:
+        yield from _rootless_gpus(named, toolkit)
+    elif found["cgroup_driver"] == "systemd" and not named:
         yield warn(
             "docker cgroups",
             "`systemctl daemon-reload` takes the GPUs from running containers (legacy mode, "
@@ -368,6 +425,34 @@ def engine(facts: Callable[[], Mapping[str, Any]], *, real_gpus: bool) -> Iterat
             "docker runtime",
             "nvidia is the default runtime: a container that asks for no GPU may see all of them",
             'remove "default-runtime" from /etc/docker/daemon.json and restart Docker',
+        )
+
+
+def _of_users(users: Path) -> Iterator[Finding]:
+    """The sockets of rootless engines, which are where nobody looks by default."""
+    sockets: list[Path] = []
+    with suppress(OSError):  # who is not root sees their own
+        sockets += sorted(path for path in users.glob("*/docker.sock") if path.is_socket())
+    for path in sockets:
+        yield warn(
+            "docker rootless",
+            f"a rootless engine has its socket at {path}",
+            f"use it: put MIC_DOCKER_HOST=unix://{path} into /etc/mic/mic.env",
+        )
+
+
+def _rootless_gpus(named: list[str], toolkit: Path) -> Iterator[Finding]:
+    """The older way of giving GPUs writes into control groups, which a user may not."""
+    try:
+        text = toolkit.read_text()
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if not named and re.search(r"(?m)^\s*no-cgroups\s*=\s*true", text) is None:
+        yield warn(
+            "docker rootless",
+            "the NVIDIA runtime wants control groups, which a rootless engine may not change: no "
+            "container with a GPU starts",
+            "nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place",
         )
 
 
@@ -391,7 +476,7 @@ def _life(found: Mapping[str, Any]) -> Finding:
 
 def _gpus(found: Mapping[str, Any], cdi: list[str]) -> Finding:
     if cdi:
-        return ok("docker gpus", f"{len(cdi)} CDI devices of nvidia.com/gpu")
+        return ok("docker gpus", f"{len(cdi)} CDI devices of nvidia.com/gpu, by UUID")
     if "nvidia" in (found["runtimes"] or ()):
         return ok("docker gpus", "the NVIDIA runtime is there")
     if shutil.which(_HOOK, path=_path_of_dockerd()):

@@ -43,10 +43,14 @@ def unusable(program: Path) -> str | None:
     """Why it cannot be started, as "is not there"; None: it can."""
     if not os.path.exists(program):  # noqa: PTH110 - false also where it may not be looked for
         return "is not there"
-    if not os.access(program, os.X_OK):
+    # A FIFO would be waited for, and has nothing to execute.
+    if not program.is_file() or not os.access(program, os.X_OK):
         return "cannot be executed"
-    with program.open("rb") as file:
-        line = file.readline(512)
+    try:
+        with program.open("rb") as file:
+            line = file.readline(512)
+    except PermissionError:  # which does not keep anybody from executing it
+        return None
     words = line[2:].split() if line.startswith(b"#!") else []
     if words and not os.path.exists(words[0]):  # noqa: PTH110 - as above
         return f"needs {os.fsdecode(words[0])}, which is not there"

@@ -1,4 +1,4 @@
-"""What the driver says, in our terms: return codes, and what decides nothing.
+"""What the driver says, in our terms: return codes, slices, neighbours, and what decides nothing.
 
 Codes: nvmlReturn_t in nvml.h of NVIDIA's driver.
 """
@@ -6,13 +6,14 @@ Codes: nvmlReturn_t in nvml.h of NVIDIA's driver.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import packages_distributions
 from typing import Any
 
-from mic_supervisor.model import GpuTelemetry
-from mic_supervisor.text import quoted
+from mic_supervisor.model import Gpu, GpuTelemetry, Near
+from mic_supervisor.text import one_line, quoted
 
 UNINITIALIZED = 1
 NOT_SUPPORTED = 3
@@ -111,6 +112,99 @@ def gpu_error(what: str, code: int, text: str = "") -> tuple[str, str]:
     return f"cannot {what}: NVML says: {quoted(text)} ({code})", "check it with: nvidia-smi"
 
 
+_LAST_PID = 1 << 22  # PID_MAX_LIMIT of Linux, include/linux/threads.h
+
+
+def plausible(row: Any, total: int | None) -> bool:
+    """Whether a row of a list of processes can be true; `total` is the card's memory in bytes.
+
+    A process of another PID namespace has PID 0 here, which names nobody.
+    """
+    fits = total is None or row.usedGpuMemory is None or row.usedGpuMemory <= total
+    return 0 < row.pid <= _LAST_PID and fits
+
+
+# --- MIG: Multi-Instance GPU parts one in several ---------------------------------------------
+
+
+def read_slices(
+    nvml: Any,
+    handle: Any,
+    gpu: Gpu,
+    get: Callable[..., Any],
+    held: Callable[[Any], dict[str, Any]],
+) -> list[Gpu]:
+    """The GPU, and after it its MIG slices, each a device to CUDA. `handle` is the GPU's.
+
+    Nothing here makes one: they come and go while NVML is open, so each look asks for them anew. A
+    slice has a UUID, a name, memory and processes; its power and utilization stay unknown.
+    Source: NVIDIA, "NVML API Reference" on Multi Instance GPU Management, "MIG User Guide".
+
+    `get(function, *arguments)` calls it, and answers None where there is nothing to know;
+    `held(handle)` reads memory and processes of a slice. The driver lists the processes of all
+    slices for their GPU, too; each stays with its slice only, which it holds.
+    """
+    if not gpu.mig:
+        return [gpu]
+    slices = []
+    for number in range(get(nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
+        # A number without a slice is no end: those that were made later follow.
+        one = get(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
+        uuid = None if one is None else get(nvml.nvmlDeviceGetUUID, one)
+        if uuid is None:
+            continue
+        name = get(nvml.nvmlDeviceGetName, one)
+        slices.append(
+            Gpu(
+                uuid=uuid,
+                index=gpu.index,
+                name=one_line(name or f"{gpu.name} MIG", 96),
+                parent=gpu.uuid,
+                trouble=gpu.trouble,
+                recovery_action=gpu.recovery_action,
+                near=gpu.near,
+                **held(one),
+            )
+        )
+    if gpu.processes is not None:
+        on_slices = {process.pid for one in slices for process in one.processes or ()}
+        rest = tuple(process for process in gpu.processes if process.pid not in on_slices)
+        gpu = replace(gpu, processes=rest)
+    return [gpu, *slices]
+
+
+# --- what is next to a GPU ----------------------------------------------------------------------
+
+_CPU_WORDS = 64  # of 64 bits: more CPUs than Linux can have on most machines, 4096
+_NODE_WORDS = 16  # MAX_NUMNODES of Linux is 1024 at most
+
+
+def read_near(nvml: Any, handle: Any, get: Callable[..., Any]) -> Near | None:
+    """Which CPUs and which memory are next to a GPU; it never changes while a machine is up.
+
+    None: this GPU or this driver does not say. `get` makes what is not supported None.
+    Source: nvml.h, nvmlDeviceGetCpuAffinityWithinScope and nvmlDeviceGetMemoryAffinity; the scope
+    is the NUMA node. A socket can have several.
+    """
+    if not hasattr(nvml, "nvmlDeviceGetCpuAffinityWithinScope"):  # a binding from before 2020
+        return None
+    scope = nvml.NVML_AFFINITY_SCOPE_NODE
+    cpus = get(nvml.nvmlDeviceGetCpuAffinityWithinScope, handle, _CPU_WORDS, scope)
+    nodes = get(nvml.nvmlDeviceGetMemoryAffinity, handle, _NODE_WORDS, scope)
+    found = _numbers(cpus or ())
+    return Near(found, _numbers(nodes or ())) if found else None
+
+
+def _numbers(words: Iterable[int]) -> tuple[int, ...]:
+    """The bits that are set, of words of 64 with the lowest first."""
+    return tuple(
+        64 * number + bit
+        for number, word in enumerate(words)
+        for bit in range(64)
+        if word >> bit & 1
+    )
+
+
 # --- what decides nothing -----------------------------------------------------------------------
 
 
@@ -158,6 +252,16 @@ def read_telemetry(nvml: Any, handle: Any, get: Callable[..., Any]) -> GpuTeleme
         else tuple((name, bool(reasons & bit)) for name, bit in _REASONS),
         ecc_errors=tuple((name, int(value)) for name, value in errors if value is not None),
     )
+
+
+def temperature(nvml: Any, handle: Any, get: Callable[..., Any]) -> float | None:
+    """Degrees Celsius; `get` is as for `read_telemetry`."""
+    value = None
+    if hasattr(nvml, "nvmlDeviceGetTemperatureV"):  # nvidia-ml-py 12.570 brought it
+        value = get(nvml.nvmlDeviceGetTemperatureV, handle, nvml.NVML_TEMPERATURE_GPU)
+    if value is None:
+        value = get(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
+    return None if value is None else float(value)
 
 
 def cuda_version(number: int | None) -> str | None:

@@ -257,7 +257,7 @@ def with_xids(inventory: GpuInventory, records: Iterable[XidRecord], now: float)
         return inventory
     gpus = []
     for gpu in inventory.gpus:
-        trouble, last = gpu.trouble, critical.get(gpu.uuid)
+        trouble, last = gpu.trouble, critical.get(gpu.parent or gpu.uuid)
         if last is not None and trouble is not None:
             trouble = f"Xid {last.xid}; {trouble}"
         elif last is not None and gpu.recovery_action is None and now - last.last_at < XID_COUNTS:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from mic_supervisor import clocks
@@ -30,18 +31,20 @@ from mic_supervisor.gpu.driver import (
     cuda_version,
     gpu_error,
     library_error,
+    plausible,
+    read_near,
+    read_slices,
     read_telemetry,
+    temperature,
 )
 from mic_supervisor.gpu.events import RECOVERY_ACTION, NvmlUsers, recovery_action, trouble_of
 from mic_supervisor.host import processes
-from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, UnopenedGpu
+from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, Near, UnopenedGpu
 from mic_supervisor.text import one_line, quoted
 
 FIRST_RETRY = 10.0  # seconds
 LAST_RETRY = 300.0
 _PARTING = 2.0  # seconds for others to leave NVML before it is initialised anew
-
-_LAST_PID = 1 << 22  # PID_MAX_LIMIT of Linux, include/linux/threads.h
 
 _LISTS = (
     ("compute", "nvmlDeviceGetComputeRunningProcesses"),
@@ -59,6 +62,7 @@ class _Device:
     uuid: str
     name: str
     pci_bus_id: str | None
+    near: Near | None
 
 
 @dataclass(slots=True)
@@ -198,11 +202,11 @@ class NvmlSource:
                 for index in list(session.unopened):
                     self._open_device(nvml, session, index)
             inventory = self._read(nvml, session)
-        self._known.update(gpu.uuid for gpu in inventory.gpus)
+        self._known.update(inventory.indices)
         return inventory
 
     def _missing(self, inventory: GpuInventory) -> bool:
-        return not self._known.issubset(gpu.uuid for gpu in inventory.gpus)
+        return not self._known.issubset(inventory.indices)
 
     def _is_incomplete(self, inventory: GpuInventory) -> bool:
         return bool(inventory.unopened or self._codes & REINITIALISE or self._missing(inventory))
@@ -241,15 +245,14 @@ class NvmlSource:
         try:
             name = self._get(nvml.nvmlDeviceGetName, handle)
             pci = self._get(nvml.nvmlDeviceGetPciInfo, handle)
+            near = read_near(nvml, handle, self._get)
         except _Unreadable as error:
             session.unopened[index] = error.code, gpu_error(f"read {uuid}", error.code)
             return
         session.unopened.pop(index, None)
-        session.devices.append(
-            _Device(
-                index, handle, uuid, one_line(name or "NVIDIA GPU", 96), pci.busId if pci else None
-            )
-        )
+        called = one_line(name or "NVIDIA GPU", 96)
+        bus_id = pci.busId if pci else None
+        session.devices.append(_Device(index, handle, uuid, called, bus_id, near))
 
     def _shut_down(self) -> None:
         if self._session is None:
@@ -271,7 +274,9 @@ class NvmlSource:
         for device in session.devices:
             self._asked = f"GPU {device.index} ({device.uuid})"
             try:
-                gpus.append(self._read_gpu(nvml, device, names))
+                gpu = self._read_gpu(nvml, device, names)
+                held = partial(self._held, nvml, names=names)
+                gpus += read_slices(nvml, device.handle, gpu, self._get, held)
             except _Unreadable as error:
                 what = f"read {device.uuid} at {device.pci_bus_id or 'an unknown bus id'}"
                 unopened[device.index] = UnopenedGpu(
@@ -298,13 +303,13 @@ class NvmlSource:
             index=device.index,
             name=device.name,
             pci_bus_id=device.pci_bus_id,
-            memory=(memory := self._memory(nvml, handle)),
-            **self._processes(nvml, handle, memory.total if memory else None, names),
+            **self._held(nvml, handle, names),
             power_draw=None if draw is None else draw / 1000,
             power_limit=None if limit is None else limit / 1000,
             utilization=None if rates is None else rates.gpu / 100,
-            temperature=self._temperature(nvml, handle),
+            temperature=temperature(nvml, handle, self._get),
             telemetry=read_telemetry(nvml, handle, self._get),
+            near=device.near,
             **self._condition(nvml, handle),
         )
 
@@ -337,6 +342,14 @@ class NvmlSource:
             pass
         return None
 
+    def _held(
+        self, nvml: Any, handle: Any, names: dict[int, processes.Stat | None]
+    ) -> dict[str, Any]:
+        """Memory and processes, of a GPU or of a slice."""
+        memory = self._memory(nvml, handle)
+        total = memory.total if memory else None
+        return {"memory": memory, **self._processes(nvml, handle, total, names)}
+
     def _memory(self, nvml: Any, handle: Any) -> GpuMemory | None:
         try:
             info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
@@ -348,14 +361,6 @@ class NvmlSource:
             old = self._get(nvml.nvmlDeviceGetMemoryInfo, handle)
             return GpuMemory(int(old.total), int(old.used), int(old.free)) if old else None
         return GpuMemory(int(info.total), int(info.used), int(info.free), int(info.reserved))
-
-    def _temperature(self, nvml: Any, handle: Any) -> float | None:
-        value = None
-        if hasattr(nvml, "nvmlDeviceGetTemperatureV"):  # nvidia-ml-py 12.570 brought it
-            value = self._get(nvml.nvmlDeviceGetTemperatureV, handle, nvml.NVML_TEMPERATURE_GPU)
-        if value is None:
-            value = self._get(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
-        return None if value is None else float(value)
 
     def _processes(
         self, nvml: Any, handle: Any, total: int | None, names: dict[int, processes.Stat | None]
@@ -411,7 +416,7 @@ class NvmlSource:
                 elif error.value != INSUFFICIENT_SIZE:
                     raise
                 continue
-            if all(_plausible(row, total) for row in rows):
+            if all(plausible(row, total) for row in rows):
                 return rows
             if version == "_v2":
                 raise _Implausible
@@ -422,15 +427,6 @@ class NvmlSource:
         self._codes.add(code)
         if code in GONE:
             raise _Unreadable(code)
-
-
-def _plausible(row: Any, total: int | None) -> bool:
-    """Whether a row of a list of processes can be true; `total` is the card's memory in bytes.
-
-    A process of another PID namespace has PID 0 here, which names nobody.
-    """
-    fits = total is None or row.usedGpuMemory is None or row.usedGpuMemory <= total
-    return 0 < row.pid <= _LAST_PID and fits
 
 
 def _failed(cause: str, hint: str) -> GpuInventory:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 import stat
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,12 +45,12 @@ def read_text(path: Path, most: int = MOST) -> str:
     return read_file(path, most).decode("utf-8")
 
 
-def read_in_time(path: Path, most: int = MOST, seconds: float = 2.0) -> str:
+def read_in_time(path: Path, seconds: float = 2.0) -> str:
     """The same, of a file that may lie on a file system that does not answer (a hung NFS).
 
     Raises TimeoutError as `in_time` does.
     """
-    return in_time(path, lambda: read_text(path, most), seconds)
+    return in_time(path, lambda: read_text(path), seconds)
 
 
 def in_time(key: Hashable, work: Callable[[], T], seconds: float) -> T:
@@ -80,6 +82,31 @@ def in_time(key: Hashable, work: Callable[[], T], seconds: float) -> T:
     if raised:
         raise raised[0]
     return given[0]
+
+
+def fingerprint(directory: Path) -> str:
+    """Of the names, sizes and times of the files below a directory, hidden ones aside: another one
+    where a file was changed, added or removed. Links are followed. Raises OSError.
+    """
+    found: list[str] = []
+    visited: set[tuple[int, int]] = set()  # a link may lead back
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for at, below, names in os.walk(directory, onerror=refuse, followlinks=True):
+        here = Path(at).stat()
+        if (here.st_dev, here.st_ino) in visited:
+            below.clear()
+            continue
+        visited.add((here.st_dev, here.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            with suppress(FileNotFoundError):  # a link to nothing, or gone since
+                one = (Path(at) / name).stat()
+                found.append(f"{at}/{name}\0{one.st_size}\0{one.st_mtime_ns}")
+    whole = "\n".join(found).encode(errors="surrogateescape")
+    return hashlib.sha256(whole).hexdigest()[:16]
 
 
 def hint_to_replace(path: Path, error: OSError) -> str | None:

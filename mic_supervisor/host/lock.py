@@ -17,6 +17,9 @@ from mic_supervisor.clocks import local
 from mic_supervisor.errors import LockHeld, MicError
 from mic_supervisor.host.files import read_file
 
+_LOCKS = Path("/proc/locks")
+_LISTS = 8  # of the kernel's locks that are read before nobody is said to hold one
+
 
 @dataclass(frozen=True, slots=True)
 class LockHolder:
@@ -150,12 +153,20 @@ def lock_pids(path: Path) -> list[int]:
     """Who holds the flock(2) on a file or directory, by the kernel's own list (proc(5)).
 
     A PID of another PID namespace is 0 or -1 here. Raises OSError.
+
+    The kernel gives the list by the page, of some 65 locks. Of those that were given, as many as
+    are let go of before the next page are left out at its beginning: nobody is found only where
+    several lists have nobody.
     """
     inode = path.stat().st_ino
-    # "12: FLOCK  ADVISORY  WRITE 4121 fd:01:131 0 EOF"; "->" marks one that waits.
-    rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-    return [
-        int(row[4])
-        for row in rows
-        if len(row) > 5 and row[1] == "FLOCK" and row[5].endswith(f":{inode}")
-    ]
+    for _ in range(_LISTS):
+        # "12: FLOCK  ADVISORY  WRITE 4121 fd:01:131 0 EOF"; "->" marks one that waits.
+        rows = [line.split() for line in _LOCKS.read_text().splitlines()]
+        found = [
+            int(row[4])
+            for row in rows
+            if len(row) > 5 and row[1] == "FLOCK" and row[5].endswith(f":{inode}")
+        ]
+        if found:
+            return found
+    return []

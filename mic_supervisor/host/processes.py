@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import psutil
 
+from mic_supervisor.host import systemd_is_pid1
 from mic_supervisor.model import Listener
 
 
@@ -257,7 +258,7 @@ def enclosing_service() -> str | None:
 
     INVOCATION_ID alone proves nothing: terminals inherit it from the user's manager.
     """
-    if "INVOCATION_ID" not in os.environ or not Path("/run/systemd/system").is_dir():
+    if "INVOCATION_ID" not in os.environ or not systemd_is_pid1():
         return None
     try:
         return service_of(cgroup("self") or "")

@@ -45,6 +45,8 @@ def run(
     apart: bool = False,
     most: int = MOST,
     last: bool = False,
+    watch: Callable[[bytes], bool] | None = None,
+    wake: float = 1.0,
     end: Callable[[subprocess.Popen[bytes]], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     **options: Any,
@@ -53,7 +55,8 @@ def run(
 
     Without an `env` it has ours, and what a service of systemd lacks of a shell's.
     Standard output and error are one stream unless they are to be `apart`; of each the first bytes
-    are kept, or the `last`. `end`, if there is one, is called before the program is reaped, however
+    are kept, or the `last`. `watch` gets what came, at least every `wake` seconds, and has it ended
+    by returning False. `end`, if there is one, is called before the program is reaped, however
     it ended. `options` are Popen's. Raises OSError, whatever the reason.
     """
     try:
@@ -78,7 +81,9 @@ def run(
     ended = False
     deadline = clock() + timeout
     try:
-        ended = _collect(process.pid, kept, lambda: deadline - clock(), -most if last else most)
+        ended = _collect(
+            process.pid, kept, lambda: deadline - clock(), -most if last else most, watch, wake
+        )
     finally:
         if end is not None:
             end(process)
@@ -107,7 +112,14 @@ def home() -> str:
         return "/"
 
 
-def _collect(pid: int, kept: Mapping[int, bytearray], left: Callable[[], float], most: int) -> bool:
+def _collect(
+    pid: int,
+    kept: Mapping[int, bytearray],
+    left: Callable[[], float],
+    most: int,
+    watch: Callable[[bytes], bool] | None,
+    wake: float,
+) -> bool:
     """Whether it ended in time. Not until the end of a pipe: a child may hold it."""
     handle = os.pidfd_open(pid)
     try:
@@ -117,11 +129,15 @@ def _collect(pid: int, kept: Mapping[int, bytearray], left: Callable[[], float],
                 os.set_blocking(pipe, False)
                 waiting.register(pipe, selectors.EVENT_READ)
             while (seconds := left()) > 0:
-                ready = {key.fd for key, _ in waiting.select(seconds)}
+                found = waiting.select(min(seconds, wake) if watch is not None else seconds)
+                ready = {key.fd for key, _ in found}
                 over = handle in ready
+                came: list[bytes] = []
                 for pipe in kept if over else ready:
-                    if not _drain(pipe, kept[pipe], most) and not over:
+                    if not _drain(pipe, kept[pipe], most, came) and not over:
                         waiting.unregister(pipe)
+                if watch is not None and not watch(b"".join(came)):
+                    return False
                 if over:
                     return True
     finally:
@@ -129,8 +145,10 @@ def _collect(pid: int, kept: Mapping[int, bytearray], left: Callable[[], float],
     return False
 
 
-def _drain(pipe: int, kept: bytearray, most: int) -> bool:
-    """Read what is there; False at the end of the pipe. Beyond the bound it is thrown away."""
+def _drain(pipe: int, kept: bytearray, most: int, came: list[bytes]) -> bool:
+    """Read what is there; False at the end of the pipe. Beyond the bound it is thrown away, and
+    `came` has it all.
+    """
     for _ in range(64):  # a program that never stops writing must not keep us here
         try:
             part = os.read(pipe, 1 << 16)
@@ -139,6 +157,7 @@ def _drain(pipe: int, kept: bytearray, most: int) -> bool:
         if not part:
             return False
         kept += part
+        came.append(part)
         if most < 0:
             del kept[:most]
         else:

@@ -21,7 +21,7 @@ from typing import Any
 from mic_supervisor.config.settings import Settings
 from mic_supervisor.errors import ConfigError
 from mic_supervisor.host.files import read_text
-from mic_supervisor.model import ContainerSpec, DesiredState, ExecCheck, Instance
+from mic_supervisor.model import ContainerSpec, DesiredState, ExecCheck, Instance, Preparation
 from mic_supervisor.text import one_line, without_quotes
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1: what a header can carry
@@ -178,16 +178,16 @@ class Scrubber:
 
 def _held(desired: DesiredState | None) -> Iterator[str]:
     while desired is not None:
-        if desired.hook is not None:
-            yield from _arguments(desired.hook.command[1:])
+        for hook in (desired.hook, desired.on_transition):
+            yield from _arguments(hook.command[1:] if hook is not None else ())
         for instance in desired.instances:
             yield from _secrets(instance)
         desired = desired.waiting
 
 
 def _secrets(instance: Instance) -> Iterator[str]:
-    workload = instance.workload
-    for pairs in (workload.env, workload.file_env, workload.variables):
+    workload, prepare = instance.workload, instance.prepare or Preparation(())
+    for pairs in (workload.env, workload.file_env, workload.variables, prepare.variables):
         for name, value in pairs:
             short = len(value) < SHORTEST
             if not short or (len(value) >= _SHORTEST_NAMED and _NAMED.search(name)):
@@ -195,6 +195,7 @@ def _secrets(instance: Instance) -> Iterator[str]:
     # A container's whole command is arguments; a process's begins with its program.
     command = workload.command
     yield from _arguments(command if isinstance(workload, ContainerSpec) else command[1:])
+    yield from _arguments(prepare.command[1:])
     probes = instance.probes
     for probe in (probes.startup, probes.liveness, probes.readiness):
         if probe is not None and isinstance(probe.check, ExecCheck):

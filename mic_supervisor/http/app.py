@@ -192,7 +192,10 @@ def paths(views: Views) -> list[Served]:
         Served("/api/v1/processes/{pid}", command, "The command that ends it", documents.Refusal),
         Served(
             "/api/v1/endpoints",
-            document("endpoints", lambda one, latest: document_of(latest.endpoints, one.host)),
+            document(
+                "endpoints",
+                lambda one, latest: document_of(latest.endpoints, one.host, latest.statuses),
+            ),
             "Who serves each model",
             EndpointsDocument,
             _UNREAD,

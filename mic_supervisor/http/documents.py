@@ -21,6 +21,7 @@ from mic_supervisor.http import access
 from mic_supervisor.model import Gpu, OwnerKind
 from mic_supervisor.plan.assess import is_alive, workloads
 from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.selection import drained
 from mic_supervisor.plan.status import by_model
 from mic_supervisor.views.plan import plan_document
 from mic_supervisor.views.status import GpuState, StatusGpu, gpu_rows, status_document
@@ -124,7 +125,7 @@ class GpuUse:
     The clients of the former service read `id`, `memory_usage`, `power_draw` and `processes`.
     """
 
-    id: Annotated[int, Field(description="the driver's index of today")]
+    id: Annotated[int, Field(description="the driver's index of today; of a slice, its GPU's")]
     memory_usage: Percent
     power_draw: Watts
     processes: Annotated[list[GpuProcess] | None, Field(description="null: they cannot be read")]
@@ -137,6 +138,9 @@ class GpuUse:
     temperature: Annotated[float | None, Field(description="degrees Celsius")]
     state: GpuState
     instance: str | None
+    parent: Annotated[
+        str | None, Field(description="the UUID of the GPU that it is a MIG slice of; null: none")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +194,9 @@ def served_status(published: Published, snapshot: Snapshot) -> dict[str, Any]:
 
 def served_plan(published: Published, snapshot: Snapshot) -> dict[str, Any]:
     """The document of `plan --json` for what is still out of sync, without what is confidential."""
+    asked = snapshot.desired
     document = plan_document(
-        snapshot.plan, host=published.host, config_hash=snapshot.desired.config_hash
+        snapshot.plan, host=published.host, config_hash=asked.config_hash, profile=asked.profile
     )
     return _scrubbed(published, access.plan_document(asdict(document)))
 
@@ -231,6 +236,7 @@ def _gpu(gpu: Gpu, row: StatusGpu) -> GpuUse:
         temperature=gpu.temperature,
         state=row.state,
         instance=row.instance,
+        parent=gpu.parent,
     )
 
 
@@ -299,5 +305,7 @@ def readiness(published: Published, stalled: str | None) -> dict[str, Any]:
         for row in (snapshot.statuses if snapshot is not None else ())
         if not row.as_desired
     ]
-    document = Readiness("not ready" if stalled or waiting else "ready", stalled, waiting)
+    order = snapshot.memory.drained if snapshot is not None else None
+    reason = stalled if snapshot is None or order is None else str(drained(order, snapshot.at))
+    document = Readiness("not ready" if reason or waiting else "ready", reason, waiting)
     return _scrubbed(published, asdict(document))

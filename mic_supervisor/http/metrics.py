@@ -32,7 +32,7 @@ from mic_supervisor.http.views import Answer, Views
 from mic_supervisor.model import Gpu, GpuInventory, GpuProcess, OwnerKind
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.status import InstanceStatus, by_model
-from mic_supervisor.views.status import GpuState, gpu_rows
+from mic_supervisor.views.status import ClaimState, GpuState, claims, gpu_rows
 
 _OPENMETRICS = "application/openmetrics-text"
 _OWNERS = {
@@ -89,6 +89,10 @@ class SnapshotCollector(Collector):
             yield from _models(snapshot)
             yield from _sources(snapshot)
             yield from _hook(snapshot)
+            yield _claims(snapshot)
+            text = "Whether a person took the host out of service."
+            drained = snapshot.memory.drained is not None
+            yield GaugeMetricFamily("mic_drained", text, drained)
         yield from _loop(published)
         yield _histogram(
             "mic_gpu_memory_release_seconds",
@@ -112,9 +116,13 @@ class SnapshotCollector(Collector):
 
 def _gpus(inventory: GpuInventory) -> Iterator[Metric]:
     gpus = inventory.gpus
-    names = [((gpu.uuid, str(gpu.index), gpu.name, gpu.pci_bus_id or ""), 1) for gpu in gpus]
-    text = "A GPU that is there; its index is the driver's of today."
-    yield _gauges("mic_gpu_info", text, "uuid index name pci_bus_id", names)
+    # To Prometheus an empty label is none: `parent` changes the series of slices alone.
+    names = [
+        ((gpu.uuid, str(gpu.index), gpu.name, gpu.pci_bus_id or "", gpu.parent or ""), 1)
+        for gpu in gpus
+    ]
+    text = "A GPU or slice that is there; its index is the driver's of today, or its parent's."
+    yield _gauges("mic_gpu_info", text, "uuid index name pci_bus_id parent", names)
     for name, text, path in (
         ("memory_total_bytes", "Memory of the GPU.", "memory.total"),
         ("memory_used_bytes", "Memory in use, without the driver's.", "memory.used"),
@@ -178,6 +186,14 @@ def _owner(process: GpuProcess) -> str:
     if process.instance is not None:
         return "managed"
     return "unknown" if process.owner is None else _OWNERS.get(process.owner.kind, "unknown")
+
+
+def _claims(snapshot: Snapshot) -> Metric:
+    """Nothing where the file hands nothing over, and nothing is claimed."""
+    found = [claim.state for claim in claims(snapshot)]
+    states = get_args(ClaimState) if snapshot.desired.fleet or found else ()
+    counts = [((state,), found.count(state)) for state in states]
+    return _gauges("mic_claims", "Claims of GPUs that are handed over.", "state", counts)
 
 
 def _states(snapshot: Snapshot) -> Iterator[Metric]:

@@ -28,7 +28,7 @@ from mic_supervisor.model import Gpu, OwnerKind
 from mic_supervisor.plan.status import InstanceStatus, by_model
 from mic_supervisor.plan.words import beside, gpu_names
 from mic_supervisor.views.plan import reason
-from mic_supervisor.views.status import GpuState, Holder, gpu_rows
+from mic_supervisor.views.status import ClaimEntry, GpuState, Holder, StatusGpu, claims, gpu_rows
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -53,6 +53,7 @@ _STATES: dict[GpuState, tuple[Level | None, str, str]] = {
     "idle": (None, "not in the file", "The file does not list it; it is left alone."),
     "unmanaged": (None, "not in the file", "Others use it; it is left alone."),
     "kept_empty": (Level.GOOD, "kept empty", "The file keeps it empty, and it is."),
+    "fleet": (Level.GOOD, "handed over", "The file hands it over, and nobody claims it."),
     "foreign": (
         Level.BAD,
         "kept empty",
@@ -124,6 +125,7 @@ def _template() -> Template:
         "level": level_of,
         "number": lambda value: f"{value:.0f}",
         "reason": reason,
+        "who": _who,
         "whose": _whose,
         "words": lambda phase: phase.replace("_", " "),
     }
@@ -154,6 +156,7 @@ def render(published: Published, verdict: Verdict, views: Views) -> str:
         shown["indices"] = snapshot.indices
         shown["waiting"] = snapshot.waiting()
         shown["tiles"] = [*_tiles(snapshot, views)]
+        shown["queue"] = [one for one in claims(snapshot) if not one.gpus]
         shown["no_gpus"] = snapshot.observed.inventory.unreadable
         if verdict.level is Level.GOOD and snapshot.statuses:
             shown["counts"] = _counts(snapshot)
@@ -194,18 +197,20 @@ class Tile:
     power: Sparkline | None = None
     load: str = ""
     holders: list[Holder] | None = None
+    claim: ClaimEntry | None = None
 
 
 def _tiles(snapshot: Snapshot, views: Views) -> Iterator[Tile]:
     inventory = snapshot.observed.inventory
     there = {gpu.uuid: gpu for gpu in inventory.gpus}
+    claimed = {gpu.uuid: claim for claim in claims(snapshot) for gpu in claim.gpus}
     for state in gpu_rows(snapshot.desired, snapshot.observed):
         uuid = state.uuid
         gpu, rows, samples = there.get(uuid), _on(uuid, snapshot), views.samples.of(uuid)
         level, word, sentence = _STATES[state.state]
         yield Tile(
             id=f"gpu-{uuid}",
-            title="GPU" if state.index is None else f"GPU {state.index}",
+            title=_title(state),
             level=max(map(level_of, rows)) if rows else level,
             word=None if rows else word,
             sentence=sentence if not rows or state.state == "lost" else None,
@@ -217,10 +222,23 @@ def _tiles(snapshot: Snapshot, views: Views) -> Iterator[Tile]:
             power=_power(gpu, samples) if gpu is not None else None,
             load=_load(gpu) if gpu is not None else "",
             holders=state.holders,
+            claim=claimed.get(uuid),
         )
     for unopened in inventory.unopened:  # the driver counts it, and it has not even a UUID
         name, title = f"unopened-{unopened.index}", f"GPU {unopened.index}"
         yield Tile(name, title, Level.BAD, "does not answer", unopened.error_line)
+
+
+def _who(claim: ClaimEntry) -> str:
+    """ "alice (task 3)"; somebody, where no holder came back yet."""
+    note = f" ({claim.holder})" if claim.holder else ""
+    return f"{claim.by}{note}" if claim.by else "somebody"
+
+
+def _title(state: StatusGpu) -> str:
+    if state.parent is not None:
+        return f"MIG slice {state.uuid[4:12]}"
+    return "GPU" if state.index is None else f"GPU {state.index}"
 
 
 def _on(uuid: str, snapshot: Snapshot) -> list[InstanceStatus]:
@@ -271,6 +289,7 @@ def sparkline(
 def _load(gpu: Gpu) -> str:
     parts = [] if gpu.utilization is None else [f"{100 * gpu.utilization:.0f} %"]
     parts += [] if gpu.temperature is None else [f"{gpu.temperature:.0f} °C"]
+    parts += ["the driver knows none of a slice"] if gpu.parent is not None else []
     return ", ".join(parts)
 
 
@@ -292,7 +311,7 @@ def _shown(event: Event, scrubber: Scrubber) -> dict[str, Any]:
     if event.kind == "phase":
         what = f"{event.was} to {event.phase}" if event.was else f"{event.phase}"
         what = what.replace("_", " ")
-    elif event.kind in ("config", "adopt", "pause"):
+    elif event.kind in ("config", "adopt", "pause", "claim", "order"):
         what = ""
     else:
         verb = {"begin": "begins"}.get(event.kind, event.kind)

@@ -129,6 +129,8 @@ class HttpServer:
                 listener.close()
 
     async def _serve(self, listener: socket.socket) -> None:
+        # Loaded in this thread, so that the daemon's first look does not wait for it; who connects
+        # meanwhile is answered after it.
         import uvicorn
 
         from mic_supervisor.http import connections

@@ -96,7 +96,8 @@ def _sentence(problems: tuple[Problem, ...], snapshot: Snapshot) -> str:
     bad = sum(problem.level is Level.BAD for problem in problems)
     asked = counted(len(snapshot.statuses), "instance")
     paused = sum(row.phase is Phase.PAUSED for row in snapshot.statuses)
-    busy = sum(problem.level is Level.BUSY for problem in problems) - paused
+    drained = sum(row.phase is Phase.DRAINED for row in snapshot.statuses)
+    busy = sum(problem.level is Level.BUSY for problem in problems) - paused - drained
     if bad:
         more = f", {busy} more on the way" if busy else ""
         more += f", {paused} more paused" if paused else ""
@@ -105,6 +106,8 @@ def _sentence(problems: tuple[Problem, ...], snapshot: Snapshot) -> str:
     if busy:
         more = f", {paused} paused" if paused else ""
         return f"{busy} of {asked} on the way{more}"
+    if snapshot.memory.drained is not None:
+        return "The host is drained"
     if paused:
         return f"{paused} of {asked} paused"
     if not snapshot.statuses:
@@ -202,7 +205,7 @@ def level_of(row: InstanceStatus) -> Level:
     """
     if row.as_desired:
         return Level.GOOD
-    if row.phase is Phase.PAUSED:
+    if row.phase in (Phase.PAUSED, Phase.DRAINED):
         return Level.BUSY
     return Level.BUSY if row.phase in _UNDER_WAY and row.next_retry is None else Level.BAD
 

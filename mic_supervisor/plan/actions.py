@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mic_supervisor.clocks import later
-from mic_supervisor.model import HttpCall, Launch, ObservedWorkload, Placement
+from mic_supervisor.model import HttpCall, Launch, ObservedWorkload, Placement, Preparation
 from mic_supervisor.plan.memory import Floor
 from mic_supervisor.plan.words import Code, Reason
 
@@ -48,7 +48,15 @@ class ToLaunch(Step):
 
 @dataclass(frozen=True, slots=True)
 class Prepare(ToLaunch):
-    """Everything that can fail early: image, paths, programs. Stops nothing."""
+    """Everything that can fail early: image, paths, programs. Stops nothing.
+
+    `command` goes before that where it is due, with all filled in: what the file `asked` for.
+    Once it has been run, `key` says so.
+    """
+
+    command: tuple[str, ...] = field(default=(), kw_only=True, repr=False)
+    asked: Preparation | None = field(default=None, kw_only=True)
+    key: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +170,13 @@ class Change:
             yield from ((step, needed) for needed in step.depends_on if needed in ids)
 
     @property
+    def runs(self) -> tuple[str, ...]:
+        """The programs of `prepare` that it runs before anything else."""
+        return tuple(
+            one.command[0] for one in self.steps if isinstance(one, Prepare) and one.command
+        )
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The names of the workloads that it stops."""
         return tuple(step.workload.name for step in self.steps if isinstance(step, Stop))
@@ -194,6 +209,11 @@ class Blocked:
     def paused(self) -> bool:
         """Somebody asked for it to be left as it is, be there anything due or not."""
         return self.why.kind is Code.PAUSED
+
+    @property
+    def drained(self) -> bool:
+        """Somebody took the host out of service."""
+        return self.why.kind is Code.DRAINED
 
     @property
     def chosen(self) -> bool:

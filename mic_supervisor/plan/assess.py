@@ -22,7 +22,7 @@ from mic_supervisor.model import (
 )
 from mic_supervisor.plan import spec as specs
 from mic_supervisor.plan.actions import Blocked, FieldDiff
-from mic_supervisor.plan.memory import InstanceMemory, Memory
+from mic_supervisor.plan.memory import InstanceMemory, Memory, Pulled
 from mic_supervisor.plan.words import Reason
 from mic_supervisor.runtimes.identity import known_from
 
@@ -138,6 +138,11 @@ class Assessment:
         return next(found, PlacementState(placement.model, LoadState.UNKNOWN))
 
     @property
+    def warmed_up(self) -> bool:
+        """Whether what it is to answer before it is ready was answered."""
+        return self.instance.warm_up is None or passes(self.health.warm_up)
+
+    @property
     def lives(self) -> bool:
         """Its liveness probe passes, where it has one."""
         return self.instance.probes.liveness is None or passes(self.health.liveness)
@@ -155,6 +160,7 @@ class Assessment:
         return (
             self.started_up
             and all(self.loaded(placement) for placement in self.instance.placements)
+            and self.warmed_up
             and self.lives
             and (self.instance.probes.readiness is None or passes(self.health.readiness))
         )
@@ -177,7 +183,7 @@ class Assessment:
         for placement in self.instance.placements:
             unknown = self.placement(placement).state is LoadState.UNKNOWN
             answers.append(None if unknown else self.loaded(placement))
-        if False in answers:
+        if False in answers or not self.warmed_up:
             return False
         return None if None in answers or self.unprobed else True
 
@@ -220,14 +226,15 @@ class Assessment:
         seen = self.live_failure or self.overdue(entry.started_at, now)
         waits = entry.retry_at is not None and entry.attempt == self.hash
         counted = waits and entry.started is None and self.runs
-        well = self.started_up and self.lives
+        well = self.started_up and self.warmed_up and self.lives
         return entry.reason if seen is None and counted and not well else seen
 
     def blocked(self, why: Reason, until: float | None = None) -> Blocked:
         return Blocked(self.instance.id, why, self.instance.gpus, self.instance.model, until)
 
     def overdue(self, started_at: float | None, now: float) -> str | None:
-        """Why its start counts as failed: the budget is spent, and the startup probe says no.
+        """Why its start counts as failed: the budget is spent, and the startup probe says no, or
+        what warms it up is not answered.
 
         `started_at`, when we started it, and `now` are steady.
 
@@ -239,7 +246,9 @@ class Assessment:
         started = began if began is not None else started_at
         if probe is None or not self.runs or started is None or now - started < budget:
             return None
-        answers = _refusal(self.health.startup, probe.failures)
+        warming = self.started_up and not self.warmed_up
+        asked = self.health.warm_up if warming else self.health.startup
+        answers = _refusal(asked, probe.failures)
         return None if answers is None else f"not up within {budget:g} s: {answers}"
 
 
@@ -260,7 +269,7 @@ def assess(
             found.get(instance.id, ()),
             observed,
             context,
-            memory.of(instance.id).started,
+            memory.of(instance.id),
         )
         for instance in sorted(desired.instances, key=lambda item: item.id)
     ]
@@ -318,22 +327,27 @@ def _assess(
     found: Iterable[ObservedWorkload],
     observed: ObservedState,
     context: Context,
-    known: str | None,
+    entry: InstanceMemory,
 ) -> Assessment:
+    if instance.warm_up is not None and not entry.cold:
+        # What was ready before it was taken over, or before the file said so.
+        instance = replace(instance, warm_up=None)
+    instance = as_pulled(instance, entry.pulled)
     spec = specs.of_instance(instance, context.key)
     runtime = context.runtime_of(instance)
-    # Alive first, then the one that is known to have served, then the newest: of two workloads with
-    # the same specification the one that serves is the instance, and the other is left over.
+    # Alive first, and for certain, then the one that is known to have served, then the newest: of
+    # two workloads with the same specification the one that serves is the instance, and the other
+    # is left over.
     ordered = sorted(
         found,
         key=lambda item: (
             not is_alive(item),
-            item.doubt is not None,
-            not is_alive(item) or item.name != known,
+            item.doubt is not None or item.state is RunState.UNKNOWN,
+            not is_alive(item) or item.name != entry.started,
             -(item.created_at or 0.0),
         ),
     )
-    diffs = [_diff(workload, instance, spec, runtime) for workload in ordered]
+    diffs = [_diff(workload, instance, spec, runtime, entry.pulled) for workload in ordered]
     match = next((one for one, diff in zip(ordered, diffs, strict=True) if not diff), None)
     others = [workload for workload in ordered if workload is not match]
     diff = next((diff for diff in diffs if diff), ())
@@ -354,8 +368,20 @@ def _assess(
     )
 
 
+def as_pulled(instance: Instance, pulled: Pulled | None) -> Instance:
+    """The instance, with the digest at which its image was pulled for it."""
+    workload = instance.workload
+    if pulled is None or not isinstance(workload, ContainerSpec) or workload.image != pulled.image:
+        return instance
+    return replace(instance, workload=replace(workload, digest=pulled.digest))
+
+
 def _diff(
-    workload: ObservedWorkload, instance: Instance, spec: Mapping[str, Any], runtime: str
+    workload: ObservedWorkload,
+    instance: Instance,
+    spec: Mapping[str, Any],
+    runtime: str,
+    pulled: Pulled | None,
 ) -> tuple[FieldDiff, ...]:
     identity = workload.identity
     if workload.runtime != runtime:
@@ -366,7 +392,14 @@ def _diff(
         return (FieldDiff("gpus", list(identity.gpus), list(instance.gpus)),)
     if identity.spec is None:
         return ()  # unknown is not different: nothing is restarted over an unreadable label
-    return specs.differences(identity.spec, spec)
+    found = specs.differences(identity.spec, spec)
+    if pulled is None:
+        return found
+    # Only what was pulled on demand has its digest written down.
+    return tuple(
+        replace(one, before=one.before or pulled.before) if one.path == "digest" else one
+        for one in found
+    )
 
 
 def _hash(spec: Mapping[str, Any], instance: Instance) -> str:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 
 from mic_supervisor.config.document import CONFIRM
 from mic_supervisor.model import (
+    ContainerSpec,
     Gpu,
+    Launch,
     LoadState,
     ObservedWorkload,
     Placement,
@@ -34,11 +36,11 @@ from mic_supervisor.plan.actions import (
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.fallback import fallback, rebuilt, relaunch
 from mic_supervisor.plan.health import ended, never_ran
-from mic_supervisor.plan.launch import launch
+from mic_supervisor.plan.launch import launch, near_of, preparation
 from mic_supervisor.plan.memory import memory_key
 from mic_supervisor.plan.obstacles import in_the_way, in_trouble
 from mic_supervisor.plan.situation import Situation
-from mic_supervisor.plan.words import Code, Reason, because, gpu_names, shortened
+from mic_supervisor.plan.words import Code, Reason, because, gpu_names, short_digest, shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ def _keeps_down(s: Situation, item: Assessment, unhealthy_gpu: Gpu | None) -> Re
     if unhealthy_gpu is not None:
         return in_trouble(unhealthy_gpu)
     missing = {uuid for workload in item.alive for uuid in workload.identity.gpus} - s.named
-    if missing and item.instance.shared and not s.context.confirmed:
+    unnamed = not s.context.confirmed and not s.is_of_profile(item.instance.model, missing)
+    if unnamed and item.instance.shared:
         # One of the entries of a server is missing, and it would be replaced since it is.
         gone = gpu_names(sorted(missing), s.indices)
         return because(Code.SHRINKS, gpus=gone, hint=CONFIRM)
@@ -128,6 +131,7 @@ def _bring_up(
         return because(Code.NO_PORT, first=first, last=last)
     try:
         target = launch(item, numbers, s.indices, s.context)
+        target = replace(target, near=near_of(target.spec.limits, instance.gpus, s.gpus))
     except KeyError as error:
         return because(Code.NO_VARIABLE, name=str(error))
     obstacle = in_the_way(s, instance, target.runtime, target.name, numbers.values())
@@ -135,7 +139,7 @@ def _bring_up(
         return obstacle
     kind, cause = _why(s, item, unhealthy)
     stops = match if match is not None and is_alive(match) else None
-    prepare = Prepare(f"prepare {target.name}", instance.id, target)
+    prepare = _preparing(s, item, target)
     start = Start(f"start {target.name}", instance.id, target)
     if item.runtime not in s.context.creates_ahead:
         return BringUp(kind, cause, (prepare,), start, stops)
@@ -151,6 +155,22 @@ def _bring_up(
         # Only where something serves meanwhile: what is down loses nothing by a failing start.
         return BringUp(kind, cause, (prepare,) if item.alive else (), restart, stops)
     return BringUp(kind, cause, (prepare, create), start)
+
+
+def _preparing(s: Situation, item: Assessment, target: Launch) -> Prepare:
+    """With the command of `prepare`, unless that was run for this specification already."""
+    prepare, asked = (
+        Prepare(f"prepare {target.name}", item.instance.id, target),
+        item.instance.prepare,
+    )
+    if asked is None:
+        return prepare
+    parts = (target.identity.spec_hash, *asked.command)
+    key = s.context.key.digest("\0".join(parts))
+    if s.entry(item).prepared == key:
+        return prepare
+    command = preparation(item.instance.workload, asked, target.identity, s.indices)
+    return replace(prepare, command=command, asked=asked, key=key)
 
 
 def cleared(up: BringUp, item: Assessment) -> BringUp:
@@ -206,6 +226,7 @@ def _take_over(s: Situation, good: Assessment, unhealthy: str | None) -> BringUp
     spec = rebuilt(record, good)
     if spec is not None and record is not None:
         target = relaunch(record, spec, s.indices)
+        target = replace(target, near=near_of(spec.limits, target.identity.gpus, s.gpus))
         name, numbers = target.name, target.identity.ports.values()
         early = (Prepare(f"prepare {name}", instance.id, target),)
         late = Start(f"start {name}", instance.id, target)
@@ -257,6 +278,10 @@ def _drift(item: Assessment) -> Reason:
     down = f"; {' and '.join(models)} go down with it" if len(models) > 1 else ""
     if paths == ["gpus"]:
         return because(Code.GPUS_CHANGED, down=down)
+    if paths == ["digest"] and isinstance(item.instance.workload, ContainerSpec):
+        before, after = (short_digest(at) for at in (item.diff[0].before, item.diff[0].after))
+        image = item.instance.workload.image
+        return because(Code.TAG_MOVED, image=image, before=before, after=after)
     return because(Code.SPEC_CHANGED, paths=shortened(paths), down=down)
 
 
@@ -300,7 +325,8 @@ def inside(s: Situation, item: Assessment) -> tuple[list[Due], Blocked | None]:
     due += _asked_for(s, item)
     for unload in _unloads(item):
         one = unload.step.placement
-        if s.context.confirmed or (one.gpus and {*one.gpus} <= s.placed):
+        named = one.gpus and s.is_of_profile(one.model, {*one.gpus} - s.placed)
+        if s.context.confirmed or named:
             due.append(unload)
         elif why_not is None:
             why_not = item.blocked(because(Code.UNCONFIRMED, what=one.model, hint=CONFIRM))

@@ -9,11 +9,21 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mic_supervisor.model import ObservedWorkload, RunState
 from mic_supervisor.plan import spec as specs
-from mic_supervisor.plan.actions import Drain, Restart, Step, Stop, ToWorkload, Withdraw
-from mic_supervisor.plan.assess import Assessment, is_alive
+from mic_supervisor.plan.actions import (
+    Blocked,
+    Change,
+    Drain,
+    Restart,
+    Step,
+    Stop,
+    ToWorkload,
+    Withdraw,
+)
+from mic_supervisor.plan.assess import Assessment, by_instance, is_alive
 from mic_supervisor.plan.bring_up import BringUp, host_ports
 from mic_supervisor.plan.memory import InstanceMemory
 from mic_supervisor.plan.situation import Lane, Situation
+from mic_supervisor.plan.words import Reason
 
 _Key = tuple[str, str]
 
@@ -77,7 +87,7 @@ def departures(
             and follower.early
             and needs(item, follower.late, workload) is not None
         )
-        out.add(workload, _stop(s, workload, early))
+        out.add(workload, stop_steps(s, workload, early))
     return out
 
 
@@ -105,7 +115,9 @@ def _alive(workload: ObservedWorkload | None) -> bool:
     return workload is not None and is_alive(workload)
 
 
-def _stop(s: Situation, workload: ObservedWorkload, after: tuple[str, ...]) -> list[ToWorkload]:
+def stop_steps(
+    s: Situation, workload: ObservedWorkload, after: tuple[str, ...] = ()
+) -> list[ToWorkload]:
     """Have nobody sent there any more, drain where the backend knows how, then stop.
 
     As the file says now, if it still says something of this instance and of the backend that runs
@@ -167,3 +179,39 @@ def _to_keep(ended: Sequence[ObservedWorkload], entry: InstanceMemory) -> Observ
     ran = [workload for workload in ended if workload.state is not RunState.CREATED]
     good = [workload for workload in ran if workload.name == entry.ready_workload]
     return next(iter([*good, *ran]), None)
+
+
+def drain(s: Situation, lane: Lane, why: Reason) -> tuple[list[Change], list[Blocked]]:
+    """Of a host that is out of service: what is alive in the lane stops, whoever wants it, and what
+    is not does not start.
+
+    Nothing is removed: what stopped is what starts again. What cannot be read, is in doubt or
+    paused is left as it is here, too.
+    """
+    changes: list[Change] = []
+    blocked: list[Blocked] = []
+    for item in lane.wanted:
+        one = item.instance
+        where = (one.id, one.model, one.backend, one.gpus)
+        stop = _stop(s, lane, where, item.ours, why)
+        if stop is not None:
+            changes.append(stop)
+        else:
+            blocked.append(item.blocked(why))
+    for instance, found in by_instance(lane.undesired).items():
+        last = found[0].identity
+        where = (instance, last.model, last.backend, last.gpus)
+        stop = _stop(s, lane, where, found, why)
+        changes += [stop] if stop is not None else []
+    return changes, blocked
+
+
+def _stop(
+    s: Situation,
+    lane: Lane,
+    where: tuple[str, str, str, tuple[str, ...]],
+    found: Iterable[ObservedWorkload],
+    why: Reason,
+) -> Change | None:
+    steps = [step for one in found if is_alive(one) for step in stop_steps(s, one)]
+    return Change("stop", *where, lane.name, why, steps=tuple(steps)) if steps else None

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from mic_supervisor.model import (
     ContainerSpec,
-    EngineCheck,
-    ExecCheck,
     Health,
+    HttpCheck,
     Identity,
     Instance,
     Launch,
@@ -25,6 +24,8 @@ from mic_supervisor.model import (
     Probe,
     Probes,
     ProcessSpec,
+    Progress,
+    TcpCheck,
     Workload,
 )
 from mic_supervisor.plan import spec as specs
@@ -111,6 +112,7 @@ def _instance(
         instance,
         workload=_reached(runtime, identity, instance.workload),
         probes=probes or _that_fit(instance.probes, identity.ports),
+        warm_up=None,  # the file's is for another specification
         placements=instance.placements if same else (),
     )
 
@@ -144,9 +146,11 @@ def _number(value: Any) -> int | None:
 
 def _that_fit(probes: Probes, ports: Mapping[str, int]) -> Probes:
     def fits(probe: Probe | None) -> Probe | None:
-        if probe is None or isinstance(probe.check, ExecCheck | EngineCheck):
-            return probe
-        return probe if probe.check.port in ports else None
+        if probe is None:
+            return None
+        asked = (probe.check, probe.progress)
+        named = {it.port for it in asked if isinstance(it, HttpCheck | TcpCheck | Progress)}
+        return probe if named <= ports.keys() else None
 
     return Probes(fits(probes.startup), fits(probes.liveness), fits(probes.readiness))
 

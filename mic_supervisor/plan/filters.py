@@ -50,7 +50,7 @@ from mic_supervisor.plan.words import Code, Reason, because
 def exclude(plan: Plan, s: Situation) -> Plan:
     """The same plan without the changes of what is excluded, and without all that depends on
     them."""
-    held = {one.instance: one for one in _held(s)}
+    held = {one.instance: one for one in (*_claimed(plan, s), *_held(s))}
     if not held and not s.memory.paused:
         return plan
     plan = _take_out(plan, {name: one for name, one in held.items() if one.chosen}, s)
@@ -98,6 +98,15 @@ def _held(s: Situation) -> Iterable[Blocked]:
     for workload in s.alive:
         if (doubt := workload.doubt) is not None:
             yield left_alone(workload, because(Code.IN_DOUBT, doubt=doubt.reason, hint=doubt.hint))
+
+
+def _claimed(plan: Plan, s: Situation) -> Iterable[Blocked]:
+    """What something would be done for and only a daemon may: it knows who claims it."""
+    due = {change.instance for change in plan.changes if change.kind != "adopt"}
+    for claim in s.desired.claims if s.desired.claim_grace is None else ():
+        item = s.by_id.get(claim.instance or "")
+        if item is not None and item.instance.id in due:
+            yield item.blocked(because(Code.CLAIMED))
 
 
 def _why(s: Situation, model: str, gpus: Collection[str], chosen: bool) -> Reason | None:

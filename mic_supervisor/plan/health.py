@@ -5,7 +5,7 @@
 | pending | a change is due, and its steps are about to begin | the first step |
 | stopping | a former workload is withdrawn, drained or stopped | its end |
 | waiting_vram | a former workload's memory, or a foreign process, has the GPU | the release |
-| starting | it was started, and its startup probe does not pass yet | the probe, its end, time |
+| starting | its startup probe does not pass yet, or it is not warmed up | both, its end, time |
 | loading | its server is up, and a model is missing in it | the server's word |
 | ready | everything that can be asked says that it is as the file wants it | a probe, its end |
 | unprobed | it runs, and nothing can be asked | its end |
@@ -13,6 +13,7 @@
 | backoff | its last try failed, and the next one is later (plan/backoff.py) | the time, `retry` |
 | blocked | something stands in the way that time alone does not fix | that thing |
 | paused | somebody asked for it to be left as it is | `resume` |
+| drained | it does not run: somebody took the host out of service | `undrain` |
 | stuck_stopping | a workload outlived its KILL, and the next try is later | its end |
 """
 
@@ -52,6 +53,7 @@ class Phase(StrEnum):
     BACKOFF = "backoff"
     BLOCKED = "blocked"
     PAUSED = "paused"
+    DRAINED = "drained"
     STUCK_STOPPING = "stuck_stopping"
 
 
@@ -67,8 +69,9 @@ ON_ITS_WAY = frozenset(
 )
 
 
-# It is down, or about to be.
-DOWN = frozenset({*Phase} - {Phase.READY, Phase.UNPROBED, Phase.DEGRADED, Phase.PAUSED})
+# It is down, or about to be, and nobody asked for that.
+_AS_ASKED = frozenset({Phase.READY, Phase.UNPROBED, Phase.PAUSED, Phase.DRAINED})
+DOWN = frozenset({*Phase} - _AS_ASKED - {Phase.DEGRADED})
 
 
 def since_of(entry: InstanceMemory, phase: Phase) -> float | None:
@@ -114,6 +117,9 @@ def phase_of(
             if state.state is LoadState.LOADED and state.digest is not None:
                 return Phase.LOADING, f"{placement.called} runs with another configuration"
             return Phase.LOADING, state.reason or f"{placement.called} is {state.state.value}"
+    if not assessment.warmed_up:
+        result = assessment.health.warm_up
+        return Phase.STARTING, result.reason if result is not None else "not warmed up yet"
     if assessment.unprobed:
         return Phase.UNPROBED, "it has no probe: nothing can say whether it is healthy"
     if assessment.ready:

@@ -13,12 +13,16 @@ from dataclasses import replace
 from mic_supervisor import codec
 from mic_supervisor.model import (
     ContainerSpec,
+    Gpu,
     Identity,
     Launch,
+    Limits,
     Listener,
+    Near,
     ObservedState,
     Pairs,
     Port,
+    Preparation,
     Workload,
 )
 from mic_supervisor.plan import spec as specs
@@ -54,6 +58,20 @@ def launch(
         identity=identity,
         spec=fill(instance.workload, ports, listed(instance.gpus, indices)),
     )
+
+
+def near_of(limits: Limits, uuids: Collection[str], gpus: Mapping[str, Gpu]) -> Near | None:
+    """What is next to any of these GPUs, where the limits ask for that.
+
+    None: it is confined to nothing. So it is where the driver does not say it of each of the GPUs.
+    """
+    known = [near for uuid in uuids if uuid in gpus and (near := gpus[uuid].near) is not None]
+    if limits.numa is None or not known or len(known) < len(uuids):
+        return None
+    cpus = {number for near in known for number in near.cpus}
+    nodes = {number for near in known for number in near.nodes}
+    whole = all(near.nodes for near in known)
+    return Near(tuple(sorted(cpus)), tuple(sorted(nodes)) if whole else ())
 
 
 def given_name(identity: Identity) -> str:
@@ -107,9 +125,19 @@ def fill(workload: Workload, ports: Mapping[str, int], indices: str) -> Workload
     command = tuple(text(item) for item in workload.command)
     if isinstance(workload, ContainerSpec) and workload.entrypoint is not None:
         workload = replace(workload, entrypoint=tuple(text(item) for item in workload.entrypoint))
+    if isinstance(workload, ContainerSpec) and workload.digest is not None:
+        workload = replace(workload, image=f"{workload.image}@{workload.digest}", digest=None)
     return replace(
         workload, command=command, env=env, file_env=(), variables=(), ports=filled_ports
     )
+
+
+def preparation(
+    workload: Workload, asked: Preparation, identity: Identity, indices: Mapping[str, int]
+) -> tuple[str, ...]:
+    """The command of `prepare`, with every `${…}` replaced."""
+    own, listing = replace(workload, variables=asked.variables), listed(identity.gpus, indices)
+    return tuple(text_of(own, item, identity.ports, listing) for item in asked.command)
 
 
 # --- ports --------------------------------------------------------------------------------------

@@ -44,11 +44,29 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.model import ObservedWorkload
 from mic_supervisor.plan import backoff
-from mic_supervisor.plan.actions import Change, Create, Load, Prepare, Restart, Start, Step, Stop
+from mic_supervisor.plan.actions import (
+    Change,
+    Create,
+    Load,
+    Prepare,
+    Restart,
+    Start,
+    Step,
+    Stop,
+    Unload,
+)
 from mic_supervisor.plan.assess import Assessment, is_alive
 from mic_supervisor.plan.fallback import can_roll_back, fallback
 from mic_supervisor.plan.health import DOWN, Phase, ended, never_ran, since_of
-from mic_supervisor.plan.memory import Cooldown, Floor, InstanceMemory, Memory, Recorded, memory_key
+from mic_supervisor.plan.memory import (
+    Cooldown,
+    Floor,
+    InstanceMemory,
+    Memory,
+    Pulled,
+    Recorded,
+    memory_key,
+)
 from mic_supervisor.plan.status import InstanceStatus
 from mic_supervisor.plan.words import Code
 
@@ -67,11 +85,22 @@ def begun(memory: Memory, step: Step) -> Memory:
 
 
 def done(
-    memory: Memory, step: Step, change: Change, now: float, floors: Mapping[str, Floor]
+    memory: Memory,
+    step: Step,
+    change: Change,
+    now: float,
+    floors: Mapping[str, Floor],
+    files: str | None = None,
 ) -> Memory:
     """`floors` are what its GPUs held before the start. One that is not known is forgotten: what
-    was known before would be the wrong one.
+    was known before would be the wrong one. So it is with `files`, what a load found on the disk.
     """
+    if isinstance(step, Load | Unload):
+        known = {**(memory.of(step.instance).files or {}), step.placement.model: files}
+        kept = {model: found for model, found in known.items() if found is not None}
+        return _with(memory, step.instance, files=kept or None)
+    if isinstance(step, Prepare) and step.key is not None:
+        return _with(memory, step.instance, prepared=step.key)
     if not isinstance(step, Start | Restart):
         return memory
     others = {uuid: floor for uuid, floor in memory.floors.items() if uuid not in change.gpus}
@@ -81,6 +110,7 @@ def done(
         change.instance,
         started=step.launch.name if isinstance(step, Start) else step.workload.name,
         started_at=now,
+        cold=True,
         restarts=memory.of(change.instance).restarts + _is_a_restart(change),
     )
 
@@ -121,6 +151,14 @@ def failed(
     return memory.with_instance(step.instance, entry)
 
 
+def pulled(memory: Memory, found: Mapping[str, Pulled | None]) -> Memory:
+    """Somebody asked for the newest images of these instances, and the engine has them. None: what
+    runs is the newest.
+    """
+    chosen = {name: replace(memory.of(name), pulled=one) for name, one in found.items()}
+    return replace(memory, instances={**memory.instances, **chosen})
+
+
 def finished(memory: Memory, change: Change) -> Memory:
     return _with(memory, change.instance, cooldown=None)
 
@@ -136,9 +174,14 @@ def cool_down(
 
 
 def forgiven(memory: Memory, instances: Collection[str]) -> Memory:
-    """What failed is tried again now."""
+    """What failed is tried again now, from the beginning."""
     chosen = {name: memory.of(name) for name in instances if name in memory.instances}
-    cleared = {name: replace(_cleared(entry), cooldown=None) for name, entry in chosen.items()}
+    cleared = {
+        name: replace(
+            _cleared(entry), cooldown=None, prepared=None if entry.has_failed else entry.prepared
+        )
+        for name, entry in chosen.items()
+    }
     return replace(memory, instances={**memory.instances, **cleared})
 
 
@@ -181,7 +224,7 @@ def _runs(entry: InstanceMemory, workload: ObservedWorkload) -> InstanceMemory:
     """One that we did not start: whoever did, its end would be a failure."""
     if entry.started == workload.name:
         return entry
-    return replace(entry, started=workload.name, started_at=None, ready_since=None)
+    return replace(entry, started=workload.name, started_at=None, cold=None, ready_since=None)
 
 
 def is_of_the_specification(step: Step, error: MicError) -> bool:
@@ -325,6 +368,9 @@ def _remember(
         entry = _cleared(entry)
     if not assessment.readable:
         return entry
+    if assessment.serves and entry.started is None:
+        # A start that failed has come to its end all the same, and is adopted.
+        entry = replace(entry, cooldown=None)
     back = fallback(entry, assessment)
     if quiet:
         entry = _note_end_quietly(entry, assessment)
@@ -334,6 +380,7 @@ def _remember(
         assert assessment.match is not None  # implied by `serves`
         entry = replace(
             entry,
+            cold=None,
             ready=assessment.hash,
             ready_workload=assessment.match.name,
             ready_since=entry.ready_since if entry.ready_since is not None else now,
@@ -344,8 +391,9 @@ def _remember(
         )
     elif back is None or not back.serves:
         entry = replace(entry, ready_since=None)
-    elif entry.ready_since is None:
-        entry = replace(entry, ready_since=now)
+    else:
+        since = entry.ready_since if entry.ready_since is not None else now
+        entry = replace(entry, cold=None, ready_since=since)
     if backoff.is_stable(entry.ready_since, now, assessment.instance.start_timeout):
         entry = _well(entry)
     return entry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -19,7 +19,7 @@ from mic_supervisor.plan.assess import (
     workloads,
 )
 from mic_supervisor.plan.health import Activity
-from mic_supervisor.plan.memory import Memory
+from mic_supervisor.plan.memory import Memory, Pulled
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.status import InstanceStatus, instance_statuses
 
@@ -51,7 +51,7 @@ class Look:
     @property
     def indices(self) -> dict[str, int]:
         """The numbers that the driver gives the GPUs today, by UUID."""
-        return {gpu.uuid: gpu.index for gpu in self.observed.inventory.gpus}
+        return self.observed.inventory.indices
 
     def doing(self, activities: Mapping[str, Activity]) -> Look:
         """The same look, once more is being carried out."""
@@ -91,6 +91,15 @@ class Look:
         if desired is None:
             return None
         return replace(self, desired=desired, plan=self._confirmed_plan(desired, None))
+
+    def renewed(self, pulled: Mapping[str, Pulled | None], forced: Collection[str]) -> Self:
+        """The same look, once these images were pulled and these are to be restarted, with the plan
+        for that, as it is told.
+        """
+        context = replace(self.context, forced=self.context.forced | {*forced})
+        memory = ledger.pulled(self.memory, pulled)
+        plan = reconcile(self.desired, self.observed, memory, self.now, context)
+        return replace(self, context=context, memory=memory, plan=plan.in_wall(self.offset))
 
     def _confirmed_plan(self, desired: DesiredState, targets: Selection | None) -> Plan:
         context = replace(self.context, targets=targets, confirmed=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from mic_supervisor.clocks import later
 from mic_supervisor.model import Identity, Probes
@@ -34,6 +35,17 @@ class Cooldown:
 
 
 @dataclass(frozen=True, slots=True)
+class Pulled:
+    """The digest at which a tag was pulled, since somebody asked for what is newest: an instance is
+    to run that one. `before` is what it ran, for people.
+    """
+
+    image: str
+    digest: str
+    before: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceMemory:
     """The ledger of one instance. A specification is named by Assessment.hash. Times are steady."""
 
@@ -51,6 +63,10 @@ class InstanceMemory:
     ready_record: Recorded | None = None  # what it carried then, of a process: to start it again
     started: str | None = None  # name of the workload whose end would be a failure
     started_at: float | None = None  # when its start's budget began; None: it was adopted
+    cold: Literal[True] | None = None  # it was started, and not ready since: it is to be warmed up
+    pulled: Pulled | None = None  # counts as long as the file names the same image
+    prepared: str | None = None  # what `prepare` was last run for, and with which command
+    files: Mapping[str, str] | None = None  # model -> what was on disk when it was loaded
     restarts: int = 0  # for people
     phase: str | None = None  # the last one that was told
     since: float | None = None  # when it came into it, or has been down
@@ -118,6 +134,18 @@ class Paused:
 
 
 @dataclass(frozen=True, slots=True)
+class Drained:
+    """Since when the host is out of service, and what was given as the reason, as of a pause.
+
+    `boot` is the id of the boot that it ends with; None: it ends when a person says so.
+    """
+
+    since: float = 0.0
+    reason: str | None = None
+    boot: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Floor:
     """What was used on a GPU before its owner started, and what of that foreign processes had:
     bytes."""
@@ -132,6 +160,7 @@ class Memory:
     before the last start of ours. `published` are the endpoints that the hook was told of last.
     `containers` maps the ids of those that carry our labels and names to whether they are ours;
     None: an earlier version did not write them down. `lost` tells what of the file was damaged.
+    `drained` is None while the host is in service.
 
     `unexplained` is None unless something was lost, or there was no file. Then it has, by runtime,
     the instances that ran otherwise than the file asks when the runtime was first read: what is
@@ -142,6 +171,7 @@ class Memory:
     instances: Mapping[str, InstanceMemory] = field(default_factory=dict)
     bindings: Mapping[str, str] = field(default_factory=dict)
     paused: Paused = Paused()
+    drained: Drained | None = None
     floors: Mapping[str, Floor] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None
     containers: Mapping[str, bool] | None = None
@@ -156,7 +186,7 @@ class Memory:
         return {entry.started: True for entry in self.instances.values() if entry.started}
 
     def of(self, instance: str) -> InstanceMemory:
-        return self.instances.get(instance, InstanceMemory())
+        return self.instances.get(instance) or InstanceMemory()
 
     def with_instance(self, instance: str, entry: InstanceMemory) -> Memory:
         return replace(self, instances={**self.instances, instance: entry})

@@ -7,8 +7,17 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from mic_supervisor.config.document import WAY_OUT
-from mic_supervisor.model import DesiredState, Gpu, GpuProcess, Instance, ObservedState, OwnerKind
+from mic_supervisor.model import (
+    ContainerSpec,
+    DesiredState,
+    Gpu,
+    GpuProcess,
+    Instance,
+    ObservedState,
+    OwnerKind,
+)
 from mic_supervisor.plan.assess import is_alive, workloads
+from mic_supervisor.plan.launch import near_of
 from mic_supervisor.plan.situation import Situation
 from mic_supervisor.plan.spec import keys_of
 from mic_supervisor.plan.words import Code, Reason, because, gpus_down, moment, size
@@ -25,9 +34,12 @@ def in_the_way(
     for view in s.observed.runtimes:
         if view.runtime == runtime and view.off is not None:
             return because(Code.RUNTIME_OFF, off=view.off, hint=view.hint)
+        asks = isinstance(instance.workload, ContainerSpec) and instance.workload.devices
+        if view.runtime == runtime and view.ignores_gpus is not None and asks:
+            return because(Code.GPUS_IGNORED, engine=view.ignores_gpus)
     for number in sorted(numbers):
         who = s.ports.foreign(number, instance.workload.listen)
-        holders = [id_ for id_, held in s.numbers.items() if number in (held or {}).values()]
+        holders = s.instances_by_port.get(number, ())
         if who is not None:
             who = f"{who}, not ours"
         elif min(holders, default=instance.id) < instance.id:
@@ -52,7 +64,7 @@ def _too_small(s: Situation, instance: Instance) -> Reason | None:
         total = gpu.memory.total
         facts = {
             "vram": size(instance.vram) + (" on each GPU" if len(instance.gpus) > 1 else ""),
-            "gpu": gpu.index,
+            "gpu": gpu.number,
             "name": gpu.name,
         }
         if instance.vram > total:
@@ -73,20 +85,20 @@ def _foreign(s: Situation, instance: Instance) -> Reason | None:
         if gpu.simulated:
             continue
         if gpu.processes is None and gpu.unlisted is None:
-            return because(Code.HOLDERS_UNREADABLE, gpu=gpu.index)
+            return because(Code.HOLDERS_UNREADABLE, gpu=gpu.number)
         if instance.on_foreign == "ignore":
             continue
         if gpu.processes is None:
             untold = gpu.unlisted == "untold"
             code = Code.HOLDERS_UNTOLD if untold else Code.HOLDERS_IMPLAUSIBLE
-            return because(code, gpu=gpu.index, model=instance.model)
+            return because(code, gpu=gpu.number, model=instance.model)
         expected = {instance.id, *s.on_gpu(gpu.uuid)}
         for process in sorted(gpu.processes, key=lambda item: item.pid):
             if is_foreign(process, expected, instance.foreign_threshold):
                 waits = instance.on_foreign == "wait"
                 return because(
                     Code.WAITS_FOR_STRANGER if waits else Code.STRANGER,
-                    gpu=gpu.index,
+                    gpu=gpu.number,
                     who=describe(process),
                     whose=_whose(process, s.observed),
                 )
@@ -95,7 +107,8 @@ def _foreign(s: Situation, instance: Instance) -> Reason | None:
 
 def in_trouble(gpu: Gpu) -> Reason:
     """Nothing is started on a GPU that is in trouble: it would fail, again and again."""
-    return because(Code.GPU_UNHEALTHY, gpu=gpu.index, trouble=gpu.trouble)
+    facts = {"gpu": gpu.number, "index": gpu.index, "trouble": gpu.trouble}
+    return because(Code.GPU_UNHEALTHY, **facts)
 
 
 def warnings(s: Situation) -> tuple[str, ...]:
@@ -103,6 +116,7 @@ def warnings(s: Situation) -> tuple[str, ...]:
     here."""
     out = [s.context.hook_error] if s.context.hook_error is not None and s.desired.hook else []
     out += [s.memory.lost] if s.memory.lost is not None else []
+    out += [f"{s.drained}; to end that: {s.drained.hint}"] if s.drained is not None else []
     unreadable = {view.runtime for view in s.observed.runtimes if view.error is not None}
     out += [text for what, text in sorted(s.context.amiss.items()) if what not in unreadable]
     if s.context.unconfirmed is not None:
@@ -113,7 +127,7 @@ def warnings(s: Situation) -> tuple[str, ...]:
         sentence(one, s.observed)
         for one in foreign_processes(s.desired, s.observed, s.context.busy)
     ]
-    found += _of_gpus(s)
+    found += [*_of_gpus(s), *_unconfined(s)]
     for view in s.observed.runtimes:
         found += [
             f"{view.runtime} {foreign.name} looks like ours and is not: {foreign.reason}"
@@ -127,6 +141,19 @@ def warnings(s: Situation) -> tuple[str, ...]:
     return tuple(map(one_line, (*out, *_on_trust(s), *_left_behind(s))))
 
 
+def _unconfined(s: Situation) -> Iterable[str]:
+    """Who is to run next to its GPUs, and nobody says where that is."""
+    if s.observed.inventory.error is not None:
+        return
+    for one in s.desired.instances:
+        limits = one.workload.limits
+        if limits.numa is not None and near_of(limits, one.gpus, s.gpus) is None:
+            yield (
+                f"{one.id}: limits.numa has no effect: the driver does not say which CPUs are "
+                "next to its GPUs"
+            )
+
+
 def _of_gpus(s: Situation) -> Iterable[str]:
     """What is amiss with GPUs that the file names, or that something of ours runs on."""
     named = {uuid: item.id for item in s.desired.instances for uuid in item.gpus}
@@ -135,16 +162,11 @@ def _of_gpus(s: Situation) -> Iterable[str]:
             continue
         if gpu.trouble is not None:
             yield str(in_trouble(gpu))
-        if gpu.mig and gpu.uuid in named:
-            yield (
-                f"GPU {gpu.index} has MIG on, which is reported and not managed: "
-                f"{named[gpu.uuid]} gets the whole GPU, or nothing of it"
-            )
         errors = dict(gpu.telemetry.ecc_errors) if gpu.telemetry is not None else {}
         if count := errors.get("uncorrected"):
             yield (
-                f"GPU {gpu.index} has had {count} uncorrected memory error{'s'[: count > 1]} since "
-                "the driver was loaded"
+                f"GPU {gpu.number} has had {count} uncorrected memory error{'s'[: count > 1]} "
+                "since the driver was loaded"
             )
 
 
@@ -165,8 +187,8 @@ def _left_behind(s: Situation) -> Iterable[str]:
             )
             if count > SLACK:
                 yield (
-                    f"GPU {gpu.index}: {instance} still holds {size(count)} there although nothing "
-                    f"is placed on it; only a restart releases it: mic-supervisor restart "
+                    f"GPU {gpu.number}: {instance} still holds {size(count)} there although "
+                    f"nothing is placed on it; only a restart releases it: mic-supervisor restart "
                     f"{instance}"
                 )
 
@@ -270,8 +292,8 @@ def sentence(foreign: ForeignProcess, observed: ObservedState) -> str:
     gpu, who = foreign.gpu, describe(foreign.process)
     tail = _whose(foreign.process, observed)
     if foreign.instance is None:
-        return f"GPU {gpu.index} should be empty, but {who} holds it{tail}"
-    return f"GPU {gpu.index} is for {foreign.instance} alone, and {who} is on it as well{tail}"
+        return f"GPU {gpu.number} should be empty, but {who} holds it{tail}"
+    return f"GPU {gpu.number} is for {foreign.instance} alone, and {who} is on it as well{tail}"
 
 
 def describe(process: GpuProcess) -> str:

@@ -20,6 +20,7 @@ code:
 7. What is paused, in doubt, or was not chosen, is left as it is: see plan/filters.py.
 8. Of one model, no more instances change at a time than its rollout allows: see plan/filters.py.
 9. Where something failed just now that no specification is to blame for, the next try is later.
+10. On a host that is drained everything of ours stops, and nothing starts: see plan/departures.py.
 """
 
 from __future__ import annotations
@@ -54,14 +55,21 @@ from mic_supervisor.plan.assess import (
     is_alive,
     left_alone,
 )
-from mic_supervisor.plan.bring_up import BringUp, decide_bring_up, inside
-from mic_supervisor.plan.departures import Departures, departures, left_over, needs, superseded
+from mic_supervisor.plan.bring_up import BringUp, decide_bring_up, host_ports, inside
+from mic_supervisor.plan.departures import (
+    Departures,
+    departures,
+    drain,
+    left_over,
+    needs,
+    superseded,
+)
 from mic_supervisor.plan.fallback import fallback
 from mic_supervisor.plan.filters import cooldown, exclude, roll
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.obstacles import has_exited, warnings
 from mic_supervisor.plan.situation import Lane, Situation
-from mic_supervisor.plan.words import Code, Reason, because
+from mic_supervisor.plan.words import Code, Reason, because, called
 
 
 def reconcile(
@@ -79,12 +87,26 @@ def reconcile(
     if assessments is None:
         assessments = assess(desired, observed, context, memory)
     s = Situation(desired, observed, memory, now, context, assessments)
-    plan = cooldown(roll(exclude(_decide(s), s), s), s)  # 7, 8, 9
+    plan = cooldown(roll(exclude(_with_claims(_decide(s), s), s), s), s)  # 7, 8, 9
     return replace(
         plan,
         blocked=tuple(sorted(plan.blocked, key=lambda one: (one.instance, one.reason, one.gpus))),
         warnings=warnings(s),
     )
+
+
+def _with_claims(plan: Plan, s: Situation) -> Plan:
+    """With who claims what is changed, beside the cause."""
+    who = {claim.instance: claim for claim in s.desired.claims if claim.by and not claim.ending}
+
+    def named(change: Change) -> Change:
+        claim = who.get(change.instance)
+        if claim is None:
+            return change
+        by = because(Code.CLAIMED_BY, holder=called(claim))
+        return replace(change, why=replace(change.why, also=(*change.why.also, by)))
+
+    return replace(plan, changes=tuple(map(named, plan.changes))) if who else plan
 
 
 def _decide(s: Situation) -> Plan:
@@ -117,6 +139,8 @@ def _lane(s: Situation, lane: Lane) -> tuple[list[Change], Iterable[Blocked]]:
                 Code.RUNTIME_UNREADABLE, runtime=view.runtime, error=view.error, hint=view.hint
             )
             return [], _frozen(lane.wanted, lane.undesired, unknown)
+    if s.drained is not None:  # 10
+        return drain(s, lane, s.drained)
     # One reason for each instance is enough.
     unconfirmed = because(Code.UNCONFIRMED, what="it", hint=CONFIRM)
     blocked = {
@@ -189,12 +213,15 @@ def _obstructed(
     s: Situation, lane: Lane, bring_ups: Mapping[str, BringUp], stops: Departures
 ) -> dict[str, Blocked]:
     """The starts that need what something that stays has."""
-    stays = [workload for workload in s.alive if workload not in stops]
     out: dict[str, Blocked] = {}
     for item in lane.wanted:
         up = bring_ups.get(item.instance.id)
-        for workload in stays if up is not None else ():
-            if up is not None and (what := needs(item, up.late, workload)) is not None:
+        if up is None:
+            continue
+        for workload in s.having(item.instance.id, *item.instance.gpus, *host_ports(up.late)):
+            if not is_alive(workload) or workload in stops:
+                continue
+            if (what := needs(item, up.late, workload)) is not None:
                 out[item.instance.id] = item.blocked(_held(s, what, workload))
                 break
     return out
@@ -272,8 +299,10 @@ def _beside(
     why_not: Blocked | None = None
     steps = _own_stops(item, stops)
     # Two of one instance: the second serves nobody and holds the GPU. While something is carried
-    # out for it, the second is the former one, on its way out.
-    if steps and item.instance.id not in s.context.busy:
+    # out for it, the second is the former one, on its way out. One of which the engine cannot say
+    # whether it runs has mostly ended long ago, or is not the one that serves.
+    known = all(one.state is not RunState.UNKNOWN for one in item.ours)
+    if steps and known and item.instance.id not in s.context.busy:
         code = Code.FAILED if entry.failed == item.hash else Code.RUNS_TWICE
         changes.append(_change("stop", lane, item, because(code), steps, item.diff))
     good = fallback(entry, item)
@@ -322,9 +351,16 @@ def _why_leaving(s: Situation, lane: Lane, workload: ObservedWorkload) -> Reason
     if s.desired.down:
         return because(Code.DOWN)
     gpus = set(workload.identity.gpus)
+    for claim in s.desired.claims:
+        if claim.ending is not None and claim.instance == workload.identity.instance:
+            return because(Code.CLAIM_ENDED, ending=claim.ending.text)
     for item in lane.wanted:
         if gpus & set(item.instance.gpus):
             return because(Code.OTHER_MODEL, model=item.instance.model)
+    if not gpus <= s.named and s.is_put_off(workload):
+        return because(Code.OF_PROFILE)
+    if gpus & {uuid for entry in s.desired.fleet for uuid in entry.gpus}:
+        return because(Code.HANDED_OVER)
     return because(Code.KEPT_EMPTY if gpus & set(s.desired.kept_empty) else Code.NOT_NAMED)
 
 
@@ -340,13 +376,8 @@ def _former(s: Situation, item: Assessment, stops: Departures) -> tuple[Observed
     last = (item.match, good.match if good is not None else None)
     return tuple(
         workload
-        for workload in s.workloads
-        if (workload in stops or workload in last)
-        and (
-            workload.identity.instance == item.instance.id
-            or set(workload.identity.gpus) & set(item.instance.gpus)
-        )
-        and workload.state is not RunState.CREATED
+        for workload in s.having(item.instance.id, *item.instance.gpus)
+        if (workload in stops or workload in last) and workload.state is not RunState.CREATED
     )
 
 

@@ -73,7 +73,7 @@ def check_release(
     held: list[int] = []
     for gpu in there:
         if gpu.processes is None and gpu.unlisted is None:
-            return _late(f"waiting for the processes on GPU {gpu.index} to be readable", waited)
+            return _late(f"waiting for the processes on GPU {gpu.number} to be readable", waited)
         # Where nobody is ever listed, what the memory says decides alone.
         held += [process.pid for process in gpu.processes or () if _former(process)]
     if held:
@@ -83,7 +83,7 @@ def check_release(
     released = {gpu.uuid: floor for gpu in there if (floor := floor_of(gpu)) is not None}
     if not lingering:
         return Released(released)
-    what = " and ".join(f"{size(excess)} to be released on GPU {gpu.index}"
+    what = " and ".join(f"{size(excess)} to be released on GPU {gpu.number}"
                         for gpu, excess in lingering)  # fmt: skip
     if waited_for_memory is None or waited_for_memory < TIMEOUT:
         return Waiting(f"waiting for {what}", for_memory=True)
@@ -91,7 +91,7 @@ def check_release(
         free = free_of(gpu)
         if vram is not None and free is not None and free < vram:
             return Refused(
-                f"after {TIMEOUT:g} s GPU {gpu.index} has {size(free)} free of the {size(vram)} "
+                f"after {TIMEOUT:g} s GPU {gpu.number} has {size(free)} free of the {size(vram)} "
                 "that it needs, and the driver lists nobody who has the rest"
             )
     return Released(

@@ -15,15 +15,16 @@ from mic_supervisor.config.document import (
     GpuEntry,
     GpuKey,
     Location,
-    composed,
     parse_gpu_key,
 )
-from mic_supervisor.config.names import shown_id
+from mic_supervisor.config.names import composed, shown_id
 from mic_supervisor.desired.bind import bind
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import DesiredState, GpuInventory
-from mic_supervisor.plan.assess import Selection
-from mic_supervisor.plan.memory import Pause, Paused
+from mic_supervisor.plan.actions import Change, Prepare, Restart, Start, Stop
+from mic_supervisor.plan.assess import Assessment, Selection
+from mic_supervisor.plan.memory import Drained, Memory, Pause, Paused
+from mic_supervisor.plan.spec import spec_hash
 from mic_supervisor.plan.words import Code, Reason, because, moment
 
 
@@ -116,7 +117,9 @@ def _gpus(name: str, there: Names) -> tuple[str, ...]:
     return tuple(found)
 
 
-def gpus_called(name: str, there: Iterable[tuple[str, int | None, str | None]]) -> frozenset[str]:
+def gpus_called(
+    name: str, there: Iterable[tuple[str, int | str | None, str | None]]
+) -> frozenset[str]:
     """The UUIDs of those GPUs that a person calls so; `there` has UUID, index and PCI bus id of
     each. None where it is no name of a GPU, or of none of these."""
     try:
@@ -136,8 +139,8 @@ def gpus_called(name: str, there: Iterable[tuple[str, int | None, str | None]]) 
 
 def _there_is(there: Names) -> str:
     parts = [f"models are {', '.join(there.models)}"] if there.models else []
-    indices = ", ".join(str(gpu.index) for gpu in there.inventory.gpus)
-    parts += [f"GPUs are {indices}"] if indices else []
+    numbers = ", ".join(str(gpu.number) for gpu in there.inventory.gpus)
+    parts += [f"GPUs are {numbers}"] if numbers else []
     return "; ".join(parts) or "there is neither a model nor a GPU here"
 
 
@@ -148,6 +151,13 @@ def since(pause: Pause, now: float) -> Reason:
     """ "paused since 12:04:10 (a new riser)"; with the date where that was not today."""
     note = f" ({pause.reason})" if pause.reason else ""
     return because(Code.PAUSED, since=moment(pause.since, now), note=note)
+
+
+def drained(order: Drained, now: float) -> Reason:
+    """ "the host is drained since 12:04:10 (a new riser), until it reboots"."""
+    note = f" ({order.reason})" if order.reason else ""
+    note += ", until it reboots" if order.boot is not None else ""
+    return because(Code.DRAINED, since=moment(order.since, now), note=note)
 
 
 def resume(names: Iterable[str]) -> str:
@@ -208,3 +218,49 @@ def free_of_pauses(
         reason, out = reasons[0]
         raise MicError(f"cannot {action}: {reason}", hint=out)
     return free
+
+
+def is_held_back(memory: Memory, change: Change) -> bool:
+    """Whether a person has paused what a change concerns, or drained the host, since it was
+    planned."""
+    if memory.drained is not None and any(isinstance(s, Start | Restart) for s in change.steps):
+        return True
+    gpus = {*change.gpus}
+    for step in change.steps:
+        gpus |= {*step.workload.identity.gpus} if isinstance(step, Stop) else set()
+    return memory.paused.has(change.model, gpus)
+
+
+def asked_for(
+    changes: Iterable[Change], assessments: Mapping[str, Assessment]
+) -> dict[str, str | None]:
+    """What the file asks for of the instances of changes, as a hash; None: nothing."""
+    found = ((change.instance, assessments.get(change.instance)) for change in changes)
+    return {name: None if item is None else item.hash for name, item in found}
+
+
+def given_up(
+    memory: Memory,
+    changes: Collection[Change],
+    asked: Mapping[str, str | None],
+    assessments: Mapping[str, Assessment],
+) -> str | None:
+    """Why nothing is to be stopped any more for changes of a lane; None: they go on.
+
+    `asked` is what they were planned for, by `asked_for`.
+    """
+    if any(is_held_back(memory, change) for change in changes):
+        return "paused" if memory.drained is None else "drained"
+    if memory.drained is None and any(one.why.kind is Code.DRAINED for one in changes):
+        return "undrained"
+    return None if asked == asked_for(changes, assessments) else "something else was asked for"
+
+
+def is_withdrawn(memory: Memory, item: Assessment | None, step: Prepare) -> bool:
+    """Whether a preparation is not wanted any more; `item` is what the last round says of it."""
+    if item is None or memory.drained is not None:
+        return True
+    if memory.paused.has(item.instance.model, item.gpus):
+        return True
+    same = spec_hash(item.spec) == step.launch.identity.spec_hash
+    return not same or (bool(step.command) and item.instance.prepare != step.asked)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from mic_supervisor.config.document import FLEET
+from mic_supervisor.desired.claims import ORIGIN
 from mic_supervisor.model import DesiredState, Gpu, ObservedState, ObservedWorkload
 from mic_supervisor.plan.assess import Assessment, Context, is_alive, workloads
 from mic_supervisor.plan.launch import Ports, assign
 from mic_supervisor.plan.memory import InstanceMemory, Memory
+from mic_supervisor.plan.selection import drained
+from mic_supervisor.plan.words import Reason
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,13 @@ class Situation:
     def indices(self) -> Mapping[str, int]:
         return self.observed.inventory.indices
 
+    @cached_property
+    def drained(self) -> Reason | None:
+        """Why nothing is to run here: a person took the host out of service. What has to be removed
+        altogether is removed all the same."""
+        order = self.memory.drained
+        return drained(order, self.observed.at) if order and not self.desired.down else None
+
     def called(self, what: str) -> str:
         """ "GPU 3" for a UUID; anything else is called as it is."""
         return f"GPU {self.indices[what]}" if what in self.indices else what
@@ -63,15 +75,32 @@ class Situation:
     def alive(self) -> tuple[ObservedWorkload, ...]:
         return tuple(workload for workload in self.workloads if is_alive(workload))
 
+    @cached_property
+    def _indices_of_workloads(self) -> Mapping[str | int, Sequence[int]]:
+        found: defaultdict[str | int, list[int]] = defaultdict(list)
+        for index, workload in enumerate(self.workloads):
+            held = workload.identity
+            names: tuple[str | int, ...] = (held.instance, *held.gpus, *held.ports.values())
+            for what in names:
+                found[what].append(index)
+        return found
+
+    def having(self, *what: str | int) -> list[ObservedWorkload]:
+        """The workloads with one of these: an instance's id, a GPU's UUID, a host port.
+
+        In the order of `workloads`. To go through all of them for each would be quadratic.
+        """
+        found = {index for one in what for index in self._indices_of_workloads.get(one, ())}
+        return [self.workloads[index] for index in sorted(found)]
+
     def on_gpu(self, uuid: str) -> set[str]:
         """The instances that a workload on the GPU is of. What ended of one that is not desired
         any more counts: its processes take a moment to leave the driver's list.
         """
         return {
             workload.identity.instance
-            for workload in self.workloads
-            if uuid in workload.identity.gpus
-            and (is_alive(workload) or workload.identity.instance not in self.by_id)
+            for workload in self.having(uuid)
+            if is_alive(workload) or workload.identity.instance not in self.by_id
         }
 
     @cached_property
@@ -82,6 +111,14 @@ class Situation:
     def numbers(self) -> Mapping[str, Mapping[str, int] | None]:
         """The host ports of every desired instance, by its id."""
         return assign(self.assessments, self.ports.taken, self.context.port_range)
+
+    @cached_property
+    def instances_by_port(self) -> Mapping[int, Sequence[str]]:
+        found: defaultdict[int, list[str]] = defaultdict(list)
+        for instance, numbers in self.numbers.items():
+            for number in (numbers or {}).values():
+                found[number].append(instance)
+        return found
 
     @cached_property
     def named(self) -> frozenset[str]:
@@ -106,23 +143,26 @@ class Situation:
 
     @cached_property
     def undesired(self) -> tuple[ObservedWorkload, ...]:
-        """What no desired instance has the id of, and no unsatisfiable entry might mean."""
+        """What no desired instance has the id of, and no unsatisfiable entry might mean. All of it
+        has to stop where the host is drained."""
         return tuple(
             workload
             for workload in self.workloads
-            if workload.identity.instance not in self.by_id and not self.protects(workload)
+            if workload.identity.instance not in self.by_id
+            and (self.drained is not None or not self.protects(workload))
         )
 
     def protects(self, workload: ObservedWorkload) -> bool:
         """Whether an unsatisfiable entry might mean it. Where it is not even known which GPU the
-        entry means, that is everything of the same model on a GPU that is not there.
+        entry means, that is everything of the same model on a GPU that is not there; of what the
+        file hands over, everything.
         """
         identity = workload.identity
         lost = not set(identity.gpus) <= self.gpus.keys()
         return any(
             identity.instance in entry.instances
             or set(entry.gpus) & set(identity.gpus)
-            or (lost and not entry.gpus and entry.model == identity.model)
+            or (lost and not entry.gpus and entry.model in (identity.model, None))
             for entry in self.desired.unsatisfiable
         )
 
@@ -142,7 +182,21 @@ class Situation:
 
         A file cut short names fewer GPUs, and only a person can tell that from a removal.
         """
-        return not self.context.confirmed and not {*workload.identity.gpus} <= self.named
+        return not self.context.confirmed and not self.is_put_off(workload)
+
+    def is_put_off(self, workload: ObservedWorkload) -> bool:
+        """Whether a profile that is not on has it where the file does not name its GPUs now."""
+        one = workload.identity
+        left = {*one.gpus} - self.named
+        claimed = one.origin == ORIGIN and self.is_of_profile(FLEET, left)
+        return claimed or self.is_of_profile(one.model, left)
+
+    def is_of_profile(self, model: str, gpus: Collection[str]) -> bool:
+        """Whether a profile that is not on has the model, or a server's, on each of these GPUs: to
+        put it off was a person's word on that. Another model there is merely not named. `fleet`
+        stands for all that claims have.
+        """
+        return {(uuid, model) for uuid in gpus} <= {*self.desired.aside}
 
     @cached_property
     def lanes(self) -> list[Lane]:

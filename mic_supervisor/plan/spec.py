@@ -11,6 +11,7 @@ import hashlib
 import hmac
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from mic_supervisor import codec
@@ -29,13 +30,15 @@ from mic_supervisor.plan.actions import FieldDiff
 SCHEMA = 1
 HIDDEN = "(hidden)"
 
-_KINDS: dict[str, type[ContainerSpec] | type[ProcessSpec]] = {
+_KINDS: dict[str, Any] = {
     "container": ContainerSpec,
     "process": ProcessSpec,
 }
 _SECRET = frozenset({"env", "file_env", "variables"})
-# How a workload is stopped is read at the time of the stop: changing it must restart nothing.
-_NOT_COMPARED = frozenset({"stop_signal", "stop_timeout", "drain"})
+# How a workload is stopped is read at the time of the stop, and when its image is pulled as one is
+# created: changing these must restart nothing.
+_NOT_COMPARED = frozenset({"stop_signal", "stop_timeout", "drain", "pull"})
+_KEYS = {"host_devices": "devices"}  # as the file calls it
 _DIGEST = "hmac-sha256"
 
 
@@ -58,14 +61,15 @@ def normalise(workload: Workload, key: SpecKey) -> dict[str, Any]:
     """The sparse, JSON-able form of a workload, as it goes into labels."""
     kind = "container" if isinstance(workload, ContainerSpec) else "process"
     out: dict[str, Any] = {"kind": kind}
-    for spec_field in fields(workload):
-        value = getattr(workload, spec_field.name)
-        if value == _default(spec_field):
+    written: Any = type(workload)
+    for name, default in _fields(written):
+        value = getattr(workload, name)
+        if value == default:
             continue
-        if spec_field.name in _SECRET:
-            out[spec_field.name] = {name: key.digest(text) for name, text in value}
+        if name in _SECRET:
+            out[name] = {variable: key.digest(text) for variable, text in value}
         else:
-            out[spec_field.name] = _plain(value)
+            out[name] = _plain(value)
     return out
 
 
@@ -89,20 +93,21 @@ def spec_hash(spec: Mapping[str, Any]) -> str:
 
 def differences(recorded: Mapping[str, Any], desired: Mapping[str, Any]) -> tuple[FieldDiff, ...]:
     """The fields that differ, by path. Empty: what was recorded is what is desired."""
+    if recorded == desired:
+        return ()
     if recorded.get("kind") != desired.get("kind"):
         return (FieldDiff("kind", recorded.get("kind"), desired.get("kind")),)
-    known = _KINDS[desired["kind"]]
-    defaults = {f.name: _plain(_default(f)) for f in fields(known)}
     out: list[FieldDiff] = []
-    for name in sorted(defaults):
-        if name in _NOT_COMPARED:
+    for name, default in _defaults(desired["kind"]):
+        if name in _NOT_COMPARED or (name == "digest" and name not in desired):
+            continue  # a tag that nobody asked to be pulled is as good at any digest
+        before, after = recorded.get(name, default), desired.get(name, default)
+        if before == after:
             continue
-        before = recorded.get(name, defaults[name])
-        after = desired.get(name, defaults[name])
         if name in _SECRET:
             out.extend(_secret_differences(name, mapping(before), mapping(after)))
         else:
-            out.extend(_walk(name, before, after))
+            out.extend(_walk(_KEYS.get(name, name), before, after))
     return tuple(out)
 
 
@@ -140,12 +145,20 @@ def listen_address(spec: Mapping[str, Any] | None) -> str:
     return address if isinstance(address, str) else "127.0.0.1"
 
 
-def _default(spec_field: Any) -> Any:
-    return None if spec_field.default is MISSING else spec_field.default
+@cache
+def _defaults(kind: str) -> tuple[tuple[str, Any], ...]:
+    """The fields of a kind by name, sorted, with what stands for one that is not recorded."""
+    return tuple(sorted((name, _plain(default)) for name, default in _fields(_KINDS[kind])))
+
+
+@cache
+def _fields(kind: Any) -> tuple[tuple[str, Any], ...]:
+    """The fields of a data class by name, with their defaults."""
+    return tuple((f.name, None if f.default is MISSING else f.default) for f in fields(kind))
 
 
 def _plain(value: Any) -> Any:
-    """Tuples become lists, nested records sparse maps; ports and mounts are keyed by name."""
+    """Tuples become lists, nested records sparse maps; what has a name is keyed by it."""
     if isinstance(value, Limits):
         return _sparse(value)
     if isinstance(value, tuple):
@@ -153,12 +166,15 @@ def _plain(value: Any) -> Any:
             return {item.name: _sparse(item, "name") for item in value}
         if value and all(isinstance(item, Mount) for item in value):
             return {item.target: _sparse(item, "target") for item in value}
+        if value and all(isinstance(item, tuple) for item in value):
+            return dict(value)
         return [_plain(item) for item in value]
     return value
 
 
 def _sparse(value: Limits | Mount | Port, key: str = "") -> dict[str, Any]:
-    pairs = ((f.name, getattr(value, f.name), _default(f)) for f in fields(value))
+    kind: Any = type(value)
+    pairs = ((name, getattr(value, name), default) for name, default in _fields(kind))
     return {name: item for name, item, default in pairs if item != default and name != key}
 
 

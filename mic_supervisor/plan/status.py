@@ -25,6 +25,7 @@ _HEALTH = {
     Phase.UNPROBED: "unknown",
     Phase.DEGRADED: "degraded",
     Phase.PAUSED: "suspended",
+    Phase.DRAINED: "suspended",
     Phase.BACKOFF: "unhealthy",
     Phase.STUCK_STOPPING: "unhealthy",
 }
@@ -74,6 +75,7 @@ class InstanceStatus:
     serving: bool | None = None  # what its probes say, whatever specification runs; None unknown
     models: tuple[ModelStatus, ...] = ()  # of a server of several
     why: Reason | None = None  # what `reason` says, as data; None: a probe or a program said it
+    openai_model: str | None = None  # its name in OpenAI's API
 
     @property
     def code(self) -> str | None:
@@ -127,7 +129,7 @@ def instance_statuses(
     ]
     known = {row.id for row in rows}
     rows += [
-        _leaving(workload, activities.get(workload.identity.instance), plan.blocked)
+        _leaving(workload, activities.get(workload.identity.instance), plan)
         for workload in {
             item.identity.instance: item for item in workloads(observed) if is_alive(item)
         }.values()
@@ -219,6 +221,8 @@ def _desired(
         how = f"; it runs, {phase.value}" + (f": {reason}" if reason else "")
         phase, reason = Phase.PAUSED, held.reason + (how if failing else "")
         why = held.why
+    elif held is not None and held.drained:
+        phase = Phase.DRAINED
     elif activity is None and instance.id in waits:
         why = waits[instance.id]
         reason = f"waits for {why}"
@@ -254,6 +258,7 @@ def _desired(
         serving=really.serving,
         models=_models(item, phase, reason, why, memory),
         why=why,
+        openai_model=instance.openai_model,
     )
 
 
@@ -320,7 +325,7 @@ def _cooling_down(
     That stays so while it is tried again, until something starts: it is one wait, however many
     tries that takes.
     """
-    if cooldown is None or row.phase in (Phase.READY, Phase.PAUSED):
+    if cooldown is None or row.phase in (Phase.READY, Phase.PAUSED, Phase.DRAINED):
         return row
     if trying and row.phase not in _BEFORE_START:
         return row
@@ -342,13 +347,14 @@ def _health(phase: Phase, item: Assessment) -> str:
     return _HEALTH.get(phase, "missing" if missing and not item.alive else "progressing")
 
 
-def _leaving(
-    workload: ObservedWorkload, activity: Activity | None, blocked: Iterable[Blocked]
-) -> InstanceStatus:
+def _leaving(workload: ObservedWorkload, activity: Activity | None, plan: Plan) -> InstanceStatus:
     """A row for what runs and is not desired. What follows it may be blocked: then it stays."""
     identity = workload.identity
     phase, why = Phase.PENDING, because(Code.LEAVING)
-    for item in blocked:
+    for change in plan.changes:
+        if change.instance == identity.instance and change.why.kind is Code.DRAINED:
+            why = change.why
+    for item in plan.blocked:
         if item.instance == identity.instance:
             phase, why = Phase.PAUSED if item.paused else Phase.BLOCKED, item.why
             break

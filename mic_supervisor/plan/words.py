@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, unique
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mic_supervisor.clocks import local
 from mic_supervisor.text import one_line
+
+if TYPE_CHECKING:
+    from mic_supervisor.model import Claim
 
 _RETRY = "change the file, or: mic-supervisor retry {instance}"
 _FAILED = "the new specification failed ({failure})"
 _HELD = "{what} is still held by {holder}, "
 _NEEDS = "it needs {vram}, and GPU {gpu} ({name}) has "
+IGNORED_HINT = (
+    "install Docker Engine, and have MIC_DOCKER_HOST name its socket; the package podman-docker "
+    "puts Podman at Docker's usual one"
+)
 _FOREIGN = "GPU {gpu} is held by {who}, not ours{whose}"
 
 
@@ -33,17 +40,24 @@ class Code(Enum):
     GPU_LOST = "{gpus} is not there"
     GPU_UNHEALTHY = (
         "GPU {gpu} is unhealthy: {trouble}",
-        "stop what uses it, then: nvidia-smi --gpu-reset -i {gpu}; or reboot",
+        "stop what uses it, then: nvidia-smi --gpu-reset -i {index}; or reboot",
     )
+
+    GPUS_IGNORED = "{engine} takes a request for a GPU and ignores it", IGNORED_HINT
 
     # Somebody asked for it, or has yet to.
     PAUSED = "paused since {since}{note}"
     MODEL_PAUSED = "{model} is {pause}"
+    DRAINED = "the host is drained since {since}{note}", "mic-supervisor undrain"
     IN_DOUBT = "{doubt}"
     NOT_CHOSEN = "not one of the targets", "name it as well, with apply --target"
     UNEXPLAINED = "it stays as it is, since what was remembered of it is lost"
     UNCONFIRMED = "the file no longer names {what}; its removal waits to be confirmed"
     SHRINKS = "the file no longer names {gpus} of it; its replacement waits to be confirmed"
+    CLAIMED = (
+        "it is claimed, and only the daemon knows by whom",
+        "start it: systemctl start mic, or mic-supervisor run",
+    )
     WOULD = "would {kind}: {cause}"
     WOULD_BE_BLOCKED = "would be blocked: {blocked}"
 
@@ -94,6 +108,7 @@ class Code(Enum):
     NEVER_STARTED = "it was created and never started"
     INTERRUPTED = "its replacement was interrupted"
     SPEC_CHANGED = "its specification changed: {paths}{down}"
+    TAG_MOVED = "{image} is another image now: {before} -> {after}"
     GPUS_CHANGED = "its set of GPUs changed{down}"
     CHANGED_AND_DOWN = "{drift}, and the earlier one does not run"
     ASKED_FOR = "asked for"
@@ -108,7 +123,11 @@ class Code(Enum):
     LEFT_OVER = "left over from an earlier specification"
     OTHER_MODEL = "the file has {model} on its GPU"
     KEPT_EMPTY = "the file keeps its GPU empty"
+    OF_PROFILE = "the profile that has its GPU is not on"
     NOT_NAMED = "the file no longer names it"
+    CLAIM_ENDED = "{ending}"
+    HANDED_OVER = "the file hands its GPU over, and no claim has it"
+    CLAIMED_BY = "claimed by {holder}"
     LEAVING = "the file does not ask for it: it will be removed"
     NOT_LOADED = "{of}the server does not have {model} loaded"
     MODEL_CHANGED = "{of}{changed} changed"
@@ -180,6 +199,11 @@ def shortened(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
+def short_digest(digest: str | None) -> str:
+    """ "sha256:488f61a60d35", as Docker shows ids."""
+    return "unknown" if digest is None else digest[: len("sha256:") + 12]
+
+
 def beside(phase: str, reason: str) -> str:
     """`reason` as it stands behind its phase: that of a backoff begins with the word."""
     return reason.removeprefix(f"{phase}: ")
@@ -196,6 +220,11 @@ def gpu_names(gpus: Iterable[str], indices: Mapping[str, int]) -> str:
 def left_out_line(instance: str, action: str, cause: str) -> str:
     """What is due and was not chosen."""
     return f"left out: {instance} ({action}: {cause})"
+
+
+def called(claim: Claim) -> str:
+    """ "alice (task 3)": the user who holds a claim, and what the holder calls itself."""
+    return f"{claim.by} ({claim.holder})" if claim.holder else claim.by
 
 
 def size(count: int) -> str:

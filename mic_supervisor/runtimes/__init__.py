@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
-from mic_supervisor.model import Launch, ObservedWorkload, RuntimeView
+from mic_supervisor.model import Launch, ObservedWorkload, Pairs, RuntimeView
 
 Progress = Callable[[str], None]
 """Takes one short line for a person: "pulling 41 %"."""
@@ -128,5 +129,54 @@ class Runtime(Protocol):
 
         A hint to look, not a record: what happens while nobody listens is lost. Raises
         RuntimeUnavailable when the stream breaks.
+        """
+        ...
+
+
+@runtime_checkable
+class Images(Protocol):
+    """What a runtime offers besides, whose workloads are made of images. Errors as of `Runtime`."""
+
+    def registry_digest(self, image: str) -> str:
+        """What the image's tag means in its registry now: "sha256:…". PreflightFailed where the
+        registry does not say.
+        """
+        ...
+
+    def digests(self, image: str) -> tuple[str, ...]:
+        """What an image that is here, by its name or id, is in registries; none where it is not."""
+        ...
+
+    def pull(self, image: str, progress: Progress) -> None:
+        """Make the image's tag mean here what it means in its registry."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostCommand:
+    """A program of this machine and its arguments, to be run to its end. `timeout` is in seconds.
+
+    Of an `instance` one runs at a time.
+    """
+
+    instance: str
+    command: tuple[str, ...]
+    env: Pairs = field(repr=False)
+    user: str | None
+    directory: str
+    timeout: float
+
+
+@runtime_checkable
+class HostCommands(Protocol):
+    """What a runtime of host processes offers besides."""
+
+    def run_command(
+        self, what: HostCommand, progress: Progress, given_up: Callable[[], bool]
+    ) -> None:
+        """Run it to its end; `progress` gets what it prints, its last line every half a second.
+
+        Past its time, and once it is `given_up`, which is asked as often, it is ended with all that
+        it started. Raises Withdrawn for the second, and PreflightFailed unless it exits with 0.
         """
         ...

@@ -15,7 +15,6 @@ import pwd
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -29,9 +28,9 @@ from mic_supervisor.errors import PreflightFailed, RuntimeRefused, StopFailed
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.host import programs
 from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec
-from mic_supervisor.runtimes import TIMED_OUT
+from mic_supervisor.runtimes import TIMED_OUT, HostCommand
 
-_CHECK_ID = "MIC_CHECK_ID"
+CHECK_ID = "MIC_CHECK_ID"
 MOST_OUTPUT = 4096  # bytes of a check's output that are kept
 
 
@@ -92,9 +91,9 @@ def _group(name: str) -> int | None:
         return None
 
 
-def environment(spec: ProcessSpec, who: Account) -> dict[str, str]:
-    """PATH, HOME and LANG, unless the specification sets them, and what it sets."""
-    return {**programs.plain_environment(who.home), **dict(spec.env)}
+def environment(what: ProcessSpec | HostCommand, who: Account) -> dict[str, str]:
+    """PATH, HOME and LANG, unless it sets them, and what it sets."""
+    return {**programs.plain_environment(who.home), **dict(what.env)}
 
 
 def limits(spec: ProcessSpec) -> dict[str, int]:
@@ -206,7 +205,7 @@ def _may_use(path: Path, who: Account) -> bool:
     """Whether the account may enter a directory or execute a file, as the kernel sees it."""
     try:
         done = programs.run(
-            ["test", "-x", str(path)], 10.0, env={"PATH": programs.DEFAULT_PATH}, **_as(who)
+            ["test", "-x", str(path)], 10.0, env={"PATH": programs.DEFAULT_PATH}, **as_account(who)
         )
     except OSError:
         return True  # it could not be asked: the start will tell
@@ -227,7 +226,8 @@ def _check_texts(spec: ProcessSpec) -> None:
 
 
 def _check_limits(spec: ProcessSpec) -> None:
-    for name, value in (("memory", spec.limits.memory), ("cpus", spec.limits.cpus)):
+    bound = spec.limits
+    for name, value in (("memory", bound.memory), ("cpus", bound.cpus), ("numa", bound.numa)):
         if value is not None:
             raise PreflightFailed(
                 f"cannot keep limits.{name}: a process without systemd has no control group",
@@ -310,12 +310,12 @@ def run_check(
     done = programs.run(
         command,
         timeout,
-        env={**programs.plain_environment(who.home), _CHECK_ID: nonce},
+        env={**programs.plain_environment(who.home), CHECK_ID: nonce},
         cwd=directory,
         most=MOST_OUTPUT,
-        end=lambda process: _end_check(process, nonce),
+        end=lambda process: end_all(nonce, process.pid),
         clock=clock,
-        **_as(who),
+        **as_account(who),
     )
     text = done.output.decode(errors="replace").strip()
     if done.code is None:
@@ -328,21 +328,26 @@ def timed_out(timeout: float, said: str) -> tuple[int, str]:
     return TIMED_OUT, f"it did not end within {timeout:g} s" + (f": {said}" if said else "")
 
 
-def _as(who: Account) -> dict[str, Any]:
+def as_account(who: Account) -> dict[str, Any]:
     """How to run a program as an account."""
     if not who.switch:
         return {}
     return {"user": who.uid, "group": who.gid, "extra_groups": who.groups}
 
 
-def _end_check(process: subprocess.Popen[bytes], nonce: str) -> None:
-    # It is not waited for before this: its PID is its own until then.
+def end_all(nonce: str, *pids: int) -> None:
+    """KILL what has this nonce, and these with all below them. They are children that were not
+    waited for: their PIDs are their own until then.
+    """
+    none_before = False
     for _ in range(50):
-        below = procfs.descendants([process.pid])
-        found = {process.pid, *below, *procfs.with_environ(_CHECK_ID, [nonce])}
+        below = procfs.descendants(pids)
+        found = {*pids, *below, *procfs.with_environ(CHECK_ID, [nonce])}
         running = [one for pid in found if (one := procfs.stat(pid)) is not None and one.running]
-        if not running:
+        # One that forks behind a look and ends before it is read leaves a child for the next look.
+        if not running and none_before:
             break
+        none_before = not running
         for one in running:
             with contextlib.suppress(PermissionError):
                 procfs.send_signal(one.pid, one.start_time, signal.SIGKILL)
@@ -449,7 +454,7 @@ def _run(command: list[str], who: Account) -> tuple[int, str]:
         _TIMEOUT,
         env={"PATH": programs.DEFAULT_PATH, "LC_ALL": "C"},
         umask=0o022,
-        **_as(who),
+        **as_account(who),
     )
     if done.code is None:
         raise OSError(errno.ETIMEDOUT, f"{command[0]} does not end")

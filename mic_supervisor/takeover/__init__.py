@@ -18,15 +18,15 @@ RESERVED = frozenset({"none", "fleet"})
 class Proposal:
     """One model for the file.
 
-    `gpus` are indices; empty: not known. `secrets` go into an env_file of their own. `stop` are the
-    commands that end what runs now. `left` are the settings that no key of the file says, a line
-    each. `refused`: why it cannot be taken over as it is.
+    `gpus` are indices, and UUIDs of MIG slices; empty: not known. `secrets` go into an env_file of
+    their own. `stop` are the commands that end what runs now. `left` are the settings that no key
+    of the file says, a line each. `refused`: why it cannot be taken over as it is.
     """
 
     name: str
     what: str  # "container web", "PID 4121 (python)"
     entry: Mapping[str, Any]
-    gpus: tuple[int, ...]
+    gpus: tuple[int | str, ...]
     stop: tuple[str, ...]
     notes: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
@@ -73,17 +73,24 @@ def refusal(texts: Iterable[str]) -> str | None:
     return None
 
 
-def indices_of(wanted: Sequence[str], known: Mapping[str, int]) -> tuple[int, ...]:
-    """Indices of GPUs that are given by index, UUID (its beginning will do) or `all`."""
-    found: set[int] = set()
+def numbers_of(wanted: Sequence[str], known: Mapping[str, int | str]) -> tuple[int | str, ...]:
+    """What GPUs are called that are given by index, UUID (its beginning will do) or `all`."""
+    found: set[int | str] = set()
     for text in wanted:
         if text == "all":
             found.update(known.values())
         elif text.isdigit():
-            found.update(index for index in known.values() if index == int(text))
+            found.update(number for number in known.values() if number == int(text))
         elif text:
-            found.update(index for uuid, index in known.items() if uuid.startswith(text))
-    return tuple(sorted(found))
+            found.update(number for uuid, number in known.items() if uuid.startswith(text))
+    return in_order(found)
+
+
+def in_order(numbers: Iterable[int | str]) -> tuple[int | str, ...]:
+    """Each once; GPUs by their index, and behind them slices by their UUID."""
+    once = set(numbers)
+    indices = sorted(number for number in once if isinstance(number, int))
+    return *indices, *sorted(number for number in once if isinstance(number, str))
 
 
 def base_name(path: str) -> str:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mic_supervisor.config.container import cpus_of
 from mic_supervisor.config.types import format_duration, format_size
 from mic_supervisor.errors import RuntimeRefused
 from mic_supervisor.kill import Survey
 from mic_supervisor.model import OwnerKind, Pairs
 from mic_supervisor.runtimes.checks import signal_number
-from mic_supervisor.runtimes.docker.create import MANAGED_BY
-from mic_supervisor.takeover import Proposal, for_env_file, indices_of, refusal
-from mic_supervisor.takeover.differences import FOR_ALL, differences, line, of_mount
+from mic_supervisor.runtimes.docker.create import CDI_KIND, MANAGED_BY
+from mic_supervisor.runtimes.docker.keys import BY_FIELD
+from mic_supervisor.takeover import Proposal, for_env_file, numbers_of, refusal
+from mic_supervisor.takeover.differences import differences, line, of_mount
 
 if TYPE_CHECKING:
     from mic_supervisor.runtimes.docker.engine import Engine
 
-_CDI = "nvidia.com/gpu="
 _DEFAULT_SHM = 64 << 20
 _VISIBLE = "NVIDIA_VISIBLE_DEVICES"
 _CHOSEN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
@@ -32,20 +32,19 @@ class Around:
     """What the engine says besides of a container: of itself, of its volumes, of its image.
 
     `image` is None where that is gone. `volumes` maps names to the options that they were made
-    with. `shared` is the size of this machine's /dev/shm in bytes.
+    with.
     """
 
     image: Mapping[str, Any] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     volumes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    shared: int | None = None
     image_moved: bool = False
 
 
 def proposals(survey: Survey, engine: Engine) -> list[Proposal]:
     what = "cannot look for containers"
     info = engine.call(what, lambda api: api.info())
-    known = survey.inventory.indices
+    known = survey.inventory.numbers
     found = []
     for listed in sorted(engine.call(what, lambda api: api.containers()), key=_name):
         try:
@@ -82,7 +81,6 @@ def _around(engine: Engine, inspected: Mapping[str, Any], info: Mapping[str, Any
         image=image,
         info=info,
         volumes={volume: _options(engine, volume) for volume in volumes},
-        shared=_shared_memory() if engine.local else None,
         image_moved=named is not None and named.get("Id") not in (ref, (image or {}).get("Id")),
     )
 
@@ -102,16 +100,9 @@ def _options(engine: Engine, volume: str) -> Mapping[str, str]:
         return {"type": "not known"}  # its path may be empty as well
 
 
-def _shared_memory() -> int | None:
-    try:
-        return shutil.disk_usage("/dev/shm").total
-    except OSError:
-        return None
-
-
-def _held(survey: Survey, container: str) -> list[int]:
+def _held(survey: Survey, container: str) -> list[int | str]:
     return [
-        gpu.index
+        gpu.number
         for gpu in survey.inventory.gpus
         if any(
             process.owner is not None
@@ -128,11 +119,12 @@ def wanted_gpus(inspected: Mapping[str, Any], default_runtime: str | None) -> li
     wanted: list[str] = []
     for request in host.get("DeviceRequests") or ():
         kinds = {kind for group in request.get("Capabilities") or () for kind in group}
-        ids = [str(name).removeprefix(_CDI) for name in request.get("DeviceIDs") or ()]
+        names = [str(name) for name in request.get("DeviceIDs") or ()]
         if request.get("Driver") == "cdi":
-            wanted += [str(n).removeprefix(_CDI) for n in request["DeviceIDs"] if _CDI in str(n)]
+            wanted += [name.removeprefix(CDI_KIND) for name in names if CDI_KIND in name]
         elif "gpu" in kinds or request.get("Driver") == "nvidia":
             count = int(request.get("Count") or 0)
+            ids = [name.removeprefix(CDI_KIND) for name in names]
             wanted += ids or (["all"] if count < 0 else [str(n) for n in range(count)])
     runtime = host.get("Runtime") or default_runtime
     if not wanted and runtime == "nvidia":
@@ -146,15 +138,15 @@ def propose(
     inspected: Mapping[str, Any],
     around: Around,
     wanted: Sequence[str],
-    known: Mapping[str, int],
-    held: Sequence[int],
+    known: Mapping[str, int | str],
+    held: Sequence[int | str],
 ) -> Proposal:
-    """`known` maps UUIDs to indices; `held` are the indices where the driver sees the container."""
+    """`known` maps UUIDs to what GPUs are called; the driver sees the container on `held`."""
     name = str(inspected.get("Name") or inspected["Id"][:12]).lstrip("/")
     config, host = inspected.get("Config") or {}, inspected.get("HostConfig") or {}
     base = (around.image or {}).get("Config") or {}
     notes: list[str] = []
-    left = differences(inspected, base, around.info)
+    besides, left = differences(inspected, base, around.info)
     entry: dict[str, Any] = {"backend": "container", "image": config.get("Image") or "?"}
     if around.image_moved:
         notes.append("It runs an earlier image of that name; the model gets what it names now.")
@@ -166,23 +158,20 @@ def propose(
     if command and (command != base.get("Cmd") or "entrypoint" in entry):
         entry["command"] = command
     notes += _ports(entry, inspected)
+    entry |= {**besides, **_limits(host)}
     left += _mounts(entry, inspected, around.volumes, notes)
     shm = host.get("ShmSize")
-    if host.get("IpcMode") == "host":
-        shm = around.shared
-    if shm not in (None, 0, _DEFAULT_SHM):
+    if shm not in (None, 0, _DEFAULT_SHM) and besides.get("ipc") not in ("host", "none"):
         entry["shm_size"] = format_size(shm)
     for key, from_field in (("user", "User"), ("working_dir", "WorkingDir")):
         if config.get(from_field) and config[from_field] != base.get(from_field):
             entry[key] = config[from_field]
-    limits, more = _limits(host)
-    if limits:
-        entry["limits"] = limits
-    left += [*more, *_stopping(entry, config), *_health(entry, config, base)]
+    left += [*_stopping(entry, config), *_health(entry, config, base)]
     secrets, unset = _own_environment(config, base, notes)
     left += unset
-    asked = indices_of(wanted, known)
-    gpus = tuple(index for index in asked if index in held) or asked
+    asked = numbers_of(wanted, known)
+    # A slice may be asked for as "0:1", which tells nothing without the driver.
+    gpus = tuple(number for number in asked if number in held) or asked or tuple(held)
     if len(gpus) < len(asked):
         notes.append(f"It may see GPU {', '.join(map(str, asked))}, and uses these only.")
     texts = [*entry.get("command", ()), *entry.get("entrypoint", ())]
@@ -266,6 +255,9 @@ def _mounts(
     for mount in sorted(inspected.get("Mounts") or (), key=lambda one: str(one["Destination"])):
         kind, target = mount.get("Type"), str(mount.get("Destination"))
         source = mount.get("Source")
+        if kind == "tmpfs":
+            entry.setdefault("tmpfs", []).append(_tmpfs(target, requests))
+            continue
         if kind not in ("bind", "volume") or not source:
             left.append(line("--mount", f"of type {kind} at {target}"))
             continue
@@ -296,8 +288,20 @@ def _mounts(
     return left
 
 
-def _limits(host: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`limits`, and what it cannot say of them."""
+def _tmpfs(target: str, requests: Sequence[Mapping[str, Any]]) -> str:
+    """What `--mount type=tmpfs` asked for, as `--tmpfs` says it."""
+    asked = [one.get("TmpfsOptions") or {} for one in requests if one.get("Target") == target]
+    given: Mapping[str, Any] = next(iter(asked), {})
+    said = ["=".join(one) for one in given.get("Options") or ()]
+    if size := given.get("SizeBytes"):
+        said.append(f"size={size}")
+    if mode := given.get("Mode"):
+        said.append(f"mode={mode:o}")
+    return f"{target}:{','.join(said)}" if said else target
+
+
+def _limits(host: Mapping[str, Any]) -> dict[str, Any]:
+    """`limits` and `ulimits`."""
     limits: dict[str, Any] = {}
     if host.get("Memory"):
         limits["memory"] = format_size(int(host["Memory"]))
@@ -305,17 +309,16 @@ def _limits(host: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         limits["cpus"] = int(host["NanoCpus"]) / 1e9
     elif int(host.get("CpuQuota") or 0) > 0:
         limits["cpus"] = int(host["CpuQuota"]) / int(host.get("CpuPeriod") or 100_000)
-    left = []
-    for limit in host.get("Ulimits") or ():
-        name, soft, hard = limit.get("Name"), limit.get("Soft"), limit.get("Hard")
-        if name == "memlock" and isinstance(soft, int):
-            limits[name] = "unlimited" if soft < 0 else format_size(soft)
-        elif name == "nofile" and isinstance(soft, int) and soft > 0:
-            limits[name] = soft
-        if name not in limits or hard != soft:
-            advice = FOR_ALL.format("default-ulimits")
-            left.append(line("--ulimit", f"{name}={soft}:{hard}", advice))
-    return limits, left
+    if "cpus" in limits and (cpuset := host.get("CpusetCpus")):
+        limits["cpus"] = min(limits["cpus"], len(cpus_of(cpuset)))
+    ulimits = BY_FIELD["HostConfig", "Ulimits"].read(host.get("Ulimits") or ())
+    if type(files := ulimits.get("nofile")) is int and files > 0:
+        limits["nofile"] = ulimits.pop("nofile")
+    if type(locked := ulimits.get("memlock")) is int:
+        limits["memlock"] = "unlimited" if locked < 0 else format_size(locked)
+        del ulimits["memlock"]
+    found = {"limits": limits, "ulimits": ulimits}
+    return {key: value for key, value in found.items() if value}
 
 
 def _stopping(entry: dict[str, Any], config: Mapping[str, Any]) -> list[str]:

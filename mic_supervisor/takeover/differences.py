@@ -1,4 +1,4 @@
-"""What a container has and no key of gpus.yaml says, as lines for people.
+"""What a container has besides, as keys of gpus.yaml; and what no key says, as lines for people.
 
 Each key that the engine shows is compared with what a plain `docker run` of the same image has. A
 key that stands in no table here is compared with the empty value of its type, so that a setting of
@@ -7,10 +7,14 @@ a later engine is not dropped in silence. Fields: Docker Engine API, ContainerIn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from mic_supervisor.config.container import ContainerOptions
 from mic_supervisor.runtimes.docker.create import CDI_KIND, LOGS
+from mic_supervisor.runtimes.docker.keys import BY_FIELD
 from mic_supervisor.text import one_line
 
 _LONGEST = 300  # characters of one value
@@ -87,7 +91,6 @@ FOR_ALL = 'every container gets it by "{}" in /etc/docker/daemon.json'
 _ADVICE = {
     "AutoRemove": "as soon as it is stopped, Docker removes it, and its unnamed volumes with "
     "their data",
-    "Dns": FOR_ALL.format("dns"),
     "DnsOptions": FOR_ALL.format("dns-opts"),
     "DnsSearch": FOR_ALL.format("dns-search"),
     "IpcMode": "the model has a /dev/shm of its own, of shm_size",
@@ -98,37 +101,87 @@ _ADVICE = {
     "MaskedPaths": "as with --security-opt systempaths=unconfined",
     "ReadonlyPaths": "as with --security-opt systempaths=unconfined",
     "RestartPolicy": "the supervisor starts a model again whenever it ends",
+    "SecurityOpt": "save a profile in a file, and name that: `security_opt: [seccomp=/PATH]`",
 }
-_IN_BRIDGE = (
-    "the model is in the network bridge, where others reach it by `listen` and `port` alone"
+_IN_BRIDGE, _AS_GIVEN = (
+    "the model is in its other networks alone",
+    "Docker chooses these for a model",
 )
 
 
 def differences(
     inspected: Mapping[str, Any], image: Mapping[str, Any], info: Mapping[str, Any]
-) -> list[str]:
-    """One line each. `image` is the image's own `Config`, `info` what the engine says of itself."""
-    config, host = inspected.get("Config") or {}, dict(inspected.get("HostConfig") or {})
+) -> tuple[dict[str, Any], list[str]]:
+    """Keys with their values, and one line for each setting that has no key. `image` is the image's
+    own `Config`, `info` what the engine says of itself.
+    """
+    config, host = dict(inspected.get("Config") or {}), dict(inspected.get("HostConfig") or {})
     host["RestartPolicy"] = (host.get("RestartPolicy") or {}).get("Name")
     host["DeviceRequests"] = [*filter(None, map(_request, host.get("DeviceRequests") or ()))]
+    config["Labels"] = _labels(config.get("Labels") or {}, image.get("Labels") or {})
+    host["SecurityOpt"] = _security(host)
     plain = _plain(inspected, info)
-    found = list(_networks(inspected))
+    entry, found = _networks(inspected)
     sections: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = (
         ("HostConfig", host, {}),
-        ("Config", config, image),
+        ("Config", config, {**image, "Labels": {}}),
     )
     for section, values, own in sections:
         for key, value in sorted(values.items()):
             if key in _CARRIED | _NO_SETTING or value == own.get(key):
                 continue
             if key in _HIDDEN:
-                is_plain = value is None or _HIDDEN[key] <= set(value)
+                unconfined = "systempaths=unconfined" in host["SecurityOpt"]
+                is_plain = value is None or _HIDDEN[key] <= set(value) or unconfined
             else:
                 is_plain = not (value or own.get(key)) or value in plain.get(key, ())
-            shown = None if is_plain else _shown(key, value, own.get(key))
-            if shown is not None:
+            if is_plain:
+                continue
+            if (row := BY_FIELD.get((section, key))) is not None:
+                given, value = _divided(row.key, row.read(value))
+                entry |= {row.key: given} if given else {}
+                if not value:
+                    continue
+            if (shown := _shown(key, value)) is not None:
                 found.append(line(_OPTIONS.get(key, f"{section}.{key}"), shown, _ADVICE.get(key)))
-    return found
+    return entry, found
+
+
+def _divided(key: str, value: Any) -> tuple[Any, Any]:
+    """What of a value the file can say, and what it cannot."""
+    if isinstance(value, list):
+        said = [item for item in value if _can_say(key, [item])]
+        return said, [item for item in value if item not in said]
+    if isinstance(value, dict):
+        kept = {name: item for name, item in value.items() if _can_say(key, {name: item})}
+        return kept, {name: item for name, item in value.items() if name not in kept}
+    return (value, None) if _can_say(key, value) else (None, value)
+
+
+def _can_say(key: str, value: Any) -> bool:
+    try:
+        ContainerOptions.model_validate({key: value})
+    except ValidationError:
+        return False
+    return "${" not in str(value)
+
+
+def _labels(given: Mapping[str, str], of_image: Mapping[str, str]) -> dict[str, str]:
+    """Those that somebody asked for: not the image's, and not Compose's own records."""
+    return {
+        name: text
+        for name, text in given.items()
+        if of_image.get(name) != text and not name.startswith("com.docker.compose.")
+    }
+
+
+def _security(host: Mapping[str, Any]) -> list[str]:
+    given = [str(one) for one in host.get("SecurityOpt") or ()]
+    if "host" in (host.get("IpcMode"), host.get("PidMode")):  # then the engine adds it itself
+        given = [one for one in given if one != "label=disable"]
+    if host.get("MaskedPaths") == [] == host.get("ReadonlyPaths"):
+        given.append("systempaths=unconfined")  # how the client says it
+    return given
 
 
 def line(option: str, value: str = "", advice: str | None = None) -> str:
@@ -161,15 +214,10 @@ def _plain(inspected: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, t
     }
 
 
-def _shown(key: str, value: Any, own: Any) -> str | None:
+def _shown(key: str, value: Any) -> str | None:
     """None: nothing is worth a line. What may be secret is shown by its name alone."""
     if key == "Labels":
-        names = {name for name, text in (value or {}).items() if (own or {}).get(name) != text}
-        # Compose's own records, not what somebody asked for.
-        shown = ", ".join(
-            sorted(name for name in names if not name.startswith("com.docker.compose."))
-        )
-        return one_line(shown, _LONGEST) or None
+        return one_line(", ".join(sorted(value)), _LONGEST)
     if key == "LogConfig":
         options = ", ".join(sorted(value.get("Config") or ()))
         if value.get("Type") == "json-file" and not options:
@@ -187,29 +235,37 @@ def words(value: Any) -> str:
     return str(value)
 
 
-def _networks(inspected: Mapping[str, Any]) -> Iterator[str]:
+def _networks(inspected: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     mode = str((inspected.get("HostConfig") or {}).get("NetworkMode"))
+    left = []
     if mode.startswith("container:"):
-        yield line(
-            "--network",
-            mode[: len("container:") + 12],
+        advice = (
             "the model has a network of its own: publish its port here, and let both find each "
-            "other there",
+            "other there"
         )
+        left.append(line("--network", mode[: len("container:") + 12], advice))
     elif mode == "none":
-        yield line("--network", mode, "the model is in the network bridge, and may reach others")
+        advice = "the model is in the network bridge, and may reach others"
+        left.append(line("--network", mode, advice))
     endpoints = (inspected.get("NetworkSettings") or {}).get("Networks") or {}
-    own_names = {str(inspected.get("Id"))[:12], str(inspected.get("Name")).lstrip("/")}
+    names = sorted(set(endpoints) - {"bridge", "host", "none"}, key=lambda one: (one != mode, one))
+    # What the engine gives by itself, and to the model, too.
+    usual = (str(inspected.get("Id"))[:12], (inspected.get("Config") or {}).get("Hostname"))
+    aliases = {str(inspected.get("Name")).lstrip("/")}
     for name, endpoint in sorted(endpoints.items()):
         asked = {
             key: value
             for key, value in (endpoint or {}).items()
             if value and key not in _STATE_OF_ENDPOINT
         }
-        asked["Aliases"] = [one for one in asked.get("Aliases") or () if one not in own_names]
-        if name not in ("bridge", "host", "none") or any(asked.values()):
+        aliases.update(str(one) for one in asked.pop("Aliases", ()) if one not in usual)
+        in_bridge = name == "bridge" and bool(names)
+        if any(asked.values()) or in_bridge:
             with_it = "; ".join(f"{key} {words(value)}" for key, value in asked.items() if value)
-            yield line("--network", f"{name}{f' ({with_it})' if with_it else ''}", _IN_BRIDGE)
+            shown = f"{name}{f' ({with_it})' if with_it else ''}"
+            left.append(line("--network", shown, _IN_BRIDGE if in_bridge else _AS_GIVEN))
+    # By its own name, too, as Docker has it: others may know it by that.
+    return {"networks": names, "network_aliases": sorted(aliases)} if names else {}, left
 
 
 def _request(request: Mapping[str, Any]) -> dict[str, Any]:

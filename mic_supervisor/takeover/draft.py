@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -134,29 +135,41 @@ def _model_notes(one: Proposal) -> Iterator[str]:
 def _gpu_lines(
     inventory: GpuInventory, proposals: Sequence[Proposal]
 ) -> tuple[list[DraftGpu], set[str]]:
-    by_index = {gpu.index: gpu for gpu in inventory.gpus}
-    owner: dict[int, Proposal] = {}
-    also: dict[int, list[str]] = {}
+    by_number = {gpu.number: gpu for gpu in inventory.gpus}
+    owner: dict[int | str, Proposal] = {}
+    also: dict[int | str, list[str]] = {}
     for one in proposals:
-        usable = one.refused is None and one.gpus and all(n in by_index for n in one.gpus)
+        usable = one.refused is None and one.gpus and all(n in by_number for n in one.gpus)
         if usable and not any(n in owner for n in one.gpus):
             owner.update(dict.fromkeys(one.gpus, one))
             continue
-        for index in one.gpus:
-            also.setdefault(index, []).append(one.name)
+        for number in one.gpus:
+            also.setdefault(number, []).append(one.name)
     out: list[DraftGpu] = []
     written: set[str] = set()
-    lost = {gpu.index: gpu.error_line for gpu in inventory.unopened}
-    for index in sorted({*by_index, *lost}):
-        if index in lost and index not in by_index:
-            note = f"GPU {index}: {printable(lost[index])}"
-            out.append(DraftGpu(str(index), None, [note], commented=True))
+    lost: dict[int | str, str] = {
+        gpu.index: gpu.error_line for gpu in inventory.unopened if gpu.index not in by_number
+    }
+    # As the driver counts the GPUs, each followed by its slices.
+    there = [(gpu.index, gpu.number) for gpu in inventory.gpus]
+    there += [(gpu.index, gpu.index) for gpu in inventory.unopened if gpu.index in lost]
+    for _, number in sorted(there, key=itemgetter(0)):
+        if number in lost:
+            note = f"GPU {number}: {printable(lost[number])}"
+            out.append(DraftGpu(str(number), None, [note], commented=True))
             continue
-        chosen = owner.get(index)
+        if by_number[number].mig:
+            notes = [
+                *_gpu_notes(by_number[number]),
+                "It has MIG on: only a slice can be given a model.",
+            ]
+            out.append(DraftGpu(str(number), None, notes, commented=True))
+            continue
+        chosen = owner.get(number)
         if chosen is not None and chosen.name in written:
             continue
-        members = (index,) if chosen is None else chosen.gpus
-        notes = [line for n in members for line in _gpu_notes(by_index[n])]
+        members = (number,) if chosen is None else chosen.gpus
+        notes = [line for n in members for line in _gpu_notes(by_number[n])]
         notes += [
             f"{name} is there now, too, and a GPU has one model: choose, or give it another GPU"
             if chosen is not None
@@ -173,7 +186,8 @@ def _gpu_lines(
 
 def _gpu_notes(gpu: Gpu) -> Iterator[str]:
     memory = f", {gpu.memory.total / (1 << 30):.1f} GiB" if gpu.memory else ""
-    yield f"GPU {gpu.index}: {printable(gpu.name)}{memory}, {gpu.uuid}"
+    slice_of = "" if gpu.parent is None else "Slice of "
+    yield f"{slice_of}GPU {gpu.index}: {printable(gpu.name)}{memory}, {gpu.uuid}"
     holders = [f"PID {item.pid} ({printable(item.name or '?')})" for item in gpu.processes or ()]
     if holders:
         yield f"held now by {', '.join(holders)}"

@@ -19,7 +19,7 @@ from mic_supervisor.config.types import format_size
 from mic_supervisor.host import processes
 from mic_supervisor.kill import Survey
 from mic_supervisor.model import Owner, OwnerKind, Pairs
-from mic_supervisor.takeover import Proposal, base_name, for_env_file, refusal
+from mic_supervisor.takeover import Proposal, base_name, for_env_file, in_order, refusal
 
 _SHELLS = re.compile(
     r"(ba|z|da|k|fi|c|tc)?sh|tmux.*|screen|sshd.*|login|sudo|su|systemd|init|make|supervisord|"
@@ -83,11 +83,11 @@ def proposals(survey: Survey, warnings: list[str]) -> list[Proposal]:
     found = []
     for root, holders in sorted(roots.items()):
         target = survey.target(holders[0])
-        indices = sorted({hold.index for pid in holders for hold in _holds(survey, pid)})
+        numbers = in_order(hold.number for pid in holders for hold in _holds(survey, pid))
         if target is None:
             continue
         try:
-            proposal = propose(root, holders, indices, target.owner, ports, addresses)
+            proposal = propose(root, holders, numbers, target.owner, ports, addresses)
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             continue  # it has ended meanwhile
         except (OSError, psutil.AccessDenied):
@@ -118,7 +118,7 @@ def root_of(pid: int, known: Mapping[int, processes.Stat]) -> int:
 def propose(
     pid: int,
     holders: Sequence[int],
-    gpus: Sequence[int],
+    gpus: Sequence[int | str],
     owner: Owner,
     ports: Mapping[int, int],
     addresses: Mapping[int, Collection[str]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mic_supervisor.config.document import Config
+from mic_supervisor.config.document import NONE, Config
 
 
 def counted(number: int, what: str) -> str:
@@ -12,11 +12,17 @@ def counted(number: int, what: str) -> str:
 
 
 def summary(config: Config) -> str:
-    """One line: "valid: 4 GPUs, 1 of them kept empty; 2 models; 1 drop-in"."""
+    """One line: "valid: 4 GPUs, 1 of them kept empty; 2 models; 1 profile, none is on"."""
     gpus = sum(len(entry.keys) for entry in config.entries)
-    empty = sum(entry.model is None for entry in config.entries)
-    parts = [counted(gpus, "GPU") + (f", {empty} of them kept empty" if empty else "")]
+    empty = sum(entry.value == NONE for entry in config.entries)
+    given = sum(len(entry.keys) for entry in config.entries if entry.fleet)
+    notes = [f"{empty} of them kept empty"] if empty else []
+    notes += [f"{given} of them handed over"] if given else []
+    parts = [", ".join([counted(gpus, "GPU"), *notes])]
     parts.append(counted(len(config.models), "model"))
+    if config.profiles:
+        on = f"{config.profile} is on" if config.profile is not None else "none is on"
+        parts.append(f"{counted(len(config.profiles), 'profile')}, {on}")
     if len(config.files) > 1:
         parts.append(counted(len(config.files) - 1, "drop-in"))
     return f"valid: {'; '.join(parts)}"

@@ -11,8 +11,11 @@ import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+
+import yaml
+from pydantic import Field
 
 from mic_supervisor.config.names import shown_id
 from mic_supervisor.plan.health import Phase
@@ -73,6 +76,9 @@ def addresses(model: str, endpoints: Mapping[str, Mapping[str, str]], port: str)
 class ServingInstance:
     instance: str
     endpoints: dict[str, str]
+    openai_model: Annotated[
+        str | None, Field(description="its name in OpenAI's API; null: it has no such API")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +90,18 @@ class EndpointsDocument:
     models: dict[str, list[ServingInstance]]
 
 
-def document(endpoints: Endpoints, host: str) -> dict[str, Any]:
-    """What `/api/v1/endpoints` answers, and what the hook gets on its standard input."""
+def document(
+    endpoints: Endpoints, host: str, rows: Iterable[InstanceStatus] = ()
+) -> dict[str, Any]:
+    """What `/api/v1/endpoints` answers, and what the hook gets on its standard input.
+
+    The rows have the names in OpenAI's API.
+    """
+    names = {row.id: row.openai_model for row in rows}
     models = {
         model: [
-            ServingInstance(instance, dict(urls)) for instance, urls in sorted(instances.items())
+            ServingInstance(instance, dict(urls), names.get(instance))
+            for instance, urls in sorted(instances.items())
         ]
         for model, instances in sorted(endpoints.items())
     }
@@ -124,6 +137,34 @@ def haproxy(endpoints: Endpoints, *, port: str, scope: str) -> str:
 
 
 FORMATS: Mapping[str, Callable[..., str]] = {"nginx": nginx, "haproxy": haproxy}
+
+
+def litellm(
+    endpoints: Endpoints, names: Mapping[str, str], *, port: str, scope: str, api_key: str
+) -> str:
+    """A `model_list` with an entry for each instance; LiteLLM spreads requests over equal names.
+
+    `names` are those in OpenAI's API, by instance; who has none is left out, in a comment.
+    """
+    lines, entries = [_HEAD.format(scope=scope, port=port)], []
+    for model, instances in sorted(endpoints.items()):
+        found = addresses(model, instances, port)
+        if not found:
+            lines.append(f"# {model}: nobody serves it\n")
+        elif not any(one.instance in names for one in found):
+            lines.append(f"# {model}: left out, unless --openai says that it speaks OpenAI's API\n")
+        for one in found:
+            if one.instance in names:
+                params = {
+                    "model": f"openai/{names[one.instance]}",
+                    "api_base": f"http://{one.text}/v1",
+                    "api_key": api_key,
+                }
+                info = {"id": one.instance}
+                entry = {"model_name": model, "litellm_params": params, "model_info": info}
+                entries.append(entry)
+    given = {"model_list": entries}
+    return "".join(lines) + yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def name_of(model: str) -> str:

@@ -66,13 +66,17 @@ class PlanDocument:
     blocked: list[PlanBlocked]
     left_out: list[LeftOut]
     warnings: list[str]
+    profile: Annotated[str | None, Field(description="the profile that is on; null: none")] = None
 
 
-def plan_document(plan: Plan, *, host: str, config_hash: str) -> PlanDocument:
+def plan_document(
+    plan: Plan, *, host: str, config_hash: str, profile: str | None = None
+) -> PlanDocument:
     return PlanDocument(
         version=1,
         host=host,
         config_hash=config_hash,
+        profile=profile,
         changes=plan.count,
         actions=[
             view(
@@ -115,12 +119,17 @@ _MARKS = {
 }
 
 
-def to_text(plan: Plan, indices: Mapping[str, int], others: Mapping[str, str] | None = None) -> str:
+def to_text(
+    plan: Plan,
+    indices: Mapping[str, int],
+    others: Mapping[str, str] | None = None,
+    profile: str | None = None,
+) -> str:
     """What `plan` prints: a line per change with its cause, then its field diffs and the names of
     what it removes.
 
     `indices` maps UUIDs to the numbers that the driver gives them today, `others` the ids of
-    instances that reasons may name to their models.
+    instances that reasons may name to their models, `profile` is the one that is on.
     """
     lines: list[str] = []
     models = {**(others or {}), **{item.instance: item.model or "" for item in plan.blocked}}
@@ -135,6 +144,7 @@ def to_text(plan: Plan, indices: Mapping[str, int], others: Mapping[str, str] | 
             f"{gpus_of[change.gpus]:<{gpus_width}}  {change.cause}"
         )
         lines += [f"    {line}" for diff in change.diff for line in diff_lines(diff)]
+        lines += [f"    runs {program} first" for program in change.runs]
         lines += [f"    {line}" for line in ending_lines(change)]
         if change.waits is not None:
             lines.append(f"    waits for {_timed(str(change.waits), change.until)}")
@@ -142,7 +152,7 @@ def to_text(plan: Plan, indices: Mapping[str, int], others: Mapping[str, str] | 
         lines += [""] if lines else []
         for item in plan.blocked:
             location = f" on {gpu_names(item.gpus, indices)}" if item.gpus else ""
-            mark = "paused " if item.paused else "blocked"
+            mark = "paused " if item.paused else "drained" if item.drained else "blocked"
             lines.append(f"! {mark}  {called[item.instance]}{location}: {reason(item)}")
             if item.hint:
                 lines.append(f"    hint: {item.hint}")
@@ -155,6 +165,7 @@ def to_text(plan: Plan, indices: Mapping[str, int], others: Mapping[str, str] | 
         lines += [""] if lines else []
         lines += [f"warning: {text}" for text in plan.warnings]
     lines += [""] if lines else []
+    lines += [f"Profile {profile} is on."] if profile is not None else []
     lines.append(summary(plan))
     return with_shown_ids("\n".join(lines) + "\n", models)
 
@@ -175,8 +186,11 @@ def summary(plan: Plan) -> str:
     parts = [f"{counts[kind]} to {kind}" for kind in _MARKS if kind in counts and kind != "adopt"]
     rest = [f"{counts['adopt']} to adopt"] if "adopt" in counts else []
     paused = sum(item.paused for item in plan.blocked)
-    rest += [f"{len(plan.blocked) - paused} blocked"] if len(plan.blocked) > paused else []
+    drained = sum(item.drained for item in plan.blocked)
+    blocked = len(plan.blocked) - paused - drained
+    rest += [f"{blocked} blocked"] if blocked else []
     rest += [f"{paused} paused"] if paused else []
+    rest += [f"{drained} drained"] if drained else []
     rest += [f"{len(plan.left_out)} left out"] if plan.left_out else []
     return "; ".join([f"Plan: {', '.join(parts)}" if parts else "No changes", *rest]) + "."
 

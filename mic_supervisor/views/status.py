@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mic_supervisor.model import DesiredState, Gpu, ObservedState, Owner, OwnerKind
+from mic_supervisor.desired.claims import turn
+from mic_supervisor.model import Claim, DesiredState, Gpu, ObservedState, Owner, OwnerKind
 from mic_supervisor.plan.assess import is_alive, workloads
+from mic_supervisor.plan.claims import ClaimState as ClaimState
+from mic_supervisor.plan.claims import standing
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.look import Look
 from mic_supervisor.plan.memory import Paused
@@ -20,7 +23,7 @@ from mic_supervisor.views import view
 from mic_supervisor.views.plan import PlanDocument, plan_document
 
 GpuState = Literal[
-    "managed", "idle", "kept_empty", "unmanaged", "foreign", "unhealthy", "lost", "unknown"
+    "managed", "idle", "kept_empty", "fleet", "unmanaged", "foreign", "unhealthy", "lost", "unknown"
 ]
 Code = Annotated[
     str | None,
@@ -31,7 +34,7 @@ _NOT_THERE = 1 << 16  # sorts behind every index
 
 @dataclass(frozen=True, slots=True)
 class GpuRef:
-    """`index` is null for a GPU that is not there."""
+    """`index` is null for a GPU that is not there, and for a MIG slice."""
 
     uuid: str
     index: int | None
@@ -54,6 +57,7 @@ class ConfigInUse:
         str | None,
         Field(description="why the file as it is now waits for a person; null: it does not"),
     ] = None
+    profile: Annotated[str | None, Field(description="the profile that is on; null: none")] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,9 @@ class StatusInstance:
         list[StatusModel], Field(description="of a server of several models; else empty")
     ]
     as_desired: bool
+    openai_model: Annotated[
+        str | None, Field(description="its name in OpenAI's API; null: it has no such API")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,9 @@ class StatusGpu:
     state: GpuState
     trouble: Annotated[str | None, Field(description="what is wrong with it; null: nothing")]
     holders: Annotated[list[Holder] | None, Field(description="null: they cannot be read")]
+    parent: Annotated[
+        str | None, Field(description="the UUID of the GPU that it is a MIG slice of; null: none")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +140,35 @@ class PauseEntry:
     gpu: GpuRef | None
     since: float
     reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DrainEntry:
+    """Since when the host is out of service."""
+
+    since: float
+    reason: str | None
+    until_reboot: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimEntry:
+    """A claim of GPUs that the file hands over."""
+
+    model: str
+    size: Annotated[int, Field(description="of how many GPUs it is")]
+    gpus: Annotated[list[GpuRef], Field(description="empty while it waits its turn")]
+    instance: str | None
+    state: ClaimState
+    reason: Annotated[str | None, Field(description="why it is not ready; null: it is")]
+    by: Annotated[str, Field(description="the user who holds it; empty: it is not known yet")]
+    holder: Annotated[str, Field(description="what the holder calls itself")]
+    since: Annotated[
+        float, Field(description="since when it waits, has its GPUs, or has no holder any more")
+    ]
+    until: Annotated[
+        float | None, Field(description="when it ends unless a holder comes; null: it has one")
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +191,22 @@ class StatusDocument:
     daemon: Annotated[
         bool, Field(description="whether a daemon runs; without one nothing restarts what dies")
     ] = True
+    drained: Annotated[DrainEntry | None, Field(description="null: the host is in service")] = None
+    claims: list[ClaimEntry] = field(default_factory=list)
+
+
+def unreadable(observed: ObservedState, gpus: Collection[str] | None = None) -> list[str]:
+    """Which runtimes cannot be read, and why; with `gpus` those that may run something there."""
+    return [
+        f"{view.runtime} cannot be read: {view.error}"
+        for view in observed.runtimes
+        if view.error is not None
+        and (
+            gpus is None
+            or view.last is None
+            or any(not {*gpus}.isdisjoint(one.identity.gpus) for one in view.last)
+        )
+    ]
 
 
 def status_document(
@@ -159,14 +214,10 @@ def status_document(
 ) -> StatusDocument:
     """What `status --json` prints and `/api/v1/status` answers. `look` is as it is told."""
     observed = look.observed
-    unreadable = [
-        f"{view.runtime} cannot be read: {view.error}"
-        for view in observed.runtimes
-        if view.error is not None
-    ]
+    down = unreadable(observed)
     if observed.inventory.error_line is not None:
-        unreadable.append(gpus_down(observed.inventory.error_line))
-    waiting = look.waiting()
+        down.append(gpus_down(observed.inventory.error_line))
+    waiting, order = look.waiting(), look.memory.drained
     return StatusDocument(
         version=1,
         host=host,
@@ -175,13 +226,53 @@ def status_document(
         instances=instances(look.statuses, look.indices),
         gpus=gpu_rows(look.desired, observed),
         paused=pauses(look.memory.paused, look.indices),
-        unreadable=unreadable,
+        unreadable=down,
         warnings=[*look.plan.warnings],
         waiting=None
         if waiting is None
-        else plan_document(waiting.plan, host=host, config_hash=waiting.desired.config_hash),
+        else plan_document(
+            waiting.plan,
+            host=host,
+            config_hash=waiting.desired.config_hash,
+            profile=waiting.desired.profile,
+        ),
         daemon=daemon,
+        drained=None
+        if order is None
+        else DrainEntry(order.since, order.reason, order.boot is not None),
+        claims=claims(look),
     )
+
+
+def claims(look: Look) -> list[ClaimEntry]:
+    """Those that have GPUs first, as the driver counts them, then by their turns."""
+    found, grace = look.desired.claims, look.desired.claim_grace
+    rows = {row.id: row for row in look.statuses}
+
+    def entry(claim: Claim) -> ClaimEntry:
+        now = standing(found, claim, rows, look.desired)
+        since = claim.asked_at if claim.got_at is None else claim.got_at
+        away = claim.vanished_at
+        until = None if away is None or grace is None else away + grace + look.offset
+        return ClaimEntry(
+            model=claim.model,
+            size=claim.size,
+            gpus=_refs(claim.gpus or (), look.indices),
+            instance=claim.instance,
+            state=now.state,
+            reason=now.reason,
+            by=claim.by,
+            holder=claim.holder,
+            since=(since if away is None else away) + look.offset,
+            until=until,
+        )
+
+    def order(claim: Claim) -> tuple[int, tuple[int, int]]:
+        numbers = [look.indices.get(uuid, _NOT_THERE) for uuid in claim.gpus or ()]
+        waits = claim.gpus is None and claim.ending is None
+        return min(numbers, default=_NOT_THERE + 1), turn(found, claim) if waits else (0, 0)
+
+    return [entry(claim) for claim in sorted(found, key=order)]
 
 
 def instances(rows: Iterable[InstanceStatus], indices: Mapping[str, int]) -> list[StatusInstance]:
@@ -237,6 +328,7 @@ def gpu_rows(desired: DesiredState, observed: ObservedState) -> list[StatusGpu]:
         view(
             StatusGpu,
             gpu,
+            index=observed.inventory.indices.get(gpu.uuid),
             instance=running.get(gpu.uuid) or wanted.get(gpu.uuid),
             state=_gpu_state(gpu, desired, wanted, running),
             holders=_holders(gpu),
@@ -292,7 +384,8 @@ def _gpu_state(
         return "unknown"
     foreign = not all(process.managed for process in gpu.processes)
     if gpu.uuid in desired.kept_empty:
-        return "foreign" if foreign else "kept_empty"
+        offered = any(gpu.uuid in entry.gpus for entry in desired.fleet)
+        return "foreign" if foreign else "fleet" if offered else "kept_empty"
     if any(gpu.uuid in item.gpus for item in desired.unsatisfiable):
         return "managed"
     return "unmanaged" if foreign else "idle"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import docker
+from docker.errors import NotFound
 
 from tests.integration.job_world import simulated
 from tests.mock_nvml import MockNvml
@@ -57,6 +58,27 @@ Mark = tuple[str, str, int, int | None]
 """One run of an instance: ref, when it was started, PID, the kernel's start time of it."""
 
 
+class Run(NamedTuple):
+    """What runs of an instance, and the UUIDs of the GPUs that it holds."""
+
+    instance: str
+    gpus: list[str]
+    mark: Mark
+
+
+def by_instance(runs: Iterable[Run]) -> dict[str, Mark]:
+    """Two at once of one instance or for one GPU fail."""
+    found: dict[str, Mark] = {}
+    holders: dict[str, str] = {}
+    for instance, gpus, mark in runs:
+        assert instance not in found, f"{instance} runs twice: {found[instance]} and {mark}"
+        for uuid in gpus:
+            assert uuid not in holders, f"{uuid} has both {holders[uuid]} and {instance}"
+            holders[uuid] = instance
+        found[instance] = mark
+    return found
+
+
 @dataclass
 class DaemonWorld:
     """A scope, its file, and a daemon for it that a test starts."""
@@ -99,7 +121,7 @@ class DaemonWorld:
     def generation(self) -> int:
         return int(self.status()["config"]["generation"])
 
-    def converged(self, *names: str, timeout: float = 20.0) -> None:
+    def converged(self, *names: str, timeout: float = 60.0) -> None:
         """Waits until the daemon has exactly these instances, all as desired."""
 
         def look() -> bool:
@@ -141,32 +163,31 @@ class DaemonWorld:
 
     def marks(self) -> dict[str, Mark]:
         """Every run, by instance. Two at once of one instance or for one GPU fail."""
-        found: dict[str, Mark] = {}
-        holders: dict[str, str] = {}
-        for instance, gpus, mark in [*self._containers(), *self._processes()]:
-            assert instance not in found, f"{instance} runs twice: {found[instance]} and {mark}"
-            for uuid in gpus:
-                assert uuid not in holders, f"{uuid} has both {holders[uuid]} and {instance}"
-                holders[uuid] = instance
-            found[instance] = mark
-        return found
+        return by_instance(self.runs())
 
-    def _containers(self) -> Iterator[tuple[str, list[str], Mark]]:
+    def runs(self) -> list[Run]:
+        """Everything that runs."""
+        return [*self._containers(), *self._processes()]
+
+    def _containers(self) -> Iterator[Run]:
         if self.engine is None:
             return
         for item in scopes.containers(self.engine, self.mic.scope):
             if item["State"] != "running":
                 continue
-            looked = self.engine.inspect_container(item["Id"])
+            try:
+                looked = self.engine.inspect_container(item["Id"])
+            except NotFound:
+                continue  # removed since it was listed
             state, labels = looked["State"], item["Labels"]
             if state["Running"]:
-                yield (
+                yield Run(
                     labels[f"{LABEL}instance"],
                     labels[f"{LABEL}gpus"].split(","),
                     (item["Id"], state["StartedAt"], state["Pid"], start_time(state["Pid"])),
                 )
 
-    def _processes(self) -> Iterator[tuple[str, list[str], Mark]]:
+    def _processes(self) -> Iterator[Run]:
         """By their environment, which no record can get wrong. A child of another is no run of its
         own.
         """
@@ -185,7 +206,7 @@ class DaemonWorld:
             born = start_time(pid)
             if parent not in found and born is not None:
                 mark = (values.get("MIC_RUN_ID", ""), str(born), pid, born)
-                yield values["MIC_INSTANCE"], values["HOLDS"].split(","), mark
+                yield Run(values["MIC_INSTANCE"], values["HOLDS"].split(","), mark)
 
 
 @contextmanager

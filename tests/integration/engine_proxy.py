@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -24,11 +25,12 @@ class EngineProxy:
     `cut()` is an engine that dies: open connections break, new ones find no socket.
     `answer(pattern, raw)` gives these bytes to such calls, and hangs up; the engine sees none of
     them. `translate(pattern, old, new)` replaces words of the engine's answers to them; both have
-    the same length.
+    the same length. `delay` are the seconds that every call takes longer.
     """
 
     def __init__(self, path: Path, engine: str) -> None:
         self.path = path
+        self.delay = 0.0
         self.held = threading.Event()
         self._engine = engine
         self._pattern: tuple[re.Pattern[str], Moment] | None = None
@@ -119,6 +121,7 @@ class EngineProxy:
                     if (raw := self._own_answer(data, words)) is not None:
                         source.sendall(raw)
                         return
+                    time.sleep(self.delay)
                     self._look(data, answer_late)
                 elif answer_late.is_set():
                     self.held.set()

@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
-from typing import Self
-
-import docker
 
 from tests.integration.daemon_world import DaemonWorld, start_time
+from tests.support.watch import Watch
 
 Run = tuple[int, int]
 """PID, and the kernel's start time of it."""
 
 
-class _Watch:
-    """Looks every 50 ms, for as long as it is entered.
-
-    What looks doubled is looked at again, and counts when it is doubled still: one that was ending
-    while it was looked at is gone from the second look. `looks` is how many there were.
-    """
-
-    PAUSE = 0.05
-
-    def __init__(self) -> None:
-        self.looks = 0
-        self.doubled: list[str] = []
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(self.PAUSE):
-            self.doubled += self._look()
-            self.looks += 1
-
-    def _look(self) -> list[str]:
-        """What is doubled."""
-        raise NotImplementedError
-
-
-class Watcher(_Watch):
+class Watcher(Watch):
     """Sees what a world says that runs: no instance twice, and no GPU of two."""
 
     def __init__(self, world: DaemonWorld) -> None:
@@ -55,13 +19,10 @@ class Watcher(_Watch):
         self._world = world
 
     def _look(self) -> list[str]:
-        try:
-            if self._twice() is not None:
-                again = self._twice()
-                return [again] if again is not None else []
-        except docker.errors.NotFound:
-            pass  # removed while it was looked at
-        return []
+        if self._twice() is None:
+            return []
+        again = self._twice()
+        return [again] if again is not None else []
 
     def _twice(self) -> str | None:
         try:
@@ -71,7 +32,7 @@ class Watcher(_Watch):
         return None
 
 
-class GpuWatcher(_Watch):
+class GpuWatcher(Watch):
     """Sees every process of some scope.
 
     A model has to say what it holds in its environment: `HOLDS: "${gpu_uuids}"`. Of a tree of

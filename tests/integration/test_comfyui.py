@@ -217,7 +217,7 @@ def test_a_daemon_that_ends_meanwhile_loses_no_job(comfy: Comfy) -> None:
     daemon = comfy.mic.run()
     comfy.mic("apply", rc=0)
     row = comfy.rows()[0]
-    own, jobs = comfy.own(row), comfy.queue(row, 3.0)
+    own, jobs = comfy.own(row), comfy.queue(row, 8.0)  # longer than the daemon takes to end
     comfy.write(gpu0="none")
     until(lambda: "the file keeps its GPU empty" in daemon.text(), "the daemon to drain")
     assert daemon.stop() == 0

@@ -57,7 +57,7 @@ def test_model_server_does_what_it_is_told(
     assert http(f"{url}/health", "DELETE").status == 200
     assert http(f"{url}/health") == (200, "ok")
     http(f"{url}/exit?code=3", "POST")
-    engine.wait(container, timeout=10)
+    engine.wait(container, timeout=60)
     assert _exit_code(engine, container) == 3
 
 

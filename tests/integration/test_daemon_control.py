@@ -19,6 +19,7 @@ from typing import Any
 import docker
 import pytest
 
+from mic_supervisor.host import start_daemon
 from tests.integration.daemon_world import (
     DaemonWorld,
     container,
@@ -366,7 +367,7 @@ def test_the_socket_of_a_killed_daemon(world: DaemonWorld) -> None:
     assert world.mic("status").rc == 0
     assert world.mic("reload", rc=1).stderr == (
         f"error: cannot reload: no daemon listens on {world.mic.socket}\n"
-        "hint: start it with: systemctl start mic\n"
+        f"hint: start it with: {start_daemon()}\n"
     )
     assert world.mic("apply").rc == 0
     world.mic.run(http=False)
@@ -382,7 +383,7 @@ def test_a_daemon_waits_for_an_apply_and_takes_over(world: DaemonWorld) -> None:
     one_shot = world.mic.start("apply")
     until(lambda: "starting" in one_shot.text(), "the apply to be at work")
     world.mic.run(http=False)
-    assert one_shot.process.wait(20) == 0
+    assert one_shot.process.wait(60) == 0
     world.converged(P0, P1, C2, identity("s", 3))
     after = world.marks()
     assert {name: after[name] for name in before} == before

@@ -168,7 +168,7 @@ def test_an_engine_that_is_away(
             assert rows[name]["restarts"] == 1
     # The engine's events are followed anew: a death is seen at once, not by the next look.
     os.kill(after[C0][2], signal.SIGKILL)
-    until(lambda: world.marks().get(C0, after[C0]) != after[C0], "it to be back", timeout=20)
+    until(lambda: world.marks().get(C0, after[C0]) != after[C0], "it to be back")
     world.write({0: "c", 1: "c", 2: "p", 3: "p"})
     world.converged(C0, C1, P2, P3)
     complaints = lines(world.mic.daemons[-1], "WARNING.*trying again every few seconds")

@@ -156,7 +156,7 @@ def clone(tmp_path: Path) -> Path:
 def test_make_demo_in_a_fresh_clone_plays_the_tour_and_leaves_nothing(
     home: Home, clone: Path
 ) -> None:
-    """Without the test extras. How long the tour takes is told by benchmarks.demo_tour."""
+    """Without the test extras. How long the tour takes is told by `make bench`."""
     before = left_over()
     done = subprocess.run(
         ["make", "demo", "DEMO_ARGS=--once", f"PYTHON={sys.executable}"],

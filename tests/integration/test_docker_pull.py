@@ -20,6 +20,7 @@ import pytest
 
 from mic_supervisor.errors import (
     PreflightFailed,
+    Withdrawn,
 )
 from tests.integration.docker_world import (
     IMAGE,
@@ -161,6 +162,20 @@ def test_one_pull_for_all_lanes_with_progress(world: World, registry: Registry) 
     assert len(percents) > 1
     # It is there now: no pull, no word.
     world.runtime.prepare(launches[0], pytest.fail)
+
+
+def test_a_pull_that_is_given_up(world: World, registry: Registry) -> None:
+    launch = world.launch("i", image=registry.image)
+
+    def give_up(text: str) -> None:
+        if text.endswith("%"):
+            raise Withdrawn("gave up")
+
+    with pytest.raises(Withdrawn):
+        world.runtime.prepare(launch, give_up)
+    assert not docker("images", "-q", registry.image)
+    world.runtime.prepare(launch, lambda _: None)  # nobody waits for the one before
+    assert docker("images", "-q", registry.image)
 
 
 def test_a_tag_that_the_registry_lacks(world: World, registry: Registry) -> None:

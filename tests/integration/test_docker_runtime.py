@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mic_supervisor.errors import (
 from mic_supervisor.model import (
     Limits,
     Mount,
+    Near,
     Port,
     RunState,
 )
@@ -45,6 +47,16 @@ pytestmark = pytest.mark.engine
 def test_fits_the_protocol(world: World) -> None:
     runtime: Runtime = world.runtime
     assert (runtime.name, runtime.creates_ahead) == ("docker", True)
+
+
+def test_it_runs_on_the_cpus_and_the_memory_next_to_its_gpus_alone(world: World) -> None:
+    launch = replace(world.launch(), near=Near((0,), (0,)))
+    world.runtime.create(launch)
+    world.runtime.start(launch)
+    pid = docker("inspect", "-f", "{{.State.Pid}}", world.one().ref)
+    status = Path(f"/proc/{pid}/status").read_text()
+    assert "Cpus_allowed_list:\t0\n" in status
+    assert "Mems_allowed_list:\t0\n" in status
 
 
 def test_life_from_create_to_remove(world: World) -> None:
@@ -76,7 +88,7 @@ def test_life_from_create_to_remove(world: World) -> None:
     assert abs(seen.started_at - time.time()) < 60
     assert (seen.finished_at, seen.exit_code, seen.error) == (None, None, None)
 
-    world.runtime.stop(running, signal="SIGTERM", grace=5)
+    world.runtime.stop(running, signal="SIGTERM", grace=30)
     stopped = world.one()
     assert (stopped.state, stopped.exit_code) == (RunState.EXITED, 143)
     ended = world.runtime.inspect(stopped)
@@ -87,7 +99,7 @@ def test_life_from_create_to_remove(world: World) -> None:
     world.runtime.remove(stopped)
     assert world.ours() == ()
     world.runtime.remove(stopped)
-    world.runtime.stop(stopped, signal="SIGTERM", grace=5)
+    world.runtime.stop(stopped, signal="SIGTERM", grace=30)
     assert str(refused(lambda: world.runtime.inspect(stopped))) == (
         f"cannot inspect container {launch.name}: it no longer exists"
     )
@@ -213,7 +225,7 @@ def test_eight_lanes_at_once(world: World) -> None:
         list(pool.map(lambda w: world.logged(w, "up"), workloads))
         assert [w.identity.instance for w in workloads] == names
         assert {w.state for w in workloads} == {RunState.RUNNING}
-        list(pool.map(lambda w: world.runtime.stop(w, signal="SIGTERM", grace=5), workloads))
+        list(pool.map(lambda w: world.runtime.stop(w, signal="SIGTERM", grace=30), workloads))
         assert {w.exit_code for w in world.ours()} == {143}
         list(pool.map(world.runtime.remove, workloads))
     assert world.ours() == ()
@@ -246,7 +258,7 @@ def test_the_given_signal_is_sent_whatever_the_container_was_created_with(world:
         stop_signal="SIGUSR2",
     )
     world.logged(workload, "up")
-    world.runtime.stop(workload, signal="SIGINT", grace=5)
+    world.runtime.stop(workload, signal="SIGINT", grace=30)
     assert world.one().exit_code == 7
 
 
@@ -256,7 +268,7 @@ def test_a_paused_container_gets_its_grace(world: World) -> None:
     )
     world.logged(workload, "up")
     docker("pause", workload.ref)
-    world.runtime.stop(world.one(), signal="SIGINT", grace=5)
+    world.runtime.stop(world.one(), signal="SIGINT", grace=30)
     assert world.one().exit_code == 7
 
 
@@ -270,7 +282,7 @@ def test_a_container_paused_behind_our_back_is_stopped_too(world: World) -> None
 
 def test_stopping_what_never_ran(world: World) -> None:
     world.runtime.create(world.launch())
-    world.runtime.stop(world.one(), signal="SIGTERM", grace=5)
+    world.runtime.stop(world.one(), signal="SIGTERM", grace=30)
     assert world.one().state is RunState.CREATED
 
 
@@ -385,7 +397,7 @@ def test_a_container_killed_for_its_memory_says_so(world: World) -> None:
     workload = world.up(
         command=("sh", "-c", "sleep 0.2; tail /dev/zero"), limits=Limits(memory=8 << 20)
     )
-    until(lambda: world.one().state is RunState.EXITED, "the kill for memory", timeout=20)
+    until(lambda: world.one().state is RunState.EXITED, "the kill for memory")
     for seen in (world.one(), world.runtime.inspect(workload)):
         assert seen.error == "it used more memory than its limit and was killed"
         assert seen.exit_code == 137

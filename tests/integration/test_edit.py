@@ -166,7 +166,7 @@ def test_ctrl_c_is_the_editors_own_and_at_the_question_keeps_the_text(world: Mic
         shown.shows("open")
         shown.type("\x03")
         assert "heard" in shown.shows("Apply it?")
-        shown.type("\x03")
+        shown.interrupt()
         text = refused(shown, 130)
     (kept,) = copies(world)
     assert f"Your text is kept in {kept}." in text

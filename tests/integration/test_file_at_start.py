@@ -76,7 +76,7 @@ def test_a_broken_file_at_the_start_runs_what_ran_before(fresh: DaemonWorld) -> 
 
     # And a reboot: nothing runs any more, the records are there, the file is still broken.
     assert fresh.mic.daemons[-1].stop() == 0
-    scopes.end_processes(fresh.mic.scope)
+    scopes.end_processes(fresh.mic.scope, keepers=False)
     run(fresh)
     fresh.converged(*names)
     assert sorted(fresh.marks()) == sorted(names)
@@ -152,7 +152,7 @@ def test_a_next_try_from_a_clock_that_was_wrong(fresh: DaemonWorld) -> None:
     entry |= {"failures": 3, "reason": "it ended", "retry_at": far, "started_at": far}
     entry |= {"started": None, "since": far, "ready_since": far}
     path.write_text(json.dumps(memory))
-    scopes.end_processes(fresh.mic.scope)
+    scopes.end_processes(fresh.mic.scope, keepers=False)
     run(fresh)
     until(lambda: fresh.phases()[identity("p", 0)] == "backoff", "the backoff")
     (row,) = fresh.status()["instances"]
@@ -172,7 +172,7 @@ def test_a_file_that_may_be_cut_swaps_nothing_until_a_word(fresh: DaemonWorld) -
     before, config = fresh.marks(), fresh.mic.config
     config.write_text(fresh.text({0: "p10"}).removesuffix("0\n"))
     why = f"{config} does not end with a line end; it may have been cut"
-    way_out = "finish it, or confirm with `mic-supervisor apply` or `systemctl reload mic`"
+    way_out = "finish it, or confirm with `mic-supervisor apply` or `mic-supervisor reload`"
     for start in (False, True):  # over a restart, too
         if start:
             assert fresh.mic.daemons[-1].stop() == 0

@@ -12,20 +12,28 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.integration.daemon_world import daemon_world
 from tests.mock_nvml import MockGpu, MockNvml, mock_uuid
-from tests.support import scopes
+from tests.support.commands import SERVE
 from tests.support.mic import Daemon, Mic
-from tests.support.ports import PortBlock
 from tests.support.waiting import http, until
 
-SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 GPUS = range(4)
+FILE = f"""
+    version: 1
+    models:
+      a:
+        backend: process
+        command: {SERVE}
+        probe: {{http: /health, period: 1s}}
+        stop_timeout: 2s
+    gpus: {{0-3: a}}
+"""
 RESET = "the driver asks for a reset of the GPU"
 
 
@@ -83,32 +91,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     home = tmp_path_factory.mktemp("faults")
     nvml = MockNvml(home)
     nvml.set([MockGpu() for _ in GPUS])
-    with closing(PortBlock()) as ports:
-        scope = scopes.new_scope()
-        mic = Mic(home / "mic", scope, ports)
-        mic.env |= {
-            "MIC_GPU_SOURCE": "nvml",
-            "MIC_DOCKER_HOST": "none",
-            "MIC_RESYNC": "300ms",
-            **nvml.env(),
-        }
-        mic.write(f"""
-            version: 1
-            models:
-              a:
-                backend: process
-                command: [{sys.executable}, {SERVER}, --port, "${{port}}"]
-                probe: {{http: /health, period: 1s}}
-                stop_timeout: 2s
-            gpus: {{0-3: a}}
-        """)
-        made = World(mic, nvml)
-        try:
-            until(lambda: made.ready(*GPUS), "all four")
-            yield made
-        finally:
-            mic.close()
-            scopes.end_processes(scope)
+    with daemon_world(home, None, nvml=nvml) as there:
+        there.mic.env["MIC_RESYNC"] = "300ms"
+        there.mic.write(FILE)
+        made = World(there.mic, nvml)
+        until(lambda: made.ready(*GPUS), "all four")
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +106,7 @@ def others(world: World) -> Iterator[None]:
     before = world.pids()
     yield
     world.nvml.set([MockGpu() for _ in GPUS])
-    until(lambda: world.ready(*GPUS), "all four again", timeout=30)
+    until(lambda: world.ready(*GPUS), "all four again")
     changed = [number for number in GPUS if world.pids()[number] != before[number]]
     assert changed in ([], [1])  # every fault is GPU 1's
 
@@ -183,17 +171,18 @@ def test_a_gpu_that_falls_off_the_bus(world: World) -> None:
     os.kill(row["pid"], 0)
     assert world.healthy(1) == "0.0"
     end(world)
+    until(lambda: world.row(1)["pid"] is None, "the end to be seen")
     time.sleep(1.5)
     assert world.row(1)["pid"] is None
     world.nvml.change(1, lost=False)
-    until(lambda: world.ready(1), "the start", timeout=30)
+    until(lambda: world.ready(1), "the start")
 
 
 def test_gpus_that_change_their_numbers(world: World) -> None:
     before = world.pids()
     order = [2, 0, 3, 1]
     world.renumber(order)
-    until(lambda: world.gpu(2)["index"] == 0, "the new order", timeout=30)
+    until(lambda: world.gpu(2)["index"] == 0, "the new order")
     assert world.ready(*GPUS)
     assert world.pids() == before
     assert (
@@ -201,20 +190,14 @@ def test_gpus_that_change_their_numbers(world: World) -> None:
         "`apply --rebind` binds the file's numbers anew"
     ) in world.mic("plan").stdout
     world.renumber(GPUS)
-    until(lambda: world.gpu(2)["index"] == 2, "the old order", timeout=30)
+    until(lambda: world.gpu(2)["index"] == 2, "the old order")
 
 
 def test_what_is_reported_and_decides_nothing(world: World) -> None:
-    world.nvml.change(1, mig_mode=(1, 1), persistence_mode=0, ecc_errors=(5, 2))
-    mig = (
-        "GPU 1 has MIG on, which is reported and not managed: a-a0000001 gets the whole GPU, or "
-        "nothing of it"
-    )
-    until(lambda: f"warning: {mig}" in world.mic("status").stderr, "the status")
-    status = world.mic("status").stderr
-    assert "GPU 1 has had 2 uncorrected memory errors since the driver was loaded" in status
-    line = world.mic("gpus").stdout.splitlines()[1]
-    assert line.endswith("\tMIG is on, which is reported and not managed; persistence mode is off")
+    world.nvml.change(1, persistence_mode=0, ecc_errors=(5, 2))
+    errors = "GPU 1 has had 2 uncorrected memory errors since the driver was loaded"
+    until(lambda: f"warning: {errors}" in world.mic("status").stderr, "the status")
+    assert world.mic("gpus").stdout.splitlines()[1].endswith("\tpersistence mode is off")
     total = f'mic_gpu_ecc_errors_total{{kind="uncorrected",uuid="{mock_uuid(1)}"}} 2.0'
     assert total in world.metrics()
     assert world.ready(*GPUS)
@@ -241,7 +224,7 @@ def test_a_driver_that_is_slow_delays_nothing_else(world: World) -> None:
 def test_a_call_that_hangs_stops_no_probe_no_lane_and_no_answer(world: World) -> None:
     """It is let go after the test has seen what goes on meanwhile."""
     world.nvml.set_rules(hangs=["nvmlDeviceGetMemoryInfo_v2"])
-    until(lambda: "mic_nvml_up 0.0" in world.metrics(), "that it is noticed", timeout=30)
+    until(lambda: "mic_nvml_up 0.0" in world.metrics(), "that it is noticed")
     began = time.monotonic()
     while time.monotonic() - began < 2:
         asked = time.monotonic()
@@ -264,7 +247,7 @@ def test_a_call_that_hangs_stops_no_probe_no_lane_and_no_answer(world: World) ->
     until(lambda: world.ready(*GPUS), "the probe again")
     assert http(f"{world.mic.url}/metrics").status == 200
     world.nvml.set_rules()
-    until(lambda: "mic_nvml_up 1.0" in world.metrics(), "the end of it", timeout=30)
+    until(lambda: "mic_nvml_up 1.0" in world.metrics(), "the end of it")
 
 
 def test_ten_thousand_looks_grow_nothing(tmp_path: Path) -> None:

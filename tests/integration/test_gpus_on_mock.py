@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.docker_world import environ_of
 from tests.integration.job_world import World, lines_of, outcome, web, world
-from tests.mock_nvml import MockGpu, MockNvml, MockProcess, mock_uuid
+from tests.mock_nvml import MockGpu, MockMig, MockNvml, MockProcess, mock_uuid
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("device_requests")]
@@ -69,6 +69,19 @@ def test_an_instance_over_two_gpus_is_given_both(four: World) -> None:
     (instance,) = four.runs()
     assert instance == "a-a0000002x2"
     assert devices_of(four, instance) == [f"{mock_uuid(2)},{mock_uuid(1)}"]
+    four.unchanged()
+
+
+def test_each_container_is_given_its_own_slice(four: World) -> None:
+    slices = [mock_uuid(8, "MIG"), mock_uuid(9, "MIG")]
+    nvml_of(four).set([MockGpu(mig_mode=(1, 1), mig_devices=[MockMig(one) for one in slices])])
+    four.write(dict.fromkeys(slices, "a"))
+    four.apply()
+    assert sorted(four.runs()) == ["a-a0000008", "a-a0000009"]
+    for instance, one in zip(("a-a0000008", "a-a0000009"), slices, strict=True):
+        assert devices_of(four, instance) == [one]
+        (request,) = four.one(instance)["HostConfig"]["DeviceRequests"]
+        assert request["DeviceIDs"] == [one]
     four.unchanged()
 
 
@@ -153,7 +166,7 @@ def test_a_replacement_waits_until_the_driver_has_let_go(four: World) -> None:
     assert f"waiting for the GPU to be released by PID {old.pid}" in apply.text()
     assert "a-a0000000" not in four.runs()
     nvml.change(0, processes=[])
-    assert apply.process.wait(20) == 0, apply.text()
+    assert apply.process.wait(60) == 0, apply.text()
     assert sorted(four.runs()) == INSTANCES
     four.unchanged()
 

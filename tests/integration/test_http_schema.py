@@ -11,7 +11,7 @@ from tests.unit.http.ask import Site
 
 TOKEN = "0123456789abcdef"
 AUTHORIZATION = {"Authorization": f"Bearer {TOKEN}"}
-QUICK = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=10, suppress_health_check=list(HealthCheck))
 
 # 501 and 503 are described; the check for a defect's 500 takes them for one.
 UNAVAILABLE = [schemathesis.checks.not_a_server_error]

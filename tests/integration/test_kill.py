@@ -166,11 +166,11 @@ def test_there_is_no_such_process(mic: Mic, nvml: MockNvml, spawn: Spawn) -> Non
     process = spawn("/bin/true")
     process.wait()
     assert mic("kill", str(process.pid), "--yes", rc=1).stderr == (
-        f"error: there is no process {process.pid}\n"
+        f"error: cannot kill {process.pid}: there is no such process\n"
     )
     nvml.change(0, processes=[MockProcess(process.pid)])
     assert mic("kill", str(process.pid), "--yes", rc=1).stderr == (
-        f"error: there is no process {process.pid}, although GPU 0 lists it\n"
+        f"error: cannot kill {process.pid}: there is no such process, although GPU 0 lists it\n"
         "hint: the driver has not cleaned up: see dmesg | grep -i -e xid -e nvrm\n"
     )
 
@@ -238,7 +238,7 @@ def test_on_a_terminal_it_asks(
     assert f"PID {process.pid} (sleep) on GPU 0 (1.0 GiB)" in shown.decode()
     assert os.waitstatus_to_exitcode(status) == (0 if ends else 130)
     if ends:
-        assert process.wait(5) == -signal.SIGTERM
+        assert process.wait(60) == -signal.SIGTERM
     else:
         assert process.poll() is None
         assert ("not killed" in shown.decode()) == (answer == b"n\n")

@@ -102,6 +102,7 @@ def test_the_plan_as_json(story: Story) -> None:
         "blocked": [],
         "left_out": [],
         "warnings": [],
+        "profile": None,
     }
 
 
@@ -176,7 +177,8 @@ def test_another_spelling_of_the_gpus_changes_nothing(story: Story, gpus_yaml: N
 def test_an_absent_gpu_blocks_its_own_entry_only(story: Story, gpus_yaml: None) -> None:
     story.world.write({**GPUS, 7: "MAM"})
     assert story.world.plan() == (
-        "! blocked  MAM on GPU 7: there is no GPU 7; this machine has 4\n\nNo changes; 1 blocked.\n"
+        "! blocked  MAM on GPU 7: there is no GPU 7; this machine has GPU 0,1,2,3\n\n"
+        "No changes; 1 blocked.\n"
     )
     done = story.world.mic("apply", rc=3)
     assert outcome(done.stdout).splitlines()[-1] == "Apply: 3 as desired, 1 not."

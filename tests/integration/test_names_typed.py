@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.commands import SERVE
 from tests.support.mic import Daemon, Mic
 from tests.support.waiting import until
 
-SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
-COMMAND = f'[{sys.executable}, {SERVER}, --port, "${{port}}"]'
 FILE = f"""\
 version: 1
 models:
-  人脸: {{backend: process, command: {COMMAND}, probe: {{http: /health, period: 200ms}}}}
-  MAM: {{backend: process, command: {COMMAND}, probe: {{http: /health, period: 200ms}}}}
+  人脸: {{backend: process, command: {SERVE}, probe: {{http: /health, period: 200ms}}}}
+  MAM: {{backend: process, command: {SERVE}, probe: {{http: /health, period: 200ms}}}}
 gpus: {{0: 人脸, 1: MAM}}
 """
 KEPT = "m5235f749-51000000"  # the id: what runs since an earlier version has it

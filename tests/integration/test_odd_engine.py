@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import docker
 import pytest
@@ -19,7 +17,7 @@ from tests.integration.daemon_world import (
     lines,
     process,
 )
-from tests.integration.engine_proxy import EngineProxy, engine_proxy
+from tests.integration.engine_proxy import EngineProxy
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.engine
@@ -33,15 +31,6 @@ def head(status: int, body: bytes) -> bytes:
         f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nConnection: close\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode() + body
-
-
-@pytest.fixture
-def proxy() -> Iterator[EngineProxy]:
-    with (
-        tempfile.TemporaryDirectory(prefix="mic-") as directory,
-        engine_proxy(Path(directory)) as made,
-    ):
-        yield made
 
 
 @pytest.fixture

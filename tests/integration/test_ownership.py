@@ -257,7 +257,7 @@ def test_a_process_with_a_copied_environment_is_left_alone(tmp_path: Path) -> No
         finally:
             world.mic.daemons[-1].stop()
             mine.send_signal(signal.SIGKILL)
-            mine.wait(10)
+            mine.wait(60)
 
 
 def test_a_copied_record_is_left_alone(tmp_path: Path) -> None:

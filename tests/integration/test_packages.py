@@ -8,19 +8,16 @@ from dataclasses import dataclass
 
 import docker
 import pytest
-from docker.errors import ImageNotFound
 
 from tests.setup import debs
 from tests.support import scopes, systemd, wheel
-from tests.support.require import missing
-from tests.support.systemd import SystemdMachine
+from tests.support.systemd import NO_ENGINE, SystemdMachine
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 UNIT = "/usr/lib/systemd/system/mic.service"
 STATE = "/var/lib/mic"
-ENV = "MIC_GPU_SOURCE=simulated:2\nMIC_DOCKER_HOST=none\nMIC_RESYNC=1s\n"
 GPUS = """\
 version: 1
 models:
@@ -63,21 +60,14 @@ class Packaged:
 
     def reloads(self) -> int:
         """How often systemd read all units again since the machine is up."""
+        self.machine.exec("journalctl", "--sync")
         said = self.machine.exec("journalctl", "--quiet", "--output=cat", "_PID=1").stdout
         return len(re.findall(r"^Reloading(?: finished|\.)", said, re.MULTILINE))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(systemd.IMAGE, "3.11"), ("mic-test/trixie:1", "3.13")],
-    ids=["Debian 12", "Debian 13"],
-)
-def packaged(request: pytest.FixtureRequest, engine: docker.APIClient) -> Iterator[Packaged]:
-    image, python = request.param
-    try:
-        engine.inspect_image(image)  # type: ignore[no-untyped-call]
-    except ImageNotFound:
-        missing(f"the engine has no image {image}")
+@pytest.fixture(scope="module")
+def packaged(debian: tuple[str, str], engine: docker.APIClient) -> Iterator[Packaged]:
+    image, python = debian
     with systemd.machine(engine, scopes.new_scope(), image=image) as machine:
         machine.boot()
         yield Packaged(machine, image, python)
@@ -116,7 +106,7 @@ def test_an_upgrade_touches_no_model_and_no_setting_and_reloads_nothing(
     packaged: Packaged,
 ) -> None:
     machine = packaged.machine
-    machine.write("/etc/mic/mic.env", ENV)
+    machine.write("/etc/mic/mic.env", NO_ENGINE)
     machine.write("/etc/mic/gpus.yaml", GPUS)
     machine.exec("systemctl", "enable", "--now", "mic")
     machine.exec("mic-supervisor", "apply")
@@ -129,7 +119,7 @@ def test_an_upgrade_touches_no_model_and_no_setting_and_reloads_nothing(
     assert packaged.pids() == before
     assert packaged.reloads() == reloads
     assert machine.show("mic", "NeedDaemonReload") == "no"
-    assert machine.sh("cat /etc/mic/mic.env").stdout == ENV
+    assert machine.sh("cat /etc/mic/mic.env").stdout == NO_ENGINE
 
 
 def test_a_unit_that_changed_is_read_where_that_costs_no_container_its_gpus(
@@ -160,7 +150,7 @@ def test_removing_it_stops_no_model_and_says_what_runs_and_how_to_end_it(
     assert packaged.pids() == before
     assert machine.show("mic", "ActiveState") == "inactive"
     assert machine.sh(f"ls {UNIT} /usr/bin/mic-supervisor /usr/lib/mic-supervisor", rc=2)
-    assert machine.sh("cat /etc/mic/mic.env").stdout == ENV
+    assert machine.sh("cat /etc/mic/mic.env").stdout == NO_ENGINE
     said = packaged.dpkg("--purge", "mic-supervisor")
     assert f"{STATE} stays, since models may be running that use it." in said
     assert packaged.pids() == before
@@ -171,7 +161,7 @@ def test_installed_again_it_adopts_them_and_purged_without_them_it_leaves_nothin
 ) -> None:
     machine = packaged.machine
     before = packaged.pids()
-    machine.write("/etc/mic/mic.env", ENV)
+    machine.write("/etc/mic/mic.env", NO_ENGINE)
     packaged.dpkg("--force-confold", "--install", "/root/mic.deb")
     machine.exec("systemctl", "enable", "--now", "mic")
     machine.exec("mic-supervisor", "apply")

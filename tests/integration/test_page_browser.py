@@ -197,7 +197,7 @@ def test_without_scripts_it_is_whole_and_reloads(
     browser.until(
         lambda: "Everything is as it should be" in browser.evaluate(TEXT),
         "the reload",
-        timeout=20,
+        timeout=60,
     )
 
 

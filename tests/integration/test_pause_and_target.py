@@ -9,19 +9,15 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.commands import SERVE
 from tests.support.mic import PROGRAM, Mic
 from tests.support.waiting import http, until
-
-SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
-COMMAND = f'[{sys.executable}, {SERVER}, --port, "${{port}}"]'
 
 
 def put(
@@ -31,7 +27,7 @@ def put(
     for name in ("MAM", "face", "old"):
         given = env if name == "MAM" else "{}"
         lines.append(
-            f"  {name}: {{backend: process, command: {COMMAND}, probe: {probe}, env: {given}}}"
+            f"  {name}: {{backend: process, command: {SERVE}, probe: {probe}, env: {given}}}"
         )
     mic.write("\n".join([*lines, f"gpus: {gpus}", ""]))
 
@@ -293,7 +289,7 @@ def test_a_target_that_there_is_not_is_told(machine: Mic, command: str) -> None:
     refused = machine(command, "--target", "face", "--target", "9", rc=1)
     assert refused.stdout == ""
     assert refused.stderr == (
-        f"error: cannot {command} face 9: there is no GPU 9; this machine has 4\n"
+        f"error: cannot {command} face 9: there is no GPU 9; this machine has GPU 0,1,2,3\n"
         "hint: models are MAM, face, old; GPUs are 0, 1, 2, 3\n"
     )
 
@@ -309,3 +305,15 @@ def test_who_pauses_waits_for_who_converges(mic: Mic) -> None:
     mic("pause", "face", rc=0)
     assert applying.wait(30) == 0
     assert rows(mic)["face-51000001"]["phase"] == "paused"
+
+
+def test_resume_waits_for_what_leaves(mic: Mic) -> None:
+    mic.env["MIC_DOCKER_HOST"] = "none"
+    put(mic, "{0: MAM, 1: MAM, 2: face}")
+    mic.run()
+    mic("apply", rc=0)
+    mic("pause", "face", rc=0)
+    put(mic, "{0: MAM, 1: MAM, 2: none}")
+    mic("apply", rc=3)
+    assert "pending" not in mic("resume", "face", rc=0).stdout
+    assert sorted(rows(mic)) == ["MAM-51000000", "MAM-51000001"]

@@ -204,7 +204,7 @@ def test_one_that_is_gone_takes_nothing_of_others_with_it(
     more = "other: {backend: process, command: [/bin/sleep, '600']}"
     write(mic, mlserver_program, echo, "0: echo, 1: other", more)
     daemon = mic.run()
-    until(lambda: rows(mic).get(0, {}).get("phase") == "ready", "the server", timeout=30)
+    until(lambda: rows(mic).get(0, {}).get("phase") == "ready", "the server")
     before = rows(mic)
     daemon.stop()
     del mic.env["PYTHONPATH"]

@@ -156,7 +156,7 @@ def test_every_expression_of_the_dashboard_has_an_answer(scraped: Prometheus) ->
     def unanswered() -> list[tuple[str, str]]:
         return [(title, expr) for title, expr in asked if not scraped.query(filled(expr))]
 
-    until(lambda: not unanswered(), "an answer to everything", timeout=30)
+    until(lambda: not unanswered(), "an answer to everything")
 
 
 def test_the_panels_of_the_dashboard_lie_side_by_side() -> None:

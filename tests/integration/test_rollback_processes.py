@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.job_world import masked, outcome, progress
+from tests.support.commands import SERVE
 from tests.support.mic import Mic
 from tests.support.waiting import http, until
 
-SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
-GOOD = f'[{sys.executable}, {SERVER}, --port, "${{port}}"]'
+GOOD = SERVE
 BAD = '[/bin/sh, -c, "exit 3"]'
 WHY = "the new specification failed (it exited with 3)"
 HINT = "    hint: change the file, or: mic-supervisor retry face-51000000\n"

@@ -15,11 +15,11 @@ import pytest
 
 from tests.mock_nvml import MockGpu, MockNvml, mock_uuid
 from tests.support import require
+from tests.support.commands import SERVE, SERVER
 from tests.support.mic import PROGRAM, Mic
 from tests.support.waiting import until
 
 SLOW = "{backend: process, command: [/bin/sleep, '1000'], stop_timeout: 1s, probe: {http: /}}"
-SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
 ABSENT = "GPU-f15ae561-7b5c-4a0c-8ab1-3a1e0c2d9f10"
 
 
@@ -34,12 +34,12 @@ version: 1
 models:
   MAM:
     backend: process
-    command: [{sys.executable}, {SERVER}, --port, "${{port}}"]   # a stand-in
+    command: {SERVE}   # a stand-in
     probe: {{http: /health, period: 200ms}}
     rollout: {{max_unavailable: 4}}
   face:
     backend: process
-    command: [{sys.executable}, {SERVER}, --port, "${{port}}"]
+    command: {SERVE}
     probe: {{http: /health, period: 200ms}}
   broken:
     backend: process
@@ -288,7 +288,7 @@ REFUSALS = [
     (
         "gpus:\n  1: none\n",
         ("start", "MAM", "--gpu", "9"),
-        "error: cannot start MAM on GPU 9: there is no GPU 9; this machine has 4\n",
+        "error: cannot start MAM on GPU 9: there is no GPU 9; this machine has GPU 0,1,2,3\n",
     ),
     (
         "gpus:\n  1: none\n",
@@ -370,6 +370,16 @@ def test_what_the_file_forgot_is_not_pushed_aside(machine: Mic) -> None:
     machine("stop", "--gpu", "0", rc=0)
     assert gpus_of(machine) == "gpus:\n  1: none\n  0: none\n"
     assert rows(machine) == {}
+
+
+def test_a_gpu_is_not_called_empty_while_docker_does_not_answer(machine: Mic) -> None:
+    machine.env["MIC_DOCKER_HOST"] = f"unix://{machine.home}/no.sock"
+    if machine.daemons:
+        machine.daemons[-1].stop()
+        machine.run()
+    refused = machine("stop", "--gpu", "3", rc=1)
+    assert "error: cannot find out whether GPU 3 is empty: docker cannot be read" in refused.stderr
+    assert "is empty.\n" not in refused.stdout
 
 
 def test_saying_it_twice_changes_nothing(machine: Mic) -> None:

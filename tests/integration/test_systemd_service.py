@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.setup.steps import CHECKOUT
-from tests.support.systemd import SystemdMachine
+from tests.support.systemd import NO_ENGINE, SystemdMachine
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.engine
@@ -36,11 +36,6 @@ while True:
 HOOK = CHECKOUT / "examples" / "endpoints-changed"
 DROP_IN = "/etc/systemd/system/mic.service.d"
 
-ENV = """\
-MIC_GPU_SOURCE=simulated:2
-MIC_DOCKER_HOST=none
-MIC_RESYNC=1s
-"""
 GPUS = """\
 version: 1
 models:
@@ -162,7 +157,7 @@ def test_the_hook_of_the_example_has_nginx_follow(
         machine.sh(f"mkdir -p {ELSEWHERE}")
         machine.write(f"{DROP_IN}/proxy.conf", f"[Service]\nReadWritePaths={ELSEWHERE}\n")
         machine.exec("systemctl", "daemon-reload")
-    machine.write("/etc/mic/mic.env", ENV)
+    machine.write("/etc/mic/mic.env", NO_ENGINE)
     machine.write("/etc/mic/gpus.yaml", SERVED)
     machine.write(
         "/etc/mic/endpoints-changed", HOOK.read_text().replace("/var/lib/mic", place), 0o755
@@ -214,10 +209,10 @@ def test_the_hook_of_the_example_has_nginx_follow(
 def running(systemd_machine: SystemdMachine) -> SystemdMachine:
     """The machine with the daemon up, and an instance on each of two simulated GPUs."""
     machine = systemd_machine
-    machine.write("/etc/mic/mic.env", ENV)
+    machine.write("/etc/mic/mic.env", NO_ENGINE)
     machine.write("/etc/mic/gpus.yaml", GPUS)
     machine.exec("systemctl", "start", "mic")
-    until(lambda: len(pids(machine)) == 2, "two instances", timeout=30)
+    until(lambda: len(pids(machine)) == 2, "two instances")
     return machine
 
 
@@ -316,19 +311,19 @@ def failed(machine: SystemdMachine) -> dict[str, str]:
 def test_refused_settings_end_the_restarts_and_are_the_status(
     systemd_machine: SystemdMachine,
 ) -> None:
-    systemd_machine.write("/etc/mic/mic.env", f"{ENV}MIC_RESYNCS=1s\n")
+    systemd_machine.write("/etc/mic/mic.env", f"{NO_ENGINE}MIC_RESYNCS=1s\n")
     shown = failed(systemd_machine)
     assert "code=exited, status=78" in shown["systemctl"]
     assert re.search(r'Status: "cannot run: .*MIC_RESYNCS', shown["systemctl"]), shown
     assert "MIC_RESYNCS" in shown["doctor"]
     # Every other command refuses them as well.
     assert "MIC_RESYNCS" in systemd_machine.exec("mic-supervisor", "doctor", rc=1).stdout
-    systemd_machine.write("/etc/mic/mic.env", ENV)
+    systemd_machine.write("/etc/mic/mic.env", NO_ENGINE)
     systemd_machine.exec("systemctl", "start", "mic")
 
 
 def test_an_option_that_there_is_not_ends_the_restarts(systemd_machine: SystemdMachine) -> None:
-    systemd_machine.write("/etc/mic/mic.env", ENV)
+    systemd_machine.write("/etc/mic/mic.env", NO_ENGINE)
     systemd_machine.write(
         f"{DROP_IN}/option.conf",
         "[Service]\nExecStart=\nExecStart=/usr/bin/mic-supervisor run --fast\n",
@@ -339,7 +334,7 @@ def test_an_option_that_there_is_not_ends_the_restarts(systemd_machine: SystemdM
 
 def test_a_program_that_is_not_there_ends_the_restarts(systemd_machine: SystemdMachine) -> None:
     machine = systemd_machine
-    machine.write("/etc/mic/mic.env", ENV)
+    machine.write("/etc/mic/mic.env", NO_ENGINE)
     machine.exec("mv", "/usr/bin/mic-supervisor", "/root/")
     try:
         shown = failed(machine)
@@ -357,7 +352,7 @@ def test_what_a_restart_may_repair_is_tried_again_with_its_reason(
     systemd_machine: SystemdMachine,
 ) -> None:
     machine = systemd_machine
-    machine.write("/etc/mic/mic.env", f"{ENV}MIC_RUN_DIR=/var/lib/mic/late/run\n")
+    machine.write("/etc/mic/mic.env", f"{NO_ENGINE}MIC_RUN_DIR=/var/lib/mic/late/run\n")
     machine.write("/var/lib/mic/late", "not yet a directory")
     machine.exec("systemctl", "start", "--no-block", "mic")
     until(lambda: int(machine.show("mic", "NRestarts")) > 3, "restarts")
@@ -394,7 +389,7 @@ def test_a_reload_takes_a_good_file_and_fails_for_a_bad_one(running: SystemdMach
     assert pids(running) == before
     running.write("/etc/mic/gpus.yaml", GPUS.replace("1: web", "1: none"))
     running.exec("systemctl", "reload", "mic")
-    until(lambda: len(units(running)) == 1, "one instance to go", timeout=30)
+    until(lambda: len(units(running)) == 1, "one instance to go")
     [(unit, pid)] = pids(running).items()
     assert before[unit] == pid
 
@@ -408,7 +403,7 @@ def test_a_crashed_instance_is_started_again(running: SystemdMachine) -> None:
         now = pids(running)
         return now.keys() == before.keys() and now[unit] != pid
 
-    until(back, "the instance to be back", timeout=30)
+    until(back, "the instance to be back")
     other = next(name for name in before if name != unit)
     assert pids(running)[other] == before[other]
 
@@ -417,5 +412,5 @@ def test_after_a_reboot_everything_runs_again(running: SystemdMachine) -> None:
     before = pids(running)
     running.exec("systemctl", "enable", "mic")
     running.reboot()
-    until(lambda: units(running) == [*before], "both instances", timeout=30)
+    until(lambda: units(running) == [*before], "both instances")
     running.exec("systemctl", "disable", "mic")

@@ -147,8 +147,36 @@ def test_what_is_in_flight_is_waited_for(mic: Mic) -> None:
     time.sleep(1.0)  # it asks four times a second
     assert apply.process.poll() is None and runs(row["pid"])
     put(url, "/metrics", GAUGES.format("0.0"))
-    assert apply.process.wait(15) == 0
+    assert apply.process.wait(60) == 0
     assert not runs(row["pid"])
+
+
+def test_an_engine_that_hangs_is_reported_and_restarted_where_that_is_asked_for(mic: Mic) -> None:
+    counter = 'vllm:iteration_tokens_total_count{{engine="0",model_name="qwen"}} {}\n'
+    write(mic, "0: qwen", runtime="process", hang_timeout="8s")
+    mic.run()
+    until(lambda: the_row(mic)["pid"], "its start")
+    row = the_row(mic)
+    url = row["endpoints"]["http"]
+    until(lambda: http(f"{url}/health").status == 200, "the server")
+    put(url, "/metrics", counter.format(7))
+    put(url, "/v1/completions", json.dumps({"choices": []}))
+    until(lambda: the_row(mic)["phase"] == "ready", "its readiness", timeout=60)
+
+    put(url, "/v1/completions?delay=3600", "")
+    assert http(f"{url}/health").status == 200
+    until(lambda: the_row(mic)["phase"] == "degraded", "the report", timeout=90)
+    assert the_row(mic)["reason"] == (
+        "it hangs: vllm:iteration_tokens_total_count has not moved for 4 s, and "
+        "POST /v1/completions: no answer within 4 s"
+    )
+    put(url, "/metrics", counter.format(8))
+    until(lambda: the_row(mic)["phase"] == "ready", "the end of it", timeout=60)
+    assert (the_row(mic)["pid"], the_row(mic)["restarts"]) == (row["pid"], 0)
+
+    write(mic, "0: qwen", runtime="process", hang_timeout="8s", on_hang="restart")
+    until(lambda: the_row(mic)["restarts"] == 1, "the restart", timeout=120)
+    assert the_row(mic)["pid"] != row["pid"]
 
 
 def test_a_program_that_is_not_there_stops_nothing(mic: Mic, tmp_path: Path) -> None:

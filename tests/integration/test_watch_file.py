@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -139,12 +140,16 @@ def test_a_drop_in_comes_changes_and_goes(world: DaemonWorld) -> None:
 
 def test_ten_saves_in_a_second_are_one_change(world: DaemonWorld) -> None:
     before, readings = world.generation, world.readings
+    saves = []
     for turn in range(10):
         world.mic.config.write_text(world.text(MORE if turn % 2 else {**BASE, 3: "q"}))
+        saves.append(time.monotonic())
         time.sleep(0.1)
     world.converged(P0, C1, P2, P3)
-    assert world.generation <= before + 2
-    assert world.readings <= readings + 2
+    # Where this process had to wait for its turn, a file stayed the same for long enough.
+    rests = sum(later - earlier > 0.2 for earlier, later in itertools.pairwise(saves))
+    assert world.generation <= before + 2 + rests
+    assert world.readings <= readings + 2 + rests
 
 
 @pytest.mark.parametrize(
@@ -248,7 +253,7 @@ def test_a_removal_waits_for_a_word(three: DaemonWorld) -> None:
     assert P3 in three.marks()
     plan = three.mic("plan").stdout
     assert "its removal waits to be confirmed" in plan
-    assert "confirm with `mic-supervisor apply` or `systemctl reload mic`" in plan
+    assert "confirm with `mic-supervisor apply` or `mic-supervisor reload`" in plan
 
 
 @pytest.mark.parametrize("command", [("reload", "--wait"), ("apply",)])

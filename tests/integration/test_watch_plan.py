@@ -123,7 +123,7 @@ def test_what_was_applied_goes_on_over_a_death_a_restart_and_a_reboot(
 
     # A reboot, as far as it matters here: nothing runs any more, and the records are there.
     assert running.mic.daemons[-1].stop() == 0
-    scopes.end_processes(running.mic.scope)
+    scopes.end_processes(running.mic.scope, keepers=False)
     assert running.engine is not None
     for item in scopes.containers(running.engine, running.mic.scope):
         running.engine.kill(item["Id"])

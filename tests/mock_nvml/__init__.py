@@ -76,6 +76,8 @@ FUNCTIONS = (
     "nvmlDeviceGetComputeMode",
     "nvmlDeviceSetComputeMode",
     "nvmlDeviceGetPersistenceMode",
+    "nvmlDeviceGetCpuAffinityWithinScope",
+    "nvmlDeviceGetMemoryAffinity",
     "nvmlDeviceGetMigMode",
     "nvmlDeviceGetMaxMigDeviceCount",
     "nvmlDeviceGetMigDeviceHandleByIndex",
@@ -102,9 +104,13 @@ class MockProcess:
 
 @dataclass(frozen=True)
 class MockMig:
+    """A slice of a GPU that has MIG on. Its processes are in the lists of its GPU, too."""
+
     uuid: str
     total: int = 10 * GIB
     used: int = 0
+    profile: str = "1g.5gb"
+    processes: Sequence[MockProcess] = ()
 
 
 @dataclass(frozen=True)
@@ -130,9 +136,9 @@ class Rules:
         ]
 
 
-def mock_uuid(number: int) -> str:
+def mock_uuid(number: int, kind: Literal["GPU", "MIG"] = "GPU") -> str:
     """A UUID whose first eight hex digits differ per number."""
-    return f"GPU-{0xA0000000 + number:08x}-1111-4222-8333-{number:012x}"
+    return f"{kind}-{0xA0000000 + number:08x}-1111-4222-8333-{number:012x}"
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,8 @@ class MockGpu:
     remapped_rows: tuple[int, int, int, int] | None = (0, 0, 0, 0)
     compute_mode: int | None = 0
     persistence_mode: int | None = 1
+    cpus: int | None = None  # a bit for each CPU next to it
+    nodes: int | None = None  # and for each node of memory
     mig_mode: tuple[int, int] | None = (0, 0)  # current, pending
     mig_devices: Sequence[MockMig] = ()
     recovery_action: int | None = 0  # field 230
@@ -194,6 +202,8 @@ class MockGpu:
             "remapped_rows": self.remapped_rows,
             "compute_mode": self.compute_mode,
             "persistence_mode": self.persistence_mode,
+            "cpus": self.cpus,
+            "nodes": self.nodes,
             "mig_mode": self.mig_mode,
             "max_mig_devices": None if self.mig_mode is None else 7,
             "supported_events": self.supported_events,
@@ -211,17 +221,20 @@ class MockGpu:
                 if value is not None
             },
         }
-        if len(self.processes) > 128:
+        held = [(process, "") for process in self.processes]
+        for place, mig in enumerate(self.mig_devices):
+            held += [(process, f" {place}") for process in mig.processes]
+        if len(held) > 128:
             raise ValueError("the mock holds 128 processes per GPU")
         return [
             f"gpu {self.uuid or mock_uuid(number)}",
             *(f"set {key} {value}" for key, value in texts.items() if value is not None),
             *(
-                f"proc {p.kind[0]} {p.pid} {'-' if p.used is None else p.used}"
-                for p in self.processes
+                f"proc {p.kind[0]} {p.pid} {'-' if p.used is None else p.used}{mig}"
+                for p, mig in held
             ),
             *(f"field {key} {value}" for key, value in fields.items()),
-            *(f"mig {m.uuid} {m.total} {m.used}" for m in self.mig_devices),
+            *(f"mig {m.uuid} {m.total} {m.used} {m.profile}" for m in self.mig_devices),
             *(["rule * error 15"] if self.lost else []),
             *self.rules.lines(),
         ]

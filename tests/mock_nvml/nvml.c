@@ -143,8 +143,7 @@ API int nvmlDeviceGetHandleByPciBusId_v2(const char *bus_id, device_t *out)
 
 static struct mig *mig_device(struct gpu *g, device_t h)
 {
-    int i = mig_of(h);
-    return i >= 0 && i < g->n_migs ? &g->migs[i] : NULL;
+    return mig_of(h) < 0 ? NULL : &g->migs[mig_of(h)];
 }
 
 API int nvmlDeviceGetUUID(device_t h, char *out, unsigned size)
@@ -158,8 +157,9 @@ API int nvmlDeviceGetUUID(device_t h, char *out, unsigned size)
 API int nvmlDeviceGetName(device_t h, char *out, unsigned size)
 {
     DEVICE(h);
+    struct mig *m = mig_device(g, h);
     const char *value = text(&g->scope, "name");
-    if (value) copy(out, value, size);
+    if (value) snprintf(out, size, m ? "%s MIG %s" : "%s", value, m ? m->profile : "");
     return done(value ? OK : NOT_SUPPORTED);
 }
 
@@ -183,7 +183,7 @@ API int nvmlDeviceGetPciInfo_v3(device_t h, struct pci *out)
 #define METRIC(function, name, type) \
     API int function(device_t h, type *out) \
     { \
-        DEVICE(h); \
+        WHOLE(h); \
         u64 v = 0; \
         int rc = numbers(&g->scope, name, 1, &v); \
         if (!rc) *out = (type)v; \
@@ -192,7 +192,7 @@ API int nvmlDeviceGetPciInfo_v3(device_t h, struct pci *out)
 #define PAIR(function, name) \
     API int function(device_t h, unsigned *a, unsigned *b) \
     { \
-        DEVICE(h); \
+        WHOLE(h); \
         u64 v[2] = { 0 }; \
         int rc = numbers(&g->scope, name, 2, v); \
         if (!rc) { *a = (unsigned)v[0]; *b = (unsigned)v[1]; } \
@@ -210,11 +210,32 @@ METRIC(nvmlDeviceGetSupportedEventTypes, "supported_events", u64)
 PAIR(nvmlDeviceGetEccMode, "ecc_mode")
 PAIR(nvmlDeviceGetMigMode, "mig_mode")
 
+/* Up to 64 of each: the first word of the set. */
+static int affinity(const struct gpu *g, const char *key, unsigned size, u64 *set)
+{
+    if (!size)
+        return done(INSUFFICIENT_SIZE);
+    memset(set, 0, size * sizeof *set);
+    return done(numbers(&g->scope, key, 1, set));
+}
+API int nvmlDeviceGetCpuAffinityWithinScope(device_t h, unsigned size, u64 *set, unsigned scope)
+{
+    DEVICE(h);
+    (void)scope;
+    return affinity(g, "cpus", size, set);
+}
+API int nvmlDeviceGetMemoryAffinity(device_t h, unsigned size, u64 *set, unsigned scope)
+{
+    DEVICE(h);
+    (void)scope;
+    return affinity(g, "nodes", size, set);
+}
+
 struct utilization { unsigned gpu, memory; };
 _Static_assert(sizeof(struct utilization) == 8, "nvml.h");
 API int nvmlDeviceGetUtilizationRates(device_t h, struct utilization *out)
 {
-    DEVICE(h);
+    WHOLE(h);
     u64 v[2];
     int rc = numbers(&g->scope, "utilization", 2, v);
     if (!rc) *out = (struct utilization){ (unsigned)v[0], (unsigned)v[1] };
@@ -225,7 +246,7 @@ struct temperature { unsigned version, sensor; int celsius; };
 _Static_assert(sizeof(struct temperature) == 12, "nvml.h");
 API int nvmlDeviceGetTemperatureV(device_t h, struct temperature *io)
 {
-    DEVICE(h);
+    WHOLE(h);
     if (io->version != 0x100000c) return done(ARGUMENT_VERSION_MISMATCH);
     u64 v;
     int rc = numbers(&g->scope, "temperature", 1, &v);
@@ -235,7 +256,7 @@ API int nvmlDeviceGetTemperatureV(device_t h, struct temperature *io)
 
 API int nvmlDeviceGetTemperature(device_t h, unsigned sensor, unsigned *out)
 {
-    DEVICE(h);
+    WHOLE(h);
     u64 v;
     int rc = sensor ? INVALID_ARGUMENT : numbers(&g->scope, "temperature", 1, &v);
     if (!rc) *out = (unsigned)v;
@@ -244,7 +265,7 @@ API int nvmlDeviceGetTemperature(device_t h, unsigned sensor, unsigned *out)
 
 API int nvmlDeviceGetClockInfo(device_t h, unsigned type, unsigned *out)
 {
-    DEVICE(h);
+    WHOLE(h);
     u64 v[4];
     int rc = type > 3 ? INVALID_ARGUMENT : numbers(&g->scope, "clocks", 4, v);
     if (!rc) *out = (unsigned)v[type];
@@ -254,7 +275,7 @@ API int nvmlDeviceGetClockInfo(device_t h, unsigned type, unsigned *out)
 API int nvmlDeviceGetTotalEccErrors(device_t h, unsigned error, unsigned counter, u64 *out)
 {
     (void)counter;
-    DEVICE(h);
+    WHOLE(h);
     u64 v[2];
     int rc = error > 1 ? INVALID_ARGUMENT : numbers(&g->scope, "ecc_errors", 2, v);
     if (!rc) *out = v[error];
@@ -263,7 +284,7 @@ API int nvmlDeviceGetTotalEccErrors(device_t h, unsigned error, unsigned counter
 
 API int nvmlDeviceGetRemappedRows(device_t h, unsigned *a, unsigned *b, unsigned *c, unsigned *d)
 {
-    DEVICE(h);
+    WHOLE(h);
     u64 v[4];
     int rc = numbers(&g->scope, "remapped_rows", 4, v);
     if (!rc) { *a = (unsigned)v[0]; *b = (unsigned)v[1]; *c = (unsigned)v[2]; *d = (unsigned)v[3]; }
@@ -272,7 +293,7 @@ API int nvmlDeviceGetRemappedRows(device_t h, unsigned *a, unsigned *b, unsigned
 
 API int nvmlDeviceGetComputeMode(device_t h, unsigned *out)
 {
-    DEVICE(h);
+    WHOLE(h);
     u64 v;
     int rc = numbers(&g->scope, "compute_mode", 1, &v);
     if (!rc) *out = (unsigned)v;
@@ -283,7 +304,7 @@ API int nvmlDeviceGetComputeMode(device_t h, unsigned *out)
 
 API int nvmlDeviceSetComputeMode(device_t h, unsigned mode)
 {
-    DEVICE(h);
+    WHOLE(h);
     if (mode > 3) return done(INVALID_ARGUMENT);
     if (!text(&g->scope, "compute_mode")) return done(NOT_SUPPORTED);
     int i = 0;
@@ -335,7 +356,7 @@ struct field_value { uint32_t id, scope; int64_t time, latency; unsigned type, r
 _Static_assert(sizeof(struct field_value) == 40, "nvml.h");
 API int nvmlDeviceGetFieldValues(device_t h, int n, struct field_value *out)
 {
-    DEVICE(h);
+    WHOLE(h);
     for (int i = 0; i < n; i++) {
         out[i].rc = NOT_SUPPORTED;
         for (int k = 0; k < g->n_fields; k++) {
@@ -350,7 +371,7 @@ API int nvmlDeviceGetFieldValues(device_t h, int n, struct field_value *out)
 
 API int nvmlDeviceGetMigDeviceHandleByIndex(device_t h, unsigned index, device_t *out)
 {
-    DEVICE(h);
+    WHOLE(h);
     if (!text(&g->scope, "mig_mode")) return done(NOT_SUPPORTED);
     if (index >= (unsigned)g->n_migs) return done(NOT_FOUND);
     *out = handle_of(slot_of(h), (int)index);
@@ -362,13 +383,16 @@ API int nvmlDeviceGetMigDeviceHandleByIndex(device_t h, unsigned index, device_t
 struct process { unsigned pid; u64 used; unsigned gpu_instance, compute_instance; };
 _Static_assert(sizeof(struct process) == 24, "nvml.h");
 
-static int processes(struct gpu *g, char kind, unsigned *n, struct process *out)
+static int processes(struct gpu *g, device_t h, char kind, unsigned *n, struct process *out)
 {
     unsigned found = 0, room = *n;
     for (int i = 0; i < g->n_procs; i++) {
-        if (g->procs[i].kind != kind) continue;
+        struct proc *p = &g->procs[i];
+        if (p->kind != kind || (mig_of(h) >= 0 && p->mig != mig_of(h))) continue;
+        /* The driver counts its GPU instances from 1; each of these has one compute instance. */
+        unsigned instance = p->mig < 0 ? ~0U : (unsigned)p->mig + 1;
         if (out && found < room)
-            out[found] = (struct process){ g->procs[i].pid, g->procs[i].used, ~0U, ~0U };
+            out[found] = (struct process){ p->pid, p->used, instance, p->mig < 0 ? ~0U : 0 };
         found++;
     }
     *n = found;
@@ -379,7 +403,7 @@ static int processes(struct gpu *g, char kind, unsigned *n, struct process *out)
     API int function(device_t h, unsigned *n, struct process *out) \
     { \
         DEVICE(h); \
-        return processes(g, kind, n, out); \
+        return processes(g, h, kind, n, out); \
     }
 PROCESSES(nvmlDeviceGetComputeRunningProcesses_v2, 'c')
 PROCESSES(nvmlDeviceGetComputeRunningProcesses_v3, 'c')

@@ -68,7 +68,8 @@ static void parse_line(char *line)
     } else if (!strcmp(line, "proc") && g->n_procs < MAX_PROCS) {
         struct proc *p = &g->procs[g->n_procs++];
         char used[32] = "-";
-        sscanf(rest, "%c %u %31s", &p->kind, &p->pid, used);
+        p->mig = -1;
+        sscanf(rest, "%c %u %31s %d", &p->kind, &p->pid, used, &p->mig);
         p->used = used[0] == '-' ? ~0ULL : strtoull(used, NULL, 10);
     } else if (!strcmp(line, "event") && g->n_events < MAX_EVENTS) {
         struct event *e = &g->events[g->n_events++];
@@ -78,7 +79,7 @@ static void parse_line(char *line)
         sscanf(rest, "%u %llu", &f->id, &f->value);
     } else if (!strcmp(line, "mig") && g->n_migs < MAX_MIG) {
         struct mig *m = &g->migs[g->n_migs++];
-        sscanf(rest, "%95s %llu %llu", m->uuid, &m->total, &m->used);
+        sscanf(rest, "%95s %llu %llu %31s", m->uuid, &m->total, &m->used, m->profile);
     }
 }
 
@@ -205,6 +206,7 @@ int enter_device(const char *fn, device_t h, struct gpu **g)
     int bad = references && stale(h);
     pthread_mutex_unlock(&lock);
     int rc = enter(fn, bad || !references ? -1 : slot_of(h), g);
+    if (!rc && !bad) bad = mig_of(h) >= (*g)->n_migs; /* a slice that is gone */
     return rc ? rc : bad ? INVALID_ARGUMENT : OK;
 }
 

@@ -9,14 +9,17 @@
  *   rule FUNCTION sleep MS    the call is slow
  *   rule FUNCTION hang        the call blocks until the line is gone
  *   gpu UUID                  starts a GPU; the statements below and `rule`, `set` then belong to it
- *   proc KIND PID BYTES       KIND c, g or m (compute, graphics, MPS); BYTES "-" is unknown
+ *   proc KIND PID BYTES [MIG] KIND c, g or m (compute, graphics, MPS); BYTES "-" is unknown;
+ *                             MIG is the number of the MIG device that it is on
  *   field ID VALUE            for GetFieldValues
- *   mig UUID TOTAL USED       a MIG device
+ *   mig UUID TOTAL USED NAME  a MIG device, NAME as in 1g.5gb
  *   event SEQ TYPE DATA       delivered to event sets that were registered before SEQ appeared
  *
  * Awkwardness kept from the real library: GPUs are enumerated by the first Init and by nothing
  * later; a GPU that goes away answers "lost" on its old handle; handles die with Shutdown; a key
- * that is not set is "not supported"; Shutdown while another call runs kills the process.
+ * that is not set is "not supported"; Shutdown while another call runs kills the process. MIG
+ * devices come and go while NVML is open, and have a name, a UUID, memory and processes only; the
+ * lists of their GPU have their processes, too.
  * Layouts and codes: nvml.h of NVIDIA's driver packages, as bound by nvidia-ml-py.
  */
 #include <pthread.h>
@@ -40,10 +43,10 @@ typedef void *device_t;
 struct rule { char fn[64]; int error, sleep_ms, hang; };
 struct key { char name[32], value[128]; };
 struct scope { struct rule rules[MAX_RULES]; int n_rules; struct key keys[MAX_KEYS]; int n_keys; };
-struct proc { char kind; unsigned pid; u64 used; };
+struct proc { char kind; unsigned pid; u64 used; int mig; };
 struct event { u64 seq, type, data; };
 struct field { unsigned id; u64 value; };
-struct mig { char uuid[96]; u64 total, used; };
+struct mig { char uuid[96]; u64 total, used; char profile[32]; };
 struct gpu {
     char uuid[96];
     struct scope scope;
@@ -86,3 +89,5 @@ int done(int rc);
 #define HOST() do { int rc_ = enter(__func__, -1, NULL); if (rc_) return done(rc_); } while (0)
 #define DEVICE(h) struct gpu *g = NULL; \
     do { int rc_ = enter_device(__func__, (h), &g); if (rc_) return done(rc_); } while (0)
+#define WHOLE(h) DEVICE(h); \
+    do { if (mig_of(h) >= 0) return done(NOT_SUPPORTED); } while (0)

@@ -16,6 +16,7 @@ from tests.setup.steps import CHECKOUT, Missing, cache_dir, die, fingerprint, ru
 
 VENV = CHECKOUT / ".venv"
 PYTHON = VENV / "bin" / "python"
+EXTRAS = ("", "package", "test", "proof")  # each holds all that stand before it
 
 
 def _stamp(extra: str) -> Path:
@@ -86,7 +87,7 @@ def main(extra: str) -> None:
             hint="name a newer one: make PYTHON=/path/to/python3.11 test",
         )
     key = fingerprint(CHECKOUT / "pyproject.toml", sys.version, str(CHECKOUT))
-    stamps = [_stamp(extra), _stamp("test")]  # the test set-up holds all that the plain one does
+    stamps = [_stamp(one) for one in EXTRAS[EXTRAS.index(extra) :]]
     if _usable() and any(s.is_file() and s.read_text() == key for s in stamps):
         say(".venv: up to date")
         return

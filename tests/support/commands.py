@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+# What serves models in tests: see there for what it can be told. SERVE is it as a model's command.
+SERVER = Path(__file__).parents[2] / "mic_supervisor" / "demo" / "server.py"
+SERVE = f'[{sys.executable}, {SERVER}, --port, "${{port}}"]'
 
 # Deaf to TERM, in a session of its own, its parent gone, and so once more; with nothing of ours in
 # its environment but what it was started with.

@@ -51,9 +51,10 @@ def _remove(engine: docker.APIClient, container: str) -> None:
             raise
 
 
-def processes(scope: str) -> list[int]:
-    """PIDs of the processes whose environment names this scope, this one excepted."""
-    wanted = f"MIC_SCOPE={scope}".encode()
+def processes(scope: str, *, keepers: bool = False) -> list[int]:
+    """PIDs of the processes whose environment names this scope, this one excepted; a keeper is told
+    of it as part of who it keeps."""
+    wanted, kept = f"MIC_SCOPE={scope}".encode(), f'"scope":"{scope}"'.encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -62,7 +63,7 @@ def processes(scope: str) -> list[int]:
             environment = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if wanted in environment:
+        if wanted in environment or (keepers and any(kept in one for one in environment)):
             found.append(int(entry.name))
     return sorted(found)
 
@@ -76,10 +77,11 @@ def runs(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def end_processes(scope: str, seconds: float = 10.0) -> None:
-    """Kills every process of a scope until none is left: a keeper may start one meanwhile."""
+def end_processes(scope: str, seconds: float = 10.0, *, keepers: bool = True) -> None:
+    """Kills every process of a scope until none is left: a keeper may start one meanwhile, or have
+    been started itself by a daemon that is gone."""
     end = time.monotonic() + seconds
-    while (left := processes(scope)) and time.monotonic() < end:
+    while (left := processes(scope, keepers=keepers)) and time.monotonic() < end:
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -31,6 +31,7 @@ from tests.support.waiting import until
 IMAGE = "mic-test/systemd:1"
 SITE = "/opt/mic/lib/python3.11/site-packages"
 TESTS = "/opt/mic-tests"
+NO_ENGINE = "MIC_GPU_SOURCE=simulated:2\nMIC_DOCKER_HOST=none\nMIC_RESYNC=1s\n"  # mic.env
 UNIT_FILE = CHECKOUT / "systemd" / "mic.service"
 
 _BOOT_TIMEOUT = 90.0  # seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -11,7 +12,7 @@ import struct
 import subprocess
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tests.support.mic import PROGRAM, Mic
 from tests.support.waiting import until
@@ -34,12 +35,13 @@ class Terminal:
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(theirs)
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a read may end within a character
         self.raw = ""
 
     def read(self) -> str:
         while select.select([self._end], [], [], 0.05)[0]:
             try:
-                self.raw += os.read(self._end, 65536).decode()
+                self.raw += self._decoder.decode(os.read(self._end, 65536))
             except OSError:  # the other end is closed
                 break
         return self.raw
@@ -47,7 +49,17 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._end, keys.encode())
 
-    def shows(self, text: str, timeout: float = 20.0) -> str:
+    def interrupt(self) -> None:
+        """Ctrl-C until it ends: one just before the command waits for a key is noticed with the
+        next key only.
+        """
+        for _ in range(10):
+            self.type("\x03")
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(3)
+                return
+
+    def shows(self, text: str, timeout: float = 60.0) -> str:
         """What came so far, once `text` is part of it. It is forgotten then."""
         until(lambda: text in self.read(), f"{text!r}; there is\n{self.raw}", timeout=timeout)
         shown, self.raw = self.raw.replace("\r", ""), ""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T")
 
 
-def until(look: Callable[[], T], what: str, *, timeout: float = 20.0, period: float = 0.05) -> T:
+def until(look: Callable[[], T], what: str, *, timeout: float = 60.0, period: float = 0.05) -> T:
     """The first true answer of `look`. An AssertionError quotes the last one."""
     end = time.monotonic() + timeout
     while True:

@@ -149,7 +149,7 @@ def test_what_is_said_of_keys_without_a_gpu() -> None:
         "A on GPU 7: cannot open it: GPU is lost",
         f"B on {uuid(5)}: {uuid(5)} is not in this machine",
         "C on 00000000:3b:00.0: no GPU has the PCI bus id 00000000:3b:00.0",
-        "none on GPU 8: there is no GPU 8; this machine has 3",
+        "none on GPU 8: there is no GPU 8; this machine has GPU 0,1,7",
     ]
     assert [item.gpus for item in binding.unsatisfiable] == [(), (uuid(5),), (), ()]
     assert [item.instances for item in binding.unsatisfiable] == [(), ("B-ffffffff",), (), ()]
@@ -270,9 +270,53 @@ def test_two_gpus_with_one_first_block_have_ids_of_their_own() -> None:
 
 
 def test_a_uuid_of_another_shape_has_an_id() -> None:
-    odd = gpu(0, uuid="MIG-3f8e")
+    odd = gpu(0, uuid="GPU-3f8e")
     (one,) = bind([entry("A", index(0))], GpuInventory("nvml", (odd,)), {}).entries
     assert re.fullmatch(r"A-[0-9a-f]{8}", str(one.instance))
+
+
+# --- GPUs that have MIG on, and their slices ------------------------------------------------------
+
+SLICE = "MIG-5115e000-0000-5000-8000-000000000000"
+
+
+def parted(*slices: str) -> GpuInventory:
+    """GPU 0 has MIG on, and these slices; GPU 1 has not."""
+    whole = gpu(0, uuid=uuid(0), pci_bus_id="00000000:00:00.0", mig=True)
+    parts = (gpu(0, uuid=one, parent=whole.uuid) for one in slices)
+    return GpuInventory("nvml", (whole, *parts, gpu(1, uuid=uuid(1))))
+
+
+def test_a_slice_is_found_by_its_uuid_and_its_instance_named_after_it() -> None:
+    entries = [entry("A", GpuKey("uuid", SLICE)), entry("B", index(1))]
+    binding = bind(entries, parted(SLICE), {})
+    assert bound(binding) == {"A-5115e000": [SLICE], f"B-{uuid(1)[4:12]}": [uuid(1)]}
+    assert binding.bindings == (("1", uuid(1)),)
+
+
+@pytest.mark.parametrize("key", [index(0), by_uuid(0), pci("00000000:00:00.0")], ids=str)
+@pytest.mark.parametrize("model", ["A", None])
+def test_a_gpu_that_has_mig_on_is_not_given_as_a_whole(key: GpuKey, model: str | None) -> None:
+    (refused,) = bind([entry(model, key)], parted(SLICE), {}).unsatisfiable
+    assert refused.reason == "GPU 0 is parted into MIG slices"
+    assert refused.hint == f'write a slice as the key: "{SLICE}"'
+    assert refused.gpus == (uuid(0),)  # what runs there is left as it is
+
+
+def test_a_gpu_without_slices_says_how_to_make_some() -> None:
+    (refused,) = bind([entry("A", index(0))], parted(), {}).unsatisfiable
+    assert refused.hint is not None
+    assert refused.hint.endswith("switch MIG off with: nvidia-smi -i 0 -mig 0")
+
+
+def test_a_slice_that_is_gone_blocks_its_entry_and_keeps_its_id() -> None:
+    (refused,) = bind([entry("A", GpuKey("uuid", SLICE))], parted(), {}).unsatisfiable
+    assert (refused.reason, refused.gpus) == (f"{SLICE} is not in this machine", (SLICE,))
+    assert refused.instances == ("A-5115e000",)
+    assert "mic-supervisor gpus" in str(refused.hint)
+
+
+# --- order ----------------------------------------------------------------------------------------
 
 
 @given(st.permutations(range(4)), st.permutations(range(4)))

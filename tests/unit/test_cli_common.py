@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.mic import here
+
 FILE = """\
 version: 1
 models:
@@ -43,20 +45,14 @@ def completed(words: str, directory: Path, config: str = FILE) -> list[str]:
     path = directory / "gpus.yaml"
     path.write_text(config)
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("MIC_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "mic_supervisor.cli"],
-        env={
-            **inherited,
-            "_MIC_SUPERVISOR_COMPLETE": "bash_complete",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(len(words.split(" ")) - 1),
-            "MIC_CONFIG": str(path),
-            "MIC_SOCKET": str(directory / "no.sock"),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    asked = {
+        "_MIC_SUPERVISOR_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+        "MIC_CONFIG": str(path),
+        "MIC_SOCKET": str(directory / "no.sock"),
+    }
+    done = here(env={**inherited, **asked})
     assert done.stderr == ""
     return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
 

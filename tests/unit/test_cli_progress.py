@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mic_supervisor.cli import progress
 from mic_supervisor.cli.progress import follow, line_of, named, outcome, table
 from mic_supervisor.converge.events import Event
+from mic_supervisor.plan.health import Phase
 
 REASON = "cannot pull registry.example.com/team/embeddings:1.8: the registry does not answer"
 
@@ -25,6 +27,10 @@ def row(**values: Any) -> dict[str, Any]:
         "endpoints": {},
         **values,
     }
+
+
+def test_phases_that_are_no_news_are_phases() -> None:
+    assert {*progress._QUIET, *progress._GOOD} <= {*Phase}
 
 
 @pytest.mark.parametrize("name", ["embed-51000000", "a" * 120])

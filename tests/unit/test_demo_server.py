@@ -99,7 +99,7 @@ def test_its_metrics_count(serve: Callable[..., DemoServer]) -> None:
         ("/infer", "GET", None, 405, "use POST"),
         ("/health", "POST", {}, 404, "there is no /health"),
         ("/infer", "POST", "{", 400, "the body is not JSON: "),
-        ("/infer", "POST", "1" * (2 << 20), 413, "more than 1048576 bytes"),
+        pytest.param("/infer", "POST", "1" * (2 << 20), 413, "more than 1048576 bytes", id="big"),
     ],
 )
 def test_what_it_does_not_do_is_an_error(
@@ -156,8 +156,11 @@ def test_sigterm_lets_a_request_that_is_under_way_finish(serve: Callable[..., De
     ask = threading.Thread(
         target=lambda: statuses.append(server.get("/infer?delay=0.5", "POST", {}).status)
     )
+    threads = Path(f"/proc/{server.process.pid}/task")
+    idle = len([*threads.iterdir()])
     ask.start()
-    time.sleep(0.2)
+    until(lambda: len([*threads.iterdir()]) > idle, "the request to be there")
+    time.sleep(0.1)
     server.end()
     ask.join()
     assert statuses == [200]

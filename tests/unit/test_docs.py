@@ -138,6 +138,9 @@ def default_of(found: dict[str, Any], required: bool, said: str) -> bool:
         (("mounts", "Key"), "MountOptions"),
         (("ports", "Key"), "PortOptions"),
         (("rollout", "Key"), "RolloutOptions"),
+        (("progress", "Key"), "ProgressOptions"),
+        (("request", "Key"), "RequestOptions"),
+        (("warm_up", "Key"), "WarmUpOptions"),
         (("defaults", "Key"), "defaults"),
     ],
 )

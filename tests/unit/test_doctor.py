@@ -52,12 +52,12 @@ def test_one_that_hangs_raises_or_refuses_leaves_the_others() -> None:
             Check("c", refuses),
             Check("d", lambda: [ok("d", "well"), warn("d", "ill", "rest")]),
         ],
-        bound=0.3,
+        bound=2.0,
     )
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     release.set()
     assert lines(found) == [
-        "fail  a: cannot be checked: no answer within 0.3 s",
+        "fail  a: cannot be checked: no answer within 2 s",
         "fail  b: cannot be checked: ZeroDivisionError: a defect",
         "fail  c: cannot reach it: it is gone; fix: start it",
         "ok    d: well",
@@ -155,7 +155,7 @@ def test_it_finds_what_is_wrong_with_a_configuration_and_changes_nothing(
     )
     mic.state_dir.chmod(0o700)
     before = tree(mic.home)
-    done = mic("doctor", rc=1)
+    done = mic.here("doctor", rc=1)
     assert tree(mic.home) == before
     assert done.stderr == ""
     assert "s3cret" not in done.stdout
@@ -175,7 +175,7 @@ def test_it_finds_what_is_wrong_with_a_configuration_and_changes_nothing(
 
     secrets.chmod(0o600)
     mic.write("{version: 1, models: {g: {backend: process, command: [/bin/true]}}, gpus: {0: g}}")
-    document = mic("doctor", "--json", rc=0).json()
+    document = mic.here("doctor", "--json", rc=0).json()
     assert document["version"] == 1
     assert document["ok"] is True
     assert {"level", "subject", "text", "mend"} == set(document["findings"][0])
@@ -184,27 +184,27 @@ def test_it_finds_what_is_wrong_with_a_configuration_and_changes_nothing(
 
 def test_an_invalid_file_and_none_at_all(mic: Mic) -> None:
     mic.env["MIC_DOCKER_HOST"] = "none"
-    found = mic("doctor", rc=1).stdout.splitlines()
+    found = mic.here("doctor", rc=1).stdout.splitlines()
     assert (
         f"fail  config: {mic.config} does not exist; "
         "fix: write a first one with: mic-supervisor init"
     ) in found
     mic.write("{version: 1, gpus: {0: nothing}}")
-    found = mic("doctor", rc=1).stdout.splitlines()
+    found = mic.here("doctor", rc=1).stdout.splitlines()
     (line,) = [line for line in found if "  config: " in line]
     assert line.endswith("; fix: see all of its errors: mic-supervisor check")
 
 
 def test_settings_that_cannot_be_read(mic: Mic) -> None:
     mic.env["MIC_RESYNC"] = "soon"
-    done = mic("doctor", rc=1)
+    done = mic.here("doctor", rc=1)
     assert done.stdout.startswith("fail  settings: cannot read the settings: environment: MIC_RES")
 
 
 def test_an_engine_that_is_away_is_said_once(mic: Mic) -> None:
     mic.env["MIC_DOCKER_HOST"] = "unix:///no/such.sock"
     mic.write("{version: 1, models: {g: {backend: container, image: x}}, gpus: {0: g}}")
-    found = mic("doctor", rc=1).stdout.splitlines()
+    found = mic.here("doctor", rc=1).stdout.splitlines()
     (line,) = [line for line in found if "/no/such.sock" in line]
     assert line.startswith("fail  docker: cannot ask for the engine's version: ")
 
@@ -220,7 +220,7 @@ def test_images_of_the_file(mic: Mic, busybox_image: str) -> None:
         gpus: {{0: a, 1: b}}
         """
     )
-    found = mic("doctor", rc=0).stdout.splitlines()
+    found = mic.here("doctor", rc=0).stdout.splitlines()
     assert [line for line in found if "  images: " in line] == [
         f"ok    images: {busybox_image} is here",
         "warn  images: mic-test/nowhere:1 is not here: the next start pulls it first; "
@@ -230,12 +230,14 @@ def test_images_of_the_file(mic: Mic, busybox_image: str) -> None:
 
 @pytest.mark.slow
 def test_beside_a_running_daemon(mic: Mic) -> None:
+    from tests.support.waiting import until
+
     mic.env["MIC_DOCKER_HOST"] = "none"
     mic.write(
         "{version: 1, models: {g: {backend: process, command: [/bin/sleep, '9']}}, gpus: {0: g}}\n"
     )
     daemon = mic.run()
-    found = mic("doctor", rc=0).stdout.splitlines()
+    found = mic.here("doctor", rc=0).stdout.splitlines()
     assert f"ok    http: the daemon answers at {mic.listen}" in found
     (line,) = [line for line in found if "  daemon: " in line]
     assert line.startswith(
@@ -243,8 +245,6 @@ def test_beside_a_running_daemon(mic: Mic) -> None:
         "(mic-supervisor run, by "
     )
     mic.write("{version: 2}")
-    from tests.support.waiting import until
-
     rejected = f"warn  daemon: rejected {mic.config} as it is now; what was good before keeps "
-    until(lambda: rejected in mic("doctor", rc=1).stdout, "the rejection")
+    until(lambda: rejected in mic.here("doctor", rc=1).stdout, "the rejection")
     assert daemon.stop() == 0

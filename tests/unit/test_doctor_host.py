@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from mic_supervisor.doctor import (
     Finding,
     host,
 )
+from mic_supervisor.errors import RuntimeUnavailable
+from mic_supervisor.host import start_daemon
 from mic_supervisor.host.lock import lock_holder, writer
 from mic_supervisor.model import Gpu, GpuInventory, Listener, UnopenedGpu
+from mic_supervisor.plan.memory import Drained, Memory
 
 
 def said(findings: Iterator[Finding] | list[Finding]) -> list[str]:
@@ -36,21 +41,80 @@ FACTS: dict[str, Any] = {
     "cgroup_version": "2",
     "runtimes": ["nvidia", "runc"],
     "default_runtime": "runc",
-    "cdi_devices": ["nvidia.com/gpu=0", "nvidia.com/gpu=all"],
+    "cdi_devices": ["nvidia.com/gpu=0", "nvidia.com/gpu=GPU-a", "nvidia.com/gpu=MIG-b"],
     "live_restore": True,
+    "podman": None,
+    "rootless": False,
 }
+NOWHERE = Path("/nonexistent")
 
 
 def docker(**changes: Any) -> list[str]:
-    return said(host.engine(lambda: FACTS | changes, real_gpus=True))
+    return said(host.engine(lambda: FACTS | changes, real_gpus=True, toolkit=NOWHERE))
 
 
 def test_an_engine_in_order() -> None:
     assert docker() == [
         "ok    docker: Engine 28.2.2 (API 1.50) answers at /var/run/docker.sock",
         "ok    docker live-restore: containers outlive a restart of Docker",
-        "ok    docker gpus: 2 CDI devices of nvidia.com/gpu",
+        "ok    docker gpus: 2 CDI devices of nvidia.com/gpu, by UUID",
         "ok    docker cgroups: driver systemd",
+    ]
+
+
+def test_devices_that_are_named_by_index_only_are_not_used() -> None:
+    found = docker(cdi_devices=["nvidia.com/gpu=0", "nvidia.com/gpu=all"])
+    assert found[2:4] == [
+        "ok    docker gpus: the NVIDIA runtime is there",
+        "warn  docker gpus: 2 CDI devices are named by index only, so they are not used; fix: "
+        "nvidia-ctk cdi generate --device-name-strategy=uuid --output=/etc/cdi/nvidia.yaml",
+    ]
+    assert found[4].startswith("warn  docker cgroups: `systemctl daemon-reload` takes the GPUs")
+
+
+def test_podman_ignores_requests_for_gpus() -> None:
+    facts = FACTS | {"podman": "Podman 4.3.1", "api": "1.41"}
+    assert said(host.engine(lambda: facts, real_gpus=True)) == [
+        "ok    docker: Podman 4.3.1 (API 1.41) answers at /var/run/docker.sock",
+        "fail  docker gpus: Podman 4.3.1 takes a request for a GPU and ignores it: no model that "
+        "needs one is started there; fix: install Docker Engine, and have MIC_DOCKER_HOST name "
+        "its socket; the package podman-docker puts Podman at Docker's usual one",
+    ]
+    assert len(said(host.engine(lambda: facts, real_gpus=False))) == 1
+
+
+def test_a_rootless_engine_needs_no_control_groups_for_gpus_or_cdi(tmp_path: Path) -> None:
+    found = docker(rootless=True, cgroup_driver="none", cdi_devices=[])
+    assert found[2] == (
+        "warn  docker cgroups: it is rootless and has no control groups: `limits` of memory and "
+        "CPUs do nothing; fix: use control groups version 2, and delegate memory and cpu to the "
+        "user: https://docs.docker.com/engine/security/rootless/"
+    )
+    assert found[4] == (
+        "warn  docker rootless: the NVIDIA runtime wants control groups, which a rootless engine "
+        "may not change: no container with a GPU starts; fix: nvidia-ctk config --set "
+        "nvidia-container-cli.no-cgroups --in-place"
+    )
+    toolkit = tmp_path / "config.toml"
+    toolkit.write_text("[nvidia-container-cli]\n  no-cgroups = true\n")
+    facts = FACTS | {"rootless": True, "cdi_devices": []}
+    assert len(said(host.engine(lambda: facts, real_gpus=True, toolkit=toolkit))) == 3
+    assert len(docker(rootless=True)) == 3  # CDI writes into no control group itself
+
+
+def test_the_socket_of_a_rootless_engine_is_found_where_there_is_no_other(tmp_path: Path) -> None:
+    def away() -> Any:
+        raise RuntimeUnavailable("cannot ask: there is no Docker socket")
+
+    path = tmp_path / "1000" / "docker.sock"
+    path.parent.mkdir()
+    with closing(socket.socket(socket.AF_UNIX)) as listening:
+        listening.bind(str(path))
+        found = said(host.engine(away, real_gpus=True, users=tmp_path))
+    assert found == [
+        "fail  docker: cannot ask: there is no Docker socket",
+        f"warn  docker rootless: a rootless engine has its socket at {path}; fix: use it: put "
+        f"MIC_DOCKER_HOST=unix://{path} into /etc/mic/mic.env",
     ]
 
 
@@ -95,8 +159,10 @@ def test_gpus() -> None:
         "nvml",
         gpus=(
             Gpu("GPU-a", 0, "NVIDIA A100", processes=(), persistence=False, mig=True),
+            Gpu("MIG-a", 0, "NVIDIA A100 MIG 1g.5gb", processes=(), parent="GPU-a"),
+            Gpu("MIG-b", 0, "NVIDIA A100 MIG 1g.5gb", processes=(), parent="GPU-a"),
             Gpu("GPU-b", 2, "NVIDIA A100", persistence=True),
-            Gpu("GPU-c", 3, "NVIDIA A100", unlisted="untold"),
+            Gpu("GPU-c", 3, "NVIDIA A100", unlisted="untold", mig=True),
         ),
         unopened=(UnopenedGpu(1, "cannot open it: it fell off the bus", "reboot"),),
         driver="575.57.08",
@@ -111,8 +177,9 @@ def test_gpus() -> None:
         "to itself",
         "warn  persistence mode: is off on GPU 0: each start wakes the driver first, for seconds; "
         "fix: switch it on with: systemctl enable --now nvidia-persistenced",
-        "warn  mig: is on for GPU 0: instances get whole GPUs, and utilization is unknown; "
-        "fix: switch it off with: nvidia-smi -i 0 -mig 0",
+        "ok    mig: is on for GPU 0, with 2 slices; power and utilization of a slice are unknown",
+        "warn  mig: is on for GPU 3, which has no slices: no model can have it; fix: make slices "
+        "with `nvidia-smi mig`, or switch MIG off with: nvidia-smi -i 3 -mig 0",
     ]
 
 
@@ -211,7 +278,7 @@ def fake_systemctl(directory: Path, unit: str, slice_: str = "LoadState=loaded")
 )
 def test_the_unit(tmp_path: Path, unit: str, expected: list[str]) -> None:
     program = fake_systemctl(tmp_path, unit, "TasksCurrent=12")
-    assert said(host.systemd(tmp_path, program)) == [
+    assert said(host.systemd(tmp_path, program, last_words=0.1)) == [
         "ok    systemd: systemd 252 (252.39-1~deb12u1)",
         *expected,
         "ok    mic.slice: 12 tasks in it",
@@ -223,10 +290,15 @@ def test_without_systemd(tmp_path: Path) -> None:
     assert line.startswith("warn  systemd: is not PID 1: ")
 
 
+def test_who_has_no_systemd_is_not_told_to_use_it(tmp_path: Path) -> None:
+    assert start_daemon(tmp_path) == "systemctl start mic"
+    assert start_daemon(tmp_path / "no") == "mic-supervisor run"
+
+
 def test_the_daemon_and_its_lock(tmp_path: Path) -> None:
     path, lock = tmp_path / "mic.sock", tmp_path / "x.lock"
     assert said(host.daemon(lambda: None, path, lock)) == [
-        f"warn  daemon: none listens at {path}; fix: start it with: systemctl start mic"
+        f"warn  daemon: none listens at {path}; fix: start it with: {start_daemon()}"
     ]
     with writer(lock, "mic-supervisor run", 1.0):
         (line,) = said(host.daemon(lambda: None, path, lock))
@@ -326,3 +398,12 @@ def test_the_clock(tmp_path: Path) -> None:
     os.utime(tmp_path / "memory.json", (now + 3600, now + 3600))
     (line,) = found(now)
     assert line.startswith(f"warn  clock: it went back: {tmp_path} was written 36")
+
+
+def test_a_drained_host_is_said_where_no_daemon_warns_of_it() -> None:
+    memory = Memory(drained=Drained(since=time.time(), reason="a new riser"))
+    (found,) = host.drained(memory, lambda: None)
+    assert found.level == "warn" and "(a new riser)" in found.text
+    assert found.fix == "end it with: mic-supervisor undrain"
+    assert list(host.drained(memory, dict)) == []
+    assert list(host.drained(Memory(), lambda: None)) == []

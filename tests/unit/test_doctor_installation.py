@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ def test_a_program_that_cannot_be_started_has_its_reason(tmp_path: Path) -> None
     assert installation.unusable(path) is None
     path.chmod(0o644)
     assert installation.unusable(path) == "cannot be executed"
+    os.mkfifo(tmp_path / "fifo", 0o755)
+    assert installation.unusable(tmp_path / "fifo") == "cannot be executed"
     path.unlink()
     assert installation.unusable(path) == "is not there"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ FIXED = {
 }
 
 
+@cache
 def glossary() -> dict[str, list[str]]:
     """Each word, with the words that are not to be used for it."""
     text = (ROOT / "docs" / "architecture.md").read_text()
@@ -39,9 +41,14 @@ def words_of(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
 
 
-def names_of(source: str) -> Iterator[tuple[int, str]]:
+@cache
+def names_of(source: str) -> list[tuple[int, str]]:
     """(line, name) of all that a source names itself: what it imports is named elsewhere."""
-    for node in ast.walk(ast.parse(source)):
+    return [*_names(ast.parse(source))]
+
+
+def _names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.lineno, node.name
         elif isinstance(node, ast.arg):

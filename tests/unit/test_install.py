@@ -40,50 +40,50 @@ def below(prefix: Path) -> dict[str, tuple[int, str]]:
 def test_install_writes_what_belongs_to_this_installation_and_twice_changes_nothing(
     mic: Mic, prefix: Path
 ) -> None:
-    said = mic("install", "--prefix", prefix, rc=0)
+    said = mic.here("install", "--prefix", prefix, rc=0)
     found = below(prefix)
     assert set(found) >= NAMES
     unit = found["lib/systemd/system/mic.service"][1]
     assert f"ExecStart={PROGRAM} run\n" in unit and f"ExecReload={PROGRAM} reload" in unit
-    assert json.loads(found["share/mic/gpus.schema.json"][1]) == mic("schema", rc=0).json()
+    assert json.loads(found["share/mic/gpus.schema.json"][1]) == mic.here("schema", rc=0).json()
     assert found["lib/sysusers.d/mic.conf"][1].endswith("g mic -\n")
     hook = prefix / "share/doc/mic-supervisor/examples/endpoints-changed"
     assert hook.stat().st_mode & 0o777 == 0o755
     assert "Next: systemd-sysusers, then: systemctl daemon-reload\n" in said.stdout
-    again = mic("install", "--prefix", prefix, rc=0)
+    again = mic.here("install", "--prefix", prefix, rc=0)
     assert again.stdout == f"All {len(found) - 1} files below {prefix} are as they should be.\n"
     assert below(prefix) == found
 
 
 def test_a_dry_run_names_the_same_files_and_writes_none(mic: Mic, prefix: Path) -> None:
-    said = mic("install", "--prefix", prefix, "--dry-run", rc=0).stdout
+    said = mic.here("install", "--prefix", prefix, "--dry-run", rc=0).stdout
     assert not prefix.exists()
     names = {line.removeprefix("would write ") for line in said.splitlines() if "would" in line}
     assert names >= {str(prefix / name) for name in NAMES}
 
 
 def test_a_file_that_was_changed_is_neither_replaced_nor_removed(mic: Mic, prefix: Path) -> None:
-    mic("install", "--prefix", prefix, rc=0)
+    mic.here("install", "--prefix", prefix, rc=0)
     unit = prefix / install.UNIT
     unit.write_text("mine")
     before = below(prefix)
-    refused = mic("install", "--prefix", prefix, rc=1)
+    refused = mic.here("install", "--prefix", prefix, rc=1)
     assert refused.stderr.startswith(f"error: cannot write {unit}: it was changed")
     assert below(prefix) == before
-    said = mic("uninstall", "--prefix", prefix, rc=0)
+    said = mic.here("uninstall", "--prefix", prefix, rc=0)
     assert f"warning: {unit} was changed, and stays\n" in said.stderr
     assert [*below(prefix)] == [install.UNIT]
 
 
 def test_a_newer_version_replaces_what_an_older_one_wrote(mic: Mic, prefix: Path) -> None:
-    mic("install", "--prefix", prefix, rc=0)
+    mic.here("install", "--prefix", prefix, rc=0)
     record = prefix / "share/mic/installed.json"
     (prefix / install.UNIT).write_text("old")
     gone = prefix / "share/mic/gone"
     gone.write_text("old")
     digest = install._digest("old")
     record.write_text(json.dumps({install.UNIT: digest, "share/mic/gone": digest}))
-    said = mic("install", "--prefix", prefix, rc=0).stdout.splitlines()
+    said = mic.here("install", "--prefix", prefix, rc=0).stdout.splitlines()
     assert said[:2] == [f"writes {prefix / install.UNIT}", f"removes {gone}"]
     assert not gone.exists() and "ExecStart" in (prefix / install.UNIT).read_text()
 
@@ -92,16 +92,16 @@ def test_uninstall_removes_what_install_wrote_and_can_be_repeated(mic: Mic, pref
     other = prefix / "share" / "man" / "man1" / "other.1"
     other.parent.mkdir(parents=True)
     other.touch()
-    mic("install", "--prefix", prefix, rc=0)
+    mic.here("install", "--prefix", prefix, rc=0)
     before = below(prefix)
-    mic("uninstall", "--prefix", prefix, "--dry-run", rc=0)
+    mic.here("uninstall", "--prefix", prefix, "--dry-run", rc=0)
     assert below(prefix) == before
-    said = mic("uninstall", "--prefix", prefix, rc=0).stdout
+    said = mic.here("uninstall", "--prefix", prefix, rc=0).stdout
     assert said.startswith("No instance runs here.\n")
     assert [*below(prefix)] == [str(other.relative_to(prefix))]
     left = {str(path.relative_to(prefix)) for path in prefix.rglob("*mic*")}
     assert left == set()
-    again = mic("uninstall", "--prefix", prefix, rc=0).stdout
+    again = mic.here("uninstall", "--prefix", prefix, rc=0).stdout
     assert again.endswith(f"Nothing below {prefix} was written by `mic-supervisor install`.\n")
 
 
@@ -112,7 +112,7 @@ def test_uninstall_names_what_runs_on(mic: Mic, prefix: Path) -> None:
         gpus: {0: idle}
     """)
     mic("apply", rc=0)
-    said = mic("uninstall", "--prefix", prefix, rc=0).stdout.splitlines()
+    said = mic.here("uninstall", "--prefix", prefix, rc=0).stdout.splitlines()
     assert said[:2] == [
         "These go on running: idle-51000000",
         "To end them, once no daemon runs: mic-supervisor down",
@@ -126,11 +126,11 @@ def test_a_damaged_record_and_a_directory_that_refuses_are_said(mic: Mic, prefix
     for text in ("{", "[]", '{"/etc/x": ""}', '{"../x": ""}'):
         record.write_text(text)
         for command in ("install", "uninstall"):
-            refused = mic(command, "--prefix", prefix, rc=1).stderr
+            refused = mic.here(command, "--prefix", prefix, rc=1).stderr
             assert refused.startswith(f"error: cannot read {record}: ")
     record.unlink()
     (prefix / "lib").touch()
-    refused = mic("install", "--prefix", prefix, rc=1).stderr
+    refused = mic.here("install", "--prefix", prefix, rc=1).stderr
     assert refused.startswith(f"error: cannot read {prefix / install.UNIT}: ")
 
 
@@ -155,7 +155,7 @@ def test_the_man_page_has_every_command_and_is_clean_roff(tmp_path: Path) -> Non
 
 
 def test_bash_completes_commands(mic: Mic, prefix: Path) -> None:
-    mic("install", "--prefix", prefix, rc=0)
+    mic.here("install", "--prefix", prefix, rc=0)
     script = prefix / "share/bash-completion/completions/mic-supervisor"
     done = subprocess.run(
         [

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from mic_supervisor.cli.kill import report
+from mic_supervisor.errors import MicError
 from mic_supervisor.host import processes
-from mic_supervisor.kill import Hold, Result, Survey, Target, end
+from mic_supervisor.kill import Hold, Result, Survey, Target, chosen, end
 from mic_supervisor.model import (
     Gpu,
     GpuInventory,
@@ -35,6 +36,16 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
     yield made
     made.kill()
     made.wait()
+
+
+def test_a_process_that_is_not_there_cannot_be_killed(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    listed = Gpu("GPU-b", 1, "x", processes=(GpuProcess(process.pid, None, 1, None),))
+    for gpu, tail in ((EMPTY.gpus[0], ""), (listed, ", although GPU 1 lists it")):
+        with pytest.raises(MicError) as caught:
+            chosen(Survey(GpuInventory("nvml", gpus=(gpu,)), ()), process.pid, "x", force=False)
+        assert str(caught.value) == f"cannot kill {process.pid}: there is no such process{tail}"
 
 
 def target_of(process: subprocess.Popen[bytes], *, holds: bool = False) -> Target:

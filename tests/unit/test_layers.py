@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -17,14 +18,14 @@ PACKAGE = ROOT / "mic_supervisor"
 # From the top down: a layer may import what stands below it, and itself.
 LAYERS = (
     *("cli", "demo", "doctor", "takeover", "kill", "daemon", "http", "converge", "views", "plan"),
-    *("desired", "backends", "runtimes", "gpu", "config", "host", "model", "calls", "errors"),
-    *("clocks", "codec", "text"),
+    *("desired", "backends", "runtimes", "gpu", "config", "host", "model", "workloads"),
+    *("errors", "clocks", "codec", "text"),
 )
 
 NEVER_MEET = {("backends", "runtimes"), ("runtimes", "backends")}
 
 # Decisions are pure: what they need to know is handed to them.
-PURE = ("plan/", "desired/bind", "backends/")
+PURE = ("plan/", "desired/bind", "desired/claims", "backends/")
 # fmt: off
 IMPURE_MODULES = frozenset((
     "asyncio", "docker", "fcntl", "http", "httpx", "logging", "os", "psutil", "pynvml",
@@ -60,29 +61,40 @@ def name_of(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
+tree_of = cache(ast.parse)
+
+
+@cache
+def imports(source: str, module: str, is_package: bool) -> list[Import]:
     """Every import of a module, wherever it stands, as an absolute name.
 
     `from a import b` counts as a.b: b may be a module. So do `a.b`, `getattr(a, "b")` and
     `import_module("a.b")`, which reach a module by its package; of an f-string its beginning.
     """
+    return [*_imports(tree_of(source), module, is_package)]
+
+
+def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[Import]:
     base = module.split(".") if is_package else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (Import(node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             prefix = base[: len(base) - node.level + 1] if node.level else []
-            stem = [*prefix, *(node.module.split(".") if node.module else [])]
-            yield from (Import(node.lineno, ".".join([*stem, a.name])) for a in node.names)
+            origin = [*prefix, *(node.module.split(".") if node.module else [])]
+            yield from (Import(node.lineno, ".".join([*origin, a.name])) for a in node.names)
         elif isinstance(node, ast.Attribute) and _dotted(node).startswith("mic_supervisor."):
             yield Import(node.lineno, _dotted(node))
         elif isinstance(node, ast.Call) and node.args:
-            texts = [str(c.value) for c in ast.walk(node) if isinstance(c, ast.Constant)]
-            if _dotted(node.func) == "getattr":
-                texts = [f"{_dotted(node.args[0])}.{text}" for text in texts]
-            elif _dotted(node.func).split(".")[-1] not in ("import_module", "__import__"):
+            function = _dotted(node.func)
+            if function == "getattr":
+                stem = f"{_dotted(node.args[0])}."
+            elif function.split(".")[-1] in ("import_module", "__import__"):
+                stem = ""
+            else:
                 continue
-            yield from (Import(node.lineno, text) for text in texts)
+            texts = (str(c.value) for c in ast.walk(node) if isinstance(c, ast.Constant))
+            yield from (Import(node.lineno, f"{stem}{text}") for text in texts)
 
 
 def _dotted(node: ast.expr) -> str:
@@ -145,7 +157,7 @@ def impure(source: str, module: str, is_package: bool = False) -> list[str]:
 
 def backends_named(source: str, module: str, is_package: bool = False) -> list[str]:
     """Backends' names in code or strings; comments and docstrings are prose and may have them."""
-    tree = ast.parse(source)
+    tree = tree_of(source)
     prose = {
         id(node.body[0].value)
         for node in ast.walk(tree)
@@ -368,9 +380,9 @@ def test_nothing_waits_with_what_swallows_a_cancellation() -> None:
     found = {
         f"{path.relative_to(PACKAGE)}: {node.attr}"
         for path in modules(PACKAGE)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path.read_text()))
         if isinstance(node, ast.Attribute)
-        and ast.unparse(node.value) == "asyncio"
         and node.attr in ("wait_for", "run")
+        and ast.unparse(node.value) == "asyncio"
     }
     assert found == {"cli/session.py: run", "cli/status.py: run", "http/server.py: run"}

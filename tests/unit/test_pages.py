@@ -155,6 +155,13 @@ def test_the_chinese_readme_shows_the_commands_of_the_english_one() -> None:
     }
 
 
+def test_the_chinese_readme_links_every_page_that_the_english_one_does() -> None:
+    english, chinese = (
+        {*re.findall(r"\]\((docs/[^)]+)\)", path.read_text())} for path in (README, CHINESE)
+    )
+    assert english - chinese == set()
+
+
 def test_the_chinese_readme_has_every_key_of_the_file() -> None:
     assert {row.key for row in rows_of(CHINESE, "文件", "键")} == set(schema()["properties"])
 
@@ -211,7 +218,8 @@ def test_keys_that_are_named_are_keys(path: Path) -> None:
         rows = rows_of(CHINESE, "从以前的 REST 服务迁移", "以前的设置")
         others |= {word for row in rows for word in re.findall(r"`([a-z_]+)`", row.cells[0])}
     text = prose(path.read_text())
-    named = set(re.findall(r"`([a-z]+_[a-z_]+)`", text)) - others
+    named = {one for one in re.findall(r"`([a-z]+_[a-z_]+)`", text) if not one.startswith("test_")}
+    named -= others
     named |= set(re.findall(r"`([a-z_]+):[^`]*`", text)) - NO_KEYS
     for dotted in re.findall(r"`((?:rollout|limits|hooks|backends)\.[a-z_.]+)`", text):
         named |= {*dotted.split(".")} - {*Registry().names()}
@@ -227,12 +235,23 @@ def test_instances_that_are_shown_are_of_simulated_gpus(path: Path) -> None:
     assert shown and shown <= known
 
 
+def test_every_row_of_who_may_do_what_names_a_test_that_there_is() -> None:
+    integration = ROOT / "tests" / "integration"
+    written = (integration / "test_who_may.py").read_text()
+    rows = rows_of(ROOT / "SECURITY.md", "Who may do what", "Who")
+    assert len(rows) > 15
+    for row in rows:
+        name = row.cells[3].strip("`")
+        assert f"def {name}(" in written or (integration / name).is_file(), name
+
+
 def test_the_readme_keeps_its_order() -> None:
     assert sections(README) == [
         "A minute to try it",
         "Install, and a first model",
         "The file",
         "The daemon",
+        "What it does not do",
         "Upgrade and uninstall",
         "Where the rest is",
     ]

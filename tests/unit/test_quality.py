@@ -40,16 +40,17 @@ def test_ruff_would_format_nothing() -> None:
 
 
 def test_types_hold() -> None:
-    _clean("mypy", "--cache-dir", _cache("mypy"))
+    paths = ("mic_supervisor", "tests/setup", "tests/support", "tests/conftest.py", "benchmarks")
+    _clean("mypy", "--cache-dir", _cache("mypy"), *paths)
 
 
-def test_types_of_the_set_up_hold() -> None:
-    paths = ("tests/setup", "tests/support", "tests/conftest.py")
-    _clean("mypy", "--cache-dir", _cache("mypy-tests"), *paths)
+def test_types_of_the_ansible_collection_hold() -> None:
+    paths = sorted((ROOT / "ansible" / "plugins").rglob("*.py"))
+    _clean("mypy", "--cache-dir", _cache("mypy"), *map(str, paths), "tests/fleet")
 
 
 def test_types_of_the_example_plug_in_hold() -> None:
-    _clean("mypy", "--cache-dir", _cache("mypy-tests"), "examples/plugin/mic_mlserver.py")
+    _clean("mypy", "--cache-dir", _cache("mypy"), "examples/plugin/mic_mlserver.py")
 
 
 def test_every_file_that_is_no_module_is_packaged() -> None:
@@ -105,6 +106,17 @@ def imported_modules(importtime: str) -> set[str]:
     """The module names in what `python -X importtime` prints on stderr."""
     lines = (line for line in importtime.splitlines() if line.startswith("import time:"))
     return {line.rpartition("|")[2].strip() for line in lines}
+
+
+def test_what_asks_the_daemon_loads_no_planner() -> None:
+    text = "from mic_supervisor.cli import apply, plan, session, status"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", text], cwd=ROOT, capture_output=True, text=True
+    )
+    loaded = imported_modules(done.stderr)
+    assert "mic_supervisor.daemon.client" in loaded, done.stderr
+    heavy = {one for one in loaded if one.startswith(("pydantic", "mic_supervisor.plan."))}
+    assert heavy <= {"mic_supervisor.plan.words"}
 
 
 @pytest.mark.parametrize("arguments", ["--help", "check --help", "check examples/gpus.yaml"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mic_supervisor.host.processes import Stat
-from mic_supervisor.takeover import Proposal, distinct, for_env_file, indices_of, named
+from mic_supervisor.takeover import Proposal, distinct, for_env_file, named, numbers_of
 from mic_supervisor.takeover.containers import Around, is_candidate, propose, wanted_gpus
 from mic_supervisor.takeover.processes import is_its_own, root_of
 
@@ -67,9 +67,9 @@ def test_the_variable_of_the_nvidia_runtime(visible: str, expected: list[str]) -
 
 
 def test_gpus_by_any_name() -> None:
-    assert indices_of(["GPU-b", "0"], KNOWN) == (0, 1)
-    assert indices_of(["all"], KNOWN) == (0, 1, 2)
-    assert indices_of(["7", ""], KNOWN) == ()
+    assert numbers_of(["GPU-b", "0"], KNOWN) == (0, 1)
+    assert numbers_of(["all"], KNOWN) == (0, 1, 2)
+    assert numbers_of(["7", ""], KNOWN) == ()
 
 
 def test_a_plain_container_needs_no_more_than_its_image() -> None:
@@ -129,6 +129,7 @@ def test_everything_that_was_set() -> None:
             {"source": "/m", "target": "/models", "read_only": True},
             {"source": "/d/v", "target": "/v"},
         ],
+        "tmpfs": ["/scratch"],
         "shm_size": "2g",
         "user": "1000",
         "limits": {"memory": "1g", "cpus": 1.5, "memlock": "unlimited"},
@@ -146,7 +147,7 @@ def test_everything_that_was_set() -> None:
         "An env_file cannot hold ODD-NAME: put it under env.",
         "It may see GPU 0, 1, 2, and uses these only.",
     )
-    assert found.left == ("--privileged", "--mount of type tmpfs at /scratch")
+    assert found.left == ("--privileged",)
 
 
 @pytest.mark.parametrize(
@@ -229,21 +230,31 @@ def test_limits_that_are_no_single_number() -> None:
         {"Name": "nofile", "Soft": -1, "Hard": -1},
     ]
     found = container(None, Ulimits=ulimits[:3], CpuQuota=150_000, CpuPeriod=50_000)
-    assert found.entry["limits"] == {"cpus": 3.0, "nofile": 1024, "memlock": "unlimited"}
-    assert [text.partition(": ")[0] for text in found.left] == [
-        "--ulimit nofile=1024:4096",
-        "--ulimit stack=67108864:67108864",
+    assert found.entry["limits"] == {"cpus": 3.0, "memlock": "unlimited"}
+    assert found.entry["ulimits"] == {"nofile": {"soft": 1024, "hard": 4096}, "stack": 67108864}
+    found = container(None, Ulimits=ulimits[3:], NanoCpus=8 * 10**9, CpusetCpus="0-1,4")
+    assert found.entry["ulimits"] == {"nofile": -1}
+    assert found.entry["limits"] == {"cpus": 3}  # more CPUs than those do nothing
+    assert found.left == ()
+
+
+def test_a_tmpfs_of_either_option_is_one() -> None:
+    options = {"SizeBytes": 1 << 20, "Mode": 0o1777, "Options": [["noexec"], ["uid", "5"]]}
+    given = inspected(
+        Tmpfs={"/run": "size=64m", "/tmp": ""},
+        Mounts=[{"Type": "tmpfs", "Target": "/scratch", "TmpfsOptions": options}],
+    )
+    given["Mounts"] = [{"Type": "tmpfs", "Destination": "/scratch"}]
+    found = propose(given, Around(IMAGE), ["0"], KNOWN, [])
+    assert found.entry["tmpfs"] == [
+        *("/run:size=64m", "/tmp", "/scratch:noexec,uid=5,size=1048576,mode=1777")
     ]
-    found = container(None, Ulimits=ulimits[3:])
-    assert "limits" not in found.entry
-    assert found.left[0].startswith("--ulimit nofile=-1:-1: ")
 
 
-def test_the_hosts_shared_memory_becomes_as_much_of_its_own() -> None:
-    given = inspected(IpcMode="host", ShmSize=64 << 20)
-    found = propose(given, Around(IMAGE, shared=32 << 30), ["0"], KNOWN, [])
-    assert found.entry["shm_size"] == "32g"
-    assert [*found.left] == ["--ipc host: the model has a /dev/shm of its own, of shm_size"]
+def test_the_hosts_shared_memory_has_no_size() -> None:
+    found = container(None, IpcMode="host", ShmSize=2 << 30, SecurityOpt=["label=disable"])
+    assert found.entry == {"backend": "container", "image": "a/b:1", "ipc": "host"}
+    assert found.left == ()
 
 
 def test_ports_that_docker_chose_and_addresses_that_one_key_cannot_hold() -> None:

@@ -38,8 +38,8 @@ LATER = {
 INFO = {"CgroupVersion": "1", "DefaultRuntime": "runc", "Name": "vm"}
 
 
-def left(config: dict[str, Any] | None = None, **host: Any) -> list[str]:
-    """What differs from a plain container, one line each."""
+def found(config: dict[str, Any] | None = None, **host: Any) -> tuple[dict[str, Any], list[str]]:
+    """What differs from a plain container: keys, and one line each for the rest."""
     base = inspected(PLAIN_CONFIG | (config or {}), **PLAIN_HOST | host)
     endpoint = {"IPAMConfig": None, "Aliases": None, "DNSNames": None, "IPAddress": "172.17.0.2"}
     base["NetworkSettings"] = {"Networks": {"bridge": endpoint}}
@@ -48,29 +48,28 @@ def left(config: dict[str, Any] | None = None, **host: Any) -> list[str]:
 
 @pytest.mark.parametrize("engine", [{}, LATER])
 def test_a_plain_container_has_nothing_without_a_key(engine: dict[str, Any]) -> None:
-    assert left(**engine) == []
+    assert found(**engine) == ({}, [])
 
 
 @pytest.mark.parametrize(
     ("host", "expected"),
     [
-        ({"CapDrop": ["ALL"], "CapAdd": ["NET_ADMIN"]}, ["--cap-add NET_ADMIN", "--cap-drop ALL"]),
-        ({"ReadonlyRootfs": True}, ["--read-only"]),
-        ({"Tmpfs": {"/run": "size=64m", "/tmp": ""}}, ["--tmpfs /run=size=64m"]),
-        (
-            {"Dns": ["1.1.1.1", "9.9.9.9"]},
-            ['--dns 1.1.1.1, 9.9.9.9: every container gets it by "dns" in /etc/docker/daemon.json'],
-        ),
+        ({"DnsSearch": ["a.b"]}, ['--dns-search a.b: every container gets it by "dns-search"']),
         ({"NetworkMode": "none"}, ["--network none: the model is in the network bridge, and may"]),
         ({"NetworkMode": "container:abc"}, ["--network container:abc: the model has a network"]),
-        ({"IpcMode": "host"}, ["--ipc host: the model has a /dev/shm of its own, of shm_size"]),
+        ({"IpcMode": "container:f0"}, ["--ipc container:f0: the model has a /dev/shm of its own"]),
         ({"Memory": 1 << 30, "MemorySwap": 2 << 30}, []),
         ({"Memory": 1 << 30, "MemorySwap": -1}, ["--memory-swap -1"]),
         ({"Runtime": "kata"}, ["--runtime kata"]),
         ({"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 3}}, ["--restart on-fail"]),
         ({"RestartPolicy": {"Name": "unless-stopped"}}, []),
-        ({"Sysctls": {"net.core.somaxconn": "1024"}}, ["--sysctl net.core.somaxconn=1024"]),
-        ({"Devices": [{"PathOnHost": "/dev/fuse"}]}, ["--device PathOnHost=/dev/fuse"]),
+        ({"Devices": [{"PathOnHost": "/dev/nvidia0"}]}, ["--device /dev/nvidia0:/dev/nvidia0:rwm"]),
+        (
+            {"SecurityOpt": ['seccomp={"a": 1}']},
+            ['--security-opt seccomp={"a": 1}: save a profile'],
+        ),
+        ({"ExtraHosts": ["db:a.b"]}, ["--add-host db:a.b"]),
+        ({"Tmpfs": {"/run": "huge=always"}}, ["--tmpfs /run:huge=always"]),
         ({"MaskedPaths": [], "ReadonlyPaths": None}, ["HostConfig.MaskedPaths (empty): as with"]),
         ({"LogConfig": {"Type": "json-file", "Config": {"max-size": "1m"}}}, ["--log-driver json"]),
         ({"PidsLimit": 100, "OomKillDisable": True}, ["HostConfig.OomKillDisable", "--pids-limit"]),
@@ -91,18 +90,56 @@ def test_a_plain_container_has_nothing_without_a_key(engine: dict[str, Any]) -> 
 def test_whatever_differs_from_a_plain_container_gets_a_line(
     host: dict[str, Any], expected: list[str]
 ) -> None:
-    found = left(**host)
-    assert len(found) == len(expected)
-    for text, beginning in zip(found, expected, strict=True):
+    entry, left = found(**host)
+    assert entry == {} and len(left) == len(expected), left
+    for text, beginning in zip(left, expected, strict=True):
         assert text.startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        (
+            {"CapDrop": ["ALL"], "CapAdd": ["CAP_NET_ADMIN"]},
+            {"cap_add": ["CAP_NET_ADMIN"], "cap_drop": ["ALL"]},
+        ),
+        ({"ReadonlyRootfs": True}, {"read_only": True}),
+        ({"Tmpfs": {"/run": "size=64m", "/tmp": ""}}, {"tmpfs": ["/run:size=64m", "/tmp"]}),
+        ({"Dns": ["1.1.1.1", "9.9.9.9"]}, {"dns": ["1.1.1.1", "9.9.9.9"]}),
+        ({"IpcMode": "host"}, {"ipc": "host"}),
+        ({"IpcMode": "shareable"}, {"ipc": "shareable"}),
+        ({"Sysctls": {"net.core.somaxconn": "9"}}, {"sysctls": {"net.core.somaxconn": "9"}}),
+        ({"CpusetCpus": "0-3"}, {"cpuset": "0-3"}),
+        ({"GroupAdd": ["44", "video"]}, {"group_add": ["44", "video"]}),
+        ({"ExtraHosts": ["db:1.2.3.4", "v6:::1"]}, {"extra_hosts": ["db:1.2.3.4", "v6:::1"]}),
+        ({"SecurityOpt": ["no-new-privileges"]}, {"security_opt": ["no-new-privileges"]}),
+        (
+            {"MaskedPaths": [], "ReadonlyPaths": []},
+            {"security_opt": ["systempaths=unconfined"]},
+        ),
+        (
+            {
+                "Devices": [
+                    {"PathOnHost": "/dev/fuse", "PathInContainer": "", "CgroupPermissions": ""},
+                    {
+                        **{"PathOnHost": "/dev/a", "PathInContainer": "/dev/b"},
+                        "CgroupPermissions": "r",
+                    },
+                ]
+            },
+            {"devices": ["/dev/fuse:/dev/fuse:rwm", "/dev/a:/dev/b:r"]},
+        ),
+    ],
+)
+def test_what_has_a_key_is_carried_over(host: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found(**host) == (expected, [])
 
 
 @pytest.mark.parametrize(
     ("config", "host", "expected"),
     [
-        ({"Hostname": "api"}, {}, ["--hostname api"]),
+        ({"Hostname": "a_b"}, {}, ["--hostname a_b"]),
         ({"Hostname": "vm"}, {"NetworkMode": "host"}, []),
-        ({"Hostname": "vm"}, {}, ["--hostname vm"]),
         ({"Tty": True, "OpenStdin": True, "AttachStdin": True}, {}, ["--interactive", "--tty"]),
         ({"Novelty": {"a": 1}}, {}, ["Config.Novelty a=1"]),
     ],
@@ -110,16 +147,23 @@ def test_whatever_differs_from_a_plain_container_gets_a_line(
 def test_configuration_that_differs_from_the_image(
     config: dict[str, Any], host: dict[str, Any], expected: list[str]
 ) -> None:
-    assert left(config, **host) == expected
+    assert found(config, **host) == ({}, expected)
 
 
-def test_labels_and_options_of_a_log_may_be_secret_and_go_by_name() -> None:
-    config = {"Labels": {"token": "s3cret", "com.docker.compose.project": "p", "of": "image"}}
+def test_a_host_name_and_labels_are_carried_over_without_those_of_others() -> None:
+    labels = {"a.b": "x", "com.docker.compose.project": "p", "of": "image", "io.docker.x": "1"}
+    base = inspected(PLAIN_CONFIG | {"Labels": labels, "Hostname": "vm"}, **PLAIN_HOST)
+    entry, left = differences(base, IMAGE["Config"] | {"Labels": {"of": "image"}}, INFO)
+    assert entry == {"labels": {"a.b": "x"}, "hostname": "vm"}
+    assert [text.partition(":")[0] for text in left] == ["--label io.docker.x"]
+
+
+def test_options_of_a_log_and_labels_that_stay_may_be_secret_and_go_by_name() -> None:
+    config = {"Labels": {"token": "s3cret${"}}
     host = {"LogConfig": {"Type": "splunk", "Config": {"splunk-token": "s3cret"}}}
-    base = inspected(PLAIN_CONFIG | config, **PLAIN_HOST | host)
-    found = differences(base, IMAGE["Config"] | {"Labels": {"of": "image"}}, INFO)
-    assert "s3cret" not in str(found)
-    assert [text.partition(":")[0] for text in found] == [
+    entry, left = found(config, **host)
+    assert entry == {} and "s3cret" not in str(left)
+    assert [text.partition(":")[0] for text in left] == [
         "--log-driver splunk (with splunk-token)",
         "--label token",
     ]
@@ -143,9 +187,10 @@ def test_networks_with_what_was_asked_for_there() -> None:
             "host": {},
         }
     }
-    found = differences(base, IMAGE["Config"], INFO)
-    where = "the model is in the network bridge, where others reach it by `listen` and `port` alone"
-    assert found == [
-        f"--network bridge (DriverOpts a=b): {where}",
-        f"--network shop (Aliases api; IPAMConfig IPv4Address=10.1.0.9; Novelty x): {where}",
+    entry, left = differences(base, IMAGE["Config"], INFO)
+    assert entry == {"networks": ["shop"], "network_aliases": ["api", "web"]}
+    assert left == [
+        "--network bridge (DriverOpts a=b): the model is in its other networks alone",
+        "--network shop (IPAMConfig IPv4Address=10.1.0.9; Novelty x): Docker chooses these for a "
+        "model",
     ]

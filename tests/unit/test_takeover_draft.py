@@ -199,6 +199,36 @@ def test_vllm_goes_on_as_a_process() -> None:
     assert recognise(["/bin/sleep", "9"], "/", lambda _path: False) is None
 
 
+def test_slices_are_proposed_and_their_gpu_is_a_comment(tmp_path: Path) -> None:
+    first, second = (f"MIG-f15ae56{n}-7b5c-5a0c-8ab1-3a1e0c2d9f10" for n in range(2))
+    gpus = (
+        Gpu("GPU-a", 0, "A100", mig=True),
+        Gpu(first, 0, "A100 MIG 1g.5gb", parent="GPU-a"),
+        Gpu(second, 0, "A100 MIG 1g.5gb", parent="GPU-a"),
+        Gpu("GPU-b", 1, "A100"),
+    )
+    entry = {"backend": "process", "command": ["/bin/x"]}
+    one = Proposal("x", "PID 7 (x)", entry, (second,), ("kill 7",))
+    path = tmp_path / "gpus.yaml"
+    text, placed = first_file(
+        GpuInventory("nvml", gpus), [one], Registry(), path, from_running=True
+    )
+    assert placed == {"x"}
+    assert text.partition("\ngpus:\n")[2] == (
+        "  # GPU 0: A100, GPU-a\n"
+        "  # It has MIG on: only a slice can be given a model.\n"
+        "  # 0: none\n"
+        f"  # Slice of GPU 0: A100 MIG 1g.5gb, {first}\n"
+        f'  "{first}": none\n'
+        f"  # Slice of GPU 0: A100 MIG 1g.5gb, {second}\n"
+        f'  "{second}": x\n'
+        "  # GPU 1: A100, GPU-b\n"
+        "  1: none\n"
+    )
+    path.write_text(text)
+    load(path, Registry(), environ={})
+
+
 def test_what_no_key_says_stands_above_the_model_as_a_list(tmp_path: Path) -> None:
     inventory = GpuInventory("simulated", (Gpu("GPU-a", 0, "A100"),))
     entry = {"backend": "process", "command": ["/bin/x"]}

@@ -19,6 +19,8 @@ from pydantic import Field, field_validator, model_validator
 from mic_supervisor.backends import Ask, BackendBase, CompileRequest, Member, common, error_text
 from mic_supervisor.backends.triton.config import generate, is_ours, mark_of, positions_of
 from mic_supervisor.backends.triton.log import load_failure
+from mic_supervisor.config import container as container_keys
+from mic_supervisor.config.container import ContainerOptions
 from mic_supervisor.config.document import BadKey, parse_gpu_key
 from mic_supervisor.config.options import (
     AbsolutePath,
@@ -28,7 +30,6 @@ from mic_supervisor.config.options import (
     ModelOptions,
     Mounted,
     PortOptions,
-    Strict,
     Text,
 )
 from mic_supervisor.config.types import Duration, ListenAddress, PositiveDuration, Size
@@ -52,7 +53,7 @@ SHARED = "triton-shared"  # the id of that server
 # What only a server for all models has here; with one for each model, the model says it.
 _OF_SHARED = (
     *("gpus", "ports", "args", "env", "env_file", "listen", "mounts", "limits", "network"),
-    *("start_timeout", "stop_timeout"),
+    *("start_timeout", "stop_timeout", *container_keys.KEYS),
 )
 # What no model says of that server: its models have it from the file's `defaults` alone.
 _OF_DEFAULTS = ("listen", "network", "rollout", "stop_signal", "stop_timeout")
@@ -61,6 +62,9 @@ _OF_SERVER = frozenset(
     {
         *("args", "env", "env_file", "port", "ports", "listen", "probe", "stop_timeout", "user"),
         *("stop_signal", "working_dir", "limits", "mounts", "shm_size", "network", "rollout"),
+        *container_keys.KEYS,
+        "warm_up",
+        *("prepare", "prepare_timeout"),
     }
 )
 # Triton 2.51 takes the name from the URL as it stands, percent signs and all.
@@ -75,7 +79,7 @@ _OWN_FLAGS = frozenset(
 )
 
 
-class Settings(Strict):
+class Settings(ContainerOptions):
     """`backends.triton`.
 
     `exit_timeout` is how long Triton itself lets requests end after SIGTERM; a client that keeps an
@@ -127,7 +131,7 @@ class Settings(Strict):
     @model_validator(mode="after")
     def _only_of_a_shared_server(self) -> Self:
         for key in _OF_SHARED:
-            if getattr(self, key) is not None and self.server != "shared":
+            if key in self.model_fields_set and self.server != "shared":
                 instead = "remove the key" if key == "gpus" else "give it to the models"
                 raise ValueError(
                     f"{key}: it belongs to a server for all models, but this says server: "
@@ -264,7 +268,7 @@ class TritonBackend(BackendBase):
         if len(request.gpus) > 1:
             summary = (*summary, ("places", _listed(positions)))
         made = _calls(model, gpus, generated.digest, body, options.start_timeout)
-        return replace(made, summary=summary)
+        return replace(made, summary=summary, directory=str(repository / model))
 
     def compile_server(
         self, request: CompileRequest, members: Sequence[Member], placements: Sequence[Placement]
@@ -416,9 +420,9 @@ def _options_of_shared(request: CompileRequest, member: Options) -> Options:
     settings: Settings = request.settings
     given = {key: getattr(member, key) for key in _OF_DEFAULTS}
     given |= {
-        key: value
+        key: getattr(settings, key)
         for key in _OF_SHARED
-        if key != "gpus" and (value := getattr(settings, key)) is not None
+        if key != "gpus" and key in settings.model_fields_set
     }
     fixed = settings.ports.model_dump(exclude_none=True) if settings.ports is not None else {}
     given["ports"] = PortOptions(**{**_PORTS, **fixed})
@@ -428,12 +432,12 @@ def _options_of_shared(request: CompileRequest, member: Options) -> Options:
 
 def _probes(instance: str, model: str | None, options: Options) -> Probes:
     # `/v2/health/ready` would be wrong for readiness: it fails while any model loads or unloads.
-    given = common.probes(options)
+    given = common.probes(options, "metrics")
     ready = Probe(HttpCheck(f"/v2/models/{model}/ready")) if model is not None else None
     return Probes(
         startup=Probe(HttpCheck("/v2", expect=(("name", instance),)), period=1.0),
-        liveness=given.liveness or Probe(HttpCheck("/v2/health/live")),
-        readiness=given.readiness or ready,
+        liveness=common.over(given.liveness, Probe(HttpCheck("/v2/health/live"))),
+        readiness=common.over(given.readiness, ready),
     )
 
 

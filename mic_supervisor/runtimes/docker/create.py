@@ -16,10 +16,12 @@ from docker.errors import NotFound
 
 from mic_supervisor import codec
 from mic_supervisor.errors import RuntimeRefused
-from mic_supervisor.model import ContainerSpec, Identity, Launch
+from mic_supervisor.model import ContainerSpec, Identity, Launch, Near
+from mic_supervisor.runtimes.docker import keys, networks
 from mic_supervisor.runtimes.docker.engine import Engine
+from mic_supervisor.workloads import OUR_LABELS
 
-PREFIX = "io.mic."
+PREFIX = OUR_LABELS
 MANAGED_BY = PREFIX + "managed-by"
 SCOPE = PREFIX + "scope"
 HOST = PREFIX + "host"
@@ -88,12 +90,13 @@ def container_config(
     """
     cdi = bool(spec.devices) and all(CDI_KIND + uuid in discovered for uuid in spec.devices)
     config: dict[str, Any] = {
+        **keys.settings(spec, "Config"),
         "Image": spec.image,
-        "Labels": labels(launch.identity),
+        "Labels": {**dict(spec.labels), **labels(launch.identity)},
         "Env": _environment(spec, hide_gpus=cdi or not spec.devices),
         "StopSignal": spec.stop_signal,
         "StopTimeout": math.ceil(spec.stop_timeout),
-        "HostConfig": _host_config(spec, cdi),
+        "HostConfig": _host_config(spec, cdi, launch.near),
     }
     if spec.command:
         config["Cmd"] = list(spec.command)
@@ -106,14 +109,17 @@ def container_config(
         config["WorkingDir"] = spec.working_dir
     if bindings := _bindings(spec):
         config["ExposedPorts"] = {port: {} for port in bindings}
+    if spec.networks:
+        config["NetworkingConfig"] = networks.endpoints(spec.networks, spec.network_aliases)
     return config
 
 
-def _host_config(spec: ContainerSpec, cdi: bool) -> dict[str, Any]:
+def _host_config(spec: ContainerSpec, cdi: bool, near: Near | None) -> dict[str, Any]:
     host: dict[str, Any] = {
+        **keys.settings(spec, "HostConfig"),
         "Init": True,
         "LogConfig": LOGS,
-        "NetworkMode": spec.network,
+        "NetworkMode": next(iter(spec.networks), spec.network),
         "RestartPolicy": {"Name": "no"},
     }
     if bindings := _bindings(spec):
@@ -133,9 +139,12 @@ def _host_config(spec: ContainerSpec, cdi: bool) -> dict[str, Any]:
         host["Memory"] = limits.memory
     if limits.cpus is not None:
         host["NanoCpus"] = round(limits.cpus * 1e9)
+    if near is not None:
+        host["CpusetCpus"] = ",".join(map(str, near.cpus))
+        host["CpusetMems"] = ",".join(map(str, near.nodes))
     ulimits = [("nofile", limits.nofile), ("memlock", limits.memlock)]
     if given := [{"Name": n, "Soft": v, "Hard": v} for n, v in ulimits if v is not None]:
-        host["Ulimits"] = given
+        host["Ulimits"] = [*given, *host.get("Ulimits", ())]
     return host
 
 

@@ -29,7 +29,7 @@ from docker.utils import version_lt
 from requests import PreparedRequest, Response
 
 from mic_supervisor.errors import MicError, RuntimeRefused, RuntimeUnavailable
-from mic_supervisor.text import quoted
+from mic_supervisor.text import one_line, quoted
 
 T = TypeVar("T")
 
@@ -84,6 +84,8 @@ class Engine:
         self.base_url = base_url
         self.timeout = timeout
         self.work_timeout = work_timeout
+        # "Podman 4.3.1" where that answered last: it takes requests for GPUs and ignores them.
+        self.podman: str | None = None
         self._version = FIRST_VERSION
         self._clients: dict[tuple[float, float | None], Client] = {}
         self._lock = threading.Lock()
@@ -135,6 +137,13 @@ class Engine:
             lambda api: an_object(api.inspect_image(ref)),  # type: ignore[no-untyped-call]
         )
 
+    def network(self, what: str, name: str) -> dict[str, Any] | None:
+        """The engine's description of a network; None: it has none."""
+        return self._found(
+            what,
+            lambda api: an_object(api.inspect_network(name)),
+        )
+
     def newest(self, what: str, ask: Callable[[APIClient], dict[str, Any]]) -> dict[str, Any]:
         """An answer in the engine's newest API version, with fields that ours lacks."""
         return self.call(what, lambda _: an_object(ask(self._made("auto", (self.timeout, None)))))
@@ -145,6 +154,13 @@ class Engine:
             clients, self._clients = self._clients, {}
         for client in clients.values():
             client.close()
+
+    def _note_podman(self, answer: Response, **_: object) -> None:
+        """Podman names itself in the head of every answer. Asked for its version it runs programs,
+        which takes seconds on a busy machine.
+        """
+        version = answer.headers.get("Libpod-API-Version")
+        self.podman = None if version is None else f"Podman {one_line(version, 40)}"
 
     def _found(self, what: str, ask: Callable[[APIClient], T]) -> T | None:
         def found(api: APIClient) -> T | None:
@@ -185,6 +201,7 @@ class Engine:
                 hint="upgrade it to Docker Engine 20.10 or later",
             )
         client.silence = silence
+        client.hooks["response"].append(self._note_podman)
         # An engine that is told to stop takes no new connections, ends its containers, and goes on
         # answering on the old ones meanwhile: what it says there must not be acted upon.
         client.headers["Connection"] = "close"

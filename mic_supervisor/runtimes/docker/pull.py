@@ -5,13 +5,14 @@ from __future__ import annotations
 import binascii
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from docker import APIClient
 from docker.auth import AuthConfig, load_config
-from docker.errors import DockerException
+from docker.errors import APIError, DockerException
 from docker.utils.config import find_config_file
 
 from mic_supervisor import codec
@@ -19,7 +20,13 @@ from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, Run
 from mic_supervisor.host import programs
 from mic_supervisor.host.files import read_text
 from mic_supervisor.runtimes import Progress
-from mic_supervisor.runtimes.docker.engine import Engine, is_read_timeout, refusal, refused
+from mic_supervisor.runtimes.docker.engine import (
+    Engine,
+    is_read_timeout,
+    other_version,
+    refusal,
+    refused,
+)
 from mic_supervisor.text import quoted
 
 _HUB = "docker.io"
@@ -60,14 +67,35 @@ class Puller:
         self._lock = threading.Lock()
         self._pulls: dict[str, _Pull] = {}
 
-    def ensure(self, image: str, progress: Progress) -> None:
-        """Pull the image unless the engine has it. PreflightFailed, RuntimeUnavailable.
+    def ensure(
+        self,
+        image: str,
+        progress: Progress,
+        when: Literal["missing", "always", "never"] = "missing",
+    ) -> None:
+        """Pull the image unless the engine has it; `always` also then, `never` refuses instead.
+        PreflightFailed, RuntimeUnavailable.
 
         A caller who comes while the image is being pulled waits, sees the same progress, and gets
         the same outcome.
         """
-        if self._present(image):
-            return
+        if when == "never" and not self._present(image):
+            raise PreflightFailed(
+                f"cannot use {image}: it is not on this machine, and with pull: never it is not "
+                "pulled",
+                hint=f"bring it: docker pull {image}, or docker load; or remove the key pull",
+            )
+        if when == "always":
+            self.renew(image, progress)
+        elif not self._present(image):
+            # Between the first look and the lock, another lane may have ended its pull.
+            self._once(image, progress, unless=lambda: self._present(image))
+
+    def renew(self, image: str, progress: Progress) -> None:
+        """As `ensure`, whether or not the engine has something under that name."""
+        self._once(image, progress, unless=lambda: False)
+
+    def _once(self, image: str, progress: Progress, *, unless: Callable[[], bool]) -> None:
         with self._lock:
             pull = self._pulls.get(image)
             mine = pull is None
@@ -77,8 +105,7 @@ class Puller:
             self._wait(pull, progress)
             return
         try:
-            # Between the first look and the lock, another lane may have ended its pull.
-            if not self._present(image):
+            if not unless():
                 self._pull(image, pull, progress)
         except MicError as error:
             pull.error = error
@@ -109,6 +136,27 @@ class Puller:
             if refused(error)[0] == 400:  # not the name of an image, which the pull says better
                 return False
             raise
+
+    def registry_digest(self, image: str) -> str:
+        """See `Images`. The engine asks, as it would for a pull, and nothing is downloaded."""
+        auth, without = credentials(self._config, registry_of(image))
+        what = f"cannot ask for the digest of {image}"
+
+        def ask(api: APIClient) -> str:
+            try:
+                found = api.inspect_distribution(image, auth_config=auth)  # type: ignore[no-untyped-call]
+            except APIError as error:
+                if other_version(error):
+                    raise
+                raise failure(image, refused(error)[1], without, what=what) from error
+            return str(found["Descriptor"]["digest"])
+
+        return self._engine.call(what, ask, patient=True)
+
+    def digests(self, image: str) -> tuple[str, ...]:
+        """See `Images`."""
+        found = self._engine.image(f"cannot look for the image {image}", image) or {}
+        return tuple(str(one).partition("@")[2] for one in found.get("RepoDigests") or ())
 
     def _pull(self, image: str, pull: _Pull, progress: Progress) -> None:
         what = f"cannot pull {image}"
@@ -197,16 +245,19 @@ class Nothing(NamedTuple):
     hint: str
 
 
-def failure(image: str, message: str, without: Nothing | None = None) -> PreflightFailed:
+def failure(
+    image: str, message: str, without: Nothing | None = None, *, what: str | None = None
+) -> PreflightFailed:
     """A failed pull in words, from what the registry or the engine says.
 
-    `without`: why it went out without credentials, although a helper is to give some.
+    `without`: why it went out without credentials, although a helper is to give some. `what` begins
+    the sentence where it is no pull.
     """
     cause, hint = refusal(message, registry=registry_of(image))
     if without is not None and _WANTS_LOGIN.search(message):
         cause = f"{cause}; it went out without credentials: {without.why}"
         hint = "; else ".join(filter(None, (without.hint, hint)))
-    return PreflightFailed(f"cannot pull {image}: {cause}", hint=hint)
+    return PreflightFailed(f"{what or f'cannot pull {image}'}: {cause}", hint=hint)
 
 
 # --- Credentials: never logged, never in a message ------------------------------------------------

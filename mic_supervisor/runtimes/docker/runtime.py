@@ -31,6 +31,7 @@ from mic_supervisor.model import (
     RuntimeView,
 )
 from mic_supervisor.runtimes import Progress
+from mic_supervisor.runtimes.docker import networks
 from mic_supervisor.runtimes.docker.container import event_lines, log_lines, remove, run_check, stop
 from mic_supervisor.runtimes.docker.create import (
     CDI_KIND,
@@ -42,6 +43,7 @@ from mic_supervisor.runtimes.docker.create import (
 )
 from mic_supervisor.runtimes.docker.create import labels as labels_of
 from mic_supervisor.runtimes.docker.engine import ADDRESS_HINT, NO_ENGINE, Engine, refused
+from mic_supervisor.runtimes.docker.keys import with_profiles
 from mic_supervisor.runtimes.docker.pull import Puller
 from mic_supervisor.runtimes.docker.view import (
     INACTIVE,
@@ -129,7 +131,9 @@ class DockerRuntime:
             return RuntimeView(self.name, error=error.message, hint=error.hint)
         new = {str(item["Id"]) for item in listed if is_new(item)}
         workloads = self._starts.added(self._inactive.sure(workloads), new)
-        view = RuntimeView(self.name, workloads, foreign_workloads)
+        view = RuntimeView(
+            self.name, workloads, foreign_workloads, ignores_gpus=self._engine.podman
+        )
         self._known = known_from(view)
         return view
 
@@ -174,8 +178,8 @@ class DockerRuntime:
 
     def version(self) -> dict[str, Any]:
         """What doctor shows of the engine. Keys: version, api, root, driver, cgroup_driver,
-        cgroup_version, runtimes, default_runtime, cdi_devices, live_restore, address; a value that
-        the engine does not tell is None.
+        cgroup_version, runtimes, default_runtime, cdi_devices, live_restore, address, podman,
+        rootless; a value that the engine does not tell is None.
         """
         what = "cannot ask for the engine's version"
         info = self._engine.newest(what, lambda api: api.info())
@@ -193,27 +197,50 @@ class DockerRuntime:
             "default_runtime": info.get("DefaultRuntime"),
             "cdi_devices": sorted(_cdi_devices(info)),
             "live_restore": info.get("LiveRestoreEnabled"),
+            "podman": self._engine.podman,
+            "rootless": "name=rootless" in (info.get("SecurityOptions") or ()),
         }
 
     # --- Starting -----------------------------------------------------------------------------
 
     def prepare(self, launch: Launch, progress: Progress) -> None:
         spec = _container(launch, "prepare")
+        what = f"cannot prepare {launch.name}"
         # The engine's file system can be looked at only where it is also ours.
         missing = [m.source for m in spec.mounts if self._engine.local and _absent(m.source)]
         if missing:
             raise PreflightFailed(
-                f"cannot prepare {launch.name}: the mount source {', '.join(missing)} "
+                f"{what}: the mount source {', '.join(missing)} "
                 f"{'does' if len(missing) == 1 else 'do'} not exist",
                 hint=f"create it with: mkdir -p {' '.join(missing)}",
             )
-        self._puller.ensure(spec.image, progress)
+        sources = [one.rsplit(":", 2)[0] for one in spec.host_devices]
+        if gone := [one for one in sources if self._engine.local and _absent(one)]:
+            raise PreflightFailed(
+                f"{what}: this machine has no {gone[0]}",
+                hint="load the driver that makes it, or remove it from devices",
+            )
+        with_profiles(spec)
+        networks.check(self._engine, what, spec.networks)
+        pull = spec.pull
+        if pull == "always" and self._engine.container(what, launch.name) is not None:
+            pull = "missing"  # it is started again, and not made anew
+        self._puller.ensure(spec.image, progress, pull)
+
+    def registry_digest(self, image: str) -> str:
+        return self._puller.registry_digest(image)
+
+    def digests(self, image: str) -> tuple[str, ...]:
+        return self._puller.digests(image)
+
+    def pull(self, image: str, progress: Progress) -> None:
+        self._puller.renew(image, progress)
 
     def create(self, launch: Launch) -> None:
         spec = _container(launch, "create")
         what = f"cannot create container {launch.name}"
         discovered = self._discovered(what) if spec.devices else frozenset()
-        config = container_config(launch, spec, discovered)
+        config = container_config(launch, with_profiles(spec), discovered)
         config["Labels"][MADE] = uuid.uuid4().hex
         give_up = time.monotonic() + self._engine.work_timeout
 
@@ -243,6 +270,7 @@ class DockerRuntime:
                 raise
         try:
             check_program(self._engine, what, found or {})
+            networks.join(self._engine, what, launch.name, spec.networks, spec.network_aliases)
         except MicError as error:
             raise self._discarded(launch, error) from error
 
@@ -256,6 +284,8 @@ class DockerRuntime:
                 f"{what}: the container of that name is not ours ({self._whose(found)})",
                 hint=f"rename it: docker rename {launch.name} OTHER",
             )
+        spec = _container(launch, "start")
+        networks.join(self._engine, what, launch.name, spec.networks, spec.network_aliases)
         first = _state(found).get("StartedAt", _NEVER) == _NEVER
         try:
             self._start(what, str(found["Id"]))
@@ -266,7 +296,11 @@ class DockerRuntime:
             raise self._discarded(launch, error) from error
 
     def restart(self, workload: ObservedWorkload) -> None:
-        self._start(f"cannot start container {workload.name}", workload.ref)
+        what, recorded = f"cannot start container {workload.name}", workload.identity.spec or {}
+        names, aliases = recorded.get("networks"), recorded.get("network_aliases")
+        if isinstance(names, list) and isinstance(aliases, list):
+            networks.join(self._engine, what, workload.ref, names, aliases)
+        self._start(what, workload.ref)
 
     def _start(self, what: str, ref: str) -> None:
         def ask(api: APIClient) -> bool:

@@ -240,7 +240,8 @@ def _name(item: Mapping[str, Any]) -> str:
 
 def _address(item: Mapping[str, Any]) -> str | None:
     networks = _mapping(_mapping(item.get("NetworkSettings")).get("Networks"))
-    for name in sorted(networks, key=lambda name: (name != "bridge", name)):
+    first = ("bridge", _mapping(item.get("HostConfig")).get("NetworkMode"))
+    for name in sorted(networks, key=lambda name: (name not in first, name)):
         network = _mapping(networks[name])
         if address := network.get("IPAddress") or network.get("GlobalIPv6Address"):
             return str(address)

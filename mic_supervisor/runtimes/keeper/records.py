@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -121,7 +121,7 @@ def _plain(value: Any) -> dict[str, Any]:
 # --- reading and writing ----------------------------------------------------------------------
 
 
-def _document(path: Path) -> dict[str, Any] | None:
+def _text(path: Path) -> bytes | None:
     try:
         # Without waiting: a pipe has no writer.
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -143,12 +143,16 @@ def _document(path: Path) -> dict[str, Any] | None:
         os.close(handle)
     if len(text) > _LARGEST:
         raise BadRecord(f"{path.name} has more than {_LARGEST} bytes")
+    return text
+
+
+def _document(text: bytes, file: str) -> dict[str, Any]:
     try:
         document = codec.parse(text)
     except codec.BadDocument as error:
-        raise BadRecord(f"{path.name} is {error}") from error
+        raise BadRecord(f"{file} is {error}") from error
     if not isinstance(document, dict):
-        raise BadRecord(f"{path.name} is not a JSON object")
+        raise BadRecord(f"{file} is not a JSON object")
     return document
 
 
@@ -161,12 +165,17 @@ def _typed(kind: type[T], document: dict[str, Any], file: str) -> T:
 
 def load(path: Path) -> Record | None:
     """The record in the directory `path`; None when it holds none. Raises BadRecord."""
-    document = _document(path / RECORD)
-    if document is None:
-        return None
+    text = _text(path / RECORD)
+    return None if text is None else _record(path.name, text)
+
+
+# Each is read every second, and changes twice in its life.
+@lru_cache(maxsize=1024)
+def _record(name: str, text: bytes) -> Record:
+    document = _document(text, RECORD)
     if document.get("version") != VERSION:
         raise BadRecord(f"{RECORD} has version {document.get('version')!r}, not {VERSION}")
-    return _typed(Record, {**document, "name": path.name}, RECORD)
+    return _typed(Record, {**document, "name": name}, RECORD)
 
 
 def read_exit(path: Path, run_id: str) -> tuple[Exit | None, str | None]:
@@ -174,8 +183,9 @@ def read_exit(path: Path, run_id: str) -> tuple[Exit | None, str | None]:
     read: a damaged exit status says nothing of the rest.
     """
     try:
-        document = _document(path / EXIT)
-        if document is None or document.get("run_id") != run_id:
+        text = _text(path / EXIT)
+        document = {} if text is None else _document(text, EXIT)
+        if document.get("run_id") != run_id:
             return None, None
         return _typed(Exit, document, EXIT), None
     except BadRecord as error:

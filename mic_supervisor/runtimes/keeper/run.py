@@ -383,7 +383,7 @@ def _guess(variables: Mapping[str, str], host: str) -> tuple[str, Identity] | st
     if instance is None or scope is None:
         return "its environment does not name it as ours"
     devices = variables.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    gpus = tuple(devices) if all(one.startswith("GPU-") for one in devices) else ()
+    gpus = tuple(devices) if all(one.startswith(("GPU-", "MIG-")) for one in devices) else ()
     identity = unknown_identity(scope, host, instance, variables.get("MIC_SPEC_HASH", ""))
     return instance, replace(identity, gpus=gpus)
 

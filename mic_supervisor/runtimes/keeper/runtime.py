@@ -27,7 +27,7 @@ from mic_supervisor.errors import (
 )
 from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import Launch, ObservedWorkload, ProcessSpec, RunState, RuntimeView
-from mic_supervisor.runtimes import Progress, checks
+from mic_supervisor.runtimes import HostCommand, Progress, checks, commands
 from mic_supervisor.runtimes.checks import ProcessRuntime, process_spec
 from mic_supervisor.runtimes.identity import GivenName
 from mic_supervisor.runtimes.keeper import logs, records
@@ -78,6 +78,7 @@ class KeeperRuntime(ProcessRuntime):
         given_name: GivenName | None = None,
     ) -> None:
         super().__init__()
+        self._scope = scope
         self._directory = directory
         self._logs = logs.LogStore(log_directory, directory)
         self._clock = clock  # for what is told
@@ -138,9 +139,9 @@ class KeeperRuntime(ProcessRuntime):
                 record = records.load(path)
                 if record is None or record.child is None:
                     continue
-                running = [one for one in record.anchors if one.runs()]
-                over = records.read_exit(path, record.run_id)[0] is not None or not running
-                found[record.run_id] = path.name, None if over else running[-1].pid
+                last = next((one.pid for one in reversed(record.anchors) if one.runs()), None)
+                over = records.read_exit(path, record.run_id)[0] is not None
+                found[record.run_id] = path.name, None if over else last
         return found
 
     def _finish(self, path: Path) -> None:
@@ -174,6 +175,13 @@ class KeeperRuntime(ProcessRuntime):
                 f"cannot keep process records in {self._directory}: {problem}",
                 hint="set MIC_RUN_DIR to a directory that can be written",
             )
+
+    def run_command(
+        self, what: HostCommand, progress: Progress, given_up: Callable[[], bool]
+    ) -> None:
+        """See HostCommands. It does not outlive this process, but for a kill -9."""
+        with _explained(f"run {what.command[0]}", PreflightFailed):
+            commands.run(what, progress, given_up, scope=self._scope)
 
     def start(self, launch: Launch) -> None:
         """Returns once the program was executed. Replaces an ended record of the same name."""

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +15,8 @@ from typing import BinaryIO
 from mic_supervisor import clocks
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable
 from mic_supervisor.host import programs
-from mic_supervisor.runtimes import TIMED_OUT, checks
+from mic_supervisor.runtimes import TIMED_OUT, HostCommand, checks
+from mic_supervisor.runtimes.commands import POLL, Output
 from mic_supervisor.runtimes.systemd.bus import Bus, Lost, Refused, variants
 from mic_supervisor.runtimes.systemd.unit import (
     EXITED,
@@ -309,10 +310,65 @@ async def run_check(bus: Bus, unit: Unit, argv: tuple[str, ...], timeout: float)
     name = f"run-mic-check-{uuid.uuid4().hex[:16]}.service"
     # Looking up a user may take a while where a directory service is asked.
     properties = await asyncio.to_thread(_properties, unit, argv, timeout)
-    reader, writer = os.pipe2(os.O_CLOEXEC)
     output = bytearray()
+
+    def keep(part: bytes) -> None:
+        output.extend(part[: max(0, checks.MOST_OUTPUT - len(output))])
+
+    async with _to_end(bus, name, properties, timeout, keep) as result:
+        code = 0 if result == "done" else _code(await bus.unit(name), result, argv)
+    text = output.decode(errors="replace").strip()
+    return checks.timed_out(timeout, text) if code == TIMED_OUT else (code, text)
+
+
+async def run_command(
+    bus: Bus,
+    name: str,
+    properties: Sequence[Property],
+    what: HostCommand,
+    output: Output,
+    given_up: Callable[[], bool],
+) -> int | None:
+    """The exit code, TIMED_OUT when PID 1 ended it after its time; None: it was given up.
+
+    What a supervisor that was killed left of that name is ended first. Raises as `run_check`.
+    """
+
+    async def watch() -> None:
+        while not given_up():
+            await asyncio.sleep(POLL)
+            output.show()
+        with contextlib.suppress(Refused, Lost):
+            await bus.call("StopUnit", "ss", name, "replace")
+
+    await discard(bus, name)
+    watching = asyncio.create_task(watch())
+    try:
+        async with _to_end(bus, name, properties, what.timeout, output.add) as result:
+            if watching.done():
+                await _kill(bus, name, FORGET_TIMEOUT)
+                return None
+            return 0 if result == "done" else _code(await bus.unit(name), result, what.command)
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+
+
+@contextlib.asynccontextmanager
+async def _to_end(
+    bus: Bus,
+    name: str,
+    properties: Sequence[Property],
+    timeout: float,
+    keep: Callable[[bytes], None],
+) -> AsyncIterator[str]:
+    """The result of the job of a unit of type oneshot, once it has ended; `keep` gets its output.
+
+    PID 1 knows the unit until the end of the context.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
     with os.fdopen(reader, "rb", 0) as pipe:
-        reading = asyncio.create_task(_keep_beginning(pipe, output))
+        reading = asyncio.create_task(_read(pipe, keep))
         try:
             try:
                 result = await bus.job(
@@ -323,17 +379,15 @@ async def run_check(bus: Bus, unit: Unit, argv: tuple[str, ...], timeout: float)
                 )
             finally:
                 os.close(writer)
-            code = 0 if result == "done" else _code(await bus.unit(name), result, argv)
             # What a process outside of the unit holds open is not waited for.
             await asyncio.wait([reading], timeout=_END_TIMEOUT)
+            yield result
         finally:
             reading.cancel()
             await asyncio.wait([reading])
             # The last reference: PID 1 forgets it. It does so too when this connection ends.
             with contextlib.suppress(Refused, Lost):
                 await bus.call("UnrefUnit", "s", name)
-    text = output.decode(errors="replace").strip()
-    return checks.timed_out(timeout, text) if code == TIMED_OUT else (code, text)
 
 
 def _code(unit: Unit | None, result: str, argv: tuple[str, ...]) -> int:
@@ -360,25 +414,54 @@ def _properties(unit: Unit, argv: tuple[str, ...], timeout: float) -> list[Prope
     variables = programs.plain_environment(home)
     return [
         Property("Description", "s", f"Health check of {unit.name}"),
+        *_oneshot(str(program), argv, timeout, _END_TIMEOUT, directory, who),
+        Property("Environment", "as", [f"{key}={value}" for key, value in variables.items()]),
+        # A check every few seconds would fill the journal with its comings and goings.
+        Property("LogLevelMax", "i", 0),
+    ]
+
+
+def command_properties(
+    what: HostCommand, environment_path: str, end_timeout: float, bound: str | None
+) -> list[Property]:
+    """`bound` is the service with which it ends."""
+    binding = () if bound is None else ("BindsTo", "After")
+    return [
+        Property("Description", "s", f"Preparation of {what.instance}"),
+        *_oneshot(
+            *(what.command[0], what.command, what.timeout, end_timeout),
+            *(what.directory, what.user),
+        ),
+        Property("EnvironmentFiles", "a(sb)", [[environment_path, False]]),
+        *(Property(name, "as", [bound]) for name in binding),
+    ]
+
+
+def _oneshot(
+    program: str,
+    argv: tuple[str, ...],
+    timeout: float,
+    end_timeout: float,
+    directory: str,
+    who: str | None,
+) -> list[Property]:
+    return [
         Property("Slice", "s", SLICE),
         Property("Type", "s", "oneshot"),
         Property("TimeoutStartUSec", "t", max(1, round(timeout * 1e6))),
-        Property("TimeoutStopUSec", "t", round(_END_TIMEOUT * 1e6)),
-        command(str(program), argv),
-        Property("Environment", "as", [f"{key}={value}" for key, value in variables.items()]),
+        Property("TimeoutStopUSec", "t", round(end_timeout * 1e6)),
+        command(program, argv),
         Property("WorkingDirectory", "s", directory),
         *user(who),
         Property("StandardOutputFileDescriptor", "h", 0),
         Property("StandardErrorFileDescriptor", "h", 0),
-        # A check every few seconds would fill the journal with its comings and goings.
-        Property("LogLevelMax", "i", 0),
         # It stays until its result was read, and no longer, even if we are killed before that.
         Property("AddRef", "b", True),
         Property("CollectMode", "s", "inactive-or-failed"),
     ]
 
 
-async def _keep_beginning(pipe: BinaryIO, kept: bytearray) -> None:
+async def _read(pipe: BinaryIO, keep: Callable[[bytes], None]) -> None:
     """Read a pipe to its end."""
     reader = asyncio.StreamReader()
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
@@ -386,6 +469,6 @@ async def _keep_beginning(pipe: BinaryIO, kept: bytearray) -> None:
     )
     try:
         while part := await reader.read(1 << 16):
-            kept += part[: max(0, checks.MOST_OUTPUT - len(kept))]
+            keep(part)
     finally:
         transport.close()

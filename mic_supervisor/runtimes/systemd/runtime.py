@@ -21,6 +21,7 @@ import hashlib
 import pwd
 import queue
 import threading
+import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from mic_supervisor.errors import (
     RuntimeUnavailable,
     StopFailed,
 )
+from mic_supervisor.host import processes as procfs
 from mic_supervisor.model import (
     ForeignWorkload,
     Launch,
@@ -42,7 +44,7 @@ from mic_supervisor.model import (
     ProcessSpec,
     RuntimeView,
 )
-from mic_supervisor.runtimes import Progress, checks
+from mic_supervisor.runtimes import HostCommand, Progress, checks, commands
 from mic_supervisor.runtimes.checks import ProcessRuntime, process_spec
 from mic_supervisor.runtimes.identity import OWN_VARIABLES
 from mic_supervisor.runtimes.systemd import jobs, journal
@@ -55,14 +57,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MARKER = Path("/run/systemd/system")
 _READ_TIMEOUT = 15.0  # seconds
 _STOP = 0.25  # seconds between two looks at `stop`
-
-
-def systemd_is_pid1() -> bool:
-    """Whether systemd is PID 1 here, as sd_booted(3) finds out."""
-    return _MARKER.is_dir()
 
 
 class SystemdRuntime(ProcessRuntime):
@@ -150,6 +146,34 @@ class SystemdRuntime(ProcessRuntime):
         _check_account(spec.user)
         units.check_texts(spec.command)
         units.check_variables(self._variables(spec))
+
+    def run_command(
+        self, what: HostCommand, progress: Progress, given_up: Callable[[], bool]
+    ) -> None:
+        """See HostCommands. A unit of its own: this program may write next to nowhere. It ends with
+        the service that this program is part of, however that ends.
+        """
+        action, output = f"run {what.command[0]}", commands.Output(progress)
+        _check_account(what.user)
+        units.check_texts(what.command)
+        variables = checks.environment(what, checks.account(what.user))
+        units.check_variables(variables)
+        digest = hashlib.sha256(f"{self._scope}/{what.instance}".encode()).hexdigest()[:16]
+        name = f"run-mic-prepare-{digest}.service"
+        path = self._directory / f"prepare-{uuid.uuid4().hex}"  # nobody else's, who deletes it
+        environment = glob.escape(str(path))
+        bound = procfs.enclosing_service()
+        properties = jobs.command_properties(what, environment, commands.END_TIMEOUT, bound)
+        jobs.write_secret(path, format_env_file(variables))
+        try:
+            work = jobs.run_command(self._bus, name, properties, what, output, given_up)
+            code = self._do(action, work, what.timeout + self._ending, PreflightFailed)
+        finally:
+            path.unlink(missing_ok=True)
+        if code is None:
+            raise commands.withdrawn(what)
+        output.show()
+        commands.check_verdict(what, code, output)
 
     def start(self, launch: Launch) -> None:
         """Returns once the program was executed. Replaces an ended unit of the same name."""

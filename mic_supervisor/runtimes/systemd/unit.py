@@ -24,6 +24,7 @@ from mic_supervisor.model import (
     Doubt,
     ForeignWorkload,
     Launch,
+    Near,
     ObservedWorkload,
     ProcessSpec,
     RunState,
@@ -46,6 +47,7 @@ _SUFFIX = ".service"
 _LONGEST = 255  # bytes of a unit's name, see systemd.unit(5)
 _PLAIN = re.compile(r"[A-Za-z0-9:_.-]")
 _UNLIMITED = (1 << 64) - 1
+_BIND = 2  # MPOL_BIND of Linux: memory of these nodes and of no other
 
 
 class Property(NamedTuple):
@@ -176,7 +178,13 @@ def properties(
             ],
         ),
     ]
-    return [*found, *user(spec.user), *_limits(spec), *_directories(spec)]
+    return [
+        *found,
+        *user(spec.user),
+        *_limits(spec),
+        *_confinement(launch.near),
+        *_directories(spec),
+    ]
 
 
 def command(program: str, arguments: tuple[str, ...]) -> Property:
@@ -225,6 +233,23 @@ def _limits(spec: ProcessSpec) -> list[Property]:
     if limits.cpus is not None:
         found.append(Property("CPUQuotaPerSecUSec", "t", _microseconds(limits.cpus)))
     return found
+
+
+def _confinement(near: Near | None) -> list[Property]:
+    """To the CPUs and the memory next to its GPUs. AllowedCPUs takes control groups version 2."""
+    found = []
+    if near is not None:
+        found.append(Property("AllowedCPUs", "ay", _mask(near.cpus)))
+    if near is not None and near.nodes:
+        found.append(Property("NUMAPolicy", "i", _BIND))
+        found.append(Property("NUMAMask", "ay", _mask(near.nodes)))
+    return found
+
+
+def _mask(numbers: Iterable[int]) -> bytes:
+    """A bit for each, the lowest first."""
+    mask = sum(1 << number for number in set(numbers))
+    return mask.to_bytes(-(-mask.bit_length() // 8), "little")
 
 
 def _microseconds(seconds: float) -> int:

@@ -94,7 +94,7 @@ def unit() -> list[Any]:
     end = time.monotonic() + 10
     while not (lines := [*runtime.logs(seen)]) and time.monotonic() < end:
         time.sleep(0.1)
-    runtime.stop(seen, signal="SIGTERM", grace=5)
+    runtime.stop(seen, signal="SIGTERM", grace=30)
     [ended] = runtime.observe().workloads
     runtime.remove(ended)
     return [

@@ -37,7 +37,7 @@ def test_a_restart_of_dbus_is_lived_through(world: World, dbus: None) -> None:
         assert time.monotonic() - begun < 9  # one answer may take 10 s
     world.runtime.start(world.launch("b", sh("exec sleep 300")))
     run("systemctl", "restart", "dbus.service")
-    world.runtime.stop(seen, signal="SIGTERM", grace=5)
+    world.runtime.stop(seen, signal="SIGTERM", grace=30)
     assert world.look("a").exit_code == 143
 
 

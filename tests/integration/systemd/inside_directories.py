@@ -44,7 +44,7 @@ def test_they_survive_a_daemon_reload(world: World, base: Path) -> None:
     run("systemctl", "daemon-reload")
     (workload,) = world.runtime.observe().workloads
     assert workload.pid is not None
-    world.runtime.stop(workload, signal="SIGTERM", grace=5.0)
+    world.runtime.stop(workload, signal="SIGTERM", grace=30)
 
 
 def test_why_they_cannot_be_made_is_told(world: World, base: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pwd
 import stat
+import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ import pytest
 from mic_supervisor import clocks
 from mic_supervisor.errors import PreflightFailed, RuntimeRefused, RuntimeUnavailable, StopFailed
 from mic_supervisor.host import processes as procfs
-from mic_supervisor.model import ForeignWorkload, Limits
-from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime, systemd_is_pid1
+from mic_supervisor.host import systemd_is_pid1
+from mic_supervisor.model import ForeignWorkload, Limits, Near
+from mic_supervisor.runtimes.systemd.runtime import SystemdRuntime
 from tests.integration.systemd.world import HOST, World, run
 from tests.support.commands import python, sh
 from tests.support.waiting import until
@@ -80,7 +83,7 @@ def test_a_reload_of_systemd_by_somebody_else_changes_nothing(world: World) -> N
     assert world.ended("a").exit_code == 3
     run("systemctl", "daemon-reload")
     assert world.ended("a").exit_code == 3
-    world.runtime.stop(other, signal="SIGTERM", grace=5)
+    world.runtime.stop(other, signal="SIGTERM", grace=30)
     assert world.look("b").exit_code == 143
 
 
@@ -197,6 +200,19 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(
             assert str(refused.value) == f"cannot start {launch.name}: {reason.format(programs)}"
         assert (world.loaded(), world.environment_files()) == ([], []), attempt
     world.start("a", sh("exec sleep 300"))
+
+
+def test_it_runs_on_the_cpus_and_the_memory_next_to_its_gpus_alone(world: World) -> None:
+    launch = replace(world.launch("a", sh("exec sleep 300")), near=Near((0,), (0,)))
+    world.runtime.start(launch)
+    asked = ["systemctl", "show", "--property=AllowedCPUs,NUMAPolicy,NUMAMask"]
+    shown = subprocess.run([*asked, launch.name], capture_output=True, text=True).stdout
+    assert sorted(shown.split()) == ["AllowedCPUs=0", "NUMAMask=0", "NUMAPolicy=bind"]
+    pid = world.look("a").pid
+    assert "bind:0" in Path(f"/proc/{pid}/numa_maps").read_text()
+    if Path("/sys/fs/cgroup/cgroup.controllers").exists():  # systemd confines with version 2 alone
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert "Cpus_allowed_list:\t0\n" in status
 
 
 def test_a_failed_start_after_an_ended_run_leaves_nothing(world: World) -> None:

@@ -218,13 +218,13 @@ def test_another_supervisor_adopts_what_runs(world: World) -> None:
     assert world.look("a", later) == first
     later.start(world.launch("a", sh("exec sleep 300")))
     assert world.look("a", later).pid == first.pid
-    later.stop(first, signal="SIGTERM", grace=5)
+    later.stop(first, signal="SIGTERM", grace=30)
     assert world.look("a", later).exit_code == 143
 
 
 def test_restart_takes_who_started_it(world: World) -> None:
     first = world.start("a", sh("echo run; exec sleep 300"), env=(("KEY", "secret"),))
-    world.runtime.stop(first, signal="SIGTERM", grace=5)
+    world.runtime.stop(first, signal="SIGTERM", grace=30)
     with pytest.raises(RuntimeRefused) as refused:
         world.make().restart(first)
     assert str(refused.value) == (
@@ -362,7 +362,7 @@ def test_a_copied_unit_is_left_alone(world: World) -> None:
             foreign.reason
             == f"it has the environment of {seen.ref}, and another name: it is a copy"
         )
-        world.runtime.stop(seen, signal="SIGTERM", grace=5)
+        world.runtime.stop(seen, signal="SIGTERM", grace=30)
         world.runtime.remove(seen)
         path.write_text(service)
         run("systemctl", "daemon-reload")

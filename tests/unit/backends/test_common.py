@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from mic_supervisor.model import (
     Port,
     Probe,
     Probes,
+    Progress,
     TcpCheck,
 )
 from mic_supervisor.text import unseen
@@ -125,6 +127,75 @@ def test_a_text_that_cannot_be_filled_in_is_refused(options: dict[str, Any], cau
 def test_an_exec_probe_is_a_command_too() -> None:
     made = compiled({"probe": {"exec": ["check", "${model}", "${port}"]}})
     assert made.probes.startup == Probe(ExecCheck(("check", "MAM", "${port}")))
+
+
+# --- Progress and warm_up ---------------------------------------------------------------------
+
+HEALTH = HttpCheck("/health")
+CALL = HttpCall("POST", "/infer", '{"inputs": ["ä", 1.5]}', 60.0)
+MOVES = Progress("requests_total", CALL, within=60.0)
+COUNTER = {
+    "metric": "requests_total",
+    "within": "1m",
+    "request": {"path": "/infer", "body": {"inputs": ["ä", 1.5]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("probe", "expected"),
+    [
+        (
+            {"progress": COUNTER},
+            Probes(Probe(HttpCheck("/metrics")), None, Probe(None, progress=MOVES)),
+        ),
+        (
+            {"http": "/health", "progress": COUNTER},
+            Probes(Probe(HEALTH), Probe(HEALTH), Probe(HEALTH, progress=MOVES)),
+        ),
+        (
+            {"startup": {"http": "/health"}, "liveness": {"progress": COUNTER, "period": "1s"}},
+            Probes(Probe(HEALTH), Probe(None, 1.0, progress=MOVES), None),
+        ),
+        (
+            {"liveness": {"http": "/health", "progress": COUNTER}},
+            Probes(Probe(HEALTH), Probe(HEALTH, progress=MOVES), None),
+        ),
+    ],
+)
+def test_a_counter_reports_and_restarts_only_where_it_is_asked_to(
+    probe: dict[str, Any], expected: Probes
+) -> None:
+    assert compiled({"probe": probe}).probes == expected
+
+
+def test_a_counter_is_read_where_the_metrics_are() -> None:
+    probe = {"progress": {**COUNTER, "path": "/m"}}
+    made = compiled({"probe": probe, "args": ["--metrics=${port:metrics}"]}).probes
+    assert made.startup == Probe(HttpCheck("/m", "metrics"))
+    assert made.readiness == Probe(None, progress=replace(MOVES, path="/m", port="metrics"))
+
+
+def test_a_request_without_a_body_is_a_get_and_a_text_is_sent_as_it_is() -> None:
+    def sent(request: dict[str, Any]) -> HttpCall:
+        made = compiled({"probe": {"http": "/health"}, "warm_up": {**request, "count": 3}})
+        assert made.warm_up is not None and made.warm_up.count == 3
+        return made.warm_up.request
+
+    assert sent({"path": "/a"}) == HttpCall("GET", "/a", None, 300.0)
+    assert sent({"path": "/a", "body": "b c"}) == HttpCall("POST", "/a", "b c", 300.0)
+    assert sent({"path": "/a", "body": [1]}) == HttpCall("POST", "/a", "[1]", 300.0)
+    assert compiled({}).warm_up is None
+
+
+def test_nothing_is_warmed_up_that_nobody_says_the_start_of() -> None:
+    with pytest.raises(ValidationError, match="warm_up: nothing says when its server is up"):
+        compiled({"warm_up": {"path": "/a"}})
+
+
+def test_neither_is_part_of_the_specification() -> None:
+    plain = spec({"probe": {"http": "/health"}})
+    asked = {"probe": {"http": "/health", "progress": COUNTER}, "warm_up": {"path": "/a"}}
+    assert spec(asked) == plain
 
 
 @given(st.text(alphabet="ab$ {}:port=", max_size=30))

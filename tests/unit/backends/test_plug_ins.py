@@ -35,6 +35,8 @@ from mic_supervisor.model import (
     Probe,
     Probes,
     ProcessSpec,
+    Progress,
+    WarmUp,
 )
 from tests.support.waiting import until
 from tests.unit.backends.support import REAL, SECOND, request
@@ -201,6 +203,14 @@ WRONG: list[tuple[Any, str]] = [
     (
         replace(GOOD, workload=ProcessSpec(("/bin/serve",)), probes=Probes(), drain=CALL),
         "its server is called on port 'http', which it does not have",
+    ),
+    (
+        replace(GOOD, probes=Probes(readiness=Probe(progress=Progress("a", CALL, port="metrics")))),
+        "a probe asks port 'metrics', which it does not have",
+    ),
+    (
+        replace(GOOD, probes=Probes(), warm_up=WarmUp(CALL)),
+        "it has a warm_up, and no startup probe says when its server is up",
     ),
     (replace(GOOD, probes=Probe(HttpCheck("/"))), "its probes is of type Probe, not Probes"),
     (replace(GOOD, placements=(CALL,)), "its placements[0] is of type HttpCall, not Placement"),

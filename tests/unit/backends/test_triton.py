@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from mic_supervisor.model import (
     Port,
     Probe,
     Probes,
+    Progress,
 )
 from tests.unit.backends.support import ANSWERS, REAL, SECOND, SIMULATED, request
 
@@ -140,6 +142,7 @@ def test_one_server_for_one_gpu() -> None:
                     '{"parameters": {"unload_dependents": true}}',
                 ),
                 verify=HttpCall("GET", "/v2/models/MAM/config"),
+                directory=f"{REPOSITORY}/MAM",
                 summary=(("instances_per_gpu", "8"),),
             ),
         ),
@@ -186,6 +189,24 @@ def test_probes_can_be_given_but_not_that_of_the_start() -> None:
     for probe in (infer, {"startup": infer}):
         with pytest.raises(ValidationError, match="whether a Triton server is up is checked"):
             compiled({"probe": probe})
+
+
+def test_a_counter_stands_beside_its_own_checks_and_is_read_from_its_metrics() -> None:
+    counter = {
+        "metric": "nv_inference_request_success",
+        "request": {"path": "/v2/models/MAM/infer"},
+    }
+    moves = Progress(
+        "nv_inference_request_success",
+        HttpCall("GET", "/v2/models/MAM/infer", timeout=120.0),
+        port="metrics",
+    )
+    usual = compiled({}).probes
+    assert usual.liveness is not None and usual.readiness is not None
+    made = compiled({"probe": {"progress": counter}}).probes
+    assert made == replace(usual, readiness=replace(usual.readiness, progress=moves))
+    made = compiled({"probe": {"liveness": {"progress": counter}}}).probes
+    assert made == replace(usual, liveness=replace(usual.liveness, progress=moves))
 
 
 @pytest.mark.parametrize("flag", ["--id=x", "--http-port", "--load-model=MAM"])

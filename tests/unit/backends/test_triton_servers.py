@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
+from pydantic import ValidationError
+
 from mic_supervisor.backends import Member
 from mic_supervisor.backends.triton import Options, TritonBackend
+from mic_supervisor.errors import CompileError
 from mic_supervisor.model import ContainerSpec, Gpu, HttpCall, Instance
 from tests.unit.backends.support import REAL, SECOND, request
 
@@ -95,6 +99,21 @@ def test_a_shared_server_has_what_the_file_says_for_every_model_and_its_settings
     assert isinstance(own, ContainerSpec)
     assert (own.network, own.listen, own.stop_timeout) == ("bridge", "127.0.0.1", 50.0)
     assert "--http-port=8000" in own.command
+
+
+def test_a_shared_server_has_the_keys_of_containers_from_its_settings() -> None:
+    made = shared(REAL, members=[member("A", REAL)], networks=["shop"], ipc="host", read_only=True)
+    work = made.workload
+    assert isinstance(work, ContainerSpec)
+    assert (work.networks, work.network_aliases) == (("shop",), ("triton-shared",))
+    assert (work.ipc, work.shm_size, work.read_only) == ("host", None, True)
+    settings = BACKEND.Settings.model_validate({**SETTINGS, "server": "shared"})
+    (said,) = BACKEND.conflicts(settings, ["ipc"]).values()
+    assert said.endswith("see backends.triton.ipc")
+    with pytest.raises(ValidationError, match="cap_add: it belongs to a server for all models"):
+        BACKEND.Settings.model_validate({**SETTINGS, "cap_add": ["IPC_LOCK"]})
+    with pytest.raises(CompileError, match="with network: host it joins no other network"):
+        shared(REAL, members=[member("A", REAL, network="host")], networks=["shop"])
 
 
 def test_surplus_is_what_has_our_mark_and_no_entry() -> None:

@@ -6,7 +6,8 @@ tests/integration/test_vllm.py runs what comes of it, with a stand-in for the pr
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from mic_supervisor.model import (
     Probe,
     Probes,
     ProcessSpec,
+    Progress,
     TcpCheck,
 )
 from tests.unit.backends.support import REAL, SECOND, SIMULATED, request
@@ -98,7 +100,66 @@ def test_one_model_over_two_gpus() -> None:
         probes=probes(MODEL),
         start_timeout=900.0,
         metrics_path="/metrics",
+        openai_model=MODEL,
     )
+
+
+def moves(name: str = MODEL) -> Progress:
+    body = json.dumps({"model": name, "prompt": "1", "max_tokens": 1})
+    call = HttpCall("POST", "/v1/completions", body, 150.0)
+    return Progress("vllm:iteration_tokens_total_count", call, within=150.0)
+
+
+def test_an_engine_that_hangs_is_reported() -> None:
+    made = compiled({"hang_timeout": "5m", "args": ["--served-model-name=qwen"]}).probes
+    usual = probes("qwen")
+    assert (made.startup, made.liveness) == (usual.startup, usual.liveness)
+    assert usual.readiness is not None
+    assert made.readiness == replace(usual.readiness, progress=moves("qwen"))
+
+
+def test_an_engine_that_hangs_is_restarted_where_that_is_asked_for() -> None:
+    made = compiled({"hang_timeout": "5m", "on_hang": "restart"}).probes
+    usual = probes(MODEL)
+    assert (made.startup, made.readiness) == (usual.startup, usual.readiness)
+    assert usual.liveness is not None
+    assert made.liveness == replace(usual.liveness, progress=moves())
+
+
+def test_a_hang_is_seen_beside_a_probe_of_the_file() -> None:
+    made = compiled({"hang_timeout": "5m", "probe": {"startup": {"http": "/health"}}}).probes
+    assert made == Probes(Probe(HEALTH), None, Probe(None, progress=moves()))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"on_hang": "restart"}, "on_hang: it needs a hang_timeout"),
+        (
+            {"hang_timeout": "5m", "args": ["--disable-log-stats"]},
+            "hang_timeout: with --disable-log-stats vLLM does not count what it does",
+        ),
+        (
+            {
+                "hang_timeout": "5m",
+                "probe": {"progress": {"metric": "a_total", "request": {"path": "/a"}}},
+            },
+            "hang_timeout: the probe has a progress; remove one of them",
+        ),
+    ],
+)
+def test_a_hang_that_cannot_be_seen_is_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(why)):
+        compiled(options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"args": ["--api-key=x"]}, {"env": {"VLLM_API_KEY": "x"}}, {"env_file": FILE}]
+)
+def test_a_server_with_a_key_cannot_be_asked_for_a_token(options: dict[str, Any]) -> None:
+    with pytest.raises(CompileError, match="the server wants an API key") as caught:
+        compiled({"hang_timeout": "5m", **options}, files={FILE: "VLLM_API_KEY=x\n"})
+    assert caught.value.hint is not None
 
 
 def test_one_gpu_is_not_spread_over() -> None:
@@ -262,6 +323,12 @@ def test_numbers_and_never_uuids_whatever_the_file_of_variables_says() -> None:
     assert "CUDA_VISIBLE_DEVICES" not in dict(process({"env_file": FILE}, files=files).env)
 
 
+def test_a_slice_has_no_number_and_is_named_by_its_uuid() -> None:
+    part = "MIG-f15ae561-7b5c-5a0c-8ab1-3a1e0c2d9f10"
+    slice_ = replace(REAL, uuid=part, parent=REAL.uuid)
+    assert dict(process(gpus=(slice_,)).env)["CUDA_VISIBLE_DEVICES"] == part
+
+
 def test_without_a_program_the_model_is_refused() -> None:
     with pytest.raises(CompileError) as caught:
         process(settings={})
@@ -350,6 +417,7 @@ def test_it_is_asked_only_where_the_file_wants_it() -> None:
         ({"runtime": "podman"}, "Input should be 'docker' or 'process'"),
         ({"network": "host", "container_port": 80}, "container_port: with network: host"),
         ({"runtime": "process", "shm_size": "1g"}, "shm_size: a host process has no container"),
+        ({"runtime": "process", "ipc": "host"}, "ipc: a host process has no container"),
         ({"runtime": "process", "mounts": []}, "mounts: a host process has no container"),
         ({"runtime": "process", "container_port": 80}, "container_port: a host process has no"),
         ({"runtime": "process", "network": "bridge"}, "network: a host process has no bridge"),

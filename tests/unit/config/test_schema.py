@@ -147,7 +147,7 @@ MUST_SEE = {
     *("version-2", "version-missing", "top-unknown", "defaults-no-unit", "backend-unknown"),
     *("backend-setting-unknown", "backend-setting-missing", "model-null", "model-no-backend"),
     *("model-unknown-key", "model-missing-key", "model-unavailable", "model-range", "probe-path"),
-    *("model-port-range", "model-literal", "gpus-empty", "gpus-missing", "gpu-null", "gpu-fleet"),
+    *("model-port-range", "model-literal", "gpus-empty", "gpus-missing", "gpu-null"),
     *("gpu-range-mixed", "gpu-leading-zero", "gpu-mig", "gpu-negative", "gpu-short-uuid"),
     *("model-name-none", "model-name-slash", "probe-split-unknown", "scalar-number-as-text"),
 }

@@ -54,7 +54,7 @@ def test_every_variable_of_the_contract_is_there() -> None:
     names = """
         CONFIG LISTEN SOCKET STATE_DIR RUN_DIR DOCKER_HOST GPU_SOURCE PROCESS_RUNTIME PORT_RANGE
         RESYNC SCOPE ON_STOP DOCKER_CONFIG HTTP_TOKEN_FILE HTTP_OPEN HTTP_HOSTS
-        PRUNE_ON_WATCH WATCH LOG_LEVEL LOG_FORMAT
+        PRUNE_ON_WATCH CLAIM_GRACE WATCH LOG_LEVEL LOG_FORMAT
     """
     assert set(VARIABLES) == {f"MIC_{name}" for name in names.split()}
 

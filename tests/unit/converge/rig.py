@@ -138,8 +138,11 @@ class File:
 
 
 class Gpus:
+    def __init__(self) -> None:
+        self.count = 4
+
     def observe(self) -> GpuInventory:
-        return GpuInventory("simulated", b.gpus(4, simulated=True))
+        return GpuInventory("simulated", b.gpus(self.count, simulated=True))
 
     def close(self) -> None:
         return None
@@ -151,13 +154,13 @@ class Rig:
     def __init__(
         self, file: File, *engines: Engine, save: Callable[[Memory], None] | None = None
     ) -> None:
-        self.file, self.engine = file, engines[0]
+        self.file, self.engine, self.gpus = file, engines[0], Gpus()
         self.told: list[Event] = []
         self.events = Events([self.told.append])
         self.saved: list[Memory] = []
         self.later = 0.0  # seconds by which the clock is ahead
         self.converger = Converger(
-            sources=Sources(Gpus(), {engine.name: engine for engine in engines}, lambda: ()),
+            sources=Sources(self.gpus, {engine.name: engine for engine in engines}, lambda: ()),
             desired=file,
             context=b.CONTEXT,
             memory=Memory(),
@@ -166,6 +169,11 @@ class Rig:
             clock=Clock(lambda: time.monotonic() + self.later),
         )
         self.converger.resync = 0.1
+
+    def says(self, *instances: Instance) -> None:
+        """What the file asks for from now on."""
+        self.file.says(*instances)
+        self.converger.wake()
 
     async def until(self, enough: Callable[[], Any]) -> None:
         deadline = time.monotonic() + TIMEOUT
@@ -214,6 +222,16 @@ async def converging(
             for gate in engine.gates.values():
                 gate.set()
         await rig.converger.close(timeout=0.2)
+
+
+@asynccontextmanager
+async def replacing(engine: Engine, newer: Instance, *held: str) -> AsyncIterator[Rig]:
+    """A is ready, and the file asks for `newer` in its place. The calls `held` wait at a gate."""
+    async with converging(File(A), engine) as rig:
+        await rig.phases(a_aaaaaaaa="ready")
+        engine.gates |= {call: threading.Event() for call in held}
+        rig.says(newer)
+        yield rig
 
 
 def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from mic_supervisor.errors import CompileError, MicError, StopFailed
 from mic_supervisor.gpu.source import NoSource
 from mic_supervisor.model import HttpCall
 from mic_supervisor.plan.actions import Drain
+from tests.unit.converge.probed import SILENCE, Server
 from tests.unit.plan.builders import on, program, workload
 
 BUSY, IDLE = {"left": 1}, {"left": 0}
@@ -45,39 +45,25 @@ class Baffled(Counting):
         return super().is_drained(status, body)
 
 
-class Server:
+class Scripted(Server):
     """Answers with one of `script` after the other, and for ever with the last."""
 
     def __init__(self) -> None:
         self.script: list[Any] = [IDLE]
-        self.asked: list[str] = []
-        outer = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.asked.append(self.path)
-                said = outer.script.pop(0) if len(outer.script) > 1 else outer.script[0]
-                if callable(said):
-                    said()
-                    return
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(json.dumps(said).encode())
-
-            def log_message(self, *_: Any) -> None:
-                return None
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.port = self.http.server_address[1]
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+    def answer(self, path: str) -> object:
+        said = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        if not callable(said):
+            return said
+        said()
+        return SILENCE
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+def server() -> Iterator[Scripted]:
+    with closing(Scripted()) as made:
+        yield made
 
 
 def run(
@@ -92,7 +78,7 @@ def run(
     async def drained() -> None:
         with ThreadPoolExecutor(4) as pool:
             sources = Sources(NoSource(), {}, lambda: ())
-            steps = Steps(sources, lambda _: pytest.fail("asked"), backend, Checker(pool), pool)
+            steps = Steps(sources, lambda _: pytest.fail("asked"), backend, Checker(pool))
             if ends_after is not None:
                 asyncio.get_running_loop().call_later(ends_after, steps.end)
             await steps.run(step, emit)
@@ -100,13 +86,16 @@ def run(
     asyncio.run(drained())
 
 
-def drain(port: int, *, timeout: float = 10.0, listen: str = "127.0.0.1") -> Drain:
+def drain(
+    port: int, *, timeout: float = 60.0, answer: float = 20.0, listen: str = "127.0.0.1"
+) -> Drain:
+    """`answer` is how long the server has for one."""
     runs = workload(on("face", 0, workload=program()), ports={"http": port})
-    call = HttpCall("GET", "/prompt", timeout=0.2)
+    call = HttpCall("GET", "/prompt", timeout=answer)
     return Drain("drain face", "face", runs, call, timeout, listen)
 
 
-def test_it_asks_until_there_is_nothing_left(server: Server) -> None:
+def test_it_asks_until_there_is_nothing_left(server: Scripted) -> None:
     server.script = [BUSY, BUSY, IDLE]
     told: list[str] = []
     run(drain(server.port), told.append)
@@ -114,12 +103,12 @@ def test_it_asks_until_there_is_nothing_left(server: Server) -> None:
     assert told == ["draining"]
 
 
-def test_it_reaches_who_listens_everywhere(server: Server) -> None:
+def test_it_reaches_who_listens_everywhere(server: Scripted) -> None:
     run(drain(server.port, listen="0.0.0.0"))
     assert server.asked == ["/prompt"]
 
 
-def test_it_gives_up_in_time_and_says_so(server: Server) -> None:
+def test_it_gives_up_in_time_and_says_so(server: Scripted) -> None:
     server.script = [BUSY]
     told: list[str] = []
     began = time.monotonic()
@@ -137,7 +126,7 @@ def test_who_is_gone_is_not_waited_for() -> None:
     assert time.monotonic() - began < 8
 
 
-def test_an_answer_that_the_backend_cannot_read_is_no_idleness(server: Server) -> None:
+def test_an_answer_that_the_backend_cannot_read_is_no_idleness(server: Scripted) -> None:
     server.script = [{}, {}, BUSY, IDLE]
     told: list[str] = []
     run(drain(server.port), told.append, backend=lambda _: Baffled())
@@ -148,22 +137,22 @@ def test_an_answer_that_the_backend_cannot_read_is_no_idleness(server: Server) -
     ]
 
 
-def test_one_answer_that_is_missing_is_no_idleness(server: Server) -> None:
-    server.script = [lambda: time.sleep(0.3), BUSY, IDLE]
-    run(drain(server.port))
+def test_one_answer_that_is_missing_is_no_idleness(server: Scripted) -> None:
+    server.script = [lambda: time.sleep(1.5), BUSY, IDLE]
+    run(drain(server.port, answer=1.0))
     assert len(server.asked) == 3
 
 
 @pytest.mark.slow
-def test_three_of_them_are_enough(server: Server) -> None:
-    server.script = [lambda: time.sleep(0.3)]
-    run(drain(server.port))
+def test_three_of_them_are_enough(server: Scripted) -> None:
+    server.script = [lambda: time.sleep(1.5)]
+    run(drain(server.port, answer=1.0))
     assert len(server.asked) == 3
 
 
 @pytest.mark.slow
 def test_what_this_end_lacks_is_no_silence_of_the_server(
-    monkeypatch: pytest.MonkeyPatch, server: Server
+    monkeypatch: pytest.MonkeyPatch, server: Scripted
 ) -> None:
     server.script = [BUSY, IDLE]
     lacks = [True] * 4
@@ -180,7 +169,7 @@ def test_what_this_end_lacks_is_no_silence_of_the_server(
     assert len(server.asked) == 2
 
 
-def test_the_end_of_the_supervisor_stops_nothing(server: Server) -> None:
+def test_the_end_of_the_supervisor_stops_nothing(server: Scripted) -> None:
     server.script = [BUSY]
     began = time.monotonic()
     with pytest.raises(StopFailed, match="it was still being drained when this supervisor ended"):
@@ -188,7 +177,7 @@ def test_the_end_of_the_supervisor_stops_nothing(server: Server) -> None:
     assert time.monotonic() - began < 8
 
 
-def test_a_backend_that_is_gone_keeps_nothing_alive(server: Server) -> None:
+def test_a_backend_that_is_gone_keeps_nothing_alive(server: Scripted) -> None:
     def gone(name: str) -> Any:
         raise CompileError(f"backend {name} is no longer installed")
 
@@ -200,7 +189,7 @@ def test_a_backend_that_is_gone_keeps_nothing_alive(server: Server) -> None:
     assert server.asked == []
 
 
-def test_nor_does_a_record_without_a_port(server: Server) -> None:
+def test_nor_does_a_record_without_a_port(server: Scripted) -> None:
     step = drain(server.port)
     identity = replace(step.workload.identity, ports={})
     told: list[str] = []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mic_supervisor.converge import logs
-from mic_supervisor.converge.logs import Log, log_of
+from mic_supervisor.converge.logs import Log, last_of_each, logs_of
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import ObservedWorkload, RunState
 from tests.unit.converge.rig import Engine
@@ -31,25 +31,25 @@ class Logs(Engine):
         yield from (f"{workload.name}: {line}" for line in given)
 
 
-def found(name: str, *there: ObservedWorkload) -> Log:
-    return log_of(name, b.observed(*there), {"A": SERVER.id, "B": SERVER.id}.get)
+def found(name: str | None, *there: ObservedWorkload) -> Log:
+    (log,) = logs_of(name, b.observed(*there), {"A": SERVER.id, "B": SERVER.id}.get)
+    return log
 
 
 def test_a_model_of_a_server_has_the_log_of_that_server() -> None:
     it = b.workload(SERVER)
     for name, server in (("A", SERVER.id), ("s", None), (SERVER.id, None)):
-        assert found(name, it, *OTHERS) == Log((it,), server)
+        assert found(name, it, *OTHERS) == Log((it,), server, SERVER.id)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("MAM", "MAM has several instances"),
         ("A", "cannot show the log of A: there is no such instance"),  # its server does not run
         ("C", "cannot show the log of C: there is no such instance"),
     ],
 )
-def test_a_name_that_means_no_log_or_several_is_refused(name: str, message: str) -> None:
+def test_a_name_that_means_no_log_is_refused(name: str, message: str) -> None:
     with pytest.raises(MicError) as refused:
         found(name, *OTHERS)
     assert refused.value.message == message
@@ -78,3 +78,25 @@ def test_a_daemon_reads_the_end_of_a_log_and_says_whether_that_is_all(
     assert log.last({"docker": Logs("1")}, tail=None, previous=False) == (["c: 1"], False)
     monkeypatch.setattr(logs, "_MOST", 5)
     assert log.last(engine, tail=2, previous=False) == (["c: 4"], True)
+
+
+def test_several_are_told_apart_by_their_names() -> None:
+    for name in ("MAM", None):
+        both = logs_of(name, b.observed(*OTHERS), {}.get)
+        assert [log.called for log in both] == ["MAM-bbbbbbbb", "MAM-cccccccc"]
+    lines, cut = last_of_each(both, {"docker": Logs("1", "2")}, tail=1, previous=False)
+    names = [workload.name for workload in OTHERS]
+    assert lines == [f"MAM-bbbbbbbb | {names[0]}: 2", f"MAM-cccccccc | {names[1]}: 2"]
+    assert cut is False
+    with pytest.raises(MicError, match="cannot show any log: nothing of ours"):
+        logs_of(None, b.observed(), {}.get)
+
+
+def test_what_a_daemon_reads_of_several_is_bounded_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logs, "_MOST_LINES", 4)
+    both = logs_of("MAM", b.observed(*OTHERS), {}.get)
+    lines, cut = last_of_each(both, {"docker": Logs("1", "2", "3")}, tail=None, previous=False)
+    assert [line[-1] for line in lines] == ["2", "3", "2", "3"]
+    assert cut is True

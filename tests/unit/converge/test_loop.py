@@ -10,11 +10,14 @@ from collections.abc import Callable
 
 import pytest
 
-from mic_supervisor.converge import observe
+from mic_supervisor.clocks import Clock
+from mic_supervisor.converge import observe, outcome
+from mic_supervisor.converge.outcome import Snapshots
 from mic_supervisor.errors import RuntimeRefused, RuntimeUnavailable
-from mic_supervisor.model import Launch
+from mic_supervisor.model import Launch, RuntimeView
 from mic_supervisor.plan.assess import Selection
 from mic_supervisor.plan.health import Phase
+from mic_supervisor.plan.memory import Drained
 from tests.unit.converge.rig import (
     SHORT,
     TIMEOUT,
@@ -25,6 +28,7 @@ from tests.unit.converge.rig import (
     Rig,
     converging,
     on,
+    replacing,
     run,
 )
 from tests.unit.plan import builders as b
@@ -46,15 +50,29 @@ def test_brings_up_what_the_file_asks_for_and_then_does_nothing_more() -> None:
     run(body)
 
 
-def test_rounds_keep_a_distance_however_often_the_loop_is_woken() -> None:
+class SlowEngine(Engine):
+    def observe(self) -> RuntimeView:
+        time.sleep(0.12)
+        return super().observe()
+
+
+@pytest.mark.parametrize("engine", [Engine, SlowEngine])
+@pytest.mark.parametrize("refused", [False, True], ids=["starts", "is tried again soon"])
+def test_rounds_keep_a_distance_whatever_wakes_the_loop(
+    engine: type[Engine], refused: bool
+) -> None:
     ends: list[tuple[float, float]] = []  # when, and the gap that is due after it
 
     async def body() -> None:
-        async with converging(File(A), Engine()) as rig:
+        made = engine()
+        if refused:  # a round is due when the cooldown of a second ends
+            made.refuses[f"create {A.id}"] = RuntimeUnavailable("cannot reach the engine")
+        async with converging(File(A), made) as rig:
             rig.converger.observers.append(lambda seen: ends.append((time.monotonic(), seen.gap)))
-            while len(ends) < 10:
-                rig.converger.wake()
-                await asyncio.sleep(0)
+            while len(ends) < 5:
+                if not refused:
+                    rig.converger.wake()
+                await asyncio.sleep(0.001)
 
     run(body)
     assert all(0 < gap <= 0.5 for _, gap in ends)
@@ -105,8 +123,7 @@ def test_what_shares_gpus_is_one_lane_and_starts_after_all_of_it_stopped() -> No
         file = File(both)
         async with converging(file, engine) as rig:
             await rig.until(lambda: rig.phase(both.id) == "ready")
-            file.says(A, B)
-            rig.converger.wake()
+            rig.says(A, B)
             await rig.phases(a_aaaaaaaa="ready", b_bbbbbbbb="ready")
         stopped = engine.calls.index(f"stop {both.id}")
         assert engine.calls.index(f"start {A.id}") > stopped
@@ -136,8 +153,7 @@ def test_what_a_start_waits_for_is_its_reason_meanwhile() -> None:
             assert rig.row(A.id).phase is Phase.PENDING
             pull.set()
             await rig.phases(a_aaaaaaaa="ready")
-            file.says(newer)
-            rig.converger.wake()
+            rig.says(newer)
             waits = f"waits for {A.id}, which is stopping"
             await rig.until(lambda: rig.row(newer.id).reason == waits)
             assert rig.row(A.id).phase is Phase.STOPPING
@@ -174,20 +190,35 @@ def test_a_pause_while_it_prepares_leaves_what_runs() -> None:
 
     async def body() -> None:
         engine = Engine()
-        file = File(A)
-        async with converging(file, engine) as rig:
-            await rig.phases(a_aaaaaaaa="ready")
-            gate = engine.gates[f"create {A.id}"] = threading.Event()
-            file.says(newer)
-            rig.converger.wake()
+        async with replacing(engine, newer, f"create {A.id}") as rig:
             await rig.until(lambda: engine.calls.count(f"create {A.id}") == 2)
             rig.converger.pause(Selection(models=frozenset({"a"})), None)
-            gate.set()
+            engine.gates[f"create {A.id}"].set()
             await rig.until(
                 lambda: "paused before anything was stopped for it" in rig.tells("progress", A.id)
             )
             assert f"stop {A.id}" not in engine.calls
             assert engine.running() == [A.id]
+
+    run(body)
+
+
+def test_a_drain_while_it_prepares_stops_what_runs_and_starts_nothing() -> None:
+    newer = on("a", 0, workload=b.container("mam:2"))
+
+    async def body() -> None:
+        engine = Engine()
+        async with replacing(engine, newer, f"create {A.id}") as rig:
+            await rig.until(lambda: engine.calls.count(f"create {A.id}") == 2)
+            rig.converger.drain(Drained(since=1.0))
+            engine.gates[f"create {A.id}"].set()
+            await rig.phases(a_aaaaaaaa="drained")
+            assert "drained before anything was stopped for it" in rig.tells("progress", A.id)
+            assert engine.calls.count(f"start {A.id}") == 1
+            assert engine.running() == []
+            assert rig.saved[-1].drained == Drained(since=1.0)
+            rig.converger.drain(None)
+            await rig.phases(a_aaaaaaaa="ready")
 
     run(body)
 
@@ -254,8 +285,7 @@ def test_what_is_gone_from_the_file_is_removed_and_forgotten() -> None:
         file = File(A, B)
         async with converging(file, engine) as rig:
             await rig.phases(a_aaaaaaaa="ready", b_bbbbbbbb="ready")
-            file.says(B)
-            rig.converger.wake()
+            rig.says(B)
             await rig.until(lambda: engine.running() == [B.id])
             await rig.until(lambda: A.id not in rig.converger.memory.instances)
 
@@ -294,6 +324,34 @@ def test_a_runtime_that_hangs_freezes_its_own_and_nothing_is_asked_of_it_twice(
             engine.gates.pop("observe").set()
             await rig.phases(a_aaaaaaaa="ready")
             assert f"restart {A.id}" not in engine.calls
+
+    run(body)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_command_waits_a_while_for_a_runtime_that_is_late(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """On a machine that is busy it answers later than usual; one that hangs is not waited for."""
+    monkeypatch.setattr(observe, "_QUICK", 0.1)
+    monkeypatch.setattr(outcome, "SOURCE_TIMEOUT", TIMEOUT if answers else 1.0)
+
+    async def body() -> None:
+        engine = Engine()
+        gate = engine.gates["observe"] = threading.Event()
+        async with converging(File(A), engine) as rig:
+            waiting = Snapshots(rig.converger, Clock().steady, complete=True)
+            rig.converger.observers.append(waiting.on_snapshot)
+            first = asyncio.ensure_future(waiting.first())
+            done = asyncio.ensure_future(waiting.converged())
+            await rig.phases(a_aaaaaaaa="blocked")
+            assert not first.done()
+            if answers:
+                gate.set()
+            assert (await first).observed.late is not answers
+            phase = Phase.READY if answers else Phase.BLOCKED
+            assert [row.phase for row in (await done).statuses] == [phase]
+            gate.set()
 
     run(body)
 

@@ -14,7 +14,9 @@ import pytest
 
 from mic_supervisor.backends import BackendBase
 from mic_supervisor.converge import apply
-from mic_supervisor.converge.session import Session, Snapshots
+from mic_supervisor.converge.events import Order
+from mic_supervisor.converge.outcome import Snapshots
+from mic_supervisor.converge.session import Session
 from mic_supervisor.converge.snapshot import ConfigState, Reloaded
 from mic_supervisor.errors import MicError
 from mic_supervisor.model import HttpCall, LoadState, Placement, PlacementState
@@ -124,7 +126,7 @@ def orders(rig: Rig) -> Session:
     rig.converger.observers.append(snapshots.on_snapshot)
     state = ConfigState("gpus.yaml", "", 1, None, True, None, None)
 
-    async def reload(confirm: bool, written: str) -> Reloaded:
+    async def reload(confirm: bool, written: str, order: Order) -> Reloaded:
         return Reloaded(changed=False, generation=1)
 
     return Session(

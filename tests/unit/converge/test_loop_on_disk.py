@@ -17,11 +17,16 @@ from mic_supervisor.converge.observe import Sources
 from mic_supervisor.errors import MicError, RuntimeRefused
 from mic_supervisor.plan.actions import Change, Remove, Restart, Step, Stop
 from mic_supervisor.plan.memory import InstanceMemory, Memory
-from tests.unit.plan.builders import CONTEXT, assessment, changed, on, workload
+from mic_supervisor.plan.words import Code, because
+from tests.unit.plan.builders import (
+    CONTEXT,
+    MAM,
+    NEW,
+    assessment,
+    workload,
+)
 
-MAM = on("MAM", 0)
 RUNS = workload(MAM)
-NEW = changed(MAM, image="mam:2")
 
 LANE = Lane(frozenset({MAM.id}), frozenset(MAM.gpus))
 
@@ -57,10 +62,8 @@ def converger(runtime: Runtime, memory: Memory, saved: list[Memory]) -> Converge
 
 
 def change(*steps: Step) -> Change:
-    return Change(
-        "replace", MAM.id, "MAM", "container", MAM.gpus, "lane", "its specification changed",
-        steps=steps,
-    )  # fmt: skip
+    why = because(Code.ASKED_FOR)
+    return Change("replace", MAM.id, "MAM", "container", MAM.gpus, "lane", why, steps=steps)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from mic_supervisor.clocks import Clock
 from mic_supervisor.converge.state import StateDir
 from mic_supervisor.plan import backoff
-from mic_supervisor.plan.memory import InstanceMemory, Memory
+from mic_supervisor.plan.memory import Drained, InstanceMemory, Memory
 
 EPOCH = 1_800_000_000.0
 HOUR = 3600.0
@@ -107,3 +107,22 @@ def test_a_clock_that_is_none_is_as_if_it_was_not_there(host: Host, clock: objec
     path = host.path / "memory.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "clock": clock}))
     assert left(host.kept(), host) == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize(("boot", "after"), [(None, True), ("first", False)])
+def test_a_drain_outlives_the_boot_unless_it_was_until_then(
+    host: Host, boot: str | None, after: bool
+) -> None:
+    order = Drained(since=EPOCH, reason="a new riser", boot=boot)
+    host.state().save_memory(Memory(drained=order))
+    assert host.state().memory().drained == order  # as after a restart of the daemon
+    host.up, host.offset, host.boot = 5.0, EPOCH + 1015.0, "second"
+    assert host.state().memory().drained == (order if after else None)
+
+
+def test_of_a_damaged_drain_it_is_known_that_there_is_one(host: Host) -> None:
+    host.state().save_memory(Memory(drained=Drained(since=EPOCH)))
+    path = host.path / "memory.json"
+    path.write_text(path.read_text().replace(f'"since": {EPOCH}', '"since": "x"'))
+    found = host.state().memory()
+    assert found.drained == Drained() and "drained.since was lost" in (found.lost or "")

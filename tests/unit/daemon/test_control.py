@@ -17,6 +17,7 @@ from mic_supervisor.daemon import control
 from mic_supervisor.daemon.client import Client
 from mic_supervisor.daemon.control import ControlServer
 from mic_supervisor.errors import ConfigError, MicError
+from mic_supervisor.host import who_asks
 
 SCOPE = "test"
 EVENT = Event("progress", 1.0, "mam", "x" * 1000, gpus=("GPU-1",))
@@ -29,9 +30,12 @@ class Served:
         self.path = path
         self.cancelled = asyncio.Event()
         self.begun = asyncio.Event()
-        self.server = ControlServer(path, self.methods(), SCOPE)
+        self.server = ControlServer(path, self.methods, SCOPE)
 
-    def methods(self) -> dict[str, Method]:
+    def methods(self, by: str | None) -> dict[str, Method]:
+        async def who(_params: Mapping[str, Any], _emit: Emit) -> Any:
+            return by
+
         async def echo(params: Mapping[str, Any], emit: Emit) -> Any:
             emit(EVENT)
             return dict(params)
@@ -68,7 +72,7 @@ class Served:
 
         return {
             **{"echo": echo, "wait": wait, "shout": shout, "refuse": refuse, "reject": reject},
-            "break_down": break_down,
+            **{"break_down": break_down, "who": who, "status": who},
         }
 
 
@@ -222,7 +226,7 @@ def test_what_a_killed_daemon_left_is_taken_over(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_bound(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(MicError, match=r"cannot listen on .*: (Not a directory|File exists)"):
-        asyncio.run(ControlServer(tmp_path / "run" / "mic.sock", {}, SCOPE).start())
+        asyncio.run(ControlServer(tmp_path / "run" / "mic.sock", lambda _by: {}, SCOPE).start())
 
 
 def test_no_daemon_is_none_and_no_error(tmp_path: Path) -> None:
@@ -249,7 +253,7 @@ def test_a_request_for_another_scope_is_refused(tmp_path: Path) -> None:
 def test_the_socket_of_another_daemon_is_left_to_it(tmp_path: Path) -> None:
     async def test(served: Served) -> None:
         with pytest.raises(MicError, match="another daemon listens there") as caught:
-            await ControlServer(served.path, {}, "other").start()
+            await ControlServer(served.path, lambda _by: {}, "other").start()
         assert caught.value.hint == "point MIC_SOCKET of one of the two to another path"
         assert (await call(served, "echo", a=1))[0] == {"a": 1}
 
@@ -287,5 +291,14 @@ def test_clients_are_bounded_in_number(tmp_path: Path, monkeypatch: pytest.Monke
                 return
             await asyncio.sleep(0.01)
         pytest.fail("no room again")
+
+    serving(tmp_path, test)
+
+
+def test_who_orders_is_whom_the_kernel_names_and_a_question_is_nobodys(tmp_path: Path) -> None:
+    async def test(served: Served) -> None:
+        by = who_asks(os.getuid(), os.getpid())
+        assert await call(served, "who", by="mallory") == (by, [])
+        assert (await call(served, "status"))[0] is None
 
     serving(tmp_path, test)

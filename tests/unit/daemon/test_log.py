@@ -105,7 +105,7 @@ LINES = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(LINES.map(json.dumps) | st.text(max_size=40), max_size=5))
 @example(['{"kind": "begin", "at": 1e300, "instance": "a", "text": "x"}'])
 @example(['{"kind": "phase", "at": 1, "instance": "\\u001b[2J", "text": "", "phase": "\\n"}'])

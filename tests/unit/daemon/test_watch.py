@@ -32,7 +32,8 @@ def watched(stamps: Callable[[], str], changes: int) -> list[str]:
             if len(found) == changes:
                 over.set()
 
-        task = asyncio.create_task(watch.watch(stamps, lambda: stamps() != seen, changed))
+        follower = watch.FileWatch(stamps, lambda: stamps() != seen, changed, asyncio.Lock())
+        task = asyncio.create_task(follower.follow())
         async with asyncio.timeout(20):
             await over.wait()
         task.cancel()
@@ -67,3 +68,37 @@ def test_a_file_that_never_stays_the_same_is_read_all_the_same(
     numbers = iter(range(10**6))
 
     assert len(watched(lambda: f"{next(numbers)}", 2)) == 2
+
+
+def test_two_who_look_at_once_find_a_change_once() -> None:
+    told: list[str] = []
+    now = "new"
+
+    async def run() -> None:
+        async def changed() -> None:
+            await asyncio.sleep(0.01)  # as long as reading takes
+            told.append(now)
+
+        files = watch.FileWatch(lambda: now, lambda: told[-1:] != [now], changed, asyncio.Lock())
+        await asyncio.gather(files.look(), files.look())
+
+    asyncio.run(run())
+    assert told == ["new"]
+
+
+def test_a_look_waits_for_who_reads_the_files_already() -> None:
+    """Else a claim would be refused for good by the file of before."""
+
+    async def run() -> None:
+        async def changed() -> None:
+            pytest.fail("it was read twice")
+
+        reads = asyncio.Lock()
+        files = watch.FileWatch(lambda: "", lambda: False, changed, reads)
+        async with reads:
+            look = asyncio.create_task(files.look())
+            await asyncio.sleep(0.1)
+            assert not look.done()
+        await look
+
+    asyncio.run(run())

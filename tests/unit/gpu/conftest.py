@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +20,19 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def in_another_process(program: str, env: dict[str, str]) -> str:
+    """What a program printed that has the driver's library for itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done
+    return done.stdout.strip()
 
 
 @pytest.fixture

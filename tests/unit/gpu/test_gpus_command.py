@@ -31,8 +31,10 @@ from mic_supervisor.model import (
     UnopenedGpu,
 )
 from tests.mock_nvml import GIB, MIB, MockGpu, MockNvml, MockProcess, Rules, mock_uuid
+from tests.support.mic import here
 
 A = "3f" * 32
+SLICE = "MIG-f15ae561-7b5c-5a0c-8ab1-3a1e0c2d9f10"
 
 FULL = GpuInventory(
     source="nvml",
@@ -88,7 +90,7 @@ def test_what_is_amiss_with_a_gpu_is_told_in_every_form(
     inventory = replace(FULL, gpus=(sick,), unopened=())
     told = [
         "unhealthy: Xid 79; reset it",
-        "MIG is on, which is reported and not managed",
+        "MIG is on: a model gets one of its slices",
         "persistence mode is off",
     ]
 
@@ -101,6 +103,29 @@ def test_what_is_amiss_with_a_gpu_is_told_in_every_form(
         True,
         False,
     )
+
+
+def test_slices_follow_their_gpu_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
+    memory = GpuMemory(10 << 30, 1 << 30, 9 << 30)
+    whole = replace(FULL.gpus[1], mig=True, processes=())
+    part = Gpu(
+        SLICE, whole.index, "A100 MIG 1g.5gb", memory=memory, processes=(), parent=whole.uuid
+    )
+    inventory = replace(FULL, gpus=(whole, part), unopened=())
+
+    assert lines(inventory) == [
+        "2\tGPU-c\tNVIDIA A100\t?\t?\t?\t?\t-\tMIG is on: a model gets one of its slices",
+        f"2\t{SLICE}\tA100 MIG 1g.5gb\t1.0/10.0 GiB\t?\t?\t?\t-\tslice of GPU 2",
+    ]
+    print_tables(inventory)
+    out = capsys.readouterr().out
+    assert "MIG-f15ae561" in out
+    assert f"GPU {SLICE}: slice of GPU 2" in out
+    rows = document(inventory, "h", None, [])["gpus"]
+    assert [(row["uuid"], row["index"], row["parent"]) for row in rows] == [
+        ("GPU-c", 2, None),
+        (SLICE, 2, "GPU-c"),
+    ]
 
 
 def test_a_table_that_is_too_wide_is_cut_where_it_hurts_least(
@@ -204,6 +229,13 @@ SCHEMA = record(
             recovery_action=MAYBE,
             mig=number("boolean"),
             persistence=number("boolean"),
+            parent=MAYBE,
+            near=optional(
+                record(
+                    cpus={"type": "array", "items": {"type": "integer"}},
+                    nodes={"type": "array", "items": {"type": "integer"}},
+                )
+            ),
             processes=optional({"type": "array", "items": PROCESS}),
             unlisted={"enum": ["implausible", "untold", None]},
         ),
@@ -254,6 +286,7 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
 
 
 def gpus(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """As a process: the driver's library is loaded once in each."""
     return subprocess.run(
         [sys.executable, "-m", "mic_supervisor.cli", "gpus", *arguments],
         env=env,
@@ -289,9 +322,9 @@ def on_a_terminal(env: dict[str, str]) -> list[str]:
 
 
 def test_simulated_gpus_as_lines(tmp_path: Path) -> None:
-    done = gpus(environment(tmp_path, MIC_GPU_SOURCE="simulated:2"))
+    done = here("gpus", env=environment(tmp_path, MIC_GPU_SOURCE="simulated:2"))
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.rc, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         f"{n}\tGPU-5100000{n}-0000-4000-8000-00000000000{n}\tSimulated GPU\t?/24.0 GiB\t?\t?\t?"
         "\t-\t-"
@@ -302,14 +335,14 @@ def test_simulated_gpus_as_lines(tmp_path: Path) -> None:
 def test_no_source(tmp_path: Path) -> None:
     env = environment(tmp_path, MIC_GPU_SOURCE="none")
 
-    done = gpus(env)
-    assert (done.returncode, done.stdout) == (1, "")
+    done = here("gpus", env=env)
+    assert (done.rc, done.stdout) == (1, "")
     assert done.stderr == "error: cannot read GPUs: MIC_GPU_SOURCE is none\n"
 
-    done = gpus(env, "--json")
+    done = here("gpus", "--json", env=env)
     found = json.loads(done.stdout)
     jsonschema.validate(found, SCHEMA)
-    assert (done.returncode, found["source"], found["error"], found["gpus"]) == (
+    assert (done.rc, found["source"], found["error"], found["gpus"]) == (
         1,
         "none",
         "cannot read GPUs: MIC_GPU_SOURCE is none",
@@ -341,9 +374,9 @@ def test_a_machine_whose_driver_counts_no_gpus(tmp_path: Path) -> None:
 
 
 def test_a_wrong_setting(tmp_path: Path) -> None:
-    done = gpus(environment(tmp_path, MIC_GPU_SOURCE="nvlm"))
+    done = here("gpus", env=environment(tmp_path, MIC_GPU_SOURCE="nvlm"))
 
-    assert done.returncode == 1
+    assert done.rc == 1
     assert "MIC_GPU_SOURCE" in done.stderr
 
 

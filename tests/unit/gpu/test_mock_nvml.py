@@ -198,6 +198,28 @@ def test_mig_devices(nvml: MockNvml) -> None:
     assert pynvml.nvmlDeviceGetUUID(one) == "MIG-b"
     assert pynvml.nvmlDeviceGetMemoryInfo(one).free == 15
     assert code(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, gpu, 2) == 6
+    assert pynvml.nvmlDeviceGetName(one) == "Mock A100 MIG 1g.5gb"
+    assert code(pynvml.nvmlDeviceGetPowerUsage, one) == 3
+    assert code(pynvml.nvmlDeviceGetUtilizationRates, one) == 3
+
+
+NONE = 0xFFFFFFFF  # the instance that a process without one has in the driver's lists
+
+
+def test_processes_of_mig_devices_are_in_the_lists_of_their_gpu(nvml: MockNvml) -> None:
+    slices = [MockMig("MIG-a"), MockMig("MIG-b", processes=[MockProcess(7, 5)])]
+    nvml.change(0, mig_mode=(1, 1), mig_devices=slices, processes=[MockProcess(6)])
+    gpu = handle(0)
+    first, second = (pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, n) for n in range(2))
+
+    def listed(handle: Any) -> list[tuple[int, int | None, int | None]]:
+        rows = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        return [(row.pid, row.gpuInstanceId, row.computeInstanceId) for row in rows]
+
+    assert listed(gpu) == [(6, NONE, NONE), (7, 2, 0)]
+    assert (listed(first), listed(second)) == ([], [(7, 2, 0)])
+    nvml.change(0, mig_devices=slices[:1])
+    assert code(pynvml.nvmlDeviceGetUUID, second) == 2
 
 
 def test_process_lists(nvml: MockNvml) -> None:

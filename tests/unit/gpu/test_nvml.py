@@ -16,8 +16,8 @@ import pytest
 
 from mic_supervisor.gpu.nvml import Contained, DidNotReturn, NvmlSource
 from mic_supervisor.host import processes
-from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess
-from tests.mock_nvml import GIB, MIB, MockGpu, MockMig, MockNvml, MockProcess, Rules, mock_uuid
+from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, GpuProcess, Near
+from tests.mock_nvml import GIB, MIB, MockGpu, MockNvml, MockProcess, Rules, mock_uuid
 
 
 @pytest.fixture
@@ -166,15 +166,6 @@ def test_an_older_binding_without_the_new_temperature_function(
     assert [gpu.temperature for gpu in source.observe().gpus] == [64.0]
 
 
-def test_a_gpu_in_mig_mode_has_no_utilization(mock: MockNvml, source: NvmlSource) -> None:
-    mock.set([MockGpu(mig_mode=(1, 1), utilization=None, mig_devices=[MockMig("MIG-1")])])
-
-    (gpu,) = source.observe().gpus
-
-    assert gpu.utilization is None
-    assert gpu.memory is not None
-
-
 def test_modes_that_a_gpu_does_not_have_are_none(mock: MockNvml, source: NvmlSource) -> None:
     mock.set(
         [
@@ -185,6 +176,26 @@ def test_modes_that_a_gpu_does_not_have_are_none(mock: MockNvml, source: NvmlSou
     )
     found = [(gpu.index, gpu.persistence, gpu.mig) for gpu in source.observe().gpus]
     assert found == [(0, False, True), (1, None, None)]
+
+
+def test_what_is_next_to_a_gpu_is_what_the_driver_says(mock: MockNvml, source: NvmlSource) -> None:
+    mock.set(
+        [
+            MockGpu(cpus=0b1100_0001, nodes=0b10),
+            MockGpu(cpus=1 << 63),
+            MockGpu(nodes=1),
+            MockGpu(cpus=1, rules=Rules(errors={"nvmlDeviceGetMemoryAffinity": 13})),
+        ]
+    )
+    assert [gpu.near for gpu in source.observe().gpus] == [
+        Near((0, 6, 7), (1,)),
+        Near((63,)),
+        None,
+        Near((0,)),
+    ]
+    before = mock.calls("nvmlDeviceGetCpuAffinityWithinScope")
+    source.observe()
+    assert mock.calls("nvmlDeviceGetCpuAffinityWithinScope") == before, "it never changes"
 
 
 # --- holders ----------------------------------------------------------------------------------

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from mic_supervisor.host import files
-from mic_supervisor.host.files import read_file, read_in_time, read_text, set_aside
+from mic_supervisor.host.files import (
+    fingerprint,
+    read_file,
+    read_in_time,
+    read_text,
+    set_aside,
+)
 
 
 def test_reads_a_regular_file_whole(tmp_path: Path) -> None:
@@ -77,10 +83,10 @@ def test_a_read_that_hangs_is_left_and_fails_at_once_until_it_returns(
     other.write_text("y")
     answers, asked = threading.Event(), []
 
-    def hangs(path: Path, most: int) -> str:
+    def hangs(path: Path) -> str:
         asked.append(path)
         assert answers.wait(60)
-        return read_text(path, most)
+        return read_text(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "read_text", hangs)
@@ -120,11 +126,43 @@ def test_a_read_under_way_is_no_read_that_hangs(
     path.write_text("x")
     both = threading.Barrier(2, timeout=60)
 
-    def together(path: Path, most: int) -> str:
+    def together(path: Path) -> str:
         both.wait()
-        return read_text(path, most)
+        return read_text(path)
 
     monkeypatch.setattr(files, "read_text", together)
     with ThreadPoolExecutor(2) as pool:
         found = [pool.submit(read_in_time, path, seconds=60) for _ in range(2)]
         assert [one.result() for one in found] == ["x", "x"]
+
+
+def test_a_fingerprint_changes_with_names_sizes_and_times(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "model.onnx").write_text("x")
+    seen = [fingerprint(tmp_path)]
+    (tmp_path / "1" / ".swap").write_text("an editor's")
+    assert fingerprint(tmp_path) == seen[0]
+    (tmp_path / "1" / "model.onnx").write_text("xy")
+    seen.append(fingerprint(tmp_path))
+    os.utime(tmp_path / "1" / "model.onnx", (0, 0))
+    seen.append(fingerprint(tmp_path))
+    (tmp_path / "1").rename(tmp_path / "2")
+    seen.append(fingerprint(tmp_path))
+    assert len({*seen}) == 4
+
+
+def test_a_fingerprint_sees_what_a_link_leads_to_and_ends_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "a").write_text("x")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "1").symlink_to("../weights")
+    (tmp_path / "model" / "gone").symlink_to("nothing")
+    (tmp_path / "weights" / "back").symlink_to("../model")
+    before = fingerprint(tmp_path / "model")
+    (tmp_path / "weights" / "a").write_text("xy")
+    assert fingerprint(tmp_path / "model") != before
+
+
+def test_no_fingerprint_of_what_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        fingerprint(tmp_path / "nothing")

@@ -54,6 +54,23 @@ def _opened(path: Path) -> int:
     return sum(os.path.realpath(link) == str(path) for link in links)
 
 
+def test_a_list_that_leaves_the_lock_out_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, parts = Path.read_text, ["", "1: FLOCK  ADVISORY  WRITE 1 00:01:1 0 EOF\n"]
+
+    def read_a_part(path: Path) -> str:
+        return parts.pop() if path == Path("/proc/locks") and parts else read(path)
+
+    path = tmp_path / "x.lock"
+    with writer(path, "mic-supervisor run", 1.0):
+        monkeypatch.setattr(Path, "read_text", read_a_part)
+        holder = lock_holder(path)
+    assert holder is not None and holder.pid == os.getpid()
+    assert parts == []
+    assert lock_holder(path) is None
+
+
 def test_a_lock_whose_directory_is_removed_is_taken_again(tmp_path: Path) -> None:
     path = tmp_path / "run" / "x.lock"
     with writer(path, "mic-supervisor run", 1.0) as renew:

@@ -13,7 +13,7 @@ from mic_supervisor.config.settings import Settings, load_settings
 from mic_supervisor.errors import MicError
 from mic_supervisor.http import access
 from mic_supervisor.http.access import HIDDEN, Access, Scrubber, access_of
-from mic_supervisor.model import EndpointsHook, ExecCheck, Probe, Probes
+from mic_supervisor.model import ExecCheck, Hook, Preparation, Probe, Probes
 from mic_supervisor.text import one_line, quoted
 from tests.unit.http import views_of
 from tests.unit.http.ask import Site
@@ -219,15 +219,23 @@ def test_a_short_value_is_hidden_where_its_name_says_that_it_is_secret() -> None
     assert found.text("no: abc1, abc12, fast, k") == f"no: {HIDDEN}, abc12, fast, k"
 
 
-def test_arguments_of_probes_and_of_the_hook_are_hidden() -> None:
+def test_arguments_of_probes_of_prepare_and_of_the_hook_are_hidden() -> None:
     probe = Probe(ExecCheck(("/usr/bin/psql", f"--password={SECRET}", "-psecret99", "/var/x")))
     wanted = b.desired(
-        b.on("m", 0, probes=Probes(liveness=probe)),
-        hook=EndpointsHook(("/usr/bin/notify", "--token", f"{SECRET}-hook"), 10.0, 1.0),
+        b.on(
+            "m",
+            0,
+            probes=Probes(liveness=probe),
+            prepare=Preparation(
+                ("/opt/fetch", "--key=${env:K}", "a-b-c-d-e"), (("K", "k-e-y-k-e-y"),)
+            ),
+        ),
+        hook=Hook(("/usr/bin/notify", "--token", f"{SECRET}-hook"), 10.0, 1.0),
     )
     text = f"psql --password={SECRET} -psecret99 /var/x; notify --token {SECRET}-hook"
-    assert Scrubber().including(wanted).text(text) == (
-        f"psql --password={HIDDEN} {HIDDEN} /var/x; notify --token {HIDDEN}"
+    assert Scrubber().including(wanted).text(f"{text}; fetch k-e-y-k-e-y a-b-c-d-e") == (
+        f"psql --password={HIDDEN} {HIDDEN} /var/x; notify --token {HIDDEN}; "
+        f"fetch {HIDDEN} {HIDDEN}"
     )
 
 

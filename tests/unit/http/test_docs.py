@@ -31,7 +31,7 @@ def served() -> dict[str, set[str]]:
     observed = replace(on_systemd.snapshot.observed, runtimes=runtimes)
     on_systemd = replace(on_systemd, snapshot=replace(on_systemd.snapshot, observed=observed))
     found: dict[str, set[str]] = {}
-    for published in (views_of.bad(), views_of.waiting(), on_systemd):
+    for published in (views_of.bad(), views_of.waiting(), views_of.claimed(), on_systemd):
         for family in text_string_to_metric_families(Site(published)("/metrics").text):
             name = f"{family.name}_total" if family.type == "counter" else family.name
             for sample in family.samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from mic_supervisor.http import documents
 from mic_supervisor.http.documents import Published
 from mic_supervisor.http.views import encode
 from mic_supervisor.model import Gpu, GpuInventory, GpuMemory, RunState
+from mic_supervisor.plan.memory import Drained
 from tests.unit.http import views_of
 from tests.unit.plan import builders as b
 
@@ -63,6 +65,7 @@ def test_a_gpu_in_percent_watts_and_mib() -> None:
         "temperature": 36.0,
         "state": "managed",
         "instance": "MAM-aaaaaaaa",
+        "parent": None,
     }
     assert [gpu["id"] for gpu in found] == [0, 1, 2, 3, 4]
     assert [gpu["state"] for gpu in found[3:]] == ["kept_empty", "idle"]
@@ -85,6 +88,7 @@ def test_unknown_is_null_and_never_zero() -> None:
             "temperature": None,
             "state": "unknown",
             "instance": None,
+            "parent": None,
         }
     ]
 
@@ -220,3 +224,21 @@ def test_metrics_on_the_port_of_the_model_itself_are_discovered() -> None:
     (target,) = discovery(views_of.snapshot(b.desired(model), observed))
     assert target["targets"] == ["[::1]:20000"]
     assert target["labels"]["__metrics_path__"] == "/metrics"
+
+
+def test_a_host_that_is_drained_is_not_ready_and_says_why() -> None:
+    published = views_of.good()
+    assert published.snapshot is not None
+    order = Drained(since=views_of.NOW, reason="a new riser")
+    memory = replace(published.snapshot.memory, drained=order)
+    drained = replace(published, snapshot=replace(published.snapshot, memory=memory))
+    found = documents.readiness(drained, None)
+    assert found["status"] == "not ready"
+    assert re.fullmatch(
+        r"the host is drained since \d\d:\d\d:\d\d \(a new riser\)", found["reason"]
+    )
+    assert documents.served_status(drained, drained.snapshot)["drained"] == {  # type: ignore[arg-type]
+        "since": views_of.NOW,
+        "reason": "a new riser",
+        "until_reboot": False,
+    }

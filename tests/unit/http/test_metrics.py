@@ -54,7 +54,7 @@ def test_every_gpu_metric_with_its_unit() -> None:
         if uuid in key and key.startswith("mic_gpu_") and not key.startswith("mic_gpu_state")
     }
     assert mine == {
-        'mic_gpu_info{index="0",name="NVIDIA H200",pci_bus_id="00000000:3B:00.0"}': 1,
+        'mic_gpu_info{index="0",name="NVIDIA H200",parent="",pci_bus_id="00000000:3B:00.0"}': 1,
         "mic_gpu_memory_total_bytes{}": 80 * 2**30,
         "mic_gpu_memory_used_bytes{}": int(18.2 * 2**30),
         "mic_gpu_memory_free_bytes{}": 80 * 2**30 - int(18.2 * 2**30),
@@ -95,7 +95,7 @@ def test_every_model_metric_per_instance() -> None:
         "mic_model_start_time_seconds{…}": views_of.NOW - 3600,
     }
     states = {name: value for name, value in of("mic_model_state", found).items() if key in name}
-    assert len(states) == 12
+    assert len(states) == 13
     assert [name for name, value in states.items() if value] == [
         f'mic_model_state{{{key},state="ready"}}'
     ]
@@ -116,6 +116,7 @@ def test_the_loop_and_the_program_itself() -> None:
         "mic_subprocess_up": 1,
         "mic_state_saved": 1,
         "mic_state_damaged": 0,
+        "mic_drained": 0,
         "mic_plan_changes": 0,
         "mic_plan_blocked": 0,
         "mic_endpoints_hook_runs_total": 3,
@@ -138,6 +139,19 @@ def test_a_file_that_waits_is_counted_and_what_it_would_change() -> None:
     found = scrape(views_of.waiting())
     assert (found["mic_config_waiting"], found["mic_config_waiting_changes"]) == (1, 3)
     assert (found["mic_config_last_reload_successful"], found["mic_plan_changes"]) == (1, 0)
+
+
+def test_claims_are_counted_by_their_state_where_the_file_hands_gpus_over() -> None:
+    found = scrape(views_of.claimed())
+    assert of("mic_claims", found) == {
+        'mic_claims{state="waiting"}': 1,
+        'mic_claims{state="starting"}': 0,
+        'mic_claims{state="ready"}': 1,
+        'mic_claims{state="vanished"}': 1,
+        'mic_claims{state="releasing"}': 0,
+    }
+    assert found[series("mic_gpu_state", {"uuid": b.uuid(2), "state": "fleet"})] == 1
+    assert of("mic_claims", scrape(views_of.good())) == {}
 
 
 def test_a_memory_that_cannot_be_saved_is_told() -> None:

@@ -10,18 +10,20 @@ from dataclasses import replace
 from typing import Any
 
 from mic_supervisor.converge.events import Event
-from mic_supervisor.converge.publisher import HookState
+from mic_supervisor.converge.hooks import HookState
 from mic_supervisor.converge.snapshot import ConfigState, Snapshot
 from mic_supervisor.http.access import Scrubber
 from mic_supervisor.http.documents import LoopState, Published
 from mic_supervisor.http.views import Views
 from mic_supervisor.model import (
+    Claim,
     DesiredState,
-    EndpointsHook,
+    FleetEntry,
     Gpu,
     GpuMemory,
     GpuProcess,
     GpuTelemetry,
+    Hook,
     ObservedState,
     Owner,
     OwnerKind,
@@ -165,7 +167,7 @@ def good(**values: Any) -> Published:
         observed,
         inventory=replace(observed.inventory, driver="575.57.08", nvml="12.575.57.08", cuda="12.9"),
     )
-    hook = EndpointsHook(("/etc/mic/endpoints-changed",))
+    hook = Hook(("/etc/mic/endpoints-changed",))
     desired = b.desired(mam, qwen, kept_empty=(b.uuid(3),), config_hash="f00d" * 16, hook=hook)
     found = snapshot(desired, observed, remembered(mam.id, qwen.id))
     found = replace(
@@ -188,6 +190,39 @@ def waiting() -> Published:
     snapshot = replace(found.snapshot, desired=replace(desired, waiting=other))
     scrubber = found.scrubber.including(snapshot.desired)
     return replace(found, snapshot=snapshot, scrubber=scrubber)
+
+
+def claimed() -> Published:
+    """Four GPUs handed over: one claim is ready, one vanished, one waits, and two GPUs are free."""
+    mam = replace(b.on("MAM", 0, backend="triton"), origin="claim")
+    qwen = replace(b.on("qwen", 1), origin="claim")
+    entries = tuple(FleetEntry((b.uuid(n),), (f"{n}" * 8,), 1) for n in range(4))
+    has = Claim("1", "MAM", 1, NOW - 900, by="alice", got_at=NOW - 600)
+    claims = (
+        replace(has, holder="task 3", gpus=mam.gpus, instance=mam.id),
+        replace(
+            has,
+            token="2",
+            model="qwen",
+            gpus=qwen.gpus,
+            instance=qwen.id,
+            vanished_at=NOW - 20,
+        ),
+        Claim("3", "whisper", 1, NOW - 60, by="bob", holder="<b>"),
+    )
+    observed = b.observed(
+        b.workload(mam, pid=4121), b.workload(qwen, pid=4122), gpus=tuple(map(gpu, range(4)))
+    )
+    desired = b.desired(
+        mam,
+        qwen,
+        kept_empty=(b.uuid(2), b.uuid(3)),
+        fleet=entries,
+        claims=claims,
+        claim_grace=120,
+        config_hash="f00d",
+    )
+    return published(snapshot(desired, observed, remembered(mam.id, qwen.id)))
 
 
 def bad(*, engine_gone: bool = False, **values: Any) -> Published:

@@ -140,6 +140,12 @@ def loaded(
     return PlacementState(model, state, **values)
 
 
+# Models that most tests have: a container on GPU 0, what is to be in its place, a process on GPU 2.
+MAM = on("MAM", 0)
+NEW = changed(MAM, image="mam:2")
+FACE = on("face", 2, workload=program("/opt/face", "--port", "${port}"))
+
+
 def assessment(
     instance: Instance, *found: ObservedWorkload, health: Health | None = None, **values: Any
 ) -> Assessment:

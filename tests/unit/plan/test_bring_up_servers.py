@@ -104,12 +104,16 @@ def test_what_the_file_no_longer_has_is_unloaded_once_that_is_confirmed() -> Non
     assert text(plan_for([one], state, context=watching)) == (
         "! blocked  server-shared on GPU 0,1,2: the file no longer names B; its removal waits to "
         "be confirmed\n"
-        "    hint: confirm with `mic-supervisor apply` or `systemctl reload mic`\n"
+        "    hint: confirm with `mic-supervisor apply` or `mic-supervisor reload`\n"
         "\n"
         "No changes; 1 blocked.\n"
     )
     emptied = desired(one, kept_empty=(uuid(1),))
     assert plan_for(emptied, state, context=watching).count == 1  # `none` acts at once
+    off = desired(one, aside=((uuid(1), "B"),))  # and so does a profile that was put off
+    assert [change.kind for change in plan_for(off, state, context=watching).changes] == ["unload"]
+    other = desired(one, aside=((uuid(1), "C"),))
+    assert plan_for(other, state, context=watching).changes == ()
 
 
 def test_a_server_whose_entry_is_missing_is_replaced_once_that_is_confirmed() -> None:
@@ -121,12 +125,14 @@ def test_a_server_whose_entry_is_missing_is_replaced_once_that_is_confirmed() ->
     assert text(plan_for([smaller], state, context=watching)) == (
         "! blocked  server-shared on GPU 0: the file no longer names GPU 1 of it; its replacement "
         "waits to be confirmed\n"
-        "    hint: confirm with `mic-supervisor apply` or `systemctl reload mic`\n"
+        "    hint: confirm with `mic-supervisor apply` or `mic-supervisor reload`\n"
         "\n"
         "No changes; 1 blocked.\n"
     )
     assert plan_for([smaller], state).changes[0].kind == "replace"
-    # `none`, and another model there, act at once.
+    # `none`, another model there and a profile that was put off act at once.
+    off = desired(smaller, aside=((uuid(1), ID),))
+    assert plan_for(off, state, context=watching).changes[0].kind == "replace"
     emptied = desired(smaller, kept_empty=(uuid(1),))
     assert plan_for(emptied, state, context=watching).changes[0].kind == "replace"
     other = plan_for([smaller, on("other", 1)], state, context=watching)

@@ -120,12 +120,10 @@ def test_its_state_says_so_wherever_it_stands_in_the_file() -> None:
     assert plan_for(desired(MAM), state).warnings == (f"GPU 0 is unhealthy: {TROUBLE}",)
 
 
-def test_memory_errors_and_mig_are_reported_and_decide_nothing() -> None:
-    odd = gpu(0, mig=True, telemetry=GpuTelemetry(ecc_errors=(("uncorrected", 2),)))
+def test_memory_errors_are_reported_and_decide_nothing() -> None:
+    odd = gpu(0, telemetry=GpuTelemetry(ecc_errors=(("uncorrected", 2),)))
     plan = plan_for([MAM], observed(workload(MAM), gpus=[odd]))
     assert plan.warnings == (
-        "GPU 0 has MIG on, which is reported and not managed: MAM-aaaaaaaa gets the whole GPU, or "
-        "nothing of it",
         "GPU 0 has had 2 uncorrected memory errors since the driver was loaded",
     )
     assert plan.empty

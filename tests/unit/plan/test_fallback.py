@@ -12,14 +12,17 @@ from mic_supervisor.model import (
     EngineCheck,
     ExecCheck,
     Health,
+    HttpCall,
     HttpCheck,
     LoadState,
     Port,
     Probe,
     ProbeResult,
     Probes,
+    Progress,
     RunState,
     TcpCheck,
+    WarmUp,
 )
 from mic_supervisor.plan import ledger
 from mic_supervisor.plan.assess import assess
@@ -28,6 +31,8 @@ from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.plan.status import InstanceStatus, converged, instance_statuses
 from tests.unit.plan.builders import (
     CONTEXT,
+    MAM,
+    NEW,
     NOW,
     PROBED,
     changed,
@@ -46,8 +51,6 @@ from tests.unit.plan.builders import (
     workload,
 )
 
-MAM = on("MAM", 0)
-NEW = changed(MAM, image="mam:2")
 GOOD = workload(MAM, started_at=NOW - 100)
 BAD = workload(NEW, RunState.EXITED, created_at=200.0)
 FAILED = "the new specification failed (it exited with 1)"
@@ -131,6 +134,28 @@ def test_it_is_asked_what_it_was_asked_when_it_was_ready() -> None:
     assert good.instance.probes == fits.probes
 
 
+def test_it_is_not_warmed_up_by_what_the_file_says_of_another_specification() -> None:
+    warm = replace(NEW, warm_up=WarmUp(HttpCall("GET", "/new")))
+    entry = rolled_back(cold=True)
+    item = assess(desired(warm), observed(GOOD, BAD), CONTEXT, memory(entry))[0]
+    good = fallback(rolled_back(failed=item.hash), item)
+    assert good is not None
+    assert good.instance.warm_up is None and good.serves
+
+
+def test_a_counter_is_asked_for_where_it_has_its_ports() -> None:
+    def asked(progress: Progress) -> Probe | None:
+        probes = Probes(readiness=Probe(None, progress=progress))
+        item = assess(desired(replace(NEW, probes=probes)), observed(GOOD, BAD), CONTEXT)[0]
+        good = fallback(rolled_back(failed=item.hash, ready_probes=None), item)
+        assert good is not None
+        return good.instance.probes.readiness
+
+    moves = Progress("a_total", HttpCall("GET", "/a"))
+    assert asked(moves) == Probe(None, progress=moves)
+    assert asked(replace(moves, port="metrics")) is None
+
+
 def test_it_is_reached_as_it_was_recorded() -> None:
     old = on(
         "MAM",
@@ -203,10 +228,11 @@ def test_its_failures_are_counted_and_it_is_stable_only_while_it_serves() -> Non
         "it exited with 1",
     )
     assert sick.ready_since is None
-    starting = after(rolled_back(), Health(startup=ProbeResult(False, "refused", NOW, 1)), NOW)
-    assert starting.ready_since is None
+    began = rolled_back(cold=True)
+    starting = after(began, Health(startup=ProbeResult(False, "refused", NOW, 1)), NOW)
+    assert starting.ready_since is None and starting.cold
     well = after(starting, passed(), NOW)
-    assert well.ready_since == NOW
+    assert well.ready_since == NOW and not well.cold
     assert after(well, passed(), NOW + 600).failures == 0
 
 
@@ -260,7 +286,8 @@ CHECKS = [
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_probes_come_back_from_the_memory(check: HttpCheck) -> None:
-    probes = Probes(startup=Probe(check, 1.5, 2.0, 4), readiness=Probe(check))
+    moves = Progress("a_total", HttpCall("POST", "/a", "{}", 9.0), "/m", "metrics", 9.0)
+    probes = Probes(Probe(check, 1.5, 2.0, 4), Probe(progress=moves), Probe(check, progress=moves))
     kept = Memory({MAM.id: rolled_back(ready_probes=probes)})
     assert reread(kept) == kept
 
@@ -283,6 +310,8 @@ def test_probes_come_back_from_the_memory(check: HttpCheck) -> None:
         },
         {"startup": {"check": {"kind": "engine"}, "period": "1", "timeout": 1, "failures": 1}},
         {"startup": {"check": {"kind": "engine"}, "period": -1, "timeout": 1, "failures": 1}},
+        {"startup": {"period": 1, "timeout": 1, "failures": 1}},
+        {"readiness": {"progress": {"metric": "a", "request": {"path": "/", "headers": {}}}}},
     ],
 )
 def test_what_a_later_version_remembered_is_unknown(data: object) -> None:

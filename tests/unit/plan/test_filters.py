@@ -14,6 +14,7 @@ from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import Restart, Start
 from mic_supervisor.plan.assess import Selection, workloads
 from mic_supervisor.plan.memory import InstanceMemory, Memory, Pause, Paused
+from tests.support.examples import examples
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,
@@ -403,7 +404,7 @@ SELECTIONS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(cases(), SELECTIONS)
 def test_a_paused_one_is_in_no_step_whatever_the_rest_does(case: Case, chosen: Selection) -> None:
     pauses = Paused(dict.fromkeys(chosen.models, AT), dict.fromkeys(chosen.gpus, AT))
@@ -423,7 +424,7 @@ def test_a_paused_one_is_in_no_step_whatever_the_rest_does(case: Case, chosen: S
         check(case)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(cases(), SELECTIONS)
 def test_a_limited_plan_touches_nothing_else(case: Case, chosen: Selection) -> None:
     case = replace(case, context=replace(case.context, targets=chosen))
@@ -451,7 +452,6 @@ def test_a_limited_plan_touches_nothing_else(case: Case, chosen: Selection) -> N
             check(case)
 
 
-@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_to_choose_everything_is_to_choose_nothing(case: Case) -> None:
     every = Selection(frozenset("ABPFS"), frozenset(uuid(index) for index in range(GPUS)))

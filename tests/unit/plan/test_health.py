@@ -8,30 +8,34 @@ import pytest
 
 from mic_supervisor.model import (
     Health,
+    HttpCall,
     LoadState,
     ProbeResult,
     Probes,
     RunState,
+    WarmUp,
 )
-from mic_supervisor.plan.assess import Assessment
+from mic_supervisor.plan.assess import Assessment, assess
 from mic_supervisor.plan.health import (
     Phase,
     describe_exit,
     phase_of,
 )
+from mic_supervisor.plan.memory import InstanceMemory, Memory
 from tests.unit.plan.builders import (
+    CONTEXT,
+    MAM,
+    NEW,
     assessment,
-    changed,
+    desired,
     failing,
     loaded,
-    on,
+    observed,
     passed,
     placement,
     workload,
 )
 
-MAM = on("MAM", 0)
-NEW = changed(MAM, image="mam:2")
 GOOD = workload(MAM)
 EXITED = replace(GOOD, state=RunState.EXITED, exit_code=1)
 
@@ -97,6 +101,28 @@ def phase(item: Assessment, **values: object) -> tuple[str, str | None]:
 )
 def test_phases(item: Assessment, expected: tuple[str, str | None]) -> None:
     assert phase(item) == expected
+
+
+@pytest.mark.parametrize(
+    ("health", "expected"),
+    [
+        (passed(), ("starting", "not warmed up yet")),
+        (failing("warm_up"), ("starting", "GET /health answers 503")),
+        (replace(passed(), warm_up=ProbeResult(True, "", 0.0)), ("ready", None)),
+        (failing("startup"), ("starting", "GET /health answers 503")),
+    ],
+)
+def test_phases_of_what_warms_up(health: Health, expected: tuple[str, str | None]) -> None:
+    warm = replace(MAM, warm_up=WarmUp(HttpCall("GET", "/a")))
+    cold = Memory({MAM.id: InstanceMemory(started=GOOD.name, cold=True)})
+    seen = observed(GOOD, health={GOOD.ref: health})
+    (item,) = assess(desired(warm), seen, CONTEXT, cold)
+    assert phase(item) == expected
+    assert item.serves is (expected[0] == "ready")
+    assert item.serving is (expected[0] == "ready")
+    # What was not started by us, or was ready before, has nothing to wait for.
+    (item,) = assess(desired(warm), observed(GOOD), CONTEXT, Memory())
+    assert phase(item) == ("ready", None)
 
 
 def test_phases_of_what_does_not_run() -> None:

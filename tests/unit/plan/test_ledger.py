@@ -138,6 +138,19 @@ def test_a_rest_ends_with_a_change_that_is_done_a_word_or_a_restart_of_the_super
     assert memory.in_time(NOW).of(MAM.id).cooldown is None
 
 
+def test_a_start_that_failed_and_came_to_its_end_all_the_same_leaves_no_rest() -> None:
+    """An engine that hangs up goes on with what it was asked for."""
+    step = Start("start it", MAM.id, None)  # type: ignore[arg-type]
+    failed = after(step, RuntimeUnavailable("cannot start it: the engine hung up"))
+    memory = failed.with_instance(MAM.id, replace(failed.of(MAM.id), started=None))
+    state = observed(RUNS, health={RUNS.ref: passed()})
+    found = look(desired(MAM), state, memory, NOW, CONTEXT)
+    assert memory.of(MAM.id).cooldown is not None
+    assert found.memory.of(MAM.id).cooldown is None
+    (edited,) = look(desired(NEW), state, found.memory, NOW, CONTEXT).plan.changes
+    assert edited.waits is None
+
+
 def test_a_rest_that_nothing_was_tried_after_is_forgotten() -> None:
     memory = after(STOP, STUCK, 3)
     late = NOW + 4 + backoff.LONGEST_COOLDOWN
@@ -218,7 +231,8 @@ def test_a_start_that_was_cut_short_is_no_restart(was: ObservedWorkload, restart
     memory = Memory().with_instance(MAM.id, InstanceMemory(phase="starting"))
     (change,) = look(desired(MAM), observed(was), memory, NOW, CONTEXT).plan.changes
     (step,) = (step for step in change.steps if isinstance(step, Restart))
-    assert ledger.done(memory, step, change, NOW, {}).of(MAM.id).restarts == restarts
+    entry = ledger.done(memory, step, change, NOW, {}).of(MAM.id)
+    assert (entry.restarts, entry.cold) == (restarts, True)
 
 
 UNHEARD = ProbeResult(False, "refused", NOW, 1)

@@ -20,12 +20,14 @@ from mic_supervisor.errors import (
 from mic_supervisor.model import (
     ForeignWorkload,
     Health,
+    HttpCall,
     Instance,
     Launch,
     ObservedWorkload,
     Probes,
     RunState,
     RuntimeView,
+    WarmUp,
 )
 from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import (
@@ -41,15 +43,19 @@ from mic_supervisor.plan.actions import (
     Unload,
     Withdraw,
 )
-from mic_supervisor.plan.assess import Assessment, with_containers
+from mic_supervisor.plan.assess import Assessment, assess, with_containers
 from mic_supervisor.plan.health import (
     Phase,
     phase_of,
 )
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from tests.unit.plan.builders import (
+    CONTEXT,
+    MAM,
+    NEW,
     assessment,
     changed,
+    desired,
     failing,
     loaded,
     observed,
@@ -61,8 +67,6 @@ from tests.unit.plan.builders import (
     workload,
 )
 
-MAM = on("MAM", 0)
-NEW = changed(MAM, image="mam:2")
 GOOD = workload(MAM)
 EXITED = replace(GOOD, state=RunState.EXITED, exit_code=1)
 
@@ -206,6 +210,28 @@ def test_a_start_that_takes_too_long_is_counted_once() -> None:
     assert late.failures == 1
     assert late.reason == "not up within 300 s: GET /health answers 503"
     assert after(late, MAM, GOOD, health=slow, now=1501.0) == late
+
+
+def test_a_start_that_is_not_warmed_up_in_time_is_counted_once() -> None:
+    warm, cold = replace(MAM, warm_up=WarmUp(HttpCall("GET", "/a"))), seen(cold=True)
+    before = Memory({MAM.id: cold})
+
+    def then(memory: Memory, now: float) -> Memory:
+        health = {GOOD.ref: failing("warm_up")}
+        items = assess(desired(warm), observed(GOOD, health=health), CONTEXT, memory)
+        return ledger.observed(memory, items, now, jitter=0.0)
+
+    assert then(before, 1000.0).of(MAM.id) == cold
+    late = then(before, 1500.0)
+    assert late.of(MAM.id).failures == 1
+    assert late.of(MAM.id).reason == "not up within 300 s: GET /health answers 503"
+    assert then(late, 1501.0) == late
+
+
+def test_only_what_we_started_is_cold_and_only_until_it_is_ready() -> None:
+    assert after(seen(cold=True), MAM, GOOD, health=failing("readiness")).cold
+    assert not after(seen(cold=True), MAM, GOOD).cold
+    assert not after(seen(workload(NEW), cold=True), MAM, GOOD, health=failing("readiness")).cold
 
 
 def test_what_is_not_asked_yet_is_no_failure_however_old_it_is() -> None:

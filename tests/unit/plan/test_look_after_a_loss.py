@@ -15,15 +15,17 @@ from mic_supervisor.plan.actions import Stop
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.look import Look, look
 from mic_supervisor.plan.memory import Memory
+from tests.support.examples import examples
 from tests.unit.plan.builders import (
     CONTEXT,
+    FACE,
+    MAM,
     NOW,
     changed,
     desired,
     failing,
     observed,
     on,
-    program,
     reread,
     text,
     uuid,
@@ -31,9 +33,7 @@ from tests.unit.plan.builders import (
 )
 from tests.unit.plan.cases import Case, cases
 
-MAM = on("MAM", 0)
 OLD = changed(MAM, image="mam:0")
-FACE = on("face", 2, workload=program("/opt/face", "--port", "${port}"))
 LOST = Memory(unexplained={})
 WHY = "it stays as it is, since what was remembered of it is lost"
 
@@ -143,7 +143,7 @@ def test_what_the_file_keeps_empty_stays_too() -> None:
     assert first.plan.blocked[0].reason == f"{WHY}; would remove: the file keeps its GPU empty"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(cases())
 def test_after_a_loss_only_what_is_as_desired_is_stopped_to_be_started_again(case: Case) -> None:
     memory = replace(case.memory, instances={}, unexplained={})

@@ -17,6 +17,7 @@ from mic_supervisor.plan import ledger
 from mic_supervisor.plan.actions import Restart, Start, Step
 from mic_supervisor.plan.assess import Context
 from mic_supervisor.plan.memory import Memory
+from tests.support.examples import examples
 from tests.unit.plan.builders import (
     CONTEXT,
     container,
@@ -209,7 +210,7 @@ def check_converged(world: World) -> None:
 # --- tests ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(FILES, st.sampled_from(RUNTIMES), st.integers(0, 2**32))
 def test_an_empty_machine_converges_and_stays_so(file: File, runtime: str, seed: int) -> None:
     world, trouble = world_of(file, runtime, seed)
@@ -223,7 +224,7 @@ def test_an_empty_machine_converges_and_stays_so(file: File, runtime: str, seed:
     assert pids(world) == before
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(
     FILES,
     st.lists(st.one_of(st.sampled_from(EVENTS), FILES), max_size=14),
@@ -253,7 +254,7 @@ def test_a_machine_converges_after_any_trouble(
     assert pids(world) == before
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(
     FILES,
     st.lists(st.one_of(st.sampled_from(EVENTS), FILES), max_size=14),

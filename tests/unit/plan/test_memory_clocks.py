@@ -17,18 +17,17 @@ from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.words import Code, because
 from tests.unit.plan.builders import (
     CONTEXT,
+    MAM,
     NOW,
     changed,
     desired,
     failing,
     knows,
     observed,
-    on,
     plan_for,
     workload,
 )
 
-MAM = on("MAM", 0)
 HOUR = 3600.0
 
 

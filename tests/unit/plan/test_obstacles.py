@@ -9,9 +9,12 @@ import pytest
 
 from mic_supervisor.model import (
     ForeignWorkload,
+    Gpu,
     GpuMemory,
     GpuProcess,
+    Limits,
     Listener,
+    Near,
     ObservedState,
     ObservedWorkload,
     Owner,
@@ -19,15 +22,17 @@ from mic_supervisor.model import (
     Port,
     RunState,
 )
-from mic_supervisor.plan.actions import Plan
+from mic_supervisor.plan.actions import Create, Plan
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.health import Phase
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.obstacles import foreign_processes
+from mic_supervisor.plan.spec import normalise
 from mic_supervisor.plan.status import converged, instance_statuses
 from mic_supervisor.plan.words import moment
 from tests.unit.plan.builders import (
     CONTEXT,
+    MAM,
     NOW,
     changed,
     container,
@@ -43,8 +48,50 @@ from tests.unit.plan.builders import (
     workload,
 )
 
-MAM = on("MAM", 0)
 WHISPER = on("whisper", 0, workload=container("whisper:1", ports=(Port("http", 9000),)))
+
+
+# --- an engine that ignores requests for GPUs -----------------------------------------------------
+
+
+def test_what_asks_for_a_gpu_is_blocked_where_the_engine_ignores_that() -> None:
+    asks = replace(MAM, workload=container(devices=MAM.gpus))
+    simulated = on("face", 1)  # asks for no device
+    state = observed(gpus=[gpu(0), gpu(1)])
+    views = tuple(
+        replace(view, ignores_gpus="Podman 4.3.1") if view.runtime == "docker" else view
+        for view in state.runtimes
+    )
+    plan = plan_for([asks, simulated], replace(state, runtimes=views))
+    (blocked,) = plan.blocked
+    assert blocked.instance == MAM.id
+    assert blocked.reason == "Podman 4.3.1 takes a request for a GPU and ignores it"
+    assert str(blocked.hint).startswith("install Docker Engine, and have MIC_DOCKER_HOST name")
+    assert [change.instance for change in plan.changes] == [simulated.id]
+
+
+# --- slices of a GPU that has MIG on --------------------------------------------------------------
+
+
+def test_a_foreign_process_on_one_slice_is_not_in_the_way_on_another() -> None:
+    first, second = (f"MIG-{digit * 8}-0000-5000-8000-000000000000" for digit in "12")
+    whole = gpu(0, mig=True)
+    gpus = (
+        whole,
+        gpu(0, uuid=first, parent=whole.uuid, processes=(process(4121),)),
+        gpu(0, uuid=second, parent=whole.uuid),
+    )
+    on_slices = [
+        replace(MAM, id="MAM-11111111", gpus=(first,)),
+        replace(WHISPER, id="whisper-22222222", gpus=(second,)),
+    ]
+    plan = plan_for(on_slices, observed(gpus=gpus))
+    (blocked,) = plan.blocked
+    assert blocked.instance == "MAM-11111111"
+    assert blocked.reason.startswith(
+        f"GPU {first} is held by PID 4121 (python, 18.2 GiB), not ours"
+    )
+    assert [change.instance for change in plan.changes] == ["whisper-22222222"]
 
 
 # --- foreign ----------------------------------------------------------------------------------
@@ -400,3 +447,40 @@ def test_a_changed_specification_waits_while_a_foreign_process_is_on_the_gpu() -
     plan = plan_for([changed(MAM, image="mam:2")], observed(workload(MAM), gpus=held))
     assert plan.count == 0
     assert len(plan.blocked) == 1
+
+
+# --- next to its GPUs ---------------------------------------------------------------------------
+
+CLOSE = on("MAM", 0, 1, workload=container(limits=Limits(numa="near")))
+
+
+def launched(*gpus: Gpu) -> Near | None:
+    (change,) = plan_for([CLOSE], observed(gpus=gpus)).changes
+    return next(step.launch.near for step in change.steps if isinstance(step, Create))
+
+
+def test_it_is_confined_to_what_is_next_to_any_of_its_gpus() -> None:
+    one, other = Near((0, 1), (0,)), Near((8, 1), (1,))
+    assert launched(gpu(0, near=one), gpu(1, near=other)) == Near((0, 1, 8), (0, 1))
+    assert launched(gpu(0, near=one), gpu(1, near=Near((8,)))) == Near((0, 1, 8))
+
+
+def test_where_nobody_says_what_is_next_to_a_gpu_it_is_confined_to_nothing() -> None:
+    near = Near((0,), (0,))
+    some = gpu(0, near=near), gpu(1)
+    assert launched(*some) is None
+    warning = "limits.numa has no effect: the driver does not say which CPUs are next to its GPUs"
+    assert plan_for([CLOSE], observed(gpus=some)).warnings == (f"{CLOSE.id}: {warning}",)
+    both = gpu(0, near=near), gpu(1, near=near)
+    assert plan_for([CLOSE], observed(gpus=both)).warnings == ()
+    plain = on("MAM", 0, 1)
+    (change,) = plan_for([plain], observed(gpus=both)).changes
+    assert [step.launch.near for step in change.steps if isinstance(step, Create)] == [None]
+
+
+def test_only_who_asks_for_it_has_another_specification() -> None:
+    plain = on("MAM", 0, 1)
+    assert "limits" not in normalise(plain.workload, CONTEXT.key)
+    assert normalise(CLOSE.workload, CONTEXT.key)["limits"] == {"numa": "near"}
+    mine = workload(plain)
+    assert 'limits.numa: null -> "near"' in text(plan_for([CLOSE], observed(mine)))

@@ -32,6 +32,7 @@ from mic_supervisor.plan.actions import (
     Unload,
 )
 from mic_supervisor.plan.assess import assess, is_alive, workloads
+from tests.support.examples import examples
 from tests.unit.plan.builders import (
     NOW,
     changed,
@@ -305,7 +306,6 @@ def obstacles(state: ObservedState, broken: Instance) -> list[tuple[DesiredState
     ]
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.lists(
         st.builds(build, st.sampled_from("ABP"), st.just((0,)), st.integers(1, 2)).map(workload)
@@ -398,7 +398,7 @@ def test_no_value_of_an_environment_is_in_a_plan(old: str, new: str) -> None:
 def test_every_invariant_holds() -> None:
     seen: set[str] = set()
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=examples(400))
     @given(cases())
     def holds(case: Case) -> None:
         for check in INVARIANTS:

@@ -9,6 +9,8 @@ from mic_supervisor.plan.actions import Drain, Start, Stop
 from mic_supervisor.plan.memory import InstanceMemory, Memory
 from mic_supervisor.views.plan import plan_document
 from tests.unit.plan.builders import (
+    FACE,
+    MAM,
     changed,
     gpu,
     known,
@@ -22,10 +24,6 @@ from tests.unit.plan.builders import (
     uuid,
     workload,
 )
-
-MAM = on("MAM", 0)
-FACE = on("face", 2, workload=program("/opt/face", "--port", "${port}"))
-
 
 # --- nothing there, or nothing to do ----------------------------------------------------------
 
@@ -104,6 +102,7 @@ def test_a_plan_is_one_json_document() -> None:
         "blocked": [],
         "left_out": [],
         "warnings": [],
+        "profile": None,
     }
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from mic_supervisor.model import ForeignWorkload, HttpCall, Placement, RunState
-from mic_supervisor.plan.memory import InstanceMemory
+from mic_supervisor.plan.assess import assess
+from mic_supervisor.plan.memory import InstanceMemory, Memory
 from tests.unit.plan.builders import (
     CONTEXT,
+    FACE,
+    MAM,
     changed,
     container,
     desired,
@@ -19,17 +24,12 @@ from tests.unit.plan.builders import (
     on,
     plan_for,
     process,
-    program,
     shortly,
     text,
     trouble,
     uuid,
     workload,
 )
-
-MAM = on("MAM", 0)
-FACE = on("face", 2, workload=program("/opt/face", "--port", "${port}"))
-
 
 # --- moving, and other models -----------------------------------------------------------------
 
@@ -123,10 +123,42 @@ def test_what_the_file_no_longer_names_is_removed_once_that_is_confirmed() -> No
     assert text(held) == (
         "! blocked  MAM-aaaaaaaa on GPU 0: "
         "the file no longer names it; its removal waits to be confirmed\n"
-        "    hint: confirm with `mic-supervisor apply` or `systemctl reload mic`\n"
+        "    hint: confirm with `mic-supervisor apply` or `mic-supervisor reload`\n"
         "\n"
         "No changes; 1 blocked.\n"
     )
+
+
+def test_a_gpu_of_a_profile_that_is_off_needs_no_confirmation() -> None:
+    wanted = desired(aside=((uuid(0), "MAM"),))
+    for old in (workload(MAM), workload(MAM, RunState.EXITED)):
+        plan = plan_for(wanted, observed(old), context=replace(CONTEXT, confirmed=False))
+        assert [(one.kind, one.cause) for one in plan.changes] == [
+            ("remove", "the profile that has its GPU is not on")
+        ]
+        assert plan.blocked == ()
+
+
+def test_a_model_that_no_profile_has_there_waits_to_be_confirmed() -> None:
+    """A file cut at the end of a line under `gpus:` lacks it, and still has the profiles above."""
+    wanted = desired(aside=((uuid(0), "face"), (uuid(1), "MAM")))
+    old = observed(workload(MAM))
+    plan = plan_for(wanted, old, context=replace(CONTEXT, confirmed=False))
+    assert (plan.changes, [one.why.code for one in plan.blocked]) == ((), ["unconfirmed"])
+    assert [one.cause for one in plan_for(wanted, old).changes] == ["the file no longer names it"]
+    group = observed(workload(on("qwen", 3, 4)))
+    part = desired(aside=((uuid(3), "qwen"),))
+    assert plan_for(part, group, context=replace(CONTEXT, confirmed=False)).changes == ()
+
+
+def test_what_runs_for_a_claim_goes_with_the_profile_that_handed_its_gpu_over() -> None:
+    wanted = desired(aside=((uuid(0), "fleet"),))
+    old = workload(MAM)
+    held = plan_for(wanted, observed(old), context=replace(CONTEXT, confirmed=False))
+    assert (held.changes, [one.why.code for one in held.blocked]) == ((), ["unconfirmed"])
+    claimed = replace(old, identity=replace(old.identity, origin="claim"))
+    plan = plan_for(wanted, observed(claimed), context=replace(CONTEXT, confirmed=False))
+    assert [one.cause for one in plan.changes] == ["the profile that has its GPU is not on"]
 
 
 def test_an_ended_container_of_a_removed_entry_is_removed_too() -> None:
@@ -152,7 +184,7 @@ def test_nothing_starts_on_a_gpu_of_a_group_whose_removal_is_not_confirmed() -> 
         "whose removal waits to be confirmed\n"
         "! blocked  qwen-ddddddddx2 on GPU 3,4: "
         "the file no longer names it; its removal waits to be confirmed\n"
-        "    hint: confirm with `mic-supervisor apply` or `systemctl reload mic`\n"
+        "    hint: confirm with `mic-supervisor apply` or `mic-supervisor reload`\n"
         "\n"
         "No changes; 2 blocked.\n"
     )
@@ -270,6 +302,29 @@ def test_of_two_as_the_file_says_the_known_one_stays() -> None:
         assert [step.id for step in plan.changes[0].steps] == [f"stop {other.name}"]
     plan = plan_for([MAM], observed(old, new))
     assert [step.id for step in plan.changes[0].steps] == [f"stop {old.name}"]
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+@pytest.mark.parametrize("spec", ["as desired", "an earlier one"])
+def test_nothing_runs_twice_while_it_is_not_known_of_both_whether_they_run(
+    spec: str, remembers: bool
+) -> None:
+    """The engine does not answer about what it lists as ended, or as not started yet."""
+    one = workload(MAM, created_at=80.0)
+    other = workload(MAM if spec == "as desired" else changed(MAM, image="mam:0"), created_at=90.0)
+    other = replace(other, name="mic-test-other", ref="other", state=RunState.UNKNOWN)
+    memory = known(one) if remembers else Memory()
+    look = observed(one, other)
+    (assessment,) = assess(desired(MAM), look, CONTEXT, memory)
+    assert assessment.match == one
+    assert [one.kind for one in plan_for([MAM], look, memory).changes if one.steps] == []
+    # A replacement that was interrupted: what serves is not stopped for what may not run.
+    new = replace(one, name="mic-test-new", ref="new", state=RunState.UNKNOWN, created_at=95.0)
+    old = workload(changed(MAM, image="mam:0"))
+    assert plan_for([MAM], observed(old, new), memory).count == 0
+    new = replace(new, state=RunState.CREATED)
+    steps = shortly(plan_for([MAM], observed(old, new), memory), old=old, new=new)
+    assert any(step.startswith("stop old") for step in steps)
 
 
 def test_of_two_that_are_alike_the_newer_one_stays() -> None:

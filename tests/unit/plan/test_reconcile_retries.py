@@ -15,6 +15,8 @@ from mic_supervisor.model import (
 from mic_supervisor.plan.memory import InstanceMemory
 from tests.unit.plan.builders import (
     CONTEXT,
+    FACE,
+    MAM,
     NOW,
     assessment,
     changed,
@@ -28,15 +30,10 @@ from tests.unit.plan.builders import (
     placement,
     plan_for,
     process,
-    program,
     shortly,
     text,
     workload,
 )
-
-MAM = on("MAM", 0)
-FACE = on("face", 2, workload=program("/opt/face", "--port", "${port}"))
-
 
 # --- failures, and patience -------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.spec import SpecKey
 from tests.unit.plan.builders import (
     CONTEXT,
+    FACE,
+    MAM,
     changed,
     container,
     desired,
@@ -37,10 +39,6 @@ from tests.unit.plan.builders import (
     uuid,
     workload,
 )
-
-MAM = on("MAM", 0)
-FACE = on("face", 2, workload=program("/opt/face", "--port", "${port}"))
-
 
 # --- unknown is never absent ------------------------------------------------------------------
 

@@ -22,10 +22,10 @@ from mic_supervisor.plan.memory import Floor, Memory
 from mic_supervisor.plan.release import Refused, Released, Waiting, check_release, floor_of
 from mic_supervisor.plan.words import size
 from tests.unit.plan.builders import (
+    MAM,
     gpu,
     known,
     observed,
-    on,
     plan_for,
     process,
     reread,
@@ -35,7 +35,6 @@ from tests.unit.plan.builders import (
 
 GIB = 1 << 30
 TOTAL = 24 * GIB
-MAM = on("MAM", 0)
 GONE = process(4121, start_time=None)
 
 

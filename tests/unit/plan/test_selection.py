@@ -11,9 +11,15 @@ from mic_supervisor.model import GpuInventory
 from mic_supervisor.plan.assess import Selection
 from mic_supervisor.plan.memory import Pause, Paused
 from mic_supervisor.plan.selection import Names, free_of_pauses, gpus_called, select, to_resume
-from tests.unit.plan.builders import NOW, gpus, on, uuid
+from tests.unit.plan.builders import (
+    MAM,
+    NOW,
+    gpu,
+    gpus,
+    on,
+    uuid,
+)
 
-MAM = on("MAM", 0)
 AT = Pause(600.0)
 
 
@@ -62,6 +68,16 @@ def test_gpus_are_called_as_the_file_writes_them(name: str, indices: set[int]) -
     assert found == {uuid(index) for index in indices}
 
 
+def test_a_slice_is_called_by_its_uuid_and_a_number_means_no_slice() -> None:
+    part = "MIG-bbbbbbbb-0000-5000-8000-000000000000"
+    gpus = (gpu(0, mig=True), gpu(0, uuid=part, parent=uuid(0)))
+    there = Names((), GpuInventory("nvml", gpus), {})
+    assert select([part], there, "pause").gpus == {part}
+    assert Selection(gpus=frozenset([part])).called(there.inventory.indices) == [part]
+    assert gpus_called("0", [(one.uuid, one.number, None) for one in gpus]) == {uuid(0)}
+    assert gpus_called(part.upper(), [(one.uuid, one.number, None) for one in gpus]) == {part}
+
+
 @pytest.mark.parametrize(
     ("name", "told", "hint"),
     [
@@ -73,7 +89,7 @@ def test_gpus_are_called_as_the_file_writes_them(name: str, indices: set[int]) -
         ),
         (
             "9",
-            "there is no GPU 9; this machine has 4",
+            "there is no GPU 9; this machine has GPU 0,1,2,3",
             "models are 7, MAM, face; GPUs are 0, 1, 2, 3",
         ),
         ("GPU-12", "'GPU-12': this is not a whole UUID", None),

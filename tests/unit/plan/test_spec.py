@@ -35,6 +35,25 @@ FULL = ContainerSpec(
     limits=Limits(memory=1 << 34, nofile=1024),
     stop_signal="SIGINT",
     stop_timeout=60.0,
+    networks=("shop",),
+    network_aliases=("mam",),
+    ipc="host",
+    host_devices=("/dev/fuse:/dev/fuse:rwm",),
+    cap_add=("SYS_PTRACE",),
+    cap_drop=("ALL",),
+    security_opt=("no-new-privileges=true",),
+    group_add=("44",),
+    extra_hosts=("db:192.0.2.9",),
+    dns=("192.0.2.53",),
+    tmpfs=("/run:size=64m",),
+    ulimits=(("core", "0:0"),),
+    read_only=True,
+    cpuset="0-3",
+    labels=(("a.b", "x"),),
+    hostname="mam",
+    sysctls=(("net.core.somaxconn", "99"),),
+    pull="always",
+    digest="sha256:1",
 )
 
 
@@ -110,6 +129,8 @@ def test_no_value_of_an_environment_is_in_the_normalised_text(
         ({"shm_size": None}, ["shm_size"]),
         ({"limits": Limits(memory=1 << 34)}, ["limits.nofile"]),
         ({"stop_signal": "SIGTERM", "stop_timeout": 1.0}, []),
+        ({"digest": "sha256:2"}, ["digest"]),
+        ({"digest": None}, []),  # any is as good, where nobody asked for the newest
     ],
     ids=str,
 )
@@ -141,8 +162,31 @@ def test_an_upgrade_that_adds_a_field_with_a_default_replaces_nothing() -> None:
         assert spec_hash(older) == spec_hash(normalise(plain, KEY))
 
 
+def test_the_keys_of_containers_are_compared_as_the_file_calls_them() -> None:
+    plain = ContainerSpec("i")
+    before = recorded(plain)
+    assert before == {"kind": "container", "image": "i"}  # as earlier versions have recorded it
+    later = dataclasses.replace(
+        plain, ipc="host", host_devices=("/dev/a:/dev/a:r",), sysctls=(("net.a", "1"),)
+    )
+    assert differences(before, normalise(later, KEY)) == (
+        FieldDiff("devices", [], ["/dev/a:/dev/a:r"]),
+        FieldDiff("ipc", "private", "host"),
+        FieldDiff("sysctls", [], {"net.a": "1"}),
+    )
+    other = dataclasses.replace(later, sysctls=(("net.a", "2"), ("net.b", "1")))
+    assert paths(later, other) == ["sysctls.net.a", "sysctls.net.b"]
+
+
+def test_when_an_image_is_pulled_replaces_nothing() -> None:
+    plain = normalise(ContainerSpec("i"), KEY)
+    always = normalise(ContainerSpec("i", pull="always"), KEY)
+    assert plain != always and spec_hash(plain) == spec_hash(always)
+    assert differences(plain, always) == ()
+
+
 def test_a_field_that_this_version_does_not_know_is_not_compared() -> None:
-    newer = {**recorded(FULL), "cpuset": "0-3", "cgroup": {"parent": "x"}}
+    newer = {**recorded(FULL), "oom_score": 3, "cgroup": {"parent": "x"}}
     assert differences(newer, normalise(FULL, KEY)) == ()
 
 

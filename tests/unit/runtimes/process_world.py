@@ -76,7 +76,7 @@ class World:
         document: dict[str, Any] = json.loads((self.directory / name / "record.json").read_text())
         return document
 
-    def await_state(self, name: str, state: str, timeout: float = 10.0) -> ObservedWorkload:
+    def await_state(self, name: str, state: str, timeout: float = 60.0) -> ObservedWorkload:
         until(lambda: self.look(name).state == state, f"{name} to be {state}", timeout=timeout)
         return self.look(name)
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mic_supervisor.model import EndpointsHook, ObservedState, RunState
+import yaml
+
+from mic_supervisor.model import Hook, ObservedState, RunState
 from mic_supervisor.plan.assess import assess
 from mic_supervisor.plan.memory import Memory
 from mic_supervisor.plan.reconcile import reconcile
 from mic_supervisor.plan.status import InstanceStatus, instance_statuses
-from mic_supervisor.views.endpoints import Endpoints, document, haproxy, name_of, nginx, serving
+from mic_supervisor.views.endpoints import (
+    Endpoints,
+    document,
+    haproxy,
+    litellm,
+    name_of,
+    nginx,
+    serving,
+)
 from tests.unit.plan.builders import (
     CONTEXT,
     NOW,
@@ -28,7 +38,7 @@ from tests.unit.plan.builders import (
 )
 
 A, B = on("MAM", 0), on("MAM", 1)
-HOOK = EndpointsHook(("/bin/hook",))
+HOOK = Hook(("/bin/hook",))
 
 
 def rows(state: ObservedState, *wanted: Any) -> tuple[InstanceStatus, ...]:
@@ -80,7 +90,10 @@ def test_the_document() -> None:
     assert document(found, "h") == {
         "version": 1,
         "host": "h",
-        "models": {"MAM": [{"instance": A.id, "endpoints": at(20001)}], "web": []},
+        "models": {
+            "MAM": [{"instance": A.id, "endpoints": at(20001), "openai_model": None}],
+            "web": [],
+        },
     }
     for published in (found, {}):
         assert reread(Memory(published=published)).published == published
@@ -92,6 +105,44 @@ FOUND: Endpoints = {
     "MAM": {"MAM-1": at(20001), "MAM-2": {"http": "http://[::1]:20002", "grpc": "grpc://[::1]:9"}},
     "web.1": {},
 }
+
+
+def test_a_model_list_for_litellm() -> None:
+    found = {**FOUND, "换脸": {"x-1": {"http": "http://10.0.0.2:20003"}}}
+    names = {"MAM-1": "Qwen/Qwen3-8B", "MAM-2": "Qwen/Qwen3-8B"}
+    about = {"port": "http", "scope": "s"}
+    listed = litellm(found, names, **about, api_key="os.environ/KEY")
+    key = {"api_key": "os.environ/KEY"}
+    assert yaml.safe_load(listed) == {
+        "model_list": [
+            {
+                "model_name": "MAM",
+                "litellm_params": {
+                    "model": "openai/Qwen/Qwen3-8B",
+                    "api_base": "http://127.0.0.1:20001/v1",
+                    **key,
+                },
+                "model_info": {"id": "MAM-1"},
+            },
+            {
+                "model_name": "MAM",
+                "litellm_params": {
+                    "model": "openai/Qwen/Qwen3-8B",
+                    "api_base": "http://[::1]:20002/v1",
+                    **key,
+                },
+                "model_info": {"id": "MAM-2"},
+            },
+        ]
+    }
+    assert "# web.1: nobody serves it\n" in listed
+    assert "# 换脸: left out, unless --openai says that it speaks OpenAI's API\n" in listed
+    assert litellm(found, names, **about, api_key="os.environ/KEY") == listed
+    assert yaml.safe_load(litellm({}, {}, **about, api_key="none")) == {"model_list": []}
+    (one,) = yaml.safe_load(litellm(found, {"x-1": "a: b # c"}, **about, api_key="none"))[
+        "model_list"
+    ]
+    assert (one["model_name"], one["litellm_params"]["model"]) == ("换脸", "openai/a: b # c")
 
 
 def test_upstreams_for_nginx() -> None:

@@ -18,16 +18,27 @@ def fake(tmp_path: Path) -> Iterator[FakeEngine]:
     fake.close()
 
 
-@pytest.fixture
-def runtime(fake: FakeEngine) -> Iterator[DockerRuntime]:
+def made(fake: FakeEngine, timeout: float) -> Iterator[DockerRuntime]:
     runtime = DockerRuntime(
         "default",
         "h",
         base_url=fake.url,
         docker_config=None,
-        timeout=0.4,
-        work_timeout=0.5,
+        timeout=timeout,
+        work_timeout=timeout,
         kill_wait=0.3,
     )
     yield runtime
     runtime.close()
+
+
+@pytest.fixture
+def runtime(fake: FakeEngine) -> Iterator[DockerRuntime]:
+    """It waits for an answer for longer than a busy machine takes."""
+    yield from made(fake, 60.0)
+
+
+@pytest.fixture
+def impatient(fake: FakeEngine) -> Iterator[DockerRuntime]:
+    """For an engine that does not answer, or in vain."""
+    yield from made(fake, 0.5)

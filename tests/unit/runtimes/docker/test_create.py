@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mic_supervisor.model import ContainerSpec, Identity, Launch, Limits, Mount, Port
+from mic_supervisor.model import ContainerSpec, Identity, Launch, Limits, Mount, Near, Port
 from mic_supervisor.runtimes.docker.create import container_config, identity_of, labels
 
 GPU = "GPU-f15ae561-7b5c-4a0c-8ab1-3a1e0c2d9f10"
@@ -39,8 +39,11 @@ LABELS = {
 }
 
 
-def config(spec: ContainerSpec, discovered: frozenset[str] = frozenset()) -> dict[str, object]:
-    return container_config(Launch("mic-default-mam-0", "docker", IDENTITY, spec), spec, discovered)
+def config(
+    spec: ContainerSpec, discovered: frozenset[str] = frozenset(), near: Near | None = None
+) -> dict[str, object]:
+    launch = Launch("mic-default-mam-0", "docker", IDENTITY, spec, near)
+    return container_config(launch, spec, discovered)
 
 
 def test_the_least() -> None:
@@ -113,6 +116,85 @@ def test_everything() -> None:
             ],
         },
     }
+
+
+def test_the_keys_of_containers() -> None:
+    spec = ContainerSpec(
+        "x:1",
+        limits=Limits(nofile=5),
+        networks=("shop", "more"),
+        network_aliases=("mam", "chat"),
+        ipc="host",
+        host_devices=("/dev/fuse:/dev/x:rw",),
+        cap_add=("SYS_PTRACE",),
+        cap_drop=("ALL",),
+        security_opt=("no-new-privileges=true", "systempaths=unconfined"),
+        group_add=("44",),
+        extra_hosts=("db:192.0.2.9",),
+        dns=("192.0.2.53",),
+        tmpfs=("/run:size=1m", "/tmp"),
+        ulimits=(("core", "0:-1"),),
+        read_only=True,
+        cpuset="0-3",
+        labels=(("a", "b"),),
+        hostname="api",
+        sysctls=(("net.core.somaxconn", "99"),),
+        pull="always",
+    )
+    found = config(spec)
+    plain = config(ContainerSpec("x:1"))
+    host, usual = found.pop("HostConfig"), plain.pop("HostConfig")
+    assert isinstance(host, dict) and isinstance(usual, dict)
+    assert found == plain | {
+        "Labels": {"a": "b", **LABELS},
+        "Hostname": "api",
+        "NetworkingConfig": {"EndpointsConfig": {"shop": {"Aliases": ["mam", "chat"]}}},
+    }
+    assert host == usual | {
+        "NetworkMode": "shop",
+        "IpcMode": "host",
+        "Devices": [
+            {
+                **{"PathOnHost": "/dev/fuse", "PathInContainer": "/dev/x"},
+                "CgroupPermissions": "rw",
+            }
+        ],
+        "CapAdd": ["SYS_PTRACE"],
+        "CapDrop": ["ALL"],
+        "SecurityOpt": ["no-new-privileges=true"],
+        "MaskedPaths": [],
+        "ReadonlyPaths": [],
+        "GroupAdd": ["44"],
+        "ExtraHosts": ["db:192.0.2.9"],
+        "Dns": ["192.0.2.53"],
+        "Tmpfs": {"/run": "size=1m", "/tmp": ""},
+        "Ulimits": [
+            {"Name": "nofile", "Soft": 5, "Hard": 5},
+            {"Name": "core", "Soft": 0, "Hard": -1},
+        ],
+        "ReadonlyRootfs": True,
+        "CpusetCpus": "0-3",
+        "Sysctls": {"net.core.somaxconn": "99"},
+    }
+
+
+def test_labels_of_ours_win() -> None:
+    found = config(ContainerSpec("x:1", labels=(("io.mic.scope", "other"),)))
+    assert found["Labels"] == LABELS
+
+
+def test_a_slice_is_asked_for_by_its_uuid() -> None:
+    part = "MIG-f15ae561-7b5c-5a0c-8ab1-3a1e0c2d9f10"
+    found = config(ContainerSpec("x:1", devices=(part,)), frozenset())
+    (request,) = found["HostConfig"]["DeviceRequests"]  # type: ignore[index]
+    assert request["DeviceIDs"] == [part]
+
+
+def test_it_is_confined_to_what_is_near_its_gpus() -> None:
+    spec = ContainerSpec("x:1")
+    plain = config(spec)
+    host = config(spec, near=Near((0, 1, 8), (1,)))["HostConfig"]
+    assert host == {**plain["HostConfig"], "CpusetCpus": "0,1,8", "CpusetMems": "1"}  # type: ignore[dict-item]
 
 
 def test_cdi_only_when_the_engine_knows_every_gpu() -> None:

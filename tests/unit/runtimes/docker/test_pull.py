@@ -47,9 +47,32 @@ def pulled(fake: FakeEngine, *reports: dict[str, object], config: Path | None = 
     fake.answers.setdefault("GET /images/r.example/x:1/json", refuse(404, "No such image: x:1"))
     fake.answers["POST /images/create"] = answer
     shown: list[str] = []
-    engine = Engine(fake.url, timeout=1, work_timeout=1)
-    Puller(engine, config, silence=0.3).ensure("r.example/x:1", shown.append)
+    engine = Engine(fake.url, timeout=60.0, work_timeout=60.0)
+    Puller(engine, config).ensure("r.example/x:1", shown.append)
     return shown
+
+
+def test_always_pulls_what_is_there_and_never_pulls_nothing(fake: FakeEngine) -> None:
+    def answer(handler: Handler) -> None:
+        handler.begin()
+        handler.chunk(b"")
+
+    fake.answers["GET /images/there:1/json"] = lambda handler: handler.send(
+        200, b'{"Id": "sha256:1"}'
+    )
+    fake.answers["GET /images/gone:1/json"] = refuse(404, "No such image: gone:1")
+    fake.answers["POST /images/create"] = answer
+    puller = Puller(Engine(fake.url, timeout=60.0, work_timeout=60.0), None)
+    puller.ensure("there:1", pytest.fail, "missing")
+    puller.ensure("there:1", pytest.fail, "never")
+    shown: list[str] = []
+    puller.ensure("there:1", shown.append, "always")
+    assert shown == ["pulling there:1", "pulled there:1"]
+    with pytest.raises(PreflightFailed, match="with pull: never it is not pulled") as caught:
+        puller.ensure("gone:1", pytest.fail, "never")
+    assert (
+        caught.value.hint == "bring it: docker pull gone:1, or docker load; or remove the key pull"
+    )
 
 
 def loading(layer: str, current: int, total: int, status: str = "Downloading") -> dict[str, object]:
@@ -108,7 +131,7 @@ def test_a_pull_that_gets_stuck(fake: FakeEngine) -> None:
     fake.answers["GET /images/x:1/json"] = refuse(404, "No such image: x:1")
     for answer in (stuck, hang(3)):
         fake.answers["POST /images/create"] = answer
-        puller = Puller(Engine(fake.url, timeout=1, work_timeout=1), None, silence=0.3)
+        puller = Puller(Engine(fake.url, timeout=60.0, work_timeout=60.0), None, silence=0.3)
         error = fails(lambda: puller.ensure("x:1", lambda line: None))  # noqa: B023
         assert isinstance(error, PreflightFailed)
         assert str(error) == "cannot pull x:1: nothing came for 0.3 s"
@@ -117,7 +140,7 @@ def test_a_pull_that_gets_stuck(fake: FakeEngine) -> None:
 def test_an_engine_that_dies_while_pulling(fake: FakeEngine) -> None:
     fake.answers["GET /images/x:1/json"] = refuse(404, "No such image: x:1")
     fake.answers["POST /images/create"] = half
-    puller = Puller(Engine(fake.url, timeout=1, work_timeout=1), None)
+    puller = Puller(Engine(fake.url, timeout=60.0, work_timeout=60.0), None)
     error = fails(lambda: puller.ensure("x:1", lambda line: None))
     assert isinstance(error, RuntimeUnavailable)
     assert "hung up" in str(error)
@@ -127,12 +150,12 @@ def test_lanes_that_wait_share_a_failure_too(fake: FakeEngine) -> None:
     go = threading.Event()
 
     def slow(handler: Handler) -> None:
-        go.wait(5)
+        go.wait(60)
         handler.refuse(404, "manifest for x:1 not found: manifest unknown")
 
     fake.answers["GET /images/x:1/json"] = refuse(404, "No such image: x:1")
     fake.answers["POST /images/create"] = slow
-    puller = Puller(Engine(fake.url, timeout=1, work_timeout=1), None)
+    puller = Puller(Engine(fake.url, timeout=60.0, work_timeout=60.0), None)
     errors: list[str] = []
     lanes = [
         threading.Thread(
@@ -146,7 +169,7 @@ def test_lanes_that_wait_share_a_failure_too(fake: FakeEngine) -> None:
         time.sleep(0.01)
     go.set()
     for lane in lanes:
-        lane.join(5)
+        lane.join(60)
     assert errors == ["cannot pull x:1: docker.io has no such image or tag"] * 3
     # Not all three may have come in time to wait, but who waited did not pull.
     assert fake.asked("POST /images/create") == 1
@@ -208,7 +231,9 @@ def test_the_credentials_that_are_sent(
     seen, answer = sent(fake)
     fake.answers["GET /images/r.example/x:1/json"] = refuse(404, "No such image: x:1")
     fake.answers["POST /images/create"] = answer
-    Puller(Engine(fake.url, timeout=1, work_timeout=1), tmp_path).ensure("r.example/x:1", print)
+    Puller(Engine(fake.url, timeout=60.0, work_timeout=60.0), tmp_path).ensure(
+        "r.example/x:1", print
+    )
     (found,) = seen
     assert found is not None  # with none of ours, the SDK would look for some
     assert bool(found) == bool(expected)
@@ -277,7 +302,7 @@ def test_a_helper_that_gives_nothing_is_named_where_the_registry_wants_a_login(
 
     def error(said: str) -> MicError:
         fake.answers["POST /images/create"] = refuse(500, said)
-        puller = Puller(Engine(fake.url, timeout=1, work_timeout=1), tmp_path)
+        puller = Puller(Engine(fake.url, timeout=60.0, work_timeout=60.0), tmp_path)
         return fails(lambda: puller.ensure("r.example/x:1", print))
 
     denied = error("unauthorized: authentication required")

@@ -37,6 +37,22 @@ def test_a_current_engine_is_asked_once(runtime: DockerRuntime, fake: FakeEngine
     assert fake.requests == [("1.44", "GET /containers/json")]
 
 
+def test_podman_names_itself_in_the_head_of_its_answers(
+    runtime: DockerRuntime, fake: FakeEngine
+) -> None:
+    def podman(handler: Handler) -> None:
+        handler.send_response(200)
+        for name, value in (("Libpod-API-Version", "4.3.1"), ("Content-Length", "2")):
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(b"[]")
+
+    for answer, name in ((podman, "Podman 4.3.1"), (reply([]), None), (podman, "Podman 4.3.1")):
+        fake.answers["GET /containers/json"] = answer
+        view = runtime.observe()
+        assert (view.error, view.ignores_gpus) == (None, name)
+
+
 @pytest.mark.parametrize(
     ("speaks", "refusal"),
     [
@@ -102,7 +118,6 @@ def test_a_socket_that_nobody_serves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "cause", "hint"),
     [
-        (hang(), "the engine at {path} does not answer in time", "journalctl -u docker"),
         (hang_up, "the engine at {path} hung up in the middle of the call", "journalctl -u docker"),
         (half, "the engine at {path} hung up in the middle of the call", "journalctl -u docker"),
         (
@@ -180,10 +195,19 @@ def test_an_engine_that_cannot_be_listed_is_unknown(
     assert runtime.observe().error is None
 
 
+def test_an_engine_that_hangs_is_unknown(impatient: DockerRuntime, fake: FakeEngine) -> None:
+    fake.answers["GET /containers/json"] = hang()
+    view = impatient.observe()
+    assert (
+        view.error == f"cannot list containers: the engine at {fake.path} does not answer in time"
+    )
+    assert "journalctl -u docker" in (view.hint or "")
+
+
 def test_an_engine_that_restarts_between_two_calls(tmp_path: Path) -> None:
     path = tmp_path / "d.sock"
     fake = FakeEngine(path)
-    runtime = DockerRuntime("s", "h", base_url=fake.url, docker_config=None, timeout=1)
+    runtime = DockerRuntime("s", "h", base_url=fake.url, docker_config=None, timeout=60.0)
     assert runtime.observe().error is None
     fake.close()
     path.unlink()
@@ -282,18 +306,18 @@ def test_an_image_that_tells_nothing_takes_no_container_away(
 
 
 def test_an_image_that_the_engine_does_not_tell_of_leaves_all_unknown(
-    runtime: DockerRuntime, fake: FakeEngine
+    impatient: DockerRuntime, fake: FakeEngine
 ) -> None:
     fake.answers |= {"GET /containers/json": reply([LISTED]), IMAGE: hang(1.5)}
-    view = runtime.observe()
+    view = impatient.observe()
     assert (view.workloads, view.foreign_workloads) == ((), ())
     assert (view.error or "").startswith("cannot inspect image sha256:a")
     fake.answers[IMAGE] = reply({"Config": {"Labels": None}})
-    assert [one.ref for one in runtime.observe().workloads] == ["c1"]
+    assert [one.ref for one in impatient.observe().workloads] == ["c1"]
 
 
 def test_a_copy_under_the_name_is_neither_started_nor_removed(
-    runtime: DockerRuntime, fake: FakeEngine
+    impatient: DockerRuntime, fake: FakeEngine
 ) -> None:
     fake.answers |= {
         "POST /containers/create": hang(1.5),
@@ -302,8 +326,8 @@ def test_a_copy_under_the_name_is_neither_started_nor_removed(
         "DELETE /containers/c1": lambda h: h.send(204, b""),
         IMAGE: reply(COMMITTED),
     }
-    fails(lambda: runtime.create(LAUNCH))
-    error = fails(lambda: runtime.start(LAUNCH))
+    fails(lambda: impatient.create(LAUNCH))
+    error = fails(lambda: impatient.start(LAUNCH))
     assert "its labels are those of its image" in str(error)
     assert fake.asked("DELETE /containers/c1") == fake.asked("POST /containers/c1/start") == 0
 

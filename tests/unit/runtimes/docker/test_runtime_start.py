@@ -31,28 +31,28 @@ from tests.unit.runtimes.docker.engine_fake import (
 
 
 def test_a_create_that_is_not_answered_leaves_nothing(
-    runtime: DockerRuntime, fake: FakeEngine
+    impatient: DockerRuntime, fake: FakeEngine
 ) -> None:
     fake.answers |= {
         "POST /containers/create": hang(1.5),
         "GET /containers/mic-mam/json": reply(OURS),
         "DELETE /containers/c1": lambda h: h.send(204, b""),
     }
-    error = fails(lambda: runtime.create(LAUNCH))
+    error = fails(lambda: impatient.create(LAUNCH))
     assert isinstance(error, RuntimeUnavailable)
     assert str(error).endswith("does not answer in time")
     assert fake.asked("DELETE /containers/c1") == 1
 
 
 def test_a_foreign_container_of_the_same_name_is_never_removed(
-    runtime: DockerRuntime, fake: FakeEngine
+    impatient: DockerRuntime, fake: FakeEngine
 ) -> None:
     fake.answers |= {
         "POST /containers/create": hang(1.5),
         "GET /containers/mic-mam/json": reply({**OURS, "Config": {"Labels": {}}}),
         "DELETE /containers/c1": lambda h: h.send(204, b""),
     }
-    fails(lambda: runtime.create(LAUNCH))
+    fails(lambda: impatient.create(LAUNCH))
     assert fake.asked("DELETE /containers/c1") == 0
 
 
@@ -121,10 +121,10 @@ def test_what_is_not_what_would_be_created_has_its_name(
 
 
 def test_a_name_that_does_not_get_free_is_given_up(
-    runtime: DockerRuntime, fake: FakeEngine
+    impatient: DockerRuntime, fake: FakeEngine
 ) -> None:
     conflicts(fake, *[None] * 100)
-    assert str(fails(lambda: runtime.create(LAUNCH))) == (
+    assert str(fails(lambda: impatient.create(LAUNCH))) == (
         "cannot create container mic-mam: another container had its name until just now"
     )
 
@@ -174,10 +174,10 @@ def test_a_failed_start_whose_remains_stay(runtime: DockerRuntime, fake: FakeEng
 
 
 def test_a_start_that_is_not_answered_is_unknown_and_removes_nothing(
-    runtime: DockerRuntime, fake: FakeEngine
+    impatient: DockerRuntime, fake: FakeEngine
 ) -> None:
     starts(fake, hang(1.5))
-    assert isinstance(fails(lambda: runtime.start(LAUNCH)), RuntimeUnavailable)
+    assert isinstance(fails(lambda: impatient.start(LAUNCH)), RuntimeUnavailable)
     assert fake.asked("DELETE /containers/c1") == 0
 
 
@@ -257,12 +257,12 @@ def test_answers_of_another_shape_are_not_an_engines(
 # --- Stopping ---------------------------------------------------------------------------------
 
 
-def test_what_survives_kill(runtime: DockerRuntime, fake: FakeEngine) -> None:
+def test_what_survives_kill(impatient: DockerRuntime, fake: FakeEngine) -> None:
     fake.answers |= {
         "POST /containers/c1/kill": lambda h: h.send(204, b""),
         "POST /containers/c1/wait": hang(2),  # and then hangs up, which is another error
     }
-    error = fails(lambda: runtime.stop(WORKLOAD, signal="SIGTERM", grace=0.2))
+    error = fails(lambda: impatient.stop(WORKLOAD, signal="SIGTERM", grace=0.2))
     assert isinstance(error, StopFailed)
     assert str(error) == ("cannot stop container mic-mam: it is still there 0.3 s after SIGKILL")
     assert "GPU driver" in (error.hint or "")
@@ -293,8 +293,8 @@ def test_a_removal_under_way_is_waited_for(runtime: DockerRuntime, fake: FakeEng
     assert fake.asked("DELETE /containers/c1") == 3
 
 
-def test_a_removal_that_does_not_end(runtime: DockerRuntime, fake: FakeEngine) -> None:
+def test_a_removal_that_does_not_end(impatient: DockerRuntime, fake: FakeEngine) -> None:
     fake.answers["DELETE /containers/c1"] = refuse(409, "removal is already in progress")
-    assert str(fails(lambda: runtime.remove(WORKLOAD))) == (
+    assert str(fails(lambda: impatient.remove(WORKLOAD))) == (
         "cannot remove container mic-mam: “removal is already in progress”"
     )

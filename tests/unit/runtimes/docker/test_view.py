@@ -52,6 +52,13 @@ def test_a_running_container() -> None:
     )
 
 
+def test_the_address_is_that_of_the_network_that_it_was_created_in() -> None:
+    networks = {"a": {"IPAddress": "10.0.0.2"}, "b": {"IPAddress": "10.0.1.2"}}
+    for first, address in (("a", "10.0.0.2"), ("b", "10.0.1.2"), ("gone", "10.0.0.2")):
+        found = listed(HostConfig={"NetworkMode": first}, NetworkSettings={"Networks": networks})
+        assert only(found).address == address
+
+
 @pytest.mark.parametrize(
     ("state", "status", "run_state", "exit_code", "health", "error"),
     [

@@ -34,32 +34,42 @@ EXITED = replace(WORKLOAD, state=RunState.EXITED, exit_code=0)
 
 
 class Inspections:
-    """Answers with `found`, or raises it; while `held` is clear, an inspection waits."""
+    """Answers with `found`, or raises it. One that is held is waited for in vain, and every other
+    one for as long as it takes.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.found: ObservedWorkload | Exception = CREATED
-        self.held = threading.Event()
-        self.held.set()
         self.count = 0
+        self._go = threading.Event()
+        self._patch = patch
+        self.let_go()
+
+    def hold(self) -> None:
+        self._patch.setattr(module, "INSPECT_TIMEOUT", 0.1)
+        self._go.clear()
+
+    def let_go(self) -> None:
+        self._patch.setattr(module, "INSPECT_TIMEOUT", 60.0)
+        self._go.set()
 
     def __call__(self, _: ObservedWorkload) -> ObservedWorkload:
         self.count += 1
-        self.held.wait(10)
+        self._go.wait(60)
         if isinstance(self.found, Exception):
             raise self.found
         return self.found
 
 
 @pytest.fixture
-def engine() -> Iterator[Inspections]:
-    engine = Inspections()
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Inspections]:
+    engine = Inspections(monkeypatch)
     yield engine
-    engine.held.set()
+    engine.let_go()
 
 
 @pytest.fixture
-def inactive(engine: Inspections, monkeypatch: pytest.MonkeyPatch) -> InactiveContainers:
-    monkeypatch.setattr(module, "INSPECT_TIMEOUT", 0.1)
+def inactive(engine: Inspections) -> InactiveContainers:
     return InactiveContainers(engine)
 
 
@@ -67,13 +77,13 @@ def inactive(engine: Inspections, monkeypatch: pytest.MonkeyPatch) -> InactiveCo
 def test_a_start_in_flight_counts_as_alive_until_it_has_come_to_an_end(
     inactive: InactiveContainers, engine: Inspections, listed: ObservedWorkload
 ) -> None:
-    engine.held.clear()
+    engine.hold()
     engine.found = WORKLOAD
     for _ in range(2):
         (seen,) = inactive.sure([listed])
         assert seen.state is RunState.UNKNOWN
     assert engine.count == 1  # it is not asked for again while it waits
-    engine.held.set()
+    engine.let_go()
     until(lambda: inactive.sure([listed])[0].state is RunState.RUNNING, "the end of the start")
 
 
@@ -105,10 +115,10 @@ def test_what_went_wrong_before_our_start_is_not_told_of_what_ended_after_it(
     inactive: InactiveContainers, engine: Inspections
 ) -> None:
     engine.found = replace(EXITED, error="no GPU")
-    engine.held.clear()
+    engine.hold()
     inactive.sure([EXITED])
     with inactive.starting(EXITED.ref):
-        engine.held.set()
+        engine.let_go()
     engine.found = replace(EXITED, error="it used more memory than its limit")
     assert inactive.sure([EXITED]) == (engine.found,)
 
@@ -157,7 +167,7 @@ def test_nobody_waits_for_a_start_of_our_own_and_its_end_is_looked_at(
 def test_one_that_hangs_costs_one_wait_and_hides_no_other(
     inactive: InactiveContainers, engine: Inspections
 ) -> None:
-    engine.held.clear()
+    engine.hold()
     runs = replace(WORKLOAD, ref="c2", name="other")
     resting = [replace(CREATED, ref=f"r{number}") for number in range(20)]
     seen = inactive.sure([runs, *resting])
@@ -187,8 +197,8 @@ def fake(tmp_path: Path) -> Iterator[FakeEngine]:
 
 @pytest.fixture
 def runtime(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerRuntime]:
-    monkeypatch.setattr(module, "INSPECT_TIMEOUT", 0.5)
-    made = DockerRuntime("default", "h", base_url=fake.url, docker_config=None, timeout=2.0)
+    monkeypatch.setattr(module, "INSPECT_TIMEOUT", 60.0)
+    made = DockerRuntime("default", "h", base_url=fake.url, docker_config=None, timeout=60.0)
     yield made
     made.close()
 
@@ -271,8 +281,9 @@ def test_a_stop_that_the_engine_takes_for_done_while_it_runs_has_failed(
 
 
 def test_a_look_without_an_answer_to_the_inspection(
-    runtime: DockerRuntime, fake: FakeEngine
+    runtime: DockerRuntime, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "INSPECT_TIMEOUT", 0.2)
     fake.answers["GET /containers/c1/json"] = hang(1.0)
     assert state(runtime) == [RunState.UNKNOWN]
 
@@ -326,12 +337,12 @@ def test_a_start_is_known_from_the_third_look_on_and_asked_for_again_while_it_is
 
 def test_an_inspection_that_hangs_or_fails_leaves_the_start_unknown(engine: Inspections) -> None:
     starts = StartTimes(engine)
-    engine.held.clear()
+    engine.hold()
     engine.found = RuntimeUnavailable("no engine")
     for _ in range(5):
         assert starts.added([WORKLOAD], [])[0].started_at is None
     assert engine.count == 1
-    engine.held.set()
+    engine.let_go()
     until(lambda: starts.added([WORKLOAD], []) and engine.count > 1, "another try")
 
 

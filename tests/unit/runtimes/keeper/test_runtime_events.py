@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,15 @@ from tests.unit.runtimes.keeper.test_run import leave_remains
 from tests.unit.runtimes.process_world import World, runs, sh
 
 
+def pidfds() -> int:
+    """How many processes this one has open."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since
+            found += "[pidfd]" in str(link.readlink())
+    return found
+
+
 class Listening:
     def __init__(self, world: World) -> None:
         self.names: list[str] = []
@@ -24,6 +35,10 @@ class Listening:
         self._events = world.make().events(self._stop)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def waits_for(self, count: int) -> None:
+        """Until it has looked, and waits for the end of so many."""
+        until(lambda: pidfds() == count, f"it to wait for {count}")
 
     def _run(self) -> None:
         self.names.extend(self._events)
@@ -47,7 +62,7 @@ def test_an_end_is_told_of_at_once(ended: World, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(runtime, "_POLL", 60.0)
     one, two = (ended.start(name, ("sleep", "60")) for name in ("one", "two"))
     listening = Listening(ended)
-    time.sleep(0.3)
+    listening.waits_for(2)
     assert one.pid is not None
     assert two.pid is not None
     os.kill(one.pid, signal.SIGKILL)
@@ -62,8 +77,9 @@ def test_an_end_is_told_of_at_once(ended: World, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_what_starts_later_is_watched_too(ended: World) -> None:
+    ended.start("stays", ("sleep", "60"))
     listening = Listening(ended)
-    time.sleep(0.2)
+    listening.waits_for(1)
     ended.start("quick", ("true",))
     until(lambda: listening.names == ["quick"], "the end of what was never seen to run")
     seen = ended.start("slow", sh("sleep 1.5"))
@@ -78,7 +94,7 @@ def test_what_starts_later_is_watched_too(ended: World) -> None:
 def test_the_end_of_a_keeper_is_told_of_and_so_is_that_of_its_child(world: World) -> None:
     seen = world.start("one", ("sleep", "60"))
     listening = Listening(world)
-    time.sleep(0.3)
+    listening.waits_for(1)
     world.kill_keeper("one")
     until(lambda: listening.names == ["one"], "the keeper's end")
     time.sleep(1.3)

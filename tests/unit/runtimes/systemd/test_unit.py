@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mic_supervisor.errors import PreflightFailed
-from mic_supervisor.model import Identity, Launch, Limits, ProcessSpec
+from mic_supervisor.model import Identity, Launch, Limits, Near, ProcessSpec
 from mic_supervisor.runtimes.identity import IDENTITY as VARIABLE
 from mic_supervisor.runtimes.identity import OWN_VARIABLES, identity_of, identity_variables
 from mic_supervisor.runtimes.systemd import unit as units
@@ -222,6 +222,18 @@ def test_no_secret_is_among_the_properties() -> None:
 )
 def test_what_the_specification_adds(spec: ProcessSpec, added: dict[str, Any]) -> None:
     assert properties(spec) == {**properties(), **added}
+
+
+def test_it_is_confined_to_what_is_near_its_gpus() -> None:
+    launch = replace(LAUNCH, near=Near((0, 9, 16), (1,)))
+    assert properties(launch=launch) == {
+        **properties(),
+        "AllowedCPUs": ("ay", b"\x01\x02\x01"),
+        "NUMAPolicy": ("i", 2),
+        "NUMAMask": ("ay", b"\x02"),
+    }
+    alone = properties(launch=replace(LAUNCH, near=Near((7,))))
+    assert alone == {**properties(), "AllowedCPUs": ("ay", b"\x80")}
 
 
 def test_directories_are_made_before_by_root() -> None:

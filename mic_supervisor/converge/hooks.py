@@ -1,6 +1,9 @@
-"""Tells who forwards requests which instances serve, by running the operator's hook.
+"""Runs the operator's hooks: who serves, for those who forward requests, and each change of phase.
 
-One run at a time, always with what is true when it begins: what changes meanwhile is one more run.
+`on_endpoints_change` has one run at a time, always with what is true when it begins: what changes
+meanwhile is one more run. `on_transition` has one for each change, in order, one at a time, beside
+the loop, which waits for none of them. One of those that fails is reported and not tried again: the
+next change is what matters then.
 """
 
 from __future__ import annotations
@@ -8,15 +11,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 from mic_supervisor.clocks import later
+from mic_supervisor.converge.events import Event
 from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.errors import MicError
 from mic_supervisor.host import programs
-from mic_supervisor.model import EndpointsHook
+from mic_supervisor.model import Hook
 from mic_supervisor.plan.status import InstanceStatus
 from mic_supervisor.text import quoted
 from mic_supervisor.views.endpoints import Endpoints, document, serving
@@ -24,6 +30,8 @@ from mic_supervisor.views.endpoints import Endpoints, document, serving
 _FIRST_DELAY = 5.0  # seconds before a hook that failed is run again, doubling to the last
 _LAST_DELAY = 300.0
 _OUTPUT = 2000  # bytes of its output that are quoted
+_MOST = 1000  # changes that wait for their turn
+_AT_THE_END = 5.0  # seconds for those that are left when a command has done its work
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +77,25 @@ class Publisher:
         self._host = host
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[bool] | None = None
-        self._hook: EndpointsHook | None = None
+        self._hook: Hook | None = None
         self._rows: tuple[InstanceStatus, ...] = ()
         self._withdrawn: set[str] = set()
+        self._drained = False
 
     @property
     def endpoints(self) -> Endpoints:
         """Who serves now, but for what is about to be stopped."""
-        return serving(self._rows, self._withdrawn, self.published or {})
+        gone = {row.id for row in self._rows} if self._drained else self._withdrawn
+        return serving(self._rows, gone, self.published or {})
 
-    def follow(self, hook: EndpointsHook | None, rows: tuple[InstanceStatus, ...]) -> None:
-        """What is true now, once a round. Starts a run where one is due, and waits for none."""
+    def follow(
+        self, hook: Hook | None, rows: tuple[InstanceStatus, ...], *, drained: bool = False
+    ) -> None:
+        """What is true now, once a round. Starts a run where one is due, and waits for none.
+
+        On a host that is `drained` everything is about to be stopped, or has been.
+        """
+        self._drained = drained
         if hook != self._hook:
             self._hook = hook
             self.state = replace(self.state, error=None, retry_at=None, in_a_row=0)
@@ -91,7 +107,7 @@ class Publisher:
             return
         self._task = asyncio.create_task(self._publish())
 
-    def known(self, hook: EndpointsHook | None) -> dict[str, frozenset[str]] | None:
+    def known(self, hook: Hook | None) -> dict[str, frozenset[str]] | None:
         """The instances that were published, by model. None where nobody can be waited for."""
         if hook is None or self.state.error is not None or self.published is None:
             return None
@@ -129,7 +145,7 @@ class Publisher:
                 return True
             self.state = replace(self.state, runs=self.state.runs + 1)
             try:
-                await blocking(self._pool, run, hook, document(wanted, self._host))
+                await blocking(self._pool, run, hook, document(wanted, self._host, self._rows))
             except MicError as error:
                 self._failed(error)
                 return False
@@ -154,7 +170,88 @@ class Publisher:
         self._emit(error.message, True)
 
 
-def run(hook: EndpointsHook, payload: Mapping[str, object]) -> None:
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """What the hook gets on its standard input. `at` is since the epoch, `seconds` how long the
+    phase before took; None: it is not known. `dropped` counts the changes before this one that the
+    hook was too slow for.
+    """
+
+    version: Literal[1]
+    host: str
+    at: float
+    instance: str
+    model: str
+    gpus: tuple[str, ...]  # UUIDs
+    phase: str | None
+    was: str | None
+    seconds: float | None
+    reason: str | None
+    dropped: int = 0
+
+
+class Transitions:
+    """For the event loop's thread. `hook` is the one of the file; None: there is none.
+
+    `emit` gets a sentence for the log and whether it is a failure.
+    """
+
+    def __init__(self, pool: Executor, emit: Callable[[str, bool], None], host: str) -> None:
+        self.hook: Hook | None = None
+        self._pool = pool
+        self._emit = emit
+        self._host = host
+        self._waiting: deque[Transition] = deque()
+        self._dropped = 0  # since the last run
+        self._failed = ""  # how the last run did
+        self._task: asyncio.Task[None] | None = None
+
+    def listen(self, event: Event) -> None:
+        """Have the hook told, if this is a change of phase. When too many wait, the oldest goes."""
+        if self.hook is None or event.kind != "phase":
+            return
+        if len(self._waiting) == _MOST:
+            self._waiting.popleft()
+            self._dropped += 1
+        about = (event.instance, event.model, event.gpus, event.phase, event.was, event.seconds)
+        self._waiting.append(Transition(1, self._host, event.at, *about, event.text or None))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+
+    async def finish(self) -> None:
+        """Let it be told of what waits, for a few seconds; say what it then was not."""
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=_AT_THE_END)
+        self.end()
+
+    def end(self) -> None:
+        """A run that is under way goes on. What waits is not told to anybody any more."""
+        if self._waiting:
+            self._emit(f"on_transition was not told of the last {len(self._waiting)} changes", True)
+        self._waiting.clear()
+
+    async def _run(self) -> None:
+        while self._waiting:
+            change, dropped = self._waiting.popleft(), self._dropped
+            self._dropped = 0
+            if self.hook is None:
+                continue  # the file has none any more
+            if dropped:
+                self._emit(f"on_transition is too slow: it was not told of {dropped} changes", True)
+            document = asdict(replace(change, dropped=dropped))
+            try:
+                await blocking(self._pool, run, self.hook, document)
+            except MicError as error:
+                if error.message != self._failed:
+                    self._emit(error.message, True)
+                self._failed = error.message
+            else:
+                if self._failed:
+                    self._emit("on_transition works again", False)
+                self._failed = ""
+
+
+def run(hook: Hook, payload: Mapping[str, object]) -> None:
     """Run the hook to its end, with a JSON document on its standard input. Raises MicError.
 
     It gets PATH, HOME, LANG and the supervisor's own MIC_ variables, so that
@@ -171,7 +268,7 @@ def run(hook: EndpointsHook, payload: Mapping[str, object]) -> None:
         )
     except OSError as error:
         raise MicError(
-            f"cannot run on_endpoints_change, {program}: {error.strerror}",
+            f"cannot run {hook.name}, {program}: {error.strerror}",
             hint="it must be there, and executable, for the supervisor's user",
         ) from error
     if done.code is None:
@@ -184,4 +281,4 @@ def run(hook: EndpointsHook, payload: Mapping[str, object]) -> None:
         return
     lines = done.output.decode(errors="replace").strip().splitlines()
     said = f": {quoted(lines[-1], 300)}" if lines else ""
-    raise MicError(f"on_endpoints_change, {program}, {how}{said}")
+    raise MicError(f"{hook.name}, {program}, {how}{said}")
