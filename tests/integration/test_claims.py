@@ -292,6 +292,7 @@ def test_a_missing_entry_waits_for_a_word(world: World) -> None:
     world.mic.run(http=False)
     holder = world.claim("p", "--holder", "h")
     world.ready(holder)
+    world.converged("c-a0000001", "p-a0000000")
     before = world.marks()
     world.write({1: "c"})
     until(lambda: "waits to be confirmed" in str(world.status()["warnings"]), "a warning")
