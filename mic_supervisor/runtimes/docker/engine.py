@@ -120,8 +120,7 @@ class Engine:
             except ERRORS as error:
                 if not other_version(error):
                     raise
-            self.close()
-            self._version = "auto"
+            self._forget_version()
             return ask(self._client(bounds))
         except ERRORS as error:
             raise explain(what, error, self.address) from error
@@ -154,6 +153,15 @@ class Engine:
             clients, self._clients = self._clients, {}
         for client in clients.values():
             client.close()
+
+    def _forget_version(self) -> None:
+        """Make new clients, which ask the engine for its own version.
+
+        The old ones are not closed: other lanes are in the middle of a call with them. They keep no
+        connection.
+        """
+        with self._lock:
+            self._version, self._clients = "auto", {}
 
     def _note_podman(self, answer: Response, **_: object) -> None:
         """Podman names itself in the head of every answer. Asked for its version it runs programs,

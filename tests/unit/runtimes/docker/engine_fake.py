@@ -93,6 +93,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
+    request_queue_size = 64  # calls that come at once; an engine has 4,096
     fake: FakeEngine
 
     def get_request(self) -> Any:

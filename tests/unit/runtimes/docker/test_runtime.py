@@ -6,9 +6,11 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from docker.transport import UnixHTTPAdapter
 
 from mic_supervisor.errors import RuntimeUnavailable
 from mic_supervisor.runtimes.docker.create import labels
@@ -76,6 +78,27 @@ def test_an_engine_that_does_not_speak_ours_is_asked_for_its_version_once(
         (speaks, "GET /containers/json"),
         (speaks, "GET /containers/json"),
     ]
+
+
+def test_a_lane_that_finds_the_version_leaves_the_calls_of_others_alone(
+    runtime: DockerRuntime, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.speaks = "1.41"
+    first, found = threading.Event(), threading.Event()
+
+    def wait(*_: object, **__: object) -> None:
+        """Is called with a connection in hand, on which nothing was sent yet."""
+        if not first.is_set():
+            first.set()
+            assert found.wait(60)
+
+    monkeypatch.setattr(UnixHTTPAdapter, "add_headers", wait)
+    with ThreadPoolExecutor(1) as lane:
+        late = lane.submit(runtime.observe)
+        assert first.wait(60)
+        assert runtime.observe().error is None
+        found.set()
+        assert late.result(60).error is None
 
 
 def test_an_engine_replaced_by_another_version(runtime: DockerRuntime, fake: FakeEngine) -> None:
