@@ -180,7 +180,7 @@ def test_it_outlives_the_daemon_and_is_seen_everywhere(mic: Mic) -> None:
 
 
 def test_who_drains_learns_that_somebody_undrained_it_meanwhile(mic: Mic) -> None:
-    stubborn = f"{{backend: process, command: [/bin/sh, {mic.home}/stubborn], stop_timeout: 4s}}"
+    stubborn = f"{{backend: process, command: [/bin/sh, {mic.home}/stubborn], stop_timeout: 10s}}"
     (mic.home / "stubborn").write_text("trap '' TERM\nwhile :; do sleep 0.2; done\n")
     mic.env["MIC_DOCKER_HOST"] = "none"
     mic.config.write_text(f"version: 1\nmodels: {{a: {stubborn}}}\ngpus: {{0: a}}\n")

@@ -50,7 +50,7 @@ def test_it_is_run_before_anything_is_stopped_and_once(job: World) -> None:
     fetch = script(
         job,
         f"docker ps -q --no-trunc --filter id={before.id} >> {ran(job)}",
-        "printf '\\r 10 %%'; sleep 1; printf '\\r 99 %%\\n'; sleep 1",
+        "printf '\\r 10 %%'; sleep 3; printf '\\r 99 %%\\n'; sleep 1",
         f"mkdir -p {weights}; echo $TOKEN > {weights}/model; echo done",
     )
     mount = f"mounts: [{{source: {weights}, target: /weights, read_only: true}}]"

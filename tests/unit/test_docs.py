@@ -380,7 +380,7 @@ def test_every_file_that_is_kept_is_named_with_its_mode(mic: Mic) -> None:
     mic.write(
         """
         version: 1
-        models: {nap: {backend: process, command: [/bin/sleep, "60"]}}
+        models: {nap: {backend: process, command: [/bin/sleep, "100000"]}}
         gpus: {0: nap}
         """
     )
