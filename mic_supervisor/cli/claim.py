@@ -16,7 +16,7 @@ import click
 
 from mic_supervisor.cli.common import Whole, completes
 from mic_supervisor.cli.ready_file import ReadyFile, check, ready_file
-from mic_supervisor.cli.session import daemon
+from mic_supervisor.cli.session import daemon, daemon_socket
 from mic_supervisor.config.names import composed, shown_id
 from mic_supervisor.errors import DaemonGone, MicError, Unserviceable
 
@@ -103,7 +103,7 @@ class Holder:
             client = None
         if client is None and not self._said_gone:
             self._said_gone = True
-            self._say("cannot reach the daemon; trying again every second")
+            self._say(f"no daemon answers at {daemon_socket()}; trying again every second")
         return client
 
     def _asked(self, client: Client) -> bool:

@@ -193,8 +193,13 @@ async def _call(
 
 def daemon() -> Client | None:
     """One request to the daemon; None: none runs."""
+    return Client.connect(daemon_socket(), setting("MIC_SCOPE", DEFAULT_SCOPE, os.environ))
+
+
+def daemon_socket() -> Path:
+    """Where the daemon of this scope listens, if it runs."""
     scope = setting("MIC_SCOPE", DEFAULT_SCOPE, os.environ)
-    return Client.connect(Path(setting("MIC_SOCKET", socket_of(scope), os.environ)), scope)
+    return Path(setting("MIC_SOCKET", socket_of(scope), os.environ))
 
 
 def ask(method: str, params: Mapping[str, Any] | None = None) -> Any:

@@ -77,7 +77,7 @@ def standing(
             lacks = f"the file to hand over {claim.size} at a time, or a word on it: {CONFIRM}"
             return Standing("waiting", None, lacks)
         at, count = turn(claims, claim)
-        return Standing("waiting", None, f"its turn: number {at} of {count} that wait for a GPU")
+        return Standing("waiting", None, f"a GPU: it is number {at} of {count} in the queue")
     if claim.vanished_at is not None:
         return Standing("vanished", phase, reason)
     ready = row is not None and row.phase in _UP

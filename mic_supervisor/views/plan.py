@@ -165,7 +165,7 @@ def to_text(
         lines += [""] if lines else []
         lines += [f"warning: {text}" for text in plan.warnings]
     lines += [""] if lines else []
-    lines += [f"Profile {profile} is on."] if profile is not None else []
+    lines += [f"Profile: {profile}"] if profile is not None else []
     lines.append(summary(plan))
     return with_shown_ids("\n".join(lines) + "\n", models)
 

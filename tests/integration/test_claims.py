@@ -259,7 +259,7 @@ def test_a_supervisor_that_is_killed_again_and_again_touches_nothing(world: Worl
     for holder in holders:
         lines = holder.text().splitlines()
         came = next(n for n, line in enumerate(lines) if line.endswith(("ready", "healthy")))
-        away = "cannot reach the daemon; trying again every second"
+        away = f"no daemon answers at {world.mic.socket}; trying again every second"
         rest = [one for one in lines[came:] if not one.endswith(("ready", "healthy", away))]
         assert rest == [], "a restart made it look as if it was not ready"
     assert [holder.stop() for holder in holders] == [0, 0]

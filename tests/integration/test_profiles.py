@@ -68,13 +68,13 @@ def test_a_switch_edits_one_line_shows_the_plan_and_carries_it_out(machine: Mic)
     assert machine.config.read_text() == with_profile("night")
     assert done.startswith(shown)
     assert f"{machine.config}: the profile is night now, was none." in done
-    for text in ("- remove   chat-51000000", "+ create   batch-51000000x2", "Profile night is on."):
+    for text in ("- remove   chat-51000000", "+ create   batch-51000000x2", "Profile: night"):
         assert text in shown
     assert models(machine) == {"0,1": "batch", "2": "chat", "3": "batch"}
     assert rows(machine)["2"]["pid"] == day["2"]["pid"]  # no profile names it
     assert machine.status()["config"]["profile"] == "night"
     assert machine("plan", "--json", rc=0).json()["profile"] == "night"
-    assert machine("plan", rc=0).stdout == "Profile night is on.\nNo changes.\n"
+    assert machine("plan", rc=0).stdout == "Profile: night\nNo changes.\n"
     assert "Profile night is on." in machine("status", rc=0).stderr
     assert machine("switch", rc=0).stdout == "  none\n* night\n"
 

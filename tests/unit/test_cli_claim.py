@@ -138,7 +138,7 @@ def test_it_says_how_it_goes_and_the_file_is_there_while_it_is_ready(
         "task 3",
     )
     assert "instance" not in params
-    desk.tell("waiting", "waits for its turn: number 1 of 2 that wait for a GPU", has=False)
+    desk.tell("waiting", "waits for a GPU: it is number 1 of 2 in the queue", has=False)
     desk.tell("starting", "starting: GET /health: nothing listens")
     assert "READY=1" not in heard(systemd, "STATUS=starting: GET /health: nothing listens")
     assert not path.exists()
@@ -165,7 +165,7 @@ def test_it_says_how_it_goes_and_the_file_is_there_while_it_is_ready(
     assert desk.asked[-1][0] == "release" and len(desk.tokens()) == 1
     assert not path.exists() and not path.with_name("ready.json.lock").exists()
     assert lines(holder) == [
-        "-        MAM: waits for its turn: number 1 of 2 that wait for a GPU",
+        "-        MAM: waits for a GPU: it is number 1 of 2 in the queue",
         "GPU 1    MAM-1: starting: GET /health: nothing listens",
         "GPU 1    MAM-1: ready",
         "GPU 1    MAM-1: degraded: GET /health answers 503",
@@ -192,7 +192,7 @@ def test_while_the_daemon_is_away_it_tries_again_and_says_what_it_had(
     desk.stop()
     path = tmp_path / "ready.json"
     holder = mic.start("claim", "MAM", "--ready-file", path)
-    away = "-        MAM: cannot reach the daemon; trying again every second"
+    away = f"-        MAM: no daemon answers at {mic.socket}; trying again every second"
     until(lambda: lines(holder) == [away], "the holder to say so")
     desk.start()
     until(lambda: desk.asked, "the holder")
@@ -216,7 +216,7 @@ def test_while_the_daemon_is_away_it_tries_again_and_says_what_it_had(
 
 def test_who_has_nothing_and_no_daemon_ends_at_once(mic: Mic) -> None:
     holder = mic.start("claim", "MAM")
-    until(lambda: "cannot reach the daemon" in holder.text(), "the holder to say so")
+    until(lambda: "no daemon answers at" in holder.text(), "the holder to say so")
     assert holder.stop() == 0
 
 

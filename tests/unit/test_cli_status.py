@@ -27,8 +27,12 @@ def claim(**values: Any) -> dict[str, Any]:
         ({"holder": "task 3"}, "MAM-51000000: claimed by alice (task 3), ready"),
         ({"by": "", "state": "vanished"}, "MAM-51000000: claimed, vanished"),
         (
-            {"instance": None, "state": "waiting", "reason": "its turn: number 1 of 2"},
-            "MAM: claimed by alice, waits for its turn: number 1 of 2",
+            {
+                "instance": None,
+                "state": "waiting",
+                "reason": "a GPU: it is number 1 of 2 in the queue",
+            },
+            "MAM: claimed by alice, waits for a GPU: it is number 1 of 2 in the queue",
         ),
     ],
 )

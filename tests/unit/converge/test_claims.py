@@ -113,7 +113,7 @@ def test_a_holder_hears_how_it_goes_until_nothing_is_left(tmp_path: Path) -> Non
             await rig.states(first, are="ready")
             second = rig.holder("2", "b")
             await rig.states(second, are="waiting")
-            assert second.said[0].text == "waits for its turn: number 1 of 1 that wait for a GPU"
+            assert second.said[0].text == "waits for a GPU: it is number 1 of 1 in the queue"
             assert second.said[0].gpus == ()
             assert first.said[0].phase in ("starting", "ready")
             assert rig.engine.running() == ["a-aaaaaaaa"]

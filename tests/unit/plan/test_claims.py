@@ -240,7 +240,7 @@ def test_what_one_waits_for_is_said() -> None:
         claim = replace(CLAIM, gpus=None, instance=None, size=size)
         return standing((claim,), claim, {}, file(claim, **values)).reason
 
-    assert why(1, config_hash="x") == "its turn: number 1 of 1 that wait for a GPU"
+    assert why(1, config_hash="x") == "a GPU: it is number 1 of 1 in the queue"
     assert why(1) == "a valid file: none was accepted yet"
     assert why(2, config_hash="x") == (
         "the file to hand over 2 at a time, or a word on it: confirm with `mic-supervisor "

@@ -36,7 +36,7 @@ def test_a_row_for_each_claim_those_with_gpus_first() -> None:
     }
     assert (qwen["state"], qwen["since"], qwen["until"]) == ("vanished", NOW - 20, NOW + 100)
     assert (whisper["gpus"], whisper["instance"], whisper["since"]) == ([], None, NOW - 60)
-    turn = "its turn: number 1 of 1 that wait for a GPU"
+    turn = "a GPU: it is number 1 of 1 in the queue"
     assert (whisper["state"], whisper["reason"]) == ("waiting", turn)
 
 
