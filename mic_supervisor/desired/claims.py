@@ -181,35 +181,33 @@ def _on_its_entry(claim: Claim, ground: Ground) -> Claim:
 
 
 def _found(claims: Claims, ground: Ground, *, ended: bool) -> list[Claim]:
-    """What runs for claims that nobody knows of: the supervisor has just come."""
+    """What runs for claims that nobody knows of: the supervisor has just come.
+
+    It is where the file hands GPUs over, or where the file lacks them and nobody confirmed that.
+    """
     had = {uuid for claim in claims for uuid in claim.gpus or ()}
+    there = [one for one in ground.running or () if one.origin == ORIGIN and (one.alive or ended)]
     found = []
-    for entry in ground.entries:
-        there = sorted(
-            (one for one in ground.running or () if _is_of_a_claim(one, entry, ended=ended)),
-            key=lambda one: (not one.alive, one.instance),
-        )
-        if there and had.isdisjoint(entry.gpus):
-            one = there[0]
-            found.append(
-                Claim(
-                    token=f"of {one.instance}",
-                    model=one.model,
-                    size=entry.size,
-                    asked_at=ground.now,
-                    gpus=entry.gpus,
-                    instance=_instance(one.model, entry),
-                    got_at=ground.now,
-                    vanished_at=ground.now,
-                    found=True,
-                )
+    for one in sorted(there, key=lambda one: (not one.alive, one.instance)):
+        entry = _entry_of(one.gpus, ground)
+        lacks = not ground.confirmed and {*one.gpus}.isdisjoint(ground.named)
+        if not one.gpus or not had.isdisjoint(one.gpus) or (entry is None and not lacks):
+            continue
+        had |= {*one.gpus}
+        found.append(
+            Claim(
+                token=f"of {one.instance}",
+                model=one.model,
+                size=len(one.gpus),
+                asked_at=ground.now,
+                gpus=one.gpus if entry is None else entry.gpus,
+                instance=one.instance if entry is None else _instance(one.model, entry),
+                got_at=ground.now,
+                vanished_at=ground.now,
+                found=True,
             )
+        )
     return found
-
-
-def _is_of_a_claim(one: Running, entry: FleetEntry, *, ended: bool) -> bool:
-    same = bool(one.gpus) and {*one.gpus} == {*entry.gpus}
-    return same and one.origin == ORIGIN and (one.alive or ended)
 
 
 def _given(claims: Claims, ground: Ground) -> Claims:

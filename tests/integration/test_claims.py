@@ -297,6 +297,10 @@ def test_a_missing_entry_waits_for_a_word(world: World) -> None:
     world.write({1: "c"})
     until(lambda: "waits to be confirmed" in str(world.status()["warnings"]), "a warning")
     assert (world.marks(), world.states()) == (before, {"h": "ready"})
+    world.kill_daemon()
+    world.mic.run(http=False)
+    until(lambda: world.states() == {"h": "ready"}, "the claim to be held again")
+    assert world.marks() == before
     world.mic("reload", "--wait", rc=0)
     assert "the file hands no GPU over" in error_of(holder, 78)
     until(lambda: len(world.marks()) == 1, "it to be stopped")

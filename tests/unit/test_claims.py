@@ -147,7 +147,18 @@ def test_what_runs_for_a_claim_is_found_by_a_supervisor_that_has_just_come() -> 
     assert had(found) == {"of a-0": "0", "of a-3x2": "34"}
     assert {(one.found, one.vanished_at) for one in found} == {(True, 100.0)}
     everything = follow((), ground("0", "1", "2", "34", running=running), ended=True)
-    assert [*had(everything)] == ["of a-0", "of a-1", "of a-3x2"]
+    assert had(everything) == {"of a-0": "0", "of a-1": "1", "of a-3x2": "34"}
+
+
+def test_what_the_file_merely_lacks_is_found_too_until_a_word() -> None:
+    """Else its holder would get a second instance."""
+    look = ground("1", running=(runs("0"), runs("2", alive=False), runs("34")), confirmed=False)
+    assert had(follow((), look)) == {"of a-0": "0", "of a-3x2": "34"}
+    there = follow((claim("x", instance="a-0"),), look)
+    assert had(there) == {"of a-3x2": "34", "x": "0"}
+    assert had(follow((), replace(look, named={"GPU-1", "GPU-4"}))) == {"of a-0": "0"}
+    assert had(follow((), replace(look, confirmed=True))) == {}
+    assert had(follow(there, replace(look, confirmed=True, running=())))["x"] == "1"
 
 
 def test_after_a_restart_each_gets_back_what_it_had_whoever_comes_first() -> None:
