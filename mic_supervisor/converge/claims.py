@@ -23,6 +23,7 @@ from mic_supervisor.converge.snapshot import Snapshot
 from mic_supervisor.converge.tasks import blocking
 from mic_supervisor.desired import FileDesired
 from mic_supervisor.desired.claims import (
+    ORIGIN,
     RECONNECT,
     Claims,
     Ground,
@@ -197,13 +198,15 @@ class ClaimDesk:
         `paused` are GPUs. It compiles in `pool`, where nothing waits for what somebody asks on the
         socket.
         """
-        if state.down or not state.config_hash or not (state.fleet or self.claims):
+        running = _running(views)
+        concerned = state.fleet or self.claims or any(one.origin == ORIGIN for one in running or ())
+        if state.down or not state.config_hash or not concerned:
             return state
         ground = Ground(
             entries=state.fleet,
             models=state.claimable,
             named=_named(state),
-            running=_running(views),
+            running=running,
             now=self._clock.steady(),
             grace=float("inf") if self._grace is None else self._grace,
             confirmed=confirmed,

@@ -191,6 +191,32 @@ def test_after_a_restart_a_holder_gets_what_it_had(tmp_path: Path) -> None:
     run(body)
 
 
+def test_after_a_restart_what_the_file_merely_lacks_is_found_before_its_holder_comes(
+    tmp_path: Path,
+) -> None:
+    """Else it would be nobody's for a while: `starting` again, and no longer served."""
+
+    async def body() -> None:
+        async with world(tmp_path, "{0: fleet}") as rig:
+            first = rig.holder("1")
+            await rig.states(first, are="ready")
+            calls = [*rig.engine.calls]
+            rig.converger.removal_confirmed = lambda _hash: False
+            rig.says("{1: none}")
+            rig.restarts()
+            await rig.until(lambda: [one.found for one in rig.desk.claims] == [True])
+            again = rig.holder("1", instance=first.instance)
+            await rig.states(again, are="ready")
+            assert (again.instance, rig.engine.calls) == (first.instance, calls)
+            rig.converger.removal_confirmed = lambda _hash: True
+            rig.converger.wake()
+            with pytest.raises(Unserviceable, match="the file hands no GPU over"):
+                await asyncio.wait_for(again.task, 10)
+            await rig.until(lambda: not rig.engine.boxes)
+
+    run(body)
+
+
 def test_a_release_of_what_nobody_has_is_done(tmp_path: Path) -> None:
     async def body() -> None:
         async with world(tmp_path, "{0: fleet}") as rig:
