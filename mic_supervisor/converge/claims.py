@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mic_supervisor.clocks import Clock
-from mic_supervisor.config.document import FLEET
+from mic_supervisor.config.document import FLEET, Config
 from mic_supervisor.config.names import composed
 from mic_supervisor.converge.events import Event, Events
 from mic_supervisor.converge.params import read
@@ -160,11 +160,12 @@ class ClaimDesk:
 
     def _refusal(self, claim: Claim) -> Ending | None:
         """Why nobody can ever have this; None: it can be had, or is had already."""
-        config = self._desired.config
+        config, waiting = self._desired.config, self._desired.waiting
         if not config.hash or claim.instance is not None or self._of(claim.token) is not None:
             return None
-        sizes = [len(entry.keys) for entry in config.entries if entry.fleet]
-        return refusal(claim.model, claim.size, config.models, config.claimable, sizes)
+        if waiting is not None and _refused(claim, waiting) is None:
+            return None
+        return _refused(claim, config)
 
     async def _release(self, claim: Claim) -> None:
         """Returns when nothing is left of what it had. One that nobody knows has nothing."""
@@ -207,6 +208,8 @@ class ClaimDesk:
             models=state.claimable,
             named=_named(state),
             running=running,
+            coming=() if state.waiting is None else state.waiting.fleet,
+            coming_models=() if state.waiting is None else state.waiting.claimable,
             now=self._clock.steady(),
             grace=float("inf") if self._grace is None else self._grace,
             confirmed=confirmed,
@@ -292,6 +295,12 @@ class ClaimDesk:
     def _event(self, kind: Any, claim: Claim, text: str, **more: Any) -> Event:
         about = claim.instance or claim.model, text, claim.model, claim.gpus or ()
         return Event(kind, self._clock.wall(), *about, **more)
+
+
+def _refused(claim: Claim, config: Config) -> Ending | None:
+    """Why that file never gives this; None: it does."""
+    sizes = [len(entry.keys) for entry in config.entries if entry.fleet]
+    return refusal(claim.model, claim.size, config.models, config.claimable, sizes)
 
 
 def _is_unasked(item: Assessment) -> bool:

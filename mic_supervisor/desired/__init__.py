@@ -147,6 +147,10 @@ class FileDesired:
     def config(self) -> Config:
         return self._used.config
 
+    @property
+    def waiting(self) -> Config | None:
+        return self._used.waiting
+
     def use(self, config: Config, waiting: Config | None = None) -> None:
         self._used = _Used(config, waiting)
 

@@ -54,7 +54,8 @@ class Ground:
 
     `models` may be claimed. `named` are the UUIDs that the file says anything of. `confirmed`: what
     the file no longer names may be taken back. `running` None: it cannot be read. Something speaks
-    against GPUs that are `avoided`. `now` is steady, `grace` seconds.
+    against GPUs that are `avoided`. `now` is steady, `grace` seconds. A file that waits for a word
+    has `coming` entries, and `coming_models` that may be claimed then.
     """
 
     entries: tuple[FleetEntry, ...]
@@ -65,6 +66,8 @@ class Ground:
     grace: float
     confirmed: bool = True
     avoided: Collection[str] = ()
+    coming: tuple[FleetEntry, ...] = ()
+    coming_models: Collection[str] = ()
 
 
 # --- what holders do --------------------------------------------------------------------------
@@ -177,7 +180,15 @@ def _on_its_entry(claim: Claim, ground: Ground) -> Claim:
     if claim.gpus is not None:
         sizes.append(claim.size)
     why = refusal(claim.model, claim.size, ground.models, ground.models, sizes)
-    return claim if why is None else replace(claim, ending=why)
+    if why is None or _may_come(claim, ground):
+        return claim
+    return replace(claim, ending=why)
+
+
+def _may_come(claim: Claim, ground: Ground) -> bool:
+    """Whether it waits for what a file gives that waits itself."""
+    fits = any(entry.size == claim.size for entry in ground.coming)
+    return claim.gpus is None and fits and claim.model in ground.coming_models
 
 
 def _found(claims: Claims, ground: Ground, *, ended: bool) -> list[Claim]:
@@ -228,6 +239,8 @@ def _given(claims: Claims, ground: Ground) -> Claims:
         if left:
             first = min(left, key=lambda one: (one.vanished_at, one.token))
             claims = _taken_over(claims, claim, first)
+        elif claim.model not in ground.models:
+            continue  # a word on the file may bring it
         elif (entry := _free(claims, claim.size, ground)) is not None:
             instance = _instance(claim.model, entry)
             given = replace(claim, gpus=entry.gpus, instance=instance, got_at=ground.now)

@@ -73,6 +73,9 @@ def standing(
     if claim.gpus is None:
         if not desired.config_hash:
             return Standing("waiting", None, "a valid file: none was accepted yet")
+        if claim.model not in desired.claimable:
+            lacks = f"the file to describe {claim.model}, or a word on it: {CONFIRM}"
+            return Standing("waiting", None, lacks)
         if not any(entry.size == claim.size for entry in desired.fleet):
             lacks = f"the file to hand over {claim.size} at a time, or a word on it: {CONFIRM}"
             return Standing("waiting", None, lacks)

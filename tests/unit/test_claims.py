@@ -210,6 +210,18 @@ def test_what_the_file_merely_lacks_waits_for_a_word() -> None:
     assert is_over(found)
 
 
+def test_what_a_file_brings_that_waits_for_a_word_is_waited_for() -> None:
+    waiting = (claim("x"), claim("y", "b"), claim("z", "b", size=2))
+    now = ground("0", models={"a"}, coming=fleet("0", "1"), coming_models={"b"})
+    found = follow(waiting, now)
+    assert had(found) == {"x": "0", "y": None, "z": None}
+    assert [one.token for one in found if one.ending is not None] == ["z"]
+    assert had(follow(waiting[1:2], ground("0", "1", models={"b"}))) == {"y": "0"}
+    # What runs is not kept for a file that nobody has confirmed.
+    (over,) = follow(held("x"), ground("0", models=(), coming=fleet("0"), coming_models={"a"}))
+    assert over.ending is not None
+
+
 def test_what_the_file_says_of_one_gpu_of_a_group_takes_the_group_back() -> None:
     """Else a model of the file and the claim's would both be desired on that GPU."""
     there = claim("x", size=2, gpus=("GPU-0", "GPU-1"), instance="a-0x2", got_at=20.0)

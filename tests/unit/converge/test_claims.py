@@ -217,6 +217,25 @@ def test_after_a_restart_what_the_file_merely_lacks_is_found_before_its_holder_c
     run(body)
 
 
+def test_what_a_file_hands_over_that_waits_for_a_word_is_waited_for(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, "{0: none}") as rig:
+            before = rig.desired.config
+            rig.says("{0: fleet}")
+            after = rig.desired.config
+            rig.desired.use(before, after)
+            holder = rig.holder("1")
+            await rig.states(holder, are="waiting")
+            assert holder.said[-1].text.startswith("waits for the file to hand over 1 at a time, ")
+            with pytest.raises(Unserviceable, match="the file has no model c"):
+                await asyncio.wait_for(rig.holder("2", "c").task, 10)
+            rig.desired.use(after)
+            rig.converger.wake()
+            await rig.states(holder, are="ready")
+
+    run(body)
+
+
 def test_a_release_of_what_nobody_has_is_done(tmp_path: Path) -> None:
     async def body() -> None:
         async with world(tmp_path, "{0: fleet}") as rig:

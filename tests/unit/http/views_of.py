@@ -218,6 +218,7 @@ def claimed() -> Published:
         qwen,
         kept_empty=(b.uuid(2), b.uuid(3)),
         fleet=entries,
+        claimable=frozenset({"MAM", "qwen", "whisper"}),
         claims=claims,
         claim_grace=120,
         config_hash="f00d",

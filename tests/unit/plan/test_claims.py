@@ -34,7 +34,9 @@ GIB = 1 << 30
 def file(claim: Claim, **values: Any) -> DesiredState:
     """What is desired where one GPU is handed over and the claim has it, or had."""
     held = claim.gpus is not None and claim.ending is None
-    given = {"fleet": (ENTRY,), "claims": (claim,), "claim_grace": 120.0, **values}
+    models = frozenset({claim.model})
+    given = {"fleet": (ENTRY,), "claims": (claim,), "claim_grace": 120.0, "claimable": models}
+    given |= values
     if not held:
         given.setdefault("kept_empty", MAM.gpus)
     return b.desired(*([MAM] if held else []), **given)
@@ -242,10 +244,9 @@ def test_what_one_waits_for_is_said() -> None:
 
     assert why(1, config_hash="x") == "a GPU: it is number 1 of 1 in the queue"
     assert why(1) == "a valid file: none was accepted yet"
-    assert why(2, config_hash="x") == (
-        "the file to hand over 2 at a time, or a word on it: confirm with `mic-supervisor "
-        "apply` or `mic-supervisor reload`"
-    )
+    word = "or a word on it: confirm with `mic-supervisor apply` or `mic-supervisor reload`"
+    assert why(2, config_hash="x") == f"the file to hand over 2 at a time, {word}"
+    assert why(1, config_hash="x", claimable=frozenset()) == f"the file to describe MAM, {word}"
 
 
 def _hash() -> str:
