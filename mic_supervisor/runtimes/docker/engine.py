@@ -25,6 +25,7 @@ from docker.errors import (
     StreamParseError,
     create_api_error_from_http_exception,
 )
+from docker.transport import UnixHTTPAdapter
 from docker.utils import version_lt
 from requests import PreparedRequest, Response
 
@@ -69,6 +70,15 @@ class Client(APIClient):
             except requests.HTTPError as error:
                 create_api_error_from_http_exception(error)
         return answer
+
+
+class _OnePool(UnixHTTPAdapter):
+    """The SDK's has a pool for each URL, and closes the one that was used longest ago although
+    another lane may be using it.
+    """
+
+    def get_connection(self, _url: Any, proxies: Any = None) -> Any:
+        return super().get_connection("http+docker://localhost", proxies)
 
 
 class Engine:
@@ -208,6 +218,9 @@ class Engine:
                 f"{client.api_version}, and GPUs need API {OLDEST_VERSION} or later",
                 hint="upgrade it to Docker Engine 20.10 or later",
             )
+        if self.local:
+            only = _OnePool(f"http+unix://{self.address}", max_pool_size=_CONNECTIONS)
+            client.mount("http+docker://", only)
         client.silence = silence
         client.hooks["response"].append(self._note_podman)
         # An engine that is told to stop takes no new connections, ends its containers, and goes on

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from docker.transport import UnixHTTPAdapter
 
-from mic_supervisor.errors import RuntimeUnavailable
+from mic_supervisor.errors import RuntimeUnavailable, WorkloadGone
+from mic_supervisor.model import RuntimeView
 from mic_supervisor.runtimes.docker.create import labels
 from mic_supervisor.runtimes.docker.runtime import DockerRuntime
 from tests.unit.runtimes.docker.engine_fake import (
@@ -80,25 +83,46 @@ def test_an_engine_that_does_not_speak_ours_is_asked_for_its_version_once(
     ]
 
 
-def test_a_lane_that_finds_the_version_leaves_the_calls_of_others_alone(
-    runtime: DockerRuntime, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake.speaks = "1.41"
-    first, found = threading.Event(), threading.Event()
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Has one lane look, with the others' work between its connection and its first byte."""
+    first, over = threading.Event(), threading.Event()
 
     def wait(*_: object, **__: object) -> None:
         """Is called with a connection in hand, on which nothing was sent yet."""
         if not first.is_set():
             first.set()
-            assert found.wait(60)
+            assert over.wait(60)
 
-    monkeypatch.setattr(UnixHTTPAdapter, "add_headers", wait)
-    with ThreadPoolExecutor(1) as lane:
-        late = lane.submit(runtime.observe)
+    def look(runtime: DockerRuntime, meanwhile: Callable[[], object]) -> RuntimeView:
+        monkeypatch.setattr(UnixHTTPAdapter, "add_headers", wait)
+        seen = lane.submit(runtime.observe)
         assert first.wait(60)
-        assert runtime.observe().error is None
-        found.set()
-        assert late.result(60).error is None
+        meanwhile()
+        over.set()
+        return seen.result(60)
+
+    with ThreadPoolExecutor(1) as lane:
+        yield look
+
+
+def test_a_lane_that_finds_the_version_leaves_the_calls_of_others_alone(
+    runtime: DockerRuntime, fake: FakeEngine, late: Callable[..., RuntimeView]
+) -> None:
+    fake.speaks = "1.41"
+    assert late(runtime, runtime.observe).error is None
+
+
+def test_looks_at_many_containers_leave_the_calls_of_others_alone(
+    runtime: DockerRuntime, fake: FakeEngine, late: Callable[..., RuntimeView]
+) -> None:
+    def inspect() -> None:
+        for number in range(100):
+            fake.answers[f"GET /containers/{number}/json"] = refuse(404, "No such container")
+            with pytest.raises(WorkloadGone):
+                runtime.inspect(replace(WORKLOAD, ref=f"{number}"))
+
+    assert late(runtime, inspect).error is None
 
 
 def test_an_engine_replaced_by_another_version(runtime: DockerRuntime, fake: FakeEngine) -> None:
