@@ -16,7 +16,13 @@ from docker.errors import APIError, DockerException
 from docker.utils.config import find_config_file
 
 from mic_supervisor import codec
-from mic_supervisor.errors import MicError, PreflightFailed, RuntimeRefused, RuntimeUnavailable
+from mic_supervisor.errors import (
+    MicError,
+    PreflightFailed,
+    RuntimeRefused,
+    RuntimeUnavailable,
+    Withdrawn,
+)
 from mic_supervisor.host import programs
 from mic_supervisor.host.files import read_text
 from mic_supervisor.runtimes import Progress
@@ -96,14 +102,14 @@ class Puller:
         self._once(image, progress, unless=lambda: False)
 
     def _once(self, image: str, progress: Progress, *, unless: Callable[[], bool]) -> None:
-        with self._lock:
-            pull = self._pulls.get(image)
-            mine = pull is None
-            if pull is None:
-                pull = self._pulls[image] = _Pull()
-        if not mine:
-            self._wait(pull, progress)
-            return
+        while True:
+            with self._lock:
+                pull = self._pulls.get(image)
+                if pull is None:
+                    pull = self._pulls[image] = _Pull()
+                    break
+            if self._wait(pull, progress):
+                return
         try:
             if not unless():
                 self._pull(image, pull, progress)
@@ -120,14 +126,18 @@ class Puller:
             pull.done.set()
 
     @staticmethod
-    def _wait(pull: _Pull, progress: Progress) -> None:
+    def _wait(pull: _Pull, progress: Progress) -> bool:
+        """Whether it was pulled; False: who pulled it has given up, and the next one has to."""
         shown = ""
         while not pull.done.wait(0.2):
             if pull.line != shown:
                 shown = pull.line
                 progress(shown)
+        if isinstance(pull.error, Withdrawn):
+            return False
         if pull.error is not None:
             raise type(pull.error)(pull.error.message, hint=pull.error.hint)
+        return True
 
     def _present(self, image: str) -> bool:
         try:

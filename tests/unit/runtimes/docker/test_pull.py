@@ -9,13 +9,15 @@ import pwd
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from mic_supervisor.errors import MicError, PreflightFailed, RuntimeUnavailable
+from mic_supervisor.errors import MicError, PreflightFailed, RuntimeUnavailable, Withdrawn
 from mic_supervisor.runtimes.docker.engine import Engine
 from mic_supervisor.runtimes.docker.pull import Puller, credentials
+from tests.support.waiting import until
 from tests.unit.runtimes.docker.engine_fake import (
     Answer,
     FakeEngine,
@@ -144,6 +146,33 @@ def test_an_engine_that_dies_while_pulling(fake: FakeEngine) -> None:
     error = fails(lambda: puller.ensure("x:1", lambda line: None))
     assert isinstance(error, RuntimeUnavailable)
     assert "hung up" in str(error)
+
+
+def test_a_lane_that_gives_up_leaves_the_pull_to_those_who_wait(fake: FakeEngine) -> None:
+    waits = threading.Event()
+
+    def answer(handler: Handler) -> None:
+        handler.begin()
+        assert waits.wait(60)
+        handler.chunk(json.dumps(loading("a", 10, 100)).encode() + b"\r\n")
+        handler.chunk(b"")
+
+    def give_up(_line: str) -> None:
+        if waits.is_set():
+            raise Withdrawn("gave up")
+
+    fake.answers["GET /images/x:1/json"] = refuse(404, "No such image: x:1")
+    fake.answers["POST /images/create"] = answer
+    puller = Puller(Engine(fake.url, timeout=60.0, work_timeout=60.0), None)
+    with ThreadPoolExecutor(2) as lanes:
+        gone = lanes.submit(puller.renew, "x:1", give_up)
+        until(lambda: fake.asked("POST /images/create") == 1, "the pull")
+        other = lanes.submit(puller.renew, "x:1", lambda _: None)
+        time.sleep(0.1)  # until it waits; if it comes later it pulls by itself
+        waits.set()
+        assert isinstance(gone.exception(60), Withdrawn)
+        assert other.result(60) is None
+    assert fake.asked("POST /images/create") == 2
 
 
 def test_lanes_that_wait_share_a_failure_too(fake: FakeEngine) -> None:
