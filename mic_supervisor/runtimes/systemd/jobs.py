@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -263,8 +264,16 @@ async def discard(bus: Bus, name: str) -> None:
 # --- the environment file ---------------------------------------------------------------------
 
 
+_writing = threading.Lock()  # until a file has its time, a sweep would take it for stale
+
+
 def write_secret(path: Path, text: str) -> None:
     """0600, in a directory that only we may enter. Raises RuntimeUnavailable."""
+    with _writing:
+        _write_secret(path, text)
+
+
+def _write_secret(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep(path.parent)
@@ -285,8 +294,9 @@ def write_secret(path: Path, text: str) -> None:
 def _sweep(directory: Path) -> None:
     """Delete what starts that were cut short have left. Their times are steady."""
     for entry in directory.iterdir():
-        if not 0.0 <= clocks.steady() - entry.stat().st_mtime <= _STALE:
-            entry.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # its start is over meanwhile
+            if not 0.0 <= clocks.steady() - entry.stat().st_mtime <= _STALE:
+                entry.unlink()
 
 
 def _now() -> float:

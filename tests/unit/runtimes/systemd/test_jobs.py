@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def test_only_what_starts_that_were_cut_short_left_is_deleted(tmp_path: Path) ->
         os.utime(secrets / name, (clocks.steady() - age, clocks.steady() - age))
     systemd_jobs.write_secret(secrets / "new", "A=1")
     assert {item.name for item in secrets.iterdir()} == {"under-way", "new"}
+
+
+def test_starts_at_once_leave_each_others_files_alone(tmp_path: Path) -> None:
+    def start(lane: int) -> None:
+        for number in range(50):
+            path = tmp_path / "secrets" / f"{lane}-{number}"
+            systemd_jobs.write_secret(path, "A=1")
+            path.unlink()  # as PID 1's job has ended; raises where somebody has swept it
+
+    with ThreadPoolExecutor(8) as lanes:
+        list(lanes.map(start, range(8)))
 
 
 @pytest.mark.parametrize(
