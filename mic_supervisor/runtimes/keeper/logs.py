@@ -62,7 +62,7 @@ class LogStore:
                 if path != self._records / name:
                     path.rmdir()
             for path in self._directory.iterdir():
-                if not (self._records / path.name).exists() and path.stat().st_mtime < now - _OLD:
+                if not (self._records / path.name).exists() and _newest(path) < now - _OLD:
                     shutil.rmtree(path)
 
     def remove(self, name: str) -> None:
@@ -75,6 +75,11 @@ class LogStore:
         before = [path for path in (beside / "previous", beside) if (path / LOG).exists()]
         own = [path for path in (self._directory / name).glob("*") if (path / LOG).exists()]
         return before + sorted(own, key=lambda path: path.stat().st_mtime)
+
+
+def _newest(path: Path) -> float:
+    """When something below it was written last. After a reboot nothing has a record yet."""
+    return max(one.stat().st_mtime for one in (path, *path.rglob("*")))
 
 
 def read(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,8 @@ def test_the_end_of_a_large_log_is_read_without_the_rest(
 def test_the_last_two_runs_are_kept_and_what_is_long_gone_is_forgotten(world: World) -> None:
     for name in ("gone", "recent"):
         (world.logs / name / "run").mkdir(parents=True)
-    os.utime(world.logs / "gone", (0, 0))
+    for path in (world.logs / "gone" / "run", world.logs / "gone"):
+        os.utime(path, (0, 0))
     for number in range(3):
         world.start("one", sh(f"echo {number}"))
         seen = world.await_state("one", "exited")
@@ -292,3 +294,16 @@ def test_a_log_that_cannot_be_read_is_said(world: World) -> None:
     (world.directory / "one" / "record.json").write_text("{")
     with pytest.raises(RuntimeRefused, match="cannot read the log of one: its record"):
         list(world.runtime.logs(seen))
+
+
+def test_after_a_reboot_logs_that_were_written_lately_stay(tmp_path: Path) -> None:
+    """Nothing has a record then, and a directory is as old as the start of its run."""
+    store = logs.LogStore(tmp_path / "logs", tmp_path / "records")
+    now = time.time()
+    for name, age in (("lately", 86400.0), ("long-gone", 8 * 86400.0)):
+        run = store.make(name, "a-run")
+        write(run, b"a line\n")
+        for path, since in ((run / "log", age), (run, 30 * 86400.0), (run.parent, 30 * 86400.0)):
+            os.utime(path, (now - since, now - since))
+    store.prune("other", now=now)
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["lately"]
