@@ -110,14 +110,16 @@ class Generations:
         `written` is the hash of a document that a command has just written, as a person asked it
         to: that one waits for nobody, and removes nothing unconfirmed.
         """
-        self._seen = self.fingerprint()
-        self.unconfirmed = self.waiting = None
+        seen = self.fingerprint()
         try:
             config = load(self.path, self._registry, environ=self._environ)
         except ConfigError as error:
+            self._seen, self.unconfirmed, self.waiting = seen, None, None
             self.error = error.outline or error.message
             self.error_at = now
             return Reloaded(False, self.number, self.error)
+        # Who asks while it is loaded is told what was known before.
+        self._seen, self.unconfirmed, self.waiting = seen, None, None
         self.error = self.error_at = None
         if not confirm and config.hash not in (self._confirmed_hash, written):
             self.unconfirmed = _why_it_waits(

@@ -53,7 +53,10 @@ class FileWatch:
         async with self._looks:
             if await asyncio.to_thread(self._differs):
                 await self._unchanging()
-                await self._changed()
+                async with self._reads:
+                    pass  # a command may have read it meanwhile
+                if await asyncio.to_thread(self._differs):
+                    await self._changed()
         async with self._reads:
             pass
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import textwrap
+from typing import Any
 
 import pytest
 
 from mic_supervisor.backends.registry import Registry
+from mic_supervisor.config.document import Config
 from mic_supervisor.config.load import load
 from mic_supervisor.daemon import generations
 from mic_supervisor.daemon.generations import accept
@@ -35,6 +37,26 @@ def test_only_another_document_is_a_new_generation(files: Files) -> None:
     files.path.write_text(ORDERS["one line"])
     assert found.reload(3.0, confirm=False).changed
     assert (found.number, found.loaded_at) == (2, 3.0)
+
+
+def test_while_a_file_is_loaded_what_was_known_before_counts(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan of that moment would call a changed file done, and a warning would come and go."""
+    found = files.start(plan_first=True)
+    files.path.write_text(ORDERS["one line"])
+    found.reload(2.0, confirm=False)
+    why = found.unconfirmed
+    assert why is not None and found.waiting is not None
+
+    def loads(*given: Any, **more: Any) -> Config:
+        assert (found.current(), found.unconfirmed) == (None, why)
+        return load(*given, **more)
+
+    monkeypatch.setattr(generations, "load", loads)
+    files.path.write_text(ORDERS["GPUs last"])
+    found.reload(3.0, confirm=False)
+    assert not found.differs()
 
 
 def test_numbers_go_on_after_a_restart(files: Files) -> None:

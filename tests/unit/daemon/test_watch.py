@@ -43,7 +43,7 @@ def watched(stamps: Callable[[], str], changes: int) -> list[str]:
 
 
 def test_a_change_is_told_once() -> None:
-    asked = iter(["first", "first", "second", "second", "second", "second", "third"])
+    asked = iter(["first", "first", *["second"] * 5, "third"])
     last = "third"
 
     def stamps() -> str:
@@ -99,6 +99,28 @@ def test_a_look_waits_for_who_reads_the_files_already() -> None:
             look = asyncio.create_task(files.look())
             await asyncio.sleep(0.1)
             assert not look.done()
+        await look
+
+    asyncio.run(run())
+
+
+def test_what_a_command_reads_meanwhile_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the history would say that a file confirmed what a person did."""
+    monkeypatch.setattr(watch, "_QUIET", 0.2)
+
+    async def run() -> None:
+        seen = "old"
+
+        async def changed() -> None:
+            pytest.fail("it was read twice")
+
+        reads = asyncio.Lock()
+        files = watch.FileWatch(lambda: "new", lambda: seen != "new", changed, reads)
+        look = asyncio.create_task(files.look())
+        await asyncio.sleep(0.05)
+        async with reads:
+            await asyncio.sleep(0.5)
+            seen = "new"
         await look
 
     asyncio.run(run())
