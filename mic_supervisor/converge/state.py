@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +145,8 @@ class StateDir:
         """Replace a file at once: a reader sees the old content or the new one, never a part."""
         data = content.encode() if isinstance(content, str) else content
         target = self.path / name
-        scratch = self.path / f".{name}.{os.getpid()}"
+        # A save that was given up may still be under way in its thread.
+        scratch = self.path / f".{name}.{os.getpid()}.{threading.get_ident()}"
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

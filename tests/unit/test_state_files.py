@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -415,3 +416,12 @@ def test_text_that_is_no_unicode_is_kept_as_far_as_it_is(scope: Path) -> None:
     path = "/models/\udcff"
     state(scope).save_memory(with_entry(reason=path))
     assert state(scope).memory() == with_entry(reason="/models/?")
+
+
+def test_two_saves_at_once_spoil_nothing(tmp_path: Path) -> None:
+    """One that was given up at the end of the daemon may still be under way in its thread."""
+    state = StateDir(tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda n: state.write("x.json", f"{n}" * 10000), [1, 2, 3, 4] * 10))
+    assert len({*(tmp_path / "x.json").read_text()}) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
