@@ -38,7 +38,7 @@ from mic_supervisor.desired.claims import (
 from mic_supervisor.errors import MicError, Unserviceable
 from mic_supervisor.model import Claim, DesiredState, Ending, GpuInventory, RuntimeView
 from mic_supervisor.plan.assess import Assessment, is_alive
-from mic_supervisor.plan.claims import Standing, fared, standing
+from mic_supervisor.plan.claims import Standing, fared, standing, unseen
 from mic_supervisor.plan.words import called
 from mic_supervisor.text import one_line
 
@@ -242,6 +242,9 @@ class ClaimDesk:
             said = self._connections.get(claim.token)
             now = standing(self.claims, claim, rows, seen.desired)
             if said is None or self._reported.get(claim.token) == now:
+                continue
+            told = claim.token in self._reported or claim.token in self._returning
+            if told and claim.ending is None and claim.gpus is not None and unseen(claim, seen):
                 continue
             # To who came back, what was last said stays said until more is known.
             if claim.token in self._returning and (

@@ -62,6 +62,11 @@ def fared(claims: Claims, look: Look, busy: Collection[str]) -> tuple[Claims, se
     return changed, over
 
 
+def unseen(claim: Claim, look: Look) -> bool:
+    """Whether what it has may run, and its runtime cannot be read: nobody knows how it is."""
+    return _may_run(look, lambda one: one.identity.instance == claim.instance)
+
+
 def standing(
     claims: Claims, claim: Claim, rows: Mapping[str, InstanceStatus], desired: DesiredState
 ) -> Standing:
@@ -100,7 +105,7 @@ def _fared(
     row = rows.get(claim.instance or "")
     if claim.gpus is None or row is None:
         return claim
-    if _may_run(look, lambda one: one.identity.instance == row.id):
+    if unseen(claim, look):
         return claim
     limit = limits.get(row.id, _START_TIMEOUT)
     down_since = claim.down_since

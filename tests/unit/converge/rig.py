@@ -54,6 +54,7 @@ class Engine:
         self.gates: dict[str, threading.Event] = {}
         self.refuses: dict[str, MicError] = {}
         self.looks = 0
+        self.unreadable: str | None = None  # why, where it is
 
     def _asked(self, what: str, instance: str) -> None:
         text = f"{what} {instance}"
@@ -67,6 +68,8 @@ class Engine:
         self.looks += 1
         if (gate := self.gates.get("observe")) is not None:
             gate.wait(TIMEOUT)
+        if self.unreadable is not None:
+            return RuntimeView(self.name, error=self.unreadable)
         return RuntimeView(self.name, tuple(self.boxes.values()))
 
     def prepare(self, launch: Launch, progress: Callable[[str], None]) -> None:

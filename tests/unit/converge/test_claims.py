@@ -236,6 +236,25 @@ def test_what_a_file_hands_over_that_waits_for_a_word_is_waited_for(tmp_path: Pa
     run(body)
 
 
+def test_who_is_ready_stays_so_while_its_engine_cannot_be_read(tmp_path: Path) -> None:
+    """Else a scheduler would take a model that serves for one that is not well, and end it."""
+
+    async def body() -> None:
+        async with world(tmp_path, "{0: fleet}") as rig:
+            holder = rig.holder("1")
+            await rig.states(holder, are="ready")
+            said = [*holder.said]
+            rig.engine.unreadable = "it hangs"
+            await rig.until(lambda: rig.phase("a-aaaaaaaa") == "blocked")
+            await asyncio.sleep(SHORT)
+            assert holder.said == said
+            rig.engine.unreadable = None
+            rig.engine.ends(rig.engine.name_of("a-aaaaaaaa"), 1)
+            await rig.until(lambda: holder.said != said)
+
+    run(body)
+
+
 def test_a_release_of_what_nobody_has_is_done(tmp_path: Path) -> None:
     async def body() -> None:
         async with world(tmp_path, "{0: fleet}") as rig:
