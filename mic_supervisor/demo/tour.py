@@ -170,6 +170,7 @@ class Tour:
         self._screen.heading("A model crashes")
         victim = self._models["0 MAM"]
         self._kill(victim)
+        self._until(lambda: "SIGKILL" in self._world.read("plan")[1], "its end is not seen")
         self._mic("plan", rc=0, expect=["SIGKILL", "Plan: 1 to start."])
         self._mic("apply", rc=0)
         fresh = _pid(victim.url)

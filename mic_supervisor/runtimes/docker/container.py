@@ -143,6 +143,7 @@ def _event_line(event: Mapping[str, Any]) -> str:
 # tests/integration.
 
 _MOST = 64 << 10  # bytes of output that are kept
+_EXEC_BEGINS = 5.0  # seconds for a command to have a process
 _HEADER = 8  # bytes: the stream's number, three of nothing, the length as big-endian 32 bits
 
 
@@ -206,6 +207,10 @@ def _kill(api: APIClient, exec_id: str, container: str) -> None:
     Only a process whose cgroup names the container is touched.
     """
     answer = api.exec_inspect(exec_id)
+    deadline = time.monotonic() + _EXEC_BEGINS
+    while answer.get("Running") and not answer.get("Pid") and time.monotonic() < deadline:
+        time.sleep(0.05)  # before Engine 23 it runs before it has begun
+        answer = api.exec_inspect(exec_id)
     pid = answer.get("Pid")
     if not answer.get("Running") or not isinstance(pid, int) or pid <= 1:
         return
