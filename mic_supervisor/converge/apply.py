@@ -85,6 +85,8 @@ class Lane:
 
     def enters(self, instance: str, phase: Phase) -> None:
         """A step begins for it, and whoever has not begun yet waits for that."""
+        if phase is Phase.PENDING and self.activities[instance].phase is Phase.STARTING:
+            return  # what it supersedes is removed behind its start
         self.activities[instance] = Activity(phase)
         for name, activity in self.activities.items():
             if name != instance and activity.phase is Phase.PENDING:
