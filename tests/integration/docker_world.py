@@ -40,7 +40,7 @@ class World:
         self.runtime = runtime(scope)
 
     def launch(self, instance: str = "a", **fields: Any) -> Launch:
-        fields = {"image": IMAGE, "command": ("sleep", "60"), **fields}
+        fields = {"image": IMAGE, "command": ("sleep", "100000"), **fields}
         identity = Identity(
             scope=self.scope,
             host="host1",

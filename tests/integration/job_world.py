@@ -89,7 +89,7 @@ class World:
         lines += ["gpus:", *(f"  {json.dumps(key)}: {model}" for key, model in gpus.items())]
         return "\n".join(lines) + "\n"
 
-    def apply(self, *args: str, rc: int | None = 0, timeout: float = 60) -> str:
+    def apply(self, *args: str, rc: int | None = 0, timeout: float = 180) -> str:
         """The last lines of apply: the outcome of each instance, without the progress."""
         return outcome(self.mic("apply", *args, rc=rc, timeout=timeout).stdout)
 

@@ -94,6 +94,7 @@ def test_an_engine_that_dies_while_apply_waits(job: World, proxy: EngineProxy) -
     apply = job.mic.start("apply")
     until(lambda: "a-51000000: starting" in apply.text(), "the start")
     until(lambda: "b-51000001: ready" in apply.text(), "the other one")
+    until(lambda: job.memory("a-51000000").get("started"), "the end of its start")
     proxy.cut()
     assert apply.process.wait(60) == 1
     # The list that was under way, or the next one: both are true.

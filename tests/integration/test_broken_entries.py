@@ -58,7 +58,7 @@ def story(
         made.repository.model("fails", fails=True)
         made.write(dict(enumerate(MODELS)), **MODELS)
         planned = made.mic("plan", rc=0)
-        yield Story(made, planned, made.mic("apply"), made.runs())
+        yield Story(made, planned, made.mic("apply", timeout=180), made.runs())
 
 
 def test_apply_exits_with_3_and_the_good_one_is_ready(story: Story) -> None:

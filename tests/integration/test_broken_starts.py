@@ -15,7 +15,7 @@ from tests.support.waiting import http, until
 pytestmark = pytest.mark.engine
 
 # Runs, and is asked for something that it does not have.
-NEVER = web("start_timeout: 2s", "env: {STEP: never}").replace(
+NEVER = web("start_timeout: 5s", "env: {STEP: never}").replace(
     "{http: /health}", "{http: /nope, period: 200ms}"
 )
 GOOD = "ready      good-51000003  GPU 3  http://127.0.0.1:PORT\n"
@@ -108,7 +108,7 @@ def test_a_container_that_never_gets_ready(good: World) -> None:
     done = good.mic("apply", rc=3)
     assert outcome(done.stdout) == (
         "backoff    a-51000000  GPU 0  http://127.0.0.1:PORT  "
-        "not up within 2 s: GET /nope answers 404\n"
+        "not up within 5 s: GET /nope answers 404\n"
         f"{GOOD}Apply: 1 as desired, 1 not.\n"
     )
     assert len(good.all("a-51000000")) == 1
@@ -120,7 +120,7 @@ def test_a_replacement_that_never_gets_ready_is_rolled_back(good: World) -> None
     before = good.runs()["a-51000000"]
     good.write({0: "a", 3: "good"}, a=NEVER)
     done = good.mic("apply", rc=3)
-    why = "the new specification failed (not up within 2 s: GET /nope answers 404)"
+    why = "the new specification failed (not up within 5 s: GET /nope answers 404)"
     assert outcome(done.stdout) == (
         f"degraded   a-51000000  GPU 0  http://127.0.0.1:PORT  {why}; the last good one runs, "
         "and is ready\n"
@@ -128,7 +128,7 @@ def test_a_replacement_that_never_gets_ready_is_rolled_back(good: World) -> None
         f"{GOOD}Apply: 1 as desired, 1 not.\n"
     )
     assert [line for line in progress(done.stdout) if "rollback" in line] == [
-        "a-51000000: start: rollback: not up within 2 s: GET /nope answers 404"
+        "a-51000000: start: rollback: not up within 5 s: GET /nope answers 404"
     ]
     after = good.runs()["a-51000000"]
     assert after.id == before.id
@@ -171,7 +171,7 @@ def test_without_rollback_the_new_one_is_kept(good: World) -> None:
     text = good.apply(rc=3)
     assert text.splitlines()[0] == (
         "backoff    a-51000000  GPU 0  http://127.0.0.1:PORT  "
-        "not up within 2 s: GET /nope answers 404"
+        "not up within 5 s: GET /nope answers 404"
     )
     assert good.runs()["a-51000000"].id != before.id
 

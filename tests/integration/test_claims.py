@@ -225,12 +225,12 @@ def test_after_the_grace_it_is_stopped(world: World) -> None:
     holder, stays = world.claim("c"), world.claim("p")
     world.ready(holder, stays)
     holder.process.kill()
-    until(lambda: "vanished" in {claim["state"] for claim in world.claims()}, "it to be noticed")
-    assert len(world.marks()) == 2
     until(lambda: len(world.marks()) == 1, "the grace to be over")
     until(lambda: len(world.claims()) == 1, "the claim to be gone")
     (event,) = [e for e in world.history("begin") if e["phase"] == "remove"]
     assert event["text"].startswith("its holder vanished ")
+    (left,) = [e for e in world.history("claim") if "the holder of its claim vanished" in e["text"]]
+    assert event["at"] - left["at"] > 1.9
     assert stays.stop() == 0
 
 
@@ -282,7 +282,8 @@ def test_the_file_takes_a_gpu_back_and_gives_it_again(world: World) -> None:
     holder = world.claim("p", "--holder", "h")
     world.ready(holder)
     world.write({0: "fleet", 1: "c"})
-    until(lambda: sorted(world.marks()) == ["c-a0000001", "p-a0000000"], "it to move")
+    world.converged("c-a0000001", "p-a0000000")
+    assert sorted(world.marks()) == ["c-a0000001", "p-a0000000"]
     world.ready(holder)
     assert holder.stop() == 0
 
@@ -351,7 +352,7 @@ def test_a_model_that_never_gets_ready_ends_with_1_and_says_that_its_budget_is_s
     said = error_of(world.claim("never"), 1)
     assert said.startswith("error: cannot serve never: its start failed: not up within 2 s: ")
     said = error_of(world.claim("broken"), 1)
-    assert said.startswith("error: cannot serve broken: its start failed: ")
+    assert said.startswith("error: cannot serve broken: ") and "its start failed: " in said
     world.has()
     assert world.marks() == {}
 
@@ -365,6 +366,7 @@ def test_what_was_ready_is_restarted_and_given_up_when_that_fails(world: World) 
     world.mic.run(http=False)
     holder = world.claim("shaky")
     world.ready(holder)
+    until(world.marks, "it to run")  # it is /bin/sh at first
     (first,) = world.marks().values()
     os.kill(first[2], signal.SIGKILL)
     until(lambda: [m for m in world.marks().values() if m != first], "a restart")

@@ -212,12 +212,12 @@ def test_what_is_killed_comes_back_without_its_old_tree(comfy: Comfy) -> None:
 
 
 def test_a_daemon_that_ends_meanwhile_loses_no_job(comfy: Comfy) -> None:
-    comfy.set(drain_timeout="30s")
+    comfy.set(drain_timeout="60s")
     comfy.write(gpu0="face")
     daemon = comfy.mic.run()
     comfy.mic("apply", rc=0)
     row = comfy.rows()[0]
-    own, jobs = comfy.own(row), comfy.queue(row, 8.0)  # longer than the daemon takes to end
+    own, jobs = comfy.own(row), comfy.queue(row, 20.0)  # longer than the daemon takes to end
     comfy.write(gpu0="none")
     until(lambda: "the file keeps its GPU empty" in daemon.text(), "the daemon to drain")
     assert daemon.stop() == 0

@@ -204,7 +204,7 @@ PROBES = {
     "http": "{http: /ready, period: 200ms}",
     "tcp": "{tcp: true, period: 200ms}",
     "exec": '{exec: [python3, -c, "import urllib.request as r; '
-    "r.urlopen('http://127.0.0.1:${port}/ready')\"], period: 200ms}",
+    "r.urlopen('http://127.0.0.1:${port}/ready')\"], period: 200ms, timeout: 20s}",
 }
 
 

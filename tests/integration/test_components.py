@@ -84,8 +84,9 @@ def test_a_requested_gpu_reaches_the_container(
     request = docker.types.DeviceRequest(device_ids=[uuid], capabilities=[["gpu"]])
     container = run(busybox_image, ["sleep", "60"], 8000, 0, device_requests=[request])
     pid = engine.inspect_container(container)["State"]["Pid"]
-    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    assert f"NVIDIA_VISIBLE_DEVICES={uuid}".encode() in environment
+    wanted = f"NVIDIA_VISIBLE_DEVICES={uuid}".encode()
+    environment = Path(f"/proc/{pid}/environ")  # of runc, at first
+    until(lambda: wanted in environment.read_bytes().split(b"\0"), "its environment")
 
 
 def test_a_scope_is_removed_and_nothing_else(engine: docker.APIClient, busybox_image: str) -> None:

@@ -124,7 +124,15 @@ def wait_for_an_action(daemon: Daemon, chance: random.Random) -> None:
 def no_orphans(world: DaemonWorld) -> None:
     """Nothing of ours is there but what runs, and an ended predecessor at most."""
     assert world.engine is not None
-    containers = scopes.containers(world.engine, world.mic.scope)
+    engine, wanted = world.engine, {identity("c", 0), identity("a", 2)}
+
+    def there() -> set[str]:
+        found = scopes.containers(engine, world.mic.scope)
+        return {one["Labels"]["io.mic.instance"] for one in found}
+
+    # One that has ended and is not desired has no row, while it is removed.
+    until(lambda: there() == wanted, "an end of what is left over")
+    containers = scopes.containers(engine, world.mic.scope)
     by_instance: dict[str, list[str]] = {}
     for item in containers:
         by_instance.setdefault(item["Labels"]["io.mic.instance"], []).append(item["State"])

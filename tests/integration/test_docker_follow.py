@@ -44,7 +44,7 @@ def test_a_followed_log_ends_with_the_container(world: World) -> None:
     workload = world.up(command=("sh", "-c", script))
     log = world.runtime.logs(workload, follow=True)
     assert next(log) == "one"
-    assert world.runtime.run_check(workload, ("touch", "/go"), 5) == (0, "")
+    assert world.runtime.run_check(workload, ("touch", "/go"), 60) == (0, "")
     assert list(log) == ["two"]
 
 
@@ -113,9 +113,9 @@ def test_events_of_ours_only_until_told_to_stop(world: World) -> None:
 def test_a_check_inside_a_container(world: World) -> None:
     workload = world.up()
     both = ("sh", "-c", "echo out; echo err >&2; exit 4")
-    code, said = world.runtime.run_check(workload, both, 5)
+    code, said = world.runtime.run_check(workload, both, 60)
     assert (code, sorted(said.splitlines())) == (4, ["err", "out"])
-    code, said = world.runtime.run_check(workload, ("nosuch",), 5)
+    code, said = world.runtime.run_check(workload, ("nosuch",), 60)
     assert code in (126, 127)
     assert "nosuch" in said
 

@@ -29,6 +29,7 @@ from tests.integration.docker_world import (
     refused,
     runtime,
 )
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.engine
 
@@ -74,6 +75,8 @@ class Registry:
             }
         ).encode()
         registry = self
+        self.go = threading.Event()  # until then a layer stays as it is
+        self.go.set()
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -108,6 +111,8 @@ class Registry:
                 self.end_headers()
                 if self.command == "GET":
                     for start in range(0, len(body), 1 << 19):
+                        if start and len(body) > 1 << 20:
+                            registry.go.wait(60)
                         self.wfile.write(body[start : start + (1 << 19)])
                         if slow and len(body) > 1 << 20:
                             time.sleep(slow)
@@ -149,8 +154,13 @@ def private() -> Iterator[Registry]:
 def test_one_pull_for_all_lanes_with_progress(world: World, registry: Registry) -> None:
     launches = [world.launch(f"i{n}", image=registry.image) for n in range(4)]
     shown: dict[str, list[str]] = {launch.name: [] for launch in launches}
+    registry.go.clear()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda x: world.runtime.prepare(x, shown[x.name].append), launches))
+        made = [pool.submit(world.runtime.prepare, x, shown[x.name].append) for x in launches]
+        until(lambda: all(shown.values()), "all to wait for one pull")
+        registry.go.set()
+        for one in made:
+            one.result()
     assert registry.requests.count(registry.layer) == 1
     assert docker("images", "-q", registry.image)
     assert all(shown.values())
@@ -171,9 +181,11 @@ def test_a_pull_that_is_given_up(world: World, registry: Registry) -> None:
         if text.endswith("%"):
             raise Withdrawn("gave up")
 
+    registry.go.clear()
     with pytest.raises(Withdrawn):
         world.runtime.prepare(launch, give_up)
     assert not docker("images", "-q", registry.image)
+    registry.go.set()
     world.runtime.prepare(launch, lambda _: None)  # nobody waits for the one before
     assert docker("images", "-q", registry.image)
 

@@ -60,7 +60,8 @@ def test_it_runs_on_the_cpus_and_the_memory_next_to_its_gpus_alone(world: World)
 
 
 def test_life_from_create_to_remove(world: World) -> None:
-    launch = world.launch(stop_signal="SIGINT", stop_timeout=3.5)
+    command = ("sh", "-c", "echo up; exec sleep 100000")
+    launch = world.launch(command=command, stop_signal="SIGINT", stop_timeout=3.5)
     world.runtime.prepare(launch, pytest.fail)
     world.runtime.create(launch)
     created = world.one()
@@ -88,6 +89,7 @@ def test_life_from_create_to_remove(world: World) -> None:
     assert abs(seen.started_at - time.time()) < 60
     assert (seen.finished_at, seen.exit_code, seen.error) == (None, None, None)
 
+    world.logged(running, "up")  # an init that does not listen yet loses it
     world.runtime.stop(running, signal="SIGTERM", grace=30)
     stopped = world.one()
     assert (stopped.state, stopped.exit_code) == (RunState.EXITED, 143)
@@ -151,8 +153,9 @@ def test_what_the_engine_was_asked_for(
     assert (config["User"], config["WorkingDir"]) == ("65534", "/models")
     assert (config["StopSignal"], config["StopTimeout"]) == ("SIGINT", 3)
     assert config["Tty"] is False
-    env = environ_of(found["State"]["Pid"])
-    assert "GREETING=hällo wörld" in env
+    pid = found["State"]["Pid"]  # of runc, at first
+    until(lambda: "GREETING=hällo wörld" in environ_of(pid), "the program")
+    env = environ_of(pid)
     assert "NVIDIA_VISIBLE_DEVICES=void" in env
 
 
@@ -162,8 +165,9 @@ def test_gpus_are_asked_for_by_uuid(device_requests: None, world: World) -> None
     (request,) = found["HostConfig"]["DeviceRequests"]
     assert request["DeviceIDs"] == [GPU, "GPU-2"]
     assert request["Capabilities"] == [["gpu", "compute", "utility"]]
-    env = environ_of(found["State"]["Pid"])
-    assert f"NVIDIA_VISIBLE_DEVICES={GPU},GPU-2" in env
+    pid, wanted = found["State"]["Pid"], f"NVIDIA_VISIBLE_DEVICES={GPU},GPU-2"
+    until(lambda: wanted in environ_of(pid), "the program")
+    env = environ_of(pid)
     assert "NVIDIA_VISIBLE_DEVICES=void" not in env
 
 
@@ -194,7 +198,8 @@ def test_a_published_port_is_served(world: World, free_port: Callable[[], int]) 
 
 
 def test_restart_keeps_the_container(world: World) -> None:
-    workload = world.up(command=("sh", "-c", "echo again; sleep 60"))
+    workload = world.up(command=("sh", "-c", "echo again; sleep 100000"))
+    world.logged(workload, "again")
     world.runtime.stop(workload, signal="SIGKILL", grace=0)
     assert world.one().exit_code == 137
     world.runtime.restart(world.one())
@@ -334,12 +339,20 @@ def test_others_are_foreign_with_a_reason(world: World, free_port: Callable[[], 
     }
     for word, labels in cases.items():
         docker(
-            "run", "-d", "--init", "--name", f"{world.scope}-{word}", *labels, IMAGE, "sleep", "60"
+            "run",
+            "-d",
+            "--init",
+            "--name",
+            f"{world.scope}-{word}",
+            *labels,
+            IMAGE,
+            "sleep",
+            "100000",
         )
     published = f"127.0.0.1:{port}:80"
     docker(
         "run", "-d", "--init", "--name", f"{world.scope}-port", "--label", scope, "-p", published,
-        IMAGE, "sleep", "60",
+        IMAGE, "sleep", "100000",
     )  # fmt: skip
     other = runtime(f"{world.scope}-x")
     world.up()
@@ -383,7 +396,7 @@ def test_engine_health(world: World) -> None:
     command = ("--health-interval=100ms", "--health-retries=1", "--health-cmd")
     for word, check in (("ill", "false"), ("well", "true")):
         docker("run", "-d", "--init", "--name", f"{world.scope}-{word}", *labels, *command, check,
-               IMAGE, "sleep", "60")  # fmt: skip
+               IMAGE, "sleep", "100000")  # fmt: skip
     until(
         lambda: [w.engine_health for w in world.ours()] == ["unhealthy", "healthy"], "both verdicts"
     )

@@ -161,7 +161,8 @@ def test_what_somebody_changed_meanwhile_is_not_overwritten(world: Mic, what: st
 
 
 def test_ctrl_c_is_the_editors_own_and_at_the_question_keeps_the_text(world: Mic) -> None:
-    edit_with(world, f"trap 'echo heard' INT; echo open; sleep 3 & wait || wait; {USE_A}")
+    wait = "until test $heard; do sleep 0.1 || :; done"
+    edit_with(world, f"trap 'heard=1; echo heard' INT; echo open; {wait}; {USE_A}")
     with terminal(world, "edit") as shown:
         shown.shows("open")
         shown.type("\x03")

@@ -153,7 +153,7 @@ PROCESS = (
 
 def file(hook: Path, gpus: str, more: str = "", settle: str = "0s") -> str:
     return (
-        f"version: 1\nhooks: {{on_endpoints_change: [{hook}], settle: {settle}, timeout: 5s}}\n"
+        f"version: 1\nhooks: {{on_endpoints_change: [{hook}], settle: {settle}, timeout: 60s}}\n"
         f"models:\n  a: {PROCESS % more}\ngpus: {gpus}\n"
     )
 

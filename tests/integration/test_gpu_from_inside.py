@@ -51,7 +51,7 @@ def test_a_container_that_lost_its_gpu_is_made_anew_and_its_neighbour_is_not(
             "it lost its GPU inside the container, as a systemd daemon-reload does in legacy mode: "
             f"nvidia-smi says there: “{FAILS}”"
         )
-        until(lambda: f"a-a0000001: replace: {cause}" in daemon.text(), "that", timeout=90)
+        until(lambda: f"a-a0000001: replace: {cause}" in daemon.text(), "that", timeout=180)
         until(
             lambda: world.rows()["a-a0000001"]["container_id"] != before["a-a0000001"],
             "another container",

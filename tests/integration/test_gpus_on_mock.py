@@ -162,7 +162,8 @@ def test_a_replacement_waits_until_the_driver_has_let_go(four: World) -> None:
     four.write({"0-3": "a"}, a=web("env: {STEP: '1'}", "rollout: {max_unavailable: 4}"))
     apply = four.mic.start("apply")
     until(lambda: "waiting for the GPU to be released" in apply.text(), "the wait")
-    until(lambda: "a-a0000003: ready" in apply.text(), "the other GPUs")
+    others = [f"a-a000000{number}: ready" for number in (1, 2, 3)]
+    until(lambda: all(one in apply.text() for one in others), "the other GPUs")
     assert f"waiting for the GPU to be released by PID {old.pid}" in apply.text()
     assert "a-a0000000" not in four.runs()
     nvml.change(0, processes=[])

@@ -378,7 +378,8 @@ def test_no_secret_is_in_any_answer(world: Mic, tmp_path: Path) -> None:
     world.write(written(""))
     world.run()
     until(lambda: "backoff" in http(f"{world.url}/api/v1/status").text, "the crash loop")
-    until(lambda: http(f"{world.url}/api/v1/models/status/sick").status == 200, "the other one")
+    sick = f"{world.url}/api/v1/models/status/sick"
+    until(lambda: '"phase":"ready"' in http(sick).text.replace(" ", ""), "the other one")
     # Its probe fails, and quotes what the server answers.
     port = http(f"{world.url}/api/v1/models/status/sick").json()[0]["endpoint"]
     http(f"{port}/health?status=500", "PUT", f"cannot log in with {canary['env']}")

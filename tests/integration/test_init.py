@@ -202,7 +202,7 @@ def test_a_process_becomes_a_model_and_can_be_taken_over(
     os.waitpid(pid, 0)
     nvml.change(1, processes=[])
     mic("apply", rc=0)
-    assert http(f"http://127.0.0.1:{port}/", timeout=2).status == 200
+    assert http(f"http://127.0.0.1:{port}/").status == 200
     mic("down", "--yes", rc=0)
 
 

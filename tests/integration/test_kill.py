@@ -228,7 +228,7 @@ def test_on_a_terminal_it_asks(
         while time.monotonic() < end:
             # An interrupt just before readline waits is noticed with the next key only.
             os.write(terminal, answer)
-            while select.select([terminal], [], [], 1)[0]:
+            while select.select([terminal], [], [], 5)[0]:
                 shown += os.read(terminal, 4096)
     except OSError:  # the other side has ended
         pass

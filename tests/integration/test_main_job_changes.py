@@ -124,7 +124,7 @@ def test_a_killed_container_is_started_again(two: World) -> None:
 
 def test_a_container_stopped_by_hand_is_started_again(two: World) -> None:
     before = two.runs()
-    two.engine.stop(before["a-51000000"].id, timeout=5)
+    two.engine.stop(before["a-51000000"].id, timeout=30)
     assert two.plan() == (
         "+ start    a-51000000  GPU 0  it exited with 143 (SIGTERM)\n\nPlan: 1 to start.\n"
     )

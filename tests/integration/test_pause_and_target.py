@@ -193,7 +193,7 @@ def test_what_is_under_way_is_finished_before_the_pause_is_told(mic: Mic) -> Non
     """The old one is stopped already: its GPU is not left empty for a pause."""
     mic.env["MIC_DOCKER_HOST"] = "none"
     put(mic, "{0: MAM}", env="{IGNORE_SIGTERM: '1'}")
-    text = mic.config.read_text().replace("env: {IGNORE", "stop_timeout: 2s, env: {IGNORE")
+    text = mic.config.read_text().replace("env: {IGNORE", "stop_timeout: 5s, env: {IGNORE")
     mic.config.write_text(text)
     mic.run()
     mic("apply", rc=0)

@@ -136,7 +136,7 @@ def test_the_command_knows_it_like_a_built_in_one(mic: Mic, site: Path, echo: Pa
 
 def test_it_serves_on_two_gpus(mic: Mic, site: Path, echo: Path, mlserver_program: Path) -> None:
     write(mic, mlserver_program, echo, "0: echo, 1: echo")
-    mic("apply", rc=0)
+    mic("apply", rc=0, timeout=240)
     found = rows(mic)
     assert [(row["phase"], row["backend"]) for row in found.values()] == [("ready", "mlserver")] * 2
     for row in found.values():
@@ -148,7 +148,7 @@ def test_it_serves_on_two_gpus(mic: Mic, site: Path, echo: Path, mlserver_progra
 
     os.kill(found[1]["pid"], signal.SIGKILL)
     until(lambda: rows(mic)[1]["phase"] != "ready", "its end to be seen")
-    mic("apply", rc=0)
+    mic("apply", rc=0, timeout=240)
     again = rows(mic)
     assert again[0]["pid"] == found[0]["pid"]
     assert again[1]["pid"] != found[1]["pid"]
@@ -156,7 +156,7 @@ def test_it_serves_on_two_gpus(mic: Mic, site: Path, echo: Path, mlserver_progra
     assert asked(again[1]["endpoints"]["http"]) == INPUT["data"]
 
     write(mic, mlserver_program, echo, "0: none, 1: none")
-    mic("apply", rc=0)
+    mic("apply", rc=0, timeout=240)
     assert rows(mic) == {}
 
 
@@ -191,7 +191,7 @@ def test_a_real_server_is_a_process_like_any_other(
             probe: {{http: /v2/models/echo/ready, period: 1s}}
         gpus: {{0: echo}}
         """)
-    mic("apply", rc=0)
+    mic("apply", rc=0, timeout=240)
     endpoints = rows(mic)[0]["endpoints"]
     assert asked(endpoints["http"]) == INPUT["data"]
     assert "python_info" in waiting.http(endpoints["metrics"]).text
@@ -204,7 +204,7 @@ def test_one_that_is_gone_takes_nothing_of_others_with_it(
     more = "other: {backend: process, command: [/bin/sleep, '600']}"
     write(mic, mlserver_program, echo, "0: echo, 1: other", more)
     daemon = mic.run()
-    until(lambda: rows(mic).get(0, {}).get("phase") == "ready", "the server")
+    until(lambda: rows(mic).get(0, {}).get("phase") == "ready", "the server", timeout=240)
     before = rows(mic)
     daemon.stop()
     del mic.env["PYTHONPATH"]

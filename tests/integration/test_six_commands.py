@@ -25,7 +25,7 @@ models:
     image: mic-test/busybox:1
     command: [httpd, -f, -p, "${port}", -h, /etc]
     env: {PORT: "${port}"}
-    probe: {exec: [sh, -c, "wget -qO- http://127.0.0.1:$PORT/passwd"], period: 500ms}
+    probe: {exec: [sh, -c, "wget -qO- http://127.0.0.1:$PORT/passwd"], period: 500ms, timeout: 20s}
 gpus:
   0: hello
   1: none

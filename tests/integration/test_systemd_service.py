@@ -180,13 +180,18 @@ def test_the_hook_of_the_example_has_nginx_follow(
         until(lambda: "nginx.service" in str(status()["warnings"]), "a warning", timeout=60)
         machine.exec("systemctl", "start", "nginx")
         until(lambda: not status()["warnings"], "the hook to work", timeout=60)
-        assert machine.exec("cat", f"{place}/upstreams.conf").stdout.count("max_fails=0") == 2
+
+        def servers() -> int:
+            return machine.exec("cat", f"{place}/upstreams.conf").stdout.count("max_fails=0")
+
+        until(lambda: servers() == 2, "both to be told of")
         ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8088/').status)"
-        assert machine.exec("python3", "-c", ask).stdout == "200\n"
+        until(lambda: machine.exec("python3", "-c", ask, rc=None).stdout == "200\n", "nginx")
         machine.write("/etc/mic/gpus.yaml", SERVED.replace("1: web", "1: none"))
         until(lambda: len(status()["instances"]) == 1, "one to be gone", timeout=60)
-        assert machine.exec("cat", f"{place}/upstreams.conf").stdout.count("max_fails=0") == 1
+        assert servers() == 1
         assert machine.exec("python3", "-c", ask).stdout == "200\n"
+        until(lambda: "remove done" in machine.journal("mic.service"), "its end")
         said = machine.journal("mic.service")
         begun, told, gone = (
             said.rindex(text)
@@ -235,7 +240,7 @@ def await_daemon(machine: SystemdMachine, but: str = "0") -> str:
         if machine.show("mic", "SubState") != "running":
             return ""
         found = machine.show("mic", "MainPID")
-        return "" if found == but else found
+        return "" if found in (but, "0") else found
 
     return until(ready, "the daemon to be ready")
 
@@ -275,16 +280,16 @@ def test_a_killed_daemon_is_back_at_once_and_costs_no_instance(running: SystemdM
 
 
 def test_no_restart_of_many_has_to_kill_it(running: SystemdMachine) -> None:
-    """In its life and in its start. One SIGTERM that is lost would take 5 s, and a KILL."""
+    """In its life and in its start. One SIGTERM that is lost would take 15 s, and a KILL."""
     before, heard = pids(running), len(running.journal("mic"))
-    running.write(f"{DROP_IN}/quick.conf", "[Service]\nTimeoutStopSec=5s\n")
+    running.write(f"{DROP_IN}/quick.conf", "[Service]\nTimeoutStopSec=15s\n")
     running.exec("systemctl", "daemon-reload")
     running.exec("systemd-run", "--quiet", "--unit=waker", "python3", "-c", WAKER)
     running.exec(
         *("bash", "-c"),
         f"for turn in $(seq {RESTARTS}); do systemctl $([ $((turn % 2)) = 0 ] || echo --no-block)"
         " restart mic; sleep 0.$((RANDOM % 6)); done",
-        timeout=60.0 + 7.0 * RESTARTS,
+        timeout=60.0 + 17.0 * RESTARTS,
     )
     running.exec("systemctl", "stop", "waker")
     await_daemon(running)

@@ -72,6 +72,7 @@ class Server:
 
 def compiled(repository: TritonRepository, model: str, **options: Any) -> Instance:
     gpus = options.pop("gpus", (SIMULATED,))
+    exit_timeout = options.pop("exit_timeout", "5s")
     return BACKEND.compile(
         request(
             BACKEND,
@@ -82,7 +83,7 @@ def compiled(repository: TritonRepository, model: str, **options: Any) -> Instan
                 "image": "mic-test/triton:1",
                 "model_repository": str(repository.path),
                 "shm_size": "256m",
-                "exit_timeout": "5s",
+                "exit_timeout": exit_timeout,
             },
             read_text=lambda path: path.read_text(encoding="utf-8"),
         )
@@ -385,7 +386,7 @@ def test_it_stops_by_itself_within_its_exit_timeout(
     free_port: Callable[[], int],
 ) -> None:
     triton_repository.model("MAM")
-    instance = compiled(triton_repository, "MAM", network="host")
+    instance = compiled(triton_repository, "MAM", network="host", exit_timeout="20s")
     server = start(engine, scope, triton_repository, instance, free_port() - 2)
     until(lambda: http(f"{server.url}/v2").status == 200, "the server on the host's network")
     server.load(instance.placements[0])

@@ -31,9 +31,9 @@ def test_a_check_runs_where_the_workload_runs(world: World) -> None:
     long = check(seen, python("print('x' * 1000000)"), 10)
     assert (long[0], len(long[1])) == (0, 4096)
     begun = time.monotonic()
-    assert check(seen, sh("trap '' TERM; echo begun; sleep 60; echo more"), 0.5) == (
+    assert check(seen, sh("trap '' TERM; echo begun; sleep 60; echo more"), 3) == (
         124,
-        "it did not end within 0.5 s: begun",
+        "it did not end within 3 s: begun",
     )
     assert time.monotonic() - begun < 30
     assert run("systemctl", "list-units", "--all", "--plain", "--no-legend", "run-mic-*") == ""
@@ -80,6 +80,7 @@ def test_logs_are_this_run_and_the_one_before(world: World) -> None:
     for number in (1, 2, 3):
         world.runtime.start(world.launch("a", sh(f"echo {number} out; echo {number} err >&2")))
         world.ended("a")
+        world.await_line("a", f"{number} err")
     seen = world.look("a")
     assert [*world.runtime.logs(seen)] == ["3 out", "3 err"]
     assert [*world.runtime.logs(seen, tail=1)] == ["3 err"]

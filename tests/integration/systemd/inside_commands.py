@@ -48,7 +48,7 @@ def test_it_has_the_user_the_directory_and_the_environment(world: World) -> None
 
 def test_what_it_prints_is_shown_while_it_runs(world: World) -> None:
     said: list[str] = []
-    text = "printf ' 10 %%'; sleep 2; printf '\\r 99 %%'; sleep 2; echo; echo done"
+    text = "printf ' 10 %%'; sleep 4; printf '\\r 99 %%'; sleep 4; echo; echo done"
     world.runtime.run_command(command(text), said.append, never)
     assert said == ["prepare: “10 %”", "prepare: “99 %”", "prepare: “done”"]
 

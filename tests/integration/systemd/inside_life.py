@@ -78,7 +78,7 @@ def test_how_it_ended_is_kept(world: World, text: str, code: int, error: str | N
     assert (seen.exit_code, seen.error, seen.pid) == (code, error, None)
     assert seen.started_at is not None
     assert seen.finished_at is not None
-    assert TICK - 0.1 <= seen.finished_at - seen.started_at <= TICK + 5
+    assert TICK - 0.1 <= seen.finished_at - seen.started_at <= TICK + 60
     again = world.make().observe()  # it does not depend on who asks
     assert [one.exit_code for one in again.workloads] == [code]
 
@@ -158,7 +158,7 @@ def test_the_whole_tree_goes_with_a_stop(world: World, main: str) -> None:
 
 
 def test_what_a_main_process_leaves_behind_holds_the_gpu(world: World) -> None:
-    world.runtime.start(world.launch("a", python(f"{STUBBORN}\nescape(0)\nos._exit(0)")))
+    world.runtime.start(world.launch("a", python(f"{STUBBORN}\nescape(0)\nos.wait()\nos._exit(0)")))
     until(lambda: world.look("a").error is not None, "the main process to end")
     [left] = world.alive()
     seen = world.look("a")
@@ -176,10 +176,9 @@ def test_what_a_main_process_leaves_behind_holds_the_gpu(world: World) -> None:
 
 
 def test_what_a_crash_leaves_behind_is_ended_by_pid_1(world: World) -> None:
-    program = f"{STUBBORN}\nescape(0)\ntime.sleep({TICK})\nos._exit(4)"
-    world.runtime.start(world.launch("a", python(program), stop_timeout=1.0))
-    world.await_alive(2)
-    world.await_alive(1)
+    program = f"{STUBBORN}\nescape(0)\nos.wait()\ntime.sleep({TICK})\nos._exit(4)"
+    world.runtime.start(world.launch("a", python(program), stop_timeout=5.0))
+    until(lambda: world.look("a").pid is None, "the main process to end")
     seen = world.look("a")
     assert (seen.state, seen.pid) == (RunState.RUNNING, None)
     assert seen.error == "its main process has ended, and what it left is being ended"
@@ -189,10 +188,9 @@ def test_what_a_crash_leaves_behind_is_ended_by_pid_1(world: World) -> None:
 
 def test_a_start_ends_what_the_run_before_left(world: World) -> None:
     runtime = world.make(remains_grace=0.5)
-    program = f"{STUBBORN}\nescape(0)\ntime.sleep({TICK})\nos._exit(0)"
+    program = f"{STUBBORN}\nescape(0)\nos.wait()\ntime.sleep({TICK})\nos._exit(0)"
     runtime.start(world.launch("a", python(program)))
-    world.await_alive(2)
-    world.await_alive(1)
+    until(lambda: world.look("a").error is not None, "the main process to end")
     runtime.start(world.launch("a", sh("exec sleep 300")))
     assert world.await_alive(1) == [world.look("a").pid]
 
