@@ -22,7 +22,7 @@ from tests.support.mic import Daemon
 from tests.support.waiting import http, until
 
 TERMS = int(os.environ.get("TERMS", "12"))
-BOUND = 20.0  # seconds; a signal that is lost never ends it
+BOUND = 5.0  # seconds
 LONGEST_START = 1.5  # seconds, in which a start is over on most machines; else as long as one took
 
 

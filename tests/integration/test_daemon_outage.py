@@ -146,7 +146,7 @@ def test_an_engine_that_is_away(
     while time.monotonic() - gone < AWAY:
         began = time.perf_counter()
         phases = world.phases()
-        assert time.perf_counter() - began < 10  # an engine that is given up is so after 15 s
+        assert time.perf_counter() - began < 4  # an engine that is given up is so after 15 s
         assert phases[P2] == "unprobed"
         assert sorted(phases) == sorted([C0, C1, P2])
         assert "restart" not in phases[C0] + phases[C1]

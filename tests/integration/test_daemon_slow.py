@@ -23,8 +23,8 @@ from tests.support.waiting import until
 
 pytestmark = pytest.mark.engine
 
-SOON = 12.0  # seconds: far below any patience that somebody has with what hangs, on a busy machine
-DEAF = '{backend: container, image: "mic-test/busybox:1", stop_timeout: 25s, command: [sh, -c, %s]}'
+SOON = 8.0  # seconds: far below any patience that somebody has with what hangs, on a busy machine
+DEAF = '{backend: container, image: "mic-test/busybox:1", stop_timeout: 12s, command: [sh, -c, %s]}'
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_list_that_hangs_in_the_engine(world: DaemonWorld, proxy: EngineProxy)
         reason = world.rows().get(identity("c", 3), {}).get("reason") or ""
         return "what docker runs is unknown: docker has not answered for" in reason
 
-    until(told, "Docker to be unknown", timeout=SOON + 15)
+    until(told, "Docker to be unknown", timeout=SOON)
     up_soon(world, identity("p", 2))
     assert world.phases()[identity("p", 1)] == "unprobed"
     after = world.marks()

@@ -51,8 +51,6 @@ def after_login(world: DaemonWorld, *args: str) -> None:
 
 
 def test_every_order_has_the_user_whom_the_kernel_names(world: DaemonWorld) -> None:
-    world.mic.run(http=False).stop()
-    world.mic.env["MIC_WATCH"] = "plan"  # else it may be done before the daemon is asked for it
     daemon = world.mic.run(http=False)
     world.converged(A0, A1)
     assert orders(world) == []
